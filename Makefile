@@ -1,0 +1,46 @@
+# Every target does its own set-up: .venv with the pinned torch, then the extension.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test bench lint format gpu clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+
+$(VENV)/.installed: pyproject.toml setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "$(TORCH)" "setuptools>=77" ninja pybind11 numpy
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	touch $@
+
+# ninja decides what to compile again.
+setup: $(VENV)/.installed ## create .venv, install the dependencies, build the extension
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+
+demo: setup ## train MaskFormer on the embedded scenes, evaluate it, write pictures to out/demo
+	$(BIN)/python -m fastmask.cli.demo
+
+test: setup ## run the test suite
+	$(BIN)/python -m pytest
+
+bench: setup ## run the benchmarks and render the README's tables
+	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/report.py
+
+lint: $(VENV)/.installed ## check style: ruff and clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: $(VENV)/.installed ## apply the style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+clean: ## remove everything that was built; keeps .venv
+	rm -rf build dist out *.egg-info fastmask/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,76 @@
+#include "coverage.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+
+namespace fastmask {
+namespace {
+
+// PyTorch's "nearest" rule, in float like PyTorch: floor(i * in / out).
+std::vector<int64_t> nearest_indices(int64_t out, int64_t in) {
+  const float scale = static_cast<float>(in) / static_cast<float>(out);
+  std::vector<int64_t> indices(out);
+  for (int64_t i = 0; i < out; ++i) {
+    indices[i] = std::min(static_cast<int64_t>(std::floor(static_cast<float>(i) * scale)), in - 1);
+  }
+  return indices;
+}
+
+}  // namespace
+
+Coverage make_coverage(const ImageTargets& targets, int64_t h, int64_t w) {
+  const int64_t pixels = h * w;
+  const int64_t chunks = (pixels + kChunk - 1) / kChunk;
+  const std::vector<int64_t> rows = nearest_indices(h, targets.height);
+  const std::vector<int64_t> columns = nearest_indices(w, targets.width);
+
+  Coverage coverage;
+  coverage.valid.resize(chunks);
+  coverage.areas.assign(targets.count, 0.0f);
+  std::vector<int32_t> lanes_of(targets.count, 0);
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    int64_t sources[kChunk];
+    const int64_t begin = chunk * kChunk;
+    const int lanes = static_cast<int>(std::min(kChunk, pixels - begin));
+    int32_t valid = 0;
+    for (int i = 0; i < lanes; ++i) {
+      const int64_t pixel = begin + i;
+      sources[i] = rows[pixel / w] * targets.width + columns[pixel % w];
+      valid |= static_cast<int32_t>(counts_pixel(targets, sources[i])) << i;
+    }
+    coverage.valid[chunk] = valid;
+    coverage.pixels += std::popcount(static_cast<uint32_t>(valid));
+
+    const auto add = [&](int64_t target, int32_t covered) {
+      if (covered == 0) return;
+      coverage.areas[target] += static_cast<float>(std::popcount(static_cast<uint32_t>(covered)));
+      coverage.entries.push_back({static_cast<int32_t>(chunk), static_cast<int32_t>(target), covered});
+    };
+    if (targets.segments != nullptr) {
+      int64_t found[kChunk];
+      int num_found = 0;
+      for (int i = 0; i < lanes; ++i) {
+        const int64_t target = segment_at(targets, sources[i]);
+        if (target < 0 || target >= targets.count) continue;
+        if (lanes_of[target] == 0) found[num_found++] = target;
+        lanes_of[target] |= 1 << i;
+      }
+      std::sort(found, found + num_found);
+      for (int k = 0; k < num_found; ++k) {
+        add(found[k], lanes_of[found[k]] & valid);
+        lanes_of[found[k]] = 0;
+      }
+    } else {
+      for (int64_t target = 0; target < targets.count; ++target) {
+        const uint8_t* mask = targets.masks + target * targets.height * targets.width;
+        int32_t covered = 0;
+        for (int i = 0; i < lanes; ++i) covered |= static_cast<int32_t>(mask[sources[i]] != 0) << i;
+        add(target, covered & valid);
+      }
+    }
+  }
+  return coverage;
+}
+
+}  // namespace fastmask

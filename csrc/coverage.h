@@ -1,0 +1,49 @@
+// Which targets cover which of the h x w pixels, as a list sorted by pixel.
+//
+// The pixels of a row of mask logits are cut into chunks of 16. An entry says which lanes of one chunk belong to one
+// target, so the sums of the mask cost take one masked addition per chunk and target found there: their cost grows with
+// the covered area and the length of the outlines, not with the number of targets, and overlapping masks need no other
+// form. One list serves all layers and queries of the image.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "targets.h"
+
+namespace fastmask {
+
+constexpr int64_t kChunk = 16;
+
+struct CoverageEntry {
+  int32_t chunk;
+  int32_t target;
+  int32_t lanes;  // bit i: pixel 16 * chunk + i belongs to the target
+};
+
+// Plain pointers for the kernels, which must share no inline function of the standard library between SIMD levels.
+struct CoverageView {
+  const CoverageEntry* entries;  // by chunk, then by target
+  int64_t num_entries;
+  const int32_t* valid;  // [chunks] lanes that count at all: neither void nor beyond h * w
+  const float* areas;    // [targets] counted pixels of each target
+  int64_t targets;
+  int64_t pixels;  // counted pixels
+};
+
+struct Coverage {
+  std::vector<CoverageEntry> entries;
+  std::vector<int32_t> valid;
+  std::vector<float> areas;
+  int64_t pixels = 0;
+
+  CoverageView view() const {
+    return {entries.data(), static_cast<int64_t>(entries.size()), valid.data(),
+            areas.data(),   static_cast<int64_t>(areas.size()),   pixels};
+  }
+};
+
+// Samples the targets at the nearest of H x W for each of h x w pixels.
+Coverage make_coverage(const ImageTargets& targets, int64_t h, int64_t w);
+
+}  // namespace fastmask

@@ -1,0 +1,153 @@
+#include "cpu/mask_cost.h"
+
+#include "cpu/vec.h"
+
+namespace fastmask::FASTMASK_SIMD {
+namespace {
+
+constexpr int64_t kBlock = kMaskCostBlock;
+constexpr int kParts = kChunk / kLanes;
+
+struct Totals {
+  double probability = 0;  // sum_c p[c]
+  double negative = 0;     // sum_c F-[c]
+};
+
+// All ones in the lanes of part `part` of a chunk that `lanes` names.
+inline vint select(int32_t lanes, int part) {
+  vint lane_bit;
+  for (int i = 0; i < kLanes; ++i) lane_bit[i] = 1 << i;
+  return ((splat(lanes >> (part * kLanes)) & lane_bit) != 0);
+}
+
+inline vfloat masked(vint mask, vfloat v) { return mask ? v : vfloat{}; }
+
+// Adds each target's sums of p and of F+ - F- over its pixels, 16 lanes apart, and returns the row's totals.
+template <bool kFocal, bool kSquare>
+Totals accumulate(const void* logits, int64_t offset, int64_t pixels, Dtype dtype, const CoverageView& coverage,
+                  MaskTerm term, float* block, float* sums) {
+  float* x_block = block;                        // [kBlock]
+  float* p_block = block + kBlock;               // [kBlock]
+  float* difference_block = block + 2 * kBlock;  // [kBlock]
+  vfloat probability[kParts] = {};
+  vfloat negative[kParts] = {};
+  const CoverageEntry* entry = coverage.entries;
+  const CoverageEntry* const last_entry = entry + coverage.num_entries;
+  Totals totals;
+
+  for (int64_t begin = 0; begin < pixels; begin += kBlock) {
+    const int64_t count = pixels - begin < kBlock ? pixels - begin : kBlock;
+    const int64_t first_chunk = begin / kChunk;
+    const int64_t last_chunk = first_chunk + (count + kChunk - 1) / kChunk;
+    load_logits(logits, dtype, offset + begin, count, x_block);
+
+    for (int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
+      const int32_t valid = coverage.valid[chunk];
+      for (int part = 0; part < kParts; ++part) {
+        const int64_t at = (chunk - first_chunk) * kChunk + part * kLanes;
+        const vfloat x = load(x_block + at);
+        const Sigmoid s = sigmoid(x);
+        vfloat negative_term = s.softplus_pos;
+        vfloat difference = -x;
+        if (kFocal) {
+          negative_term = (1.0f - term.alpha) * focal_power<kSquare>(s.p, s.softplus_neg, term.gamma) * s.softplus_pos;
+          difference =
+              term.alpha * focal_power<kSquare>(s.q, s.softplus_pos, term.gamma) * s.softplus_neg - negative_term;
+        }
+        store(p_block + at, s.p);
+        store(difference_block + at, difference);
+        const vint counted = select(valid, part);
+        probability[part] += masked(counted, s.p);
+        negative[part] += masked(counted, negative_term);
+      }
+    }
+
+    for (; entry != last_entry && entry->chunk < last_chunk; ++entry) {
+      float* target_sums = sums + entry->target * 2 * kChunk;
+      for (int part = 0; part < kParts; ++part) {
+        const int64_t at = (entry->chunk - first_chunk) * kChunk + part * kLanes;
+        const vint covered = select(entry->lanes, part);
+        float* p_sum = target_sums + part * kLanes;
+        float* difference_sum = p_sum + kChunk;
+        store(p_sum, load(p_sum) + masked(covered, load(p_block + at)));
+        store(difference_sum, load(difference_sum) + masked(covered, load(difference_block + at)));
+      }
+    }
+  }
+  for (int part = 0; part < kParts; ++part) {
+    totals.probability += sum_lanes(probability[part]);
+    totals.negative += sum_lanes(negative[part]);
+  }
+  return totals;
+}
+
+double sum_chunk(const float* values) {
+  double total = 0;
+  for (int64_t i = 0; i < kChunk; ++i) total += values[i];
+  return total;
+}
+
+// The class term needs max and sum over the classes: softmax[k] = exp(x[k] - max) / sum.
+struct Softmax {
+  float maximum;
+  double sum;
+};
+
+Softmax softmax_of(const void* logits, int64_t offset, int64_t classes, Dtype dtype, float* block) {
+  float maximum = -__builtin_inff();
+  bool nan = false;
+  for (int64_t begin = 0; begin < classes; begin += kBlock) {
+    const int64_t count = classes - begin < kBlock ? classes - begin : kBlock;
+    load_logits(logits, dtype, offset + begin, count, block);
+    for (int64_t i = 0; i < count; ++i) {
+      nan |= block[i] != block[i];
+      maximum = block[i] > maximum ? block[i] : maximum;
+    }
+  }
+  double sum = 0;
+  for (int64_t begin = 0; begin < classes; begin += kBlock) {
+    const int64_t count = classes - begin < kBlock ? classes - begin : kBlock;
+    load_logits(logits, dtype, offset + begin, count, block);
+    for (int64_t i = count; i % kChunk != 0; ++i) block[i] = -__builtin_inff();
+    vfloat lanes = {};
+    for (int64_t i = 0; i < count; i += kLanes) lanes += exp_neg(maximum - load(block + i));
+    sum += sum_lanes(lanes);
+  }
+  return {nan ? __builtin_nanf("") : maximum, sum};
+}
+
+float logit_at(const void* logits, Dtype dtype, int64_t index) {
+  float padded[kChunk];
+  load_logits(logits, dtype, index, 1, padded);
+  return padded[0];
+}
+
+}  // namespace
+
+void mask_cost_row(const void* class_logits, int64_t class_offset, int64_t classes, Dtype class_dtype,
+                   const void* mask_logits, int64_t mask_offset, int64_t pixels, Dtype mask_dtype,
+                   const int64_t* labels, const CoverageView& coverage, MaskTerm term, MaskCostWeights weights,
+                   float* scratch, float* cost) {
+  const int64_t targets = coverage.targets;
+  float* block = scratch;
+  float* sums = scratch + 3 * kBlock;
+  memset(sums, 0, sizeof(float) * 2 * kChunk * targets);
+  const auto run = !term.focal          ? accumulate<false, true>
+                   : term.gamma == 2.0f ? accumulate<true, true>
+                                        : accumulate<true, false>;
+  const Totals totals = run(mask_logits, mask_offset, pixels, mask_dtype, coverage, term, block, sums);
+  const Softmax softmax = softmax_of(class_logits, class_offset, classes, class_dtype, block);
+  const double counted = coverage.pixels > 0 ? static_cast<double>(coverage.pixels) : 1.0;
+  for (int64_t m = 0; m < targets; ++m) {
+    const double intersection = sum_chunk(sums + m * 2 * kChunk);
+    const double difference = sum_chunk(sums + m * 2 * kChunk + kChunk);
+    const double mask_cost = (difference + totals.negative) / counted;
+    const double dice_cost = 1.0 - (2.0 * intersection + 1.0) / (totals.probability + coverage.areas[m] + 1.0);
+    const vfloat shifted = splat(softmax.maximum - logit_at(class_logits, class_dtype, class_offset + labels[m]));
+    const double probability = exp_neg(shifted)[0] / softmax.sum;
+    cost[m] = static_cast<float>(-weights.cost_class * probability + weights.cost_mask * mask_cost +
+                                 weights.cost_dice * dice_cost);
+  }
+}
+
+}  // namespace fastmask::FASTMASK_SIMD

@@ -1,0 +1,180 @@
+// Vectors of the SIMD level that this file is compiled for, and the special functions that the kernels need.
+//
+// Only functions of this level's namespace may be defined here: an inline function shared between levels would be
+// merged by the linker into one copy, compiled for whichever level came first.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "dtype.h"
+
+namespace fastmask::FASTMASK_SIMD {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+using vfloat = float __attribute__((vector_size(4 * kLanes)));
+using vint = int32_t __attribute__((vector_size(4 * kLanes)));
+using vbyte = uint8_t __attribute__((vector_size(kLanes)));
+
+static inline vfloat splat(float x) { return vfloat{} + x; }
+static inline vint splat(int32_t x) { return vint{} + x; }
+
+static inline vfloat load(const float* p) {
+  vfloat v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+static inline void store(float* p, vfloat v) { memcpy(p, &v, sizeof v); }
+
+// kLanes bytes, each widened to 32 bits.
+static inline vint load_bytes(const uint8_t* p) {
+  vbyte v;
+  memcpy(&v, p, sizeof v);
+  return __builtin_convertvector(v, vint);
+}
+
+static inline vint bits(vfloat v) {
+  vint i;
+  memcpy(&i, &v, sizeof i);
+  return i;
+}
+
+static inline vfloat from_bits(vint i) {
+  vfloat v;
+  memcpy(&v, &i, sizeof v);
+  return v;
+}
+
+// a * b + c, rounded once where the level has such an instruction.
+static inline vfloat fma(vfloat a, vfloat b, vfloat c) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (vfloat)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+// The sum over the lanes, in a fixed order.
+static inline double sum_lanes(vfloat v) {
+  double total = 0;
+  for (int i = 0; i < kLanes; ++i) total += v[i];
+  return total;
+}
+
+// exp(-a) for a >= 0: 2^n times a degree-6 minimax polynomial on [-1/2, 1/2] (relative error 2e-9 before rounding).
+// Below 2^-126 the result stays there; NaN stays NaN.
+static inline vfloat exp_neg(vfloat a) {
+  vfloat t = a * -1.44269504f;
+  t = t < -126.0f ? splat(-126.0f) : t;
+  const vfloat magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const vfloat rounded = t + magic;
+  const vfloat f = fma(a, splat(-1.92596299e-08f), fma(a, splat(-1.44269504f), magic - rounded));
+  const vfloat fraction = t == -126.0f ? vfloat{} : f;
+  vfloat y = splat(1.5345811821e-04f);
+  y = fma(y, fraction, splat(1.3399931218e-03f));
+  y = fma(y, fraction, splat(9.6184889578e-03f));
+  y = fma(y, fraction, splat(5.5503287770e-02f));
+  y = fma(y, fraction, splat(2.4022646891e-01f));
+  y = fma(y, fraction, splat(6.9314720574e-01f));
+  y = fma(y, fraction, splat(1.0f));
+  return y * from_bits((bits(rounded) << 23) + splat(int32_t{127 << 23}));
+}
+
+// What every mask term needs of a logit x, from one exponential and one division.
+struct Sigmoid {
+  vfloat p;             // sigmoid(x)
+  vfloat q;             // 1 - p = sigmoid(-x)
+  vfloat softplus_pos;  // softplus(x) = log(1 + exp(x)) = -log(q)
+  vfloat softplus_neg;  // softplus(-x) = -log(p)
+};
+
+// With e = exp(-|x|): sigmoid(|x|) = 1 / (1 + e), and log(1 + e) = 2 atanh(s) with s = e / (2 + e) <= 1/3, by a
+// degree-4 minimax polynomial in s^2 (relative error 4e-9 before rounding, also where e is tiny). One division
+// 1 / ((1 + e) (2 + e)) serves both.
+static inline Sigmoid sigmoid(vfloat x) {
+  const vint negative = x < 0.0f;
+  const vfloat magnitude = negative ? -x : x;
+  const vfloat e = exp_neg(magnitude);
+  const vfloat one_e = e + 1.0f;
+  const vfloat two_e = e + 2.0f;
+  const vfloat r = 1.0f / (one_e * two_e);
+  const vfloat large = two_e * r;  // sigmoid(|x|)
+  const vfloat small = e * large;  // sigmoid(-|x|)
+  const vfloat s = e * (one_e * r);
+  const vfloat u = s * s;
+  vfloat y = splat(2.8178334886e-01f);
+  y = fma(y, u, splat(2.7960602759e-01f));
+  y = fma(y, u, splat(4.0024910282e-01f));
+  y = fma(y, u, splat(6.6666314682e-01f));
+  y = fma(y, u, splat(2.0f));
+  const vfloat log1p_e = y * s;
+  return {negative ? small : large, negative ? large : small, (negative ? vfloat{} : x) + log1p_e,
+          (negative ? magnitude : vfloat{}) + log1p_e};
+}
+
+// base^gamma, the focal loss's weight, for base in (0, 1], given -log(base) >= 0.
+template <bool kSquare>
+static inline vfloat focal_power(vfloat base, vfloat minus_log, float gamma) {
+  return kSquare ? base * base : exp_neg(minus_log * gamma);
+}
+
+// Reads `count` logits from element `offset` on as float32; the rest up to a multiple of 16 becomes 0.
+static inline void load_logits(const void* logits, Dtype dtype, int64_t offset, int64_t count, float* out) {
+  int64_t i = 0;
+  if (dtype == Dtype::kFloat32) {
+    memcpy(out, static_cast<const float*>(logits) + offset, count * sizeof(float));
+    i = count;
+  } else if (dtype == Dtype::kBFloat16) {
+    const uint16_t* source = static_cast<const uint16_t*>(logits) + offset;
+    for (; i < count; ++i) {
+      const uint32_t word = static_cast<uint32_t>(source[i]) << 16;
+      memcpy(out + i, &word, sizeof word);
+    }
+  } else {
+    const uint16_t* source = static_cast<const uint16_t*>(logits) + offset;
+#if defined(__AVX2__)
+    for (; i + 8 <= count; i += 8) {
+      _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i))));
+    }
+#endif
+    for (; i < count; ++i) out[i] = half_to_float(source[i]);
+  }
+  for (; i % 16 != 0; ++i) out[i] = 0.0f;
+}
+
+// Writes `count` floats from element `offset` on, rounded to nearest even.
+static inline void store_logits(const float* in, int64_t count, void* logits, Dtype dtype, int64_t offset) {
+  if (dtype == Dtype::kFloat32) {
+    memcpy(static_cast<float*>(logits) + offset, in, count * sizeof(float));
+    return;
+  }
+  uint16_t* target = static_cast<uint16_t*>(logits) + offset;
+  int64_t i = 0;
+  if (dtype == Dtype::kFloat16) {
+#if defined(__AVX2__)
+    for (; i + 8 <= count; i += 8) {
+      const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(target + i), half);
+    }
+#endif
+    for (; i < count; ++i) target[i] = float_to_half(in[i]);
+  } else {
+    for (; i < count; ++i) target[i] = float_to_bfloat16(in[i]);
+  }
+}
+
+}  // namespace fastmask::FASTMASK_SIMD

@@ -1,0 +1,124 @@
+// From PyTorch's tensors to what the kernels take; every size is checked here, at the door.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "dtype.h"
+#include "mask_term.h"
+#include "targets.h"
+
+namespace fastmask {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline Dtype logit_dtype(const Tensor& logits, const char* name) {
+  switch (logits.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::kFloat32;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    case ScalarType::Half:
+      return Dtype::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16");
+  }
+}
+
+inline MaskTerm mask_term(const std::string& name, double alpha, double gamma) {
+  STD_TORCH_CHECK(name == "focal" || name == "bce", "mask_term must be focal or bce, got ", name);
+  return {name == "focal", static_cast<float>(alpha), static_cast<float>(gamma)};
+}
+
+// The targets of a batch, with contiguous copies of its tensors where they were not.
+class BatchTargets {
+ public:
+  BatchTargets(const Tensor& labels, const std::optional<Tensor>& masks, const std::optional<Tensor>& segments,
+               const std::optional<Tensor>& valid, int64_t void_value, bool ignore_void)
+      : labels_(torch::stable::contiguous(labels)), void_value_(void_value), ignore_void_(ignore_void) {
+    STD_TORCH_CHECK(labels.dim() == 2 && labels.scalar_type() == ScalarType::Long, "labels must be (B, M) int64");
+    STD_TORCH_CHECK(masks.has_value() != segments.has_value(), "expected exactly one of masks and segments");
+    if (masks.has_value()) {
+      masks_ = torch::stable::contiguous(*masks);
+      STD_TORCH_CHECK(
+          masks_.dim() == 4 && masks_.size(0) == batch() && masks_.size(1) == max_targets() && is_bytes(masks_),
+          "masks must be (B, M, H, W) uint8 or bool for the B and M of labels");
+      height_ = masks_.size(2);
+      width_ = masks_.size(3);
+    } else {
+      segments_ = torch::stable::contiguous(*segments);
+      STD_TORCH_CHECK(segments_.dim() == 3 && segments_.size(0) == batch(), "segments must be (B, H, W)");
+      height_ = segments_.size(1);
+      width_ = segments_.size(2);
+      switch (segments_.scalar_type()) {
+        case ScalarType::Byte:
+          segment_type_ = SegmentType::kUInt8;
+          segment_bytes_ = 1;
+          break;
+        case ScalarType::Short:
+          segment_type_ = SegmentType::kInt16;
+          segment_bytes_ = 2;
+          break;
+        case ScalarType::Int:
+          segment_type_ = SegmentType::kInt32;
+          segment_bytes_ = 4;
+          break;
+        default:
+          STD_TORCH_CHECK(false, "segments must be uint8, int16 or int32");
+      }
+    }
+    if (valid.has_value()) {
+      valid_ = torch::stable::contiguous(*valid);
+      STD_TORCH_CHECK(valid_.dim() == 3 && valid_.size(0) == batch() && valid_.size(1) == height_ &&
+                          valid_.size(2) == width_ && is_bytes(valid_),
+                      "valid must be (B, H, W) bool for the size of the targets");
+    }
+    STD_TORCH_CHECK(height_ > 0 && width_ > 0, "targets must have at least one pixel");
+  }
+
+  int64_t batch() const { return labels_.size(0); }
+  int64_t max_targets() const { return labels_.size(1); }
+  int64_t height() const { return height_; }
+  int64_t width() const { return width_; }
+  const int64_t* labels(int64_t image) const {
+    return static_cast<const int64_t*>(labels_.data_ptr()) + image * max_targets();
+  }
+
+  ImageTargets image(int64_t b) const {
+    const int64_t plane = height_ * width_;
+    ImageTargets targets{};
+    targets.height = height_;
+    targets.width = width_;
+    while (targets.count < max_targets() && labels(b)[targets.count] >= 0) ++targets.count;
+    if (masks_.defined()) {
+      targets.masks = static_cast<const uint8_t*>(masks_.data_ptr()) + b * max_targets() * plane;
+    } else {
+      targets.segments = static_cast<const uint8_t*>(segments_.data_ptr()) + b * plane * segment_bytes_;
+    }
+    targets.segment_type = segment_type_;
+    if (valid_.defined()) targets.valid = static_cast<const uint8_t*>(valid_.data_ptr()) + b * plane;
+    targets.void_value = void_value_;
+    targets.ignore_void = ignore_void_;
+    return targets;
+  }
+
+ private:
+  static bool is_bytes(const Tensor& tensor) {
+    return tensor.scalar_type() == ScalarType::Byte || tensor.scalar_type() == ScalarType::Bool;
+  }
+
+  Tensor labels_, masks_, segments_, valid_;
+  SegmentType segment_type_ = SegmentType::kUInt8;
+  int64_t segment_bytes_ = 1;
+  int64_t height_ = 0, width_ = 0;
+  int64_t void_value_;
+  bool ignore_void_;
+};
+
+}  // namespace fastmask

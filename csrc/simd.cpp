@@ -1,0 +1,44 @@
+#include "simd.h"
+
+#include <algorithm>
+#include <atomic>
+
+namespace fastmask {
+namespace {
+
+SimdLevel detect() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx2 && avx512) return SimdLevel::kAvx512;
+  if (avx2) return SimdLevel::kAvx2;
+#endif
+  return SimdLevel::kPortable;
+}
+
+const SimdLevel best = detect();
+std::atomic<SimdLevel> current{best};
+
+}  // namespace
+
+SimdLevel simd_level() { return current.load(std::memory_order_relaxed); }
+
+SimdLevel set_simd_level(SimdLevel level) {
+  current.store(std::clamp(level, SimdLevel::kPortable, best), std::memory_order_relaxed);
+  return simd_level();
+}
+
+const char* simd_level_name(SimdLevel level) {
+  switch (level) {
+    case SimdLevel::kAvx512:
+      return "avx512";
+    case SimdLevel::kAvx2:
+      return "avx2";
+    default:
+      return "portable";
+  }
+}
+
+}  // namespace fastmask

@@ -1,0 +1,32 @@
+"""Fused GPU and CPU kernels for mask-classification segmentation: MaskFormer, Segmenter and their descendants."""
+
+from fastmask.functional import (
+    assign,
+    class_loss,
+    instance_inference,
+    mask_cost,
+    mask_loss,
+    masked_attention,
+    panoptic_inference,
+    semantic_inference,
+    show_config,
+)
+from fastmask.modules import HungarianMatcher, SetCriterion
+from fastmask.targets import Targets
+from fastmask.version import __version__
+
+__all__ = [
+    "HungarianMatcher",
+    "SetCriterion",
+    "Targets",
+    "__version__",
+    "assign",
+    "class_loss",
+    "instance_inference",
+    "mask_cost",
+    "mask_loss",
+    "masked_attention",
+    "panoptic_inference",
+    "semantic_inference",
+    "show_config",
+]

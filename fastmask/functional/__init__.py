@@ -1,0 +1,24 @@
+"""The stateless API: checks arguments, picks a backend, and calls the registered operators.
+
+``backend`` is "auto", "reference", "native" (C++/CUDA) or "triton". One that is asked for by name never falls back.
+"""
+
+from fastmask.functional.assign import assign
+from fastmask.functional.class_loss import class_loss
+from fastmask.functional.config import show_config
+from fastmask.functional.inference import instance_inference, panoptic_inference, semantic_inference
+from fastmask.functional.mask_cost import mask_cost
+from fastmask.functional.mask_loss import mask_loss
+from fastmask.functional.masked_attention import masked_attention
+
+__all__ = [
+    "assign",
+    "class_loss",
+    "instance_inference",
+    "mask_cost",
+    "mask_loss",
+    "masked_attention",
+    "panoptic_inference",
+    "semantic_inference",
+    "show_config",
+]

@@ -1,0 +1,93 @@
+"""Argument checks of the public functions: each error names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmask.targets import Targets
+
+MASK_TERMS = ("focal", "bce")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_mask_term(mask_term: str, alpha: float, gamma: float) -> None:
+    check_choice("mask_term", mask_term, MASK_TERMS)
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must lie in 0..1, got {alpha}")
+    if not gamma >= 0:
+        raise ValueError(f"gamma must be at least 0, got {gamma}")
+
+
+def check_floating(name: str, tensor: Tensor, least_dim: int, shape: str) -> None:
+    """A floating-point tensor of at least ``least_dim`` dimensions, the shape said in words for the message."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape {shape}, got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+    if tensor.dim() < least_dim:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {shape}")
+
+
+def check_targets(targets: Targets, name: str, logits: Tensor, batch_size: int) -> None:
+    """``targets`` fits the ``batch_size`` images and the device of ``logits``, which is called ``name``."""
+    if not isinstance(targets, Targets):
+        raise TypeError(f"targets must be a fastmask.Targets, got {type(targets).__name__}")
+    if targets.batch_size != batch_size:
+        raise ValueError(f"targets has {targets.batch_size} images, {name} of shape {tuple(logits.shape)} {batch_size}")
+    if targets.device != logits.device:
+        raise ValueError(f"targets is on {targets.device}, {name} on {logits.device}")
+
+
+def check_mask_logits(mask_logits: Tensor, targets: Targets) -> None:
+    check_floating("mask_logits", mask_logits, 4, "(..., B, N, h, w)")
+    if mask_logits.shape[-1] == 0 or mask_logits.shape[-2] == 0:
+        raise ValueError(f"mask_logits has shape {tuple(mask_logits.shape)}; expected at least one pixel")
+    if 0 in targets.size:
+        raise ValueError(f"targets has masks of {targets.size[0]} x {targets.size[1]}; expected at least one pixel")
+    check_targets(targets, "mask_logits", mask_logits, mask_logits.shape[-4])
+
+
+def check_class_logits(class_logits: Tensor, targets: Targets) -> None:
+    check_floating("class_logits", class_logits, 3, "(..., B, N, K+1)")
+    if class_logits.shape[-1] < 2:
+        raise ValueError(
+            f"class_logits has shape {tuple(class_logits.shape)}; expected at least one class and no-object"
+        )
+    check_targets(targets, "class_logits", class_logits, class_logits.shape[-3])
+    # Reading values on a GPU would make the host wait for it; kernels read no class out of bounds.
+    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+        num_classes = class_logits.shape[-1] - 1
+        if targets.labels.numel() > 0 and (highest := int(targets.labels.max())) >= num_classes:
+            raise ValueError(f"targets.labels holds {highest}; class_logits has classes 0..{num_classes - 1}")
+
+
+def check_pair_of_logits(class_logits: Tensor, mask_logits: Tensor) -> None:
+    if class_logits.shape[:-1] != mask_logits.shape[:-2]:
+        raise ValueError(
+            f"class_logits has shape {tuple(class_logits.shape)} and mask_logits {tuple(mask_logits.shape)}; "
+            "expected (..., B, N, K+1) and (..., B, N, h, w) with equal (..., B, N)"
+        )
+
+
+def check_assignment(assignment: Tensor, leading: tuple[int, ...], num_queries: int, targets: Targets) -> None:
+    expected = (*leading, targets.batch_size, targets.num_targets)
+    if assignment.dtype != torch.int64:
+        raise TypeError(f"assignment must have dtype int64, got {assignment.dtype}")
+    if tuple(assignment.shape) != expected:
+        raise ValueError(f"assignment has shape {tuple(assignment.shape)}; expected {expected}")
+    if assignment.device != targets.device:
+        raise ValueError(f"assignment is on {assignment.device}, targets on {targets.device}")
+    if assignment.device.type == "cpu" and not torch.compiler.is_compiling() and assignment.numel() > 0:
+        low, high = int(assignment.min()), int(assignment.max())
+        if low < -1 or high >= num_queries:
+            raise ValueError(f"assignment holds {low if low < -1 else high}; expected -1..{num_queries - 1}")
+
+
+def computing_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any tensor is, else float32: what the reference backend computes in."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32

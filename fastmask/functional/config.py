@@ -1,0 +1,41 @@
+"""What was built, and what will run."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from fastmask.functional._backend import _automatic
+from fastmask.ops import OPERATORS
+from fastmask.ops.library import extension_error, unavailable_reason
+from fastmask.version import __version__
+
+
+def show_config() -> str:
+    """Prints, and returns, what was built, which SIMD level is in use, and what ``backend="auto"`` takes for each
+    operator on each device that is there."""
+    lines = [f"fastmask {__version__}, torch {torch.__version__}"]
+    if (error := extension_error()) is not None:
+        lines.append(f"extension: {error}")
+    elif importlib.util.find_spec("fastmask._native") is None:
+        lines.append("extension: built for another version of Python (fastmask._native is missing)")
+    else:
+        from fastmask import _native
+
+        lines.append(f"extension: SIMD {_native.simd_level()} of {_native.simd_levels}, compiler {_native.compiler}")
+        lines.append(f"CUDA architectures: {_native.cuda_archs or 'none (built without nvcc or CUDA sources)'}")
+    lines.append(f"triton: {'installed' if importlib.util.find_spec('triton') else 'not installed'}")
+    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+        lines.append(f'backend="auto" on {device}:')
+        probe = torch.empty(0, device=device)
+        for operator in OPERATORS.values():
+            others = [
+                f"{backend}: {reason}"
+                for backend in ("native", "triton")
+                if (reason := unavailable_reason(operator, backend, probe)) is not None
+            ]
+            lines.append(f"  {operator.name:<18} {_automatic(operator, probe):<10} {'; '.join(others)}".rstrip())
+    text = "\n".join(lines)
+    print(text)
+    return text

@@ -1,0 +1,1 @@
+"""One file for each foreign library: explicit functions that patch a given object."""

@@ -1,0 +1,11 @@
+"""One registered operator for each hot path: schema, fake kernel and autograd in Python, kernels elsewhere.
+
+An operator's implementations are the C++ and CUDA of ``csrc`` (loaded as a library) and the Triton kernels of
+``fastmask.kernels`` (imported when first used).
+"""
+
+from fastmask.ops import mask_cost, mask_loss
+
+OPERATORS = {module.OPERATOR.name: module.OPERATOR for module in (mask_cost, mask_loss)}
+
+__all__ = ["OPERATORS"]

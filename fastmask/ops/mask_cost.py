@@ -1,0 +1,22 @@
+"""``fastmask::mask_cost``: the matching cost of every query against every target, for all layers and images."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmask.ops.library import Operator
+
+OPERATOR = Operator("mask_cost", native=("cpu",))
+
+torch.library.define(
+    "fastmask::mask_cost",
+    "(Tensor class_logits, Tensor mask_logits, Tensor labels, Tensor? masks, Tensor? segments, Tensor? valid, "
+    "int void_value, bool ignore_void, float cost_class, float cost_mask, float cost_dice, str mask_term, "
+    "float alpha, float gamma) -> Tensor",
+)
+
+
+@torch.library.register_fake("fastmask::mask_cost")
+def _(class_logits: Tensor, mask_logits: Tensor, labels: Tensor, *_: object) -> Tensor:
+    return mask_logits.new_empty((*mask_logits.shape[:3], labels.shape[1]), dtype=torch.float32)

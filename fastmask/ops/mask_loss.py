@@ -1,0 +1,52 @@
+"""``fastmask::mask_loss``: the mask and dice losses of the matched pairs, and their gradient.
+
+The forward operator returns, for each pair, both losses and the four sums that backward needs: sum p t, sum p, sum t
+and the number of counted pixels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmask.ops.library import Operator
+
+OPERATOR = Operator("mask_loss", native=("cpu",))
+
+_TARGET_ARGUMENTS = (
+    "Tensor mask_logits, Tensor assignment, Tensor labels, Tensor? masks, Tensor? segments, Tensor? valid, "
+    "int void_value, bool ignore_void, str mask_term, float alpha, float gamma"
+)
+torch.library.define("fastmask::mask_loss", f"({_TARGET_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
+torch.library.define(
+    "fastmask::mask_loss_backward", f"(Tensor grad_mask, Tensor grad_dice, Tensor sums, {_TARGET_ARGUMENTS}) -> Tensor"
+)
+
+
+@torch.library.register_fake("fastmask::mask_loss")
+def _(mask_logits: Tensor, assignment: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    pairs = mask_logits.new_empty(assignment.shape, dtype=torch.float32)
+    return pairs, torch.empty_like(pairs), pairs.new_empty((*assignment.shape, 4))
+
+
+@torch.library.register_fake("fastmask::mask_loss_backward")
+def _(grad_mask: Tensor, grad_dice: Tensor, sums: Tensor, mask_logits: Tensor, *_: object) -> Tensor:
+    return mask_logits.new_empty(mask_logits.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    mask_logits, assignment, labels, masks, segments, valid, *options = inputs
+    sums = output[2]
+    ctx.mark_non_differentiable(sums)
+    ctx.save_for_backward(sums, mask_logits, assignment, labels, masks, segments, valid)
+    ctx.options = options
+
+
+def _backward(ctx: Any, grad_mask: Tensor, grad_dice: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad = torch.ops.fastmask.mask_loss_backward(grad_mask, grad_dice, *ctx.saved_tensors, *ctx.options)
+    return grad, *[None] * 10
+
+
+torch.library.register_autograd("fastmask::mask_loss", _backward, setup_context=_setup_context)

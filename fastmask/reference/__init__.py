@@ -1,0 +1,25 @@
+"""The oracle: every operation in plain PyTorch, as the papers' equations read, in any float dtype up to float64."""
+
+from fastmask.reference.assign import assign
+from fastmask.reference.attention import masked_attention
+from fastmask.reference.class_loss import class_loss
+from fastmask.reference.instance import INSTANCE_RULES, instance_inference
+from fastmask.reference.mask_cost import mask_cost
+from fastmask.reference.mask_loss import mask_loss
+from fastmask.reference.panoptic import PANOPTIC_RULES, PanopticRule, panoptic_inference
+from fastmask.reference.semantic import label_dtype, semantic_inference
+
+__all__ = [
+    "INSTANCE_RULES",
+    "PANOPTIC_RULES",
+    "PanopticRule",
+    "assign",
+    "class_loss",
+    "instance_inference",
+    "label_dtype",
+    "mask_cost",
+    "mask_loss",
+    "masked_attention",
+    "panoptic_inference",
+    "semantic_inference",
+]

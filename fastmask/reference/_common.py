@@ -1,0 +1,95 @@
+"""What several references share: argument checks, resampling, and the two element-wise mask terms."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+MASK_TERMS = ("focal", "bce")
+
+
+def check_choice(name: str, value: str, choices: Collection[str]) -> None:
+    """Raises ValueError when ``value`` is none of the ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    """Raises ValueError when the last dimensions of ``tensor`` are not ``expected`` (-1 takes any size)."""
+    shape = tuple(tensor.shape)
+    tail = shape[len(shape) - len(expected) :]
+    if len(shape) < len(expected) or any(e not in (-1, s) for s, e in zip(tail, expected, strict=True)):
+        wanted = ", ".join("?" if e == -1 else str(e) for e in expected)
+        raise ValueError(f"{name} has shape {shape}; expected (..., {wanted})")
+
+
+def check_focal(alpha: float, gamma: float) -> None:
+    """Raises ValueError outside 0 <= alpha <= 1 and gamma >= 0."""
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must lie in 0..1, got {alpha}")
+    if not gamma >= 0:
+        raise ValueError(f"gamma must be at least 0, got {gamma}")
+
+
+def resize_bilinear(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """``(..., h, w)`` to ``(..., H, W)``, bilinear with align_corners=False and no antialiasing."""
+    return _resize(maps, size, mode="bilinear", align_corners=False)
+
+
+def resize_nearest(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """``(..., h, w)`` to ``(..., H, W)`` by PyTorch's "nearest" rule: output i reads input floor(i * h / H)."""
+    return _resize(maps.float(), size, mode="nearest").to(maps.dtype)
+
+
+def _resize(maps: Tensor, size: tuple[int, int], **options: object) -> Tensor:
+    planes = maps.reshape(-1, 1, *maps.shape[-2:])
+    return F.interpolate(planes, size=tuple(size), **options).reshape(*maps.shape[:-2], *size)
+
+
+def mask_terms(logits: Tensor, mask_term: str, alpha: float, gamma: float) -> tuple[Tensor, Tensor]:
+    """The loss of each logit x if its pixel is foreground, and if it is background.
+
+    "focal": alpha (1 - p)^gamma softplus(-x) and (1 - alpha) p^gamma softplus(x), p = sigmoid(x)
+    (RetinaNet, arXiv:1708.02002, equation 5). "bce": softplus(-x) and softplus(x).
+
+    softplus(x) is written -logsigmoid(-x) and 1 - p is sigmoid(-x): both keep their relative precision in the tails,
+    which ``F.softplus`` (linear beyond 20) and the subtraction do not.
+    """
+    foreground = -F.logsigmoid(logits)
+    background = -F.logsigmoid(-logits)
+    if mask_term == "focal":
+        foreground = alpha * torch.sigmoid(-logits) ** gamma * foreground
+        background = (1 - alpha) * torch.sigmoid(logits) ** gamma * background
+    return foreground, background
+
+
+def image_logits(
+    mask_logits: Tensor, padded_size: tuple[int, int] | None, valid_size: tuple[int, int] | None
+) -> Tensor:
+    """Mask logits of the image alone: upsampled to the padded network input, then its top left ``valid_size`` pixels.
+
+    None skips either step.
+    """
+    if padded_size is not None:
+        mask_logits = resize_bilinear(mask_logits, padded_size)
+    if valid_size is None:
+        return mask_logits
+    height, width = valid_size
+    if not (0 < height <= mask_logits.shape[-2] and 0 < width <= mask_logits.shape[-1]):
+        raise ValueError(f"valid_size={tuple(valid_size)} does not lie within the {tuple(mask_logits.shape[-2:])} map")
+    return mask_logits[..., :height, :width]
+
+
+def as_batch(class_logits: Tensor, mask_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """``(B, N, K+1)`` and ``(B, N, h, w)``, from one image without B as well; checks that the two fit."""
+    if class_logits.dim() == 2 and mask_logits.dim() == 3:
+        class_logits, mask_logits = class_logits[None], mask_logits[None]
+    if class_logits.dim() != 3 or mask_logits.dim() != 4 or class_logits.shape[:2] != mask_logits.shape[:2]:
+        raise ValueError(
+            f"class_logits has shape {tuple(class_logits.shape)} and mask_logits {tuple(mask_logits.shape)}; "
+            "expected (B, N, K+1) and (B, N, h, w)"
+        )
+    return class_logits, mask_logits

@@ -1,0 +1,80 @@
+"""Instance segmentation from class and mask logits."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from fastmask.reference._common import as_batch, check_choice, image_logits, resize_bilinear, resize_nearest
+
+INSTANCE_RULES = ("mask2former", "huggingface")
+
+
+def instance_inference(
+    class_logits: Tensor,
+    mask_logits: Tensor,
+    size: tuple[int, int],
+    *,
+    top_k: int = 100,
+    rule: str = "mask2former",
+    stuff_classes: Collection[int] = (),
+    padded_size: tuple[int, int] | None = None,
+    valid_size: tuple[int, int] | None = None,
+) -> list[dict[str, Tensor]]:
+    """The ``top_k`` pairs (query n, class k) of highest P = softmax(class_logits[n])[k]; a query may give several.
+
+    mask = x > 0 and score = P * sum(sigmoid(x) mask) / (sum(mask) + 1e-6), x being the query's mask logits
+    (Mask2Former, arXiv:2112.01527, and its code). The rules differ in where x is taken:
+
+    - "mask2former": x at the output size, upsampled bilinearly.
+    - "huggingface": x at h x w; the binary mask is then brought to the output size by the "nearest" rule.
+
+    Args:
+        class_logits: ``(B, N, K+1)`` float, or ``(N, K+1)`` for one image.
+        mask_logits: ``(B, N, h, w)`` float, or ``(N, h, w)``.
+        size: (H, W) of the masks.
+        top_k: how many pairs; all N * K when there are fewer.
+        rule: "mask2former" or "huggingface".
+        stuff_classes: pairs of these classes are dropped from the ``top_k``, as Mask2Former does where it also does
+            panoptic segmentation.
+        padded_size, valid_size: resize the masks by way of the padded network input and crop the image from it, as
+            the original code does (see ``semantic_inference``; Hugging Face's code for Mask2Former is
+            ``padded_size=(384, 384)``); None skips each.
+
+    Returns:
+        For each image {"scores": ``(R,)`` in the promoted dtype of the logits, "labels": ``(R,)`` int64,
+        "masks": ``(R, H, W)`` bool}, by falling P; R = top_k less what ``stuff_classes`` drops. Masks may overlap, and
+        may be empty (score 0).
+
+    Raises:
+        ValueError: an unknown ``rule``, ``top_k`` below 1, shapes that do not fit, or ``valid_size`` beyond the map.
+    """
+    check_choice("rule", rule, INSTANCE_RULES)
+    if top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    class_logits, mask_logits = as_batch(class_logits, mask_logits)
+    mask_logits = image_logits(mask_logits, padded_size, valid_size)
+    if rule == "mask2former":
+        mask_logits = resize_bilinear(mask_logits, size)
+    stuff = torch.tensor(sorted(stuff_classes), dtype=torch.int64, device=class_logits.device)
+    results = []
+    for image_classes, image_masks in zip(class_logits, mask_logits, strict=True):
+        probabilities = image_classes.softmax(-1)[:, :-1]  # [N, K]
+        best = probabilities.flatten().topk(min(top_k, probabilities.numel()))
+        labels = best.indices % probabilities.shape[1]
+        queries = best.indices // probabilities.shape[1]
+        things = ~torch.isin(labels, stuff)
+        x = image_masks[queries[things]]  # [R, h, w]
+        masks = x > 0
+        inside = masks.to(x.dtype)
+        mask_scores = (x.sigmoid() * inside).sum((-2, -1)) / (inside.sum((-2, -1)) + 1e-6)
+        results.append(
+            {
+                "scores": best.values[things] * mask_scores,
+                "labels": labels[things],
+                "masks": resize_nearest(masks, size),
+            }
+        )
+    return results

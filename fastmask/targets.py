@@ -1,0 +1,276 @@
+"""The one container of training targets: on the device, padded, and built without host syncs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
+
+PADDING_LABEL = -1
+SEGMENT_DTYPES = (torch.uint8, torch.int16, torch.int32)
+MASK_DTYPES = (torch.uint8, torch.bool)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Ground truth of a batch of B images with at most M targets each, on an H x W grid.
+
+    Exactly one of ``masks`` and ``segments`` is given. The segment map takes one byte per pixel
+    instead of M and is the better form whenever masks do not overlap.
+
+    Args:
+        labels: ``(B, M)`` int64, the class of each target in ``0..K-1``; -1 pads images with fewer targets.
+            The targets of an image come first, its padding last.
+        counts: ``(B,)`` int64, how many targets each image has.
+        masks: ``(B, M, H, W)`` uint8 or bool, 1 where the pixel belongs to the target; may overlap.
+        segments: ``(B, H, W)`` uint8, int16 or int32, the index ``0..M-1`` of the target that owns the pixel.
+            ``void`` marks an unlabelled pixel; any other value is background, which belongs to no target.
+        valid: ``(B, H, W)`` bool, False at unlabelled pixels; only with ``masks`` (a segment map has ``void``).
+        void: the value of unlabelled pixels in ``segments``.
+
+    Raises:
+        TypeError: a tensor has the wrong dtype.
+        ValueError: a tensor has the wrong shape or device, or both or neither form is given.
+    """
+
+    labels: Tensor
+    counts: Tensor
+    masks: Tensor | None = None
+    segments: Tensor | None = None
+    valid: Tensor | None = None
+    void: int = 255
+
+    def __post_init__(self) -> None:
+        if (self.masks is None) == (self.segments is None):
+            raise ValueError("Targets takes exactly one of masks and segments")
+        _check("labels", self.labels, (torch.int64,), 2)
+        batch_size, num_targets = self.labels.shape
+        _check("counts", self.counts, (torch.int64,), 1, (batch_size,))
+        if self.masks is not None:
+            _check("masks", self.masks, MASK_DTYPES, 4, (batch_size, num_targets))
+        if self.segments is not None:
+            _check("segments", self.segments, SEGMENT_DTYPES, 3, (batch_size,))
+            if self.valid is not None:
+                raise ValueError("valid goes with masks; a segment map marks unlabelled pixels with its void value")
+            if self.segments.dtype == torch.uint8 and num_targets > 255:
+                raise ValueError(f"segments of dtype uint8 cannot index {num_targets} targets; use int16 or int32")
+            if 0 <= self.void < num_targets:
+                raise ValueError(f"void={self.void} is also the index of one of the {num_targets} targets")
+        if self.valid is not None:
+            _check("valid", self.valid, (torch.bool,), 3, (batch_size, *self.size))
+        for name, tensor in self._tensors():
+            if tensor.device != self.labels.device:
+                raise ValueError(f"{name} is on {tensor.device}, labels on {self.labels.device}")
+
+    @property
+    def batch_size(self) -> int:
+        """B, the number of images."""
+        return self.labels.shape[0]
+
+    @property
+    def num_targets(self) -> int:
+        """M, the largest number of targets that an image can have here."""
+        return self.labels.shape[1]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of the masks, in pixels."""
+        plane = self.masks if self.masks is not None else self.segments
+        return plane.shape[-2], plane.shape[-1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.labels.device
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Targets:
+        """The same targets on another device."""
+        return replace(self, **{name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self._tensors()})
+
+    def pin_memory(self) -> Targets:
+        """The same targets in page-locked host memory."""
+        return replace(self, **{name: tensor.pin_memory() for name, tensor in self._tensors()})
+
+    def dense_masks(self) -> Tensor:
+        """``(B, M, H, W)`` bool: the binary mask of each target, all False for padding."""
+        if self.masks is not None:
+            masks = self.masks.bool()
+        else:
+            indices = torch.arange(self.num_targets, device=self.device)
+            masks = self.segments[:, None] == indices[None, :, None, None]
+        return masks & (self.labels >= 0)[:, :, None, None]
+
+    def valid_pixels(self) -> Tensor:
+        """``(B, H, W)`` bool: False at unlabelled pixels."""
+        if self.segments is not None:
+            return self.segments != self.void
+        if self.valid is not None:
+            return self.valid
+        return torch.ones((self.batch_size, *self.size), dtype=torch.bool, device=self.device)
+
+    def to_list(self) -> list[dict[str, Tensor]]:
+        """A list of ``{"labels": (M_b,), "masks": (M_b, H, W) bool}``, one an image. Reads ``counts`` on the host."""
+        masks = self.dense_masks()
+        return [
+            {"labels": self.labels[b, :count], "masks": masks[b, :count]}
+            for b, count in enumerate(self.counts.tolist())
+        ]
+
+    @staticmethod
+    def from_list(
+        targets: Sequence[Mapping[str, Tensor]],
+        *,
+        num_classes: int | None = None,
+        size: tuple[int, int] | None = None,
+        device: torch.device | str | None = None,
+    ) -> Targets:
+        """Pads a list of ``{"labels", "masks"}`` dicts, one an image, as the original repository passes them.
+
+        Args:
+            targets: each has ``labels (M_b,)`` of any integer dtype and ``masks (M_b, H_b, W_b)``, binary, of any
+                dtype. An image without objects has ``M_b = 0``.
+            num_classes: K; when given, labels that lie on the CPU are checked against ``0..K-1``.
+            size: (H, W) to pad to, at the bottom and right; the largest mask of the batch by default. Pixels
+                added by padding belong to no target and are not ``valid``.
+            device: where to put the result; by default where the labels are.
+
+        Raises:
+            ValueError: an empty list, a missing key, labels and masks that differ in number, a label out of range, or
+                a mask larger than ``size``.
+        """
+        if len(targets) == 0:
+            raise ValueError("targets is an empty list; expected one dict for each image")
+        for b, target in enumerate(targets):
+            _check_target(b, target, num_classes)
+        heights, widths = zip(*(target["masks"].shape[-2:] for target in targets), strict=True)
+        height, width = size or (max(heights), max(widths))
+        if max(heights) > height or max(widths) > width:
+            raise ValueError(f"a mask of {max(heights)} x {max(widths)} pixels does not fit size={height} x {width}")
+        device = device or targets[0]["labels"].device
+        labels = pad_sequence(
+            [target["labels"].to(device, torch.int64) for target in targets],
+            batch_first=True,
+            padding_value=PADDING_LABEL,
+        )
+        masks = torch.zeros((len(targets), labels.shape[1], height, width), dtype=torch.uint8, device=device)
+        for b, target in enumerate(targets):
+            image_masks = target["masks"]
+            masks[b, : image_masks.shape[0], : heights[b], : widths[b]] = image_masks.to(device)
+        valid = None
+        if min(heights) < height or min(widths) < width:
+            valid = torch.stack(
+                [
+                    pad(torch.ones(h, w, dtype=torch.bool, device=device), (0, width - w, 0, height - h))
+                    for h, w in zip(heights, widths, strict=True)
+                ]
+            )
+        return Targets(labels, (labels >= 0).sum(1), masks=masks, valid=valid)
+
+    @staticmethod
+    def from_segmentation(
+        segmentation: Tensor, num_classes: int, *, ignore_index: int = 255, max_targets: int | None = None
+    ) -> Targets:
+        """One target for each class that an image contains, as semantic segmentation trains mask classification.
+
+        Args:
+            segmentation: ``(B, H, W)`` integer class of each pixel in ``0..K-1``, or ``ignore_index``.
+            num_classes: K.
+            ignore_index: the class of unlabelled pixels; they become void.
+            max_targets: M of the result; ``num_classes`` by default, so that no host sync is needed to count. Classes
+                beyond the first ``max_targets`` of an image become background.
+
+        Raises:
+            ValueError: a wrong shape, or (for CPU tensors) a class outside ``0..K-1`` that is not ``ignore_index``.
+        """
+        if segmentation.dim() != 3:
+            raise ValueError(f"segmentation must be (B, H, W), got {tuple(segmentation.shape)}")
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        ignored = segmentation == ignore_index
+        classes = segmentation.long()
+        if segmentation.device.type == "cpu":
+            wrong = ~ignored & ((classes < 0) | (classes >= num_classes))
+            if wrong.any():
+                value = int(classes[wrong][0])
+                raise ValueError(f"segmentation holds class {value}; expected 0..{num_classes - 1} or {ignore_index}")
+        batch_size = segmentation.shape[0]
+        num_targets = num_classes if max_targets is None else max_targets
+        slots = classes.masked_fill(ignored, num_classes)
+        present = torch.zeros(batch_size, num_classes + 1, dtype=torch.int64, device=segmentation.device)
+        present.scatter_(1, slots.flatten(1), 1)
+        present = present[:, :num_classes]
+        rank = (present.cumsum(1) - 1).masked_fill((present == 0), num_targets).clamp(max=num_targets)
+        all_classes = torch.arange(num_classes, device=segmentation.device).expand(batch_size, -1)
+        labels = torch.full((batch_size, num_targets + 1), PADDING_LABEL, device=segmentation.device)
+        labels.scatter_(1, rank, all_classes)
+        labels = labels[:, :num_targets].contiguous()
+        dtype, void = _segment_dtype(num_targets)
+        background = 254 if void == 255 else -2
+        rank = rank.masked_fill(rank == num_targets, background)
+        lookup = torch.cat([rank, rank.new_full((batch_size, 1), void)], 1).to(dtype)
+        segments = lookup.gather(1, slots.flatten(1)).view_as(segmentation)
+        return Targets(labels, (labels >= 0).sum(1), segments=segments, void=void)
+
+    @staticmethod
+    def from_segments(segments: Tensor, labels: Sequence[Tensor], *, void: int | None = None) -> Targets:
+        """Targets from a panoptic segment map and the class of each of its segments.
+
+        Args:
+            segments: ``(B, H, W)`` uint8, int16 or int32; pixel value m belongs to segment m of its image.
+            labels: for each image ``(M_b,)`` integer classes, in the order of the segments.
+            void: the value of unlabelled pixels; 255 for uint8 and -1 for the signed types by default.
+        """
+        if len(labels) != segments.shape[0]:
+            raise ValueError(f"labels has {len(labels)} images, segments {segments.shape[0]}")
+        if void is None:
+            void = 255 if segments.dtype == torch.uint8 else -1
+        padded = pad_sequence(
+            [image_labels.to(segments.device, torch.int64) for image_labels in labels],
+            batch_first=True,
+            padding_value=PADDING_LABEL,
+        )
+        return Targets(padded, (padded >= 0).sum(1), segments=segments, void=void)
+
+    def _tensors(self) -> list[tuple[str, Tensor]]:
+        return [(f.name, getattr(self, f.name)) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)]
+
+
+def _segment_dtype(num_targets: int) -> tuple[torch.dtype, int]:
+    """The smallest dtype whose values index the targets and still mark void and background; and its void value."""
+    if num_targets <= 254:
+        return torch.uint8, 255
+    return (torch.int16, -1) if num_targets <= 2**15 else (torch.int32, -1)
+
+
+def _check(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], dim: int, leading: tuple[int, ...] = ()) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name} must have dtype {names}, got {tensor.dtype}")
+    if tensor.dim() != dim or tuple(tensor.shape[: len(leading)]) != leading:
+        expected = (*map(str, leading), *"?" * (dim - len(leading)))
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected ({', '.join(expected)})")
+
+
+def _check_target(b: int, target: Mapping[str, Tensor], num_classes: int | None) -> None:
+    for key in ("labels", "masks"):
+        if key not in target:
+            raise ValueError(f'targets[{b}] has no "{key}"; expected the keys "labels" and "masks"')
+    labels, masks = target["labels"], target["masks"]
+    if labels.dim() != 1 or labels.is_floating_point():
+        raise ValueError(f'targets[{b}]["labels"] must be 1-D integers, got {labels.dtype} {tuple(labels.shape)}')
+    if masks.dim() != 3 or masks.shape[0] != labels.shape[0]:
+        raise ValueError(
+            f'targets[{b}]["masks"] has shape {tuple(masks.shape)}; expected ({labels.shape[0]}, H, W) for its labels'
+        )
+    if num_classes is not None and labels.device.type == "cpu" and labels.numel() > 0:
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= num_classes:
+            raise ValueError(
+                f'targets[{b}]["labels"] holds {low if low < 0 else high}; expected 0..{num_classes - 1} '
+                f"(num_classes={num_classes})"
+            )
