@@ -25,7 +25,9 @@ ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
 
 TORCH_TARGET_VERSION = "0x020a000000000000"  # torch 2.10, the oldest that the binary runs with
-CXX_FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=off -Wall -Wextra".split()
+CXX_FLAGS = (
+    "-std=c++20 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=off -Wall -Wextra"
+).split()
 SIMD_FLAGS = {
     "portable": [],
     "avx2": "-mavx2 -mfma -mf16c -mtune=haswell".split(),

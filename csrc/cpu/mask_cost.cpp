@@ -22,18 +22,15 @@ inline vint select(int32_t lanes, int part) {
 
 inline vfloat masked(vint mask, vfloat v) { return mask ? v : vfloat{}; }
 
-// Adds each target's sums of p and of F+ - F- over its pixels, 16 lanes apart, and returns the row's totals.
+// Adds each target's sums of p, F+ and F- over its pixels, 16 lanes apart, and returns the row's totals.
 template <bool kFocal, bool kSquare>
 Totals accumulate(const void* logits, int64_t offset, int64_t pixels, Dtype dtype, const CoverageView& coverage,
-                  MaskTerm term, float* block, float* sums) {
-  float* x_block = block;                        // [kBlock]
-  float* p_block = block + kBlock;               // [kBlock]
-  float* difference_block = block + 2 * kBlock;  // [kBlock]
+                  MaskTerm term, float* blocks, float* sums) {
+  float* x_block = blocks;  // [kBlock], and then one block for each of the kMaskCostSums terms
   vfloat probability[kParts] = {};
   vfloat negative[kParts] = {};
   const CoverageEntry* entry = coverage.entries;
   const CoverageEntry* const last_entry = entry + coverage.num_entries;
-  Totals totals;
 
   for (int64_t begin = 0; begin < pixels; begin += kBlock) {
     const int64_t count = pixels - begin < kBlock ? pixels - begin : kBlock;
@@ -44,36 +41,36 @@ Totals accumulate(const void* logits, int64_t offset, int64_t pixels, Dtype dtyp
     for (int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
       const int32_t valid = coverage.valid[chunk];
       for (int part = 0; part < kParts; ++part) {
-        const int64_t at = (chunk - first_chunk) * kChunk + part * kLanes;
-        const vfloat x = load(x_block + at);
-        const Sigmoid s = sigmoid(x);
-        vfloat negative_term = s.softplus_pos;
-        vfloat difference = -x;
+        float* at = x_block + (chunk - first_chunk) * kChunk + part * kLanes;
+        const Sigmoid s = sigmoid(load(at));
+        vfloat foreground = s.softplus_neg;
+        vfloat background = s.softplus_pos;
         if (kFocal) {
-          negative_term = (1.0f - term.alpha) * focal_power<kSquare>(s.p, s.softplus_neg, term.gamma) * s.softplus_pos;
-          difference =
-              term.alpha * focal_power<kSquare>(s.q, s.softplus_pos, term.gamma) * s.softplus_neg - negative_term;
+          foreground *= term.alpha * focal_power<kSquare>(s.q, s.softplus_pos, term.gamma);
+          background *= (1.0f - term.alpha) * focal_power<kSquare>(s.p, s.softplus_neg, term.gamma);
         }
-        store(p_block + at, s.p);
-        store(difference_block + at, difference);
+        store(at + kBlock, s.p);
+        store(at + 2 * kBlock, foreground);
+        store(at + 3 * kBlock, background);
         const vint counted = select(valid, part);
         probability[part] += masked(counted, s.p);
-        negative[part] += masked(counted, negative_term);
+        negative[part] += masked(counted, background);
       }
     }
 
     for (; entry != last_entry && entry->chunk < last_chunk; ++entry) {
-      float* target_sums = sums + entry->target * 2 * kChunk;
+      float* target_sums = sums + entry->target * kMaskCostSums * kChunk;
       for (int part = 0; part < kParts; ++part) {
-        const int64_t at = (entry->chunk - first_chunk) * kChunk + part * kLanes;
+        const float* at = x_block + (entry->chunk - first_chunk) * kChunk + part * kLanes;
         const vint covered = select(entry->lanes, part);
-        float* p_sum = target_sums + part * kLanes;
-        float* difference_sum = p_sum + kChunk;
-        store(p_sum, load(p_sum) + masked(covered, load(p_block + at)));
-        store(difference_sum, load(difference_sum) + masked(covered, load(difference_block + at)));
+        for (int k = 0; k < kMaskCostSums; ++k) {
+          float* sum = target_sums + k * kChunk + part * kLanes;
+          store(sum, load(sum) + masked(covered, load(at + (k + 1) * kBlock)));
+        }
       }
     }
   }
+  Totals totals;
   for (int part = 0; part < kParts; ++part) {
     totals.probability += sum_lanes(probability[part]);
     totals.negative += sum_lanes(negative[part]);
@@ -130,8 +127,8 @@ void mask_cost_row(const void* class_logits, int64_t class_offset, int64_t class
                    float* scratch, float* cost) {
   const int64_t targets = coverage.targets;
   float* block = scratch;
-  float* sums = scratch + 3 * kBlock;
-  memset(sums, 0, sizeof(float) * 2 * kChunk * targets);
+  float* sums = scratch + (1 + kMaskCostSums) * kBlock;
+  memset(sums, 0, sizeof(float) * kMaskCostSums * kChunk * targets);
   const auto run = !term.focal          ? accumulate<false, true>
                    : term.gamma == 2.0f ? accumulate<true, true>
                                         : accumulate<true, false>;
@@ -139,9 +136,11 @@ void mask_cost_row(const void* class_logits, int64_t class_offset, int64_t class
   const Softmax softmax = softmax_of(class_logits, class_offset, classes, class_dtype, block);
   const double counted = coverage.pixels > 0 ? static_cast<double>(coverage.pixels) : 1.0;
   for (int64_t m = 0; m < targets; ++m) {
-    const double intersection = sum_chunk(sums + m * 2 * kChunk);
-    const double difference = sum_chunk(sums + m * 2 * kChunk + kChunk);
-    const double mask_cost = (difference + totals.negative) / counted;
+    const float* target_sums = sums + m * kMaskCostSums * kChunk;
+    const double intersection = sum_chunk(target_sums);
+    const double foreground = sum_chunk(target_sums + kChunk);
+    const double background = totals.negative - sum_chunk(target_sums + 2 * kChunk);
+    const double mask_cost = (foreground + background) / counted;
     const double dice_cost = 1.0 - (2.0 * intersection + 1.0) / (totals.probability + coverage.areas[m] + 1.0);
     const vfloat shifted = splat(softmax.maximum - logit_at(class_logits, class_dtype, class_offset + labels[m]));
     const double probability = exp_neg(shifted)[0] / softmax.sum;

@@ -16,12 +16,18 @@ struct MaskCostWeights {
 
 constexpr int64_t kMaskCostBlock = 1024;  // pixels whose per-pixel terms stay in the L1 cache
 
+// Sums over each target's pixels: p, F+ and F-. F+ - F- in one sum would do, but where F- is large inside the target it
+// cancels against the total, and on small maps its rounding shows.
+constexpr int kMaskCostSums = 3;
+
 // Floats of scratch memory that mask_cost_row needs for `targets` targets.
-constexpr int64_t mask_cost_scratch(int64_t targets) { return 3 * kMaskCostBlock + 2 * kChunk * targets; }
+constexpr int64_t mask_cost_scratch(int64_t targets) {
+  return (1 + kMaskCostSums) * kMaskCostBlock + kMaskCostSums * kChunk * targets;
+}
 
 // cost[m] = cost_class * (-softmax(class_logits)[labels[m]]) + cost_mask * mask term + cost_dice * dice term,
 // with the sums over the counted pixels c of the h x w grid
-//   focal[m] = (sum_c (F+ - F-)[c] T[m,c] + sum_c F-[c]) / pixels,
+//   focal[m] = (sum_c F+[c] T[m,c] + sum_c F-[c] - sum_c F-[c] T[m,c]) / pixels,
 //   dice[m] = 1 - (2 sum_c p[c] T[m,c] + 1) / (sum_c p[c] + sum_c T[m,c] + 1).
 //
 //   class_logits  [classes], last is no-object, from element class_offset on

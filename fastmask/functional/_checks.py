@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -33,10 +35,13 @@ def check_floating(name: str, tensor: Tensor, least_dim: int, shape: str) -> Non
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {shape}")
 
 
-def check_targets(targets: Targets, name: str, logits: Tensor, batch_size: int) -> None:
-    """``targets`` fits the ``batch_size`` images and the device of ``logits``, which is called ``name``."""
+def check_is_targets(targets: Targets) -> None:
     if not isinstance(targets, Targets):
         raise TypeError(f"targets must be a fastmask.Targets, got {type(targets).__name__}")
+
+
+def check_targets(targets: Targets, name: str, logits: Tensor, batch_size: int) -> None:
+    """``targets`` fits the ``batch_size`` images and the device of ``logits``, which is called ``name``."""
     if targets.batch_size != batch_size:
         raise ValueError(f"targets has {targets.batch_size} images, {name} of shape {tuple(logits.shape)} {batch_size}")
     if targets.device != logits.device:
@@ -44,6 +49,7 @@ def check_targets(targets: Targets, name: str, logits: Tensor, batch_size: int) 
 
 
 def check_mask_logits(mask_logits: Tensor, targets: Targets) -> None:
+    check_is_targets(targets)
     check_floating("mask_logits", mask_logits, 4, "(..., B, N, h, w)")
     if mask_logits.shape[-1] == 0 or mask_logits.shape[-2] == 0:
         raise ValueError(f"mask_logits has shape {tuple(mask_logits.shape)}; expected at least one pixel")
@@ -53,6 +59,7 @@ def check_mask_logits(mask_logits: Tensor, targets: Targets) -> None:
 
 
 def check_class_logits(class_logits: Tensor, targets: Targets) -> None:
+    check_is_targets(targets)
     check_floating("class_logits", class_logits, 3, "(..., B, N, K+1)")
     if class_logits.shape[-1] < 2:
         raise ValueError(
@@ -86,6 +93,11 @@ def check_assignment(assignment: Tensor, leading: tuple[int, ...], num_queries: 
         low, high = int(assignment.min()), int(assignment.max())
         if low < -1 or high >= num_queries:
             raise ValueError(f"assignment holds {low if low < -1 else high}; expected -1..{num_queries - 1}")
+
+
+def stack_layers(tensor: Tensor, dim: int) -> Tensor:
+    """``(..., *last dim sizes)`` to ``(L, *last dim sizes)``: what operators take for any leading dimensions."""
+    return tensor.reshape(math.prod(tensor.shape[:-dim]), *tensor.shape[-dim:])
 
 
 def computing_dtype(*tensors: Tensor) -> torch.dtype:

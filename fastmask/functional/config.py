@@ -8,7 +8,7 @@ import torch
 
 from fastmask.functional._backend import _automatic
 from fastmask.ops import OPERATORS
-from fastmask.ops.library import extension_error, unavailable_reason
+from fastmask.ops.library import EXTENSION_ERROR, unavailable_reason
 from fastmask.version import __version__
 
 
@@ -16,8 +16,8 @@ def show_config() -> str:
     """Prints, and returns, what was built, which SIMD level is in use, and what ``backend="auto"`` takes for each
     operator on each device that is there."""
     lines = [f"fastmask {__version__}, torch {torch.__version__}"]
-    if (error := extension_error()) is not None:
-        lines.append(f"extension: {error}")
+    if EXTENSION_ERROR is not None:
+        lines.append(f"extension: {EXTENSION_ERROR}")
     elif importlib.util.find_spec("fastmask._native") is None:
         lines.append("extension: built for another version of Python (fastmask._native is missing)")
     else:

@@ -12,6 +12,7 @@ from fastmask.functional._checks import (
     check_mask_term,
     check_pair_of_logits,
     computing_dtype,
+    stack_layers,
 )
 from fastmask.ops.mask_cost import OPERATOR
 from fastmask.targets import Targets
@@ -85,8 +86,8 @@ def mask_cost(
             valid=targets.valid_pixels() if ignore_void else None,
         )
     cost = torch.ops.fastmask.mask_cost(
-        class_logits.reshape(-1, *class_logits.shape[-3:]),
-        mask_logits.reshape(-1, *mask_logits.shape[-4:]),
+        stack_layers(class_logits, 3),
+        stack_layers(mask_logits, 4),
         targets.labels,
         targets.masks,
         targets.segments,

@@ -12,6 +12,7 @@ from fastmask.functional._checks import (
     check_mask_logits,
     check_mask_term,
     computing_dtype,
+    stack_layers,
 )
 from fastmask.ops.mask_loss import OPERATOR
 from fastmask.targets import Targets
@@ -81,8 +82,8 @@ def mask_loss(
         )
     else:
         pair_mask, pair_dice, _ = torch.ops.fastmask.mask_loss(
-            mask_logits.reshape(-1, *mask_logits.shape[-4:]),
-            assignment.reshape(-1, *assignment.shape[-2:]),
+            stack_layers(mask_logits, 4),
+            stack_layers(assignment, 2),
             targets.labels,
             targets.masks,
             targets.segments,

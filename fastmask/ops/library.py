@@ -1,13 +1,12 @@
 """The operator library ``fastmask::``: every operator's schema exists always, its kernels where they were built.
 
 Importing this module loads ``libfastmask.so``. Where that fails, the operators still exist, trace and compile;
-``extension_error()`` says why they cannot run.
+``EXTENSION_ERROR`` says why they cannot run.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -32,9 +31,8 @@ class Operator:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@cache
-def extension_error() -> str | None:
-    """Loads the extension once; None, or the reason why it could not be loaded."""
+def _load_extension() -> str | None:
+    """None, or the reason why the extension could not be loaded."""
     if not EXTENSION.exists():
         return f"{EXTENSION.name} was not built (run pip install --no-build-isolation . in the source tree)"
     try:
@@ -42,6 +40,9 @@ def extension_error() -> str | None:
     except OSError as error:
         return f"{EXTENSION.name} could not be loaded: {error}"
     return None
+
+
+EXTENSION_ERROR = _load_extension()
 
 
 def triton_interpreted() -> bool:
@@ -59,8 +60,8 @@ def unavailable_reason(operator: Operator, backend: str, tensor: torch.Tensor) -
     if backend == "native":
         if device not in operator.native:
             return f"{operator.name} has no C++/CUDA kernel for {device} tensors"
-        if (error := extension_error()) is not None:
-            return error
+        if EXTENSION_ERROR is not None:
+            return EXTENSION_ERROR
     elif backend == "triton":
         if not operator.triton:
             return f"{operator.name} has no Triton kernel"
@@ -71,4 +72,15 @@ def unavailable_reason(operator: Operator, backend: str, tensor: torch.Tensor) -
     return None
 
 
-extension_error()
+SIMD_LEVELS = ("portable", "avx2", "avx512")
+
+torch.library.define("fastmask::_set_simd_level", "(int level) -> int")
+
+
+def set_simd_level(level: str) -> str:
+    """Lowers the SIMD level of the CPU kernels, for tests; "avx512" restores the processor's best.
+
+    Returns the level now in use: one that the processor lacks becomes the best that it has.
+    """
+    return SIMD_LEVELS[torch.ops.fastmask._set_simd_level(SIMD_LEVELS.index(level))]
+
