@@ -1,0 +1,176 @@
+"""``make demo``: trains a small MaskFormer on the embedded scenes and shows what it learned and what it cost.
+
+It ends with the criterion's time and memory with fastmask and with the PyTorch reference, measured on the model's own
+predictions in the same run.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchmetrics.classification import MulticlassJaccardIndex
+from torchmetrics.detection import PanopticQuality
+from tqdm import tqdm
+
+from fastmask.cli._pictures import contact_sheet, plot_losses, side_by_side
+from fastmask.cli._versus import compare_criteria
+from fastmask.data import (
+    CLASS_NAMES,
+    PALETTE,
+    STUFF_LABELS,
+    THING_LABELS,
+    ComposedScenes,
+    collate_scenes,
+)
+from fastmask.models import MaskFormer, MaskFormerConfig
+from fastmask.targets import Targets
+
+VOID = 255
+LEARNING_RATE = 1e-3
+WARMUP = 0.03  # share of the training time
+MAX_GRADIENT_NORM = 1.0
+PICTURED_SCENES = 6
+THRESHOLD = 0.5  # class probability that a query must exceed to be a segment
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def demo(
+    minutes: Annotated[float, typer.Option(help="Training time.")] = 3.0,
+    output: Annotated[Path, typer.Option(help="Folder for the pictures and the model.")] = Path("out/demo"),
+    batch_size: Annotated[int, typer.Option(min=1, help="Scenes in a training step.")] = 8,
+    size: Annotated[int, typer.Option(min=32, help="Height and width of the scenes, in pixels.")] = 128,
+    val_scenes: Annotated[int, typer.Option(min=1, help="Held-out scenes to evaluate on.")] = 200,
+    seed: Annotated[int, typer.Option(help="Of the weights and the order of scenes.")] = 0,
+) -> None:
+    """Train MaskFormer on scenes composed from real pixels, evaluate it on held-out ones, and write pictures."""
+    torch.manual_seed(seed)
+    output.mkdir(parents=True, exist_ok=True)
+    train_scenes = ComposedScenes("train", size=(size, size))
+    model = MaskFormer(
+        MaskFormerConfig.preset(
+            "tiny", len(CLASS_NAMES), class_names=tuple(CLASS_NAMES), stuff_classes=tuple(STUFF_LABELS)
+        )
+    )
+    print(
+        f"MaskFormer with {sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters, "
+        f"{torch.get_num_threads()} threads; scenes of {size} x {size} pixels, {len(CLASS_NAMES)} classes"
+    )
+    history = train(model, batches(train_scenes, batch_size, seed), minutes)
+    plot_losses(history, output / "loss.png")
+    model.save_pretrained(output / "model")
+
+    scenes = ComposedScenes("val", length=val_scenes, size=(size, size))
+    metrics = evaluate(model, DataLoader(scenes, batch_size=batch_size, collate_fn=collate_scenes))
+    draw(model, scenes, output / "scenes.png")
+    print(f"\non {val_scenes} held-out scenes after {len(history)} steps:")
+    for name, value in metrics.items():
+        print(f"  {name:<12}{100 * value:6.1f} %")
+    print(f"\npictures: {output}/scenes.png, {output}/loss.png; model: {output}/model\n")
+    print(compare_criteria(model, *next(batches(train_scenes, batch_size, seed + 1))))
+
+
+def batches(scenes: ComposedScenes, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Targets]]:
+    """Batches without end, in an order that depends on the seed alone."""
+    generator = torch.Generator().manual_seed(seed)
+    loader = DataLoader(
+        scenes, batch_size=batch_size, shuffle=True, generator=generator, collate_fn=collate_scenes, drop_last=True
+    )
+    while True:
+        yield from loader
+
+
+def train(model: MaskFormer, data: Iterator[tuple[Tensor, Targets]], minutes: float) -> list[dict[str, float]]:
+    """Trains for a given time; the learning rate follows the clock, up in a short warm-up and down to 0 as a cosine.
+
+    Returns:
+        The losses of each step, summed over the decoder layers: "loss" and its parts.
+    """
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    kept = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.05}, {"params": kept, "weight_decay": 0.0}], lr=LEARNING_RATE
+    )
+    model.train()
+    history: list[dict[str, float]] = []
+    start = time.perf_counter()
+    with tqdm(total=100, desc="training", bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}") as bar:
+        while (done := (time.perf_counter() - start) / (60 * minutes)) < 1:
+            for group in optimizer.param_groups:
+                group["lr"] = LEARNING_RATE * min(done / WARMUP, 1.0) * 0.5 * (1 + math.cos(math.pi * done))
+            images, targets = next(data)
+            losses = model(images, targets)
+            total = sum(losses.values())
+            optimizer.zero_grad()
+            total.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
+            optimizer.step()
+            history.append({"loss": total.item(), **parts(losses)})
+            bar.set_postfix(step=len(history), loss=f"{history[-1]['loss']:.2f}")
+            bar.update(100 * done - bar.n)
+        bar.update(100 - bar.n)
+    return history
+
+
+def parts(losses: dict[str, Tensor]) -> dict[str, float]:
+    """Each kind of loss, summed over the decoder layers."""
+    return {
+        label: sum(loss.item() for name, loss in losses.items() if name.startswith(kind))
+        for label, kind in (("classes", "loss_ce"), ("masks (focal)", "loss_mask"), ("masks (dice)", "loss_dice"))
+    }
+
+
+def evaluate(model: MaskFormer, loader: DataLoader) -> dict[str, float]:
+    """mIoU of the semantic results and PQ of the panoptic ones, as shares of 1."""
+    iou = MulticlassJaccardIndex(len(CLASS_NAMES), ignore_index=VOID)
+    quality = PanopticQuality(
+        set(THING_LABELS), set(STUFF_LABELS), allow_unknown_preds_category=True, return_sq_and_rq=True
+    )
+    for images, targets in tqdm(loader, desc="evaluating"):
+        truth = torch.stack([panoptic_map(*scene) for scene in zip(targets.segments, targets.labels, strict=True)])
+        results = model.predict(images, "panoptic", threshold=THRESHOLD)
+        found = torch.stack([panoptic_map(ids - 1, categories(infos)) for ids, infos in results])
+        quality.update(found, truth)
+        iou.update(torch.stack(model.predict(images)).long(), truth[..., 0])
+    panoptic, segmentation, recognition = quality.compute().tolist()
+    return {"mIoU": iou.compute().item(), "PQ": panoptic, "SQ": segmentation, "RQ": recognition}
+
+
+def categories(infos: list[dict[str, int | float | bool]]) -> Tensor:
+    """``(S,)`` the class of each segment id, less one."""
+    labels = torch.full((max((info["id"] for info in infos), default=0),), VOID)
+    for info in infos:
+        labels[info["id"] - 1] = info["category_id"]
+    return labels
+
+
+def panoptic_map(segments: Tensor, labels: Tensor) -> Tensor:
+    """``(H, W, 2)`` (class, segment) of each pixel, as torchmetrics takes them; pixels of no segment are VOID."""
+    labels = torch.cat([labels, labels.new_tensor([VOID])])
+    owned = (segments >= 0) & (segments < len(labels) - 1)
+    index = torch.where(owned, segments.long(), len(labels) - 1)
+    return torch.stack([labels[index], index], -1)
+
+
+def draw(model: MaskFormer, scenes: ComposedScenes, path: Path) -> None:
+    """Writes a sheet of scenes beside their truth and both results."""
+    rows = []
+    for i in range(min(PICTURED_SCENES, len(scenes))):
+        scene = scenes[i]
+        (semantic,) = model.predict([scene.image])
+        (panoptic,) = model.predict([scene.image], "panoptic", threshold=THRESHOLD)
+        rows.append(side_by_side(*scene, semantic, panoptic, CLASS_NAMES, PALETTE, captions=i == 0))
+    contact_sheet(rows, CLASS_NAMES, PALETTE, title="fastmask demo: held-out scenes").save(path)
+
+
+if __name__ == "__main__":
+    app()
