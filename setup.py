@@ -65,7 +65,8 @@ class NinjaBuild(build_ext):
     """Writes one build.ninja for both libraries and runs it; only what changed is compiled again."""
 
     def build_extensions(self) -> None:
-        build_dir = Path(self.build_temp).resolve()
+        # Not build_temp: an editable install puts that into a new folder each time, and would compile everything again.
+        build_dir = ROOT / "build" / f"ninja-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         build_dir.mkdir(parents=True, exist_ok=True)
         outputs = {ext.name: Path(self.get_ext_fullpath(ext.name)).resolve() for ext in self.extensions}
         for output in outputs.values():
@@ -109,7 +110,6 @@ def ninja_file(ops_library: Path, native_module: Path) -> str:
         objects += [compile("nvcc", source, torch_flags) for source in cuda_sources]
 
     rules = [
-        f"builddir = {ops_library.parent}",
         "rule cxx\n"
         f"  command = {cxx} -MMD -MF $out.d {' '.join(CXX_FLAGS)} -I{CSRC} $flags -c $in -o $out\n"
         "  depfile = $out.d\n  deps = gcc\n  description = CXX $out",

@@ -11,12 +11,15 @@ from fastmask.functional import (
     semantic_inference,
     show_config,
 )
+from fastmask.models import MaskFormer, MaskFormerConfig
 from fastmask.modules import HungarianMatcher, SetCriterion
 from fastmask.targets import Targets
 from fastmask.version import __version__
 
 __all__ = [
     "HungarianMatcher",
+    "MaskFormer",
+    "MaskFormerConfig",
     "SetCriterion",
     "Targets",
     "__version__",

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from fastmask.ops.library import SIMD_LEVELS, EXTENSION_ERROR, set_simd_level
+from fastmask.ops.library import EXTENSION_ERROR, SIMD_LEVELS, set_simd_level
 
 ERROR_FACTOR = 2.0
 

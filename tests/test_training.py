@@ -1,0 +1,54 @@
+"""A model trained with fastmask's kernels learns as one trained with the reference does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastmask import MaskFormer, MaskFormerConfig
+from fastmask.data import CLASS_NAMES, ComposedScenes, collate_scenes
+
+STEPS = 6
+
+
+def loss_curve(backend: str, seed: int) -> torch.Tensor:
+    """``(steps, losses)``: every loss of the first training steps, from one seed."""
+    torch.manual_seed(seed)
+    model = MaskFormer(MaskFormerConfig.preset("tiny", len(CLASS_NAMES), decoder_layers=2))
+    model.criterion.backend = model.criterion.matcher.backend = backend
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    scenes = ComposedScenes("train", size=(64, 64), seed=seed)
+    curve = []
+    for step in range(STEPS):
+        losses = model(*collate_scenes([scenes[3 * step + i] for i in range(3)]))
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+        curve.append(torch.stack([loss.detach() for loss in losses.values()]))
+    return torch.stack(curve)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_first_steps_follow_the_curve_of_the_reference(seed):
+    native, reference = loss_curve("native", seed), loss_curve("reference", seed)
+    # The first step differs by the rounding of one criterion; from then on the weights differ by rounding too, which
+    # each step magnifies.
+    torch.testing.assert_close(native[0], reference[0], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(native, reference, rtol=2e-3, atol=1e-5)
+
+
+def test_the_tiny_preset_learns_one_batch():
+    torch.manual_seed(0)
+    model = MaskFormer(MaskFormerConfig.preset("tiny", len(CLASS_NAMES), decoder_layers=2))
+    scenes = ComposedScenes("train", size=(64, 64))
+    images, targets = collate_scenes([scenes[i] for i in range(4)])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    totals = []
+    for _ in range(40):
+        total = sum(model(images, targets).values())
+        optimizer.zero_grad()
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        totals.append(total.item())
+    assert sum(totals[-5:]) < 0.7 * sum(totals[:5])
