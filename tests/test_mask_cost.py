@@ -89,6 +89,20 @@ def test_non_contiguous_inputs(generator):
     assert torch.equal(mask_cost(strided, transposed, flipped, backend="native"), expected)
 
 
+def test_layers_inside_images_are_read_in_place(generator):
+    """As a model lays them out that makes all layers' masks of an image in one product."""
+    class_logits, mask_logits = random_logits(SHAPES["usual"], generator)
+    targets = random_targets(SHAPES["usual"], generator, "segments")
+    strided = mask_logits.transpose(0, 1).contiguous().transpose(0, 1)
+    assert not strided.is_contiguous()
+    assert torch.equal(mask_cost(class_logits, strided, targets), mask_cost(class_logits, mask_logits, targets))
+    some = slice(1, None, 2)
+    assert torch.equal(
+        mask_cost(class_logits[:, :, some], strided[:, :, some], targets),
+        mask_cost(class_logits, mask_logits, targets)[:, :, some],
+    )
+
+
 def test_leading_dimensions(generator):
     class_logits, mask_logits = random_logits(SHAPES["usual"], generator)
     targets = random_targets(SHAPES["usual"], generator, "segments")

@@ -114,6 +114,19 @@ def test_non_contiguous_inputs(generator):
         assert torch.equal(actual, wanted)
 
 
+def test_layers_inside_images_are_read_in_place_and_the_gradient_is_laid_out_alike(generator):
+    mask_logits, targets, assignment = inputs_of(SHAPES["usual"], generator, "segments")
+    weights = torch.randn(2, *assignment.shape, generator=generator)
+    strided = mask_logits.transpose(0, 1).contiguous().transpose(0, 1)
+    expected = losses_and_gradient(mask_logits, targets, assignment, weights)
+    strided.requires_grad_()
+    losses = mask_loss(strided, targets, assignment, reduction="none")
+    (gradient,) = torch.autograd.grad(sum((x * y).sum() for x, y in zip(losses, weights, strict=True)), strided)
+    assert gradient.stride() == strided.stride() != mask_logits.stride()
+    for actual, wanted in zip((*losses, gradient), expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
 def test_leading_dimensions(generator):
     mask_logits, targets, assignment = inputs_of(SHAPES["usual"], generator, "segments")
     layers = mask_loss(mask_logits, targets, assignment)
@@ -180,7 +193,14 @@ def test_opcheck(form, generator):
     pair_mask, _, sums = torch.ops.fastmask.mask_loss(*arguments)
     gradients = torch.randn_like(pair_mask), torch.randn_like(pair_mask)
     arguments = (*gradients, sums.detach(), mask_logits.detach(), *arguments[1:])
-    torch.library.opcheck(torch.ops.fastmask.mask_loss_backward.default, arguments)
+    for layout in (
+        lambda x: x,
+        lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+        lambda x: x.mT.contiguous().mT,
+        lambda x: x.repeat_interleave(2, 2)[:, :, ::2],
+    ):
+        arguments = (*arguments[:3], layout(arguments[3]), *arguments[4:])
+        torch.library.opcheck(torch.ops.fastmask.mask_loss_backward.default, arguments)
 
 
 def test_compiles_to_one_graph(generator):

@@ -12,13 +12,12 @@ Tensor mask_cost(Tensor class_logits, Tensor mask_logits, Tensor labels, std::op
                  double cost_class, double cost_mask, double cost_dice, std::string term_name, double alpha,
                  double gamma) {
   class_logits = torch::stable::contiguous(class_logits);
-  mask_logits = torch::stable::contiguous(mask_logits);
-  STD_TORCH_CHECK(mask_logits.dim() == 5 && class_logits.dim() == 4, "expected (L, B, N, K+1) and (L, B, N, h, w)");
-  const int64_t layers = mask_logits.size(0), batch = mask_logits.size(1), queries = mask_logits.size(2);
-  const int64_t h = mask_logits.size(3), w = mask_logits.size(4), classes = class_logits.size(3);
-  STD_TORCH_CHECK(class_logits.size(0) == layers && class_logits.size(1) == batch && class_logits.size(2) == queries,
-                  "class_logits and mask_logits differ in layers, images or queries");
-  STD_TORCH_CHECK(h > 0 && w > 0 && classes > 0, "logits must have at least one pixel and one class");
+  const MaskLogits logits(mask_logits);
+  STD_TORCH_CHECK(class_logits.dim() == 4 && class_logits.size(3) > 0, "class_logits must be (L, B, N, K+1)");
+  const int64_t batch = logits.batch(), queries = logits.queries(), classes = class_logits.size(3);
+  STD_TORCH_CHECK(
+      class_logits.size(0) == logits.layers() && class_logits.size(1) == batch && class_logits.size(2) == queries,
+      "class_logits and mask_logits differ in layers, images or queries");
   const Dtype class_dtype = logit_dtype(class_logits, "class_logits");
   const Dtype mask_dtype = logit_dtype(mask_logits, "mask_logits");
   const MaskTerm term = mask_term(term_name, alpha, gamma);
@@ -34,21 +33,22 @@ Tensor mask_cost(Tensor class_logits, Tensor mask_logits, Tensor labels, std::op
   }
   std::vector<Coverage> coverage(batch);
   parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) coverage[b] = make_coverage(targets.image(b), h, w);
+    for (int64_t b = begin; b < end; ++b) coverage[b] = make_coverage(targets.image(b), logits.h(), logits.w());
   });
 
-  Tensor cost = torch::stable::new_empty(mask_logits, {layers, batch, queries, max_targets}, ScalarType::Float);
+  Tensor cost =
+      torch::stable::new_empty(mask_logits, {logits.layers(), batch, queries, max_targets}, ScalarType::Float);
   float* cost_data = static_cast<float*>(cost.data_ptr());
   const void* class_data = class_logits.data_ptr();
-  const void* mask_data = mask_logits.data_ptr();
+  const int64_t pixels = logits.h() * logits.w();
   const auto row_kernel = FASTMASK_SELECT(mask_cost_row);
-  parallel_for(0, layers * batch * queries, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, logits.rows(), 1, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(mask_cost_scratch(max_targets));
     for (int64_t row = begin; row < end; ++row) {
       const int64_t b = row / queries % batch;
       float* row_cost = cost_data + row * max_targets;
       const CoverageView view = coverage[b].view();
-      row_kernel(class_data, row * classes, classes, class_dtype, mask_data, row * h * w, h * w, mask_dtype,
+      row_kernel(class_data, row * classes, classes, class_dtype, logits.data(), logits.offset(row), pixels, mask_dtype,
                  targets.labels(b), view, term, weights, scratch.data(), row_cost);
       for (int64_t m = view.targets; m < max_targets; ++m) row_cost[m] = 0.0f;
     }

@@ -36,6 +36,42 @@ inline MaskTerm mask_term(const std::string& name, double alpha, double gamma) {
   return {name == "focal", static_cast<float>(alpha), static_cast<float>(gamma)};
 }
 
+// Mask logits (L, B, N, h, w) whose planes are contiguous while layers, images and queries may lie anywhere: a model
+// that makes the logits of all layers with one product per image has the images outermost in memory.
+class MaskLogits {
+ public:
+  explicit MaskLogits(const Tensor& logits) : tensor_(with_contiguous_planes(logits)) {
+    for (int i = 0; i < 3; ++i) stride_[i] = tensor_.stride(i);
+  }
+
+  const Tensor& tensor() const { return tensor_; }
+  const void* data() const { return tensor_.data_ptr(); }
+  int64_t layers() const { return tensor_.size(0); }
+  int64_t batch() const { return tensor_.size(1); }
+  int64_t queries() const { return tensor_.size(2); }
+  int64_t h() const { return tensor_.size(3); }
+  int64_t w() const { return tensor_.size(4); }
+  int64_t rows() const { return layers() * batch() * queries(); }
+
+  // The first element of the plane of row (l * B + b) * N + n.
+  int64_t offset(int64_t row) const {
+    const int64_t n = row % queries(), b = row / queries() % batch(), l = row / queries() / batch();
+    return l * stride_[0] + b * stride_[1] + n * stride_[2];
+  }
+
+ private:
+  static Tensor with_contiguous_planes(const Tensor& logits) {
+    STD_TORCH_CHECK(logits.dim() == 5, "mask_logits must be (L, B, N, h, w)");
+    const int64_t h = logits.size(3), w = logits.size(4);
+    STD_TORCH_CHECK(h > 0 && w > 0, "mask_logits must have at least one pixel");
+    const bool planes = (w == 1 || logits.stride(4) == 1) && (h == 1 || logits.stride(3) == w);
+    return planes ? logits : torch::stable::contiguous(logits);
+  }
+
+  Tensor tensor_;
+  int64_t stride_[3];
+};
+
 // The targets of a batch, with contiguous copies of its tensors where they were not.
 class BatchTargets {
  public:

@@ -33,7 +33,9 @@ def _(mask_logits: Tensor, assignment: Tensor, *_: object) -> tuple[Tensor, Tens
 
 @torch.library.register_fake("fastmask::mask_loss_backward")
 def _(grad_mask: Tensor, grad_dice: Tensor, sums: Tensor, mask_logits: Tensor, *_: object) -> Tensor:
-    return mask_logits.new_empty(mask_logits.shape)
+    h, w = mask_logits.shape[-2:]
+    contiguous_planes = (w == 1 or mask_logits.stride(-1) == 1) and (h == 1 or mask_logits.stride(-2) == w)
+    return torch.empty_like(mask_logits if contiguous_planes else mask_logits.contiguous())
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
