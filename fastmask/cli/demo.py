@@ -16,24 +16,15 @@ import torch
 import typer
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchmetrics.classification import MulticlassJaccardIndex
-from torchmetrics.detection import PanopticQuality
 from tqdm import tqdm
 
+from fastmask.cli._evaluation import evaluate
 from fastmask.cli._pictures import contact_sheet, plot_losses, side_by_side
 from fastmask.cli._versus import compare_criteria
-from fastmask.data import (
-    CLASS_NAMES,
-    PALETTE,
-    STUFF_LABELS,
-    THING_LABELS,
-    ComposedScenes,
-    collate_scenes,
-)
+from fastmask.data import CLASS_NAMES, PALETTE, STUFF_LABELS, ComposedScenes, collate_scenes
 from fastmask.models import MaskFormer, MaskFormerConfig
 from fastmask.targets import Targets
 
-VOID = 255
 LEARNING_RATE = 1e-3
 WARMUP = 0.03  # share of the training time
 MAX_GRADIENT_NORM = 1.0
@@ -70,7 +61,8 @@ def demo(
     model.save_pretrained(output / "model")
 
     scenes = ComposedScenes("val", length=val_scenes, size=(size, size))
-    metrics = evaluate(model, DataLoader(scenes, batch_size=batch_size, collate_fn=collate_scenes))
+    held_out = DataLoader(scenes, batch_size=batch_size, collate_fn=collate_scenes)
+    metrics = evaluate(model, tqdm(held_out, desc="evaluating"), threshold=THRESHOLD)
     draw(model, scenes, output / "scenes.png")
     print(f"\non {val_scenes} held-out scenes after {len(history)} steps:")
     for name, value in metrics.items():
@@ -127,38 +119,6 @@ def parts(losses: dict[str, Tensor]) -> dict[str, float]:
         label: sum(loss.item() for name, loss in losses.items() if name.startswith(kind))
         for label, kind in (("classes", "loss_ce"), ("masks (focal)", "loss_mask"), ("masks (dice)", "loss_dice"))
     }
-
-
-def evaluate(model: MaskFormer, loader: DataLoader) -> dict[str, float]:
-    """mIoU of the semantic results and PQ of the panoptic ones, as shares of 1."""
-    iou = MulticlassJaccardIndex(len(CLASS_NAMES), ignore_index=VOID)
-    quality = PanopticQuality(
-        set(THING_LABELS), set(STUFF_LABELS), allow_unknown_preds_category=True, return_sq_and_rq=True
-    )
-    for images, targets in tqdm(loader, desc="evaluating"):
-        truth = torch.stack([panoptic_map(*scene) for scene in zip(targets.segments, targets.labels, strict=True)])
-        results = model.predict(images, "panoptic", threshold=THRESHOLD)
-        found = torch.stack([panoptic_map(ids - 1, categories(infos)) for ids, infos in results])
-        quality.update(found, truth)
-        iou.update(torch.stack(model.predict(images)).long(), truth[..., 0])
-    panoptic, segmentation, recognition = quality.compute().tolist()
-    return {"mIoU": iou.compute().item(), "PQ": panoptic, "SQ": segmentation, "RQ": recognition}
-
-
-def categories(infos: list[dict[str, int | float | bool]]) -> Tensor:
-    """``(S,)`` the class of each segment id, less one."""
-    labels = torch.full((max((info["id"] for info in infos), default=0),), VOID)
-    for info in infos:
-        labels[info["id"] - 1] = info["category_id"]
-    return labels
-
-
-def panoptic_map(segments: Tensor, labels: Tensor) -> Tensor:
-    """``(H, W, 2)`` (class, segment) of each pixel, as torchmetrics takes them; pixels of no segment are VOID."""
-    labels = torch.cat([labels, labels.new_tensor([VOID])])
-    owned = (segments >= 0) & (segments < len(labels) - 1)
-    index = torch.where(owned, segments.long(), len(labels) - 1)
-    return torch.stack([labels[index], index], -1)
 
 
 def draw(model: MaskFormer, scenes: ComposedScenes, path: Path) -> None:
