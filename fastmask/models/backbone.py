@@ -1,0 +1,162 @@
+"""Backbones by name, through ``transformers``, which is imported only when one is built."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+STRIDES = (4, 8, 16, 32)
+
+# Fields of a transformers configuration that say where it comes from or follow from other fields.
+BOOKKEEPING = frozenset(
+    "architectures dtype torch_dtype id2label label2id model_type out_features out_indices problem_type stage_names "
+    "transformers_version".split()
+)
+
+# Friendly names: a model type of transformers and the fields of its configuration that differ from the defaults.
+_SWIN_384 = {"image_size": 384, "window_size": 12}
+BACKBONES: dict[str, tuple[str, dict[str, Any]]] = {
+    "tiny": (
+        "resnet",
+        {"embedding_size": 32, "hidden_sizes": [32, 64, 96, 128], "depths": [1, 1, 2, 2], "layer_type": "basic"},
+    ),
+    "resnet50": ("resnet", {}),
+    "resnet101": ("resnet", {"depths": [3, 4, 23, 3]}),
+    "swin-tiny": ("swin", {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24]}),
+    "swin-small": ("swin", {"embed_dim": 96, "depths": [2, 2, 18, 2], "num_heads": [3, 6, 12, 24]}),
+    "swin-base": ("swin", {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32], **_SWIN_384}),
+    "swin-large": ("swin", {"embed_dim": 192, "depths": [2, 2, 18, 2], "num_heads": [6, 12, 24, 48], **_SWIN_384}),
+}
+
+
+def known_backbones() -> list[str]:
+    """Every name that :func:`build_backbone` takes: our own, then the model types of ``transformers.AutoBackbone``."""
+    return [*BACKBONES, *(name for name in _model_types() if name not in BACKBONES)]
+
+
+def build_backbone(name: str, options: Mapping[str, Any] | None = None, *, pretrained: str | None = None) -> nn.Module:
+    """A backbone whose forward gives four maps, from fine to coarse.
+
+    Args:
+        name: one of :func:`known_backbones`.
+        options: fields of the model's ``transformers`` configuration to set.
+        pretrained: a folder or a hub id to read weights and configuration from, as ``from_pretrained`` of
+            ``transformers`` does; by default the weights are random and nothing is downloaded.
+
+    Returns:
+        a module with ``channels``, those of its maps, and ``config``. Its maps have the strides 4, 8, 16 and 32, except
+        those of plain vision transformers, which share one stride; :func:`feature_maps` brings them to these four.
+
+    Raises:
+        ValueError: an unknown name, options the model does not know, a model that cannot give four maps, or a
+            ``pretrained`` of another model type.
+    """
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
+
+    model_type, fields = _resolve(name)
+    config_class = type(transformers.AutoConfig.for_model(model_type))
+    fields = {**fields, **(options or {})}
+    unknown = [key for key in fields if not hasattr(config_class(), key)]
+    if unknown:
+        raise ValueError(f"backbone_options has {', '.join(unknown)}; {config_class.__name__} has no such fields")
+    if pretrained is None:
+        config = config_class(**fields)
+    else:
+        config = transformers.AutoConfig.from_pretrained(pretrained, **(options or {}))
+        if config.model_type != model_type:
+            raise ValueError(
+                f"pretrained {pretrained!r} is of model type {config.model_type!r}; backbone {name!r} is {model_type!r}"
+            )
+    # Some default configurations hold tuples that their own models concatenate with lists.
+    config = config_class.from_dict(_as_json(config))
+    stages = list(getattr(config, "stage_names", None) or [])
+    if len(stages) < len(STRIDES):
+        raise ValueError(f"backbone {name!r} has the stages {stages}; four feature maps are needed")
+    config.out_features = stages[-len(STRIDES) :]
+    if pretrained is None:
+        return transformers.AutoBackbone.from_config(config)
+    # AutoBackbone.from_pretrained takes hub ids only; the class it would choose takes folders too.
+    return MODEL_FOR_BACKBONE_MAPPING[config_class].from_pretrained(pretrained, config=config)
+
+
+def describe_backbone(backbone: nn.Module) -> tuple[str, dict[str, Any]]:
+    """The name and options with which :func:`build_backbone` builds the architecture of one of its results again."""
+    values, defaults = _as_json(backbone.config), _as_json(type(backbone.config)())
+    options = {
+        key: value
+        for key, value in values.items()
+        if key not in BOOKKEEPING and not key.startswith("_") and value != defaults.get(key)
+    }
+    return backbone.config.model_type, options
+
+
+def feature_maps(backbone: nn.Module, pixels: Tensor, channels: Sequence[int]) -> list[Tensor]:
+    """Runs a backbone and checks what it gives.
+
+    Args:
+        backbone: returns a list or tuple of maps from fine to coarse, or an object with such ``feature_maps``.
+        pixels: ``(B, C, H, W)``.
+        channels: expected of the maps.
+
+    Returns:
+        maps ``(B, channels[i], h_i, w_i)``. Maps that all have one size, as those of a plain vision transformer, are
+        resized bilinearly to the strides 4, 8, 16 and 32.
+
+    Raises:
+        TypeError: the backbone returns something else.
+        ValueError: the maps differ from ``channels`` in number or channels.
+    """
+    output = backbone(pixels)
+    maps = getattr(output, "feature_maps", output)
+    if not isinstance(maps, list | tuple):
+        raise TypeError(f"the backbone must return a list or tuple of feature maps, got {type(maps).__name__}")
+    if [feature.shape[1] for feature in maps] != list(channels):
+        shapes = [tuple(feature.shape) for feature in maps]
+        raise ValueError(f"the backbone gives maps of shapes {shapes}; expected the channels {list(channels)}")
+    if len(maps) == len(STRIDES) and len({feature.shape[-2:] for feature in maps}) == 1:
+        sizes = [tuple(-(-side // stride) for side in pixels.shape[-2:]) for stride in STRIDES]
+        return [
+            interpolate(feature, size=size, mode="bilinear", align_corners=False)
+            for feature, size in zip(maps, sizes, strict=True)
+        ]
+    return list(maps)
+
+
+def backbone_channels(backbone: nn.Module, channels: Sequence[int] | None = None) -> tuple[int, ...]:
+    """The channels of a backbone's maps, from the argument or from the module's own ``channels``.
+
+    Raises:
+        ValueError: neither says.
+    """
+    channels = channels if channels is not None else getattr(backbone, "channels", None)
+    if channels is None:
+        raise ValueError(
+            f"the channels of {type(backbone).__name__}'s maps are not known; "
+            "give it an attribute channels or pass backbone_channels"
+        )
+    return tuple(int(width) for width in channels)
+
+
+def _as_json(config: Any) -> dict[str, Any]:
+    """Every field of a ``transformers`` configuration, as JSON knows them."""
+    return json.loads(config.to_json_string(use_diff=False))
+
+
+def _resolve(name: str) -> tuple[str, dict[str, Any]]:
+    """The model type of a backbone's name, and the fields of its configuration that the name implies."""
+    if name in BACKBONES:
+        return BACKBONES[name]
+    if name in _model_types():
+        return name, {}
+    raise ValueError(f"unknown backbone {name!r}; known are {', '.join(known_backbones())}")
+
+
+def _model_types() -> list[str]:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NAMES
+
+    return [name for name in MODEL_FOR_BACKBONE_MAPPING_NAMES if name != "timm_backbone"]

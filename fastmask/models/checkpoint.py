@@ -1,0 +1,78 @@
+"""Weights and configuration in a folder: written whole or not at all, read with errors that say what is wrong."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], None]]) -> None:
+    """Writes several files of a folder so that an interruption leaves what was there before: each under a temporary
+    name first, and only when all are complete are they renamed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    suffix = f".{uuid.uuid4().hex}.tmp"
+    try:
+        for name, write in writers.items():
+            temporary = folder / (name + suffix)
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            write(temporary)
+            temporary.chmod(mode)  # safetensors makes its files readable by their owner only
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+        for name in writers:
+            os.replace(folder / (name + suffix), folder / name)
+    finally:
+        for name in writers:
+            (folder / (name + suffix)).unlink(missing_ok=True)
+
+
+def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Writes tensors as a safetensors file."""
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """Reads a safetensors file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is truncated or not safetensors; the message names it.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights at {path}")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
+
+
+def check_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], path: Path) -> list[str]:
+    """Compares the weights that a model needs with those that a file has.
+
+    Returns:
+        the names whose shapes differ.
+
+    Raises:
+        ValueError: names that are missing or unexpected; the message lists them.
+    """
+    missing, unexpected = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    problems = [f"missing keys: {', '.join(missing)}"] if missing else []
+    problems += [f"unexpected keys: {', '.join(unexpected)}"] if unexpected else []
+    if problems:
+        raise ValueError(f"{path} does not fit the model; {'; '.join(problems)}")
+    return [name for name in expected if expected[name].shape != found[name].shape]

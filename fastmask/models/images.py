@@ -1,0 +1,171 @@
+"""Images of any sizes as one padded batch, and targets brought to the same size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fastmask.targets import Targets
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """Images padded at the bottom and right to one size.
+
+    Args:
+        pixels: ``(B, C, H, W)`` floating point, 0 at padding.
+        sizes: (height, width) of each image without its padding.
+    """
+
+    pixels: Tensor
+    sizes: tuple[Size, ...]
+
+    @property
+    def padded_size(self) -> Size:
+        return self.pixels.shape[-2], self.pixels.shape[-1]
+
+    @property
+    def uniform(self) -> bool:
+        """All images have one size."""
+        return len(set(self.sizes)) == 1
+
+    def zero_padding(self, pixels: Tensor) -> Tensor:
+        """``pixels (B, C, H, W)`` with 0 wherever this batch has padding."""
+        if all(size == self.padded_size for size in self.sizes):
+            return pixels
+        return pixels.masked_fill(~_inside(self.sizes, self.padded_size, pixels.device)[:, None], 0)
+
+    def padding_mask(self, height: int, width: int) -> Tensor | None:
+        """``(B, height, width)`` bool over a feature map of that size: True at cells whose first pixel is padding. None
+        if no cell is, as for any batch of images of one size.
+        """
+        padded_height, padded_width = self.padded_size
+        cells = [(-(-h * height // padded_height), -(-w * width // padded_width)) for h, w in self.sizes]
+        if all(cell == (height, width) for cell in cells):
+            return None
+        return ~_inside(cells, (height, width), self.pixels.device)
+
+
+def pad_images(images: Tensor | Sequence[Tensor], divisibility: int, channels: int = 3) -> ImageBatch:
+    """Images as the model takes them, in one batch.
+
+    Args:
+        images: ``(B, C, H, W)``, or a list of ``(C, H_b, W_b)`` of any sizes; floating point.
+        divisibility: height and width of the result are multiples of this.
+        channels: C.
+
+    Raises:
+        TypeError: something else than these, or tensors that are not floating point.
+        ValueError: a wrong shape, no images, an empty image, or images on different devices.
+    """
+    if isinstance(images, Tensor):
+        if images.dim() != 4 or images.shape[1] != channels:
+            raise ValueError(f"images has shape {tuple(images.shape)}; expected (B, {channels}, H, W)")
+        _check_image("images", images)
+        sizes = [(images.shape[-2], images.shape[-1])] * images.shape[0]
+    else:
+        if not isinstance(images, list | tuple):
+            raise TypeError(f"images must be a tensor or a list of tensors, got {type(images).__name__}")
+        for b, image in enumerate(images):
+            if not isinstance(image, Tensor):
+                raise TypeError(f"images[{b}] must be a tensor, got {type(image).__name__}")
+            if image.dim() != 3 or image.shape[0] != channels:
+                raise ValueError(f"images[{b}] has shape {tuple(image.shape)}; expected ({channels}, H, W)")
+            _check_image(f"images[{b}]", image)
+            if image.device != images[0].device:
+                raise ValueError(f"images[{b}] is on {image.device}, images[0] on {images[0].device}")
+        sizes = [(image.shape[-2], image.shape[-1]) for image in images]
+    if len(sizes) == 0:
+        raise ValueError("images is empty; expected at least one image")
+    height, width = (-(-max(side) // divisibility) * divisibility for side in zip(*sizes, strict=True))
+    if isinstance(images, Tensor):
+        pixels = _pad(images, (height, width))
+    else:
+        pixels = torch.stack([_pad(image, (height, width)) for image in images])
+    return ImageBatch(pixels, tuple(sizes))
+
+
+def fit_targets(targets: Targets | Sequence[Mapping[str, Tensor]], images: ImageBatch, num_classes: int) -> Targets:
+    """Targets on the grid of the padded images. What padding adds belongs to no target and is void.
+
+    Args:
+        targets: a list with a dict of ``labels (M_b,)`` and ``masks (M_b, H_b, W_b)`` for each image, each of its
+            image's size; or :class:`fastmask.Targets` of the images' common size, of their largest height and width, or
+            of the padded size.
+        images: the batch that they belong to.
+        num_classes: K.
+
+    Raises:
+        TypeError: targets of another kind.
+        ValueError: another number of images, masks of another size than their image, or (for labels on the CPU) a label
+            outside ``0..K-1``.
+    """
+    if isinstance(targets, Targets):
+        return _fit_batch(targets, images, num_classes)
+    if not isinstance(targets, list | tuple):
+        raise TypeError(f"targets must be Targets or a list of dicts, got {type(targets).__name__}")
+    if len(targets) != len(images.sizes):
+        raise ValueError(f"targets has {len(targets)} images; the model got {len(images.sizes)}")
+    for b, (target, size) in enumerate(zip(targets, images.sizes, strict=True)):
+        masks = target.get("masks") if isinstance(target, Mapping) else None
+        if masks is not None and masks.dim() == 3 and tuple(masks.shape[1:]) != size:
+            height, width = masks.shape[1:]
+            raise ValueError(f'targets[{b}]["masks"] is {height} x {width} pixels; its image is {size[0]} x {size[1]}')
+    return Targets.from_list(targets, num_classes=num_classes, size=images.padded_size, device=images.pixels.device)
+
+
+def _fit_batch(targets: Targets, images: ImageBatch, num_classes: int) -> Targets:
+    if targets.batch_size != len(images.sizes):
+        raise ValueError(f"targets has {targets.batch_size} images; the model got {len(images.sizes)}")
+    largest = tuple(max(side) for side in zip(*images.sizes, strict=True))
+    if targets.size not in (largest, images.padded_size):
+        raise ValueError(
+            f"the masks of targets are {targets.size[0]} x {targets.size[1]} pixels; "
+            f"the images are {largest[0]} x {largest[1]}{'' if images.uniform else ' at most'}"
+        )
+    if targets.device.type == "cpu" and targets.labels.numel() > 0 and not torch.compiler.is_compiling():
+        low, high = int(targets.labels.min()), int(targets.labels.max())
+        if low < -1 or high >= num_classes:
+            raise ValueError(
+                f"targets.labels holds {low if low < -1 else high}; expected 0..{num_classes - 1}, or -1 for padding"
+            )
+    if targets.device != images.pixels.device:
+        targets = targets.to(images.pixels.device, non_blocking=True)
+    if all(size == images.padded_size for size in images.sizes):
+        return targets
+    inside = _inside(images.sizes, images.padded_size, images.pixels.device)
+    if targets.segments is not None:
+        segments = _pad(targets.segments, images.padded_size, targets.void)
+        return replace(targets, segments=segments.masked_fill(~inside, targets.void))
+    masks = _pad(targets.masks, images.padded_size)
+    if not images.uniform:
+        masks = masks * inside[:, None]
+    if targets.valid is not None:
+        inside = inside & _pad(targets.valid, images.padded_size, False)
+    return replace(targets, masks=masks, valid=inside)
+
+
+def _inside(sizes: Sequence[Size], canvas: Size, device: torch.device) -> Tensor:
+    """``(B, *canvas)`` bool: True in the top left corner of each size. Built without a copy from the host."""
+    return torch.stack([_pad(torch.ones(size, dtype=torch.bool, device=device), canvas, False) for size in sizes])
+
+
+def _pad(tensor: Tensor, size: Size, value: float | bool = 0) -> Tensor:
+    """Fills up the last two dimensions at the bottom and right."""
+    bottom, right = size[0] - tensor.shape[-2], size[1] - tensor.shape[-1]
+    if bottom == right == 0:
+        return tensor
+    return pad(tensor, (0, right, 0, bottom), value=value)
+
+
+def _check_image(name: str, image: Tensor) -> None:
+    if not image.is_floating_point():
+        raise TypeError(f"{name} must be floating point with values in 0..1, got {image.dtype}; divide bytes by 255")
+    if 0 in image.shape[-2:]:
+        raise ValueError(f"{name} has shape {tuple(image.shape)}, without any pixel")

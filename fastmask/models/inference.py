@@ -1,0 +1,72 @@
+"""From the model's logits to results at the size that was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import index
+from typing import Any
+
+from torch import Tensor
+
+from fastmask.functional import instance_inference, panoptic_inference, semantic_inference
+from fastmask.models.images import ImageBatch, Size
+
+TASKS = ("semantic", "panoptic", "instance")
+
+
+def check_sizes(sizes: Size | Sequence[Size] | None, images: Sequence[Size]) -> tuple[Size, ...]:
+    """One (height, width) for each image: the images' own if ``sizes`` is None, and one pair stands for all.
+
+    Raises:
+        TypeError: something else than pairs of integers.
+        ValueError: another number of pairs than images, or sides below 1.
+    """
+    if sizes is None:
+        return tuple(images)
+    try:
+        if isinstance(sizes, Tensor):
+            sizes = sizes.tolist()
+        if len(sizes) == 2 and isinstance(sizes[0], int):
+            sizes = [sizes] * len(images)
+        pairs = [(index(height), index(width)) for height, width in sizes]
+    except (TypeError, ValueError, IndexError) as error:
+        raise TypeError(f"sizes must be (height, width), or a list of one for each image; got {sizes!r}") from error
+    if len(pairs) != len(images):
+        raise ValueError(f"sizes has {len(pairs)} entries; the model got {len(images)} images")
+    if min(map(min, pairs)) < 1:
+        raise ValueError(f"sizes holds {min(pairs, key=min)}; expected at least 1 pixel each way")
+    return tuple(pairs)
+
+
+def infer(
+    task: str,
+    class_logits: Tensor,
+    mask_logits: Tensor,
+    images: ImageBatch,
+    sizes: Sequence[Size],
+    **options: Any,
+) -> list[Any]:
+    """Results of one task, one an image, in one call where all images share their sizes.
+
+    Masks are upsampled to the padded size, cropped to the image and resized to the size asked for, in this order, as
+    the original code does.
+
+    Args:
+        task: "semantic", "panoptic" or "instance".
+        class_logits: ``(B, N, K+1)``.
+        mask_logits: ``(B, N, h, w)``.
+        images: the batch that they were computed from.
+        sizes: (height, width) of each result.
+        options: further arguments of ``fastmask.semantic_inference`` or its siblings.
+    """
+    function = {"semantic": semantic_inference, "panoptic": panoptic_inference, "instance": instance_inference}[task]
+    together = images.uniform and len(set(sizes)) == 1
+    groups = [slice(None)] if together else [slice(b, b + 1) for b in range(len(sizes))]
+    results: list[Any] = []
+    for group in groups:
+        size, valid_size = sizes[group][0], images.sizes[group][0]
+        steps = {"padded_size": images.padded_size, "valid_size": valid_size}
+        if size == valid_size == images.padded_size:
+            steps = {}
+        results.extend(function(class_logits[group], mask_logits[group], size, **steps, **options))
+    return results

@@ -1,0 +1,32 @@
+"""The perceptron that turns a query into its mask embedding."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class MLP(nn.Module):
+    """``num_layers`` linear layers with ReLU between them, on the last dimension.
+
+    Args:
+        input_dim: channels that come in.
+        hidden_dim: channels between the layers.
+        output_dim: channels that go out.
+        num_layers: how many linear layers, at least 1.
+
+    Raises:
+        ValueError: ``num_layers`` below 1.
+    """
+
+    def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, num_layers: int) -> None:
+        super().__init__()
+        if num_layers < 1:
+            raise ValueError(f"num_layers must be at least 1, got {num_layers}")
+        widths = [input_dim, *[hidden_dim] * (num_layers - 1), output_dim]
+        self.layers = nn.ModuleList(nn.Linear(widths[i], widths[i + 1]) for i in range(num_layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., input_dim)`` to ``(..., output_dim)``."""
+        for layer in self.layers[:-1]:
+            x = layer(x).relu()
+        return self.layers[-1](x)

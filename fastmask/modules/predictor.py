@@ -1,0 +1,84 @@
+"""From image features to the class and mask of each query."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastmask.modules.mlp import MLP
+from fastmask.modules.pixel_decoder import conv_init
+from fastmask.modules.position_encoding import sine_position_encoding
+from fastmask.modules.transformer import TransformerDecoder
+
+MASK_EMBED_LAYERS = 3
+
+
+class TransformerPredictor(nn.Module):
+    """MaskFormer's transformer module and segmentation head (arXiv:2107.06278, section 3.3).
+
+    Learned query positions attend to the image in a transformer decoder; a linear layer gives each query its class
+    logits, an MLP its mask embedding, and the mask logits are the products of the mask embeddings with the pixel
+    embeddings. The heads and the final norm are shared by all decoder layers.
+
+    Args:
+        input_dim: channels of the memory; projected to ``hidden_dim`` if they differ.
+        num_classes: K.
+        num_queries: N.
+        hidden_dim: channels of the transformer, a multiple of 4 and of ``num_heads``.
+        mask_dim: channels of the pixel embeddings.
+        decoder_layers: L.
+        num_heads: attention heads.
+        feedforward_dim: hidden channels of the transformer's perceptrons.
+        dropout: of the transformer.
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        num_classes: int,
+        *,
+        num_queries: int = 100,
+        hidden_dim: int = 256,
+        mask_dim: int = 256,
+        decoder_layers: int = 6,
+        num_heads: int = 8,
+        feedforward_dim: int = 2048,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.input_proj: nn.Module = nn.Identity()
+        if input_dim != hidden_dim:
+            self.input_proj = nn.Conv2d(input_dim, hidden_dim, 1)
+            conv_init(self.input_proj)
+        self.query_embed = nn.Embedding(num_queries, hidden_dim)
+        self.decoder = TransformerDecoder(decoder_layers, hidden_dim, num_heads, feedforward_dim, dropout)
+        self.class_embed = nn.Linear(hidden_dim, num_classes + 1)
+        self.mask_embed = MLP(hidden_dim, hidden_dim, mask_dim, MASK_EMBED_LAYERS)
+
+    def forward(
+        self, memory: Tensor, pixel_embed: Tensor, padding_mask: Tensor | None = None, *, all_layers: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Class and mask logits of every query.
+
+        Args:
+            memory: ``(B, input_dim, h', w')``, the coarsest map.
+            pixel_embed: ``(B, mask_dim, h, w)``.
+            padding_mask: ``(B, h', w')`` bool, True at cells of the memory that are padding.
+            all_layers: predict after every decoder layer or after the last alone (L = 1).
+
+        Returns:
+            ``class_logits (L, B, N, K+1)`` and ``mask_logits (L, B, N, h, w)``. One product over all layers makes the
+            mask logits, so in memory the images come first: the planes (h, w) are contiguous, the layers are strided.
+        """
+        memory = self.input_proj(memory)
+        _, dim, height, width = memory.shape
+        position = sine_position_encoding(
+            height, width, dim, padding_mask=padding_mask, dtype=memory.dtype, device=memory.device
+        )
+        if padding_mask is not None:
+            padding_mask = padding_mask.flatten(1)
+        queries = self.decoder(
+            self.query_embed.weight, memory.flatten(2).transpose(1, 2), position, padding_mask, all_layers=all_layers
+        )
+        mask_logits = torch.einsum("lbnc,bchw->lbnhw", self.mask_embed(queries), pixel_embed)
+        return self.class_embed(queries), mask_logits

@@ -1,0 +1,92 @@
+import dataclasses
+import json
+
+import pytest
+
+from fastmask.models import MaskFormerConfig
+from fastmask.models.config import PRESETS
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_survives_a_round_trip_through_json(preset, tmp_path):
+    config = MaskFormerConfig.preset(preset, 7, stuff_classes=[5, 6], class_names=list("abcdefg"), mask_weight=5)
+    assert MaskFormerConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    config.save(tmp_path / "config.json")
+    assert MaskFormerConfig.load(tmp_path / "config.json") == config
+    assert config.thing_classes == (0, 1, 2, 3, 4)
+    assert config.num_classes == 7 and config.mask_weight == 5.0
+
+
+def test_unknown_preset_lists_the_known_ones():
+    with pytest.raises(ValueError, match="unknown preset 'huge'; known are tiny, maskformer-r50"):
+        MaskFormerConfig.preset("huge", 3)
+
+
+def test_unknown_and_missing_keys_are_named(tmp_path):
+    values = MaskFormerConfig(3).to_dict()
+    values["queries"] = values.pop("num_queries")
+    with pytest.raises(ValueError, match="unknown keys queries; missing keys num_queries"):
+        MaskFormerConfig.from_dict(values)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=f"{path}.*unknown keys queries"):
+        MaskFormerConfig.load(path)
+
+
+@pytest.mark.parametrize("text", ["{", "[1, 2]", ""])
+def test_a_file_that_holds_no_configuration_is_named(tmp_path, text):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=str(path)):
+        MaskFormerConfig.load(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_classes": 0}, "num_classes is 0"),
+        ({"num_queries": 0}, "num_queries is 0"),
+        ({"hidden_dim": 100}, "hidden_dim is 100; expected a multiple of 8"),
+        ({"hidden_dim": 96, "num_heads": 5}, "hidden_dim is 96; expected a multiple of 20"),
+        ({"pixel_decoder_dim": 48}, "pixel_decoder_dim is 48; expected a multiple of 32"),
+        ({"pixel_decoder_dim": 96, "encoder_layers": 1, "num_heads": 64}, "pixel_decoder_dim is 96"),
+        ({"dropout": 1.0}, r"dropout is 1.0; expected in \[0, 1\)"),
+        ({"mask_weight": -1.0}, "mask_weight is -1.0"),
+        ({"focal_gamma": float("nan")}, "focal_gamma is nan"),
+        ({"stuff_classes": (2, 4)}, r"stuff_classes is \[4\]; expected in 0..3"),
+        ({"class_names": ("a",)}, "class_names is 1 names; expected 4"),
+        ({"pixel_std": (1.0, 0.0, 1.0)}, "pixel_std"),
+        ({"pixel_mean": (0.5,)}, "pixel_std"),
+    ],
+)
+def test_values_out_of_range_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        MaskFormerConfig(**{"num_classes": 4, **changes})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_classes", "4"),
+        ("num_queries", 1.5),
+        ("deep_supervision", 1),
+        ("dropout", "0"),
+        ("decoder_layers", True),
+        ("backbone", None),
+        ("backbone_options", [1]),
+        ("backbone_options", {"depths": object()}),
+        ("stuff_classes", 3),
+        ("stuff_classes", [1.5]),
+        ("class_names", [1, 2, 3, 4]),
+    ],
+)
+def test_values_of_another_type_are_named(name, value):
+    with pytest.raises(TypeError, match=name):
+        MaskFormerConfig(**{"num_classes": 4, name: value})
+
+
+def test_a_configuration_cannot_be_changed_but_replaced():
+    config = MaskFormerConfig(4)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.num_classes = 5
+    assert config.replace(num_classes=5).num_classes == 5
