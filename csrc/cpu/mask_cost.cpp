@@ -27,8 +27,7 @@ template <bool kFocal, bool kSquare>
 Totals accumulate(const void* logits, int64_t offset, int64_t pixels, Dtype dtype, const CoverageView& coverage,
                   MaskTerm term, float* blocks, float* sums) {
   float* x_block = blocks;  // [kBlock], and then one block for each of the kMaskCostSums terms
-  vfloat probability[kParts] = {};
-  vfloat negative[kParts] = {};
+  Totals totals;
   const CoverageEntry* entry = coverage.entries;
   const CoverageEntry* const last_entry = entry + coverage.num_entries;
 
@@ -37,6 +36,9 @@ Totals accumulate(const void* logits, int64_t offset, int64_t pixels, Dtype dtyp
     const int64_t first_chunk = begin / kChunk;
     const int64_t last_chunk = first_chunk + (count + kChunk - 1) / kChunk;
     load_logits(logits, dtype, offset + begin, count, x_block);
+    // Over all pixels of a large map the rounding of one float sum would exceed the reference's; a block's does not.
+    vfloat probability[kParts] = {};
+    vfloat negative[kParts] = {};
 
     for (int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
       const int32_t valid = coverage.valid[chunk];
@@ -58,6 +60,10 @@ Totals accumulate(const void* logits, int64_t offset, int64_t pixels, Dtype dtyp
       }
     }
 
+    for (int part = 0; part < kParts; ++part) {
+      totals.probability += sum_lanes(probability[part]);
+      totals.negative += sum_lanes(negative[part]);
+    }
     for (; entry != last_entry && entry->chunk < last_chunk; ++entry) {
       float* target_sums = sums + entry->target * kMaskCostSums * kChunk;
       for (int part = 0; part < kParts; ++part) {
@@ -69,11 +75,6 @@ Totals accumulate(const void* logits, int64_t offset, int64_t pixels, Dtype dtyp
         }
       }
     }
-  }
-  Totals totals;
-  for (int part = 0; part < kParts; ++part) {
-    totals.probability += sum_lanes(probability[part]);
-    totals.negative += sum_lanes(negative[part]);
   }
   return totals;
 }

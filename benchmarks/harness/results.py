@@ -1,0 +1,75 @@
+"""Result files: one JSON for each machine, in which a run replaces the rows that it measured again."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+KEY = ("op", "case", "dtype", "device")
+Row = dict[str, Any]
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """A result file's content; an empty one if there is no file.
+
+    Raises:
+        ValueError: the file is no result file of this schema.
+    """
+    if not path.exists():
+        return {"schema": SCHEMA, "rows": []}
+    try:
+        results = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(results, dict) or results.get("schema") != SCHEMA or not isinstance(results.get("rows"), list):
+        raise ValueError(f"{path} is no result file of schema {SCHEMA}; move it away to start a new one")
+    return results
+
+
+def merge_rows(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
+    """Rows of the same operation, case, dtype and device are replaced as a group: their ratios belong to one run.
+
+    Groups keep the place they had; new ones come last.
+    """
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for rows in (old, new):
+        fresh: set[tuple[Any, ...]] = set()
+        for row in rows:
+            key = tuple(row[name] for name in KEY)
+            if key not in fresh:
+                groups[key] = []
+                fresh.add(key)
+            groups[key].append(row)
+    return [row for group in groups.values() for row in group]
+
+
+def write_results(path: Path, run: Mapping[str, Any], rows: Sequence[Row]) -> None:
+    """Merges ``rows`` into the file at ``path``, each with the run's date, commit, threads and torch version.
+
+    Args:
+        run: "machine", "rates", "date", "commit", "dirty" and "argv" of this run.
+    """
+    stamp = {
+        "date": run["date"],
+        "commit": run["commit"],
+        "dirty": run["dirty"],
+        "threads": run["machine"]["threads"],
+        "torch": run["machine"]["packages"]["torch"],
+    }
+    old = read_results(path)["rows"]
+    results = {"schema": SCHEMA, **run, "rows": merge_rows(old, [row | stamp for row in rows])}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(json.dumps(results, indent=1) + "\n")
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -1,0 +1,64 @@
+"""Rows as tables: for the terminal and for the README."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def rows_by(rows: Sequence[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:
+    """Rows grouped by the values of these keys, in the order of their first appearance."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return groups
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """One operation's table, a section for each case; under it, what failed and what is missing."""
+    baselines = list(dict.fromkeys(row["baseline"] for row in rows if "baseline" in row))
+    against = f"× vs {baselines[0]}" if len(baselines) == 1 else "×"
+    lines = [
+        f"| case | provider | median ms (p20–p80) | {against} | peak MB: tensors / process | time / floor |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    for (case, dtype), group in rows_by(rows, "case", "dtype").items():
+        timed = [row for row in group if row["status"] == "ok"]
+        for number, row in enumerate(timed):
+            cells = [f"{case}, {dtype}" if number == 0 else "", row["provider"], *row_cells(row)]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, *excuses(rows)])
+
+
+def row_cells(row: Row) -> list[str]:
+    """Time, speed-up, memory and distance from the floor of a timed row."""
+    speedup = number(row["speedup"]) if "speedup" in row else "–"
+    memory = row["memory_bytes"]
+    kinds = [memory["allocator"], memory["resident"]]
+    return [
+        f"{number(row['median_ms'])} ({number(row['p20_ms'])}–{number(row['p80_ms'])})",
+        speedup,
+        " / ".join(number(size / 1e6) for size in kinds if size is not None),
+        number(row["times_floor"]),
+    ]
+
+
+def excuses(rows: Sequence[Row]) -> list[str]:
+    """A line for each provider and reason of those that were not timed, blank line first; nothing if all were."""
+    untimed = [row for row in rows if row["status"] != "ok"]
+    lines = []
+    for (status, provider, reason), group in rows_by(untimed, "status", "provider", "reason").items():
+        where = "; ".join(f"{row['case']}, {row['dtype']}" for row in group)
+        lines.append(f"{'Failed' if status == 'failed' else 'Not run'}: {provider} ({reason}) on {where}.")
+    return ["", "  \n".join(lines)] if lines else []
+
+
+def number(value: float) -> str:
+    """Three significant digits without exponent."""
+    if value >= 100:
+        return f"{value:.0f}"
+    if value >= 10:
+        return f"{value:.1f}"
+    return f"{value:.2f}" if value >= 0.1 or value == 0 else f"{value:.3f}"

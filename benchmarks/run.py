@@ -1,0 +1,137 @@
+"""Measures fastmask against the field: ``python benchmarks/run.py --help``."""
+
+from __future__ import annotations
+
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Annotated
+
+if __name__ == "__main__":
+    # So that `python benchmarks/run.py` finds the package, and the folder's own files shadow no other module.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch
+import typer
+from tqdm import tqdm
+
+from benchmarks.harness.machine import ROOT, best_rates, commit, default_name, describe_machine
+from benchmarks.harness.registry import Case, Operation, load_operations
+from benchmarks.harness.results import read_results, write_results
+from benchmarks.harness.runner import Row, measure_case
+from benchmarks.harness.tables import markdown_table, rows_by
+from benchmarks.harness.timing import Plan
+
+RESULTS = ROOT / "benchmarks" / "results"
+TRIALS = ROOT / "out" / "benchmarks"  # of the quick suite, whose shapes are too small to say anything
+QUICK_PLAN = Plan(rounds=5, seconds=2.0, sample_seconds=0.005, warm_up_seconds=0.05)
+
+
+def select(
+    operations: dict[str, Operation], suite: str, cases: list[str], dtypes: list[str]
+) -> list[tuple[Operation, Case, str]]:
+    """(operation, case, dtype) of everything asked for; empty ``cases`` or ``dtypes`` take all."""
+    return [
+        (operation, case, dtype)
+        for operation in operations.values()
+        for case in operation.cases
+        if (case.name in cases if cases else suite in case.suites)
+        for dtype in case.dtypes
+        if not dtypes or dtype in dtypes
+    ]
+
+
+def main(
+    op: Annotated[list[str], typer.Option(help="Operation; repeatable. All by default.")] = [],  # noqa: B006
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    suite: Annotated[str, typer.Option(help="quick, cpu, gpu, or full: the one of the device.")] = "full",
+    quick: Annotated[bool, typer.Option("--quick", help="Small shapes, few rounds: tries the benchmarks.")] = False,
+    case: Annotated[list[str], typer.Option(help="Case, whatever its suite; repeatable.")] = [],  # noqa: B006
+    dtype: Annotated[list[str], typer.Option(help="Of the logits; repeatable.")] = [],  # noqa: B006
+    provider: Annotated[list[str], typer.Option(help="Provider; repeatable. All by default.")] = [],  # noqa: B006
+    rounds: Annotated[int | None, typer.Option(help="Rounds of each provider.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Time budget of a case; 2 or 3 rounds are the least.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of PyTorch.")] = None,
+    plots: Annotated[bool, typer.Option("--plots", help="Also draw bar charts.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Result file; by default one for each machine.")] = None,
+) -> None:
+    """Checks that all providers agree, times them in turns, and merges the rows into a JSON file."""
+    if device not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"device must be cpu or cuda, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("device is cuda, but torch finds no CUDA device")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    operations = load_operations()
+    if unknown := [name for name in op if name not in operations]:
+        raise typer.BadParameter(f"no operation {', '.join(unknown)}; there are {', '.join(operations)}")
+    if quick:
+        suite = "quick"
+    elif suite == "full":
+        suite = {"cpu": "cpu", "cuda": "gpu"}[device]
+    chosen = select({name: operations[name] for name in op or operations}, suite, case, dtype)
+    if not chosen:
+        raise typer.BadParameter(f"nothing to run: no case fits --suite {suite} --case {case} --dtype {dtype}")
+    plan = QUICK_PLAN if quick else Plan()
+    plan = Plan(
+        rounds=rounds or plan.rounds,
+        seconds=seconds if seconds is not None else plan.seconds,
+        sample_seconds=plan.sample_seconds,
+        warm_up_seconds=plan.warm_up_seconds,
+    )
+    folder = TRIALS if suite == "quick" else RESULTS
+    rows, path = run(chosen, torch.device(device), plan, provider, folder, output)
+    if plots:
+        from benchmarks.harness.plots import write_plots
+
+        results = read_results(path)
+        machine = results["machine"]["gpu"] or f"{results['machine']['cpu']}, {results['machine']['threads']} threads"
+        for plot in write_plots(results["rows"], path.parent / "plots", path.stem, machine):
+            print(f"plot: {plot}")
+    print(f"results: {path}")
+    if any(row["status"] == "failed" for row in rows):
+        raise typer.Exit(1)
+
+
+def run(
+    chosen: list[tuple[Operation, Case, str]],
+    device: torch.device,
+    plan: Plan,
+    providers: list[str],
+    folder: Path,
+    output: Path | None,
+) -> tuple[list[Row], Path]:
+    """Measures everything in ``chosen`` and prints the tables. Writes after each case, so that a run that is stopped
+    keeps what it has. Returns this run's rows and the result file."""
+    head, dirty = commit()
+    machine = describe_machine(device)
+    rates = best_rates(device)
+    path = output or folder / f"{default_name(machine)}.json"
+    run_info = {
+        "machine": machine,
+        "rates": rates.as_dict(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": head,
+        "dirty": dirty,
+        "argv": sys.argv[1:],
+    }
+    changes = " with local changes" if dirty else ""
+    print(f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, commit {head}{changes}")
+    rows: list[Row] = []
+    with tqdm(total=len(chosen), unit="case") as bar:
+        for operation, case, dtype in chosen:
+            bar.set_description(f"{operation.name}: {case.name}, {dtype}")
+            subset = [p for p in operation.providers if not providers or p.name in providers]
+            new = measure_case(
+                operation, case, dtype, device, rates, plan, providers=subset, progress=bar.set_postfix_str
+            )
+            write_results(path, run_info, new)
+            rows += new
+            bar.update()
+    for (name,), group in rows_by(rows, "op").items():
+        print(f"\n{name}\n{markdown_table(group)}")
+    return rows, path
+
+
+if __name__ == "__main__":
+    typer.run(main)
