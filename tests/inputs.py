@@ -17,6 +17,7 @@ SHAPES = {
     "targets at the logits' size": (1, 2, 9, 4, 4, 24, 40, 24, 40),
     "targets smaller than logits": (1, 2, 6, 4, 3, 33, 40, 17, 11),
     "more targets than queries": (2, 2, 3, 6, 11, 16, 16, 61, 47),
+    "sums over many pixels": (1, 1, 3, 4, 4, 128, 128, 256, 256),
     "no targets": (2, 2, 4, 3, 0, 8, 8, 16, 16),
     "wider than a block": (1, 1, 2, 2, 3, 36, 61, 70, 130),
 }

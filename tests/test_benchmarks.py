@@ -15,12 +15,12 @@ from benchmarks import inputs as benchmark_inputs
 from benchmarks import report, run
 from benchmarks.harness.agreement import ErrorBudget
 from benchmarks.harness.machine import Rates, Work, commit, default_name
-from benchmarks.harness.memory import peak_memory
 from benchmarks.harness.registry import Case, Operation, Provider, Unavailable, load_operations
 from benchmarks.harness.results import merge_rows, read_results, write_results
 from benchmarks.harness.runner import measure_case
 from benchmarks.harness.tables import markdown_table, number
 from benchmarks.harness.timing import CpuTimer, Plan, interleave, percentile, speedup, summary
+from fastmask.measure import peak_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")

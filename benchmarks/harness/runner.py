@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from benchmarks.harness.machine import Rates
-from benchmarks.harness.memory import peak_memory
 from benchmarks.harness.registry import Case, Operation, Provider, Unavailable
 from benchmarks.harness.timing import Plan, Timer, interleave, make_timer, speedup, summary, warm_up
+from fastmask.measure import peak_memory
 
 SLOW_SECONDS = 3.0
 Row = dict[str, Any]

@@ -42,7 +42,7 @@ def compare_criteria(model: MaskFormer, images: Tensor, targets: Targets) -> str
     lines = [
         f"the criterion on this model's predictions ({layers} layers, {batch_size} images, {num_queries} queries, "
         f"{height} x {width} logits,",
-        f"{targets.size[0]} x {targets.size[1]} targets), forward and backward, median of {ROUNDS} steps taken in turn:",
+        f"{targets.size[0]} x {targets.size[1]} targets), forward and backward, medians of {ROUNDS} steps in turn:",
         "",
         f"{'':<20}{'time per step':>15}{'peak extra memory':>21}",
     ]
