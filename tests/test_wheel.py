@@ -30,7 +30,7 @@ print(fastmask.show_config())
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built in a copy of the sources, so that nothing that lies about in the tree gets in; without CUDA: it is quick."""
+    """Built in a copy of the sources, so that nothing that lies about in the tree gets in; without CUDA, for speed."""
     source, dist = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     ignore = shutil.ignore_patterns("*.so", "__pycache__", "build")
     for name in SOURCES:
