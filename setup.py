@@ -5,7 +5,7 @@ one binary serves torch 2.10 and every later version. ``fastmask/_native*.so`` i
 PyTorch operator. Files in ``csrc/cpu`` are compiled once for each SIMD level; the level is chosen when the library
 loads, so a wheel runs on any x86-64 (and, with the portable level alone, on any other processor).
 
-Files in ``csrc/cuda`` are compiled if nvcc is found, for the architectures in the environment variable
+Files in ``csrc/cuda`` are compiled if nvcc is found, kernels for the architectures in the environment variable
 ``FASTMASK_CUDA_ARCHS`` ("80;86;89;90;100" by default; empty to leave the CUDA part out). They need no GPU and no CUDA
 build of PyTorch to compile.
 """
@@ -107,7 +107,8 @@ def ninja_file(ops_library: Path, native_module: Path) -> str:
     objects = [compile("cxx", source, torch_flags) for source in sorted((CSRC / "ops").glob("*.cpp"))]
     module = [compile("cxx", source, [*python_flags, build_info]) for source in sorted((CSRC / "python").glob("*.cpp"))]
     if archs:
-        objects += [compile("nvcc", source, torch_flags) for source in cuda_sources]
+        objects += [compile("nvcc", source, [], ".cu") for source in cuda_sources]
+        objects += [compile("cxx", source, torch_flags, ".host") for source in sorted((CSRC / "cuda").glob("*.cpp"))]
 
     rules = [
         "rule cxx\n"
@@ -117,13 +118,15 @@ def ninja_file(ops_library: Path, native_module: Path) -> str:
     ]
     linker = "link"
     if archs:
+        # Fused multiply-adds would round otherwise than the CPU's kernels (-ffp-contract=off), which CUDA's must equal.
         gencode = " ".join(f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs)
         gencode += f" -gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"
         nvcc = find_nvcc()
         rules.append(
             "rule nvcc\n"
-            f"  command = {nvcc} -MD -MF $out.d -std=c++20 -O3 --threads 2 -Xcompiler -fPIC,-fvisibility=hidden "
-            f"{gencode} -I{CSRC} $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc\n  description = NVCC $out"
+            f"  command = {nvcc} -MD -MF $out.d -std=c++20 -O3 -fmad=false --threads 2 "
+            f"-Xcompiler -fPIC,-fvisibility=hidden {gencode} -I{CSRC} $flags -c $in -o $out\n"
+            "  depfile = $out.d\n  deps = gcc\n  description = NVCC $out"
         )
         rules.append(f"rule link_cuda\n  command = {nvcc} -shared $in -o $out $flags\n  description = LINK $out")
         linker = "link_cuda"

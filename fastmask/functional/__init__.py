@@ -7,6 +7,7 @@ from fastmask.functional.assign import assign
 from fastmask.functional.class_loss import class_loss
 from fastmask.functional.config import show_config
 from fastmask.functional.inference import instance_inference, panoptic_inference, semantic_inference
+from fastmask.functional.linear_sum_assignment import linear_sum_assignment
 from fastmask.functional.mask_cost import mask_cost
 from fastmask.functional.mask_loss import mask_loss
 from fastmask.functional.masked_attention import masked_attention
@@ -15,6 +16,7 @@ __all__ = [
     "assign",
     "class_loss",
     "instance_inference",
+    "linear_sum_assignment",
     "mask_cost",
     "mask_loss",
     "masked_attention",

@@ -1,0 +1,114 @@
+#include <dlfcn.h>
+
+#include "cuda/assign.h"
+#include "ops/assign.h"
+
+// Declared by PyTorch's CUDA build, in a library that this one does not link: the same binary serves the CPU build.
+using GetStream = int32_t (*)(int32_t device, void** stream);
+using GuardHandle = void*;
+using MakeGuard = int32_t (*)(int32_t device, GuardHandle* guard);
+using DropGuard = int32_t (*)(GuardHandle guard);
+
+namespace fastmask {
+namespace {
+
+template <class F>
+F torch_cuda_function(const char* name) {
+  static void* const library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+  void* const symbol = dlsym(library != nullptr ? library : RTLD_DEFAULT, name);
+  STD_TORCH_CHECK(symbol != nullptr, "cannot run assign on a GPU: libtorch_cuda.so has no ", name);
+  return reinterpret_cast<F>(symbol);
+}
+
+// The current CUDA device, for as long as this lives.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int32_t device) {
+    static const auto make = torch_cuda_function<MakeGuard>("aoti_torch_create_cuda_guard");
+    STD_TORCH_CHECK(make(device, &guard_) == 0, "cannot make device ", device, " current");
+  }
+  ~DeviceGuard() {
+    static const auto drop = torch_cuda_function<DropGuard>("aoti_torch_delete_cuda_guard");
+    drop(guard_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  GuardHandle guard_ = nullptr;
+};
+
+void* current_stream(int32_t device) {
+  static const auto get = torch_cuda_function<GetStream>("aoti_torch_get_current_cuda_stream");
+  void* stream = nullptr;
+  STD_TORCH_CHECK(get(device, &stream) == 0, "cannot get the current stream of device ", device);
+  return stream;
+}
+
+AssignSolution solve(Tensor cost, std::optional<Tensor> counts, bool with_duals) {
+  const int32_t device = static_cast<int32_t>(cost.get_device_index());
+  if (cost.dim() - 2 > kMaxBatchDims) {
+    cost = torch::stable::contiguous(cost);
+    if (counts.has_value()) counts = torch::stable::contiguous(*counts);
+  }
+  const AssignBatch batch(cost, counts);
+  AssignSolution out(batch, with_duals);
+  if (batch.problems == 0) return out;
+  STD_TORCH_CHECK(batch.problems <= INT32_MAX, "cost has ", batch.problems, " problems; a launch takes ", INT32_MAX);
+  STD_TORCH_CHECK(!counts.has_value() || counts->get_device_index() == device, "counts must be on the device of cost");
+
+  AssignLaunch launch{};
+  const int64_t dims = cost.dim();
+  launch.largest = {cost.data_ptr(),
+                    assign_dtype(cost),
+                    cost.stride(dims - 2),
+                    cost.stride(dims - 1),
+                    static_cast<int32_t>(batch.queries),
+                    static_cast<int32_t>(batch.targets)};
+  launch.problems = batch.problems;
+  launch.counts = batch.counts;
+  launch.result = out.result;
+  launch.broken = out.broken_data();
+  if (batch.leading.size() > kMaxBatchDims) {
+    launch.dims = 1;
+    launch.leading[0] = batch.problems;
+    launch.cost_strides[0] = batch.queries * batch.targets;
+    launch.count_strides[0] = 1;
+  } else {
+    launch.dims = static_cast<int32_t>(batch.leading.size());
+    std::copy(batch.leading.begin(), batch.leading.end(), launch.leading);
+    std::copy(batch.cost_strides.begin(), batch.cost_strides.end(), launch.cost_strides);
+    std::copy(batch.count_strides.begin(), batch.count_strides.end(), launch.count_strides);
+  }
+
+  const DeviceGuard guard(device);
+  int64_t shared_limit = 0;
+  const char* error = assign_cuda_shared_limit(shared_limit);
+  STD_TORCH_CHECK(error == nullptr, "assign: ", error);
+  const AssignPlan plan = assign_cuda_plan(launch.largest, shared_limit);
+  STD_TORCH_CHECK(plan.fits, "cost has ", batch.queries, " queries and ", batch.targets,
+                  " targets; this GPU's shared memory takes about 1000 of each");
+  Tensor scratch = torch::stable::new_empty(cost, {batch.problems * plan.scratch_bytes}, ScalarType::Byte);
+  launch.scratch = static_cast<char*>(scratch.data_ptr());
+  launch.scratch_bytes = plan.scratch_bytes;
+  launch.costs_in_shared = plan.costs_in_shared;
+  error = assign_cuda_launch(launch, plan, current_stream(device));
+  STD_TORCH_CHECK(error == nullptr, "assign: ", error);
+  return out;
+}
+
+std::tuple<Tensor, Tensor> assign(Tensor cost, std::optional<Tensor> counts) {
+  return solve(cost, counts, false).without_duals();
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> assign_duals(Tensor cost, std::optional<Tensor> counts) {
+  return solve(cost, counts, true).with_duals();
+}
+
+}  // namespace
+}  // namespace fastmask
+
+STABLE_TORCH_LIBRARY_IMPL(fastmask, CUDA, library) {
+  library.impl("assign", TORCH_BOX(&fastmask::assign));
+  library.impl("assign_duals", TORCH_BOX(&fastmask::assign_duals));
+}

@@ -1,0 +1,36 @@
+// Scratch memory of a thread, kept from call to call: a single small problem costs less than fresh memory would.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+namespace fastmask {
+
+class Scratch {
+ public:
+  // At least `bytes`, at a 64-byte boundary, with arbitrary contents; valid until the next call.
+  char* reserve(int64_t bytes) {
+    if (bytes > size_) {
+      memory_.reset(new char[bytes + kAlignment]);
+      size_ = bytes;
+    }
+    const uintptr_t address = reinterpret_cast<uintptr_t>(memory_.get());
+    return memory_.get() + (kAlignment - address % kAlignment) % kAlignment;
+  }
+
+  // Returns what an unusually large problem took.
+  void trim() {
+    if (size_ <= kKept) return;
+    memory_.reset();
+    size_ = 0;
+  }
+
+ private:
+  static constexpr uintptr_t kAlignment = 64;
+  static constexpr int64_t kKept = 8 << 20;  // enough for 1000 x 600
+
+  std::unique_ptr<char[]> memory_;
+  int64_t size_ = 0;
+};
+
+}  // namespace fastmask

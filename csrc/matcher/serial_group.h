@@ -1,0 +1,206 @@
+// A CUDA block on one thread, for tests: its warps and lanes one after the other, between barriers in an order that
+// `seed` scrambles. What the block computes must not depend on that order, and so equals what this group computes.
+#pragma once
+
+#include <vector>
+
+#include "matcher/lanes.h"
+
+namespace fastmask::matcher {
+
+class SerialGroup {
+ public:
+  explicit SerialGroup(uint32_t seed) : random_(seed * 2654435761u + 1) {}
+
+  void sync() const {}
+  void fence() const {}
+  int32_t lane() const { return 0; }
+  int32_t lanes() const { return 1; }
+
+  template <class F>
+  void elements(int64_t count, F f) {
+    for (const int32_t k : scrambled(static_cast<int32_t>(count))) f(k);
+  }
+  template <class F>
+  void one(F f) const {
+    f();
+  }
+  template <class F>
+  void solo(F f) const {
+    f();
+  }
+  template <class F>
+  int32_t count(int32_t n, F f) const {
+    int32_t total = 0;
+    for (int32_t i = 0; i < n; ++i) total += f(i);
+    return total;
+  }
+  template <class F>
+  double sum(int32_t n, F f) const {
+    double total = 0;
+    for (int32_t lane = 0; lane < kWarp; ++lane) {
+      double own = 0;
+      for (int32_t i = lane; i < n; i += kWarp) own += f(i);
+      total += own;
+    }
+    return total;
+  }
+  template <class F>
+  Candidate least(int32_t n, F f) const {
+    return butterfly<Candidate>([&](int32_t lane) {
+      Candidate best = kNoCandidate;
+      for (int32_t k = lane; k < n; k += kWarp) best = combine<SerialGroup>(best, f(k));
+      return best;
+    });
+  }
+
+  void enlist(const State&) const {}
+  void rejoin(const State&, int32_t) const {}
+  void maximum(int64_t* at, int64_t value) const { *at = value > *at ? value : *at; }
+  template <class F>
+  void bidders(const State& s, F f) {
+    for (const int32_t i : scrambled(s.persons)) {
+      if (s.phase[i] == kBidding) f(i);
+    }
+  }
+  template <class F>
+  void bidders_alone(const State& s, F f) {
+    bidders(s, f);
+  }
+  bool next_round(const State& s) const {
+    bool any = false;
+    for (int32_t i = 0; i < s.persons; ++i) any = any || s.phase[i] == kBidding;
+    return any;
+  }
+
+  Best scan(const int32_t* row, const int32_t* price, int32_t stride) const {
+    return butterfly<Best>([&](int32_t lane) { return lane_scan<SerialGroup>(row, price, stride, lane); });
+  }
+  int32_t first_equal(const int32_t* row, const int32_t* price, int32_t stride, int32_t sum, int32_t from) const {
+    uint32_t least = UINT32_MAX;
+    for (int32_t lane = 0; lane < kWarp; ++lane) {
+      const uint32_t own = lane_first_equal<SerialGroup>(row, price, stride, sum, from, lane);
+      least = own < least ? own : least;
+    }
+    return static_cast<int32_t>((static_cast<uint32_t>(from) + least) % static_cast<uint32_t>(stride));
+  }
+  Nearest start(const int32_t* row, const int32_t* price, int32_t person, int32_t* distance, int32_t* predecessor,
+                int32_t stride) const {
+    return butterfly<Nearest>(
+        [&](int32_t lane) { return lane_start<SerialGroup>(row, price, person, distance, predecessor, stride, lane); });
+  }
+  Nearest start_dummy(const int32_t* row, const int32_t* price, int32_t* distance, int32_t* predecessor, int32_t stride,
+                      bool& nobodys) const {
+    nobodys = false;
+    return butterfly<Nearest>([&](int32_t lane) {
+      return lane_start_dummy<SerialGroup>(row, price, distance, predecessor, stride, lane, nobodys);
+    });
+  }
+  Nearest relax(const int32_t* row, const int32_t* price, int32_t shift, int32_t person, int32_t* distance,
+                int32_t* predecessor, int32_t stride) const {
+    return butterfly<Nearest>([&](int32_t lane) {
+      return lane_relax<SerialGroup>(row, price, shift, person, distance, predecessor, stride, lane);
+    });
+  }
+  void mark_scanned(int32_t* distance, int32_t k) const { distance[k] = kScanned; }
+  void lower(int32_t* price, const int32_t* distance, int32_t amount, int32_t stride) const {
+    for (int32_t k = 0; k < stride; ++k) price[k] -= distance[k] == kScanned ? 0 : amount;
+  }
+  void halve_and_sum(int32_t* costs, int32_t rows, int32_t stride, int32_t shift, int32_t* sum) {
+    elements(stride, [&](int32_t k) { sum[k] = lane_halve_and_sum<SerialGroup>(costs + k, rows, stride, shift); });
+  }
+  void best_offers(const int32_t* costs, const int32_t* sum, int32_t rows, int32_t stride, int32_t* offer) {
+    elements(stride, [&](int32_t k) { offer[k] = lane_best_offer<SerialGroup>(costs + k, sum, rows, stride); });
+  }
+  int32_t count_up_to(const int32_t* values, int32_t n, int32_t limit) const {
+    return count(n, [&](int32_t k) { return values[k] <= limit; });
+  }
+
+  double ranges(const Costs& c, double* least, double* greatest) const {
+    double range = 0;
+    for (int32_t i = 0; i < c.persons; ++i) {
+      bool any = false;
+      least[i] = greatest[i] = 0;
+      for (int32_t k = 0; k < c.objects; ++k) {
+        const double cost = cost_at<SerialGroup>(c, i, k);
+        if (!is_finite<SerialGroup>(cost)) continue;
+        least[i] = any && least[i] < cost ? least[i] : cost;
+        greatest[i] = any && greatest[i] > cost ? greatest[i] : cost;
+        any = true;
+      }
+      least[i] += 0.0;
+      range = greatest[i] - least[i] > range ? greatest[i] - least[i] : range;
+    }
+    return range;
+  }
+  void quantise(const Costs& c, const double* offsets, double scale, int32_t* costs, int32_t stride) const {
+    for (int32_t i = 0; i < c.persons; ++i) {
+      for (int32_t k = 0; k < stride; ++k) {
+        costs[static_cast<int64_t>(i) * stride + k] =
+            k < c.objects ? fixed_point<SerialGroup>(cost_at<SerialGroup>(c, i, k), offsets[i], scale) : kPadding;
+      }
+    }
+  }
+  void quantise_reduced(const Costs& c, const double* offsets, const double* price, double limit, double scale,
+                        int32_t* costs, int32_t stride) const {
+    for (int32_t i = 0; i < c.persons; ++i) {
+      for (int32_t k = 0; k < stride; ++k) {
+        costs[static_cast<int64_t>(i) * stride + k] =
+            k < c.objects ? fixed_point_left<SerialGroup>(cost_at<SerialGroup>(c, i, k), price[k], offsets[i], scale,
+                                                          limit * scale)
+                          : kPadding;
+      }
+    }
+  }
+  void least_sums(const Costs& c, const double* price, double* sum) const {
+    for (int32_t i = 0; i < c.persons; ++i) {
+      sum[i] = __builtin_inf();
+      for (int32_t k = 0; k < c.objects; ++k) {
+        const double cost = cost_at<SerialGroup>(c, i, k) + price[k];
+        if (is_finite<SerialGroup>(cost) && cost < sum[i]) sum[i] = cost;
+      }
+      sum[i] += 0.0;
+    }
+  }
+  double exact_scale(const Costs& c) const {
+    bool large = false;
+    for (int32_t i = 0; i < c.persons; ++i) {
+      for (int32_t k = 0; k < c.objects; ++k) {
+        const double cost = magnitude_of<SerialGroup>(cost_at<SerialGroup>(c, i, k));
+        large = large || (is_finite<SerialGroup>(cost) && cost > 0x1p1000);
+      }
+    }
+    return large ? 0x1p-24 : 1;
+  }
+
+ private:
+  // A permutation of 0..count-1.
+  std::vector<int32_t> scrambled(int32_t count) {
+    std::vector<int32_t> order(count);
+    for (int32_t i = 0; i < count; ++i) order[i] = i;
+    for (int32_t i = count - 1; i > 0; --i) {
+      random_ = random_ * 1664525u + 1013904223u;
+      const int32_t j = static_cast<int32_t>((random_ >> 8) % static_cast<uint32_t>(i + 1));
+      const int32_t swapped = order[i];
+      order[i] = order[j];
+      order[j] = swapped;
+    }
+    return order;
+  }
+
+  // As __shfl_xor_sync combines the lanes of a warp; all lanes end with the same.
+  template <class T, class F>
+  static T butterfly(F lane_value) {
+    T values[kWarp], next[kWarp];
+    for (int32_t lane = 0; lane < kWarp; ++lane) values[lane] = lane_value(lane);
+    for (int32_t step = kWarp / 2; step > 0; step /= 2) {
+      for (int32_t lane = 0; lane < kWarp; ++lane) next[lane] = combine<SerialGroup>(values[lane], values[lane ^ step]);
+      for (int32_t lane = 0; lane < kWarp; ++lane) values[lane] = next[lane];
+    }
+    return values[0];
+  }
+
+  uint32_t random_;
+};
+
+}  // namespace fastmask::matcher

@@ -1,0 +1,121 @@
+// What the CPU and CUDA implementations of fastmask::assign check and prepare alike.
+#pragma once
+
+#include <algorithm>
+#include <tuple>
+
+#include "cpu/assign.h"
+#include "ops/tensors.h"
+
+namespace fastmask {
+
+inline AssignDtype assign_dtype(const Tensor& cost) {
+  switch (cost.scalar_type()) {
+    case ScalarType::Float:
+      return AssignDtype::kFloat32;
+    case ScalarType::Double:
+      return AssignDtype::kFloat64;
+    case ScalarType::BFloat16:
+      return AssignDtype::kBFloat16;
+    case ScalarType::Half:
+      return AssignDtype::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, "cost must be float32, float64, bfloat16 or float16");
+  }
+}
+
+inline int64_t element_size(AssignDtype dtype) {
+  return dtype == AssignDtype::kFloat64 ? 8 : dtype == AssignDtype::kFloat32 ? 4 : 2;
+}
+
+// (..., N, M) costs as a list of problems, read in place whatever their strides.
+struct AssignBatch {
+  Tensor cost;
+  std::vector<int64_t> leading, cost_strides, count_strides;
+  const int64_t* counts = nullptr;
+  int64_t problems = 1, queries, targets;
+
+  AssignBatch(const Tensor& cost_in, const std::optional<Tensor>& counts_in) : cost(cost_in) {
+    const int64_t dims = cost.dim();
+    STD_TORCH_CHECK(dims >= 2, "cost must be (..., N, M)");
+    queries = cost.size(dims - 2);
+    targets = cost.size(dims - 1);
+    STD_TORCH_CHECK(
+        std::min(queries, targets) <= kMaxAssignShortSide && std::max(queries, targets) <= kMaxAssignLongSide,
+        "cost must have at most ", kMaxAssignShortSide, " queries or targets on its shorter side and ",
+        kMaxAssignLongSide, " on the longer one");
+    for (int64_t d = 0; d < dims - 2; ++d) {
+      leading.push_back(cost.size(d));
+      cost_strides.push_back(cost.stride(d));
+      problems *= cost.size(d);
+    }
+    if (!counts_in.has_value()) return;
+    const Tensor& given = *counts_in;
+    STD_TORCH_CHECK(given.scalar_type() == ScalarType::Long && given.dim() == dims - 2,
+                    "counts must be int64 with the leading dimensions of cost");
+    for (int64_t d = 0; d < dims - 2; ++d) {
+      STD_TORCH_CHECK(given.size(d) == leading[d], "counts must have the leading dimensions of cost");
+      count_strides.push_back(given.stride(d));
+    }
+    counts = static_cast<const int64_t*>(given.data_ptr());
+  }
+
+  int64_t count(int64_t problem) const { return counts == nullptr ? targets : counts[offset(problem, count_strides)]; }
+
+  AssignProblem problem(int64_t i, AssignDtype dtype) const {
+    const int64_t dims = cost.dim();
+    const char* data = static_cast<const char*>(cost.data_ptr()) + offset(i, cost_strides) * element_size(dtype);
+    return {data,
+            dtype,
+            cost.stride(dims - 2),
+            cost.stride(dims - 1),
+            static_cast<int32_t>(queries),
+            static_cast<int32_t>(count(i))};
+  }
+
+ private:
+  int64_t offset(int64_t index, const std::vector<int64_t>& strides) const {
+    int64_t at = 0;
+    for (size_t d = leading.size(); d-- > 0; index /= leading[d]) at += index % leading[d] * strides[d];
+    return at;
+  }
+};
+
+// What fastmask::assign_duals returns; fastmask::assign leaves the duals out.
+struct AssignSolution {
+  Tensor assignment;                 // (..., M) int64
+  Tensor broken;                     // (...) int32
+  Tensor query_duals, target_duals;  // (..., N) and (..., M) float64, or undefined
+  AssignResult result;               // where each problem's part of them begins
+
+  AssignSolution(const AssignBatch& batch, bool with_duals) {
+    const auto new_tensor = [&](std::vector<int64_t> trailing, ScalarType type) {
+      std::vector<int64_t> sizes = batch.leading;
+      sizes.insert(sizes.end(), trailing.begin(), trailing.end());
+      return torch::stable::new_empty(batch.cost, sizes, type);
+    };
+    assignment = new_tensor({batch.targets}, ScalarType::Long);
+    broken = new_tensor({}, ScalarType::Int);
+    result = {static_cast<int64_t*>(assignment.data_ptr()), nullptr, nullptr};
+    if (!with_duals) return;
+    query_duals = new_tensor({batch.queries}, ScalarType::Double);
+    target_duals = new_tensor({batch.targets}, ScalarType::Double);
+    result.query_duals = static_cast<double*>(query_duals.data_ptr());
+    result.target_duals = static_cast<double*>(target_duals.data_ptr());
+  }
+
+  int32_t* broken_data() { return static_cast<int32_t*>(broken.data_ptr()); }
+
+  AssignResult of_problem(int64_t i, const AssignBatch& batch) const {
+    return {result.query_of_target + i * batch.targets,
+            result.query_duals == nullptr ? nullptr : result.query_duals + i * batch.queries,
+            result.target_duals == nullptr ? nullptr : result.target_duals + i * batch.targets};
+  }
+
+  std::tuple<Tensor, Tensor> without_duals() const { return {assignment, broken}; }
+  std::tuple<Tensor, Tensor, Tensor, Tensor> with_duals() const {
+    return {assignment, broken, query_duals, target_duals};
+  }
+};
+
+}  // namespace fastmask
