@@ -14,7 +14,7 @@ from fastmask.functional._checks import (
     computing_dtype,
     stack_layers,
 )
-from fastmask.ops.mask_cost import OPERATOR
+from fastmask.ops.mask_cost import OPERATOR, call
 from fastmask.targets import Targets
 
 
@@ -53,7 +53,7 @@ def mask_cost(
         alpha: weight of foreground in the focal loss, 0..1.
         gamma: focusing parameter of the focal loss, >= 0.
         ignore_void: leave void pixels out of all sums and means; otherwise they are background.
-        backend: "auto", "reference" or "native".
+        backend: "auto", "reference", "native" or "triton".
 
     Returns:
         ``(..., B, N, M)`` float32 (float64 for float64 logits, which only the reference reads); 0 in the columns of
@@ -68,7 +68,8 @@ def mask_cost(
     check_class_logits(class_logits, targets)
     check_pair_of_logits(class_logits, mask_logits)
     check_mask_term(mask_term, alpha, gamma)
-    if choose_backend(OPERATOR, backend, mask_logits) == "reference":
+    backend = choose_backend(OPERATOR, backend, mask_logits)
+    if backend == "reference":
         from fastmask import reference
 
         dtype = computing_dtype(class_logits, mask_logits)
@@ -85,7 +86,8 @@ def mask_cost(
             gamma=gamma,
             valid=targets.valid_pixels() if ignore_void else None,
         )
-    cost = torch.ops.fastmask.mask_cost(
+    cost = call(
+        backend,
         stack_layers(class_logits, 3),
         stack_layers(mask_logits, 4),
         targets.labels,

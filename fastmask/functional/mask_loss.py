@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fastmask.functional._backend import choose_backend
@@ -14,7 +13,7 @@ from fastmask.functional._checks import (
     computing_dtype,
     stack_layers,
 )
-from fastmask.ops.mask_loss import OPERATOR
+from fastmask.ops.mask_loss import OPERATOR, call
 from fastmask.targets import Targets
 
 
@@ -52,7 +51,7 @@ def mask_loss(
         gamma: focusing parameter of the focal loss, >= 0.
         ignore_void: leave void pixels out of all sums and means; otherwise they are background.
         reduction: "sum", over pairs and divided by ``num_masks``; or "none".
-        backend: "auto", "reference" or "native".
+        backend: "auto", "reference", "native" or "triton".
 
     Returns:
         (loss_mask, loss_dice), float32 (float64 for float64 logits, which only the reference reads): ``(...)``, one
@@ -68,7 +67,8 @@ def mask_loss(
     check_assignment(assignment, tuple(mask_logits.shape[:-4]), mask_logits.shape[-3], targets)
     check_mask_term(mask_term, alpha, gamma)
     check_choice("reduction", reduction, ("sum", "none"))
-    if choose_backend(OPERATOR, backend, mask_logits) == "reference":
+    backend = choose_backend(OPERATOR, backend, mask_logits)
+    if backend == "reference":
         from fastmask import reference
 
         pair_mask, pair_dice = reference.mask_loss(
@@ -81,7 +81,8 @@ def mask_loss(
             valid=targets.valid_pixels() if ignore_void else None,
         )
     else:
-        pair_mask, pair_dice, _ = torch.ops.fastmask.mask_loss(
+        pair_mask, pair_dice, _ = call(
+            backend,
             stack_layers(mask_logits, 4),
             stack_layers(assignment, 2),
             targets.labels,

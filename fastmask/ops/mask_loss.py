@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastmask.ops.library import Operator
 
-OPERATOR = Operator("mask_loss", native=("cpu",))
+OPERATOR = Operator("mask_loss", native=("cpu",), triton=True)
 
 _TARGET_ARGUMENTS = (
     "Tensor mask_logits, Tensor assignment, Tensor labels, Tensor? masks, Tensor? segments, Tensor? valid, "
@@ -52,3 +52,42 @@ def _backward(ctx: Any, grad_mask: Tensor, grad_dice: Tensor, _: Tensor | None) 
 
 
 torch.library.register_autograd("fastmask::mask_loss", _backward, setup_context=_setup_context)
+
+
+def _triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from fastmask.kernels.mask_loss import mask_loss
+
+    return mask_loss(*arguments)
+
+
+torch.library.impl("fastmask::mask_loss", "cuda", _triton)
+
+
+def _triton_backward(*arguments: Any) -> Tensor:
+    from fastmask.kernels.mask_loss_backward import mask_loss_backward
+
+    return mask_loss_backward(*arguments)
+
+
+torch.library.impl("fastmask::mask_loss_backward", "cuda", _triton_backward)
+
+
+class _InterpretedMaskLoss(torch.autograd.Function):
+    """The Triton kernels on CPU tensors, past the dispatcher, which has C++ for them."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return _triton(*arguments)
+
+    setup_context = staticmethod(_setup_context)
+
+    @staticmethod
+    def backward(ctx: Any, grad_mask: Tensor, grad_dice: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _triton_backward(grad_mask, grad_dice, *ctx.saved_tensors, *ctx.options), *[None] * 10
+
+
+def call(backend: str, mask_logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs the operator on the backend chosen; Triton runs CPU tensors through its interpreter."""
+    interpret = backend == "triton" and mask_logits.device.type == "cpu"
+    run = _InterpretedMaskLoss.apply if interpret else torch.ops.fastmask.mask_loss
+    return run(mask_logits, *arguments)

@@ -1,0 +1,122 @@
+"""What the kernels of several operators share: functions of a logit, targets as arguments, and how they are launched.
+
+Arithmetic is float32 whatever the type of the logits.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+Config = TypeVar("Config")
+
+# Options of every launch: a product and a sum are one instruction, which is no longer Triton's default from 3.10 on.
+COMPILER_OPTIONS = {"enable_fp_fusion": True}
+
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+def pick_config(configs: dict[int | None, Config], device: torch.device) -> Config:
+    """The configuration for a device: by the major version of its compute capability, else that of the key None.
+
+    Nothing is tuned at run time. Tuning would launch kernels while a CUDA graph is captured, could choose differently
+    from run to run and so change the order of sums, and fails in the interpreter.
+    """
+    if device.type != "cuda":
+        return configs[None]
+    return configs.get(torch.cuda.get_device_capability(device)[0], configs[None])
+
+
+def power_of_two(size: int, least: int, most: int) -> int:
+    """The least power of two that holds ``size``, within bounds: block shapes that follow a size take few values."""
+    return min(max(1 << (size - 1).bit_length() if size > 1 else 1, least), most)
+
+
+def with_contiguous_planes(logits: Tensor) -> Tensor:
+    """Mask logits ``(L, B, N, h, w)`` whose planes are contiguous, wherever layers, images and queries lie."""
+    h, w = logits.shape[-2:]
+    planes = (w == 1 or logits.stride(-1) == 1) and (h == 1 or logits.stride(-2) == w)
+    return logits if planes else logits.contiguous()
+
+
+def target_arguments(
+    masks: Tensor | None, segments: Tensor | None, valid: Tensor | None, void_value: int, ignore_void: bool
+) -> dict[str, Any]:
+    """The arguments by which kernels read the targets of B images; see ``_counted`` and ``_belongs``."""
+    plane = masks if segments is None else segments
+    has_void = ignore_void and (segments is not None or valid is not None)
+    plane = plane.contiguous()
+    if plane.dtype == torch.bool:
+        plane = plane.view(torch.uint8)
+    return {
+        "target_ptr": plane,
+        "valid_ptr": valid.contiguous().view(torch.uint8) if has_void and valid is not None else None,
+        "void_value": void_value,
+        "H": plane.shape[-2],
+        "W": plane.shape[-1],
+        "HAS_SEGMENTS": segments is not None,
+        "HAS_VOID": has_void,
+    }
+
+
+@triton.jit
+def _reciprocal(x):
+    """1 / x to one unit in the last place, for normal x: one instruction, where a division takes nine."""
+    if INTERPRETED:
+        result = 1.0 / x
+    else:
+        result = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return result
+
+
+@triton.jit
+def _sigmoid_of_magnitude(a, RELATIVE: tl.constexpr):
+    """sigmoid(a), sigmoid(-a) and softplus(-a) for a >= 0; softplus(a) is a + softplus(-a).
+
+    One exponential e = exp(-a) and one reciprocal are all the work of the special-function unit: softplus(-a) =
+    log(1 + e) is e times a degree-8 minimax polynomial (relative error 3e-8 before rounding, 1.5e-7 after). The unit's
+    own logarithm has an absolute error instead, which is too large where the result is small.
+
+    Rounding a / log(2) is an error of up to a * 2^-24 relative to e, harmless in sums with terms near one. RELATIVE
+    takes it back, with four instructions, for sums whose terms may all be small.
+    """
+    exponent = a * -1.44269502
+    e = tl.exp2(exponent)
+    if RELATIVE:
+        rest = tl.fma(a, -1.92596299e-08, tl.fma(a, -1.44269502, -exponent))
+        e = tl.fma(e * 0.693147181, rest, e)
+    large = _reciprocal(1.0 + e)
+    y = e * 0.00536481664 - 0.0300657619
+    y = y * e + 0.0792044848
+    y = y * e - 0.137537986
+    y = y * e + 0.191536531
+    y = y * e - 0.248571634
+    y = y * e + 0.33321324
+    y = y * e - 0.499996483
+    return large, e * large, (y * e + 1.0) * e
+
+
+@triton.jit
+def _power(base, minus_log, gamma, SQUARE: tl.constexpr):
+    """base^gamma, the weight of the focal loss, for base in (0, 1] given -log(base)."""
+    return base * base if SQUARE else tl.exp2(minus_log * (gamma * -1.4426950408889634))
+
+
+@triton.jit
+def _counted(segment_ptrs, valid_ptrs, inside, void_value, HAS_SEGMENTS: tl.constexpr, HAS_VOID: tl.constexpr):
+    """Which of the pixels ``inside`` are to be counted; and their segments, where the targets are no masks."""
+    counted = inside
+    segment = inside
+    if HAS_SEGMENTS:
+        segment = tl.load(segment_ptrs, mask=inside, other=0).to(tl.int32)
+        if HAS_VOID:
+            counted = inside & (segment != void_value)
+    elif HAS_VOID:
+        counted = tl.load(valid_ptrs, mask=inside, other=0) != 0
+    return counted, segment

@@ -1,0 +1,46 @@
+"""Runs Triton kernels on the CPU, through Triton's interpreter, inside an ordinary test process.
+
+Triton decides whether a kernel is compiled or interpreted where ``@triton.jit`` decorates it, from TRITON_INTERPRET.
+That variable must not be set for the whole process: other tests compile the same kernels for GPUs, or want to hear
+that there is no kernel for CPU tensors. So the variable's value is changed for a while, our kernels are imported
+afresh in that time, and those functions of ``triton.language`` that are kernels themselves (``tl.sum``) are replaced by
+interpreted ones. Afterwards all is as before, also what the interpreter patches in ``triton.language`` and leaves so.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import triton
+import triton.language as tl
+from triton.runtime.jit import JITFunction
+
+
+def _kernel_modules() -> list[str]:
+    return [name for name in sys.modules if name.startswith("fastmask.kernels.")]
+
+
+@contextmanager
+def interpreted_kernels() -> Iterator[None]:
+    """``backend="triton"`` runs on CPU tensors here."""
+    patched = (tl, tl.core, tl.math, tl.standard, tl.tensor, tl.core.tensor_descriptor_base)
+    before = [dict(vars(owner)) for owner in patched]
+    kernels = {name: sys.modules.pop(name) for name in _kernel_modules()}
+    interpret = triton.knobs.runtime.interpret
+    triton.knobs.runtime.interpret = True
+    try:
+        for name, member in before[0].items():
+            if isinstance(member, JITFunction):
+                setattr(tl, name, triton.jit(member.fn))
+        yield
+    finally:
+        triton.knobs.runtime.interpret = interpret
+        for owner, members in zip(patched, before, strict=True):
+            for name, member in members.items():
+                if vars(owner).get(name) is not member:
+                    setattr(owner, name, member)
+        for name in _kernel_modules():
+            del sys.modules[name]
+        sys.modules.update(kernels)
