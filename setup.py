@@ -140,7 +140,7 @@ def ninja_file(ops_library: Path, native_module: Path) -> str:
 setup(
     packages=[*find_packages(include=["fastmask", "fastmask.*"]), "fastmask.kernels"],
     package_dir={"fastmask.kernels": "kernels"},
-    package_data={"fastmask": ["py.typed"], "fastmask.data": ["assets/*"]},
+    package_data={"fastmask": ["py.typed"], "fastmask.data": ["assets/*"], "fastmask.cli": ["*.safetensors"]},
     ext_modules=[Extension("fastmask.libfastmask", []), Extension("fastmask._native", [])],
     cmdclass={"build_ext": NinjaBuild},
     zip_safe=False,

@@ -261,7 +261,8 @@ def _check_target(b: int, target: Mapping[str, Tensor], num_classes: int | None)
         if key not in target:
             raise ValueError(f'targets[{b}] has no "{key}"; expected the keys "labels" and "masks"')
     labels, masks = target["labels"], target["masks"]
-    if labels.dim() != 1 or labels.is_floating_point():
+    # An empty list of labels becomes a float tensor in torch.tensor([]).
+    if labels.dim() != 1 or (labels.is_floating_point() and labels.numel() > 0):
         raise ValueError(f'targets[{b}]["labels"] must be 1-D integers, got {labels.dtype} {tuple(labels.shape)}')
     if masks.dim() != 3 or masks.shape[0] != labels.shape[0]:
         raise ValueError(

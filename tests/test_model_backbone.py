@@ -20,7 +20,6 @@ def shapes(name, options=None):
 @pytest.mark.parametrize(
     ("name", "channels"),
     [
-        ("tiny", None),
         ("resnet50", (256, 512, 1024, 2048)),
         ("resnet101", (256, 512, 1024, 2048)),
         ("swin-tiny", (96, 192, 384, 768)),
@@ -35,6 +34,10 @@ def test_backbones_by_name_give_maps_at_strides_4_to_32(name, channels):
     maps = shapes(name)
     assert [m[1:] for m in maps] == [(32, 48), (16, 24), (8, 12), (4, 6)]
     assert channels is None or tuple(m[0] for m in maps) == channels
+
+
+def test_the_tiny_backbone_stops_at_stride_16():
+    assert shapes("tiny") == [(32, 32, 48), (64, 16, 24), (128, 8, 12)]
 
 
 def test_plain_vision_transformers_are_resized_to_the_four_strides():
@@ -63,9 +66,9 @@ def test_unknown_options_are_named():
         build_backbone("resnet50", {"depth": [1, 1, 1, 1]})
 
 
-def test_too_few_stages_are_refused():
-    with pytest.raises(ValueError, match="four feature maps"):
-        build_backbone("resnet", {"depths": [1, 1], "hidden_sizes": [8, 16]})
+def test_a_backbone_may_have_fewer_stages():
+    options = {"depths": [1, 1], "hidden_sizes": [8, 16], "layer_type": "basic"}
+    assert [m[0] for m in shapes("resnet", options)] == [8, 16]
 
 
 def test_pretrained_weights_bring_their_own_architecture(tmp_path):

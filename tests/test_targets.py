@@ -11,7 +11,7 @@ def test_from_list_pads_targets_and_pixels():
     images = [
         {"labels": torch.tensor([2, 0]), "masks": torch.ones(2, 4, 6)},
         {"labels": torch.tensor([1], dtype=torch.int32), "masks": torch.ones(1, 5, 3, dtype=torch.bool)},
-        {"labels": torch.zeros(0, dtype=torch.int64), "masks": torch.zeros(0, 5, 6)},
+        {"labels": torch.tensor([]), "masks": torch.zeros(0, 5, 6)},
     ]
     targets = Targets.from_list(images, num_classes=3)
     assert targets.labels.tolist() == [[2, 0], [1, -1], [-1, -1]]

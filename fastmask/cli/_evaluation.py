@@ -48,7 +48,7 @@ class SceneMetrics:
         self._iou.update(torch.stack(list(semantic)).long(), truth[..., 0])
 
     def compute(self) -> dict[str, float]:
-        """"mIoU" and the means of "PQ", "SQ" and "RQ" over the classes that occur, as shares of 1."""
+        """ "mIoU" and the means of "PQ", "SQ" and "RQ" over the classes that occur, as shares of 1."""
         quality = self._quality
         occurs = quality.true_positives + quality.false_positives + quality.false_negatives > 0
         occurs[self._order.index(self.unassigned)] = False

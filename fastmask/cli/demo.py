@@ -14,6 +14,7 @@ from typing import Annotated
 
 import torch
 import typer
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -21,11 +22,16 @@ from tqdm import tqdm
 from fastmask.cli._evaluation import evaluate
 from fastmask.cli._pictures import contact_sheet, plot_losses, side_by_side
 from fastmask.cli._versus import compare_criteria
+from fastmask.cli.pretrain import WEIGHTS
 from fastmask.data import CLASS_NAMES, PALETTE, STUFF_LABELS, ComposedScenes, collate_scenes
 from fastmask.models import MaskFormer, MaskFormerConfig
 from fastmask.targets import Targets
 
 LEARNING_RATE = 1e-3
+# Shares of the learning rate: the backbone has learned already, and the transformer is the part that diverges first.
+BACKBONE_SHARE = 0.3
+TRANSFORMER_SHARE = 0.5
+WEIGHT_DECAY = 0.05
 WARMUP = 0.03  # share of the training time
 MAX_GRADIENT_NORM = 1.0
 PICTURED_SCENES = 6
@@ -47,11 +53,7 @@ def demo(
     torch.manual_seed(seed)
     output.mkdir(parents=True, exist_ok=True)
     train_scenes = ComposedScenes("train", size=(size, size))
-    model = MaskFormer(
-        MaskFormerConfig.preset(
-            "tiny", len(CLASS_NAMES), class_names=tuple(CLASS_NAMES), stuff_classes=tuple(STUFF_LABELS)
-        )
-    )
+    model = make_model()
     print(
         f"MaskFormer with {sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters, "
         f"{torch.get_num_threads()} threads; scenes of {size} x {size} pixels, {len(CLASS_NAMES)} classes"
@@ -71,6 +73,34 @@ def demo(
     print(compare_criteria(model, *next(batches(train_scenes, batch_size, seed + 1))))
 
 
+def make_model() -> MaskFormer:
+    """The tiny preset on a backbone that can name the classes; the rest starts at random."""
+    model = MaskFormer(
+        MaskFormerConfig.preset(
+            "tiny",
+            len(CLASS_NAMES),
+            class_names=tuple(CLASS_NAMES),
+            stuff_classes=tuple(STUFF_LABELS),
+            class_weight=2.0,
+        )
+    )
+    model.backbone.load_state_dict(load_file(WEIGHTS))
+    return model.to(memory_format=torch.channels_last)
+
+
+def make_optimizer(model: MaskFormer) -> torch.optim.Optimizer:
+    """AdamW with a learning rate for each part, and no weight decay on biases, norms and the query embedding."""
+    parts = ((model.backbone, BACKBONE_SHARE), (model.pixel_decoder, 1.0), (model.predictor, TRANSFORMER_SHARE))
+    groups = []
+    for part, share in parts:
+        named = dict(part.named_parameters())
+        kept = {name for name, parameter in named.items() if parameter.dim() <= 1 or "query_embed" in name}
+        decayed = [parameter for name, parameter in named.items() if name not in kept]
+        groups.append({"params": decayed, "weight_decay": WEIGHT_DECAY, "share": share})
+        groups.append({"params": [named[name] for name in sorted(kept)], "weight_decay": 0.0, "share": share})
+    return torch.optim.AdamW(groups, lr=LEARNING_RATE)
+
+
 def batches(scenes: ComposedScenes, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Targets]]:
     """Batches without end, in an order that depends on the seed alone."""
     generator = torch.Generator().manual_seed(seed)
@@ -87,18 +117,15 @@ def train(model: MaskFormer, data: Iterator[tuple[Tensor, Targets]], minutes: fl
     Returns:
         The losses of each step, summed over the decoder layers: "loss" and its parts.
     """
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    kept = [p for p in model.parameters() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.05}, {"params": kept, "weight_decay": 0.0}], lr=LEARNING_RATE
-    )
+    optimizer = make_optimizer(model)
     model.train()
     history: list[dict[str, float]] = []
     start = time.perf_counter()
     with tqdm(total=100, desc="training", bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}") as bar:
         while (done := (time.perf_counter() - start) / (60 * minutes)) < 1:
+            rate = LEARNING_RATE * min(done / WARMUP, 1.0) * 0.5 * (1 + math.cos(math.pi * done))
             for group in optimizer.param_groups:
-                group["lr"] = LEARNING_RATE * min(done / WARMUP, 1.0) * 0.5 * (1 + math.cos(math.pi * done))
+                group["lr"] = group["share"] * rate
             images, targets = next(data)
             losses = model(images, targets)
             total = sum(losses.values())

@@ -22,7 +22,7 @@ _SWIN_384 = {"image_size": 384, "window_size": 12}
 BACKBONES: dict[str, tuple[str, dict[str, Any]]] = {
     "tiny": (
         "resnet",
-        {"embedding_size": 32, "hidden_sizes": [32, 64, 96, 128], "depths": [1, 1, 2, 2], "layer_type": "basic"},
+        {"embedding_size": 32, "hidden_sizes": [32, 64, 128], "depths": [1, 1, 2], "layer_type": "basic"},
     ),
     "resnet50": ("resnet", {}),
     "resnet101": ("resnet", {"depths": [3, 4, 23, 3]}),
@@ -39,7 +39,7 @@ def known_backbones() -> list[str]:
 
 
 def build_backbone(name: str, options: Mapping[str, Any] | None = None, *, pretrained: str | None = None) -> nn.Module:
-    """A backbone whose forward gives four maps, from fine to coarse.
+    """A backbone whose forward gives its last four maps (fewer if it has fewer), from fine to coarse.
 
     Args:
         name: one of :func:`known_backbones`.
@@ -48,11 +48,12 @@ def build_backbone(name: str, options: Mapping[str, Any] | None = None, *, pretr
             ``transformers`` does; by default the weights are random and nothing is downloaded.
 
     Returns:
-        a module with ``channels``, those of its maps, and ``config``. Its maps have the strides 4, 8, 16 and 32, except
-        those of plain vision transformers, which share one stride; :func:`feature_maps` brings them to these four.
+        a module with ``channels``, those of its maps, and ``config``. Its maps have the strides 4, 8, 16 and 32 (or the
+        first of these), except those of plain vision transformers, which share one stride; :func:`feature_maps` brings
+        them to these four.
 
     Raises:
-        ValueError: an unknown name, options the model does not know, a model that cannot give four maps, or a
+        ValueError: an unknown name, options the model does not know, a model without stages, or a
             ``pretrained`` of another model type.
     """
     import transformers
@@ -74,9 +75,9 @@ def build_backbone(name: str, options: Mapping[str, Any] | None = None, *, pretr
             )
     # Some default configurations hold tuples that their own models concatenate with lists.
     config = config_class.from_dict(_as_json(config))
-    stages = list(getattr(config, "stage_names", None) or [])
-    if len(stages) < len(STRIDES):
-        raise ValueError(f"backbone {name!r} has the stages {stages}; four feature maps are needed")
+    stages = [stage for stage in getattr(config, "stage_names", None) or [] if stage != "stem"]
+    if not stages:
+        raise ValueError(f"backbone {name!r} has no stages that give feature maps")
     config.out_features = stages[-len(STRIDES) :]
     if pretrained is None:
         return transformers.AutoBackbone.from_config(config)

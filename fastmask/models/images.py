@@ -43,7 +43,7 @@ class ImageBatch:
 
     def padding_mask(self, height: int, width: int) -> Tensor | None:
         """``(B, height, width)`` bool over a feature map of that size: True at cells whose first pixel is padding. None
-        if no cell is, as for any batch of images of one size.
+        if no cell is, as for images of one size and cells as large as ``divisibility``.
         """
         padded_height, padded_width = self.padded_size
         cells = [(-(-h * height // padded_height), -(-w * width // padded_width)) for h, w in self.sizes]

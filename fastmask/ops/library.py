@@ -83,4 +83,3 @@ def set_simd_level(level: str) -> str:
     Returns the level now in use: one that the processor lacks becomes the best that it has.
     """
     return SIMD_LEVELS[torch.ops.fastmask._set_simd_level(SIMD_LEVELS.index(level))]
-
