@@ -35,7 +35,8 @@ WEIGHT_DECAY = 0.05
 WARMUP = 0.03  # share of the training time
 MAX_GRADIENT_NORM = 1.0
 PICTURED_SCENES = 6
-THRESHOLD = 0.5  # class probability that a query must exceed to be a segment
+# The class probability that a query must exceed to be a segment: low, since after three minutes few classes are sure.
+THRESHOLD = 0.2
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
