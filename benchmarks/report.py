@@ -18,6 +18,7 @@ from benchmarks.harness.registry import load_operations
 from benchmarks.harness.results import read_results
 from benchmarks.harness.tables import markdown_table, rows_by
 
+LONG_TABLE = 40  # rows beyond which a table is folded
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 
 
@@ -41,9 +42,12 @@ def render(results: Mapping[str, Any], titles: Mapping[str, str]) -> str:
         f"{'Host: ' if machine['gpu'] else ''}{host}; Python {machine['python']}, {versions}.",
         f"Floors: {floor}.",
     ]
-    for (op,), group in rows_by(rows, "op").items():
+    for (op,), group in sorted(rows_by(rows, "op").items(), key=lambda item: len(item[1])):
         title = f": {titles[op]}" if op in titles else ""
-        lines += ["", f"**`{op}`**{title}", "", markdown_table(group), "", measured(group)]
+        table = [markdown_table(group), "", measured(group)]
+        if len(group) > LONG_TABLE:
+            table = [f"<details><summary>all {len(group)} rows</summary>", "", *table, "", "</details>"]
+        lines += ["", f"**`{op}`**{title}", "", *table]
     return "\n".join(lines)
 
 
