@@ -2,5 +2,20 @@
 
 from fastmask.modules.criterion import LayerLosses, SetCriterion
 from fastmask.modules.matcher import HungarianMatcher
+from fastmask.modules.mlp import MLP
+from fastmask.modules.pixel_decoder import PixelDecoder
+from fastmask.modules.position_encoding import sine_position_encoding
+from fastmask.modules.predictor import TransformerPredictor
+from fastmask.modules.transformer import TransformerDecoder, TransformerEncoder
 
-__all__ = ["HungarianMatcher", "LayerLosses", "SetCriterion"]
+__all__ = [
+    "MLP",
+    "HungarianMatcher",
+    "LayerLosses",
+    "PixelDecoder",
+    "SetCriterion",
+    "TransformerDecoder",
+    "TransformerEncoder",
+    "TransformerPredictor",
+    "sine_position_encoding",
+]
