@@ -21,8 +21,8 @@ class HungarianMatcher(nn.Module):
         mask_term: "focal" (MaskFormer) or "bce" (Mask2Former).
         alpha, gamma: of the focal loss.
         ignore_void: leave void pixels out of the cost; otherwise they are background.
-        backend: "auto", "reference" or "native", of the cost and of the assignment alike. On a GPU the one is Triton's and
-            the other CUDA's, so that only "auto" takes both.
+        backend: "auto", "reference" or "native", of the cost and of the assignment alike. On a GPU the one is Triton's
+            and the other CUDA's, so that only "auto" takes both.
 
     Raises:
         ValueError: all three costs are 0.
