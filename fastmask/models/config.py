@@ -134,7 +134,7 @@ class MaskFormerConfig:
         """A configuration by name: "tiny" for tests and demonstrations, or one of the paper's models.
 
         Args:
-            name: "tiny", "maskformer-r50", "maskformer-r101" or "maskformer-swin-tiny", "-small", "-base", "-large".
+            name: "tiny", "maskformer-r50", "-r101", "-r101c", or "maskformer-swin-tiny", "-small", "-base", "-large".
             num_classes: K.
             overrides: fields to set otherwise.
 
@@ -206,6 +206,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "maskformer-r50": {"backbone": "resnet50"},
     "maskformer-r101": {"backbone": "resnet101"},
+    "maskformer-r101c": {"backbone": "resnet101c"},
     **{
         f"maskformer-swin-{size}": {"backbone": f"swin-{size}", "backbone_options": {"drop_path_rate": 0.3}}
         for size in ("tiny", "small", "base", "large")

@@ -185,7 +185,7 @@ class MaskFormer(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors. An interruption leaves an earlier save as it was."""
-        weights = self._weights()
+        weights = self.weights()
         checkpoint.replace_files(
             Path(folder),
             {
@@ -234,7 +234,7 @@ class MaskFormer(nn.Module):
         path = folder / checkpoint.WEIGHTS_FILE
         weights = checkpoint.load_weights(path)
         model = cls(config, backbone=backbone, backbone_channels=backbone_channels)
-        own = model._weights()
+        own = model.weights()
         for name in checkpoint.check_keys(own, weights, path):
             if not (new_classes and name.startswith("predictor.class_embed.")):
                 raise ValueError(
@@ -248,7 +248,7 @@ class MaskFormer(nn.Module):
         model.load_state_dict(weights, strict=False)
         return model
 
-    def _weights(self) -> dict[str, Tensor]:
+    def weights(self) -> dict[str, Tensor]:
         """The state dict without the criterion's buffers, which follow from the configuration."""
         return {name: value for name, value in self.state_dict().items() if not name.startswith(CRITERION_PREFIX)}
 
