@@ -115,9 +115,6 @@ class SegmentationModel(nn.Module):
         """The state dict without buffers that follow from the configuration."""
         return {name: value for name, value in self.state_dict().items() if not name.startswith(self.unsaved)}
 
-    def _pad(self, images: Images, divisibility: int) -> ImageBatch:
-        return pad_images(images, divisibility, len(self.config.pixel_mean))
-
     def _normalise(self, batch: ImageBatch) -> Tensor:
         """Pixels of mean 0 and deviation 1, in the model's dtype; padding stays 0, as in the original."""
         pixels = (batch.pixels - self.pixel_mean.float()) / self.pixel_std.float()
@@ -138,17 +135,7 @@ class SegmentationModel(nn.Module):
 class PixelDecoderModel(SegmentationModel):
     """Base of the networks of MaskFormer's paper (arXiv:2107.06278): a backbone and a pixel decoder.
 
-    Args:
-        config: the configuration; None to give its fields as keywords.
-        backbone: a name, as in the configuration; or a module that returns a list or tuple of maps at the strides 4,
-            8, 16 and 32, from fine to coarse (with a configuration, only a module).
-        backbone_channels: the channels of these maps; by default the module's attribute ``channels``.
-        pretrained_backbone: a folder or hub id from which ``transformers`` reads the backbone.
-        options: fields of the configuration.
-
-    Raises:
-        TypeError: both a configuration and fields, neither, or a field of the wrong type.
-        ValueError: a value out of range, or an unknown backbone; the message lists the known ones.
+    The arguments are those of :class:`fastmask.MaskFormer`.
     """
 
     config_class: ClassVar[type[PixelDecoderConfig]]
@@ -213,7 +200,7 @@ class PixelDecoderModel(SegmentationModel):
         }
 
     def _batch(self, images: Images) -> ImageBatch:
-        return self._pad(images, self.config.size_divisibility)
+        return pad_images(images, self.config.size_divisibility, len(self.config.pixel_mean))
 
     def _embed_pixels(self, batch: ImageBatch) -> tuple[Tensor, Tensor, Tensor | None]:
         """``pixel_embed (B, mask_dim, h, w)``, and ``memory (B, C, h', w')`` with the mask of its padding."""

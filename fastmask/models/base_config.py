@@ -53,6 +53,15 @@ class ModelConfig:
         for name in names:
             require(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
 
+    def require_outside_classes(self, name: str) -> None:
+        """Refuses a field that should mark the absence of a class and is a class.
+
+        Raises:
+            ValueError: it lies in ``0..K-1``.
+        """
+        value = getattr(self, name)
+        require(not 0 <= value < self.num_classes, name, value, f"outside of the classes 0..{self.num_classes - 1}")
+
     def replace(self: Config, **changes: Any) -> Config:
         """The same configuration with some fields changed."""
         return replace(self, **changes)
