@@ -114,8 +114,8 @@ class VisionTransformer(nn.Module):
     """The encoder of Dosovitskiy et al. (arXiv:2010.11929) for images of any size.
 
     Position embeddings are learned on one grid of patches and resized bilinearly to others, as in Segmenter
-    (arXiv:2105.05633). ``transformers`` has this network too, but resizes by cubic convolution, has no
-    stochastic depth and attends to padding.
+    (arXiv:2105.05633), whose code leaves them as they are where another grid has as many patches. ``transformers`` has
+    this network too, but resizes by cubic convolution, has no stochastic depth and attends to padding.
 
     Args:
         grid_size: (rows, columns) of the patches that position embeddings are learned for.
