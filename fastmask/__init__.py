@@ -12,7 +12,14 @@ from fastmask.functional import (
     semantic_inference,
     show_config,
 )
-from fastmask.models import MaskFormer, MaskFormerConfig
+from fastmask.models import (
+    MaskFormer,
+    MaskFormerConfig,
+    PerPixelBaseline,
+    PerPixelBaselineConfig,
+    Segmenter,
+    SegmenterConfig,
+)
 from fastmask.modules import FixedMatcher, HungarianMatcher, SetCriterion
 from fastmask.targets import Targets
 from fastmask.version import __version__
@@ -22,6 +29,10 @@ __all__ = [
     "HungarianMatcher",
     "MaskFormer",
     "MaskFormerConfig",
+    "PerPixelBaseline",
+    "PerPixelBaselineConfig",
+    "Segmenter",
+    "SegmenterConfig",
     "SetCriterion",
     "Targets",
     "__version__",

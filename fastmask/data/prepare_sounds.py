@@ -43,7 +43,8 @@ SOURCES = {
     "bell": "drum_cowbell elec_bell elec_bong elec_chime elec_ping elec_triangle perc_bell",
     "bass": "bass_dnb_f bass_drop_c bass_hard_c bass_hit_c bass_thick_c bass_trance_c bass_voxy_hit_c bass_woodsy_c",
     AMBIENCE: (
-        "ambi_dark_woosh ambi_drone ambi_glass_hum ambi_glass_rub ambi_haunted_hum ambi_lunar_land ambi_piano vinyl_hiss"
+        "ambi_dark_woosh ambi_drone ambi_glass_hum ambi_glass_rub ambi_haunted_hum ambi_lunar_land ambi_piano "
+        "vinyl_hiss"
     ),
 }
 VAL_STEP = 3
