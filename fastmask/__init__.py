@@ -20,11 +20,12 @@ from fastmask.models import (
     Segmenter,
     SegmenterConfig,
 )
-from fastmask.modules import HungarianMatcher, SetCriterion
+from fastmask.modules import FixedMatcher, HungarianMatcher, SetCriterion
 from fastmask.targets import Targets
 from fastmask.version import __version__
 
 __all__ = [
+    "FixedMatcher",
     "HungarianMatcher",
     "MaskFormer",
     "MaskFormerConfig",

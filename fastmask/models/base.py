@@ -46,7 +46,7 @@ class SegmentationModel(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors. An interruption leaves an earlier save as it was."""
-        weights = self._weights()
+        weights = self.weights()
         checkpoint.replace_files(
             Path(folder),
             {
@@ -95,7 +95,7 @@ class SegmentationModel(nn.Module):
         path = folder / checkpoint.WEIGHTS_FILE
         weights = checkpoint.load_weights(path)
         model = cls(config, **modules)
-        own = model._weights()
+        own = model.weights()
         mismatched = checkpoint.check_keys(own, weights, path)
         for name in mismatched:
             if not (new_classes and name.startswith(cls.class_weights)):
@@ -111,7 +111,7 @@ class SegmentationModel(nn.Module):
         model.load_state_dict(weights, strict=False)
         return model
 
-    def _weights(self) -> dict[str, Tensor]:
+    def weights(self) -> dict[str, Tensor]:
         """The state dict without buffers that follow from the configuration."""
         return {name: value for name, value in self.state_dict().items() if not name.startswith(self.unsaved)}
 

