@@ -19,6 +19,8 @@ from fastmask.models import (
     PerPixelBaselineConfig,
     Segmenter,
     SegmenterConfig,
+    SoundEventConfig,
+    SoundEventDetector,
 )
 from fastmask.modules import FixedMatcher, HungarianMatcher, SetCriterion
 from fastmask.targets import Targets
@@ -34,6 +36,8 @@ __all__ = [
     "Segmenter",
     "SegmenterConfig",
     "SetCriterion",
+    "SoundEventConfig",
+    "SoundEventDetector",
     "Targets",
     "__version__",
     "assign",

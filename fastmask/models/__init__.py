@@ -7,6 +7,8 @@ from fastmask.models.per_pixel_baseline import PerPixelBaseline, PerPixelBaselin
 from fastmask.models.segmenter import Segmenter
 from fastmask.models.segmenter_checkpoint import load_original_segmenter, save_original_segmenter
 from fastmask.models.segmenter_config import SegmenterConfig
+from fastmask.models.sound_config import SoundEventConfig
+from fastmask.models.sound_event_detector import SoundEventDetector
 
 __all__ = [
     "MaskFormer",
@@ -15,6 +17,8 @@ __all__ = [
     "PerPixelBaselineConfig",
     "Segmenter",
     "SegmenterConfig",
+    "SoundEventConfig",
+    "SoundEventDetector",
     "build_backbone",
     "known_backbones",
     "load_original_segmenter",
