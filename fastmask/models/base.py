@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from fastmask.models import checkpoint
 from fastmask.models.backbone import backbone_channels as channels_of
 from fastmask.models.backbone import build_backbone, describe_backbone, feature_maps
-from fastmask.models.base_config import CUSTOM_BACKBONE, ModelConfig, PixelDecoderConfig
+from fastmask.models.base_config import CUSTOM_BACKBONE, ImageModelConfig, ModelConfig, PixelDecoderConfig
 from fastmask.models.images import ImageBatch, pad_images
 from fastmask.modules.pixel_decoder import PixelDecoder
 
 Images = Tensor | Sequence[Tensor]
-Model = TypeVar("Model", bound="SegmentationModel")
+Model = TypeVar("Model", bound="PretrainedModel")
 
 
-class SegmentationModel(nn.Module):
-    """Base of every network that segments images.
+class PretrainedModel(nn.Module):
+    """Base of every network: weights and configuration to a folder and back.
 
     Args:
         config: the configuration, of the class ``config_class``.
@@ -35,14 +35,9 @@ class SegmentationModel(nn.Module):
     # Prefixes of buffers that follow from the configuration and are not saved.
     unsaved: ClassVar[tuple[str, ...]] = ()
 
-    pixel_mean: Tensor
-    pixel_std: Tensor
-
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.register_buffer("pixel_mean", torch.tensor(config.pixel_mean)[:, None, None], persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(config.pixel_std)[:, None, None], persistent=False)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors. An interruption leaves an earlier save as it was."""
@@ -115,11 +110,6 @@ class SegmentationModel(nn.Module):
         """The state dict without buffers that follow from the configuration."""
         return {name: value for name, value in self.state_dict().items() if not name.startswith(self.unsaved)}
 
-    def _normalise(self, batch: ImageBatch) -> Tensor:
-        """Pixels of mean 0 and deviation 1, in the model's dtype; padding stays 0, as in the original."""
-        pixels = (batch.pixels - self.pixel_mean.float()) / self.pixel_std.float()
-        return batch.zero_padding(pixels).to(self.pixel_mean.dtype)
-
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         """Evaluation mode for a while; each module then gets back its own mode."""
@@ -130,6 +120,29 @@ class SegmentationModel(nn.Module):
         finally:
             for module in training:
                 module.training = True
+
+
+class SegmentationModel(PretrainedModel):
+    """Base of every network that segments images.
+
+    Args:
+        config: the configuration, of the class ``config_class``.
+    """
+
+    config_class: ClassVar[type[ImageModelConfig]]
+    config: ImageModelConfig
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(self, config: ImageModelConfig) -> None:
+        super().__init__(config)
+        self.register_buffer("pixel_mean", torch.tensor(config.pixel_mean)[:, None, None], persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(config.pixel_std)[:, None, None], persistent=False)
+
+    def _normalise(self, batch: ImageBatch) -> Tensor:
+        """Pixels of mean 0 and deviation 1, in the model's dtype; padding stays 0, as in the original."""
+        pixels = (batch.pixels - self.pixel_mean.float()) / self.pixel_std.float()
+        return batch.zero_padding(pixels).to(self.pixel_mean.dtype)
 
 
 class PixelDecoderModel(SegmentationModel):
@@ -223,7 +236,7 @@ class PixelDecoderModel(SegmentationModel):
         return config
 
 
-def config_or_fields(model: type[SegmentationModel], config: ModelConfig | None, options: Mapping[str, Any]) -> Any:
+def config_or_fields(model: type[PretrainedModel], config: ModelConfig | None, options: Mapping[str, Any]) -> Any:
     """The configuration that a model's constructor was given, or the one that its keywords make.
 
     Raises:

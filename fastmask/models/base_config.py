@@ -23,8 +23,6 @@ class ModelConfig:
 
     num_classes: int
     class_names: tuple[str, ...]
-    pixel_mean: tuple[float, ...]
-    pixel_std: tuple[float, ...]
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -35,13 +33,6 @@ class ModelConfig:
             "class_names",
             f"{len(self.class_names)} names",
             f"{self.num_classes} (num_classes) or none",
-        )
-        require(len(self.pixel_mean) >= 1, "pixel_mean", self.pixel_mean, "one value a channel")
-        require(
-            len(self.pixel_std) == len(self.pixel_mean) and min(self.pixel_std) > 0,
-            "pixel_std",
-            self.pixel_std,
-            f"{len(self.pixel_mean)} positive values, as many as pixel_mean",
         )
 
     def require_at_least(self, least: int, *names: str) -> None:
@@ -121,7 +112,24 @@ class ModelConfig:
         return cls(**{"num_classes": num_classes, **presets[name], **overrides})
 
 
-class PixelDecoderConfig(ModelConfig):
+class ImageModelConfig(ModelConfig):
+    """Base of the configurations of networks that segment images."""
+
+    pixel_mean: tuple[float, ...]
+    pixel_std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(len(self.pixel_mean) >= 1, "pixel_mean", self.pixel_mean, "one value a channel")
+        require(
+            len(self.pixel_std) == len(self.pixel_mean) and min(self.pixel_std) > 0,
+            "pixel_std",
+            self.pixel_std,
+            f"{len(self.pixel_mean)} positive values, as many as pixel_mean",
+        )
+
+
+class PixelDecoderConfig(ImageModelConfig):
     """Base of the configurations of networks with a backbone, a pixel decoder and a transformer decoder."""
 
     backbone: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fastmask.models.base_config import ModelConfig, require
+from fastmask.models.base_config import ImageModelConfig, require
 
 DECODERS = ("mask", "linear")
 # ViTs that were pretrained on ImageNet-21k want pixels in -1..1; DeiTs want ImageNet's mean and deviation.
@@ -14,7 +14,7 @@ VIT_STD = (0.5, 0.5, 0.5)
 
 
 @dataclass(frozen=True)
-class SegmenterConfig(ModelConfig):
+class SegmenterConfig(ImageModelConfig):
     """Everything that :class:`fastmask.Segmenter` is built from. The defaults are those of the paper's Seg-S-Mask/16 on
     ADE20K (arXiv:2105.05633, section 4, and the authors' configuration file).
 
