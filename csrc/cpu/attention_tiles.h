@@ -35,17 +35,6 @@ static inline float largest_lane(vfloat v) {
 // Channels are summed so many at a time, and these sums then: rounding grows with the longest chain of additions.
 constexpr int64_t kChain = 16;
 
-// sum over c of a[c] * b[c], summed as tile_products sums.
-static inline float chained_product(const float* a, const float* b, int64_t channels) {
-  vfloat total = {};
-  for (int64_t c = 0; c < channels; c += kChain) {
-    vfloat sum = {};
-    for (int64_t i = c; i < c + kChain && i < channels; ++i) sum = fma(splat(a[i]), splat(b[i]), sum);
-    total += sum;
-  }
-  return total[0];
-}
-
 // out[g][s] = sum over c of rows[offsets[g] + c] * columns[c][s], for the kKeys keys s.
 template <int G>
 static inline void tile_products(const float* rows, const int32_t* offsets, const float* columns, int64_t channels,

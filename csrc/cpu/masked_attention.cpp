@@ -14,6 +14,7 @@ struct Workspace {
   int64_t channels;                // of a head, padded with zeros to full vectors
   uint32_t* present;               // [key blocks] bits of the keys that are not padding
   uint32_t* attended;              // [key blocks][queries] bits of the keys that a query attends to
+  int32_t* keys;                   // [queries] how many these are
   float* samples;                  // [keys] a query's mask on the key grid
   float* source[2];                // [w] two neighbouring rows of mask logits
   float* mixed;                    // [w] what lies between them
@@ -40,6 +41,7 @@ struct Workspace {
     channels = padded_row(image.head_dim);
     present = reinterpret_cast<uint32_t*>(take(blocks));
     attended = reinterpret_cast<uint32_t*>(take(blocks * queries));
+    keys = reinterpret_cast<int32_t*>(take(queries));
     samples = take(blocks * kKeys);
     const int64_t source_width = image.mask.logits == nullptr ? 0 : padded_row(image.mask.resampling.w);
     source[0] = take(source_width);
@@ -116,10 +118,12 @@ void resample(const AttentionMask& mask, int64_t query, Workspace& work) {
 void find_attended(const AttentionImage& image, int64_t first_query, int64_t num_queries, Workspace& work) {
   const int64_t blocks = key_blocks(image);
   find_present(image, work.present);
+  int64_t present_keys = 0;
+  for (int64_t block = 0; block < blocks; ++block) present_keys += __builtin_popcount(work.present[block]);
   for (int64_t s = image.keys; s < blocks * kKeys; ++s) work.samples[s] = 0.0f;
   for (int64_t n = 0; n < num_queries; ++n) {
     uint32_t* attended = work.attended + n;
-    uint32_t any = 0;
+    int64_t keys = 0;
     if (image.mask.logits != nullptr) {
       resample(image.mask, first_query + n, work);
       for (int64_t block = 0; block < blocks; ++block) {
@@ -129,10 +133,11 @@ void find_attended(const AttentionImage& image, int64_t first_query, int64_t num
           foreground |= bits_of(lanes) << (part * kLanes);
         }
         attended[block * num_queries] = foreground & work.present[block];
-        any |= foreground & work.present[block];
+        keys += __builtin_popcount(attended[block * num_queries]);
       }
     }
-    if (any != 0) continue;
+    work.keys[n] = static_cast<int32_t>(keys > 0 ? keys : present_keys);
+    if (keys > 0) continue;
     for (int64_t block = 0; block < blocks; ++block) attended[block * num_queries] = work.present[block];
   }
 }
@@ -258,19 +263,20 @@ void forward_head(const AttentionImage& image, const AttentionForward& result, i
     for (int64_t c = 0; c < work.channels; c += kLanes) store(row + c, load(row + c) * factor);
     store_row(image, result.out, head, first_query + n, row);
     result.logsumexp[head * image.queries + first_query + n] =
-        empty ? __builtin_inff() : static_cast<float>(work.maximum[n] + __builtin_log(total));
+        empty ? __builtin_inf() : work.maximum[n] + __builtin_log(total);
   }
 }
 
 // Makes a query's scores of one block the weights that multiply the values, and the products of grad_out with the
 // values the gradients of the scores: weight (kept product / (1 - dropout) - delta).
-inline void differentiate(const AttentionImage& image, float logsumexp, uint32_t attended, int64_t head, int64_t query,
+inline void differentiate(const AttentionImage& image, double logsumexp, uint32_t attended, int64_t head, int64_t query,
                           int64_t key, float delta, float* weights, float* slopes) {
   const float scale = kept_scale(image);
+  const float rounded = static_cast<float>(logsumexp), rest = static_cast<float>(logsumexp - rounded);
   for (int part = 0; part < kParts; ++part) {
     float *weight_at = weights + part * kLanes, *slope_at = slopes + part * kLanes;
     const vint lanes = select(attended, part);
-    const vfloat weight = masked(lanes, exp_neg(logsumexp - load(weight_at)));
+    const vfloat weight = masked(lanes, exp_neg((rounded - load(weight_at)) + rest));
     vfloat passed = splat(scale);
     if (image.dropout > 0.0f) passed = masked(kept(image, head, query, key + part * kLanes), passed);
     store(slope_at, masked(lanes, weight * (load(slope_at) * passed - delta)));
@@ -297,12 +303,13 @@ void backward_head(const AttentionImage& image, const AttentionBackward& result,
     float *grad_row = work.grad_out + n * work.channels, *out_row = work.out + n * work.channels;
     load_row(image, result.grad_out, head, first_query + n, grad_row);
     load_row(image, result.out, head, first_query + n, out_row);
-    // With a single key, this and the key's product are the same number, and their difference is 0.
-    work.delta[n] = chained_product(grad_row, out_row, image.head_dim);
+    double delta = 0;
+    for (int64_t c = 0; c < work.channels; c += kLanes) delta += sum_lanes(load(grad_row + c) * load(out_row + c));
+    work.delta[n] = static_cast<float>(delta);
   }
   float* grad_q = work.out;  // the output has done its part
   memset(grad_q, 0, sizeof(float) * num_queries * work.channels);
-  const float* logsumexp = result.logsumexp + head * image.queries + first_query;
+  const double* logsumexp = result.logsumexp + head * image.queries + first_query;
   for (int64_t block = 0; block < key_blocks(image); ++block) {
     const uint32_t* attended = work.attended + block * num_queries;
     const int64_t count = find_active(attended, num_queries, work);
@@ -319,6 +326,8 @@ void backward_head(const AttentionImage& image, const AttentionBackward& result,
         const int64_t n = work.active[first + g];
         differentiate(image, logsumexp[n], attended[n], head, first_query + n, block * kKeys, work.delta[n],
                       weights + g * kKeys, slopes + g * kKeys);
+        // The weight of an only key is 1 whatever its score: what differs here is rounding.
+        if (work.keys[n] == 1) memset(slopes + g * kKeys, 0, sizeof(float) * kKeys);
       }
       tile_combine<G>(slopes, kKeys, 1, work.rows, work.key_offsets, kKeys, grad_q, work.offsets + first,
                       work.channels);

@@ -46,12 +46,14 @@ struct AttentionImage {
 
 struct AttentionForward {
   AttentionRows<void> out;
-  float* logsumexp;  // [heads][queries]; +inf for queries without any key
+  // [heads][queries]; +inf for queries without any key. As float, what rounding takes would scale all of a row's
+  // weights in backward, which is more than all other rounding.
+  double* logsumexp;
 };
 
 struct AttentionBackward {
   AttentionRows<const void> out, grad_out;
-  const float* logsumexp;               // [heads][queries]
+  const double* logsumexp;              // [heads][queries]
   AttentionRows<void> grad_q;           // in the image's type
   AttentionRows<float> grad_k, grad_v;  // added to
 };

@@ -159,8 +159,8 @@ std::tuple<Tensor, Tensor> masked_attention(Tensor q, Tensor k, Tensor v, std::o
                             seed);
   const int64_t queries = attention.queries();
   Tensor out = torch::stable::new_empty(q, {attention.batch(), queries, attention.channels()});
-  Tensor logsumexp = torch::stable::new_empty(q, {attention.batch(), num_heads, queries}, ScalarType::Float);
-  float* logsumexp_data = static_cast<float*>(logsumexp.data_ptr());
+  Tensor logsumexp = torch::stable::new_empty(q, {attention.batch(), num_heads, queries}, ScalarType::Double);
+  double* logsumexp_data = static_cast<double*>(logsumexp.data_ptr());
   const QueryBlocks blocks(queries);
   if (blocks.count == 0) return {out, logsumexp};
   const auto kernel = FASTMASK_SELECT(masked_attention_forward);
@@ -189,9 +189,9 @@ std::tuple<Tensor, Tensor, Tensor> masked_attention_backward(Tensor grad_out, Te
                         tensor->scalar_type() == q.scalar_type(),
                     "grad_out and out must have the shape and dtype of q");
   }
-  STD_TORCH_CHECK(logsumexp.scalar_type() == ScalarType::Float && logsumexp.numel() == batch * num_heads * queries,
-                  "logsumexp must be (B, heads, N) float32");
-  const float* logsumexp_data = static_cast<const float*>(logsumexp.data_ptr());
+  STD_TORCH_CHECK(logsumexp.scalar_type() == ScalarType::Double && logsumexp.numel() == batch * num_heads * queries,
+                  "logsumexp must be (B, heads, N) float64");
+  const double* logsumexp_data = static_cast<const double*>(logsumexp.data_ptr());
   Tensor grad_q = torch::stable::new_empty(q, {batch, queries, channels});
   Tensor grad_k = torch::stable::new_zeros(k, {batch, attention.keys(), channels}, ScalarType::Float);
   Tensor grad_v = torch::stable::new_zeros(v, {batch, attention.keys(), channels}, ScalarType::Float);
