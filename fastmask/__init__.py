@@ -13,7 +13,7 @@ from fastmask.functional import (
     show_config,
 )
 from fastmask.models import MaskFormer, MaskFormerConfig
-from fastmask.modules import HungarianMatcher, SetCriterion
+from fastmask.modules import HungarianMatcher, MaskedCrossAttention, SetCriterion
 from fastmask.targets import Targets
 from fastmask.version import __version__
 
@@ -21,6 +21,7 @@ __all__ = [
     "HungarianMatcher",
     "MaskFormer",
     "MaskFormerConfig",
+    "MaskedCrossAttention",
     "SetCriterion",
     "Targets",
     "__version__",

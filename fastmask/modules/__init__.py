@@ -1,5 +1,6 @@
 """Drop-in ``nn.Module``s."""
 
+from fastmask.modules.attention import MaskedCrossAttention
 from fastmask.modules.criterion import LayerLosses, SetCriterion
 from fastmask.modules.matcher import HungarianMatcher
 from fastmask.modules.mlp import MLP
@@ -12,6 +13,7 @@ __all__ = [
     "MLP",
     "HungarianMatcher",
     "LayerLosses",
+    "MaskedCrossAttention",
     "PixelDecoder",
     "SetCriterion",
     "TransformerDecoder",
