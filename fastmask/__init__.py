@@ -13,11 +13,12 @@ from fastmask.functional import (
     show_config,
 )
 from fastmask.models import MaskFormer, MaskFormerConfig
-from fastmask.modules import HungarianMatcher, MaskedCrossAttention, SetCriterion
+from fastmask.modules import FixedMatcher, HungarianMatcher, MaskedCrossAttention, SetCriterion
 from fastmask.targets import Targets
 from fastmask.version import __version__
 
 __all__ = [
+    "FixedMatcher",
     "HungarianMatcher",
     "MaskFormer",
     "MaskFormerConfig",
