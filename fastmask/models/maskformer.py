@@ -19,6 +19,7 @@ from fastmask.models.config import CUSTOM_BACKBONE, MaskFormerConfig
 from fastmask.models.images import ImageBatch, Size, fit_targets, pad_images
 from fastmask.models.inference import TASKS, check_sizes, infer
 from fastmask.modules.criterion import SetCriterion
+from fastmask.modules.masked_predictor import MaskedTransformerPredictor
 from fastmask.modules.matcher import FixedMatcher, HungarianMatcher, Matcher
 from fastmask.modules.pixel_decoder import PixelDecoder
 from fastmask.modules.predictor import TransformerPredictor
@@ -26,10 +27,12 @@ from fastmask.targets import Targets
 
 Images = Tensor | Sequence[Tensor]
 CRITERION_PREFIX = "criterion."
+MASKED_LEVELS = 3  # feature levels that masked attention reads, coarse to fine
 
 
 class MaskFormer(nn.Module):
-    """Mask classification for semantic, panoptic and instance segmentation (Cheng et al., arXiv:2107.06278).
+    """Mask classification for semantic, panoptic and instance segmentation (Cheng et al., arXiv:2107.06278); with
+    ``masked_attention=True``, the transformer decoder of Mask2Former (Cheng et al., arXiv:2112.01527).
 
     ``MaskFormer(config)``, or ``MaskFormer(num_classes=150, backbone="swin-tiny", ...)`` with the fields of
     :class:`MaskFormerConfig` as keywords.
@@ -89,9 +92,8 @@ class MaskFormer(nn.Module):
             encoder_layers=config.encoder_layers,
             **transformer,
         )
-        self.predictor = TransformerPredictor(
-            config.pixel_decoder_dim if config.encoder_layers else self.channels[-1],
-            config.num_classes,
+        self.predictor = self._make_predictor(
+            num_classes=config.num_classes,
             num_queries=config.num_queries,
             hidden_dim=config.hidden_dim,
             mask_dim=config.mask_dim,
@@ -259,9 +261,23 @@ class MaskFormer(nn.Module):
         """``class_logits (L, B, N, K+1)``, ``mask_embed (L, B, N, C)`` and ``pixel_embed (B, C, h, w)``."""
         features = feature_maps(self.backbone, self._normalise(batch), self.channels)
         padding_mask = batch.padding_mask(*features[-1].shape[-2:])
-        pixel_embed, memory = self.pixel_decoder(features, padding_mask)
-        class_logits, mask_embed = self.predictor(memory, padding_mask, all_layers=all_layers)
+        if self.config.masked_attention:
+            maps, _ = self.pixel_decoder.pyramid(features, padding_mask)
+            pixel_embed = self.pixel_decoder.mask_features(maps[-1])
+            levels = maps[: self.predictor.num_levels]
+            padding_masks = [batch.padding_mask(*level.shape[-2:]) for level in levels]
+            class_logits, mask_embed = self.predictor(levels, pixel_embed, padding_masks, all_layers=all_layers)
+        else:
+            pixel_embed, memory = self.pixel_decoder(features, padding_mask)
+            class_logits, mask_embed = self.predictor(memory, padding_mask, all_layers=all_layers)
         return class_logits, mask_embed, pixel_embed
+
+    def _make_predictor(self, **options: Any) -> MaskedTransformerPredictor | TransformerPredictor:
+        config = self.config
+        if config.masked_attention:
+            levels = min(MASKED_LEVELS, len(self.channels), config.decoder_layers)
+            return MaskedTransformerPredictor(config.pixel_decoder_dim, num_levels=levels, **options)
+        return TransformerPredictor(config.pixel_decoder_dim if config.encoder_layers else self.channels[-1], **options)
 
     def _weighted_losses(
         self, class_logits: Tensor, mask_embed: Tensor, pixel_embed: Tensor, targets: Targets
@@ -310,8 +326,8 @@ def _make_config(
 
 def _make_criterion(config: MaskFormerConfig) -> SetCriterion:
     weights = {"loss_ce": config.class_weight, "loss_mask": config.mask_weight, "loss_dice": config.dice_weight}
-    aux_layers = config.decoder_layers - 1 if config.deep_supervision else 0
-    weights |= {f"{name}_{layer}": weight for layer in range(aux_layers) for name, weight in list(weights.items())}
+    earlier = range(config.num_predictions - 1)
+    weights |= {f"{name}_{layer}": weight for layer in earlier for name, weight in list(weights.items())}
     return SetCriterion(
         config.num_classes,
         matcher=_make_matcher(config),
