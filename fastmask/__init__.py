@@ -22,7 +22,7 @@ from fastmask.models import (
     SoundEventConfig,
     SoundEventDetector,
 )
-from fastmask.modules import FixedMatcher, HungarianMatcher, SetCriterion
+from fastmask.modules import FixedMatcher, HungarianMatcher, MaskedCrossAttention, SetCriterion
 from fastmask.targets import Targets
 from fastmask.version import __version__
 
@@ -31,6 +31,7 @@ __all__ = [
     "HungarianMatcher",
     "MaskFormer",
     "MaskFormerConfig",
+    "MaskedCrossAttention",
     "PerPixelBaseline",
     "PerPixelBaselineConfig",
     "Segmenter",
