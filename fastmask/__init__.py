@@ -12,6 +12,7 @@ from fastmask.functional import (
     semantic_inference,
     show_config,
 )
+from fastmask.integrations import patch, unpatch
 from fastmask.models import MaskFormer, MaskFormerConfig
 from fastmask.modules import HungarianMatcher, SetCriterion
 from fastmask.targets import Targets
@@ -32,6 +33,8 @@ __all__ = [
     "mask_loss",
     "masked_attention",
     "panoptic_inference",
+    "patch",
     "semantic_inference",
     "show_config",
+    "unpatch",
 ]

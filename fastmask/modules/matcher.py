@@ -100,12 +100,17 @@ class HungarianMatcher(nn.Module):
         if not isinstance(targets, Targets):
             num_classes = class_logits.shape[-1] - 1
             targets = Targets.from_list(targets, num_classes=num_classes, device=mask_logits.device)
-        pairs = []
-        for queries in self.assign(class_logits, mask_logits, targets).cpu():
-            matched = (queries >= 0).nonzero().squeeze(1)
-            order = queries[matched].argsort()
-            pairs.append((queries[matched][order], matched[order]))
-        return pairs
+        return index_pairs(self.assign(class_logits, mask_logits, targets))
 
     def extra_repr(self) -> str:
         return f"cost_class={self.cost_class}, cost_mask={self.cost_mask}, cost_dice={self.cost_dice}"
+
+
+def index_pairs(assignment: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """``(B, M)`` queries of targets to (queries, targets) of each image, int64 on the CPU, by ascending query."""
+    pairs = []
+    for queries in assignment.cpu():
+        matched = (queries >= 0).nonzero().squeeze(1)
+        order = queries[matched].argsort()
+        pairs.append((queries[matched][order], matched[order]))
+    return pairs

@@ -1,0 +1,187 @@
+"""transformers' MaskFormer: matcher and losses of all decoder layers in one call each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.maskformer import modeling_maskformer as hf
+
+from fastmask.functional import assign, class_loss, mask_cost, mask_loss
+from fastmask.functional.matched_logits import matched_mask_logits
+from fastmask.integrations._patching import fixes, original_class
+from fastmask.integrations.transformers._labels import (
+    LayerLogits,
+    layers_of,
+    make_targets,
+    name_losses,
+    num_masks_of,
+)
+from fastmask.modules.matcher import index_pairs
+from fastmask.targets import Targets
+
+
+def replacement(module: nn.Module) -> type[nn.Module] | None:
+    """The class that replaces the module's own, if any; see ``fastmask.integrations.patch``."""
+    cls = type(module)
+    if cls is hf.MaskFormerHungarianMatcher:
+        return MaskFormerHungarianMatcher
+    if cls is hf.MaskFormerLoss:
+        if original_class(module.matcher) is not hf.MaskFormerHungarianMatcher:
+            raise TypeError(
+                f"the matcher of MaskFormerLoss is a {type(module.matcher).__name__}, not a "
+                "MaskFormerHungarianMatcher; fastmask cannot tell by what costs it matches"
+            )
+        return MaskFormerLoss
+    # With a criterion of the user's own, the model's logits are left as they are.
+    if cls is hf.MaskFormerForInstanceSegmentation and original_class(module.criterion) is hf.MaskFormerLoss:
+        return MaskFormerForInstanceSegmentation
+    return None
+
+
+class MaskFormerHungarianMatcher(hf.MaskFormerHungarianMatcher):
+    """The matcher, by fastmask's kernels."""
+
+    @torch.no_grad()
+    def forward(
+        self,
+        masks_queries_logits: Tensor,
+        class_queries_logits: Tensor,
+        mask_labels: Sequence[Tensor],
+        class_labels: Sequence[Tensor],
+    ) -> list[tuple[Tensor, Tensor]]:
+        """For each image (queries, targets), int64 on the CPU, by ascending query."""
+        num_classes = class_queries_logits.shape[-1] - 1
+        targets = make_targets(self, mask_labels, class_labels, num_classes, masks_queries_logits.device)
+        cost = self.cost(class_queries_logits[None], masks_queries_logits[None], targets, sizes_of(mask_labels))
+        return index_pairs(assign(cost[0], targets.counts))
+
+    def cost(
+        self, class_logits: Tensor, mask_logits: Tensor, targets: Targets, sizes: Sequence[tuple[int, int]]
+    ) -> Tensor:
+        """``(L, B, N, M)``: the matching cost.
+
+        Args:
+            class_logits: ``(L, B, N, K+1)``.
+            mask_logits: ``(L, B, N, h, w)``.
+            targets: of the B images.
+            sizes: (H_b, W_b) of each image's masks. The masks themselves are matched at the logits' size, without the
+                padding that the losses see, so that images of different sizes are matched one by one.
+        """
+        weights = {"cost_class": self.cost_class, "cost_mask": self.cost_mask, "cost_dice": self.cost_dice}
+        if len(set(sizes)) == 1:
+            return mask_cost(class_logits, mask_logits, targets, **weights)
+        costs = []
+        for b, (height, width) in enumerate(sizes):
+            image = slice(b, b + 1)
+            own = Targets(
+                targets.labels[image],
+                targets.counts[image],
+                masks=targets.masks[image, :, :height, :width].contiguous(),
+            )
+            costs.append(mask_cost(class_logits[:, image], mask_logits[:, image], own, **weights))
+        return torch.cat(costs, 1)
+
+
+class MaskFormerLoss(hf.MaskFormerLoss):
+    """The losses, by fastmask's kernels."""
+
+    def forward(
+        self,
+        masks_queries_logits: Tensor,
+        class_queries_logits: Tensor,
+        mask_labels: Sequence[Tensor],
+        class_labels: Sequence[Tensor],
+        auxiliary_predictions: Sequence[Mapping[str, Tensor]] | None = None,
+    ) -> dict[str, Tensor]:
+        """Unweighted losses under transformers' names, of all layers."""
+        targets = make_targets(self, mask_labels, class_labels, self.num_labels, masks_queries_logits.device)
+        sizes = sizes_of(mask_labels)
+        factored = isinstance(auxiliary_predictions, FactoredLogits)
+        if factored:
+            groups = [(auxiliary_predictions.class_logits, auxiliary_predictions.mask_logits)]
+        else:
+            layers = layers_of(class_queries_logits, masks_queries_logits, auxiliary_predictions)
+            groups = [(classes[None], masks[None]) for classes, masks in layers]
+        cost = torch.cat([self.matcher.cost(classes, masks, targets, sizes) for classes, masks in groups])
+        assignment = assign(cost, targets.counts)
+        if factored:
+            factors = (auxiliary_predictions.mask_embed, auxiliary_predictions.pixel_embed)
+            matched = [matched_mask_logits(*factors, groups[0][1], assignment)]
+        else:
+            matched = [(masks, queries) for (_, masks), queries in zip(groups, assignment.split(1), strict=True)]
+        pairs = [mask_loss(logits, targets, queries, num_masks=1.0) for logits, queries in matched]
+        loss_mask, loss_dice = (torch.cat(sums) for sums in zip(*pairs, strict=True))
+        class_logits = groups[0][0] if factored else torch.cat([classes for classes, _ in groups])
+        loss_ce = class_loss(class_logits, targets, assignment, class_weights=self.empty_weight)
+        return name_losses(loss_mask, loss_dice, loss_ce, num_masks_of(self, class_labels, targets))
+
+
+class FactoredLogits(LayerLogits):
+    """Auxiliary predictions that also know the factors of their mask logits.
+
+    Args:
+        class_logits: ``(L, B, N, K+1)``.
+        mask_embed: ``(L, B, N, C)``.
+        pixel_embed: ``(B, C, h, w)``.
+    """
+
+    def __init__(self, class_logits: Tensor, mask_embed: Tensor, pixel_embed: Tensor) -> None:
+        super().__init__(class_logits, torch.einsum("lbnc,bchw->lbnhw", mask_embed, pixel_embed))
+        self.mask_embed = mask_embed
+        self.pixel_embed = pixel_embed
+
+
+class MaskFormerForInstanceSegmentation(hf.MaskFormerForInstanceSegmentation):
+    """The model: hands the criterion its logits stacked, with their factors. Named as its own class is, since
+    ``save_pretrained`` writes the class's name."""
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        mask_labels: list[Tensor] | None = None,
+        class_labels: list[Tensor] | None = None,
+        pixel_mask: Tensor | None = None,
+        output_auxiliary_logits: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> hf.MaskFormerForInstanceSegmentationOutput | tuple:
+        """As the model's own; with ``fix``, auxiliary losses do not need hidden states to be asked for."""
+        shown = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        hidden = fixes(self) and self.config.use_auxiliary_loss and not shown
+        outputs = super().forward(
+            pixel_values,
+            mask_labels,
+            class_labels,
+            pixel_mask=pixel_mask,
+            output_auxiliary_logits=output_auxiliary_logits,
+            output_hidden_states=True if hidden else output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True if hidden else return_dict,
+            **kwargs,
+        )
+        if not hidden:
+            return outputs
+        outputs = type(outputs)(**{name: x for name, x in outputs.items() if not name.endswith("hidden_states")})
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return outputs if as_dict else outputs.to_tuple()
+
+    def get_logits(self, outputs: hf.MaskFormerModelOutput) -> tuple[Tensor, Tensor, list[dict[str, Tensor]]]:
+        """Class logits and mask logits of the last layer, and the auxiliary predictions."""
+        if not self.config.use_auxiliary_loss:
+            queries = outputs.transformer_decoder_last_hidden_state[None]
+        else:
+            queries = torch.stack(outputs.transformer_decoder_hidden_states)
+        layers = FactoredLogits(
+            self.class_predictor(queries), self.mask_embedder(queries), outputs.pixel_decoder_last_hidden_state
+        )
+        return layers.class_logits[-1], layers.mask_logits[-1], layers
+
+
+def sizes_of(mask_labels: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """(H_b, W_b) of each image's masks."""
+    return [tuple(masks.shape[-2:]) for masks in mask_labels]
