@@ -13,15 +13,27 @@ from fastmask.functional import (
     show_config,
 )
 from fastmask.integrations import patch, unpatch
-from fastmask.models import MaskFormer, MaskFormerConfig
-from fastmask.modules import HungarianMatcher, SetCriterion
+from fastmask.models import (
+    MaskFormer,
+    MaskFormerConfig,
+    PerPixelBaseline,
+    PerPixelBaselineConfig,
+    Segmenter,
+    SegmenterConfig,
+)
+from fastmask.modules import FixedMatcher, HungarianMatcher, SetCriterion
 from fastmask.targets import Targets
 from fastmask.version import __version__
 
 __all__ = [
+    "FixedMatcher",
     "HungarianMatcher",
     "MaskFormer",
     "MaskFormerConfig",
+    "PerPixelBaseline",
+    "PerPixelBaselineConfig",
+    "Segmenter",
+    "SegmenterConfig",
     "SetCriterion",
     "Targets",
     "__version__",

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.maskformer import modeling_maskformer as hf
 
-from fastmask.functional import assign, class_loss, mask_cost, mask_loss
-from fastmask.functional.matched_logits import matched_mask_logits
+from fastmask.functional import assign, class_loss, mask_cost, mask_loss, mask_products, matched_mask_logits
 from fastmask.integrations._patching import fixes, original_class
 from fastmask.integrations.transformers._labels import (
     LayerLogits,
@@ -108,8 +107,8 @@ class MaskFormerLoss(hf.MaskFormerLoss):
         cost = torch.cat([self.matcher.cost(classes, masks, targets, sizes) for classes, masks in groups])
         assignment = assign(cost, targets.counts)
         if factored:
-            factors = (auxiliary_predictions.mask_embed, auxiliary_predictions.pixel_embed)
-            matched = [matched_mask_logits(*factors, groups[0][1], assignment)]
+            factors = auxiliary_predictions.mask_embed, auxiliary_predictions.pixel_embed
+            matched = [matched_mask_logits(*factors, targets, assignment)]
         else:
             matched = [(masks, queries) for (_, masks), queries in zip(groups, assignment.split(1), strict=True)]
         pairs = [mask_loss(logits, targets, queries, num_masks=1.0) for logits, queries in matched]
@@ -129,7 +128,7 @@ class FactoredLogits(LayerLogits):
     """
 
     def __init__(self, class_logits: Tensor, mask_embed: Tensor, pixel_embed: Tensor) -> None:
-        super().__init__(class_logits, torch.einsum("lbnc,bchw->lbnhw", mask_embed, pixel_embed))
+        super().__init__(class_logits, mask_products(mask_embed, pixel_embed))
         self.mask_embed = mask_embed
         self.pixel_embed = pixel_embed
 
