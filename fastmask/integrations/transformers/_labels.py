@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -76,19 +76,56 @@ def num_masks_of(criterion: nn.Module, class_labels: Sequence[Tensor], targets: 
     return criterion.get_num_masks(class_labels, device=targets.device)
 
 
-def name_losses(loss_mask: Tensor, loss_dice: Tensor, loss_ce: Tensor, num_masks: Tensor) -> dict[str, Tensor]:
-    """Losses under transformers' names, in its order; the last layer's have no suffix.
+def name_losses(
+    loss_mask: Sequence[Tensor], loss_dice: Sequence[Tensor], loss_ce: Sequence[Tensor], num_masks: Tensor
+) -> dict[str, Tensor]:
+    """Losses under transformers' names, in its order.
 
     Args:
-        loss_mask, loss_dice: ``(L,)`` sums over pairs.
-        loss_ce: ``(L,)``.
+        loss_mask, loss_dice: sums over pairs of each layer; the last layer comes first, then the others in order.
+        loss_ce: of each layer.
         num_masks: what the sums are divided by.
     """
-    num_layers = loss_ce.shape[0]
     named = {}
-    for layer, suffix in ((num_layers - 1, ""), *((i, f"_{i}") for i in range(num_layers - 1))):
-        named[f"loss_mask{suffix}"] = loss_mask[layer] / num_masks
-        named[f"loss_dice{suffix}"] = loss_dice[layer] / num_masks
+    for layer, losses in enumerate(zip(loss_mask, loss_dice, loss_ce, strict=True)):
+        suffix = f"_{layer - 1}" if layer > 0 else ""
+        mask, dice, ce = losses
+        named[f"loss_mask{suffix}"] = mask / num_masks
+        named[f"loss_dice{suffix}"] = dice / num_masks
         # A tensor of its own: the model multiplies each loss by its weight in place.
-        named[f"loss_cross_entropy{suffix}"] = loss_ce[layer].clone()
+        named[f"loss_cross_entropy{suffix}"] = ce.clone()
     return named
+
+
+def sizes_of(mask_labels: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """(H_b, W_b) of each image's masks."""
+    return [tuple(masks.shape[-2:]) for masks in mask_labels]
+
+
+def cost_of_images(
+    cost: Callable[[Tensor, Tensor, Targets, slice], Tensor],
+    class_logits: Tensor,
+    mask_logits: Tensor,
+    targets: Targets,
+    sizes: Sequence[tuple[int, int]],
+) -> Tensor:
+    """``(..., B, N, M)``: the matching cost, of masks without padding.
+
+    transformers pads masks for the losses only. Where sizes differ, each image is matched by itself.
+
+    Args:
+        cost: from the logits and targets of some images, and which these are, to their costs.
+        class_logits: ``(..., B, N, K+1)``.
+        mask_logits: ``(..., B, N, h, w)``.
+        targets: of the B images, as binary masks.
+        sizes: (H_b, W_b) of each image's masks.
+    """
+    if len(set(sizes)) == 1:
+        return cost(class_logits, mask_logits, targets, slice(None))
+    costs = []
+    for b, (height, width) in enumerate(sizes):
+        image = slice(b, b + 1)
+        masks = targets.masks[image, :, :height, :width].contiguous()
+        own = Targets(targets.labels[image], targets.counts[image], masks=masks)
+        costs.append(cost(class_logits[..., image, :, :], mask_logits[..., image, :, :, :], own, image))
+    return torch.cat(costs, -3)

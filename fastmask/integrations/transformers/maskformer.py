@@ -13,10 +13,12 @@ from fastmask.functional import assign, class_loss, mask_cost, mask_loss, mask_p
 from fastmask.integrations._patching import fixes, original_class
 from fastmask.integrations.transformers._labels import (
     LayerLogits,
+    cost_of_images,
     layers_of,
     make_targets,
     name_losses,
     num_masks_of,
+    sizes_of,
 )
 from fastmask.modules.matcher import index_pairs
 from fastmask.targets import Targets
@@ -66,22 +68,20 @@ class MaskFormerHungarianMatcher(hf.MaskFormerHungarianMatcher):
             class_logits: ``(L, B, N, K+1)``.
             mask_logits: ``(L, B, N, h, w)``.
             targets: of the B images.
-            sizes: (H_b, W_b) of each image's masks. The masks themselves are matched at the logits' size, without the
-                padding that the losses see, so that images of different sizes are matched one by one.
+            sizes: (H_b, W_b) of each image's masks, which are matched without the padding that the losses see.
         """
-        weights = {"cost_class": self.cost_class, "cost_mask": self.cost_mask, "cost_dice": self.cost_dice}
-        if len(set(sizes)) == 1:
-            return mask_cost(class_logits, mask_logits, targets, **weights)
-        costs = []
-        for b, (height, width) in enumerate(sizes):
-            image = slice(b, b + 1)
-            own = Targets(
-                targets.labels[image],
-                targets.counts[image],
-                masks=targets.masks[image, :, :height, :width].contiguous(),
+
+        def cost(class_logits: Tensor, mask_logits: Tensor, targets: Targets, images: slice) -> Tensor:
+            return mask_cost(
+                class_logits,
+                mask_logits,
+                targets,
+                cost_class=self.cost_class,
+                cost_mask=self.cost_mask,
+                cost_dice=self.cost_dice,
             )
-            costs.append(mask_cost(class_logits[:, image], mask_logits[:, image], own, **weights))
-        return torch.cat(costs, 1)
+
+        return cost_of_images(cost, class_logits, mask_logits, targets, sizes)
 
 
 class MaskFormerLoss(hf.MaskFormerLoss):
@@ -98,24 +98,31 @@ class MaskFormerLoss(hf.MaskFormerLoss):
         """Unweighted losses under transformers' names, of all layers."""
         targets = make_targets(self, mask_labels, class_labels, self.num_labels, masks_queries_logits.device)
         sizes = sizes_of(mask_labels)
-        factored = isinstance(auxiliary_predictions, FactoredLogits)
-        if factored:
-            groups = [(auxiliary_predictions.class_logits, auxiliary_predictions.mask_logits)]
+        if isinstance(auxiliary_predictions, FactoredLogits):
+            layers = auxiliary_predictions
+            class_logits = layers.class_logits
+            assignment = self.match([(class_logits, layers.mask_logits)], targets, sizes)
+            logits, rows = matched_mask_logits(layers.mask_embed, layers.pixel_embed, targets, assignment)
+            loss_mask, loss_dice = mask_loss(logits, targets, rows, num_masks=1.0)
         else:
             layers = layers_of(class_queries_logits, masks_queries_logits, auxiliary_predictions)
-            groups = [(classes[None], masks[None]) for classes, masks in layers]
-        cost = torch.cat([self.matcher.cost(classes, masks, targets, sizes) for classes, masks in groups])
-        assignment = assign(cost, targets.counts)
-        if factored:
-            factors = auxiliary_predictions.mask_embed, auxiliary_predictions.pixel_embed
-            matched = [matched_mask_logits(*factors, targets, assignment)]
-        else:
-            matched = [(masks, queries) for (_, masks), queries in zip(groups, assignment.split(1), strict=True)]
-        pairs = [mask_loss(logits, targets, queries, num_masks=1.0) for logits, queries in matched]
-        loss_mask, loss_dice = (torch.cat(sums) for sums in zip(*pairs, strict=True))
-        class_logits = groups[0][0] if factored else torch.cat([classes for classes, _ in groups])
+            class_logits = torch.stack([classes for classes, _ in layers])
+            assignment = self.match([(classes[None], masks[None]) for classes, masks in layers], targets, sizes)
+            pairs = [
+                mask_loss(masks, targets, queries, num_masks=1.0)
+                for (_, masks), queries in zip(layers, assignment, strict=True)
+            ]
+            loss_mask, loss_dice = map(torch.stack, zip(*pairs, strict=True))
         loss_ce = class_loss(class_logits, targets, assignment, class_weights=self.empty_weight)
-        return name_losses(loss_mask, loss_dice, loss_ce, num_masks_of(self, class_labels, targets))
+        losses = [values.roll(1) for values in (loss_mask, loss_dice, loss_ce)]
+        return name_losses(*losses, num_masks_of(self, class_labels, targets))
+
+    def match(
+        self, groups: Sequence[tuple[Tensor, Tensor]], targets: Targets, sizes: Sequence[tuple[int, int]]
+    ) -> Tensor:
+        """``(L, B, M)`` int64: the query of each target, from stacked class and mask logits of groups of layers."""
+        cost = torch.cat([self.matcher.cost(*logits, targets, sizes) for logits in groups])
+        return assign(cost, targets.counts)
 
 
 class FactoredLogits(LayerLogits):
@@ -179,8 +186,3 @@ class MaskFormerForInstanceSegmentation(hf.MaskFormerForInstanceSegmentation):
             self.class_predictor(queries), self.mask_embedder(queries), outputs.pixel_decoder_last_hidden_state
         )
         return layers.class_logits[-1], layers.mask_logits[-1], layers
-
-
-def sizes_of(mask_labels: Sequence[Tensor]) -> list[tuple[int, int]]:
-    """(H_b, W_b) of each image's masks."""
-    return [tuple(masks.shape[-2:]) for masks in mask_labels]
