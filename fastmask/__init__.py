@@ -9,6 +9,7 @@ from fastmask.functional import (
     mask_loss,
     masked_attention,
     panoptic_inference,
+    point_mask_cost,
     semantic_inference,
     show_config,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "mask_loss",
     "masked_attention",
     "panoptic_inference",
+    "point_mask_cost",
     "semantic_inference",
     "show_config",
 ]

@@ -11,6 +11,7 @@ from fastmask.functional.linear_sum_assignment import linear_sum_assignment
 from fastmask.functional.mask_cost import mask_cost
 from fastmask.functional.mask_loss import mask_loss
 from fastmask.functional.masked_attention import masked_attention
+from fastmask.functional.point_mask_cost import point_mask_cost
 
 __all__ = [
     "assign",
@@ -21,6 +22,7 @@ __all__ = [
     "mask_loss",
     "masked_attention",
     "panoptic_inference",
+    "point_mask_cost",
     "semantic_inference",
     "show_config",
 ]
