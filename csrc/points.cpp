@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "bordered.h"
+
 namespace fastmask {
 namespace {
 
@@ -50,7 +52,8 @@ double add_shares(const Neighbours& around, const ImageTargets& targets, std::ve
     void_share += around.weights[i] - weights[i];
     counted += counts;
   }
-  const bool all_void = around.count == 4 && counted == 0;
+  const double weight = 1.0 - void_share;
+  if (weight < kLeastWeight) return 0;
   if (targets.segments != nullptr) {
     int64_t owners[4];
     for (int i = 0; i < around.count; ++i) owners[i] = segment_at(targets, around.pixels[i]);
@@ -82,7 +85,7 @@ double add_shares(const Neighbours& around, const ImageTargets& targets, std::ve
       if (share > 0) shares.push_back({static_cast<int32_t>(target), whole ? 1.0f : static_cast<float>(share)});
     }
   }
-  return all_void ? 0.0 : std::max(1.0 - void_share, 0.0);
+  return weight;
 }
 
 }  // namespace

@@ -10,6 +10,7 @@ from fastmask.functional import (
     masked_attention,
     panoptic_inference,
     point_mask_cost,
+    point_mask_loss,
     semantic_inference,
     show_config,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "masked_attention",
     "panoptic_inference",
     "point_mask_cost",
+    "point_mask_loss",
     "semantic_inference",
     "show_config",
 ]

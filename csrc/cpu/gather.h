@@ -3,6 +3,7 @@
 
 #include <utility>
 
+#include "bordered.h"
 #include "cpu/vec.h"
 
 namespace fastmask::FASTMASK_SIMD {
@@ -33,9 +34,12 @@ static inline void transpose(vfloat (&v)[kLanes]) {
 // first = base[index], second = base[index + 1]: one access for both.
 static inline void gather_pairs(const float* base, vint index, vfloat& first, vfloat& second) {
 #if defined(__AVX512F__)
-  const __m512i i = (__m512i)index;
-  const __m512 low = _mm512_castsi512_ps(_mm512_i32gather_epi64(_mm512_castsi512_si256(i), base, 4));
-  const __m512 high = _mm512_castsi512_ps(_mm512_i32gather_epi64(_mm512_extracti64x4_epi64(i, 1), base, 4));
+  // The masked forms: gcc 12 warns of the undefined lanes of the others.
+  const __m512i zero = _mm512_setzero_si512();
+  const __m256i half = (__m256i)__builtin_shufflevector(index, index, 0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i rest = (__m256i)__builtin_shufflevector(index, index, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512 low = (__m512)_mm512_mask_i32gather_epi64(zero, 0xff, half, base, 4);
+  const __m512 high = (__m512)_mm512_mask_i32gather_epi64(zero, 0xff, rest, base, 4);
   const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   first = (vfloat)_mm512_permutex2var_ps(low, even, high);
   second = (vfloat)_mm512_permutex2var_ps(low, _mm512_or_si512(even, _mm512_set1_epi32(1)), high);
@@ -50,7 +54,7 @@ static inline void gather_pairs(const float* base, vint index, vfloat& first, vf
 // Four bytes from each of the byte offsets, which need not be aligned.
 static inline vint gather_words(const uint8_t* base, vint offset) {
 #if defined(__AVX512F__)
-  return (vint)_mm512_i32gather_epi32((__m512i)offset, base, 1);
+  return (vint)_mm512_mask_i32gather_epi32(_mm512_setzero_si512(), 0xffff, (__m512i)offset, base, 1);
 #elif defined(__AVX2__)
   return (vint)_mm256_i32gather_epi32(reinterpret_cast<const int*>(base), (__m256i)offset, 1);
 #else
@@ -72,13 +76,15 @@ struct AxisTaps {
 };
 
 static inline AxisTaps axis_taps(vfloat position, float size) {
-  vfloat from_border = fma(position, splat(size), splat(0.5f));
-  from_border = from_border > 0.0f ? from_border : vfloat{};
-  from_border = from_border < size + 1.0f ? from_border : splat(size + 1.0f);
-  vint first = __builtin_convertvector(from_border, vint);
+  // Reckoned from the first pixel, not from the border: half a pixel more could need one bit more than there is.
+  vfloat at = fma(position, splat(size), splat(-0.5f));
+  at = at > -1.0f ? at : splat(-1.0f);
+  at = at < size ? at : splat(size);
+  vint first = __builtin_convertvector(at, vint) + 1;
+  first = at < 0.0f ? vint{} : first;
   const vint last = splat(static_cast<int32_t>(size));
   first = first < last ? first : last;
-  return {first, from_border - __builtin_convertvector(first, vfloat)};
+  return {first, at - __builtin_convertvector(first - 1, vfloat)};
 }
 
 // Bilinear samples of a map with a border of zeros, `stride` floats from row to row.
@@ -91,8 +97,6 @@ static inline vfloat sample(const float* bordered, int32_t stride, AxisTaps colu
   const vfloat lower = fma(d, columns.weight, c * (1.0f - columns.weight));
   return fma(lower, rows.weight, upper * (1.0f - rows.weight));
 }
-
-constexpr int64_t bordered_size(int64_t h, int64_t w) { return (h + 2) * (w + 2) + 16; }
 
 // Copies a map of h x w logits into a border of zeros; `out` holds bordered_size(h, w) floats.
 static inline void load_bordered(const void* logits, int64_t offset, Dtype dtype, int64_t h, int64_t w, float* out) {

@@ -13,6 +13,9 @@ PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 PHILOX_ROUNDS = 10
 LOW_32_BITS = 0xFFFFFFFF
 
+# A point's weight, 1 less its share of void pixels, is 0 below this: what is left is rounding.
+LEAST_WEIGHT = 1e-6
+
 
 def sample_points(maps: Tensor, points: Tensor) -> Tensor:
     """Values of maps between their pixels, as PointRend samples them (arXiv:1912.08193, section 3.1).
@@ -227,9 +230,11 @@ def _sampled_targets(masks: Tensor, valid: Tensor | None, points: Tensor, dtype:
         maps = maps & valid[:, None]
         void = (~valid).to(dtype)[:, None].expand(*points.shape[:-2], *masks.shape[-2:])
         weights = 1 - sample_points(void, points)
+        weights = weights.masked_fill(weights < LEAST_WEIGHT, 0)
     shape = (*points.shape[:-4], *masks.shape[:2])
     points = points.expand(*shape, *points.shape[-2:])
-    return sample_points(maps.to(dtype).expand(*shape, *masks.shape[-2:]), points), weights
+    shares = sample_points(maps.to(dtype).expand(*shape, *masks.shape[-2:]), points)
+    return shares.masked_fill(weights == 0, 0), weights
 
 
 def _matched(mask_logits: Tensor, assignment: Tensor) -> Tensor:
