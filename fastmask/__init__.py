@@ -9,6 +9,8 @@ from fastmask.functional import (
     mask_loss,
     masked_attention,
     panoptic_inference,
+    point_mask_cost,
+    point_mask_loss,
     semantic_inference,
     show_config,
 )
@@ -46,6 +48,8 @@ __all__ = [
     "masked_attention",
     "panoptic_inference",
     "patch",
+    "point_mask_cost",
+    "point_mask_loss",
     "semantic_inference",
     "show_config",
     "unpatch",

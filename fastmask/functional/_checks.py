@@ -95,6 +95,21 @@ def check_assignment(assignment: Tensor, leading: tuple[int, ...], num_queries: 
             raise ValueError(f"assignment holds {low if low < -1 else high}; expected -1..{num_queries - 1}")
 
 
+def check_points(points: Tensor, leading: tuple[int, ...], shape: str, targets: Targets) -> None:
+    """``points`` of shape ``(*leading, P, 2)``, said in words as ``shape``, precise enough to tell pixels apart."""
+    if not isinstance(points, Tensor):
+        raise TypeError(f"points must be a tensor of shape {shape}, got {type(points).__name__}")
+    if points.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"points must be float32 or float64, got {points.dtype}")
+    if tuple(points.shape) != (*leading, *points.shape[-2:-1], 2):
+        expected = ", ".join(map(str, leading))
+        raise ValueError(f"points has shape {tuple(points.shape)}; expected {shape} = ({expected}, P, 2)")
+    if points.shape[-2] == 0:
+        raise ValueError(f"points has shape {tuple(points.shape)}; expected at least one point")
+    if points.device != targets.device:
+        raise ValueError(f"points is on {points.device}, targets on {targets.device}")
+
+
 def stack_layers(tensor: Tensor, dim: int) -> Tensor:
     """``(..., *last dim sizes)`` to ``(L, *last dim sizes)``: what operators take for any leading dimensions."""
     return tensor.reshape(math.prod(tensor.shape[:-dim]), *tensor.shape[-dim:])

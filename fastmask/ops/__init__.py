@@ -4,8 +4,10 @@ An operator's implementations are the C++ and CUDA of ``csrc`` (loaded as a libr
 ``fastmask.kernels`` (imported when first used).
 """
 
-from fastmask.ops import assign, mask_cost, mask_loss
+from fastmask.ops import assign, mask_cost, mask_loss, point_mask_cost, point_mask_loss
 
-OPERATORS = {module.OPERATOR.name: module.OPERATOR for module in (mask_cost, assign, mask_loss)}
+OPERATORS = {
+    module.OPERATOR.name: module.OPERATOR for module in (mask_cost, assign, mask_loss, point_mask_cost, point_mask_loss)
+}
 
 __all__ = ["OPERATORS"]
