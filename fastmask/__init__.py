@@ -23,7 +23,7 @@ from fastmask.models import (
     Segmenter,
     SegmenterConfig,
 )
-from fastmask.modules import FixedMatcher, HungarianMatcher, SetCriterion
+from fastmask.modules import FixedMatcher, HungarianMatcher, MaskedCrossAttention, SetCriterion
 from fastmask.targets import Targets
 from fastmask.version import __version__
 
@@ -32,6 +32,7 @@ __all__ = [
     "HungarianMatcher",
     "MaskFormer",
     "MaskFormerConfig",
+    "MaskedCrossAttention",
     "PerPixelBaseline",
     "PerPixelBaselineConfig",
     "Segmenter",

@@ -1,5 +1,6 @@
 """Drop-in ``nn.Module``s."""
 
+from fastmask.modules.attention import MaskedCrossAttention
 from fastmask.modules.criterion import LayerLosses, SetCriterion
 from fastmask.modules.matcher import FixedMatcher, HungarianMatcher, Matcher
 from fastmask.modules.mlp import MLP
@@ -14,6 +15,7 @@ __all__ = [
     "FixedMatcher",
     "HungarianMatcher",
     "LayerLosses",
+    "MaskedCrossAttention",
     "Matcher",
     "PixelDecoder",
     "Predictions",
