@@ -6,11 +6,23 @@ import copy
 
 import torch
 from torch import Tensor, nn
-from transformers import MaskFormerConfig, MaskFormerForInstanceSegmentation, ResNetConfig, SwinConfig
+from transformers import (
+    EomtConfig,
+    EomtForUniversalSegmentation,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    MaskFormerConfig,
+    MaskFormerForInstanceSegmentation,
+    OneFormerConfig,
+    OneFormerForUniversalSegmentation,
+    ResNetConfig,
+    SwinConfig,
+)
 
 import fastmask
 
-NUM_CLASSES, NUM_QUERIES, SIZE = 5, 9, 64
+NUM_CLASSES, NUM_QUERIES, NUM_POINTS, SIZE = 5, 9, 80, 64
+VOCABULARY = 50  # of OneFormer's text encoder
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 
 
@@ -51,6 +63,74 @@ def tiny_maskformer(
             decoder_config={"model_type": "detr", **decoder},
         )
     )
+
+
+def tiny_mask2former(backbone: str = "swin", **options: object) -> nn.Module:
+    """A seeded model of 4 decoder layers, which predict 5 times; every level has its turn."""
+    torch.manual_seed(0)
+    return Mask2FormerForUniversalSegmentation(
+        Mask2FormerConfig(
+            num_labels=NUM_CLASSES,
+            backbone_config=tiny_backbone(backbone),
+            feature_size=32,
+            mask_feature_size=32,
+            hidden_dim=32,
+            encoder_feedforward_dim=32,
+            encoder_layers=1,
+            decoder_layers=5,
+            num_attention_heads=4,
+            dim_feedforward=32,
+            num_queries=NUM_QUERIES,
+            train_num_points=NUM_POINTS,
+            **options,
+        )
+    )
+
+
+def tiny_oneformer() -> nn.Module:
+    """A seeded model with its text encoder, in training."""
+    torch.manual_seed(0)
+    return OneFormerForUniversalSegmentation(
+        OneFormerConfig(
+            num_labels=NUM_CLASSES,
+            is_training=True,
+            backbone_config=tiny_backbone("swin"),
+            conv_dim=64,
+            mask_dim=64,
+            hidden_dim=64,
+            encoder_feedforward_dim=32,
+            encoder_layers=1,
+            decoder_layers=3,
+            num_attention_heads=4,
+            dim_feedforward=32,
+            query_dec_layers=1,
+            num_queries=NUM_QUERIES,
+            train_num_points=NUM_POINTS,
+            text_encoder_width=64,
+            text_encoder_num_layers=1,
+            text_encoder_vocab_size=VOCABULARY,
+            text_encoder_n_ctx=2,
+            dropout=0.0,
+        )
+    ).train()
+
+
+def tiny_eomt() -> nn.Module:
+    """A seeded model of 3 layers, the last two with queries."""
+    torch.manual_seed(0)
+    return EomtForUniversalSegmentation(
+        EomtConfig(
+            num_labels=NUM_CLASSES,
+            hidden_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            image_size=SIZE,
+            patch_size=16,
+            num_blocks=2,
+            num_queries=NUM_QUERIES,
+            train_num_points=NUM_POINTS,
+        )
+    ).train()
 
 
 def random_batch(seed: int, counts: tuple[int, ...] = (4, 2), sizes: tuple[int, ...] = (SIZE, SIZE)) -> dict:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -15,14 +16,18 @@ from torch import nn
 
 logger = logging.getLogger("fastmask")
 
-# Where each foreign module's classes are defined, and who knows what replaces them. Matched as a prefix.
+# Who knows what replaces a module, by the beginning of the name of the file that its class is defined in.
 FAMILIES = {
     "transformers.models.maskformer.": "fastmask.integrations.transformers.maskformer",
+    "transformers.models.mask2former.": "fastmask.integrations.transformers.mask2former",
+    "transformers.models.oneformer.": "fastmask.integrations.transformers.oneformer",
+    "transformers.models.eomt.": "fastmask.integrations.transformers.eomt",
 }
 DUCK_TYPED = "fastmask.integrations.original"
 KNOWN = (
-    "transformers' MaskFormerForInstanceSegmentation, and modules that look like the original repositories' "
-    "HungarianMatcher and SetCriterion"
+    "transformers' MaskFormerForInstanceSegmentation, Mask2FormerForUniversalSegmentation, "
+    "OneFormerForUniversalSegmentation and EomtForUniversalSegmentation, and modules that look like the original "
+    "repositories' HungarianMatcher and SetCriterion"
 )
 STATE = "_fastmask_patch"
 
@@ -49,9 +54,13 @@ def patch(model: Model, *, fix: bool = False) -> Model:
 
     - transformers' MaskFormerForInstanceSegmentation: matcher and loss, all decoder layers in one call; only the
       matched queries' masks are carried backward;
+    - transformers' Mask2FormerForUniversalSegmentation: matcher, point-sampled loss and masked attention;
+    - transformers' OneFormerForUniversalSegmentation and EomtForUniversalSegmentation: matcher and point-sampled loss;
     - any module that looks like the original repositories' HungarianMatcher and SetCriterion.
 
-    Outputs, losses and gradients stay equal to rounding. Mask labels must be binary. The state dict keeps its keys, and
+    Outputs, losses and gradients stay equal to rounding; random points are drawn as the model itself draws them, so
+    that this holds for the same seed, except that dropout of attention weights draws others. Mask labels must be
+    binary. The state dict keeps its keys, and
     hooks, ``deepcopy``, ``pickle``, ``save_pretrained`` and wrappers work as before. Patching twice does nothing,
     except that ``fix`` takes its latest value. What was replaced is logged to the logger "fastmask" at level INFO.
 
@@ -75,20 +84,17 @@ def patch(model: Model, *, fix: bool = False) -> Model:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     patched = [module for module in model.modules() if STATE in vars(module)]
-    found = [
-        (name or "the model", module, cls)
-        for name, module in model.named_modules()
-        if STATE not in vars(module) and (cls := replacement(module)) is not None
-    ]
+    found = [pair for module in model.modules() if STATE not in vars(module) for pair in replacements(module)]
     if not found and not patched:
         raise TypeError(f"fastmask.patch knows nothing inside {type(model).__name__}; it knows {KNOWN}")
     for module in patched:
         vars(module)[STATE] = Patched(vars(module)[STATE].original, fix)
-    for name, module, cls in found:
+    names = {module: name or "the model" for name, module in model.named_modules()}
+    for module, cls in found:
         original = type(module)
         module.__class__ = cls
         vars(module)[STATE] = Patched(original, fix)
-        logger.info("patched %s: %s, by %s", name, original.__name__, f"{cls.__module__}.{cls.__qualname__}")
+        logger.info("patched %s: %s, by %s", names[module], original.__name__, f"{cls.__module__}.{cls.__qualname__}")
     return model
 
 
@@ -118,12 +124,12 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     return type(module) if state is None else state.original
 
 
-def replacement(module: nn.Module) -> type[nn.Module] | None:
-    """The class that replaces the module's own, None if fastmask has nothing for it.
+def replacements(module: nn.Module) -> Iterable[tuple[nn.Module, type[nn.Module]]]:
+    """Which modules get which class where ``module`` is met: itself, parts of it, or none.
 
     Raises:
-        TypeError: it would have, but the module has been altered.
+        TypeError: fastmask knows the module, but it has been altered.
     """
-    cls = type(module)
-    family = next((family for prefix, family in FAMILIES.items() if cls.__module__.startswith(prefix)), DUCK_TYPED)
-    return importlib.import_module(family).replacement(module)
+    source = type(module).__module__
+    family = next((family for prefix, family in FAMILIES.items() if source.startswith(prefix)), DUCK_TYPED)
+    return importlib.import_module(family).replacements(module)

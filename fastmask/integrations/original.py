@@ -8,7 +8,7 @@ looks (DETR's, for one) is refused with the reason.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -22,18 +22,19 @@ COSTS = {"cost_class", "cost_mask", "cost_dice"}
 SETTINGS = {"num_classes", "weight_dict", "eos_coef", "losses"}
 
 
-def replacement(module: nn.Module) -> type[nn.Module] | None:
-    """The class that replaces the module's own, if any; see ``fastmask.integrations.patch``."""
+def replacements(module: nn.Module) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
+    """Which modules get which class; see ``fastmask.integrations._patching``."""
     cls = type(module)
     if cls.__name__ not in (MATCHER, CRITERION) or cls.__module__.startswith("fastmask."):
-        return None
+        return
     arguments = list(inspect.signature(cls.forward).parameters)
     if arguments != ["self", "outputs", "targets"]:
         raise TypeError(f"{cls.__name__}.forward takes {', '.join(arguments)}; expected self, outputs, targets")
     settings = {name for name in vars(module) if not name.startswith("_")} - {"training"}
     if cls.__name__ == MATCHER:
         _check_settings(cls, settings, COSTS)
-        return HungarianMatcher
+        yield module, HungarianMatcher
+        return
     _check_settings(cls, settings, SETTINGS)
     if original_class(module.matcher).__name__ != MATCHER:
         raise TypeError(f"the matcher of {CRITERION} is a {type(module.matcher).__name__}; expected a {MATCHER}")
@@ -43,7 +44,7 @@ def replacement(module: nn.Module) -> type[nn.Module] | None:
             f"{CRITERION} has {', '.join(sorted(losses))} and losses={list(module.losses)}; expected loss_labels and "
             f"loss_masks, and any of {', '.join(modules.criterion.LOSSES)}"
         )
-    return SetCriterion
+    yield module, SetCriterion
 
 
 def _check_settings(cls: type[nn.Module], settings: set[str], expected: set[str]) -> None:

@@ -2,17 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fastmask.integrations._labels import check_binary
-from fastmask.integrations._patching import fixes
+from fastmask.integrations._patching import fixes, original_class
 from fastmask.modules.criterion import global_num_masks
 from fastmask.targets import Targets
 
 MASKS, CLASSES = "masks_queries_logits", "class_queries_logits"
+
+
+def criterion_replacements(
+    module: nn.Module,
+    matchers: Mapping[type[nn.Module], type[nn.Module]],
+    criteria: Mapping[type[nn.Module], type[nn.Module]],
+) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
+    """A matcher or a criterion, and the class that it gets.
+
+    Args:
+        matchers, criteria: transformers' classes and ours.
+
+    Raises:
+        TypeError: a criterion whose matcher is none of the ``matchers``.
+    """
+    cls = type(module)
+    if cls in matchers:
+        yield module, matchers[cls]
+    if cls in criteria:
+        if original_class(module.matcher) not in matchers:
+            raise TypeError(
+                f"the matcher of {cls.__name__} is a {type(module.matcher).__name__}, not a "
+                f"{', '.join(known.__name__ for known in matchers)}; fastmask cannot tell by what costs it matches"
+            )
+        yield module, criteria[cls]
 
 
 class LayerLogits(list):

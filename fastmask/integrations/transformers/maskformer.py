@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from fastmask.integrations._patching import fixes, original_class
 from fastmask.integrations.transformers._labels import (
     LayerLogits,
     cost_of_images,
+    criterion_replacements,
     layers_of,
     make_targets,
     name_losses,
@@ -24,22 +25,14 @@ from fastmask.modules.matcher import index_pairs
 from fastmask.targets import Targets
 
 
-def replacement(module: nn.Module) -> type[nn.Module] | None:
-    """The class that replaces the module's own, if any; see ``fastmask.integrations.patch``."""
-    cls = type(module)
-    if cls is hf.MaskFormerHungarianMatcher:
-        return MaskFormerHungarianMatcher
-    if cls is hf.MaskFormerLoss:
-        if original_class(module.matcher) is not hf.MaskFormerHungarianMatcher:
-            raise TypeError(
-                f"the matcher of MaskFormerLoss is a {type(module.matcher).__name__}, not a "
-                "MaskFormerHungarianMatcher; fastmask cannot tell by what costs it matches"
-            )
-        return MaskFormerLoss
+def replacements(module: nn.Module) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
+    """Which modules get which class; see ``fastmask.integrations._patching``."""
+    matchers = {hf.MaskFormerHungarianMatcher: MaskFormerHungarianMatcher}
+    yield from criterion_replacements(module, matchers, {hf.MaskFormerLoss: MaskFormerLoss})
     # With a criterion of the user's own, the model's logits are left as they are.
-    if cls is hf.MaskFormerForInstanceSegmentation and original_class(module.criterion) is hf.MaskFormerLoss:
-        return MaskFormerForInstanceSegmentation
-    return None
+    is_model = type(module) is hf.MaskFormerForInstanceSegmentation
+    if is_model and original_class(module.criterion) is hf.MaskFormerLoss:
+        yield module, MaskFormerForInstanceSegmentation
 
 
 class MaskFormerHungarianMatcher(hf.MaskFormerHungarianMatcher):
