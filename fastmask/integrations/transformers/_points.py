@@ -74,6 +74,8 @@ class PointLoss:
     """What replaces the three criteria, whose attributes it reads: ``matcher``, ``empty_weight``, ``num_points``,
     ``oversample_ratio`` and ``importance_sample_ratio``."""
 
+    loss_shape: tuple[int, ...] = ()
+
     def forward(
         self,
         masks_queries_logits: Tensor,
@@ -96,7 +98,8 @@ class PointLoss:
             dices.append(loss_dice)
         class_logits = torch.stack([classes for classes, _ in (last, *earlier)])
         loss_ce = class_loss(class_logits, targets, torch.stack(assignments), class_weights=self.empty_weight)
-        return name_losses(masks, dices, loss_ce, num_masks_of(self, class_labels, targets))
+        num_masks = num_masks_of(self, class_labels, targets).view(self.loss_shape)
+        return name_losses(masks, dices, loss_ce, num_masks)
 
     @torch.no_grad()
     def draw_points(self, mask_logits: Tensor, assignment: Tensor, counts: Sequence[int]) -> Tensor:
@@ -123,7 +126,7 @@ class PointLoss:
         pair_of_row = torch.zeros(2, num_pairs + 1, dtype=torch.int64, device=device)
         pair_of_row.scatter_(1, rows.flatten().expand(2, -1), torch.stack([images, assignment]).flatten(1))
         planes = mask_logits[pair_of_row[0, :num_pairs], pair_of_row[1, :num_pairs]].float()  # [pairs, h, w]
-        points = candidates[:, :0]
+        points = candidates[:, :num_uncertain]
         if num_pairs > 0:
             logits = grid_sample(planes[:, None], 2 * candidates[:, :, None] - 1, align_corners=False)[:, 0, :, 0]
             chosen = (-logits.abs()).topk(num_uncertain, dim=1, sorted=False).indices

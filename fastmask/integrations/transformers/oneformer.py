@@ -26,6 +26,8 @@ class OneFormerHungarianMatcher(PointMatcher, hf.OneFormerHungarianMatcher):
 class OneFormerLoss(PointLoss, hf.OneFormerLoss):
     """The losses, by fastmask's kernels; the contrastive one is transformers' own."""
 
+    loss_shape = (1,)  # of its mask and dice losses
+
     def forward(
         self,
         masks_queries_logits: Tensor,
