@@ -68,23 +68,27 @@ def tiny_maskformer(
 def tiny_mask2former(backbone: str = "swin", **options: object) -> nn.Module:
     """A seeded model of 4 decoder layers, which predict 5 times; every level has its turn."""
     torch.manual_seed(0)
-    return Mask2FormerForUniversalSegmentation(
-        Mask2FormerConfig(
-            num_labels=NUM_CLASSES,
-            backbone_config=tiny_backbone(backbone),
-            feature_size=32,
-            mask_feature_size=32,
-            hidden_dim=32,
-            encoder_feedforward_dim=32,
-            encoder_layers=1,
-            decoder_layers=5,
-            num_attention_heads=4,
-            dim_feedforward=32,
-            num_queries=NUM_QUERIES,
-            train_num_points=NUM_POINTS,
-            **options,
-        )
+    config = Mask2FormerConfig(
+        num_labels=NUM_CLASSES,
+        backbone_config=tiny_backbone(backbone),
+        feature_size=32,
+        mask_feature_size=32,
+        hidden_dim=32,
+        encoder_feedforward_dim=32,
+        encoder_layers=1,
+        decoder_layers=5,
+        num_attention_heads=4,
+        dim_feedforward=32,
+        num_queries=NUM_QUERIES,
+        train_num_points=NUM_POINTS,
+        **options,
     )
+    model = Mask2FormerForUniversalSegmentation(config)
+    # Masks of some size: sigmoid rounds the smallest logits of either sign to exactly 0.5, where attention turns over.
+    for name, weight in model.named_parameters():
+        if "mask_embedder" in name and weight.dim() == 2:
+            nn.init.normal_(weight, std=0.3)
+    return model
 
 
 def tiny_oneformer() -> nn.Module:

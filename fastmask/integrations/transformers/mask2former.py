@@ -6,12 +6,18 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers.models.mask2former import modeling_mask2former as hf
 
 from fastmask.integrations.transformers._labels import criterion_replacements
 from fastmask.integrations.transformers._points import PointLoss, PointMatcher
 from fastmask.modules import MaskedCrossAttention
+
+# Up to 5.22 transformers draws a number for each layer even where no layer is to be dropped, which moves on the
+# generator that the loss draws its points from.
+DRAWS_FOR_EVERY_LAYER = Version(transformers.__version__) < Version("5.23")
 
 
 def replacements(module: nn.Module) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
@@ -115,7 +121,8 @@ class Mask2FormerMaskedAttentionDecoder(hf.Mask2FormerMaskedAttentionDecoder):
         masks = [self.predict_masks(normalized[0], pixel_embeddings)]
         for index, layer in enumerate(self.layers):
             hidden_states.append(queries)
-            if self.training and self.layerdrop > 0 and torch.rand([]) < self.layerdrop:
+            may_drop = self.training and self.layerdrop > 0
+            if (may_drop or DRAWS_FOR_EVERY_LAYER) and torch.rand([]) < self.layerdrop and may_drop:
                 continue
             level = index % self.num_feature_levels
             outputs = layer(
@@ -140,7 +147,7 @@ class Mask2FormerMaskedAttentionDecoder(hf.Mask2FormerMaskedAttentionDecoder):
             intermediate_hidden_states=tuple(normalized),
             masks_queries_logits=tuple(masks),
         )
-        as_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
+        as_dict = self.config.return_dict if return_dict is None else return_dict
         if as_dict:
             return output
         in_order = (
