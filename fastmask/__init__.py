@@ -22,6 +22,8 @@ from fastmask.models import (
     PerPixelBaselineConfig,
     Segmenter,
     SegmenterConfig,
+    SoundEventConfig,
+    SoundEventDetector,
 )
 from fastmask.modules import FixedMatcher, HungarianMatcher, MaskedCrossAttention, SetCriterion
 from fastmask.targets import Targets
@@ -38,6 +40,8 @@ __all__ = [
     "Segmenter",
     "SegmenterConfig",
     "SetCriterion",
+    "SoundEventConfig",
+    "SoundEventDetector",
     "Targets",
     "__version__",
     "assign",

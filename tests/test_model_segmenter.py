@@ -72,6 +72,17 @@ def test_an_image_gives_the_same_in_a_list_as_alone(decoder, distilled):
     torch.testing.assert_close(model(images, targets)["loss_ce"], (torch.stack(alone) * counts).sum() / counts.sum())
 
 
+def test_images_have_the_channels_of_their_statistics():
+    model = tiny(pixel_mean=(0.5,), pixel_std=(0.25,)).eval()
+    image = torch.rand(1, 1, 64, 40)
+    pixels = (image - 0.5) / 0.25
+    torch.testing.assert_close(
+        model(image)["logits"], model.decoder(model.encoder(pixels, [(8, 5)])).mT.unflatten(2, (8, 5))
+    )
+    with pytest.raises(ValueError, match=r"expected \(B, 1, H, W\)"):
+        model(torch.rand(1, 3, 64, 40))
+
+
 def test_a_list_of_images_of_one_size_is_a_batch():
     model = tiny().eval()
     images = torch.rand(3, 3, 40, 56)
@@ -177,11 +188,12 @@ def test_autocast_trains():
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("decoder", ["mask", "linear"])
-@pytest.mark.parametrize("sizes", [[(64, 64), (64, 64)], [(64, 40), (50, 90)]])
+@pytest.mark.parametrize(
+    ("decoder", "sizes"), [("mask", [(64, 64)] * 2), ("mask", [(64, 40), (50, 90)]), ("linear", [(64, 64)] * 2)]
+)
 def test_forward_and_loss_compile_to_one_graph(decoder, sizes):
     torch._dynamo.reset()
-    model = tiny(decoder=decoder).double().eval()
+    model = tiny(decoder=decoder, encoder_layers=1).double().eval()
     images, maps = [torch.rand(3, *size).double() for size in sizes], class_maps(sizes)
     if len(set(sizes)) == 1:
         images, maps = torch.stack(images), torch.stack(maps)

@@ -5,8 +5,9 @@ from fastmask.models.config import MaskFormerConfig
 from fastmask.models.maskformer import MaskFormer
 from fastmask.models.per_pixel_baseline import PerPixelBaseline, PerPixelBaselineConfig
 from fastmask.models.segmenter import Segmenter
-from fastmask.models.segmenter_checkpoint import load_original_segmenter, save_original_segmenter
 from fastmask.models.segmenter_config import SegmenterConfig
+from fastmask.models.sound_config import SoundEventConfig
+from fastmask.models.sound_event_detector import SoundEventDetector
 
 __all__ = [
     "MaskFormer",
@@ -15,8 +16,8 @@ __all__ = [
     "PerPixelBaselineConfig",
     "Segmenter",
     "SegmenterConfig",
+    "SoundEventConfig",
+    "SoundEventDetector",
     "build_backbone",
     "known_backbones",
-    "load_original_segmenter",
-    "save_original_segmenter",
 ]

@@ -14,13 +14,17 @@ from fastmask.models.config import MaskFormerConfig
 from fastmask.models.images import ImageBatch, Size, fit_targets
 from fastmask.models.inference import TASKS, check_sizes, infer
 from fastmask.modules.criterion import SetCriterion
+from fastmask.modules.masked_predictor import MaskedTransformerPredictor
 from fastmask.modules.matcher import FixedMatcher, HungarianMatcher, Matcher
 from fastmask.modules.predictor import TransformerPredictor
 from fastmask.targets import Targets
 
+MASKED_LEVELS = 3  # feature levels that masked attention reads, coarse to fine
+
 
 class MaskFormer(PixelDecoderModel):
-    """Mask classification for semantic, panoptic and instance segmentation (Cheng et al., arXiv:2107.06278).
+    """Mask classification for semantic, panoptic and instance segmentation (Cheng et al., arXiv:2107.06278); with
+    ``masked_attention=True``, the transformer decoder of Mask2Former (Cheng et al., arXiv:2112.01527).
 
     ``MaskFormer(config)``, or ``MaskFormer(num_classes=150, backbone="swin-tiny", ...)`` with the fields of
     :class:`MaskFormerConfig` as keywords.
@@ -44,9 +48,13 @@ class MaskFormer(PixelDecoderModel):
     config: MaskFormerConfig
 
     def _build_head(self) -> None:
-        self.predictor = TransformerPredictor(
-            num_classes=self.config.num_classes, num_queries=self.config.num_queries, **self._transformer_options
-        )
+        config = self.config
+        options = self._transformer_options | {"num_classes": config.num_classes, "num_queries": config.num_queries}
+        if config.masked_attention:
+            options["input_dim"] = config.pixel_decoder_dim
+            options["num_levels"] = min(MASKED_LEVELS, len(self.channels), config.decoder_layers)
+        predictor = MaskedTransformerPredictor if config.masked_attention else TransformerPredictor
+        self.predictor = predictor(**options)
         self.criterion = _make_criterion(self.config)
 
     def forward(
@@ -132,9 +140,20 @@ class MaskFormer(PixelDecoderModel):
 
     def _predict(self, batch: ImageBatch, *, all_layers: bool) -> tuple[Tensor, Tensor, Tensor]:
         """``class_logits (L, B, N, K+1)``, ``mask_embed (L, B, N, C)`` and ``pixel_embed (B, C, h, w)``."""
-        pixel_embed, memory, padding_mask = self._embed_pixels(batch)
-        class_logits, mask_embed = self.predictor(memory, padding_mask, all_layers=all_layers)
+        if self.config.masked_attention:
+            pixel_embed, levels = self._embed_levels(batch)
+            padding_masks = [batch.padding_mask(*level.shape[-2:]) for level in levels]
+            class_logits, mask_embed = self.predictor(levels, pixel_embed, padding_masks, all_layers=all_layers)
+        else:
+            pixel_embed, memory, padding_mask = self._embed_pixels(batch)
+            class_logits, mask_embed = self.predictor(memory, padding_mask, all_layers=all_layers)
         return class_logits, mask_embed, pixel_embed
+
+    def _embed_levels(self, batch: ImageBatch) -> tuple[Tensor, list[Tensor]]:
+        """``pixel_embed (B, C, h, w)``, and the pyramid's maps that masked attention reads, from coarse to fine."""
+        features, padding_mask = self._features(batch)
+        maps, _ = self.pixel_decoder.pyramid(features, padding_mask)
+        return self.pixel_decoder.mask_features(maps[-1]), maps[: self.predictor.num_levels]
 
     def _weighted_losses(
         self, class_logits: Tensor, mask_embed: Tensor, pixel_embed: Tensor, targets: Targets
@@ -149,8 +168,8 @@ class MaskFormer(PixelDecoderModel):
 
 def _make_criterion(config: MaskFormerConfig) -> SetCriterion:
     weights = {"loss_ce": config.class_weight, "loss_mask": config.mask_weight, "loss_dice": config.dice_weight}
-    aux_layers = config.decoder_layers - 1 if config.deep_supervision else 0
-    weights |= {f"{name}_{layer}": weight for layer in range(aux_layers) for name, weight in list(weights.items())}
+    earlier = range(config.num_predictions - 1)
+    weights |= {f"{name}_{layer}": weight for layer in earlier for name, weight in list(weights.items())}
     return SetCriterion(
         config.num_classes,
         matcher=_make_matcher(config),

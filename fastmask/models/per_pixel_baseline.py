@@ -198,5 +198,5 @@ class PerPixelBaseline(PixelDecoderModel):
         pixel_embed, memory, padding_mask = self._embed_pixels(batch)
         if not self.config.transformer_decoder:
             return [self.classifier(pixel_embed)]
-        mask_embed = self.predictor(memory, padding_mask, all_layers=all_layers)[1]
-        return mask_products(mask_embed, pixel_embed)
+        _, class_embed = self.predictor(memory, padding_mask, all_layers=all_layers)
+        return mask_products(class_embed, pixel_embed)

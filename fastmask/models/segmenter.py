@@ -26,7 +26,7 @@ class Segmenter(SegmentationModel):
 
     ``Segmenter(config)``, or ``Segmenter(num_classes=150, decoder="linear", ...)`` with the fields of
     :class:`SegmenterConfig` as keywords. The names of its weights are those of the authors' code;
-    :func:`fastmask.models.load_original_segmenter` reads the authors' checkpoints.
+    :func:`fastmask.integrations.checkpoints.from_original_segmenter` reads their checkpoints.
 
     Args:
         config: the configuration; None to give its fields as keywords.

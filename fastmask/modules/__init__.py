@@ -2,6 +2,7 @@
 
 from fastmask.modules.attention import MaskedCrossAttention
 from fastmask.modules.criterion import LayerLosses, SetCriterion
+from fastmask.modules.masked_predictor import MaskedTransformerPredictor
 from fastmask.modules.matcher import FixedMatcher, HungarianMatcher, Matcher
 from fastmask.modules.mlp import MLP
 from fastmask.modules.pixel_decoder import PixelDecoder
@@ -16,6 +17,7 @@ __all__ = [
     "HungarianMatcher",
     "LayerLosses",
     "MaskedCrossAttention",
+    "MaskedTransformerPredictor",
     "Matcher",
     "PixelDecoder",
     "Predictions",

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from fastmask.integrations.checkpoints.files import read_weights
+from fastmask.integrations.checkpoints.names import rename, to_own
 from fastmask.models.base_config import IMAGENET_MEAN, IMAGENET_STD
-from fastmask.models.checkpoint import check_keys, replace_files
+from fastmask.models.checkpoint import replace_files
 from fastmask.models.segmenter import Segmenter
 from fastmask.models.segmenter_config import VIT_MEAN, VIT_STD, SegmenterConfig
 
@@ -22,42 +22,49 @@ NORMALIZATIONS = {"vit": (VIT_MEAN, VIT_STD), "deit": (IMAGENET_MEAN, IMAGENET_S
 EXPANSION = 4
 DECODER_HEAD_DIM = 64
 IMAGENET_CLASSES = 1000
-# Their encoder carries the class head of its ImageNet pretraining, which segmentation does not use.
-HEADS = ("encoder.head", "encoder.head_dist")
+# Our names are theirs. Their encoder also carries the class heads of its ImageNet pretraining, which segmentation does
+# not use.
+RULES = [rename(r"(.*)", r"\1")]
+IMAGENET_HEADS = r"encoder\.head(_dist)?\.(weight|bias)"
+BY_CLASSES = r"decoder\.(cls_emb|mask_norm\.(weight|bias)|head\.(weight|bias))"
 SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large"}
 REQUIRED = ("d_model", "decoder", "image_size", "n_cls", "n_heads", "n_layers", "normalization", "patch_size")
 OPTIONAL = ("backbone", "distilled", "dropout", "drop_path_rate")
 
 
-def load_original_segmenter(path: str | Path) -> Segmenter:
-    """A model from the authors' checkpoint, on the CPU, in float32 and training mode.
+def from_original_segmenter(
+    path: str | Path, *, num_classes: int | None = None, ignore_mismatched_sizes: bool = False
+) -> Segmenter:
+    """A model of ours with the weights of the authors' Segmenter.
 
-    The class head of ImageNet pretraining ("encoder.head", "encoder.head_dist") is left out: no pixel depends on it.
+    The class heads of ImageNet pretraining ("encoder.head", "encoder.head_dist") are left out: no pixel depends on
+    them.
 
     Args:
         path: the folder of checkpoint.pth and variant.yml, or the first of the two. Nothing but tensors and plain
             values is unpickled, and nothing but plain values is read from YAML.
+        num_classes: K of the model, if it is to differ from the checkpoint's.
+        ignore_mismatched_sizes: allow that: weights that belong to classes start at random, with a warning.
+
+    Returns:
+        the model, on the CPU, in float32 and training mode.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file is unreadable or describes another network, keys are missing or unexpected, or shapes differ;
-            the message says which.
+        ValueError: a file is unreadable or describes another network; keys are missing or unexpected; shapes differ.
+            The message names them.
     """
     path = Path(path)
     if path.is_dir():
         path = path / WEIGHTS_FILE
     config = _read_variant(path.with_name(VARIANT_FILE))
-    weights = _read_weights(path)
+    if num_classes is not None:
+        config = config.replace(num_classes=num_classes)
+    weights = read_weights(path)
     model = Segmenter(config)
-    own = model.state_dict()
-    heads = {f"{head}.{kind}" for head in HEADS for kind in ("weight", "bias")}
-    weights = {name: tensor for name, tensor in weights.items() if name not in heads}
-    for name in check_keys(own, weights, path):
-        raise ValueError(
-            f"{path} has {name} of shape {tuple(weights[name].shape)}; "
-            f"{path.with_name(VARIANT_FILE)} asks for {tuple(own[name].shape)}"
-        )
-    model.load_state_dict(weights)
+    replaceable = BY_CLASSES if ignore_mismatched_sizes else ""
+    own = to_own(weights, model.weights(), RULES, ignored=IMAGENET_HEADS, replaceable=replaceable, source=str(path))
+    model.load_state_dict(own)
     return model
 
 
@@ -65,7 +72,8 @@ def save_original_segmenter(model: Segmenter, folder: str | Path) -> None:
     """Writes checkpoint.pth and variant.yml, as the authors' code reads them. An interruption leaves an earlier save as
     it was.
 
-    Their code asks for the class head of ImageNet pretraining, which our model does not have: it is written as zeros.
+    Their code asks for the class heads of ImageNet pretraining, which our model does not have: they are written as
+    zeros.
 
     Raises:
         ValueError: an architecture or normalisation that their code cannot build; the message names the field.
@@ -73,8 +81,8 @@ def save_original_segmenter(model: Segmenter, folder: str | Path) -> None:
     import yaml
 
     variant = _variant(model.config)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    for head in HEADS[: 2 if model.config.distilled else 1]:
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.weights().items()}
+    for head in ("encoder.head", "encoder.head_dist")[: 2 if model.config.distilled else 1]:
         weights[f"{head}.weight"] = torch.zeros(IMAGENET_CLASSES, model.config.hidden_dim)
         weights[f"{head}.bias"] = torch.zeros(IMAGENET_CLASSES)
     replace_files(
@@ -209,16 +217,3 @@ def _check_names(
     problems += [f"unexpected keys: {', '.join(unknown)}"] if unknown else []
     if problems:
         raise ValueError(f"{place} has {'; '.join(problems)}")
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is truncated, or holds more than tensors and plain values: {error}") from error
-    weights = content.get("model") if isinstance(content, Mapping) else None
-    if not isinstance(weights, Mapping) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
-        raise ValueError(f'{path} has no state dict under the key "model"')
-    return dict(weights)

@@ -7,7 +7,8 @@ import torch
 import yaml
 from torch.nn.functional import gelu, interpolate, layer_norm, pad
 
-from fastmask.models import Segmenter, SegmenterConfig, load_original_segmenter, save_original_segmenter
+from fastmask.integrations.checkpoints import from_original_segmenter, save_original_segmenter
+from fastmask.models import Segmenter, SegmenterConfig
 
 PATCH, DIM, HEADS, LAYERS, CLASSES = 4, 64, 2, 2, 5
 GRID = (5, 6)
@@ -171,7 +172,7 @@ FORMS = [(MASK, False, "vit"), (LINEAR, False, "vit"), (MASK, True, "deit"), (LI
 @pytest.mark.parametrize("size", [(20, 24), (28, 16), (17, 33)])
 def test_outputs_equal_a_plain_implementation(origin, generator, decoder, distilled, normalization, size):
     plain = Plain(origin(decoder, distilled, normalization), distilled)
-    model = load_original_segmenter(origin.folder).eval()
+    model = from_original_segmenter(origin.folder).eval()
     image = torch.rand(3, *size, generator=generator)
     mean, std = {
         "vit": ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5]),
@@ -188,7 +189,7 @@ def test_outputs_equal_a_plain_implementation(origin, generator, decoder, distil
 
 def test_windows_equal_a_plain_implementation(origin, generator):
     plain = Plain(origin(), False)
-    model = load_original_segmenter(origin.folder).double()
+    model = from_original_segmenter(origin.folder).double()
     image = torch.rand(3, 37, 30, generator=generator).double()
     total, count = torch.zeros(CLASSES, 37, 30).double(), torch.zeros(37, 30)
     for top in (0, 16, 17):
@@ -202,7 +203,7 @@ def test_windows_equal_a_plain_implementation(origin, generator):
 
 def test_the_configuration_is_that_of_the_file(origin):
     origin(distilled=True, normalization="deit")
-    model = load_original_segmenter(origin.folder / "checkpoint.pth")
+    model = from_original_segmenter(origin.folder / "checkpoint.pth")
     assert model.training
     assert model.config == SegmenterConfig(
         5,
@@ -224,7 +225,7 @@ def test_the_configuration_is_that_of_the_file(origin):
 @pytest.mark.parametrize(("decoder", "distilled", "normalization"), FORMS)
 def test_what_is_written_back_is_what_was_read(origin, tmp_path, decoder, distilled, normalization):
     weights = origin(decoder, distilled, normalization)
-    model = load_original_segmenter(origin.folder)
+    model = from_original_segmenter(origin.folder)
     save_original_segmenter(model, tmp_path / "back")
     assert sorted(os.listdir(tmp_path / "back")) == ["checkpoint.pth", "variant.yml"]
     back = torch.load(tmp_path / "back" / "checkpoint.pth", weights_only=True)["model"]
@@ -241,7 +242,7 @@ def test_what_is_written_back_is_what_was_read(origin, tmp_path, decoder, distil
             "net_kwargs"
         ]
     )
-    again = load_original_segmenter(tmp_path / "back")
+    again = from_original_segmenter(tmp_path / "back")
     assert again.config == model.config
     for name, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
@@ -253,7 +254,7 @@ def test_any_model_of_theirs_can_be_written(tmp_path):
     save_original_segmenter(model, tmp_path)
     net = yaml.safe_load((tmp_path / "variant.yml").read_text())["net_kwargs"]
     assert net["backbone"] == "vit_tiny_patch16_384" and net["image_size"] == [32, 32]
-    assert load_original_segmenter(tmp_path).config == config.replace(window_size=32, window_stride=32)
+    assert from_original_segmenter(tmp_path).config == config.replace(window_size=32, window_stride=32)
 
 
 @pytest.mark.parametrize(
@@ -274,12 +275,22 @@ def test_wrong_keys_and_shapes_are_listed(origin):
     origin(weights={"encoder.norm.bias": None, "decoder.extra": torch.zeros(1), "encoder.head.extra": torch.zeros(1)})
     message = "missing keys: encoder.norm.bias; unexpected keys: decoder.extra, encoder.head.extra"
     with pytest.raises(ValueError, match=message):
-        load_original_segmenter(origin.folder)
+        from_original_segmenter(origin.folder)
     origin(weights={"decoder.cls_emb": torch.zeros(1, 6, DIM)})
-    with pytest.raises(ValueError, match=r"decoder.cls_emb of shape \(1, 6, 64\).*variant.yml asks for \(1, 5, 64\)"):
-        load_original_segmenter(origin.folder)
+    with pytest.raises(ValueError, match=r"decoder.cls_emb of shape \(1, 6, 64\) for \(1, 5, 64\)"):
+        from_original_segmenter(origin.folder)
     origin(weights={"encoder.head.weight": None, "encoder.head.bias": None})
-    load_original_segmenter(origin.folder)
+    from_original_segmenter(origin.folder)
+
+
+def test_another_number_of_classes_is_refused_unless_asked_for(origin):
+    weights = origin()
+    with pytest.raises(ValueError, match=r"decoder.cls_emb of shape \(1, 5, 64\) for \(1, 7, 64\)"):
+        from_original_segmenter(origin.folder, num_classes=7)
+    with pytest.warns(UserWarning, match="decoder.cls_emb, decoder.mask_norm.weight, decoder.mask_norm.bias"):
+        model = from_original_segmenter(origin.folder, num_classes=7, ignore_mismatched_sizes=True)
+    assert model(torch.rand(1, 3, 20, 24))["logits"].shape == (1, 7, 5, 6)
+    assert torch.equal(model.encoder.pos_embed, weights["encoder.pos_embed"])
 
 
 @pytest.mark.parametrize(
@@ -308,7 +319,7 @@ def test_a_wrong_variant_is_named(origin, old, new, message):
     assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new, 1))
     with pytest.raises(ValueError, match=f"{path}.*({message})"):
-        load_original_segmenter(origin.folder)
+        from_original_segmenter(origin.folder)
 
 
 class Evil:
@@ -318,8 +329,8 @@ class Evil:
 
 def test_nothing_but_tensors_and_plain_values_is_unpickled(origin):
     origin(epoch=Evil())
-    with pytest.raises(ValueError, match="checkpoint.pth is truncated, or holds more than tensors and plain values"):
-        load_original_segmenter(origin.folder)
+    with pytest.raises(ValueError, match="(?s)checkpoint.pth could not be read as weights: .*posix.getcwd"):
+        from_original_segmenter(origin.folder)
 
 
 @pytest.mark.parametrize("length", [0, 10, 1000, -10])
@@ -327,17 +338,17 @@ def test_a_truncated_checkpoint_is_named(origin, length):
     origin()
     path = origin.folder / "checkpoint.pth"
     path.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(ValueError, match=f"{path} is truncated"):
-        load_original_segmenter(origin.folder)
+    with pytest.raises(ValueError, match=f"{path} could not be read as weights"):
+        from_original_segmenter(origin.folder)
 
 
 def test_missing_files_and_state_dicts_are_named(origin):
     origin(model=[1])
-    with pytest.raises(ValueError, match='no state dict under the key "model"'):
-        load_original_segmenter(origin.folder)
+    with pytest.raises(ValueError, match="holds model of type list; expected an array"):
+        from_original_segmenter(origin.folder)
     (origin.folder / "checkpoint.pth").unlink()
     with pytest.raises(FileNotFoundError, match="no weights at .*checkpoint.pth"):
-        load_original_segmenter(origin.folder)
+        from_original_segmenter(origin.folder)
     (origin.folder / "variant.yml").unlink()
     with pytest.raises(FileNotFoundError, match="no .*variant.yml"):
-        load_original_segmenter(origin.folder)
+        from_original_segmenter(origin.folder)
