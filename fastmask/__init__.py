@@ -13,6 +13,7 @@ from fastmask.functional import (
     point_mask_loss,
     semantic_inference,
     show_config,
+    uncertain_points,
 )
 from fastmask.models import MaskFormer, MaskFormerConfig
 from fastmask.modules import HungarianMatcher, SetCriterion
@@ -38,4 +39,5 @@ __all__ = [
     "point_mask_loss",
     "semantic_inference",
     "show_config",
+    "uncertain_points",
 ]

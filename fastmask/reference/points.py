@@ -82,7 +82,7 @@ def uncertain_points(mask_logits: Tensor, assignment: Tensor, candidates: Tensor
     """
     x = sample_points(_matched(mask_logits, assignment), candidates)
     certainty = x.abs().nan_to_num(nan=-1, posinf=torch.inf)
-    chosen = certainty.argsort(-1, stable=True)[..., :num_uncertain].sort(-1).values
+    chosen = certainty.argsort(stable=True, dim=-1)[..., :num_uncertain].sort(-1).values
     points = torch.take_along_dim(candidates, chosen[..., None], dim=-2)
     return points.masked_fill((assignment < 0)[..., None, None], 0)
 
