@@ -67,8 +67,8 @@ def uncertain_points(
     if backend == "reference":
         from fastmask import reference
 
-        drawn = reference.random_points(seed, assignment.numel(), num_candidates + num_points - num_uncertain)
-        drawn = drawn.view(*assignment.shape, -1, 2)
+        num_drawn = num_candidates + num_points - num_uncertain
+        drawn = reference.random_points(seed, assignment.numel(), num_drawn).view(*assignment.shape, num_drawn, 2)
         candidates, others = drawn.split([num_candidates, num_points - num_uncertain], dim=-2)
         chosen = reference.uncertain_points(mask_logits, assignment, candidates, num_uncertain)
         return torch.cat([chosen, others.masked_fill((assignment < 0)[..., None, None], 0)], -2)
