@@ -15,16 +15,32 @@ from fastmask.functional import (
     show_config,
     uncertain_points,
 )
-from fastmask.models import MaskFormer, MaskFormerConfig
-from fastmask.modules import HungarianMatcher, SetCriterion
+from fastmask.models import (
+    MaskFormer,
+    MaskFormerConfig,
+    PerPixelBaseline,
+    PerPixelBaselineConfig,
+    Segmenter,
+    SegmenterConfig,
+    SoundEventConfig,
+    SoundEventDetector,
+)
+from fastmask.modules import FixedMatcher, HungarianMatcher, SetCriterion
 from fastmask.targets import Targets
 from fastmask.version import __version__
 
 __all__ = [
+    "FixedMatcher",
     "HungarianMatcher",
     "MaskFormer",
     "MaskFormerConfig",
+    "PerPixelBaseline",
+    "PerPixelBaselineConfig",
+    "Segmenter",
+    "SegmenterConfig",
     "SetCriterion",
+    "SoundEventConfig",
+    "SoundEventDetector",
     "Targets",
     "__version__",
     "assign",
