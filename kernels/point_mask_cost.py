@@ -40,10 +40,10 @@ class PointMaskCostConfig:
     """
 
     rows: int = 32
-    points: int = 32
+    points: int = 16
     programs: int = 2048
     least_points: int = 256
-    target_points: int = 64
+    target_points: int = 16
     num_warps: int = 4
 
 

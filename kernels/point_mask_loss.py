@@ -116,7 +116,7 @@ def _pair_slopes(pair, sums_ptr, grad_mask_ptr, grad_dice_ptr, gamma, FOCAL: tl.
     if FOCAL:
         bound *= 1.0 + gamma
     bound += 0.25 * (tl.abs(of_v) + tl.abs(of_t))
-    # A power of two four times as large at most, so that division by it is exact and weights a rounding above one fit; NaN is inf.
+    # A power of two, so that division by it is exact, twice as large at least, as weights may be a rounding above one.
     bound = 4.0 * (bound.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     return mask_slope, of_v, of_t, bound
 
