@@ -25,7 +25,7 @@ from fastmask.models import (
     SoundEventConfig,
     SoundEventDetector,
 )
-from fastmask.modules import FixedMatcher, HungarianMatcher, SetCriterion
+from fastmask.modules import FixedMatcher, HungarianMatcher, PointSampling, SetCriterion
 from fastmask.targets import Targets
 from fastmask.version import __version__
 
@@ -38,6 +38,7 @@ __all__ = [
     "PerPixelBaselineConfig",
     "Segmenter",
     "SegmenterConfig",
+    "PointSampling",
     "SetCriterion",
     "SoundEventConfig",
     "SoundEventDetector",

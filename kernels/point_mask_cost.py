@@ -39,8 +39,8 @@ class PointMaskCostConfig:
         target_points: that a program of the targets' kernel reads at a time.
     """
 
-    rows: int = 32
-    points: int = 16
+    rows: int = 16
+    points: int = 32
     programs: int = 2048
     least_points: int = 256
     target_points: int = 16

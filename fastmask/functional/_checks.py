@@ -121,6 +121,15 @@ def check_points(points: Tensor, leading: tuple[int, ...], shape: str, targets: 
         raise ValueError(f"points is on {points.device}, targets on {targets.device}")
 
 
+def check_point_sampling(num_points: int, oversample_ratio: float, importance_sample_ratio: float) -> None:
+    if num_points < 1:
+        raise ValueError(f"num_points must be at least 1, got {num_points}")
+    if not oversample_ratio >= 1:
+        raise ValueError(f"oversample_ratio must be at least 1, got {oversample_ratio}")
+    if not 0 <= importance_sample_ratio <= 1:
+        raise ValueError(f"importance_sample_ratio must lie in 0..1, got {importance_sample_ratio}")
+
+
 def stack_layers(tensor: Tensor, dim: int) -> Tensor:
     """``(..., *last dim sizes)`` to ``(L, *last dim sizes)``: what operators take for any leading dimensions."""
     return tensor.reshape(math.prod(tensor.shape[:-dim]), *tensor.shape[-dim:])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmask.functional._backend import choose_backend
-from fastmask.functional._checks import check_assigned_queries, check_mask_planes, stack_layers
+from fastmask.functional._checks import check_assigned_queries, check_mask_planes, check_point_sampling, stack_layers
 from fastmask.ops.uncertain_points import OPERATOR, call
 
 
@@ -54,12 +54,7 @@ def uncertain_points(
     check_mask_planes(mask_logits)
     leading = (*mask_logits.shape[:-3], assignment.shape[-1] if assignment.dim() > 0 else 0)
     check_assigned_queries(assignment, leading, mask_logits.shape[-3], "mask_logits", mask_logits.device)
-    if num_points < 1:
-        raise ValueError(f"num_points must be at least 1, got {num_points}")
-    if not oversample_ratio >= 1:
-        raise ValueError(f"oversample_ratio must be at least 1, got {oversample_ratio}")
-    if not 0 <= importance_sample_ratio <= 1:
-        raise ValueError(f"importance_sample_ratio must lie in 0..1, got {importance_sample_ratio}")
+    check_point_sampling(num_points, oversample_ratio, importance_sample_ratio)
     num_candidates = int(oversample_ratio * num_points)
     num_uncertain = int(importance_sample_ratio * num_points)
     backend = choose_backend(OPERATOR, backend, mask_logits)

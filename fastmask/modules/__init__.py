@@ -4,6 +4,7 @@ from fastmask.modules.criterion import LayerLosses, SetCriterion
 from fastmask.modules.matcher import FixedMatcher, HungarianMatcher, Matcher
 from fastmask.modules.mlp import MLP
 from fastmask.modules.pixel_decoder import PixelDecoder
+from fastmask.modules.points import PointSampling
 from fastmask.modules.position_encoding import sine_position_encoding
 from fastmask.modules.predictions import Predictions
 from fastmask.modules.predictor import TransformerPredictor
@@ -16,6 +17,7 @@ __all__ = [
     "LayerLosses",
     "Matcher",
     "PixelDecoder",
+    "PointSampling",
     "Predictions",
     "SetCriterion",
     "TransformerDecoder",
