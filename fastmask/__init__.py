@@ -13,6 +13,7 @@ from fastmask.functional import (
     point_mask_loss,
     semantic_inference,
     show_config,
+    uncertain_points,
 )
 from fastmask.integrations import patch, unpatch
 from fastmask.models import (
@@ -25,7 +26,7 @@ from fastmask.models import (
     SoundEventConfig,
     SoundEventDetector,
 )
-from fastmask.modules import FixedMatcher, HungarianMatcher, MaskedCrossAttention, SetCriterion
+from fastmask.modules import FixedMatcher, HungarianMatcher, MaskedCrossAttention, PointSampling, SetCriterion
 from fastmask.targets import Targets
 from fastmask.version import __version__
 
@@ -39,6 +40,7 @@ __all__ = [
     "PerPixelBaselineConfig",
     "Segmenter",
     "SegmenterConfig",
+    "PointSampling",
     "SetCriterion",
     "SoundEventConfig",
     "SoundEventDetector",
@@ -57,5 +59,6 @@ __all__ = [
     "point_mask_loss",
     "semantic_inference",
     "show_config",
+    "uncertain_points",
     "unpatch",
 ]

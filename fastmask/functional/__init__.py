@@ -14,6 +14,7 @@ from fastmask.functional.mask_loss import mask_loss
 from fastmask.functional.masked_attention import masked_attention
 from fastmask.functional.point_mask_cost import point_mask_cost
 from fastmask.functional.point_mask_loss import point_mask_loss
+from fastmask.functional.uncertain_points import uncertain_points
 
 __all__ = [
     "assign",
@@ -30,4 +31,5 @@ __all__ = [
     "point_mask_loss",
     "semantic_inference",
     "show_config",
+    "uncertain_points",
 ]

@@ -70,7 +70,7 @@ torch.library.impl("fastmask::point_mask_loss", "cuda", _triton)
 
 
 def _triton_backward(*arguments: Any) -> Tensor:
-    from fastmask.kernels.point_mask_loss_backward import point_mask_loss_backward
+    from fastmask.kernels.point_mask_loss import point_mask_loss_backward
 
     return point_mask_loss_backward(*arguments)
 

@@ -57,7 +57,7 @@ def random_points(seed: Tensor, count: int, num_points: int) -> Tensor:
         words = [high_1 ^ words[1] ^ key[0], low_1, high_0 ^ words[3] ^ key[1], low_0]
         key = [(k + s) & LOW_32_BITS for k, s in zip(key, PHILOX_KEY_STEPS, strict=True)]
     uniform = (torch.stack(words, -1) >> 8).float() * 2**-24
-    return uniform.view(count, -1, 16, 2, 2).transpose(2, 3).flatten(1, 3)[:, :num_points]
+    return uniform.view(count, len(step) // 16, 16, 2, 2).transpose(2, 3).flatten(1, 3)[:, :num_points]
 
 
 def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
@@ -82,7 +82,7 @@ def uncertain_points(mask_logits: Tensor, assignment: Tensor, candidates: Tensor
     """
     x = sample_points(_matched(mask_logits, assignment), candidates)
     certainty = x.abs().nan_to_num(nan=-1, posinf=torch.inf)
-    chosen = certainty.argsort(-1, stable=True)[..., :num_uncertain].sort(-1).values
+    chosen = certainty.argsort(stable=True, dim=-1)[..., :num_uncertain].sort(-1).values
     points = torch.take_along_dim(candidates, chosen[..., None], dim=-2)
     return points.masked_fill((assignment < 0)[..., None, None], 0)
 
