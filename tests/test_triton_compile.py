@@ -34,6 +34,7 @@ SHAPES = {
     "other powers of two": (6, 2, 200, 134, 31, 64, 128, 256, 512),
     "no powers of two": (7, 3, 99, 81, 23, 117, 97, 467, 387),
 }
+POINTS = 12544
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,36 @@ def launch_mask_loss(
     mask_loss_backward(pair_mask, pair_dice, sums, *arguments)
 
 
+def launch_point_mask_cost(
+    shape: tuple[int, ...], dtype: torch.dtype, form: str, ignore_void: bool = True, **options: Any
+) -> None:
+    from fastmask.kernels.point_mask_cost import point_mask_cost
+
+    class_logits, mask_logits, _, *targets = inputs(shape, dtype, form)
+    points = torch.empty((shape[1], POINTS, 2), device="meta")
+    point_mask_cost(class_logits, mask_logits, *targets, 255, ignore_void, points, 2.0, 5.0, 5.0, *term(**options))
+
+
+def launch_point_mask_loss(
+    shape: tuple[int, ...], dtype: torch.dtype, form: str, ignore_void: bool = True, **options: Any
+) -> None:
+    from fastmask.kernels.point_mask_loss import point_mask_loss, point_mask_loss_backward
+
+    _, mask_logits, assignment, *targets = inputs(shape, dtype, form)
+    points = torch.empty((*assignment.shape, POINTS, 2), device="meta")
+    arguments = (mask_logits, assignment, *targets, 255, ignore_void, points, *term(**options))
+    pair_mask, pair_dice, sums = point_mask_loss(*arguments)
+    point_mask_loss_backward(pair_mask, pair_dice, sums, *arguments)
+
+
+def launch_uncertain_points(shape: tuple[int, ...], dtype: torch.dtype, form: str, **_: Any) -> None:
+    from fastmask.kernels.uncertain_points import uncertain_points
+
+    _, mask_logits, assignment, *_ = inputs(shape, dtype, form)
+    seed = torch.empty(1, dtype=torch.int64, device="meta")
+    uncertain_points(mask_logits, assignment, seed, POINTS, 3 * POINTS, 3 * POINTS // 4)
+
+
 def term(mask_term: str = "focal", alpha: float = 0.25, gamma: float = 2.0) -> tuple[str, float, float]:
     return mask_term, alpha, gamma
 
@@ -111,7 +142,13 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype, form: str) -> tuple[torch
     )
 
 
-OPERATORS: dict[str, Callable[..., None]] = {"mask_cost": launch_mask_cost, "mask_loss": launch_mask_loss}
+OPERATORS: dict[str, Callable[..., None]] = {
+    "mask_cost": launch_mask_cost,
+    "mask_loss": launch_mask_loss,
+    "point_mask_cost": launch_point_mask_cost,
+    "point_mask_loss": launch_point_mask_loss,
+    "uncertain_points": launch_uncertain_points,
+}
 
 
 @pytest.fixture

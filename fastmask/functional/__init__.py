@@ -12,6 +12,9 @@ from fastmask.functional.linear_sum_assignment import linear_sum_assignment
 from fastmask.functional.mask_cost import mask_cost
 from fastmask.functional.mask_loss import mask_loss
 from fastmask.functional.masked_attention import masked_attention
+from fastmask.functional.point_mask_cost import point_mask_cost
+from fastmask.functional.point_mask_loss import point_mask_loss
+from fastmask.functional.uncertain_points import uncertain_points
 
 __all__ = [
     "assign",
@@ -24,6 +27,9 @@ __all__ = [
     "masked_attention",
     "matched_mask_logits",
     "panoptic_inference",
+    "point_mask_cost",
+    "point_mask_loss",
     "semantic_inference",
     "show_config",
+    "uncertain_points",
 ]

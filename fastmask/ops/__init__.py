@@ -4,8 +4,19 @@ An operator's implementations are the C++ and CUDA of ``csrc`` (loaded as a libr
 ``fastmask.kernels`` (imported when first used).
 """
 
-from fastmask.ops import assign, mask_cost, mask_loss, masked_attention
+from fastmask.ops import (
+    assign,
+    mask_cost,
+    mask_loss,
+    masked_attention,
+    point_mask_cost,
+    point_mask_loss,
+    uncertain_points,
+)
 
-OPERATORS = {module.OPERATOR.name: module.OPERATOR for module in (mask_cost, assign, mask_loss, masked_attention)}
+OPERATORS = {
+    module.OPERATOR.name: module.OPERATOR
+    for module in (mask_cost, assign, mask_loss, point_mask_cost, point_mask_loss, uncertain_points, masked_attention)
+}
 
 __all__ = ["OPERATORS"]
