@@ -31,6 +31,8 @@ def instance_inference(
     - "mask2former": x at the output size, upsampled bilinearly.
     - "huggingface": x at h x w; the binary mask is then brought to the output size by the "nearest" rule.
 
+    NaN is never foreground, and a query with NaN among its class logits has P = 0.
+
     Args:
         class_logits: ``(B, N, K+1)`` float, or ``(N, K+1)`` for one image.
         mask_logits: ``(B, N, h, w)`` float, or ``(N, h, w)``.
@@ -61,15 +63,15 @@ def instance_inference(
     stuff = torch.tensor(sorted(stuff_classes), dtype=torch.int64, device=class_logits.device)
     results = []
     for image_classes, image_masks in zip(class_logits, mask_logits, strict=True):
-        probabilities = image_classes.softmax(-1)[:, :-1]  # [N, K]
+        probabilities = image_classes.softmax(-1)[:, :-1].nan_to_num(nan=0.0)  # [N, K]
         best = probabilities.flatten().topk(min(top_k, probabilities.numel()))
         labels = best.indices % probabilities.shape[1]
         queries = best.indices // probabilities.shape[1]
         things = ~torch.isin(labels, stuff)
         x = image_masks[queries[things]]  # [R, h, w]
         masks = x > 0
-        inside = masks.to(x.dtype)
-        mask_scores = (x.sigmoid() * inside).sum((-2, -1)) / (inside.sum((-2, -1)) + 1e-6)
+        area = masks.to(x.dtype).sum((-2, -1))
+        mask_scores = x.sigmoid().masked_fill(~masks, 0).sum((-2, -1)) / (area + 1e-6)
         results.append(
             {
                 "scores": best.values[things] * mask_scores,

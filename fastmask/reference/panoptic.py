@@ -23,6 +23,7 @@ class PanopticRule:
         reuse_fused_id: a fused stuff region sets the id counter back to its own, so that ids of later segments may
             repeat, and is listed again in ``segments_info``.
         no_segment_value: the whole map's value when no query passes ``threshold``.
+        nan_wins: a query wins the pixels where it is NaN, as ``torch.argmax`` has it, rather than never.
     """
 
     resize_probabilities: bool = False
@@ -31,6 +32,7 @@ class PanopticRule:
     weighted_area: bool = False
     reuse_fused_id: bool = False
     no_segment_value: int = 0
+    nan_wins: bool = False
 
 
 PANOPTIC_RULES = {
@@ -38,7 +40,12 @@ PANOPTIC_RULES = {
     "mask2former": PanopticRule(clip_to_mask=True),
     "huggingface": PanopticRule(resize_probabilities=True, strict_overlap=True),
     "huggingface-exact": PanopticRule(
-        resize_probabilities=True, strict_overlap=True, weighted_area=True, reuse_fused_id=True, no_segment_value=-1
+        resize_probabilities=True,
+        strict_overlap=True,
+        weighted_area=True,
+        reuse_fused_id=True,
+        no_segment_value=-1,
+        nan_wins=True,
     ),
 }
 
@@ -60,12 +67,13 @@ def panoptic_inference(
 
     MaskFormer (arXiv:2107.06278), section 3.4, "general inference". Queries whose class is no-object, or whose p_i(c_i)
     does not exceed ``threshold``, are dropped first; then those of which too little is visible: the area won over the
-    area where m_i >= ``mask_threshold`` is compared with ``overlap_threshold``. Stuff of one class is one segment.
+    area where m_i >= ``mask_threshold`` is compared with ``overlap_threshold``. Stuff of one class is one segment. A query
+    never wins a pixel where its mask, resized, is NaN; a pixel where all are NaN has no segment.
 
     ``rule`` names the code base (``PANOPTIC_RULES`` lists the differences): "maskformer", "mask2former"
-    (arXiv:2112.01527), "huggingface", or "huggingface-exact", which keeps two faults of transformers for the sake of
-    comparison: stuff that is fused makes the ids of later segments repeat, and the area of a mask is measured on its
-    score-weighted probabilities, so that a mask seems smaller than it is.
+    (arXiv:2112.01527), "huggingface", or "huggingface-exact", which keeps the faults of transformers for the sake of
+    comparison: stuff that is fused makes the ids of later segments repeat, the area of a mask is measured on its
+    score-weighted probabilities, so that a mask seems smaller than it is, and NaN wins.
 
     Args:
         class_logits: ``(B, N, K+1)`` float, or ``(N, K+1)`` for one image.
@@ -127,7 +135,9 @@ def _segments(
     if not classes:
         return segmentation, []
     weighted = probabilities * scores[:, None, None]
-    winner = weighted.argmax(0)
+    if not rule.nan_wins:
+        weighted = weighted.nan_to_num(nan=-1.0)
+    winner = weighted.argmax(0).masked_fill((weighted < 0).all(0), -1)
     inside = (weighted if rule.weighted_area else probabilities) >= mask_threshold
 
     infos: list[dict[str, int | float | bool]] = []
