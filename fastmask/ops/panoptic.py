@@ -26,7 +26,7 @@ from torch import Tensor
 from fastmask.ops._geometry import GEOMETRY
 from fastmask.ops.library import Operator
 
-OPERATOR = Operator("panoptic_winners")
+OPERATOR = Operator("panoptic_winners", native=("cpu",))
 
 torch.library.define(
     "fastmask::panoptic_winners",

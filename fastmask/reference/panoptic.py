@@ -125,7 +125,7 @@ def _segments(
     mask_threshold: float,
     stuff_classes: frozenset[int],
 ) -> tuple[Tensor, list[dict[str, int | float | bool]]]:
-    """One image: ``probabilities (Q, H, W)`` (-1 for NaN), ``scores (Q,)`` and classes of the queries that were kept."""
+    """One image: ``probabilities (Q, H, W)`` (-1 for NaN), ``scores (Q,)`` and classes of the queries kept."""
     value = 0 if classes else rule.no_segment_value
     segmentation = torch.full(probabilities.shape[1:], value, dtype=torch.int32, device=probabilities.device)
     if not classes:
