@@ -37,10 +37,10 @@ void instance_tile(const Plane& plane, const TilePlan& plan, const TileScratchSi
   }
   float* values = scratch + sizes.total();
   resample_tile(plane, plan, tile, values);
-  vfloat foreground = {};
   uint64_t any = 0;
   for (int64_t i = 0; i < plan.rows.count; ++i) {
     uint64_t word = 0;
+    vfloat foreground = {};  // of one row: equal terms round alike, so that long sums would drift
     for (int64_t j = 0; j < plan.columns.stride; j += kLanes) {
       const vfloat x = load(values + i * plan.columns.stride + j);
       const vint inside = x > 0.0f;
@@ -52,12 +52,12 @@ void instance_tile(const Plane& plane, const TilePlan& plan, const TileScratchSi
     write_row(word, columns, mask.packed, out + i * mask.row_bytes);
     if (word == 0) continue;
     any |= word;
+    sums.foreground += sum_lanes(foreground);
     sums.area += __builtin_popcountll(word);
     sums.top = top + i < sums.top ? top + i : sums.top;
     sums.bottom = top + i + 1 > sums.bottom ? top + i + 1 : sums.bottom;
   }
   if (any == 0) return;
-  sums.foreground += sum_lanes(foreground);
   const int64_t first = left + __builtin_ctzll(any), end = left + 64 - __builtin_clzll(any);
   sums.left = first < sums.left ? first : sums.left;
   sums.right = end > sums.right ? end : sums.right;
