@@ -6,15 +6,17 @@
 from fastmask.functional.assign import assign
 from fastmask.functional.class_loss import class_loss
 from fastmask.functional.config import show_config
+from fastmask.functional.embeddings import mask_products, matched_mask_logits
 from fastmask.functional.instance import instance_inference
 from fastmask.functional.linear_sum_assignment import linear_sum_assignment
 from fastmask.functional.mask_cost import mask_cost
 from fastmask.functional.mask_loss import mask_loss
 from fastmask.functional.masked_attention import masked_attention
-from fastmask.functional.panoptic import panoptic_inference
+from fastmask.functional.panoptic import PanopticDetails, panoptic_inference
 from fastmask.functional.semantic import SemanticDetails, semantic_inference
 
 __all__ = [
+    "PanopticDetails",
     "SemanticDetails",
     "assign",
     "class_loss",
@@ -22,7 +24,9 @@ __all__ = [
     "linear_sum_assignment",
     "mask_cost",
     "mask_loss",
+    "mask_products",
     "masked_attention",
+    "matched_mask_logits",
     "panoptic_inference",
     "semantic_inference",
     "show_config",
