@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/semantic.h"
+#include "cpu/strip_columns.h"
 #include "cpu/vec.h"
 
 namespace fastmask::FASTMASK_SIMD {
@@ -21,6 +22,19 @@ inline int64_t load_bounded(const MaskPlanes& planes, int64_t n, int64_t row, in
     store(out + i, minimum(above, splat(kLogitBound)));
   }
   return nans;
+}
+
+// Elements of a row of kStrip.
+inline vfloat pick(const float* row, vint column) {
+#if defined(__AVX512F__)
+  static_assert(kStrip == 4 * kLanes);
+  const vfloat low = (vfloat)_mm512_permutex2var_ps((__m512)load(row), (__m512i)column, (__m512)load(row + kLanes));
+  const vfloat high =
+      (vfloat)_mm512_permutex2var_ps((__m512)load(row + 2 * kLanes), (__m512i)column, (__m512)load(row + 3 * kLanes));
+  return column < 2 * kLanes ? low : high;
+#else
+  return gather(row, column);
+#endif
 }
 
 // Cuts scratch memory into pieces.
@@ -47,29 +61,16 @@ constexpr int64_t kTileRows = 8;
 class MaskStrip {
  public:
   MaskStrip(const MaskPlanes& planes, const Taps& rows, const Taps& columns, int64_t strip, Scratch& scratch)
-      : planes_(planes), rows_(rows), columns_(columns), strip_(strip) {
+      : planes_(planes), rows_(rows), columns_(columns, strip), strip_(strip), strips_(columns.stride / kStrip) {
     const int64_t queries = planes.queries, padded = to_full_vectors(queries);
     for (int t = 0; t < rows.taps; ++t) {
       stretched_[t] = scratch.take(queries * kStrip);
       held_[t] = scratch.take<int32_t>(padded);
       for (int64_t n = 0; n < padded; ++n) held_[t][n] = -1;
     }
-    const int32_t* first = columns.index + strip * kStrip;
-    const int32_t* last = first + (columns.taps - 1) * columns.stride + kStrip - 1;
-    left_ = *first;
-    span_ = *last + 1 - left_;
-    source_ = scratch.take(to_full_vectors(span_) + 2 * kStrip);
-    memset(source_, 0, sizeof(float) * (to_full_vectors(span_) + 2 * kStrip));
-    for (int t = 0; t < columns.taps; ++t) {
-      for (int64_t j = 0; j < kStrip; ++j) relative_[t][j] = first[t * columns.stride + j] - left_;
-    }
-#if defined(__AVX512F__)
-    // Where 16 neighbouring pixels read from two vectors of logits, a permutation is faster than gathering.
-    permute_ = true;
-    for (int64_t j = 0; j < kStrip; j += kLanes) {
-      permute_ &= relative_[columns.taps - 1][j + kLanes - 1] - relative_[0][j] < 2 * kLanes;
-    }
-#endif
+    const int64_t readable = to_full_vectors(columns_.span()) + 2 * kLanes;
+    source_ = scratch.take(readable);
+    memset(source_, 0, sizeof(float) * readable);
   }
 
   // The end of the rows of pixels from y on that read the same rows of logits, at most kTileRows of them.
@@ -92,10 +93,9 @@ class MaskStrip {
   // The largest sigmoid that each query can have at the rows of pixels gone to, [to_full_vectors(queries)].
   void bounds(const float* cells, float* out) const {
     const int64_t padded = to_full_vectors(planes_.queries);
-    const int64_t strips = columns_.stride / kStrip;
     for (int64_t n = 0; n < padded; n += kLanes) {
-      vfloat x = load(cells + (row_[0] * strips + strip_) * padded + n);
-      for (int t = 1; t < rows_.taps; ++t) x = maximum(x, load(cells + (row_[t] * strips + strip_) * padded + n));
+      vfloat x = load(cells + (row_[0] * strips_ + strip_) * padded + n);
+      for (int t = 1; t < rows_.taps; ++t) x = maximum(x, load(cells + (row_[t] * strips_ + strip_) * padded + n));
       // Interpolation rounds: weights may exceed 1 in sum, and the sigmoid is monotonous up to its own error only.
       const vfloat slack = (x < 0.0f ? -x : x) * 0x1p-20f;
       store(out + n, logistic(x + slack) * (1.0f + 0x1p-20f));
@@ -129,8 +129,8 @@ class MaskStrip {
     for (int t = 0; t < rows_.taps; ++t) weights[t] = gather(rows_.weight + t * rows_.stride, y);
     for (int64_t n = 0; n < planes_.queries; ++n) {
       for (int t = 0; t < rows_.taps; ++t) stretch(n, t);
-      vfloat x = gather(stretched_[slot_[0]] + n * kStrip, column) * weights[0];
-      for (int t = 1; t < rows_.taps; ++t) x = fma(gather(stretched_[slot_[t]] + n * kStrip, column), weights[t], x);
+      vfloat x = pick(stretched_[slot_[0]] + n * kStrip, column) * weights[0];
+      for (int t = 1; t < rows_.taps; ++t) x = fma(pick(stretched_[slot_[t]] + n * kStrip, column), weights[t], x);
       store(out + n * stride, logistic(x));
     }
   }
@@ -167,45 +167,19 @@ class MaskStrip {
     if (held == row_[t]) return;
     held = row_[t];
     float* out = stretched_[slot_[t]] + n * kStrip;
-    load_bounded(planes_, n, row_[t], left_, span_, source_);
-    for (int64_t j = 0; j < kStrip; j += kLanes) {
-      const float* weight = columns_.weight + strip_ * kStrip + j;
-      vfloat x;
-#if defined(__AVX512F__)
-      if (permute_) {
-        const int32_t base = relative_[0][j];
-        const __m512 low = (__m512)load(source_ + base), high = (__m512)load(source_ + base + kLanes);
-        for (int u = 0; u < columns_.taps; ++u) {
-          const vint from = load(relative_[u] + j) - splat(base);
-          const vfloat value = (vfloat)_mm512_permutex2var_ps(low, (__m512i)from, high);
-          x = u == 0 ? value * load(weight) : fma(value, load(weight + u * columns_.stride), x);
-        }
-        store(out + j, x);
-        continue;
-      }
-#endif
-      x = gather(source_, load(relative_[0] + j)) * load(weight);
-      for (int u = 1; u < columns_.taps; ++u) {
-        x = fma(gather(source_, load(relative_[u] + j)), load(weight + u * columns_.stride), x);
-      }
-      store(out + j, x);
-    }
+    load_bounded(planes_, n, row_[t], columns_.left(), columns_.span(), source_);
+    for (int64_t j = 0; j < kStrip; j += kLanes) store(out + j, columns_.apply(source_, j));
   }
 
   const MaskPlanes& planes_;
   const Taps& rows_;
-  const Taps& columns_;
-  const int64_t strip_;
+  const StripColumns columns_;
+  const int64_t strip_, strips_;
   float* stretched_[kMaxTaps];  // [queries, kStrip] of each slot
   int32_t* held_[kMaxTaps];     // the row of logits that each query's row in a slot was made of
-  float* source_;
-  int32_t left_, span_;
-  int32_t relative_[kMaxTaps][kStrip];  // what each pixel reads of source_
+  float* source_;               // one row of logits
   int32_t row_[kMaxTaps];
   int slot_[kMaxTaps];
-#if defined(__AVX512F__)
-  bool permute_;
-#endif
 };
 
 }  // namespace

@@ -1,17 +1,13 @@
 #include "cpu/semantic.h"
 
 #include "cpu/class_mix.h"
+#include "cpu/label_map.h"
 #include "cpu/mask_strip.h"
 #include "cpu/query_choice.h"
 #include "cpu/vec.h"
 
 namespace fastmask::FASTMASK_SIMD {
 namespace {
-
-template <class T>
-inline void convert_labels(const int32_t* labels, int64_t count, T* out) {
-  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<T>(labels[i]);
-}
 
 class StripInference {
  public:
@@ -42,6 +38,7 @@ class StripInference {
 
  private:
   static constexpr int64_t kDoubtfulStride = kStrip + 16;
+  static constexpr int64_t kLongestPause = 16;
 
   void all_queries(int64_t y) {
     strip_.sigmoids(all_, table_.queries, y, sigmoids_);
@@ -63,7 +60,7 @@ class StripInference {
         memcpy(labels + j, best.label, sizeof best.label);
       }
     }
-    if (maps_.labels != nullptr) write_labels(y, labels);
+    if (maps_.labels != nullptr) write_labels(maps_, at, labels, width_);
   }
 
   // Labels of the rows [y, end), which read the same logits, from the queries that matter there; pixels that these
@@ -75,18 +72,27 @@ class StripInference {
       return false;
     }
     strip_.bounds(cells_, choice_.bounds());
-    if (!choice_.choose()) return false;
-    const int64_t most_open = (end - y) * width_ / 4;
-    int64_t open = 0;
-    for (int64_t row = y; row < end && open <= most_open; ++row) open = few_queries_row(row, row - y, open);
-    if (open > most_open) {
-      pause_ = next_pause_;
-      next_pause_ = next_pause_ < 32 ? 2 * next_pause_ : 32;
+    if (!choice_.choose()) {
+      pause();
       return false;
     }
-    next_pause_ = 1;
+    const int64_t pixels = (end - y) * width_;
+    int64_t open = 0;
+    for (int64_t row = y; row < end && 4 * open <= 3 * pixels; ++row) open = few_queries_row(row, row - y, open);
+    // A pixel costs in proportion to the queries, and an open one those of all again.
+    if (open * table_.queries > (table_.queries - choice_.count()) * pixels) {
+      pause();
+    } else {
+      next_pause_ = 1;
+    }
+    if (4 * open > 3 * pixels) return false;
     keep_doubtful(y, open);
     return true;
+  }
+
+  void pause() {
+    pause_ = next_pause_;
+    next_pause_ = next_pause_ < kLongestPause ? 2 * next_pause_ : kLongestPause;
   }
 
   // Appends what stays open to open_, which holds `open` pixels already; returns how many it holds then.
@@ -95,11 +101,12 @@ class StripInference {
     int32_t labels[kStrip];
     for (int64_t j = 0; j < width_; j += kMixPixels) {
       RoughBestTwo best(choice_.tag_mask());
-      mix_classes(table_, choice_.chosen(), choice_.count(), choice_.rest(), sigmoids_ + j, kStrip, best);
+      mix_classes(table_, choice_.chosen(), choice_.count(), choice_.above(), sigmoids_ + j, kStrip, best);
       for (int v = 0; v < kMixVectors; ++v) {
         const int64_t column = j + v * kLanes;
-        store(labels + column, bits(best.best[v]) & best.tag_mask);
-        const vint certain = best.best[v] - best.second[v] > choice_.doubt(best.best[v]);
+        const vint label = bits(best.best[v]) & best.tag_mask;
+        store(labels + column, label);
+        const vint certain = best.best[v] - best.second[v] > choice_.doubt(best.best[v], label);
         uint32_t doubtful = lane_bits(certain) ^ ((uint32_t{1} << kLanes) - 1);
         for (; doubtful != 0; doubtful &= doubtful - 1) {
           const int64_t at = column + __builtin_ctz(doubtful);
@@ -107,7 +114,7 @@ class StripInference {
         }
       }
     }
-    write_labels(y, labels);
+    write_labels(maps_, y * maps_.width + left_, labels, width_);
     return open;
   }
 
@@ -135,36 +142,10 @@ class StripInference {
       mix_classes(table_, all_, table_.queries, nullptr, doubtful_sigmoids_ + j, kDoubtfulStride, best);
       int32_t labels[kMixPixels];
       memcpy(labels, best.label, sizeof best.label);
-      for (int64_t i = 0; i < kMixPixels && j + i < doubtful_; ++i) write_label(doubtful_at_[j + i], labels[i]);
+      for (int64_t i = 0; i < kMixPixels && j + i < doubtful_; ++i)
+        write_labels(maps_, doubtful_at_[j + i], labels + i, 1);
     }
     doubtful_ = 0;
-  }
-
-  void write_labels(int64_t y, const int32_t* labels) {
-    const int64_t at = y * maps_.width + left_;
-    switch (maps_.label_bytes) {
-      case 1:
-        convert_labels(labels, width_, static_cast<uint8_t*>(maps_.labels) + at);
-        break;
-      case 2:
-        convert_labels(labels, width_, static_cast<int16_t*>(maps_.labels) + at);
-        break;
-      default:
-        convert_labels(labels, width_, static_cast<int32_t*>(maps_.labels) + at);
-    }
-  }
-
-  void write_label(int64_t at, int32_t label) {
-    switch (maps_.label_bytes) {
-      case 1:
-        static_cast<uint8_t*>(maps_.labels)[at] = static_cast<uint8_t>(label);
-        break;
-      case 2:
-        static_cast<int16_t*>(maps_.labels)[at] = static_cast<int16_t>(label);
-        break;
-      default:
-        static_cast<int32_t*>(maps_.labels)[at] = label;
-    }
   }
 
   const ClassTable& table_;
@@ -184,46 +165,37 @@ class StripInference {
 
 }  // namespace
 
-ClassTable make_class_table(const float* probabilities, int64_t queries, int64_t classes, float* memory) {
-  const int64_t padded = to_full_vectors(classes);
-  float* block = memory;
-  float* rows = memory + queries * classes;
-  float* peaks = rows + queries * padded;
-  for_each_class_block(classes, [&](int64_t k, int64_t count) {
-    for (int64_t n = 0; n < queries; ++n) {
-      for (int64_t r = 0; r < count; ++r) *block++ = probabilities[n * classes + k + r];
-    }
-  });
-  for (int64_t n = 0; n < to_full_vectors(queries); ++n) peaks[n] = 0.0f;
-  for (int64_t n = 0; n < queries; ++n) {
-    for (int64_t k = 0; k < padded; ++k) {
-      const float p = k < classes ? probabilities[n * classes + k] : 0.0f;
-      rows[n * padded + k] = p;
-      peaks[n] = p > peaks[n] ? p : peaks[n];
-    }
-  }
-  return {queries, classes, memory, rows, peaks};
-}
-
-int64_t semantic_cells(const MaskPlanes& planes, int64_t n, const Taps& columns, float* cells, float* scratch) {
+void semantic_cells(const MaskPlanes& planes, int64_t first, const Taps& columns, float* cells, int32_t* nans,
+                    float* scratch) {
   const int64_t strips = columns.stride / kStrip, padded = to_full_vectors(planes.queries);
-  int64_t nans = 0;
+  const int64_t count = planes.queries - first < kCellQueries ? planes.queries - first : kCellQueries;
+  const int64_t width = to_full_vectors(planes.columns) + 16;
+  float* const lanes = scratch + kCellQueries * width;  // [kCellQueries, kLanes + 1]: what is left to reduce
+  for (int64_t i = 0; i < kCellQueries * width; ++i) scratch[i] = -kLogitBound;
   for (int64_t row = 0; row < planes.rows; ++row) {
-    nans += load_bounded(planes, n, row, 0, planes.columns, scratch);
+    for (int64_t q = 0; q < count; ++q) {
+      nans[q] += static_cast<int32_t>(load_bounded(planes, first + q, row, 0, planes.columns, scratch + q * width));
+    }
     if (cells == nullptr) continue;
     for (int64_t strip = 0; strip < strips; ++strip) {
-      const int32_t* first = columns.index + strip * kStrip;
-      const int64_t begin = *first, end = first[(columns.taps - 1) * columns.stride + kStrip - 1] + 1;
-      vfloat most = splat(-kLogitBound);
-      int64_t j = begin;
-      for (; j + kLanes <= end; j += kLanes) most = maximum(most, load(scratch + j));
-      float largest = -kLogitBound;
-      for (; j < end; ++j) largest = scratch[j] > largest ? scratch[j] : largest;
-      for (int i = 0; i < kLanes; ++i) largest = most[i] > largest ? most[i] : largest;
-      cells[(row * strips + strip) * padded + n] = largest;
+      const int32_t* left = columns.index + strip * kStrip;
+      const int64_t begin = *left, end = left[(columns.taps - 1) * columns.stride + kStrip - 1] + 1;
+      const int64_t last = end - begin < kLanes ? begin : end - kLanes;
+      for (int64_t q = 0; q < kCellQueries; ++q) {
+        const float* x = scratch + q * width;
+        vfloat most = load(x + last);
+        for (int64_t j = begin; j < last; j += kLanes) most = maximum(most, load(x + j));
+        store(lanes + q * (kLanes + 1), most);
+      }
+      for (int64_t q = 0; q < kCellQueries; q += kLanes) {
+        vint at;
+        for (int i = 0; i < kLanes; ++i) at[i] = static_cast<int32_t>((q + i) * (kLanes + 1));
+        vfloat most = gather(lanes, at);
+        for (int i = 1; i < kLanes; ++i) most = maximum(most, gather(lanes + i, at));
+        store(cells + (row * strips + strip) * padded + first + q, most);
+      }
     }
   }
-  return nans;
 }
 
 void semantic_strip(const MaskPlanes& planes, const ClassTable& table, const Taps& rows, const Taps& columns,
