@@ -104,35 +104,34 @@ class MaskStrip {
 
   // sigmoid(x_n) at row y of the listed queries, to out[i * kStrip].
   void sigmoids(const int32_t* queries, int64_t count, int64_t y, float* out) {
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t n = queries[i];
-      for (int t = 0; t < rows_.taps; ++t) stretch(n, t);
-      switch (rows_.taps) {
-        case 1:
-          row_sigmoids<1>(n, y, out + i * kStrip);
-          break;
-        case 2:
-          row_sigmoids<2>(n, y, out + i * kStrip);
-          break;
-        case 3:
-          row_sigmoids<3>(n, y, out + i * kStrip);
-          break;
-        default:
-          row_sigmoids<4>(n, y, out + i * kStrip);
+    with_taps([&](auto taps) {
+      vfloat weights[taps];
+      for (int t = 0; t < taps; ++t) weights[t] = splat(rows_.weight[t * rows_.stride + y]);
+      for (int64_t i = 0; i < count; ++i) {
+        const float* rows[taps];
+        for (int t = 0; t < taps; ++t) rows[t] = stretched(queries[i], t);
+#pragma GCC unroll 4
+        for (int64_t j = 0; j < kStrip; j += kLanes) {
+          vfloat x = load(rows[0] + j) * weights[0];
+          for (int t = 1; t < taps; ++t) x = fma(load(rows[t] + j), weights[t], x);
+          store(out + i * kStrip + j, logistic(x));
+        }
       }
-    }
+    });
   }
 
-  // The same for single pixels, a vector of them in rows and columns of the strip, of all queries, to out[n * stride].
+  // The same for single pixels, a vector of them at rows y and columns of the strip, of all queries, to out[n *
+  // stride].
   void sigmoids_at(vint y, vint column, float* out, int64_t stride) {
-    vfloat weights[kMaxTaps];
-    for (int t = 0; t < rows_.taps; ++t) weights[t] = gather(rows_.weight + t * rows_.stride, y);
-    for (int64_t n = 0; n < planes_.queries; ++n) {
-      for (int t = 0; t < rows_.taps; ++t) stretch(n, t);
-      vfloat x = pick(stretched_[slot_[0]] + n * kStrip, column) * weights[0];
-      for (int t = 1; t < rows_.taps; ++t) x = fma(pick(stretched_[slot_[t]] + n * kStrip, column), weights[t], x);
-      store(out + n * stride, logistic(x));
-    }
+    with_taps([&](auto taps) {
+      vfloat weights[taps];
+      for (int t = 0; t < taps; ++t) weights[t] = gather(rows_.weight + t * rows_.stride, y);
+      for (int64_t n = 0; n < planes_.queries; ++n) {
+        vfloat x = pick(stretched(n, 0), column) * weights[0];
+        for (int t = 1; t < taps; ++t) x = fma(pick(stretched(n, t), column), weights[t], x);
+        store(out + n * stride, logistic(x));
+      }
+    });
   }
 
  private:
@@ -146,28 +145,38 @@ class MaskStrip {
   }
 
   template <int kTaps>
-  void row_sigmoids(int64_t n, int64_t y, float* out) const {
-    const float* rows[kTaps];
-    vfloat weights[kTaps];
-    for (int t = 0; t < kTaps; ++t) {
-      rows[t] = stretched_[slot_[t]] + n * kStrip;
-      weights[t] = splat(rows_.weight[t * rows_.stride + y]);
-    }
-#pragma GCC unroll 4
-    for (int64_t j = 0; j < kStrip; j += kLanes) {
-      vfloat x = load(rows[0] + j) * weights[0];
-      for (int t = 1; t < kTaps; ++t) x = fma(load(rows[t] + j), weights[t], x);
-      store(out + j, logistic(x));
+  struct Count {
+    constexpr operator int() const { return kTaps; }
+  };
+
+  // Calls f with the number of rows that a pixel reads as a constant.
+  template <class F>
+  void with_taps(F f) {
+    switch (rows_.taps) {
+      case 1:
+        return f(Count<1>());
+      case 2:
+        return f(Count<2>());
+      case 3:
+        return f(Count<3>());
+      default:
+        return f(Count<4>());
     }
   }
 
-  // Makes row row_[t] of query n.
-  void stretch(int64_t n, int t) {
-    int32_t& held = held_[slot_[t]][n];
-    if (held == row_[t]) return;
-    held = row_[t];
+  // Row row_[t] of query n.
+  const float* stretched(int64_t n, int t) {
     float* out = stretched_[slot_[t]] + n * kStrip;
-    load_bounded(planes_, n, row_[t], columns_.left(), columns_.span(), source_);
+    int32_t& held = held_[slot_[t]][n];
+    if (held != row_[t]) {
+      held = row_[t];
+      stretch(n, row_[t], out);
+    }
+    return out;
+  }
+
+  __attribute__((noinline)) void stretch(int64_t n, int64_t row, float* out) {
+    load_bounded(planes_, n, row, columns_.left(), columns_.span(), source_);
     for (int64_t j = 0; j < kStrip; j += kLanes) store(out + j, columns_.apply(source_, j));
   }
 

@@ -37,7 +37,7 @@ class StripInference {
   }
 
  private:
-  static constexpr int64_t kDoubtfulStride = kStrip + 16;
+  static constexpr int64_t kDoubtfulStride = kStrip + 2 * 16;
   static constexpr int64_t kLongestPause = 16;
 
   void all_queries(int64_t y) {
@@ -122,7 +122,6 @@ class StripInference {
   void keep_doubtful(int64_t y, int64_t open) {
     for (int64_t begin = 0, count; begin < open; begin += count) {
       count = open - begin < kLanes ? open - begin : kLanes;
-      if (count > kStrip - doubtful_) count = kStrip - doubtful_;
       int32_t rows[kLanes], columns[kLanes];
       for (int64_t i = 0; i < kLanes; ++i) {
         const int32_t place = open_[i < count ? begin + i : begin];
@@ -132,20 +131,26 @@ class StripInference {
       strip_.sigmoids_at(load(rows), load(columns), doubtful_sigmoids_ + doubtful_, kDoubtfulStride);
       for (int64_t i = 0; i < count; ++i) doubtful_at_[doubtful_ + i] = rows[i] * maps_.width + left_ + columns[i];
       doubtful_ += count;
-      if (doubtful_ == kStrip) decide_doubtful();
+      if (doubtful_ >= kStrip) decide_doubtful();
     }
   }
 
+  // Decides the first of them, as many as fill a strip.
   void decide_doubtful() {
-    for (int64_t j = 0; j < doubtful_; j += kMixPixels) {
+    const int64_t count = doubtful_ < kStrip ? doubtful_ : kStrip;
+    for (int64_t j = 0; j < count; j += kMixPixels) {
       BestClass best;
       mix_classes(table_, all_, table_.queries, nullptr, doubtful_sigmoids_ + j, kDoubtfulStride, best);
       int32_t labels[kMixPixels];
       memcpy(labels, best.label, sizeof best.label);
-      for (int64_t i = 0; i < kMixPixels && j + i < doubtful_; ++i)
-        write_labels(maps_, doubtful_at_[j + i], labels + i, 1);
+      for (int64_t i = 0; i < kMixPixels && j + i < count; ++i) write_labels(maps_, doubtful_at_[j + i], labels + i, 1);
     }
-    doubtful_ = 0;
+    doubtful_ -= count;
+    for (int64_t i = 0; i < doubtful_; ++i) doubtful_at_[i] = doubtful_at_[count + i];
+    for (int64_t n = 0; n < table_.queries && doubtful_ > 0; ++n) {
+      float* row = doubtful_sigmoids_ + n * kDoubtfulStride;
+      for (int64_t i = 0; i < doubtful_; i += kLanes) store(row + i, load(row + count + i));
+    }
   }
 
   const ClassTable& table_;
@@ -157,7 +162,7 @@ class StripInference {
   int32_t* all_;              // 0, 1, ..., N-1
   float* sigmoids_;           // [N, kStrip]
   float* doubtful_sigmoids_;  // [N, kDoubtfulStride]
-  int64_t doubtful_at_[kStrip];
+  int64_t doubtful_at_[kStrip + kLanes];
   int64_t doubtful_ = 0;
   int32_t open_[kTileRows * kStrip];  // row of the tile * kStrip + column
   int64_t pause_ = 0, next_pause_ = 1;

@@ -71,7 +71,7 @@ constexpr int64_t mask_strip_scratch(int64_t queries, int64_t columns, int row_t
 }
 constexpr int64_t semantic_scratch(int64_t queries, int64_t classes, int64_t columns, int row_taps) {
   return mask_strip_scratch(queries, columns, row_taps) + 5 * to_full_vectors(queries) + 4 * to_full_vectors(classes) +
-         queries * (2 * kStrip + 16);
+         queries * (2 * kStrip + 32);
 }
 
 // For the order of scores, in two steps. First the scores at the rows and columns of the valid grid that `rows` and
