@@ -8,22 +8,6 @@
 namespace fastmask::FASTMASK_SIMD {
 namespace {
 
-// Reads `count` logits within +-kLogitBound, NaN as the lower bound, and 0 up to a multiple of 16. Returns how many are
-// NaN.
-inline int64_t load_bounded(const MaskPlanes& planes, int64_t n, int64_t row, int64_t column, int64_t count,
-                            float* out) {
-  load_logits(planes.logits, planes.dtype, planes.offset + n * planes.query_stride + row * planes.row_stride + column,
-              count, out);
-  int64_t nans = 0;
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const vfloat x = load(out + i);
-    nans += __builtin_popcount(lane_bits(x != x));
-    const vfloat above = x > -kLogitBound ? x : splat(-kLogitBound);
-    store(out + i, minimum(above, splat(kLogitBound)));
-  }
-  return nans;
-}
-
 // Elements of a row of kStrip.
 inline vfloat pick(const float* row, vint column) {
 #if defined(__AVX512F__)
@@ -60,17 +44,14 @@ constexpr int64_t kTileRows = 8;
 // the rows that one row of pixels reads are kept, so that the rows of pixels below find them.
 class MaskStrip {
  public:
-  MaskStrip(const MaskPlanes& planes, const Taps& rows, const Taps& columns, int64_t strip, Scratch& scratch)
-      : planes_(planes), rows_(rows), columns_(columns, strip), strip_(strip), strips_(columns.stride / kStrip) {
-    const int64_t queries = planes.queries, padded = to_full_vectors(queries);
+  MaskStrip(const PackedLogits& packed, const Taps& rows, const Taps& columns, int64_t strip, Scratch& scratch)
+      : packed_(packed), rows_(rows), columns_(columns, strip), strip_(strip) {
+    const int64_t queries = packed.queries, padded = to_full_vectors(queries);
     for (int t = 0; t < rows.taps; ++t) {
       stretched_[t] = scratch.take(queries * kStrip);
       held_[t] = scratch.take<int32_t>(padded);
       for (int64_t n = 0; n < padded; ++n) held_[t][n] = -1;
     }
-    const int64_t readable = to_full_vectors(columns_.span()) + 2 * kLanes;
-    source_ = scratch.take(readable);
-    memset(source_, 0, sizeof(float) * readable);
   }
 
   // The end of the rows of pixels from y on that read the same rows of logits, at most kTileRows of them.
@@ -91,11 +72,11 @@ class MaskStrip {
   }
 
   // The largest sigmoid that each query can have at the rows of pixels gone to, [to_full_vectors(queries)].
-  void bounds(const float* cells, float* out) const {
-    const int64_t padded = to_full_vectors(planes_.queries);
+  void bounds(float* out) const {
+    const int64_t padded = to_full_vectors(packed_.queries);
     for (int64_t n = 0; n < padded; n += kLanes) {
-      vfloat x = load(cells + (row_[0] * strips_ + strip_) * padded + n);
-      for (int t = 1; t < rows_.taps; ++t) x = maximum(x, load(cells + (row_[t] * strips_ + strip_) * padded + n));
+      vfloat x = load(cells(0) + n);
+      for (int t = 1; t < rows_.taps; ++t) x = maximum(x, load(cells(t) + n));
       // Interpolation rounds: weights may exceed 1 in sum, and the sigmoid is monotonous up to its own error only.
       const vfloat slack = (x < 0.0f ? -x : x) * 0x1p-20f;
       store(out + n, logistic(x + slack) * (1.0f + 0x1p-20f));
@@ -126,7 +107,7 @@ class MaskStrip {
     with_taps([&](auto taps) {
       vfloat weights[taps];
       for (int t = 0; t < taps; ++t) weights[t] = gather(rows_.weight + t * rows_.stride, y);
-      for (int64_t n = 0; n < planes_.queries; ++n) {
+      for (int64_t n = 0; n < packed_.queries; ++n) {
         vfloat x = pick(stretched(n, 0), column) * weights[0];
         for (int t = 1; t < taps; ++t) x = fma(pick(stretched(n, t), column), weights[t], x);
         store(out + n * stride, logistic(x));
@@ -164,6 +145,10 @@ class MaskStrip {
     }
   }
 
+  const float* cells(int t) const {
+    return packed_.cells + ((row_[t] - packed_.top) * packed_.strips + strip_) * to_full_vectors(packed_.queries);
+  }
+
   // Row row_[t] of query n.
   const float* stretched(int64_t n, int t) {
     float* out = stretched_[slot_[t]] + n * kStrip;
@@ -175,18 +160,18 @@ class MaskStrip {
     return out;
   }
 
-  __attribute__((noinline)) void stretch(int64_t n, int64_t row, float* out) {
-    load_bounded(planes_, n, row, columns_.left(), columns_.span(), source_);
-    for (int64_t j = 0; j < kStrip; j += kLanes) store(out + j, columns_.apply(source_, j));
+  void stretch(int64_t n, int64_t row, float* out) const {
+    const int64_t at = (strip_ * packed_.rows + row - packed_.top) * packed_.queries + n;
+    const float* logits = packed_.logits + at * packed_.stride;
+    for (int64_t j = 0; j < kStrip; j += kLanes) store(out + j, columns_.apply(logits, j));
   }
 
-  const MaskPlanes& planes_;
+  const PackedLogits& packed_;
   const Taps& rows_;
   const StripColumns columns_;
-  const int64_t strip_, strips_;
+  const int64_t strip_;
   float* stretched_[kMaxTaps];  // [queries, kStrip] of each slot
   int32_t* held_[kMaxTaps];     // the row of logits that each query's row in a slot was made of
-  float* source_;               // one row of logits
   int32_t row_[kMaxTaps];
   int slot_[kMaxTaps];
 };

@@ -11,26 +11,26 @@ namespace {
 
 class StripInference {
  public:
-  StripInference(const MaskPlanes& planes, const ClassTable& table, const Taps& rows, const Taps& columns,
-                 int64_t strip, const float* cells, const SemanticMaps& maps, Scratch scratch)
+  StripInference(const PackedLogits& packed, const ClassTable& table, const Taps& rows, const Taps& columns,
+                 int64_t strip, const SemanticMaps& maps, Scratch scratch)
       : table_(table),
         maps_(maps),
-        cells_(cells),
+        skip_(packed.cells != nullptr),
         left_(strip * kStrip),
         width_(maps.width - left_ < kStrip ? maps.width - left_ : kStrip),
-        strip_(planes, rows, columns, strip, scratch),
+        strip_(packed, rows, columns, strip, scratch),
         choice_(table, scratch) {
-    all_ = scratch.take<int32_t>(to_full_vectors(planes.queries));
-    for (int64_t n = 0; n < planes.queries; ++n) all_[n] = static_cast<int32_t>(n);
-    sigmoids_ = scratch.take(planes.queries * kStrip);
-    doubtful_sigmoids_ = scratch.take(planes.queries * kDoubtfulStride);
+    all_ = scratch.take<int32_t>(to_full_vectors(packed.queries));
+    for (int64_t n = 0; n < packed.queries; ++n) all_[n] = static_cast<int32_t>(n);
+    sigmoids_ = scratch.take(packed.queries * kStrip);
+    doubtful_sigmoids_ = scratch.take(packed.queries * kDoubtfulStride);
   }
 
   void run(int64_t begin, int64_t end) {
     for (int64_t y = begin, next; y < end; y = next) {
       next = strip_.same_rows(y, end);
       strip_.go_to(y);
-      if (cells_ != nullptr && few_queries(y, next)) continue;
+      if (skip_ && few_queries(y, next)) continue;
       for (int64_t row = y; row < next; ++row) all_queries(row);
     }
     decide_doubtful();
@@ -71,7 +71,7 @@ class StripInference {
       --pause_;
       return false;
     }
-    strip_.bounds(cells_, choice_.bounds());
+    strip_.bounds(choice_.bounds());
     if (!choice_.choose()) {
       pause();
       return false;
@@ -155,7 +155,7 @@ class StripInference {
 
   const ClassTable& table_;
   const SemanticMaps& maps_;
-  const float* cells_;
+  const bool skip_;
   const int64_t left_, width_;
   MaskStrip strip_;
   QueryChoice choice_;
@@ -170,43 +170,9 @@ class StripInference {
 
 }  // namespace
 
-void semantic_cells(const MaskPlanes& planes, int64_t first, const Taps& columns, float* cells, int32_t* nans,
-                    float* scratch) {
-  const int64_t strips = columns.stride / kStrip, padded = to_full_vectors(planes.queries);
-  const int64_t count = planes.queries - first < kCellQueries ? planes.queries - first : kCellQueries;
-  const int64_t width = to_full_vectors(planes.columns) + 16;
-  float* const lanes = scratch + kCellQueries * width;  // [kCellQueries, kLanes + 1]: what is left to reduce
-  for (int64_t i = 0; i < kCellQueries * width; ++i) scratch[i] = -kLogitBound;
-  for (int64_t row = 0; row < planes.rows; ++row) {
-    for (int64_t q = 0; q < count; ++q) {
-      nans[q] += static_cast<int32_t>(load_bounded(planes, first + q, row, 0, planes.columns, scratch + q * width));
-    }
-    if (cells == nullptr) continue;
-    for (int64_t strip = 0; strip < strips; ++strip) {
-      const int32_t* left = columns.index + strip * kStrip;
-      const int64_t begin = *left, end = left[(columns.taps - 1) * columns.stride + kStrip - 1] + 1;
-      const int64_t last = end - begin < kLanes ? begin : end - kLanes;
-      for (int64_t q = 0; q < kCellQueries; ++q) {
-        const float* x = scratch + q * width;
-        vfloat most = load(x + last);
-        for (int64_t j = begin; j < last; j += kLanes) most = maximum(most, load(x + j));
-        store(lanes + q * (kLanes + 1), most);
-      }
-      for (int64_t q = 0; q < kCellQueries; q += kLanes) {
-        vint at;
-        for (int i = 0; i < kLanes; ++i) at[i] = static_cast<int32_t>((q + i) * (kLanes + 1));
-        vfloat most = gather(lanes, at);
-        for (int i = 1; i < kLanes; ++i) most = maximum(most, gather(lanes + i, at));
-        store(cells + (row * strips + strip) * padded + first + q, most);
-      }
-    }
-  }
-}
-
-void semantic_strip(const MaskPlanes& planes, const ClassTable& table, const Taps& rows, const Taps& columns,
-                    int64_t strip, int64_t begin, int64_t end, const float* cells, const SemanticMaps& maps,
-                    float* scratch) {
-  StripInference(planes, table, rows, columns, strip, cells, maps, Scratch(scratch)).run(begin, end);
+void semantic_strip(const PackedLogits& packed, const ClassTable& table, const Taps& rows, const Taps& columns,
+                    int64_t strip, int64_t begin, int64_t end, const SemanticMaps& maps, float* scratch) {
+  StripInference(packed, table, rows, columns, strip, maps, Scratch(scratch)).run(begin, end);
 }
 
 }  // namespace fastmask::FASTMASK_SIMD

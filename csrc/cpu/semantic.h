@@ -33,6 +33,15 @@ struct MaskPlanes {
   int64_t queries, rows, columns;
 };
 
+// What a band of rows of pixels reads of them, as bounded floats and in the order of use: of each strip of pixels, each
+// row from `top` on and each query, the columns that the strip reads. (Planes often lie at the same place of every
+// cache, where a hundred of them displace each other.)
+struct PackedLogits {
+  float* logits;  // [strips, rows, queries, stride], followed by 32 floats that can be read
+  float* cells;   // [rows, strips, to_full_vectors(queries)], the largest logit of each; or null
+  int64_t top, rows, strips, queries, stride;
+};
+
 // Class probabilities of one image, in the layouts that the kernels read.
 struct ClassTable {
   int64_t queries, classes;
@@ -52,34 +61,32 @@ struct SemanticMaps {
   float* scores;        // [classes, rows, width]
 };
 
-// The largest logit that each strip of pixels reads of each row, for the queries from `first` on, as many as
-// kCellQueries: cells[row, strip, n] with to_full_vectors(queries) elements for each row and strip, of which those
-// beyond the queries may be written too. And how many logits of each of these queries are NaN. `cells` may be null.
-FASTMASK_KERNEL(void semantic_cells(const MaskPlanes& planes, int64_t first, const Taps& columns, float* cells,
-                                    int32_t* nans, float* scratch))
-constexpr int64_t kCellQueries = 16;
-constexpr int64_t cells_scratch(int64_t columns) { return kCellQueries * (to_full_vectors(columns) + 16 + 17); }
+// Reads the rows [begin, end) of all queries. Those of `packed` go there, unless it has none; NaN logits of the rows
+// before `count_end` are counted in nans[queries].
+FASTMASK_KERNEL(void pack_logits(const MaskPlanes& planes, const Taps& columns, int64_t begin, int64_t end,
+                                 int64_t count_end, const PackedLogits& packed, int32_t* nans, float* scratch))
+constexpr int64_t kPackQueries = 16;
+constexpr int64_t pack_scratch(int64_t columns) { return kPackQueries * (to_full_vectors(columns) + 32 + 17); }
 
-// The rows [begin, end) of one strip of pixels. With `cells`, queries that cannot change a label are left out where
-// that is certain; labels stay the same, bit for bit.
-FASTMASK_KERNEL(void semantic_strip(const MaskPlanes& planes, const ClassTable& table, const Taps& rows,
-                                    const Taps& columns, int64_t strip, int64_t begin, int64_t end, const float* cells,
+// The rows of pixels [begin, end) of one strip. With packed.cells, queries that cannot change a label are left out
+// where that is certain; labels stay the same, bit for bit.
+FASTMASK_KERNEL(void semantic_strip(const PackedLogits& packed, const ClassTable& table, const Taps& rows,
+                                    const Taps& columns, int64_t strip, int64_t begin, int64_t end,
                                     const SemanticMaps& maps, float* scratch))
-
-constexpr int64_t mask_strip_scratch(int64_t queries, int64_t columns, int row_taps) {
-  return row_taps * (queries * kStrip + to_full_vectors(queries)) + to_full_vectors(columns) + 32;
+constexpr int64_t mask_strip_scratch(int64_t queries, int row_taps) {
+  return row_taps * (queries * kStrip + to_full_vectors(queries));
 }
-constexpr int64_t semantic_scratch(int64_t queries, int64_t classes, int64_t columns, int row_taps) {
-  return mask_strip_scratch(queries, columns, row_taps) + 5 * to_full_vectors(queries) + 4 * to_full_vectors(classes) +
+constexpr int64_t semantic_scratch(int64_t queries, int64_t classes, int row_taps) {
+  return mask_strip_scratch(queries, row_taps) + 5 * to_full_vectors(queries) + 4 * to_full_vectors(classes) +
          queries * (2 * kStrip + 32);
 }
 
 // For the order of scores, in two steps. First the scores at the rows and columns of the valid grid that `rows` and
 // `columns` make, to scores[row, class, column] with columns.stride columns.
-FASTMASK_KERNEL(void semantic_grid_scores(const MaskPlanes& planes, const ClassTable& table, const Taps& rows,
+FASTMASK_KERNEL(void semantic_grid_scores(const PackedLogits& packed, const ClassTable& table, const Taps& rows,
                                           const Taps& columns, float* scores, float* scratch))
-constexpr int64_t grid_scores_scratch(int64_t queries, int64_t columns, int row_taps) {
-  return mask_strip_scratch(queries, columns, row_taps) + queries * kStrip + to_full_vectors(queries);
+constexpr int64_t grid_scores_scratch(int64_t queries, int row_taps) {
+  return mask_strip_scratch(queries, row_taps) + queries * kStrip + to_full_vectors(queries);
 }
 
 // Then these scores, resampled to the pixels whose taps `rows` and `columns` are, of which the first is pixel

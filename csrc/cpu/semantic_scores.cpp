@@ -39,21 +39,21 @@ inline void resample_scores(const GridScores& grid, const Taps& rows, const Stri
 
 }  // namespace
 
-void semantic_grid_scores(const MaskPlanes& planes, const ClassTable& table, const Taps& rows, const Taps& columns,
+void semantic_grid_scores(const PackedLogits& packed, const ClassTable& table, const Taps& rows, const Taps& columns,
                           float* scores, float* memory) {
   Scratch scratch(memory);
-  float* sigmoids = scratch.take(planes.queries * kStrip);
-  int32_t* all = scratch.take<int32_t>(to_full_vectors(planes.queries));
-  for (int64_t n = 0; n < planes.queries; ++n) all[n] = static_cast<int32_t>(n);
+  float* sigmoids = scratch.take(packed.queries * kStrip);
+  int32_t* all = scratch.take<int32_t>(to_full_vectors(packed.queries));
+  for (int64_t n = 0; n < packed.queries; ++n) all[n] = static_cast<int32_t>(n);
   for (int64_t strip = 0; strip < columns.stride / kStrip; ++strip) {
     Scratch rest = scratch;
-    MaskStrip mask_strip(planes, rows, columns, strip, rest);
+    MaskStrip mask_strip(packed, rows, columns, strip, rest);
     for (int64_t y = 0; y < rows.out; ++y) {
       mask_strip.go_to(y);
-      mask_strip.sigmoids(all, planes.queries, y, sigmoids);
+      mask_strip.sigmoids(all, packed.queries, y, sigmoids);
       for (int64_t j = 0; j < kStrip; j += kMixPixels) {
         StoreScores row{scores + y * table.classes * columns.stride + strip * kStrip + j, columns.stride, kMixPixels};
-        mix_classes(table, all, planes.queries, nullptr, sigmoids + j, kStrip, row);
+        mix_classes(table, all, packed.queries, nullptr, sigmoids + j, kStrip, row);
       }
     }
   }

@@ -7,15 +7,27 @@
 namespace fastmask::FASTMASK_SIMD {
 namespace {
 
+// The columns that a strip of pixels reads.
+struct StripSpan {
+  int64_t left, count;
+
+  StripSpan(const Taps& columns, int64_t strip) {
+    const int32_t* index = columns.index + strip * kStrip;
+    left = index[0];
+    count = index[(columns.taps - 1) * columns.stride + kStrip - 1] + 1 - left;
+  }
+};
+
 class StripColumns {
  public:
   StripColumns(const Taps& columns, int64_t strip)
-      : taps_(columns.taps), stride_(columns.stride), weight_(columns.weight + strip * kStrip) {
+      : taps_(columns.taps),
+        stride_(columns.stride),
+        weight_(columns.weight + strip * kStrip),
+        left_(StripSpan(columns, strip).left) {
     const int32_t* index = columns.index + strip * kStrip;
-    left_ = index[0];
-    end_ = index[(taps_ - 1) * stride_ + kStrip - 1] + 1;
     for (int t = 0; t < taps_; ++t) {
-      for (int64_t j = 0; j < kStrip; ++j) relative_[t][j] = index[t * stride_ + j] - left_;
+      for (int64_t j = 0; j < kStrip; ++j) relative_[t][j] = index[t * stride_ + j] - static_cast<int32_t>(left_);
     }
 #if defined(__AVX512F__)
     // Where 16 neighbouring pixels read from two vectors, a permutation is faster than gathering.
@@ -26,14 +38,12 @@ class StripColumns {
 #endif
   }
 
-  // The columns [left, left + span) are read, of which the pixels [j, j + count) read [first(j), last(j + count - 1)],
-  // counted from left.
+  // The first column that the strip reads. Counted from it, the pixels [i, j] read the columns [first(i), last(j)].
   int64_t left() const { return left_; }
-  int64_t span() const { return end_ - left_; }
   int64_t first(int64_t j) const { return relative_[0][j]; }
   int64_t last(int64_t j) const { return relative_[taps_ - 1][j]; }
 
-  // The pixels [j, j + kLanes), from the values of the columns from left on; 2 * kLanes values beyond span can be read.
+  // The pixels [j, j + kLanes), from the values of the columns from left on, and 2 * kLanes more that can be read.
   vfloat apply(const float* values, int64_t j) const {
     vfloat x;
 #if defined(__AVX512F__)
@@ -59,7 +69,7 @@ class StripColumns {
   int taps_;
   int64_t stride_;
   const float* weight_;  // [taps, stride_] from the strip's first column on
-  int64_t left_, end_;
+  int64_t left_;
   int32_t relative_[kMaxTaps][kStrip];
 #if defined(__AVX512F__)
   bool permute_;

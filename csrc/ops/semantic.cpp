@@ -13,7 +13,7 @@ namespace {
 
 using torch::stable::parallel_for;
 
-constexpr int64_t kChunkRows = 64;  // of pixels, for one thread at a time
+constexpr int64_t kBandRows = 32;  // of pixels, for one thread at a time
 
 // In the order of scores a thread holds the scores of a part of the valid grid: about so many columns, and as many rows
 // as this many floats are enough for.
@@ -70,30 +70,72 @@ class ClassTableMemory {
   std::vector<float> blocks_, rows_, middles_, peaks_;
 };
 
-// Counts the NaN logits of each query and, if asked to, finds the largest logit that a strip of pixels reads of each
-// row.
-void scan_logits(const MaskPlanes& planes, const Taps& columns, float* cells, int32_t* nans) {
-  const auto kernel = FASTMASK_SELECT(semantic_cells);
-  parallel_for(0, (planes.queries + kCellQueries - 1) / kCellQueries, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(cells_scratch(planes.columns));
-    for (int64_t group = begin; group < end; ++group) {
-      kernel(planes, group * kCellQueries, columns, cells, nans + group * kCellQueries, scratch.data());
+// A band's logits as the kernels read them; memory is kept from band to band.
+class PackedBand {
+ public:
+  // The rows [top, end) of the logits, for all strips of pixels of `columns`. NaN logits of the rows [top, count_end)
+  // are added to nans[queries].
+  const PackedLogits& pack(const MaskPlanes& planes, const Taps& columns, int64_t top, int64_t end, int64_t count_end,
+                           bool cells, int32_t* nans) {
+    packed_.top = top;
+    packed_.rows = end - top;
+    packed_.strips = columns.stride / kStrip;
+    packed_.queries = planes.queries;
+    packed_.stride = 0;
+    for (int64_t strip = 0; strip < packed_.strips; ++strip) {
+      const int32_t* index = columns.index + strip * kStrip;
+      const int64_t span = index[(columns.taps - 1) * columns.stride + kStrip - 1] + 1 - index[0];
+      packed_.stride = std::max(packed_.stride, span);
     }
-  });
+    logits_.resize(packed_.strips * packed_.rows * packed_.queries * packed_.stride + 32);
+    packed_.logits = logits_.data();
+    if (cells) cells_.resize(packed_.rows * packed_.strips * to_full_vectors(packed_.queries));
+    packed_.cells = cells ? cells_.data() : nullptr;
+    scratch_.resize(pack_scratch(planes.columns));
+    FASTMASK_SELECT(pack_logits)
+    (planes, columns, top, std::max(end, count_end), count_end, packed_, nans, scratch_.data());
+    return packed_;
+  }
+
+ private:
+  PackedLogits packed_;
+  std::vector<float> logits_, cells_, scratch_;
+};
+
+// Where each band of kBandRows rows of pixels begins to read; and the end of the logits.
+std::vector<int64_t> band_tops(const Taps& rows, int64_t logit_rows) {
+  std::vector<int64_t> tops{0};
+  for (int64_t y = kBandRows; y < rows.out; y += kBandRows) tops.push_back(rows.index[y]);
+  tops.push_back(logit_rows);
+  return tops;
 }
 
-void mix_masks(const MaskPlanes& planes, const ClassTable& table, const Taps& rows, const Taps& columns,
-               const float* cells, const SemanticMaps& maps) {
-  const int64_t strips = columns.stride / kStrip, chunks = (maps.rows + kChunkRows - 1) / kChunkRows;
+void mix_masks(const MaskPlanes& planes, const ClassTable& table, const Taps& rows, const Taps& columns, bool skip,
+               const SemanticMaps& maps, int32_t* nan_logits) {
+  const std::vector<int64_t> tops = band_tops(rows, planes.rows);
+  const int64_t bands = static_cast<int64_t>(tops.size()) - 1;
+  std::vector<int32_t> nans(bands * planes.queries);  // of each band, so that no two threads add to one number
   const auto kernel = FASTMASK_SELECT(semantic_strip);
-  parallel_for(0, strips * chunks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(semantic_scratch(planes.queries, table.classes, planes.columns, rows.taps));
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t top = item % chunks * kChunkRows;
-      kernel(planes, table, rows, columns, item / chunks, top, std::min(top + kChunkRows, maps.rows), cells, maps,
-             scratch.data());
+  parallel_for(0, bands, 1, [&](int64_t first, int64_t last) {
+    PackedBand band;
+    std::vector<float> scratch(semantic_scratch(planes.queries, table.classes, rows.taps));
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t begin = i * kBandRows, end = std::min(begin + kBandRows, rows.out);
+      const int64_t read_end = rows.index[(rows.taps - 1) * rows.stride + end - 1] + 1;
+      const PackedLogits& packed =
+          band.pack(planes, columns, tops[i], read_end, tops[i + 1], skip, nans.data() + i * planes.queries);
+      for (int64_t strip = 0; strip < packed.strips; ++strip) {
+        kernel(packed, table, rows, columns, strip, begin, end, maps, scratch.data());
+      }
     }
   });
+  for (int64_t i = 0; i < bands * planes.queries; ++i) nan_logits[i % planes.queries] += nans[i];
+}
+
+void count_nans(const MaskPlanes& planes, const Taps& columns, int32_t* nan_logits) {
+  std::vector<float> scratch(pack_scratch(planes.columns));
+  FASTMASK_SELECT(pack_logits)
+  (planes, columns, 0, planes.rows, planes.rows, PackedLogits{}, nan_logits, scratch.data());
 }
 
 void mix_scores(const MaskPlanes& planes, const ClassTable& table, const Geometry& geometry, const SemanticMaps& maps) {
@@ -103,11 +145,12 @@ void mix_scores(const MaskPlanes& planes, const ClassTable& table, const Geometr
   const AxisTaps all_rows = geometry.rows_of_valid(0, maps.rows);
   const double scale = static_cast<double>(maps.rows) / (all_rows.end() - all_rows.first());
   const int64_t height =
-      std::clamp<int64_t>(static_cast<int64_t>(scale * (kPanelFloats / row_floats - 2)), 1, kChunkRows);
+      std::clamp<int64_t>(static_cast<int64_t>(scale * (kPanelFloats / row_floats - 2)), 1, kBandRows);
   const int64_t chunks = (maps.rows + height - 1) / height;
   const auto grid_kernel = FASTMASK_SELECT(semantic_grid_scores);
   const auto resample_kernel = FASTMASK_SELECT(semantic_resample_scores);
   parallel_for(0, panels * chunks, 1, [&](int64_t begin, int64_t end) {
+    PackedBand band;
     std::vector<float> scores, scratch;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t top = item % chunks * height, left = item / chunks * width;
@@ -119,10 +162,12 @@ void mix_scores(const MaskPlanes& planes, const ClassTable& table, const Geometr
       rows.count_from(rows.first());
       columns.count_from(columns.first());
       const Taps row_view = grid_rows.view(), column_view = grid_columns.view();
+      const PackedLogits& packed =
+          band.pack(planes, column_view, grid_rows.first(), grid_rows.end(), 0, false, nullptr);
       scores.resize(row_view.out * table.classes * column_view.stride + 32);
-      scratch.resize(std::max(grid_scores_scratch(planes.queries, planes.columns, row_view.taps),
-                              resample_scratch(column_view.stride)));
-      grid_kernel(planes, table, row_view, column_view, scores.data(), scratch.data());
+      scratch.resize(
+          std::max(grid_scores_scratch(planes.queries, row_view.taps), resample_scratch(column_view.stride)));
+      grid_kernel(packed, table, row_view, column_view, scores.data(), scratch.data());
       resample_kernel(scores.data(), table.classes, column_view.stride, rows.view(), columns.view(), top, left, maps,
                       scratch.data());
     }
@@ -161,7 +206,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> semantic_inference(Tensor probabiliti
   const AxisTaps rows = geometry.rows(), columns = geometry.columns();
   const bool skip = order == "masks" && labels && !details && queries > 1 && classes <= kMostClassesToSkip &&
                     skip_queries.load(std::memory_order_relaxed);
-  std::vector<float> cells(skip ? h * (columns.view().stride / kStrip) * to_full_vectors(queries) : 0);
   for (int64_t b = 0; b < batch; ++b) {
     const MaskPlanes planes{mask_logits.data_ptr(),
                             dtype,
@@ -185,13 +229,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> semantic_inference(Tensor probabiliti
       maps.score = static_cast<float*>(score.data_ptr()) + b * pixels;
       maps.margin = static_cast<float*>(margin.data_ptr()) + b * pixels;
     }
-    float* const image_cells = skip ? cells.data() : nullptr;
-    scan_logits(planes, columns.view(), image_cells, static_cast<int32_t*>(nan_logits.data_ptr()) + b * queries);
+    int32_t* const nans = static_cast<int32_t*>(nan_logits.data_ptr()) + b * queries;
     const ClassTableMemory table(static_cast<const float*>(probabilities.data_ptr()) + b * queries * classes, queries,
                                  classes);
     if (order == "masks") {
-      mix_masks(planes, table.view(), rows.view(), columns.view(), image_cells, maps);
+      mix_masks(planes, table.view(), rows.view(), columns.view(), skip, maps, nans);
     } else {
+      count_nans(planes, columns.view(), nans);
       mix_scores(planes, table.view(), geometry, maps);
     }
   }
