@@ -94,6 +94,25 @@ static inline vfloat maximum(vfloat a, vfloat b) {
 #endif
 }
 
+// The first `count` < kLanes elements, and 0.
+static inline vfloat load_some(const float* p, int64_t count) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+#else
+  vfloat v{};
+  for (int64_t i = 0; i < count; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+
+static inline void store_some(float* p, vfloat v, int64_t count) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), (__m512)v);
+#else
+  for (int64_t i = 0; i < count; ++i) p[i] = v[i];
+#endif
+}
+
 static inline vint load(const int32_t* p) {
   vint v;
   memcpy(&v, p, sizeof v);
