@@ -54,7 +54,7 @@ class AxisTiles {
   std::vector<Tile> tiles_;
 };
 
-// The logits of one query: row y of the grid begins at element offset + y * row_stride.
+// The logits of one query: row y of those given begins at element offset + y * row_stride.
 struct Plane {
   const void* logits;
   int64_t offset, row_stride;
