@@ -4,8 +4,10 @@ An operator's implementations are the C++ and CUDA of ``csrc`` (loaded as a libr
 ``fastmask.kernels`` (imported when first used).
 """
 
-from fastmask.ops import assign, mask_cost, mask_loss, semantic
+from fastmask.ops import assign, instance, mask_cost, mask_loss, panoptic, semantic
 
-OPERATORS = {module.OPERATOR.name: module.OPERATOR for module in (mask_cost, assign, mask_loss, semantic)}
+OPERATORS = {
+    module.OPERATOR.name: module.OPERATOR for module in (mask_cost, assign, mask_loss, semantic, panoptic, instance)
+}
 
 __all__ = ["OPERATORS"]
