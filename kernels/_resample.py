@@ -19,7 +19,7 @@ from torch import Tensor
 from fastmask.kernels._common import COMPILER_OPTIONS, INTERPRETED, _reciprocal
 
 # Queries that a program takes at a time; staged queries are padded to a multiple of it.
-BLOCK_N = 32
+BLOCK_N = 16
 
 # A band's staged logits: most of them are still in the L2 cache (50 MB on Hopper) when they are read.
 STAGE_BYTES = 32 << 20

@@ -26,14 +26,15 @@ class SemanticConfig:
     """
 
     tile_rows: int = 8
-    tile_columns: int = 8
-    classes: int = 256
-    least_skipped: int = 2
+    tile_columns: int = 16
+    classes: int = 192
+    least_skipped: int = 4
     negligible: float = 0.1
-    num_warps: int = 4
+    num_warps: int = 8
 
 
-CONFIGS = {None: SemanticConfig()}
+# By the number of fp16 parts that each factor has.
+CONFIGS = {1: {None: SemanticConfig()}, 2: {None: SemanticConfig(tile_columns=8, num_warps=4)}}
 
 
 @triton.jit
@@ -93,7 +94,7 @@ def _semantic_classes_kernel(
             bound = tl.max(suffix, 0)
             small = (block > 0) & (done + 1 >= least_skipped) & (bound <= negligible)
             stop = tl.where(small, block, stop)
-            rest = tl.where(small, bound, rest)
+            rest = tl.where(small, bound * (1.0 + 2.0**-9), rest)  # as the factors are rounded
     if class_block == 0:
         tl.store(stop_ptr + image, stop)
         tl.store(rest_ptr + image, rest)
@@ -207,7 +208,8 @@ def _semantic_fwd_kernel(
                 winner = tl.max(scores_a, 1)
                 if BLOCK_B:
                     winner = tl.maximum(winner, tl.max(scores_b, 1))
-                near = winner - (winner * slack + tl.load(rest_ptr + image) * scale)
+                lead = tl.load(rest_ptr + image) * scale + winner * slack + padded_n * 2.0**-24
+                near = winner - lead
                 rivals = tl.sum((scores_a >= near[:, None]).to(tl.int32), 1)
                 if BLOCK_B:
                     rivals += tl.sum((scores_b >= near[:, None]).to(tl.int32), 1)
@@ -251,13 +253,13 @@ def _semantic_fwd_kernel(
 
 
 def class_blocks(count: int, most: int) -> tuple[int, int, int]:
-    """How many blocks of classes, and the two powers of two (the second may be 0) that together hold one."""
+    """How many blocks of classes, and the two powers of two, at least 16 or the second 0, that together hold one."""
     blocks = triton.cdiv(count, most)
     size = triton.cdiv(count, blocks)
-    whole = power_of_two(size, 16, most)
-    half = whole // 2
-    rest = power_of_two(size - half, 16, half) if half >= 16 else whole
-    return (blocks, half, rest) if rest < half else (blocks, whole, 0)
+    large = power_of_two(size, 16, 1 << 30)
+    if size <= large - large // 4 and large >= 64:
+        return blocks, large // 2, power_of_two(size - large // 2, 16, large // 2)
+    return blocks, large, 0
 
 
 @dataclass(frozen=True)
@@ -305,7 +307,7 @@ def class_tables(probabilities: Tensor, parts: int, skip: bool, config: Semantic
         SKIP=skip and blocks == 1,
         PARTS=parts,
         BLOCK_N=BLOCK_N,
-        BLOCK_K=power_of_two(width, 16, 2 * config.classes),
+        BLOCK_K=power_of_two(width, 16, 1 << 30),
         num_warps=4,
         **COMPILER_OPTIONS,
     )
@@ -341,7 +343,8 @@ def semantic_inference(
         skip: ask whether the least probable queries matter before they are computed; the result is the same.
     """
     batch, queries, classes = probabilities.shape
-    config = pick_config(CONFIGS, mask_logits.device)
+    parts = 1 if mask_logits.dtype == torch.bfloat16 else 2
+    config = pick_config(CONFIGS[parts], mask_logits.device)
     scores = output == "scores"
     shape = (batch, out_rows, size[1])
     if scores:
@@ -353,7 +356,6 @@ def semantic_inference(
     nan_logits = count_nans(mask_logits)
     if queries == 0 or batch == 0:
         return result.zero_(), score.zero_(), margin.zero_(), nan_logits
-    parts = 1 if mask_logits.dtype == torch.bfloat16 else 2
     tables = class_tables(probabilities, parts, skip and not (scores or details), config)
     geometry = grid, padded_size, valid_size, size, in_top, out_top, out_rows
     bands = staged_bands(mask_logits, tables.order, tables.weight, order == "scores", *geometry, config.tile_rows)
@@ -401,7 +403,7 @@ def _launch(
         H=height,
         W=width,
         tiles_x=tiles_x,
-        slack=query_blocks * 2.0**-19 + 2.0**-10,
+        slack=query_blocks * 3 * 2.0**-21,  # what the sums of three products may be rounded by
         PROBABILITIES=probabilities,
         PARTS=1 if tables.low is None else 2,
         SCORES=scores,
