@@ -29,9 +29,9 @@ int bilinear_taps(int64_t i, int64_t in, int64_t out, Tap taps[2]) {
 }  // namespace
 
 AxisTaps::AxisTaps(int64_t grid, int64_t padded, int64_t valid, int64_t size, int64_t begin, int64_t count)
-    : count_(count) {
-  std::vector<int32_t> index(kMaxTaps * count);
-  std::vector<float> weight(kMaxTaps * count, 0.0f);
+    : count_(count), stride_((count + kTapsPadding - 1) / kTapsPadding * kTapsPadding) {
+  index_.resize(kMaxTaps * stride_);
+  weight_.resize(kMaxTaps * stride_);
   for (int64_t i = 0; i < count; ++i) {
     Tap merged[kMaxTaps], outer[2], inner[2];
     int used = 0;
@@ -47,19 +47,23 @@ AxisTaps::AxisTaps(int64_t grid, int64_t padded, int64_t valid, int64_t size, in
       }
     }
     taps_ = std::max(taps_, used);
+    const int64_t end = i + 1 == count ? stride_ : i + 1;
     for (int t = 0; t < kMaxTaps; ++t) {
-      index[t * count + i] = static_cast<int32_t>(merged[std::min(t, used - 1)].index);
-      if (t < used) weight[t * count + i] = static_cast<float>(merged[t].weight);
+      const Tap tap = t < used ? merged[t] : Tap{merged[used - 1].index, 0.0};
+      std::fill(&index_[t * stride_ + i], &index_[t * stride_] + end, static_cast<int32_t>(tap.index));
+      std::fill(&weight_[t * stride_ + i], &weight_[t * stride_] + end, static_cast<float>(tap.weight));
     }
   }
-  index.resize(taps_ * count);
-  weight.resize(taps_ * count);
-  index_ = std::move(index);
-  weight_ = std::move(weight);
-  if (count > 0) {
-    first_ = index_.front();
-    end_ = index_.back() + 1;
-  }
+  index_.resize(taps_ * stride_);
+  weight_.resize(taps_ * stride_);
+  first_ = index_.front();
+  end_ = index_.back() + 1;
+}
+
+void AxisTaps::count_from(int64_t origin) {
+  for (int32_t& index : index_) index -= static_cast<int32_t>(origin);
+  first_ -= static_cast<int32_t>(origin);
+  end_ -= static_cast<int32_t>(origin);
 }
 
 }  // namespace fastmask

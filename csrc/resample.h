@@ -15,13 +15,16 @@ constexpr float kLogitBound = 1e30f;
 
 constexpr int kMaxTaps = 4;
 
-// out[i] = sum over t < taps of in[index[t * out + i]] * weight[t * out + i]; indices rise with t and with i. An output
-// with fewer taps repeats its last index with weight 0.
+// Vectors of outputs are read whole: tables are padded with their last output up to a multiple of this.
+constexpr int64_t kTapsPadding = 64;
+
+// out[i] = sum over t < taps of in[index[t * stride + i]] * weight[t * stride + i]; indices rise with t and with i. An
+// output with fewer taps repeats its last index with weight 0.
 struct Taps {
-  int64_t out;
+  int64_t out, stride;
   int taps;              // 1..kMaxTaps, the most that an output needs
-  const int32_t* index;  // [taps, out]
-  const float* weight;   // [taps, out]
+  const int32_t* index;  // [taps, stride]
+  const float* weight;   // [taps, stride]
 };
 
 // One axis of a result, or the outputs [begin, begin + count) of it.
@@ -32,13 +35,16 @@ class AxisTaps {
   // One step from `in` to `out`.
   AxisTaps(int64_t in, int64_t out) : AxisTaps(in, in, in, out, 0, out) {}
 
-  Taps view() const { return {count_, taps_, index_.data(), weight_.data()}; }
+  Taps view() const { return {count_, stride_, taps_, index_.data(), weight_.data()}; }
+  // Makes indices count from input `origin` on.
+  void count_from(int64_t origin);
+
   // The inputs [first, end) that all outputs together read.
   int32_t first() const { return first_; }
   int32_t end() const { return end_; }
 
  private:
-  int64_t count_;
+  int64_t count_, stride_;
   int taps_ = 1;
   int32_t first_ = 0, end_ = 0;
   std::vector<int32_t> index_;

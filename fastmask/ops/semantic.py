@@ -10,7 +10,7 @@ from torch import Tensor
 from fastmask.ops._geometry import GEOMETRY
 from fastmask.ops.library import Operator
 
-OPERATOR = Operator("semantic_inference")
+OPERATOR = Operator("semantic_inference", native=("cpu",))
 
 # (labels or scores, winning score, winning minus runner-up score, NaN logits of each query); the two in the middle are
 # empty without `details`.
@@ -69,3 +69,14 @@ def call(backend: str, probabilities: Tensor, *arguments: Any) -> tuple[Tensor, 
     """
     interpret = backend == "triton" and probabilities.device.type == "cpu"
     return (_triton if interpret else torch.ops.fastmask.semantic_inference)(probabilities, *arguments)
+
+
+torch.library.define("fastmask::_set_query_skipping", "(bool on) -> bool")
+
+
+def set_query_skipping(on: bool) -> bool:
+    """Whether the C++ kernel leaves out queries that cannot change a label, for tests: labels are the same either way.
+
+    Returns what it was before.
+    """
+    return torch.ops.fastmask._set_query_skipping(on)
