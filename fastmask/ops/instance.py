@@ -29,15 +29,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmask.ops._geometry import GEOMETRY
 from fastmask.ops.library import Operator
 
 OPERATOR = Operator("instance_masks")
 
 torch.library.define(
     "fastmask::instance_masks",
-    "(Tensor mask_logits, Tensor queries, bool packed, "
-    "int[] grid, int[]? padded_size, int[]? valid_size, int[] size, int in_top, int out_top, int out_rows) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor mask_logits, Tensor queries, bool packed, {GEOMETRY}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.define("fastmask::rle_encode", "(Tensor masks, int width) -> (Tensor, Tensor)")
 

@@ -23,15 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmask.ops._geometry import GEOMETRY
 from fastmask.ops.library import Operator
 
-OPERATOR = Operator("panoptic_winners")
+OPERATOR = Operator("panoptic_winners", native=("cpu",))
 
 torch.library.define(
     "fastmask::panoptic_winners",
     "(Tensor scores, Tensor mask_logits, bool resize_probabilities, bool clip_to_mask, float mask_threshold, "
-    "int[] grid, int[]? padded_size, int[]? valid_size, int[] size, int in_top, int out_top, int out_rows) "
-    "-> (Tensor, Tensor, Tensor)",
+    f"{GEOMETRY}) -> (Tensor, Tensor, Tensor)",
 )
 
 

@@ -1,0 +1,38 @@
+// Mask logits (B, N, rows, w) of the inference operators, plane by plane.
+#pragma once
+
+#include "ops/tensors.h"
+#include "tiles.h"
+
+namespace fastmask {
+
+// Images, queries and rows may lie anywhere; only where neighbours of a row do not lie side by side is there a copy.
+class QueryPlanes {
+ public:
+  explicit QueryPlanes(const Tensor& mask_logits)
+      : tensor_(with_contiguous_rows(mask_logits)), dtype_(logit_dtype(mask_logits, "mask_logits")) {}
+
+  const Tensor& tensor() const { return tensor_; }
+  int64_t batch() const { return tensor_.size(0); }
+  int64_t queries() const { return tensor_.size(1); }
+  int64_t rows() const { return tensor_.size(2); }
+  int64_t w() const { return tensor_.size(3); }
+
+  // `top` is the row of the grid that the first row of the logits is.
+  Plane plane(int64_t image, int64_t query, int64_t top) const {
+    const int64_t offset = image * tensor_.stride(0) + query * tensor_.stride(1) - top * tensor_.stride(2);
+    return {tensor_.data_ptr(), offset, tensor_.stride(2), dtype_};
+  }
+
+ private:
+  static Tensor with_contiguous_rows(const Tensor& logits) {
+    STD_TORCH_CHECK(logits.dim() == 4, "mask_logits must be (B, N, rows, w)");
+    STD_TORCH_CHECK(logits.size(2) > 0 && logits.size(3) > 0, "mask_logits must have at least one pixel");
+    return logits.size(3) == 1 || logits.stride(3) == 1 ? logits : torch::stable::contiguous(logits);
+  }
+
+  Tensor tensor_;
+  Dtype dtype_;
+};
+
+}  // namespace fastmask
