@@ -182,10 +182,10 @@ def make_taps(
 
 
 @triton.jit
-def _within_bounds(x):
-    """Logits as float32 within +-1e30, NaN as the lower bound: nothing that is computed from them is NaN."""
+def _within_bounds(x, KEEP_NAN: tl.constexpr):
+    """Logits as float32 within +-1e30, NaN as the lower bound or as it is."""
     x = x.to(tl.float32)
-    return tl.minimum(tl.maximum(tl.where(x == x, x, -1e30), -1e30), 1e30)
+    return tl.where((x == x) | (not KEEP_NAN), tl.minimum(tl.maximum(tl.where(x == x, x, -1e30), -1e30), 1e30), x)
 
 
 @triton.jit
@@ -255,7 +255,7 @@ def _stage_kernel(
     row_index_ptr, row_weight_ptr, column_index_ptr, column_weight_ptr, stage_ptr, peak_ptr,
     N, padded_n, first, rows, columns,
     TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, PROBABILITIES: tl.constexpr, PEAKS: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+    KEEP_NAN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Queries innermost, in the given order: logits within bounds, or with PROBABILITIES their sigmoid after the first
     of both bilinear steps, by the taps given.
@@ -285,13 +285,13 @@ def _stage_kernel(
                 for tx in tl.static_range(TAPS_X):
                     at = y + tl.load(column_index_ptr + tx * columns + column, mask=inside, other=0) * stride_w
                     weight = weight_y * tl.load(column_weight_ptr + tx * columns + column, mask=inside, other=0.0)
-                    value = _within_bounds(tl.load(query_ptrs + at[None, :], mask=present, other=-1e30))
+                    value = _within_bounds(tl.load(query_ptrs + at[None, :], mask=present, other=-1e30), KEEP_NAN)
                     x = tl.fma(value, weight[None, :], x)
             x = _reciprocal(1.0 + _exp2(x * -1.44269504))
             level = tl.log2(tl.maximum(x, 1e-38))
         else:
             at = (first + row).to(tl.int64) * stride_h + column.to(tl.int64) * stride_w
-            x = _within_bounds(tl.load(query_ptrs + at[None, :], mask=present, other=-1e30))
+            x = _within_bounds(tl.load(query_ptrs + at[None, :], mask=present, other=-1e30), KEEP_NAN)
             level = tl.minimum(x * 1.44269504, 0.0)  # sigmoid(x) <= exp(min(x, 0))
         if PEAKS:
             weight = tl.load(weight_ptr + image * padded_n + n)
@@ -334,6 +334,7 @@ def staged_bands(
     order: Tensor,
     weight: Tensor | None,
     probabilities: bool,
+    keep_nan: bool,
     grid: list[int],
     padded_size: list[int] | None,
     valid_size: list[int] | None,
@@ -352,6 +353,7 @@ def staged_bands(
         order: ``(B, N)`` int64, the query at each place of the stage.
         weight: ``(B, padded_n)`` float32 for peaks; None: no peaks.
         probabilities: stage the sigmoid of the valid grid, and leave the second step to the taps.
+        keep_nan: stage NaN as NaN, rather than as what never wins.
         tile_rows: of the result, to whose multiples the bands are cut.
         The other arguments are those of the operators.
     """
@@ -393,6 +395,7 @@ def staged_bands(
             columns=width,
             PROBABILITIES=probabilities,
             PEAKS=weight is not None,
+            KEEP_NAN=keep_nan,
             BLOCK_C=64,
             BLOCK_N=BLOCK_N,
             num_warps=4,

@@ -358,7 +358,7 @@ def semantic_inference(
         return result.zero_(), score.zero_(), margin.zero_(), nan_logits
     tables = class_tables(probabilities, parts, skip and not (scores or details), config)
     geometry = grid, padded_size, valid_size, size, in_top, out_top, out_rows
-    bands = staged_bands(mask_logits, tables.order, tables.weight, order == "scores", *geometry, config.tile_rows)
+    bands = staged_bands(mask_logits, tables.order, tables.weight, order == "scores", False, *geometry, config.tile_rows)
     for band in bands:
         _launch(config, band, tables, order == "scores", scores, details, classes, result, score, margin)
     return result, score, margin, nan_logits
