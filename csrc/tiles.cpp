@@ -26,7 +26,7 @@ void AxisTiles::add(const Taps& taps, int64_t begin, const std::vector<int32_t>&
   const int64_t count = static_cast<int64_t>(outputs.size()), stride = padded_to_vectors(count);
   Tile tile{begin, count, {}, {}, {}};
   for (const int32_t output : outputs) {
-    for (int t = 0; t < taps.taps; ++t) tile.input.push_back(taps.index[t * taps.out + output]);
+    for (int t = 0; t < taps.taps; ++t) tile.input.push_back(taps.index[t * taps.stride + output]);
   }
   std::sort(tile.input.begin(), tile.input.end());
   tile.input.erase(std::unique(tile.input.begin(), tile.input.end()), tile.input.end());
@@ -39,7 +39,7 @@ void AxisTiles::add(const Taps& taps, int64_t begin, const std::vector<int32_t>&
   tile.weight.assign(taps.taps * stride, std::numeric_limits<float>::quiet_NaN());
   for (int t = 0; t < taps.taps; ++t) {
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t from = t * taps.out + outputs[i];
+      const int64_t from = t * taps.stride + outputs[i];
       const auto at = std::lower_bound(tile.input.begin(), tile.input.end(), taps.index[from]);
       tile.slot[t * stride + i] = static_cast<int32_t>(at - tile.input.begin());
       tile.weight[t * stride + i] = taps.weight[from];

@@ -54,7 +54,7 @@ int64_t compete(const float* values, int64_t pixels, float score, int32_t marker
       store(winners.denominator + j, better ? own : denominator);
     }
     const vint mark = kClip ? marker - inside : splat(marker + 1);
-    store_ints(winners.winner + j, better ? mark : load_ints(winners.winner + j));
+    store(winners.winner + j, better ? mark : load(winners.winner + j));
     area -= inside;
   }
   int64_t total = 0;
@@ -74,7 +74,7 @@ int64_t count_inside(const float* values, int64_t pixels, float threshold) {
 void count_won(const int32_t* winner, int64_t pixels, int32_t marker, PanopticAreas& areas) {
   vint clipped = {}, kept = {};
   for (int64_t j = 0; j < pixels; j += kLanes) {
-    const vint mark = load_ints(winner + j);
+    const vint mark = load(winner + j);
     clipped -= mark == marker;
     kept -= mark == marker + 1;
   }
@@ -165,7 +165,7 @@ void panoptic_tile(const KeptQueries& kept, const TilePlan& plan, const Panoptic
   }
   if (!constant) {
     for (int64_t j = 0; j < pixels; ++j) {
-      winners.numerator[j] = 0;
+      winners.numerator[j] = plan.probabilities ? -1 : 0;
       winners.denominator[j] = 1;
       winners.winner[j] = kNobody;
     }
@@ -196,25 +196,6 @@ void panoptic_tile(const KeptQueries& kept, const TilePlan& plan, const Panoptic
       winner[i * width + j] = (mark & 1) != 0 ? kept.queries[mark >> 1] : -1;
     }
   }
-}
-
-int64_t count_nan(const Plane& plane, int64_t rows, int64_t width) {
-  constexpr int64_t kPiece = 256;
-  float buffer[kPiece];
-  int64_t total = 0;
-  for (int64_t y = 0; y < rows; ++y) {
-    vint count = {};
-    for (int64_t x = 0; x < width; x += kPiece) {
-      const int64_t piece = width - x < kPiece ? width - x : kPiece;
-      load_logits(plane.logits, plane.dtype, plane.offset + y * plane.row_stride + x, piece, buffer);
-      for (int64_t j = 0; j < piece; j += kLanes) {
-        const vfloat v = load(buffer + j);
-        count -= v != v;
-      }
-    }
-    for (int i = 0; i < kLanes; ++i) total += count[i];
-  }
-  return total;
 }
 
 }  // namespace fastmask::FASTMASK_SIMD

@@ -40,7 +40,4 @@ FASTMASK_KERNEL(void panoptic_tile(const KeptQueries& kept, const TilePlan& plan
                                    const TileScratchSizes& sizes, float* scratch, int32_t* winner, int64_t width,
                                    PanopticAreas* areas))
 
-// How many of a plane's logits are NaN.
-FASTMASK_KERNEL(int64_t count_nan(const Plane& plane, int64_t rows, int64_t width))
-
 }  // namespace fastmask

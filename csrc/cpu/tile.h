@@ -14,28 +14,12 @@ static inline vfloat look_up(const float* table, [[maybe_unused]] int64_t count,
   if (count <= 2 * kLanes) {
     return (vfloat)_mm512_permutex2var_ps((__m512)load(table), (__m512i)index, (__m512)load(table + kLanes));
   }
-  return (vfloat)_mm512_mask_i32gather_ps(_mm512_setzero_ps(), 0xffff, (__m512i)index, table, 4);
-#elif defined(__AVX2__)
-  return (vfloat)_mm256_i32gather_ps(table, (__m256i)index, 4);
-#else
-  vfloat v;
-  for (int i = 0; i < kLanes; ++i) v[i] = table[index[i]];
-  return v;
 #endif
+  return gather(table, index);
 }
 
-static inline vint load_ints(const int32_t* p) {
-  vint v;
-  memcpy(&v, p, sizeof v);
-  return v;
-}
-
-static inline void store_ints(int32_t* p, vint v) { memcpy(p, &v, sizeof v); }
-
-static inline vfloat clamp(vfloat x, float bound) {
-  x = x < -bound ? splat(-bound) : x;
-  return x > bound ? splat(bound) : x;
-}
+// x within +-bound; NaN stays NaN.
+static inline vfloat clamp(vfloat x, float bound) { return maximum(splat(-bound), minimum(splat(bound), x)); }
 
 // sigmoid(x), NaN for NaN; below -87 all are alike.
 static inline vfloat probability(vfloat x) {
@@ -65,8 +49,8 @@ static inline Bounds bounds(const Plane& plane, const AxisTile& rows, const Axis
     for (int64_t j = 0; j < count; j += kLanes) {
       const int64_t last = count - kLanes;
       const vfloat v = load(x + (j <= last || last < 0 ? j : last));
-      low = v < low ? v : low;
-      high = v > high ? v : high;
+      low = minimum(v, low);
+      high = maximum(v, high);
       nan |= v != v;
     }
   }
@@ -84,10 +68,10 @@ static inline Bounds bounds(const Plane& plane, const AxisTile& rows, const Axis
 // out[i] for one row of inputs, up to a full vector.
 static inline void resample_row(const float* inputs, const AxisTile& columns, float* out) {
   for (int64_t j = 0; j < columns.stride; j += kLanes) {
-    vfloat sum = look_up(inputs, columns.inputs, load_ints(columns.slot + j)) * load(columns.weight + j);
+    vfloat sum = look_up(inputs, columns.inputs, load(columns.slot + j)) * load(columns.weight + j);
     for (int t = 1; t < columns.taps; ++t) {
       const int64_t at = t * columns.stride + j;
-      sum = fma(look_up(inputs, columns.inputs, load_ints(columns.slot + at)), load(columns.weight + at), sum);
+      sum = fma(look_up(inputs, columns.inputs, load(columns.slot + at)), load(columns.weight + at), sum);
     }
     store(out + j, sum);
   }

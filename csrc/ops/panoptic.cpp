@@ -5,7 +5,7 @@
 #include <tuple>
 #include <vector>
 
-#include "ops/geometry.h"
+#include "cpu/count_nan.h"
 #include "ops/planes.h"
 
 namespace fastmask {
@@ -22,26 +22,6 @@ struct ImageQueries {
   KeptQueries view() const {
     return {static_cast<int64_t>(planes.size()), planes.data(), scores.data(), queries.data()};
   }
-};
-
-TilePlans tile_plans(const Geometry& geometry, bool probabilities) {
-  if (!probabilities) return {geometry.rows().view(), geometry.columns().view()};
-  const AxisTaps rows = geometry.rows_of_valid();
-  return {rows.view(), geometry.columns_of_valid().view(), geometry.valid_rows(rows.first(), rows.end()).view(),
-          rows.first(), geometry.valid_columns().view()};
-}
-
-// Scratch memory that begins where a cache line does.
-class Scratch {
- public:
-  explicit Scratch(int64_t floats) : memory_(floats + 16) {}
-  float* data() {
-    const uintptr_t address = reinterpret_cast<uintptr_t>(memory_.data());
-    return reinterpret_cast<float*>((address + 63) / 64 * 64);
-  }
-
- private:
-  std::vector<float> memory_;
 };
 
 std::tuple<Tensor, Tensor, Tensor> panoptic_winners(Tensor scores, Tensor mask_logits, bool resize_probabilities,

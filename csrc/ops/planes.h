@@ -1,6 +1,7 @@
 // Mask logits (B, N, rows, w) of the inference operators, plane by plane.
 #pragma once
 
+#include "ops/geometry.h"
 #include "ops/tensors.h"
 #include "tiles.h"
 
@@ -33,6 +34,27 @@ class QueryPlanes {
 
   Tensor tensor_;
   Dtype dtype_;
+};
+
+// All tiles of a result that is made of logits, or of probabilities that are resampled once more.
+inline TilePlans tile_plans(const Geometry& geometry, bool probabilities) {
+  if (!probabilities) return {geometry.rows().view(), geometry.columns().view()};
+  const AxisTaps rows = geometry.rows_of_valid();
+  return {rows.view(), geometry.columns_of_valid().view(), geometry.valid_rows(rows.first(), rows.end()).view(),
+          rows.first(), geometry.valid_columns().view()};
+}
+
+// Scratch memory that begins where a cache line does.
+class Scratch {
+ public:
+  explicit Scratch(int64_t floats) : memory_(floats + 16) {}
+  float* data() {
+    const uintptr_t address = reinterpret_cast<uintptr_t>(memory_.data());
+    return reinterpret_cast<float*>((address + 63) / 64 * 64);
+  }
+
+ private:
+  std::vector<float> memory_;
 };
 
 }  // namespace fastmask

@@ -108,8 +108,12 @@ def panoptic_inference(
         )
         nan_logits = logits.isnan().sum((-2, -1), dtype=torch.int32) * keep if details else None
     else:
-        winner, areas, nan_logits = _winners(backend, torch.where(keep, scores, 0.0), masks, rule, mask_threshold)
-        results = _segments(winner, areas, scores, classes, keep, rule, overlap_threshold, stuff_classes)
+        masks, queries = masks.of_used_queries(keep)
+        kept_scores = torch.where(keep, scores, 0.0).gather(1, queries)
+        kept_classes = classes.gather(1, queries)
+        winner, areas, nan = _winners(backend, kept_scores, masks, rule, mask_threshold)
+        results = _segments(winner, areas, kept_scores, kept_classes, rule, overlap_threshold, stuff_classes)
+        nan_logits = nan.new_zeros(scores.shape).scatter(1, queries, nan)
     if not details:
         return results
     return [PanopticDetails(*result, nan) for result, nan in zip(results, nan_logits, strict=True)]
@@ -136,7 +140,6 @@ def _segments(
     areas: Tensor,
     scores: Tensor,
     classes: Tensor,
-    keep: Tensor,
     rule: str,
     overlap_threshold: float,
     stuff_classes: Collection[int],
@@ -146,7 +149,7 @@ def _segments(
     Args:
         winner: ``(B, H, W)`` int32, -1 where there is none; overwritten.
         areas: ``(B, N, 3)``, pixels won, pixels of the query's own mask, and pixels where ``winner`` is it.
-        scores, classes, keep: ``(B, N)``.
+        scores: ``(B, N)``, 0 for queries that were dropped. classes: ``(B, N)``.
     """
     batch_size, num_queries = scores.shape
     won, mask_area, visible_area = areas.unbind(-1)
@@ -154,7 +157,7 @@ def _segments(
         visible = (won.float() / mask_area.float()).double() > overlap_threshold
     else:
         visible = won.double() / mask_area.double() >= overlap_threshold
-    segment = keep & (mask_area > 0) & (visible_area > 0) & visible
+    segment = (scores > 0) & (mask_area > 0) & (visible_area > 0) & visible
     stuff = torch.isin(classes, torch.tensor(sorted(stuff_classes), dtype=classes.dtype, device=classes.device))
     fused = segment & stuff
     own = torch.eye(num_queries, dtype=torch.bool, device=scores.device)
@@ -167,8 +170,8 @@ def _segments(
 
     # One more entry for pixels without a winner: index -1 becomes the first of the image's.
     table = torch.nn.functional.pad(ids, (1, 0)).to(torch.int32)
-    starts = torch.arange(1, batch_size * (num_queries + 1) + 1, num_queries + 1, dtype=torch.int32)
-    index = winner.add_(starts.to(winner.device)[:, None, None])
+    starts = torch.arange(batch_size, dtype=torch.int32, device=winner.device) * (num_queries + 1) + 1
+    index = winner.add_(starts[:, None, None])
     segmentation = table.flatten().index_select(0, index.flatten()).view_as(winner)
 
     columns = (ids, classes, ~stuff, scores, areas_of_segments, listed)

@@ -7,6 +7,7 @@ from fastmask.reference.instance import INSTANCE_RULES, instance_inference
 from fastmask.reference.mask_cost import mask_cost
 from fastmask.reference.mask_loss import mask_loss
 from fastmask.reference.panoptic import PANOPTIC_RULES, PanopticRule, panoptic_inference
+from fastmask.reference.rle import rle_encode
 from fastmask.reference.semantic import label_dtype, semantic_inference
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "mask_loss",
     "masked_attention",
     "panoptic_inference",
+    "rle_encode",
     "semantic_inference",
 ]

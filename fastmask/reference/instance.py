@@ -53,7 +53,7 @@ def instance_inference(
             ``padded_size=(384, 384)``); None skips each.
 
     Returns:
-        For each image {"scores": ``(R,)`` in the promoted dtype of the logits, "labels": ``(R,)`` int64,
+        For each image {"scores": ``(R,)`` in the promoted dtype of the logits, "labels" and "queries": ``(R,)`` int64,
         "masks": ``(R, H, W)`` bool}, by falling P; R = top_k less what ``stuff_classes`` drops. Masks may overlap, and
         may be empty (score 0).
 
@@ -85,6 +85,7 @@ def instance_inference(
             {
                 "scores": best.values[things] * mask_scores,
                 "labels": labels[things],
+                "queries": queries[things],
                 "masks": resize_nearest(masks, size),
             }
         )
