@@ -86,8 +86,8 @@ def _taps_kernel(
 ):  # fmt: skip
     """Taps of the rows [begin_y, begin_y + count_y), counted from base_y, and of the columns [0, count_x).
 
-        row_index, row_weight        (TAPS_Y, count_y), indices in [0, limit_y)
-        column_index, column_weight  (TAPS_X, count_x)
+    row_index, row_weight        (TAPS_Y, count_y), indices in [0, limit_y)
+    column_index, column_weight  (TAPS_X, count_x)
     """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     if tl.program_id(1) == 0:
@@ -183,9 +183,13 @@ def make_taps(
 
 @triton.jit
 def _within_bounds(x, KEEP_NAN: tl.constexpr):
-    """Logits as float32 within +-1e30, NaN as the lower bound or as it is."""
+    """Logits as float32 within +-1e30, NaN as it is or as the lower bound."""
     x = x.to(tl.float32)
-    return tl.where((x == x) | (not KEEP_NAN), tl.minimum(tl.maximum(tl.where(x == x, x, -1e30), -1e30), 1e30), x)
+    if KEEP_NAN:
+        x = tl.clamp(x, -1e30, 1e30, propagate_nan=tl.PropagateNan.ALL)
+    else:
+        x = tl.minimum(tl.maximum(x, -1e30), 1e30)
+    return x
 
 
 @triton.jit
@@ -213,9 +217,33 @@ def _widen(x):
 
 
 @triton.jit
-def _nan_count_kernel(
-    logits_ptr, stride_b, stride_n, stride_h, stride_w, count_ptr, N, w, pixels, BLOCK: tl.constexpr
-):
+def _tile_taps(
+    row_index_ptr, row_weight_ptr, column_index_ptr, column_weight_ptr, y, x, count, columns, W,
+    TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr,
+):  # fmt: skip
+    """The cells of the stage, and their weights, that the pixels at y and x of a band's ``count`` rows of W read."""
+    cells = ()
+    weights = ()
+    for ty in tl.static_range(TAPS_Y):
+        row = tl.load(row_index_ptr + ty * count + y) * columns
+        weight = tl.load(row_weight_ptr + ty * count + y)
+        for tx in tl.static_range(TAPS_X):
+            cells = cells + (row + tl.load(column_index_ptr + tx * W + x),)  # noqa: RUF005 (Triton has no stars)
+            weights = weights + (weight * tl.load(column_weight_ptr + tx * W + x),)  # noqa: RUF005
+    return cells, weights
+
+
+@triton.jit
+def _interpolate(z, stage_ptr, n, offsets, weights, TAPS: tl.constexpr):
+    """z plus the staged values of queries n at each pixel's taps, weighted: [pixels, queries]."""
+    for tap in tl.static_range(TAPS):
+        value = tl.load(stage_ptr + (offsets[tap][:, None] + n[None, :]))
+        z = tl.fma(_widen(value), weights[tap][:, None], z)
+    return z
+
+
+@triton.jit
+def _nan_count_kernel(logits_ptr, stride_b, stride_n, stride_h, stride_w, count_ptr, N, w, pixels, BLOCK: tl.constexpr):
     """count (B, N) is increased by how many of a query's logits are NaN."""
     plane = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
@@ -271,7 +299,7 @@ def _stage_kernel(
     row = c // columns
     column = c % columns
     image_ptr = logits_ptr + image * stride_b
-    peak = tl.full([BLOCK_C], float("-inf"), dtype=tl.float32)
+    peak = tl.full([BLOCK_N, BLOCK_C], float("-inf"), dtype=tl.float32)
     for block in range(0, padded_n, BLOCK_N):
         n = block + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         query = tl.load(order_ptr + image * N + n, mask=n < N, other=0)
@@ -295,12 +323,14 @@ def _stage_kernel(
             level = tl.minimum(x * 1.44269504, 0.0)  # sigmoid(x) <= exp(min(x, 0))
         if PEAKS:
             weight = tl.load(weight_ptr + image * padded_n + n)
-            level = tl.where(present & (weight > 0.0)[:, None], level + tl.log2(tl.maximum(weight, 1e-38))[:, None], float("-inf"))
-            peak = tl.maximum(peak, tl.max(level, 0))
+            level = tl.where(
+                present & (weight > 0.0)[:, None], level + tl.log2(tl.maximum(weight, 1e-38))[:, None], float("-inf")
+            )
+            peak = tl.maximum(peak, level)
         stage_ptrs = stage_ptr + image * rows * columns * padded_n + c[:, None] * padded_n + n[None, :]
         tl.store(stage_ptrs, tl.trans(x).to(stage_ptr.dtype.element_ty), mask=inside[:, None])
     if PEAKS:
-        tl.store(peak_ptr + image * rows * columns + c, peak, mask=inside)
+        tl.store(peak_ptr + image * rows * columns + c, tl.max(peak, 0), mask=inside)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Instance inference: binary masks of chosen queries, what their scores need, and boxes, in two launches for the batch.
 
-A program makes some consecutive pixels of one mask straight from its plane of logits. What it writes is 16 times what
-it reads at the usual stride of 4, and each of its sums and bounds goes to a place of its own, which a second kernel
-adds up in order.
+A program makes some rows and columns of one mask straight from its plane of logits: what it writes is 16 times what it
+reads at the usual stride of 4. Its sums and bounds go to places of their own, which a second kernel puts together in
+order.
 """
 
 from __future__ import annotations
@@ -14,16 +14,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmask.kernels._common import COMPILER_OPTIONS, _reciprocal, pick_config
+from fastmask.kernels._common import COMPILER_OPTIONS, _reciprocal, pick_config, power_of_two
 from fastmask.kernels._resample import _exp2, _within_bounds, axes, count_nans, make_taps, strides
 
 
 @dataclass(frozen=True)
 class InstanceConfig:
-    """Tuning: groups of eight pixels that a program owns."""
+    """Tuning of the main kernel.
 
-    groups: int = 256
-    num_warps: int = 4
+    Args:
+        groups: most groups of eight pixels of a row that a program owns, and a thread one of them.
+        rows: of the result that it owns.
+    """
+
+    groups: int = 64
+    rows: int = 32
 
 
 CONFIGS = {None: InstanceConfig()}
@@ -33,51 +38,67 @@ CONFIGS = {None: InstanceConfig()}
 def _instance_fwd_kernel(
     logits_ptr, stride_b, stride_n, stride_h, stride_w, queries_ptr,
     row_index_ptr, row_weight_ptr, column_index_ptr, column_weight_ptr, masks_ptr, sums_ptr, bounds_ptr,
-    N, R, H, W, groups_x, out_top,
+    N, R, H, W, groups_x, column_blocks, out_top, rows_per_program,
     TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, PACKED: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    """mask = x > 0 for some groups of eight pixels of one query, x interpolated from its logits; NaN is not above 0.
+    """mask = x > 0 for some rows and columns of one query, x interpolated from its logits; NaN is not above 0.
 
-        logits   (B, N, h, w), any strides;  queries (B, R), -1 for none
-        masks    (B, R, H, W) bytes, or bits (B, R, H, groups_x) with PACKED
-        sums     (B * R, parts), the sum of sigmoid(x) over the mask
-        bounds   (B * R, parts, 5) int32: pixels of the mask, then its left, top, right and bottom
+    logits   (B, N, h, w), any strides;  queries (B, R), -1 for none
+    masks    (B, R, H, W) bytes, or bits (B, R, H, groups_x) with PACKED
+    sums     (B * R, parts), the sum of sigmoid(x) over the mask
+    bounds   (B * R, parts, 5) int32: pixels of the mask, then its left, top, right and bottom
     """
     pair = tl.program_id(0).to(tl.int64)
     query = tl.load(queries_ptr + pair)
-    group = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)  # [BLOCK_G]
-    y = group // groups_x
-    x = (group % groups_x * 8)[:, None] + tl.arange(0, 8)[None, :]  # [BLOCK_G, 8]
-    inside = (y < H)[:, None] & (x < W)
-    wanted = (y < H)[:, None] & (x < tl.where((query >= 0) & (query < N), W, 0))
+    columns_of_program = tl.program_id(1) % column_blocks * BLOCK_G + tl.arange(0, BLOCK_G)
+    x = (columns_of_program * 8)[:, None] + tl.arange(0, 8)[None, :]  # [BLOCK_G, 8]
+    inside = x < W
+    wanted = x < tl.where((query >= 0) & (query < N), W, 0)
     plane_ptr = logits_ptr + pair // R * stride_b + query * stride_n
-    z = tl.zeros([BLOCK_G, 8], dtype=tl.float32)
-    for ty in tl.static_range(TAPS_Y):
-        row = tl.load(row_index_ptr + ty * H + y, mask=y < H, other=0).to(tl.int64) * stride_h
-        weight_y = tl.load(row_weight_ptr + ty * H + y, mask=y < H, other=0.0)
-        for tx in tl.static_range(TAPS_X):
-            column = tl.load(column_index_ptr + tx * W + x, mask=inside, other=0).to(tl.int64) * stride_w
-            weight = weight_y[:, None] * tl.load(column_weight_ptr + tx * W + x, mask=inside, other=0.0)
-            value = _within_bounds(tl.load(plane_ptr + (row[:, None] + column), mask=wanted, other=-1.0), True)
-            z = tl.fma(value, weight, z)
-    mask = wanted & (z > 0.0)
-    bits = mask.to(tl.int32)
-    if PACKED:
-        packed = tl.sum(bits << tl.arange(0, 8)[None, :], 1)
-        tl.store(masks_ptr + pair * H * groups_x + group, packed.to(tl.uint8), mask=y < H)
-    else:
-        tl.store(masks_ptr + pair * H * W + y.to(tl.int64)[:, None] * W + x, bits.to(tl.uint8), mask=inside)
+    column_ptrs = ()
+    column_weights = ()
+    for tx in tl.static_range(TAPS_X):
+        column = tl.load(column_index_ptr + tx * W + x, mask=inside, other=0).to(tl.int64)
+        column_ptrs = column_ptrs + (plane_ptr + column * stride_w,)  # noqa: RUF005 (Triton has no stars)
+        weight = tl.load(column_weight_ptr + tx * W + x, mask=inside, other=0.0)
+        column_weights = column_weights + (weight,)  # noqa: RUF005
 
-    probability = tl.where(mask, _reciprocal(1.0 + _exp2(tl.minimum(z * -1.44269504, 0.0))), 0.0)
+    total = tl.zeros([BLOCK_G, 8], dtype=tl.float32)
+    area = tl.zeros([BLOCK_G, 8], dtype=tl.int32)
+    top = tl.full([BLOCK_G, 8], 1 << 30, dtype=tl.int32)
+    bottom = tl.zeros([BLOCK_G, 8], dtype=tl.int32)
+    begin = tl.program_id(1) // column_blocks * rows_per_program
+    for y in range(begin, tl.minimum(begin + rows_per_program, H)):
+        z = tl.zeros([BLOCK_G, 8], dtype=tl.float32)
+        for ty in tl.static_range(TAPS_Y):
+            row = tl.load(row_index_ptr + ty * H + y).to(tl.int64) * stride_h
+            line = tl.zeros([BLOCK_G, 8], dtype=tl.float32)
+            for tx in tl.static_range(TAPS_X):
+                value = _within_bounds(tl.load(column_ptrs[tx] + row, mask=wanted, other=-1.0), True)
+                line = tl.fma(value, column_weights[tx], line)
+            z = tl.fma(line, tl.load(row_weight_ptr + ty * H + y), z)
+        mask = z > 0.0
+        bits = mask.to(tl.int32)
+        if PACKED:
+            packed = tl.sum(bits << tl.arange(0, 8)[None, :], 1)
+            line_ptr = masks_ptr + (pair * H + y) * groups_x
+            tl.store(line_ptr + columns_of_program, packed.to(tl.uint8), mask=columns_of_program < groups_x)
+        else:
+            tl.store(masks_ptr + (pair * H + y) * W + x, bits.to(tl.uint8), mask=inside)
+        total += tl.where(mask, _reciprocal(1.0 + _exp2(z * -1.44269504)), 0.0)
+        area += bits
+        top = tl.minimum(top, tl.where(mask, out_top + y, 1 << 30))
+        bottom = tl.where(mask, out_top + y + 1, bottom)
+
     part = pair * tl.num_programs(1) + tl.program_id(1)
-    tl.store(sums_ptr + part, tl.sum(tl.sum(probability, 1), 0))
-    top = (out_top + y)[:, None]
-    far = 1 << 30
-    tl.store(bounds_ptr + part * 5, tl.sum(tl.sum(bits, 1), 0))
-    tl.store(bounds_ptr + part * 5 + 1, tl.min(tl.min(tl.where(mask, x, far), 1), 0))
-    tl.store(bounds_ptr + part * 5 + 2, tl.min(tl.min(tl.where(mask, top, far), 1), 0))
-    tl.store(bounds_ptr + part * 5 + 3, tl.max(tl.max(tl.where(mask, x + 1, 0), 1), 0))
-    tl.store(bounds_ptr + part * 5 + 4, tl.max(tl.max(tl.where(mask, top + 1, 0), 1), 0))
+    bound_ptr = bounds_ptr + part * 5
+    met = bottom > 0
+    tl.store(sums_ptr + part, tl.sum(tl.sum(total, 1), 0))
+    tl.store(bound_ptr, tl.sum(tl.sum(area, 1), 0))
+    tl.store(bound_ptr + 1, tl.min(tl.min(tl.where(met, x, 1 << 30), 1), 0))
+    tl.store(bound_ptr + 2, tl.min(tl.min(top, 1), 0))
+    tl.store(bound_ptr + 3, tl.max(tl.max(tl.where(met, x + 1, 0), 1), 0))
+    tl.store(bound_ptr + 4, tl.max(tl.max(bottom, 1), 0))
 
 
 @triton.jit
@@ -138,7 +159,9 @@ def instance_masks(
     real = (queries >= 0) & (queries < count)
     nan_logits = torch.where(real, count_nans(mask_logits).gather(1, queries.clamp(0, count - 1)), 0)
     config = pick_config(CONFIGS, device)
-    parts = triton.cdiv(height * groups_x, config.groups)
+    groups = power_of_two(groups_x, 32, config.groups)
+    column_blocks = triton.cdiv(groups_x, groups)
+    parts = column_blocks * triton.cdiv(height, config.rows)
     sums = torch.empty((pairs, parts), dtype=torch.float32, device=device)
     bounds = torch.empty((pairs, parts, 5), dtype=torch.int32, device=device)
     rows, columns = axes(grid, padded_size, valid_size, size)
@@ -156,10 +179,12 @@ def instance_masks(
         H=height,
         W=width,
         groups_x=groups_x,
+        column_blocks=column_blocks,
         out_top=out_top,
+        rows_per_program=config.rows,
         PACKED=packed,
-        BLOCK_G=config.groups,
-        num_warps=config.num_warps,
+        BLOCK_G=groups,
+        num_warps=groups // 32,
         **COMPILER_OPTIONS,
     )
     _instance_reduce_kernel[(pairs,)](

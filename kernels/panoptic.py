@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmask.kernels._common import COMPILER_OPTIONS, _reciprocal, pick_config
-from fastmask.kernels._resample import BLOCK_N, _exp2, _widen, count_nans, staged_bands
+from fastmask.kernels._resample import BLOCK_N, _exp2, _interpolate, _tile_taps, count_nans, staged_bands
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,17 @@ CONFIGS = {None: PanopticConfig()}
 
 
 @triton.jit
+def _column_counts(inside, PIXELS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """How many of [PIXELS, BLOCK_N] are true in each column. Four columns' counts travel in one integer between the
+    threads, a byte each."""
+    byte = tl.arange(0, 4)[None, None, :] * 8
+    flags = tl.reshape(inside.to(tl.int32), [PIXELS, BLOCK_N // 4, 4])
+    packed = tl.sum(tl.sum(flags << byte, 2), 0)  # [BLOCK_N / 4]
+    counts = (packed[:, None] >> (tl.arange(0, 4)[None, :] * 8)) & 255
+    return tl.reshape(counts, [BLOCK_N])
+
+
+@triton.jit
 def _panoptic_fwd_kernel(
     stage_ptr, row_index_ptr, row_weight_ptr, column_index_ptr, column_weight_ptr,
     scores_ptr, order_ptr, kept_ptr, winner_ptr, areas_ptr,
@@ -43,12 +54,11 @@ def _panoptic_fwd_kernel(
     (MaskFormer, arXiv:2107.06278, section 3.4); x is interpolated from the stage, or sigmoid(x) is (PROBABILITIES).
 
         stage   (B, cells, padded_n), NaN where logits are; taps as in ``_semantic_fwd_kernel``
-        scores  (B, N);  order (B, N), the query at each place of the stage;  kept (B), how many places count
+        scores  (B, N) and order (B, N), score and query at each place of the stage;  kept (B), how many places count
         winner  (B, H, W), -1 where nothing was kept or all is NaN; with CLIP also where the winner is not ``inside``
-        areas   (B, N, 3) is increased by the pixels won, inside, and where ``winner`` is the query
+        areas   (B, N, 3) by place is increased by the pixels won, inside, and where ``winner`` is the query
 
-    A pixel is inside a mask where x, or sigmoid(x), is at least ``threshold``. Logits below -80 count as -80, so that
-    no product is 0.
+    A pixel is inside a mask where x, or sigmoid(x), is at least ``threshold``. Probabilities below 2^-126 are 0.
     """
     threshold = tl.cast(threshold, tl.float32)
     image = tl.program_id(1).to(tl.int64)
@@ -60,63 +70,60 @@ def _panoptic_fwd_kernel(
     at = image * H * W + (top + y).to(tl.int64) * W + x
     y = tl.minimum(y, count - 1)
     x = tl.minimum(x, W - 1)
+    taps, shares = _tile_taps(
+        row_index_ptr, row_weight_ptr, column_index_ptr, column_weight_ptr, y, x, count, columns, W, TAPS_Y, TAPS_X
+    )
     offsets = ()
     weights = ()
-    for ty in tl.static_range(TAPS_Y):
-        row = tl.load(row_index_ptr + ty * count + y) * columns
-        weight_y = tl.load(row_weight_ptr + ty * count + y)
-        for tx in tl.static_range(TAPS_X):
-            offsets = offsets + ((row + tl.load(column_index_ptr + tx * W + x)) * padded_n,)
-            weights = weights + (weight_y * tl.load(column_weight_ptr + tx * W + x),)
+    for tap in tl.static_range(TAPS_Y * TAPS_X):
+        offsets = offsets + (taps[tap] * padded_n,)  # noqa: RUF005 (Triton has no stars)
+        share = shares[tap] * (1.0 if PROBABILITIES else -1.44269504)
+        # NaN is inside no mask and wins nothing, as pixels beyond the result should.
+        weights = weights + (tl.where(visible, share, float("nan")),)  # noqa: RUF005
 
     stage_ptr += image * cells * padded_n
-    order_ptr += image * N
+    scores_ptr += image * N
     areas_ptr += image * N * 3
     kept = tl.load(kept_ptr + image)
-    best = tl.zeros([PIXELS, BLOCK_N], dtype=tl.float32)
+    best = tl.full([PIXELS, BLOCK_N], -1.0, dtype=tl.float32)
     mark = tl.full([PIXELS, BLOCK_N], -1, dtype=tl.int32)  # twice the block, and one where the pixel is inside
     for block in range(tl.cdiv(kept, BLOCK_N)):
         n = block * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        query = tl.load(order_ptr + n, mask=n < kept, other=0)
-        score = tl.load(scores_ptr + image * N + query, mask=n < kept, other=0.0)
+        score = tl.load(scores_ptr + n, mask=n < kept, other=-2.0)  # less than any best
         z = tl.zeros([PIXELS, BLOCK_N], dtype=tl.float32)
-        for tap in tl.static_range(TAPS_Y * TAPS_X):
-            value = tl.load(stage_ptr + (offsets[tap][:, None] + n[None, :]))
-            z = tl.fma(_widen(value), weights[tap][:, None], z)
-        inside = z >= threshold
+        z = _interpolate(z, stage_ptr, n, offsets, weights, TAPS_Y * TAPS_X)
         if PROBABILITIES:
-            product = score[None, :] * tl.where(z == z, tl.maximum(z, 1e-30), 0.0)
+            inside = z >= threshold
+            product = score[None, :] * z
         else:
-            probability = _reciprocal(1.0 + _exp2(tl.maximum(z, -80.0) * -1.44269504))
-            product = score[None, :] * tl.where(z == z, probability, 0.0)
+            inside = z <= threshold * -1.44269504
+            product = score[None, :] * _reciprocal(1.0 + _exp2(z))
         better = product > best
         best = tl.where(better, product, best)
-        mark = tl.where(better, 2 * block + inside.to(tl.int32), mark)
-        area = tl.sum((inside & visible[:, None]).to(tl.int32), 0)  # [BLOCK_N]
-        tl.atomic_add(areas_ptr + query * 3 + 1, area, mask=(n < kept) & (area > 0), sem="relaxed")
+        mark = tl.where(better, 2 * block + inside.to(tl.int32) if CLIP else 2 * block, mark)
+        area = _column_counts(inside, PIXELS, BLOCK_N)
+        tl.atomic_add(areas_ptr + n * 3 + 1, area, mask=(n < kept) & (area > 0), sem="relaxed")
 
     winning = tl.max(best, 1)[:, None]
-    column = tl.arange(0, BLOCK_N)[None, :]
     # Places rise with the block first, so the lowest of equals is the least of these.
-    place = tl.where((best == winning) & (mark >= 0), (mark >> 1) * BLOCK_N + column, 1 << 30)
+    place = (mark >> 1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    place = tl.where((best == winning) & (mark >= 0), place, 1 << 30)
     lowest = tl.min(place, 1)  # [PIXELS]
-    won = visible & (lowest < 1 << 30)
+    won = lowest < 1 << 30
     own = won
     if CLIP:
-        own = tl.max(tl.where(place == lowest[:, None], mark & 1, 0), 1) != 0
-        own = won & own
-    query = tl.load(order_ptr + lowest, mask=won, other=0).to(tl.int32)
-    tl.store(winner_ptr + at, tl.where(own, query, -1), mask=visible)
+        own = won & (tl.max(tl.where(place == lowest[:, None], mark & 1, 0), 1) != 0)
+    query = tl.load(order_ptr + image * N + lowest, mask=own, other=-1)
+    tl.store(winner_ptr + at, query.to(tl.int32), mask=visible)
 
     # A tile has few winners: they are counted one after the other.
-    left = tl.where(won, query, 1 << 30)
-    least = tl.min(left, 0)
+    least = tl.min(lowest, 0)
     while least < 1 << 30:
-        of_query = left == least
-        tl.atomic_add(areas_ptr + least * 3, tl.sum(of_query.to(tl.int32), 0), sem="relaxed")
-        tl.atomic_add(areas_ptr + least * 3 + 2, tl.sum((of_query & own).to(tl.int32), 0), sem="relaxed")
-        left = tl.where(of_query, 1 << 30, left)
-        least = tl.min(left, 0)
+        of_place = lowest == least
+        tl.atomic_add(areas_ptr + least * 3, tl.sum(of_place.to(tl.int32), 0), sem="relaxed")
+        tl.atomic_add(areas_ptr + least * 3 + 2, tl.sum((of_place & own).to(tl.int32), 0), sem="relaxed")
+        lowest = tl.where(of_place, 1 << 30, lowest)
+        least = tl.min(lowest, 0)
 
 
 def panoptic_winners(
@@ -137,6 +144,7 @@ def panoptic_winners(
     each query that was kept are NaN (B, N)."""
     batch, queries = scores.shape
     height, width = out_rows, size[1]
+    scores = scores.contiguous()
     keep = scores > 0
     nan_logits = count_nans(mask_logits) * keep
     winner = torch.full((batch, height, width), -1, dtype=torch.int32, device=scores.device)
@@ -145,6 +153,7 @@ def panoptic_winners(
         return winner, areas, nan_logits
     config = pick_config(CONFIGS, mask_logits.device)
     order = (~keep).to(torch.uint8).argsort(dim=-1, stable=True)
+    placed_scores = scores.gather(1, order)
     kept = keep.sum(-1, dtype=torch.int32)
     threshold = mask_threshold
     if not resize_probabilities:
@@ -155,7 +164,7 @@ def panoptic_winners(
         _panoptic_fwd_kernel[(triton.cdiv(band.count, config.tile_rows) * tiles_x, batch)](
             stage_ptr=band.stage,
             **band.taps.arguments(),
-            scores_ptr=scores.contiguous(),
+            scores_ptr=placed_scores,
             order_ptr=order,
             kept_ptr=kept,
             winner_ptr=winner,
@@ -179,4 +188,5 @@ def panoptic_winners(
             num_stages=1,
             **COMPILER_OPTIONS,
         )
-    return winner, areas, nan_logits
+    places = order.argsort(dim=-1)
+    return winner, areas.gather(1, places[:, :, None].expand(-1, -1, 3)), nan_logits

@@ -1,5 +1,4 @@
-"""DOC
-"""
+"""DOC"""
 
 from __future__ import annotations
 
@@ -11,7 +10,16 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmask.kernels._common import COMPILER_OPTIONS, INTERPRETED, _reciprocal, pick_config, power_of_two
-from fastmask.kernels._resample import BLOCK_N, Band, _exp2, _widen, count_nans, padded_queries, staged_bands
+from fastmask.kernels._resample import (
+    BLOCK_N,
+    Band,
+    _exp2,
+    _interpolate,
+    _tile_taps,
+    count_nans,
+    padded_queries,
+    staged_bands,
+)
 
 
 @dataclass(frozen=True)
@@ -58,11 +66,11 @@ def _semantic_classes_kernel(
 ):  # fmt: skip
     """Class probabilities in the order of the stage, each query's divided by its largest, as the tensor cores take them.
 
-        probabilities  (B, N, K);  order (B, N), by falling largest (B, N)
-        weight         (B, blocks * BLOCK_N), the largest again, 0 where there is no query
-        high, low      (B, class blocks, blocks * BLOCK_N, width) fp16, their sum the quotient to 22 bits
-        stop           (B), after how many blocks of queries to ask whether the rest matters; all of them for never
-        rest           (B), what the rest adds to any class at most
+    probabilities  (B, N, K);  order (B, N), by falling largest (B, N)
+    weight         (B, blocks * BLOCK_N), the largest again, 0 where there is no query
+    high, low      (B, class blocks, blocks * BLOCK_N, width) fp16, their sum the quotient to 22 bits
+    stop           (B), after how many blocks of queries to ask whether the rest matters; all of them for never
+    rest           (B), what the rest adds to any class at most
     """
     image = tl.program_id(0).to(tl.int64)
     class_block = tl.program_id(1)
@@ -136,19 +144,16 @@ def _semantic_fwd_kernel(
     x = tl.minimum(x, W - 1)
 
     padded_n = blocks * BLOCK_N
-    peak = tl.full([PIXELS], float("-inf"), dtype=tl.float32)
+    taps, shares = _tile_taps(
+        row_index_ptr, row_weight_ptr, column_index_ptr, column_weight_ptr, y, x, count, columns, W, TAPS_Y, TAPS_X
+    )
     offsets = ()
     weights = ()
-    for ty in tl.static_range(TAPS_Y):
-        row = tl.load(row_index_ptr + ty * count + y) * columns
-        weight_y = tl.load(row_weight_ptr + ty * count + y)
-        if not PROBABILITIES:
-            weight_y *= -1.44269504
-        for tx in tl.static_range(TAPS_X):
-            cell = row + tl.load(column_index_ptr + tx * W + x)
-            peak = tl.maximum(peak, tl.load(peak_ptr + image * cells + cell))
-            offsets = offsets + (cell * padded_n,)
-            weights = weights + (weight_y * tl.load(column_weight_ptr + tx * W + x),)
+    peak = tl.full([PIXELS], float("-inf"), dtype=tl.float32)
+    for tap in tl.static_range(TAPS_Y * TAPS_X):
+        offsets = offsets + (taps[tap] * padded_n,)  # noqa: RUF005 (Triton has no stars)
+        weights = weights + (shares[tap] * (1.0 if PROBABILITIES else -1.44269504),)  # noqa: RUF005
+        peak = tl.maximum(peak, tl.load(peak_ptr + image * cells + taps[tap]))
     # weight * sigmoid(x) * 2^exponent is at most one, for every query.
     exponent = tl.minimum(-tl.ceil(peak), 100.0)
     unit = _exp2(-exponent)
@@ -184,9 +189,7 @@ def _semantic_fwd_kernel(
             z = tl.zeros([PIXELS, BLOCK_N], dtype=tl.float32)
             if not PROBABILITIES:
                 z -= exponent[:, None]
-            for tap in tl.static_range(TAPS_Y * TAPS_X):
-                value = tl.load(stage_ptr + (offsets[tap][:, None] + n[None, :]))
-                z = tl.fma(_widen(value), weights[tap][:, None], z)
+            z = _interpolate(z, stage_ptr, n, offsets, weights, TAPS_Y * TAPS_X)
             if PROBABILITIES:
                 s = weight * (z * scale[:, None])
             else:
@@ -275,6 +278,7 @@ class ClassTables:
 
 
 def class_tables(probabilities: Tensor, parts: int, skip: bool, config: SemanticConfig) -> ClassTables:
+    probabilities = probabilities.contiguous()
     batch, queries, classes = probabilities.shape
     padded_n = padded_queries(queries)
     blocks, block_a, block_b = class_blocks(classes, config.classes)
@@ -290,7 +294,7 @@ def class_tables(probabilities: Tensor, parts: int, skip: bool, config: Semantic
         torch.empty(batch, dtype=torch.float32, device=probabilities.device),
     )
     _semantic_classes_kernel[(batch, blocks)](
-        probabilities_ptr=probabilities.contiguous(),
+        probabilities_ptr=probabilities,
         order_ptr=order,
         largest_ptr=largest,
         weight_ptr=tables.weight,
@@ -358,7 +362,9 @@ def semantic_inference(
         return result.zero_(), score.zero_(), margin.zero_(), nan_logits
     tables = class_tables(probabilities, parts, skip and not (scores or details), config)
     geometry = grid, padded_size, valid_size, size, in_top, out_top, out_rows
-    bands = staged_bands(mask_logits, tables.order, tables.weight, order == "scores", False, *geometry, config.tile_rows)
+    bands = staged_bands(
+        mask_logits, tables.order, tables.weight, order == "scores", False, *geometry, config.tile_rows
+    )
     for band in bands:
         _launch(config, band, tables, order == "scores", scores, details, classes, result, score, margin)
     return result, score, margin, nan_logits

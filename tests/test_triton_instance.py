@@ -26,7 +26,7 @@ def _interpreted() -> Iterator[None]:
     """The kernels with small programs, so that masks have several parts."""
     with interpreted_kernels():
         configs = import_module("fastmask.kernels.instance").CONFIGS
-        configs[None] = replace(configs[None], groups=32)
+        configs[None] = replace(configs[None], groups=32, rows=7)
         yield
 
 

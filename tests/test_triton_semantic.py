@@ -188,7 +188,9 @@ def test_strided_logits(generator):
     wide = torch.full((2, 18, 9, 12), float("nan"))
     wide[:, :, 2:7, 3:10] = mask_logits
     for strided in (channels_last, wide[:, :, 2:7, 3:10], mask_logits.mT.contiguous().mT):
-        result = semantic_inference(class_logits.mT.contiguous().mT, strided, USUAL.size, output="scores", backend="triton")
+        result = semantic_inference(
+            class_logits.mT.contiguous().mT, strided, USUAL.size, output="scores", backend="triton"
+        )
         assert torch.equal(result, expected)
 
 
