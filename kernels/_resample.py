@@ -290,12 +290,13 @@ def _stage_kernel(
 
         logits  (B, N, h, w), any strides; the rows from ``first`` on, where no taps are given
         order   (B, N), the query at each place; weight (B, padded_n), a factor of it
-        stage   (B, rows * columns, padded_n), the lower bound or 0 where there is no query
+        stage   (B, rows * columns, padded_n), that of some query where there is none
         peak    (B, rows * columns), an upper bound of log2(weight * sigmoid(x)) over the queries x
     """
     image = tl.program_id(1).to(tl.int64)
+    cells = rows * columns
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
-    inside = c < rows * columns
+    inside = c < cells
     row = c // columns
     column = c % columns
     image_ptr = logits_ptr + image * stride_b
@@ -304,33 +305,30 @@ def _stage_kernel(
         n = block + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         query = tl.load(order_ptr + image * N + n, mask=n < N, other=0)
         query_ptrs = (image_ptr + query * stride_n)[:, None]  # [BLOCK_N, 1]
-        present = (n < N)[:, None] & inside[None, :]
         if PROBABILITIES:
             x = tl.zeros([BLOCK_N, BLOCK_C], dtype=tl.float32)
             for ty in tl.static_range(TAPS_Y):
                 y = tl.load(row_index_ptr + ty * rows + row, mask=inside, other=0).to(tl.int64) * stride_h
-                weight_y = tl.load(row_weight_ptr + ty * rows + row, mask=inside, other=0.0)
+                line = tl.zeros([BLOCK_N, BLOCK_C], dtype=tl.float32)
                 for tx in tl.static_range(TAPS_X):
-                    at = y + tl.load(column_index_ptr + tx * columns + column, mask=inside, other=0) * stride_w
-                    weight = weight_y * tl.load(column_weight_ptr + tx * columns + column, mask=inside, other=0.0)
-                    value = _within_bounds(tl.load(query_ptrs + at[None, :], mask=present, other=-1e30), KEEP_NAN)
-                    x = tl.fma(value, weight[None, :], x)
+                    at = y + tl.load(column_index_ptr + tx * columns + column).to(tl.int64) * stride_w
+                    value = _within_bounds(tl.load(query_ptrs + at[None, :]), KEEP_NAN)
+                    line = tl.fma(value, tl.load(column_weight_ptr + tx * columns + column)[None, :], line)
+                weight = tl.load(row_weight_ptr + ty * rows + row, mask=inside, other=0.0)
+                x = tl.fma(line, weight[None, :], x)
             x = _reciprocal(1.0 + _exp2(x * -1.44269504))
             level = tl.log2(tl.maximum(x, 1e-38))
         else:
             at = (first + row).to(tl.int64) * stride_h + column.to(tl.int64) * stride_w
-            x = _within_bounds(tl.load(query_ptrs + at[None, :], mask=present, other=-1e30), KEEP_NAN)
+            x = _within_bounds(tl.load(query_ptrs + at[None, :], mask=inside[None, :], other=0.0), KEEP_NAN)
             level = tl.minimum(x * 1.44269504, 0.0)  # sigmoid(x) <= exp(min(x, 0))
         if PEAKS:
-            weight = tl.load(weight_ptr + image * padded_n + n)
-            level = tl.where(
-                present & (weight > 0.0)[:, None], level + tl.log2(tl.maximum(weight, 1e-38))[:, None], float("-inf")
-            )
-            peak = tl.maximum(peak, level)
-        stage_ptrs = stage_ptr + image * rows * columns * padded_n + c[:, None] * padded_n + n[None, :]
+            weight = tl.load(weight_ptr + image * padded_n + n)  # 0 where there is no query
+            peak = tl.maximum(peak, level + tl.log2(tl.maximum(weight, 1e-38))[:, None])
+        stage_ptrs = stage_ptr + image * cells * padded_n + c[:, None] * padded_n + n[None, :]
         tl.store(stage_ptrs, tl.trans(x).to(stage_ptr.dtype.element_ty), mask=inside[:, None])
     if PEAKS:
-        tl.store(peak_ptr + image * rows * columns + c, tl.max(peak, 0), mask=inside)
+        tl.store(peak_ptr + image * cells + c, tl.max(peak, 0), mask=inside)
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def _panoptic_fwd_kernel(
     mark = tl.full([PIXELS, BLOCK_N], -1, dtype=tl.int32)  # twice the block, and one where the pixel is inside
     for block in range(tl.cdiv(kept, BLOCK_N)):
         n = block * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        score = tl.load(scores_ptr + n, mask=n < kept, other=-2.0)  # less than any best
+        score = tl.load(scores_ptr + n, mask=n < kept, other=float("-inf"))  # wins nothing
         z = tl.zeros([PIXELS, BLOCK_N], dtype=tl.float32)
         z = _interpolate(z, stage_ptr, n, offsets, weights, TAPS_Y * TAPS_X)
         if PROBABILITIES:
