@@ -1,0 +1,177 @@
+"""Masked attention, backward: one pass over the keys for all three gradients."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastmask.kernels._common import power_of_two
+from fastmask.kernels.attended_keys import _attends, _lowest_block, _occupied_blocks
+from fastmask.kernels.masked_attention import (
+    LOG2_E,
+    MaskedAttentionConfig,
+    _kept,
+    add_splits,
+    launch_arguments,
+)
+
+
+def backward_config(dtype: torch.dtype, head_dim: int) -> MaskedAttentionConfig:
+    if dtype == torch.float32:
+        return MaskedAttentionConfig(queries=64, keys=32, num_warps=8, num_stages=1)
+    return MaskedAttentionConfig(queries=256, keys=64, num_warps=8, num_stages=2)
+
+
+@triton.jit
+def _masked_attention_bwd_kernel(
+    q_ptr, stride_qb, stride_qn, k_ptr, stride_kb, stride_ks, v_ptr, stride_vb, stride_vs,
+    grad_out_ptr, stride_gb, stride_gn, out_ptr, lse_ptr,
+    padding_ptr, bits_ptr, stride_bits_b, stride_bits_w, stride_bits_n,
+    occupied_ptr, stride_occupied_b, stride_occupied_n, seed_ptr, grad_q_ptr, grad_k_ptr, grad_v_ptr,
+    B, N, S, heads, first_query, blocks_per_split, scale, dropout_p,
+    HAS_BITS: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, ADDS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """
+        dV = P^T dO,  dP = dO V^T,  dS = P (dP - rowsum(dO O)),  dQ = scale dS K,  dK = scale dS^T Q
+    """
+    scale = tl.cast(scale, tl.float32)
+    dropout_p = tl.cast(dropout_p, tl.float32)
+    log2_scale = scale * LOG2_E
+    pair = tl.program_id(0).to(tl.int64)
+    image = pair // heads
+    channel = (pair % heads) * HEAD_DIM
+    channels = heads * HEAD_DIM
+    n = first_query + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    i = tl.arange(0, BLOCK_S)
+    d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    there = (n < N)[:, None] & (d < HEAD_DIM)[None, :]
+    n_wide = n.to(tl.int64)[:, None]
+    # [BLOCK_N, BLOCK_D]
+    q = tl.load(q_ptr + image * stride_qb + channel + n_wide * stride_qn + d[None, :], mask=there, other=0.0)
+    g = tl.load(grad_out_ptr + image * stride_gb + channel + n_wide * stride_gn + d[None, :], mask=there, other=0.0)
+    out = tl.load(out_ptr + (image * N + n_wide) * channels + channel + d[None, :], mask=there, other=0.0)
+    delta = tl.sum(out.to(tl.float32) * g.to(tl.float32), 1)  # [BLOCK_N]
+    log2_total = tl.load(lse_ptr + pair * N + n, mask=n < N, other=float("inf")) * LOG2_E
+    k_ptr += image * stride_kb + channel
+    v_ptr += image * stride_vb + channel
+    grad_k_ptr += image * S * channels + channel
+    grad_v_ptr += image * S * channels + channel
+    if HAS_BITS:
+        bits_ptr += image * stride_bits_b
+        occupied_ptr += image * stride_occupied_b
+    if HAS_PADDING:
+        padding_ptr += image * S
+    if HAS_DROPOUT:
+        seed = tl.load(seed_ptr)
+        row = pair * N + n
+        kept_scale = tl.where(dropout_p < 1.0, 1.0 / (1.0 - dropout_p), 0.0)
+
+    grad_q = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+    begin = tl.program_id(1) * blocks_per_split
+    end = tl.minimum(begin + blocks_per_split, tl.cdiv(S, BLOCK_S))
+    for first in range(begin, end, 32):
+        remaining, count = _occupied_blocks(
+            occupied_ptr, stride_occupied_n, first_query, N, first, end, HAS_BITS, BLOCK_N
+        )
+        if HAS_BITS and not ADDS:
+            unoccupied = ~remaining
+            for _ in range(tl.minimum(end - first, 32) - count):
+                lowest, block = _lowest_block(unoccupied)
+                unoccupied ^= lowest
+                s = (first + block) * BLOCK_S + i
+                inside = (s < S)[:, None] & (d < HEAD_DIM)[None, :]
+                at = s.to(tl.int64)[:, None] * channels + d[None, :]
+                zeros = tl.zeros([BLOCK_S, BLOCK_D], dtype=grad_k_ptr.dtype.element_ty)
+                tl.store(grad_k_ptr + at, zeros, mask=inside)
+                tl.store(grad_v_ptr + at, zeros, mask=inside)
+        for _ in range(count):
+            lowest, block = _lowest_block(remaining)
+            remaining ^= lowest
+            block += first
+            s = block * BLOCK_S + i  # [BLOCK_S]
+            inside = (s < S)[:, None] & (d < HEAD_DIM)[None, :]
+            readable = s < S
+            if HAS_PADDING:
+                readable = readable & (tl.load(padding_ptr + s, mask=readable, other=1) == 0)
+            in_keys = readable[:, None] & (d < HEAD_DIM)[None, :]
+            start = tl.cast(block, tl.int64) * BLOCK_S
+            k = tl.load(k_ptr + start * stride_ks + (i[:, None] * stride_ks + d[None, :]), mask=in_keys, other=0.0)
+            v = tl.load(v_ptr + start * stride_vs + (i[:, None] * stride_vs + d[None, :]), mask=in_keys, other=0.0)
+            attended = _attends(bits_ptr, stride_bits_w, stride_bits_n, block, n, N, S, HAS_BITS, BLOCK_S)
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_N, BLOCK_S]
+            weights = tl.where(attended, tl.exp2(scores * log2_scale - log2_total[:, None]), 0.0)
+            slopes = tl.dot(g, tl.trans(v), input_precision="ieee")  # [BLOCK_N, BLOCK_S]
+            dropped = weights
+            if HAS_DROPOUT:
+                kept = _kept(seed, row, S, s, dropout_p)
+                dropped = tl.where(kept, weights * kept_scale, 0.0)
+                slopes = tl.where(kept, slopes * kept_scale, 0.0)
+            grad_v = tl.dot(tl.trans(dropped.to(g.dtype)), g, input_precision="ieee")  # [BLOCK_S, BLOCK_D]
+            slopes = (weights * (slopes - delta[:, None])).to(q.dtype)
+            grad_k = tl.dot(tl.trans(slopes), q, input_precision="ieee") * scale  # [BLOCK_S, BLOCK_D]
+            grad_q = tl.dot(slopes, k, grad_q, input_precision="ieee")
+            at = start * channels + (i[:, None] * channels + d[None, :])
+            if ADDS:
+                grad_k += tl.load(grad_k_ptr + at, mask=inside, other=0.0)
+                grad_v += tl.load(grad_v_ptr + at, mask=inside, other=0.0)
+            tl.store(grad_k_ptr + at, grad_k.to(grad_k_ptr.dtype.element_ty), mask=inside)
+            tl.store(grad_v_ptr + at, grad_v.to(grad_v_ptr.dtype.element_ty), mask=inside)
+
+    split = tl.program_id(1).to(tl.int64)
+    grad_q_ptrs = grad_q_ptr + ((split * B + image) * N + n_wide) * channels + channel + d[None, :]
+    tl.store(grad_q_ptrs, (grad_q * scale).to(grad_q_ptr.dtype.element_ty), mask=there)
+
+
+def masked_attention_backward(
+    grad_out: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask_logits: Tensor | None,
+    key_padding_mask: Tensor | None,
+    grid_height: int,
+    grid_width: int,
+    num_heads: int,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``fastmask::masked_attention_backward``: the gradients of q, k and v, contiguous."""
+    if q.numel() == 0 or k.numel() == 0:
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    batch, queries, channels = q.shape
+    config = backward_config(q.dtype, channels // num_heads)
+    block_queries = power_of_two(queries, 64, config.queries)
+    arguments, splits = launch_arguments(
+        config, batch * num_heads, q, k, v, mask_logits, key_padding_mask, (grid_height, grid_width), num_heads, scale,
+        dropout_p, seed,
+    )  # fmt: skip
+    grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
+    grad_q = q.new_empty(q.shape)
+    parts = grad_q if splits == 1 else grad_q.new_empty((splits, *q.shape), dtype=torch.float32)
+    # Sums over several blocks of queries stay in memory until they are complete.
+    grad_dtype = k.dtype if queries <= block_queries else torch.float32
+    grad_k, grad_v = (k.new_empty(k.shape, dtype=grad_dtype) for _ in range(2))
+    for first_query in range(0, queries, block_queries):
+        _masked_attention_bwd_kernel[(batch * num_heads, splits)](
+            **arguments,
+            grad_out_ptr=grad_out,
+            stride_gb=grad_out.stride(0),
+            stride_gn=grad_out.stride(1),
+            out_ptr=out.contiguous(),
+            lse_ptr=logsumexp.contiguous(),
+            grad_q_ptr=parts,
+            grad_k_ptr=grad_k,
+            grad_v_ptr=grad_v,
+            first_query=first_query,
+            ADDS=first_query > 0,
+            BLOCK_N=block_queries,
+        )
+    if splits > 1:
+        add_splits(parts, None, grad_q, None, num_heads)
+    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
