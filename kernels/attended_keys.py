@@ -38,10 +38,10 @@ def _store_queries(packed, begin, queries, byte_ptr, occupied_ptr, N, words, blo
     """Stores BLOCK_C / 8 bytes of each query of which ``queries`` has the bits, and whether blocks have any bit."""
     BYTES: tl.constexpr = packed.shape[0]
     byte = begin // 8 + tl.arange(0, BYTES)
-    at = (byte // 4) * (4 * N) + byte % 4
+    at = (byte // 8) * (8 * N) + byte % 8
     for i in tl.static_range(QUERIES):
-        stored = byte < tl.where((queries >> (8 * i)) & 1 != 0, 4 * words, 0)
-        tl.store(byte_ptr + at + 4 * i, ((packed >> (8 * i)) & 255).to(tl.uint8), mask=stored)
+        stored = byte < tl.where((queries >> (8 * i)) & 1 != 0, 8 * words, 0)
+        tl.store(byte_ptr + at + 8 * i, ((packed >> (8 * i)) & 255).to(tl.uint8), mask=stored)
     occupied = tl.reduce(tl.reshape(packed, [BYTES * 8 // BLOCK_S, BLOCK_S // 8]), 1, _or) != 0
     block = begin // BLOCK_S + tl.arange(0, BYTES * 8 // BLOCK_S)
     tl.store(occupied_ptr + block, occupied.to(tl.uint8), mask=block < blocks)
@@ -65,7 +65,7 @@ def _attended_keys_kernel(
     scale_x = tl.cast(scale_x, tl.float32)
     image = (tl.program_id(0) // groups).to(tl.int64)
     query = (tl.program_id(0) % groups) * QUERIES
-    byte_ptr = bits_ptr.to(tl.pointer_type(tl.uint8)) + (image * words * N + query) * 4
+    byte_ptr = bits_ptr.to(tl.pointer_type(tl.uint8)) + (image * words * N + query) * 8
     occupied_ptr += tl.program_id(0).to(tl.int64) * blocks
     padding_ptrs = padding_ptr
     if HAS_PADDING:
@@ -152,13 +152,16 @@ def _attends(bits_ptr, stride_bits_w, stride_bits_n, block, n, N, S, HAS_BITS: t
     """``[BLOCK_N, BLOCK_S]``, which keys of a block queries ``n`` attend to."""
     i = tl.arange(0, BLOCK_S)
     if HAS_BITS:
-        word = block * (BLOCK_S // 32)
-        ptrs = bits_ptr + n * stride_bits_n
-        bits = tl.load(ptrs + word * stride_bits_w, mask=n < N, other=0)[:, None]
-        for j in tl.static_range(1, BLOCK_S // 32):
-            present = n < tl.where((word + j) * 32 < S, N, 0)
-            later = tl.load(ptrs + (word + j) * stride_bits_w, mask=present, other=0)[:, None]
-            bits = tl.where((i >= 32 * j)[None, :], later, bits)
+        word = tl.cast(block, tl.int64) * BLOCK_S // 64
+        word_ptrs = bits_ptr + word * stride_bits_w + n * stride_bits_n
+        if BLOCK_S == 32:
+            bits = (tl.load(word_ptrs, mask=n < N, other=0) >> (block % 2 * 32)).to(tl.int32)[:, None]
+        else:
+            bits = tl.zeros([1, 1], dtype=tl.int32)
+            for j in tl.static_range(BLOCK_S // 64):
+                word = tl.load(word_ptrs + j * stride_bits_w, mask=n < N, other=0)
+                half = tl.where((i % 64 < 32)[None, :], word.to(tl.int32)[:, None], (word >> 32).to(tl.int32)[:, None])
+                bits = tl.where((i // 64 == j)[None, :], half, bits)
         attended = (bits & (1 << (i % 32))[None, :]) != 0
     else:
         attended = (block * BLOCK_S + i < S)[None, :]
@@ -186,8 +189,9 @@ def attended_keys(
         return dict.fromkeys((*names, "occupied_ptr", "stride_occupied_b", "stride_occupied_n")) | {"HAS_BITS": False}
     batch, rows = like.shape[0], 1 if mask_logits is None else like.shape[1]
     keys = grid[0] * grid[1]
-    words, blocks, groups = triton.cdiv(keys, 32), triton.cdiv(keys, block), triton.cdiv(rows, QUERIES.value)
-    bits = like.new_empty((batch, words, rows), dtype=torch.int32)
+    blocks, groups = triton.cdiv(keys, block), triton.cdiv(rows, QUERIES.value)
+    words = triton.cdiv(blocks * block, 64)
+    bits = like.new_empty((batch, words, rows), dtype=torch.int64)
     occupied = like.new_empty((batch, groups, blocks), dtype=torch.uint8)
     h, w = (1, 1) if mask_logits is None else mask_logits.shape[-2:]
     strides = (0, 0, 0, 0) if mask_logits is None else mask_logits.stride()

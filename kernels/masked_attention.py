@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmask.kernels._common import COMPILER_OPTIONS, power_of_two
+from fastmask.kernels._common import COMPILER_OPTIONS, pick_config, power_of_two
 from fastmask.kernels.attended_keys import (
     _attends,
     _lowest_block,
@@ -26,24 +26,40 @@ class MaskedAttentionConfig:
     """Tuning of the forward or the backward kernel.
 
     Args:
-        queries: most queries of a program.
+        queries: most queries of a program, a power of two.
         keys: of a block, which a program handles at a time.
-        programs: how many to split the keys into, if there are enough of them.
-        least_keys: of a split, a multiple of ``keys``.
+        warp_queries: queries of a warp, if there are four warps or more.
+        programs: how many to split the keys into, if there are enough of them: two for each of an H100's 132 SMs.
+        least_keys: of a split.
     """
 
     queries: int
     keys: int
-    num_warps: int
-    num_stages: int
-    programs: int = 256
+    warp_queries: int
+    num_stages: int = 2
+    programs: int = 264
     least_keys: int = 256
 
 
-def forward_config(dtype: torch.dtype, head_dim: int) -> MaskedAttentionConfig:
-    if dtype == torch.float32:
-        return MaskedAttentionConfig(queries=64, keys=32, num_warps=4, num_stages=2)
-    return MaskedAttentionConfig(queries=64, keys=128 if head_dim <= 64 else 64, num_warps=4, num_stages=3)
+# By head dimension, for GPUs by the major version of their compute capability. Each is what leaves no registers spilled.
+_FORWARD = {
+    32: MaskedAttentionConfig(queries=64, keys=128, warp_queries=16, num_stages=3),
+    64: MaskedAttentionConfig(queries=128, keys=64, warp_queries=16, num_stages=3),
+    128: MaskedAttentionConfig(queries=128, keys=64, warp_queries=16, num_stages=3),
+}
+FORWARD_CONFIGS = {
+    9: _FORWARD,
+    10: _FORWARD,
+    None: _FORWARD | {128: MaskedAttentionConfig(queries=64, keys=32, warp_queries=16, num_stages=3)},
+}
+# Products of float32 are fused multiply-adds with operands in registers.
+FORWARD_FLOAT32_CONFIGS = {
+    None: {
+        32: MaskedAttentionConfig(queries=64, keys=32, warp_queries=8),
+        64: MaskedAttentionConfig(queries=32, keys=32, warp_queries=8),
+        128: MaskedAttentionConfig(queries=32, keys=32, warp_queries=4),
+    }
+}
 
 
 @triton.jit
@@ -64,14 +80,16 @@ def _masked_attention_fwd_kernel(
     dropout_p = tl.cast(dropout_p, tl.float32)
     pair = (tl.program_id(0) // query_blocks).to(tl.int64)
     image = pair // heads
+    channels = heads * HEAD_DIM
     channel = (pair % heads) * HEAD_DIM
     first_query = (tl.program_id(0) % query_blocks) * BLOCK_N
-    n = first_query + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    r = tl.arange(0, BLOCK_N)
+    n = first_query + r  # [BLOCK_N]
     i = tl.arange(0, BLOCK_S)
     d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     there = (n < N)[:, None] & (d < HEAD_DIM)[None, :]
-    q_ptrs = q_ptr + image * stride_qb + channel + n.to(tl.int64)[:, None] * stride_qn + d[None, :]
-    q = tl.load(q_ptrs, mask=there, other=0.0)  # [BLOCK_N, BLOCK_D]
+    q_ptr += image * stride_qb + tl.cast(first_query, tl.int64) * stride_qn + channel
+    q = tl.load(q_ptr + (r[:, None] * stride_qn + d[None, :]), mask=there, other=0.0)  # [BLOCK_N, BLOCK_D]
     # Scores are scaled after their maximum is taken, so the scale must not be negative.
     q = tl.where(scale < 0.0, -q, q)
     log2_scale = tl.abs(scale) * LOG2_E
@@ -121,13 +139,14 @@ def _masked_attention_fwd_kernel(
             maximum = larger
 
     present = total != 0.0  # NaN stays
+    total = tl.where(present, total, 1.0)
     factor = tl.where(present, 1.0 / total, 0.0)
     if HAS_DROPOUT:
         factor *= tl.where(dropout_p < 1.0, 1.0 / (1.0 - dropout_p), 0.0)
     split = tl.program_id(1).to(tl.int64)
-    rows_before = split * B * N + image * N
-    out_ptrs = out_ptr + (rows_before + n)[:, None] * (heads * HEAD_DIM) + channel + d[None, :]
-    tl.store(out_ptrs, (out * factor[:, None]).to(out_ptr.dtype.element_ty), mask=there)
+    out_ptr += ((split * B + image) * N + first_query) * channels + channel
+    out = (out * factor[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + (r[:, None] * channels + d[None, :]), out, mask=there)
     lse = tl.where(present, (maximum + tl.log2(total)) / LOG2_E, float("inf"))
     tl.store(lse_ptr + (split * B * heads + pair) * N + n, lse, mask=n < N)
 
@@ -139,8 +158,8 @@ def _masked_attention_reduce_kernel(
 ):  # fmt: skip
     """Adds the results of the splits of the keys in their order: outputs weighted by exp(lse_parts - lse), or gradients.
 
-        parts  (splits, B, N, E) float32;  lse_parts  (splits, B, heads, N)
-        out    (B, N, E);                  lse        (B, heads, N)
+    parts  (splits, B, N, E) float32;  lse_parts  (splits, B, heads, N)
+    out    (B, N, E);                  lse        (B, heads, N)
     """
     pair = (tl.program_id(0) // query_blocks).to(tl.int64)
     n = (tl.program_id(0) % query_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
@@ -166,7 +185,8 @@ def _masked_attention_reduce_kernel(
         out += part
     if WEIGHTED:
         present = total != 0.0
-        out *= tl.where(present, 1.0 / total, 0.0)[:, None]
+        total = tl.where(present, total, 1.0)
+        out /= total[:, None]
         lse = tl.where(present, maximum + tl.log2(total) / LOG2_E, float("inf"))
         tl.store(lse_ptr + pair * N + n, lse, mask=n < N)
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=there)
@@ -196,8 +216,21 @@ def add_splits(parts: Tensor, lse_parts: Tensor | None, out: Tensor, lse: Tensor
     )
 
 
+def config_of_heads(
+    configs: dict[int, MaskedAttentionConfig], head_dim: int, dropout_p: float
+) -> MaskedAttentionConfig:
+    """The configuration for heads of a width; random numbers take as many registers as heads twice as wide."""
+    return configs[power_of_two(2 * head_dim if dropout_p > 0.0 else head_dim, 32, 128)]
+
+
+def with_contiguous_rows(x: Tensor) -> Tensor:
+    """``(B, N or S, E)`` whose rows are contiguous, and near enough for 32-bit positions within a block."""
+    return x if x.stride(-1) == 1 and x.stride(1) < 1 << 22 else x.contiguous()
+
+
 def launch_arguments(
     config: MaskedAttentionConfig,
+    block_queries: int,
     programs: int,
     q: Tensor,
     k: Tensor,
@@ -216,7 +249,7 @@ def launch_arguments(
     blocks = triton.cdiv(keys, config.keys)
     splits = max(1, min(config.programs // programs, triton.cdiv(keys, config.least_keys)))
     blocks_per_split = triton.cdiv(blocks, splits)
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = (with_contiguous_rows(x) for x in (q, k, v))
     return {
         "q_ptr": q,
         "stride_qb": q.stride(0),
@@ -240,9 +273,10 @@ def launch_arguments(
         "HAS_PADDING": key_padding_mask is not None,
         "HAS_DROPOUT": dropout_p > 0.0,
         "HEAD_DIM": channels // num_heads,
+        "BLOCK_N": block_queries,
         "BLOCK_S": config.keys,
         "BLOCK_D": power_of_two(channels // num_heads, 16, 128),
-        "num_warps": config.num_warps,
+        "num_warps": max(4, block_queries // config.warp_queries),
         "num_stages": config.num_stages,
         **COMPILER_OPTIONS,
     }, triton.cdiv(blocks, blocks_per_split)
@@ -269,11 +303,13 @@ def masked_attention(
         return out.zero_(), lse.fill_(float("inf"))
     if q.numel() == 0:
         return out, lse
-    config = forward_config(q.dtype, channels // num_heads)
-    query_blocks = triton.cdiv(queries, config.queries)
+    configs = FORWARD_FLOAT32_CONFIGS if q.dtype == torch.float32 else FORWARD_CONFIGS
+    config = config_of_heads(pick_config(configs, q.device), channels // num_heads, dropout_p)
+    block_queries = power_of_two(queries, min(64, config.queries), config.queries)
+    query_blocks = triton.cdiv(queries, block_queries)
     programs = batch * num_heads * query_blocks
     arguments, splits = launch_arguments(
-        config, programs, q, k, v, mask_logits, key_padding_mask, (grid_height, grid_width), num_heads, scale,
+        config, block_queries, programs, q, k, v, mask_logits, key_padding_mask, (grid_height, grid_width), num_heads, scale,
         dropout_p, seed,
     )  # fmt: skip
     parts, lse_parts = out, lse
@@ -281,7 +317,7 @@ def masked_attention(
         parts = out.new_empty((splits, *out.shape), dtype=torch.float32)
         lse_parts = lse.new_empty((splits, *lse.shape))
     _masked_attention_fwd_kernel[(programs, splits)](
-        **arguments, out_ptr=parts, lse_ptr=lse_parts, query_blocks=query_blocks, BLOCK_N=config.queries
+        **arguments, out_ptr=parts, lse_ptr=lse_parts, query_blocks=query_blocks
     )
     if splits > 1:
         add_splits(parts, lse_parts, out, lse, num_heads)

@@ -7,21 +7,44 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmask.kernels._common import power_of_two
+from fastmask.kernels._common import pick_config, power_of_two
 from fastmask.kernels.attended_keys import _attends, _lowest_block, _occupied_blocks
 from fastmask.kernels.masked_attention import (
     LOG2_E,
     MaskedAttentionConfig,
     _kept,
     add_splits,
+    config_of_heads,
     launch_arguments,
+    with_contiguous_rows,
 )
 
 
-def backward_config(dtype: torch.dtype, head_dim: int) -> MaskedAttentionConfig:
-    if dtype == torch.float32:
-        return MaskedAttentionConfig(queries=64, keys=32, num_warps=8, num_stages=1)
-    return MaskedAttentionConfig(queries=256, keys=64, num_warps=8, num_stages=2)
+# As in forward. Products of 64 keys with queries run on warp groups; on other GPUs a warp holds whole operands.
+BACKWARD_CONFIGS = {
+    9: {
+        32: MaskedAttentionConfig(queries=256, keys=64, warp_queries=32, num_stages=3),
+        64: MaskedAttentionConfig(queries=128, keys=64, warp_queries=16),
+        128: MaskedAttentionConfig(queries=128, keys=32, warp_queries=16),
+    },
+    10: {
+        32: MaskedAttentionConfig(queries=128, keys=64, warp_queries=16),
+        64: MaskedAttentionConfig(queries=128, keys=32, warp_queries=16),
+        128: MaskedAttentionConfig(queries=128, keys=32, warp_queries=16),
+    },
+    None: {
+        32: MaskedAttentionConfig(queries=128, keys=64, warp_queries=16),
+        64: MaskedAttentionConfig(queries=64, keys=32, warp_queries=8),
+        128: MaskedAttentionConfig(queries=64, keys=32, warp_queries=8),
+    },
+}
+BACKWARD_FLOAT32_CONFIGS = {
+    None: {
+        32: MaskedAttentionConfig(queries=64, keys=32, warp_queries=8),
+        64: MaskedAttentionConfig(queries=32, keys=32, warp_queries=4),
+        128: MaskedAttentionConfig(queries=16, keys=32, warp_queries=2),
+    }
+}
 
 
 @triton.jit
@@ -35,7 +58,7 @@ def _masked_attention_bwd_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """
-        dV = P^T dO,  dP = dO V^T,  dS = P (dP - rowsum(dO O)),  dQ = scale dS K,  dK = scale dS^T Q
+    dV = P^T dO,  dP = dO V^T,  dS = P (dP - rowsum(dO O)),  dQ = scale dS K,  dK = scale dS^T Q
     """
     scale = tl.cast(scale, tl.float32)
     dropout_p = tl.cast(dropout_p, tl.float32)
@@ -44,15 +67,18 @@ def _masked_attention_bwd_kernel(
     image = pair // heads
     channel = (pair % heads) * HEAD_DIM
     channels = heads * HEAD_DIM
-    n = first_query + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    r = tl.arange(0, BLOCK_N)
+    n = first_query + r  # [BLOCK_N]
     i = tl.arange(0, BLOCK_S)
     d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     there = (n < N)[:, None] & (d < HEAD_DIM)[None, :]
-    n_wide = n.to(tl.int64)[:, None]
+    q_ptr += image * stride_qb + tl.cast(first_query, tl.int64) * stride_qn + channel
+    grad_out_ptr += image * stride_gb + tl.cast(first_query, tl.int64) * stride_gn + channel
+    out_ptr += (image * N + first_query) * channels + channel
     # [BLOCK_N, BLOCK_D]
-    q = tl.load(q_ptr + image * stride_qb + channel + n_wide * stride_qn + d[None, :], mask=there, other=0.0)
-    g = tl.load(grad_out_ptr + image * stride_gb + channel + n_wide * stride_gn + d[None, :], mask=there, other=0.0)
-    out = tl.load(out_ptr + (image * N + n_wide) * channels + channel + d[None, :], mask=there, other=0.0)
+    q = tl.load(q_ptr + (r[:, None] * stride_qn + d[None, :]), mask=there, other=0.0)
+    g = tl.load(grad_out_ptr + (r[:, None] * stride_gn + d[None, :]), mask=there, other=0.0)
+    out = tl.load(out_ptr + (r[:, None] * channels + d[None, :]), mask=there, other=0.0)
     delta = tl.sum(out.to(tl.float32) * g.to(tl.float32), 1)  # [BLOCK_N]
     log2_total = tl.load(lse_ptr + pair * N + n, mask=n < N, other=float("inf")) * LOG2_E
     k_ptr += image * stride_kb + channel
@@ -83,10 +109,10 @@ def _masked_attention_bwd_kernel(
                 unoccupied ^= lowest
                 s = (first + block) * BLOCK_S + i
                 inside = (s < S)[:, None] & (d < HEAD_DIM)[None, :]
-                at = s.to(tl.int64)[:, None] * channels + d[None, :]
+                start = tl.cast(first + block, tl.int64) * BLOCK_S * channels
                 zeros = tl.zeros([BLOCK_S, BLOCK_D], dtype=grad_k_ptr.dtype.element_ty)
-                tl.store(grad_k_ptr + at, zeros, mask=inside)
-                tl.store(grad_v_ptr + at, zeros, mask=inside)
+                tl.store(grad_k_ptr + start + (i[:, None] * channels + d[None, :]), zeros, mask=inside)
+                tl.store(grad_v_ptr + start + (i[:, None] * channels + d[None, :]), zeros, mask=inside)
         for _ in range(count):
             lowest, block = _lowest_block(remaining)
             remaining ^= lowest
@@ -103,25 +129,29 @@ def _masked_attention_bwd_kernel(
             attended = _attends(bits_ptr, stride_bits_w, stride_bits_n, block, n, N, S, HAS_BITS, BLOCK_S)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_N, BLOCK_S]
             weights = tl.where(attended, tl.exp2(scores * log2_scale - log2_total[:, None]), 0.0)
-            slopes = tl.dot(g, tl.trans(v), input_precision="ieee")  # [BLOCK_N, BLOCK_S]
-            dropped = weights
+            kept_weights = weights
             if HAS_DROPOUT:
                 kept = _kept(seed, row, S, s, dropout_p)
-                dropped = tl.where(kept, weights * kept_scale, 0.0)
-                slopes = tl.where(kept, slopes * kept_scale, 0.0)
-            grad_v = tl.dot(tl.trans(dropped.to(g.dtype)), g, input_precision="ieee")  # [BLOCK_S, BLOCK_D]
-            slopes = (weights * (slopes - delta[:, None])).to(q.dtype)
-            grad_k = tl.dot(tl.trans(slopes), q, input_precision="ieee") * scale  # [BLOCK_S, BLOCK_D]
-            grad_q = tl.dot(slopes, k, grad_q, input_precision="ieee")
-            at = start * channels + (i[:, None] * channels + d[None, :])
+                kept_weights = tl.where(kept, weights * kept_scale, 0.0)
+            grad_v = tl.dot(tl.trans(kept_weights.to(g.dtype)), g, input_precision="ieee")  # [BLOCK_S, BLOCK_D]
+            grad_v_ptrs = grad_v_ptr + start * channels + (i[:, None] * channels + d[None, :])
             if ADDS:
-                grad_k += tl.load(grad_k_ptr + at, mask=inside, other=0.0)
-                grad_v += tl.load(grad_v_ptr + at, mask=inside, other=0.0)
-            tl.store(grad_k_ptr + at, grad_k.to(grad_k_ptr.dtype.element_ty), mask=inside)
-            tl.store(grad_v_ptr + at, grad_v.to(grad_v_ptr.dtype.element_ty), mask=inside)
+                grad_v += tl.load(grad_v_ptrs, mask=inside, other=0.0)
+            tl.store(grad_v_ptrs, grad_v.to(grad_v_ptr.dtype.element_ty), mask=inside)
+            slopes = tl.dot(g, tl.trans(v), input_precision="ieee")  # [BLOCK_N, BLOCK_S]
+            if HAS_DROPOUT:
+                slopes = tl.where(kept, slopes * kept_scale, 0.0)
+            slopes = (weights * (slopes - delta[:, None])).to(q.dtype)
+            grad_q = tl.dot(slopes, k, grad_q, input_precision="ieee")
+            grad_k = tl.dot(tl.trans(slopes), q, input_precision="ieee") * scale  # [BLOCK_S, BLOCK_D]
+            grad_k_ptrs = grad_k_ptr + start * channels + (i[:, None] * channels + d[None, :])
+            if ADDS:
+                grad_k += tl.load(grad_k_ptrs, mask=inside, other=0.0)
+            tl.store(grad_k_ptrs, grad_k.to(grad_k_ptr.dtype.element_ty), mask=inside)
 
     split = tl.program_id(1).to(tl.int64)
-    grad_q_ptrs = grad_q_ptr + ((split * B + image) * N + n_wide) * channels + channel + d[None, :]
+    grad_q_ptr += ((split * B + image) * N + first_query) * channels + channel
+    grad_q_ptrs = grad_q_ptr + (r[:, None] * channels + d[None, :])
     tl.store(grad_q_ptrs, (grad_q * scale).to(grad_q_ptr.dtype.element_ty), mask=there)
 
 
@@ -145,13 +175,14 @@ def masked_attention_backward(
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     batch, queries, channels = q.shape
-    config = backward_config(q.dtype, channels // num_heads)
-    block_queries = power_of_two(queries, 64, config.queries)
+    configs = BACKWARD_FLOAT32_CONFIGS if q.dtype == torch.float32 else BACKWARD_CONFIGS
+    config = config_of_heads(pick_config(configs, q.device), channels // num_heads, dropout_p)
+    block_queries = power_of_two(queries, min(64, config.queries), config.queries)
     arguments, splits = launch_arguments(
-        config, batch * num_heads, q, k, v, mask_logits, key_padding_mask, (grid_height, grid_width), num_heads, scale,
+        config, block_queries, batch * num_heads, q, k, v, mask_logits, key_padding_mask, (grid_height, grid_width), num_heads, scale,
         dropout_p, seed,
     )  # fmt: skip
-    grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
+    grad_out = with_contiguous_rows(grad_out)
     grad_q = q.new_empty(q.shape)
     parts = grad_q if splits == 1 else grad_q.new_empty((splits, *q.shape), dtype=torch.float32)
     # Sums over several blocks of queries stay in memory until they are complete.
@@ -170,7 +201,6 @@ def masked_attention_backward(
             grad_v_ptr=grad_v,
             first_query=first_query,
             ADDS=first_query > 0,
-            BLOCK_N=block_queries,
         )
     if splits > 1:
         add_splits(parts, None, grad_q, None, num_heads)
