@@ -13,14 +13,16 @@ from fastmask.functional import (
     show_config,
 )
 from fastmask.models import MaskFormer, MaskFormerConfig
-from fastmask.modules import HungarianMatcher, SetCriterion
+from fastmask.modules import FixedMatcher, HungarianMatcher, MaskedCrossAttention, SetCriterion
 from fastmask.targets import Targets
 from fastmask.version import __version__
 
 __all__ = [
+    "FixedMatcher",
     "HungarianMatcher",
     "MaskFormer",
     "MaskFormerConfig",
+    "MaskedCrossAttention",
     "SetCriterion",
     "Targets",
     "__version__",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastmask import instance_inference, masked_attention, panoptic_inference, reference, semantic_inference
+from fastmask import instance_inference, panoptic_inference, reference, semantic_inference
 
 SIZE = (21, 34)
 
@@ -72,16 +72,3 @@ def test_bad_arguments(logits):
         instance_inference(class_logits, mask_logits, SIZE, top_k=0)
     with pytest.raises(RuntimeError, match="semantic_inference has no Triton kernel"):
         semantic_inference(class_logits, mask_logits, SIZE, backend="triton")
-
-
-def test_masked_attention(generator):
-    q, k, v = (torch.randn(2, n, 16, generator=generator) for n in (5, 12, 12))
-    mask_logits = torch.randn(2, 5, 6, 8, generator=generator)
-    options = {"grid": (3, 4), "num_heads": 4}
-    assert torch.equal(
-        masked_attention(q, k, v, mask_logits, **options), reference.masked_attention(q, k, v, mask_logits, **options)
-    )
-    with pytest.raises(ValueError, match="k has shape"):
-        masked_attention(q, k, v, mask_logits, grid=(3, 5), num_heads=4)
-    with pytest.raises(RuntimeError, match="masked_attention has no C"):
-        masked_attention(q, k, v, mask_logits, **options, backend="native")

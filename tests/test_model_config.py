@@ -25,7 +25,8 @@ def test_unknown_preset_lists_the_known_ones():
 def test_unknown_and_missing_keys_are_named(tmp_path):
     values = MaskFormerConfig(3).to_dict()
     values["queries"] = values.pop("num_queries")
-    with pytest.raises(ValueError, match="unknown keys queries; missing keys num_queries"):
+    del values["num_classes"]
+    with pytest.raises(ValueError, match="unknown keys queries; missing keys num_classes"):
         MaskFormerConfig.from_dict(values)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(values))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 CUSTOM_BACKBONE = "custom"
+MATCHINGS = ("bipartite", "fixed")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -29,10 +30,14 @@ class MaskFormerConfig:
         pixel_decoder_dim: channels of the feature pyramid, a multiple of 32 (of 4 and ``num_heads`` too with encoder).
         encoder_layers: transformer layers in the pixel decoder, on the coarsest map; the paper's panoptic models have
             6.
-        decoder_layers: L.
+        masked_attention: the decoder of Mask2Former (arXiv:2112.01527, section 3.2) instead of MaskFormer's: queries
+            attend where their masks are foreground, to the three coarsest maps of the feature pyramid in turn.
+        decoder_layers: of the transformer decoder; with masked attention there is a prediction before the first, too.
         num_heads: attention heads of both transformers.
         feedforward_dim: hidden channels of their perceptrons.
         dropout: of both transformers.
+        matching: "bipartite", or "fixed", with which query k answers for class k: as many queries as classes, targets
+            merged by class (the comparison of the paper's section 4.3).
         deep_supervision: predict and supervise after each decoder layer instead of after the last alone.
         class_weight: weight of the classification loss.
         mask_weight: weight of the focal mask loss.
@@ -62,10 +67,12 @@ class MaskFormerConfig:
     mask_dim: int = 256
     pixel_decoder_dim: int = 256
     encoder_layers: int = 0
+    masked_attention: bool = False
     decoder_layers: int = 6
     num_heads: int = 8
     feedforward_dim: int = 2048
     dropout: float = 0.1
+    matching: str = "bipartite"
     deep_supervision: bool = True
     class_weight: float = 1.0
     mask_weight: float = 20.0
@@ -100,6 +107,10 @@ class MaskFormerConfig:
             if f.name.endswith(("_weight", "_cost")) or f.name.startswith("focal_"):
                 value = getattr(self, f.name)
                 _require(value >= 0 and math.isfinite(value), f.name, value, "finite and at least 0")
+        _require(self.matching in MATCHINGS, "matching", repr(self.matching), f"one of {', '.join(MATCHINGS)}")
+        if self.matching == "fixed":
+            expected = f"{self.num_classes} (num_classes), as fixed matching needs"
+            _require(self.num_queries == self.num_classes, "num_queries", self.num_queries, expected)
         wrong = [c for c in self.stuff_classes if not 0 <= c < self.num_classes]
         _require(not wrong, "stuff_classes", wrong, f"in 0..{self.num_classes - 1}")
         _require(
@@ -117,6 +128,11 @@ class MaskFormerConfig:
         )
 
     @property
+    def num_predictions(self) -> int:
+        """L, how many predictions are supervised."""
+        return self.decoder_layers + self.masked_attention if self.deep_supervision else 1
+
+    @property
     def thing_classes(self) -> tuple[int, ...]:
         """The classes that are not stuff."""
         return tuple(c for c in range(self.num_classes) if c not in self.stuff_classes)
@@ -126,7 +142,7 @@ class MaskFormerConfig:
         """A configuration by name: "tiny" for tests and demonstrations, or one of the paper's models.
 
         Args:
-            name: "tiny", "maskformer-r50", "maskformer-r101" or "maskformer-swin-tiny", "-small", "-base", "-large".
+            name: "tiny", "maskformer-r50", "-r101", "-r101c", or "maskformer-swin-tiny", "-small", "-base", "-large".
             num_classes: K.
             overrides: fields to set otherwise.
 
@@ -147,13 +163,13 @@ class MaskFormerConfig:
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> MaskFormerConfig:
-        """The inverse of :meth:`to_dict`.
+        """The inverse of :meth:`to_dict`. A field with a default may be missing.
 
         Raises:
             ValueError: keys that are unknown or missing; the message names them.
         """
         names = [f.name for f in fields(MaskFormerConfig)]
-        unknown, missing = sorted(set(values) - set(names)), [name for name in names if name not in values]
+        unknown, missing = sorted(set(values) - set(names)), [] if "num_classes" in values else ["num_classes"]
         problems = [f"unknown keys {', '.join(unknown)}"] if unknown else []
         problems += [f"missing keys {', '.join(missing)}"] if missing else []
         if problems:
@@ -198,6 +214,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "maskformer-r50": {"backbone": "resnet50"},
     "maskformer-r101": {"backbone": "resnet101"},
+    "maskformer-r101c": {"backbone": "resnet101c"},
     **{
         f"maskformer-swin-{size}": {"backbone": f"swin-{size}", "backbone_options": {"drop_path_rate": 0.3}}
         for size in ("tiny", "small", "base", "large")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastmask.functional import mask_products
 from fastmask.models import checkpoint
 from fastmask.models.backbone import backbone_channels as channels_of
 from fastmask.models.backbone import build_backbone, describe_backbone, feature_maps
@@ -18,17 +19,20 @@ from fastmask.models.config import CUSTOM_BACKBONE, MaskFormerConfig
 from fastmask.models.images import ImageBatch, Size, fit_targets, pad_images
 from fastmask.models.inference import TASKS, check_sizes, infer
 from fastmask.modules.criterion import SetCriterion
-from fastmask.modules.matcher import HungarianMatcher
+from fastmask.modules.masked_predictor import MaskedTransformerPredictor
+from fastmask.modules.matcher import FixedMatcher, HungarianMatcher, Matcher
 from fastmask.modules.pixel_decoder import PixelDecoder
 from fastmask.modules.predictor import TransformerPredictor
 from fastmask.targets import Targets
 
 Images = Tensor | Sequence[Tensor]
 CRITERION_PREFIX = "criterion."
+MASKED_LEVELS = 3  # feature levels that masked attention reads, coarse to fine
 
 
 class MaskFormer(nn.Module):
-    """Mask classification for semantic, panoptic and instance segmentation (Cheng et al., arXiv:2107.06278).
+    """Mask classification for semantic, panoptic and instance segmentation (Cheng et al., arXiv:2107.06278); with
+    ``masked_attention=True``, the transformer decoder of Mask2Former (Cheng et al., arXiv:2112.01527).
 
     ``MaskFormer(config)``, or ``MaskFormer(num_classes=150, backbone="swin-tiny", ...)`` with the fields of
     :class:`MaskFormerConfig` as keywords.
@@ -88,9 +92,8 @@ class MaskFormer(nn.Module):
             encoder_layers=config.encoder_layers,
             **transformer,
         )
-        self.predictor = TransformerPredictor(
-            config.pixel_decoder_dim if config.encoder_layers else self.channels[-1],
-            config.num_classes,
+        self.predictor = self._make_predictor(
+            num_classes=config.num_classes,
             num_queries=config.num_queries,
             hidden_dim=config.hidden_dim,
             mask_dim=config.mask_dim,
@@ -129,8 +132,11 @@ class MaskFormer(nn.Module):
         batch = self._batch(images)
         if targets is not None:
             targets = fit_targets(targets, batch, self.config.num_classes)
-        class_logits, mask_logits = self._predict_logits(batch, all_layers=self.config.deep_supervision)
-        outputs = {
+        class_logits, mask_embed, pixel_embed = self._predict(batch, all_layers=self.config.deep_supervision)
+        if targets is not None:
+            return self._weighted_losses(class_logits, mask_embed, pixel_embed, targets)
+        mask_logits = mask_products(mask_embed, pixel_embed)
+        return {
             "pred_logits": class_logits[-1],
             "pred_masks": mask_logits[-1],
             "aux_outputs": [
@@ -140,11 +146,6 @@ class MaskFormer(nn.Module):
             "class_logits": class_logits,
             "mask_logits": mask_logits,
         }
-        if targets is None:
-            return outputs
-        losses = self.criterion(outputs, targets)
-        weights = self.criterion.weight_dict
-        return {name: value * weights[name] for name, value in losses.items() if name in weights}
 
     @torch.inference_mode()
     def predict(
@@ -178,14 +179,15 @@ class MaskFormer(nn.Module):
         batch = self._batch(images)
         sizes = check_sizes(sizes, batch.sizes)
         with _evaluating(self):
-            class_logits, mask_logits = self._predict_logits(batch, all_layers=False)
+            class_logits, mask_embed, pixel_embed = self._predict(batch, all_layers=False)
+            mask_logits = mask_products(mask_embed[-1], pixel_embed)
         if task != "semantic":
             options.setdefault("stuff_classes", self.config.stuff_classes)
-        return infer(task, class_logits[-1], mask_logits[-1], batch, sizes, **options)
+        return infer(task, class_logits[-1], mask_logits, batch, sizes, **options)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors. An interruption leaves an earlier save as it was."""
-        weights = self._weights()
+        weights = self.weights()
         checkpoint.replace_files(
             Path(folder),
             {
@@ -234,7 +236,7 @@ class MaskFormer(nn.Module):
         path = folder / checkpoint.WEIGHTS_FILE
         weights = checkpoint.load_weights(path)
         model = cls(config, backbone=backbone, backbone_channels=backbone_channels)
-        own = model._weights()
+        own = model.weights()
         for name in checkpoint.check_keys(own, weights, path):
             if not (new_classes and name.startswith("predictor.class_embed.")):
                 raise ValueError(
@@ -248,19 +250,44 @@ class MaskFormer(nn.Module):
         model.load_state_dict(weights, strict=False)
         return model
 
-    def _weights(self) -> dict[str, Tensor]:
+    def weights(self) -> dict[str, Tensor]:
         """The state dict without the criterion's buffers, which follow from the configuration."""
         return {name: value for name, value in self.state_dict().items() if not name.startswith(CRITERION_PREFIX)}
 
     def _batch(self, images: Images) -> ImageBatch:
         return pad_images(images, self.config.size_divisibility, len(self.config.pixel_mean))
 
-    def _predict_logits(self, batch: ImageBatch, *, all_layers: bool) -> tuple[Tensor, Tensor]:
-        """``class_logits (L, B, N, K+1)`` and ``mask_logits (L, B, N, h, w)``."""
+    def _predict(self, batch: ImageBatch, *, all_layers: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """``class_logits (L, B, N, K+1)``, ``mask_embed (L, B, N, C)`` and ``pixel_embed (B, C, h, w)``."""
         features = feature_maps(self.backbone, self._normalise(batch), self.channels)
         padding_mask = batch.padding_mask(*features[-1].shape[-2:])
-        pixel_embed, memory = self.pixel_decoder(features, padding_mask)
-        return self.predictor(memory, pixel_embed, padding_mask, all_layers=all_layers)
+        if self.config.masked_attention:
+            maps, _ = self.pixel_decoder.pyramid(features, padding_mask)
+            pixel_embed = self.pixel_decoder.mask_features(maps[-1])
+            levels = maps[: self.predictor.num_levels]
+            padding_masks = [batch.padding_mask(*level.shape[-2:]) for level in levels]
+            class_logits, mask_embed = self.predictor(levels, pixel_embed, padding_masks, all_layers=all_layers)
+        else:
+            pixel_embed, memory = self.pixel_decoder(features, padding_mask)
+            class_logits, mask_embed = self.predictor(memory, padding_mask, all_layers=all_layers)
+        return class_logits, mask_embed, pixel_embed
+
+    def _make_predictor(self, **options: Any) -> MaskedTransformerPredictor | TransformerPredictor:
+        config = self.config
+        if config.masked_attention:
+            levels = min(MASKED_LEVELS, len(self.channels), config.decoder_layers)
+            return MaskedTransformerPredictor(config.pixel_decoder_dim, num_levels=levels, **options)
+        return TransformerPredictor(config.pixel_decoder_dim if config.encoder_layers else self.channels[-1], **options)
+
+    def _weighted_losses(
+        self, class_logits: Tensor, mask_embed: Tensor, pixel_embed: Tensor, targets: Targets
+    ) -> dict[str, Tensor]:
+        if self.config.matching == "fixed":
+            targets = targets.merged_by_class()
+        outputs = {"class_logits": class_logits, "mask_embed": mask_embed, "pixel_embed": pixel_embed}
+        weights = self.criterion.weight_dict
+        losses = self.criterion(outputs, targets)
+        return {name: value * weights[name] for name, value in losses.items() if name in weights}
 
     def _normalise(self, batch: ImageBatch) -> Tensor:
         """Pixels of mean 0 and deviation 1, in the model's dtype; padding stays 0, as in the original."""
@@ -299,19 +326,19 @@ def _make_config(
 
 def _make_criterion(config: MaskFormerConfig) -> SetCriterion:
     weights = {"loss_ce": config.class_weight, "loss_mask": config.mask_weight, "loss_dice": config.dice_weight}
-    aux_layers = config.decoder_layers - 1 if config.deep_supervision else 0
-    weights |= {f"{name}_{layer}": weight for layer in range(aux_layers) for name, weight in list(weights.items())}
-    matcher = HungarianMatcher(
-        cost_class=config.class_cost,
-        cost_mask=config.mask_cost,
-        cost_dice=config.dice_cost,
-        alpha=config.focal_alpha,
-        gamma=config.focal_gamma,
-    )
+    earlier = range(config.num_predictions - 1)
+    weights |= {f"{name}_{layer}": weight for layer in earlier for name, weight in list(weights.items())}
     return SetCriterion(
         config.num_classes,
-        matcher=matcher,
+        matcher=_make_matcher(config),
         weight_dict=weights,
         eos_coef=config.no_object_weight,
         losses=["labels", "masks"],
     )
+
+
+def _make_matcher(config: MaskFormerConfig) -> Matcher:
+    focal = {"alpha": config.focal_alpha, "gamma": config.focal_gamma}
+    if config.matching == "fixed":
+        return FixedMatcher(**focal)
+    return HungarianMatcher(config.class_cost, config.mask_cost, config.dice_cost, **focal)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from fastmask.modules.mlp import MLP
@@ -56,19 +55,18 @@ class TransformerPredictor(nn.Module):
         self.mask_embed = MLP(hidden_dim, hidden_dim, mask_dim, MASK_EMBED_LAYERS)
 
     def forward(
-        self, memory: Tensor, pixel_embed: Tensor, padding_mask: Tensor | None = None, *, all_layers: bool = True
+        self, memory: Tensor, padding_mask: Tensor | None = None, *, all_layers: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """Class and mask logits of every query.
+        """Class logits and mask embedding of every query; the mask logits are ``mask_products`` of these with the pixel
+        embeddings.
 
         Args:
             memory: ``(B, input_dim, h', w')``, the coarsest map.
-            pixel_embed: ``(B, mask_dim, h, w)``.
             padding_mask: ``(B, h', w')`` bool, True at cells of the memory that are padding.
             all_layers: predict after every decoder layer or after the last alone (L = 1).
 
         Returns:
-            ``class_logits (L, B, N, K+1)`` and ``mask_logits (L, B, N, h, w)``. One product over all layers makes the
-            mask logits, so in memory the images come first: the planes (h, w) are contiguous, the layers are strided.
+            ``class_logits (L, B, N, K+1)`` and ``mask_embed (L, B, N, mask_dim)``.
         """
         memory = self.input_proj(memory)
         _, dim, height, width = memory.shape
@@ -80,5 +78,4 @@ class TransformerPredictor(nn.Module):
         queries = self.decoder(
             self.query_embed.weight, memory.flatten(2).transpose(1, 2), position, padding_mask, all_layers=all_layers
         )
-        mask_logits = torch.einsum("lbnc,bchw->lbnhw", self.mask_embed(queries), pixel_embed)
-        return self.class_embed(queries), mask_logits
+        return self.class_embed(queries), self.mask_embed(queries)

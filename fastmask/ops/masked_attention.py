@@ -1,8 +1,9 @@
 """``fastmask::masked_attention``: cross-attention where a query's mask is foreground, and its gradient.
 
-The forward operator also returns ``logsumexp (B, heads, N)``, float32: log sum_s exp(scale q k_s) over the keys s that
-the query attends to, before dropout, which is all that backward needs to recompute a weight. Rows without any key hold
-+inf, so that exp(score - logsumexp) is 0 there as well.
+The forward operator also returns ``logsumexp (B, heads, N)``: log sum_s exp(scale q k_s) over the keys s that the query
+attends to, before dropout, which is all that backward needs to recompute a weight. Rows without any key hold +inf, so
+that exp(score - logsumexp) is 0 there as well. It is float32 on a GPU and float64 on the CPU, where it costs nothing
+and spares backward what is otherwise its largest rounding.
 
 With ``dropout_p`` > 0, ``seed`` is an int64 tensor of one element on the tensors' device, so that no value crosses to
 the host. The weight of key s for query n in head h of image b is kept where u >= dropout_p, u being the first number of
@@ -20,6 +21,7 @@ from torch import Tensor
 from fastmask.ops.library import Operator
 
 OPERATOR = Operator("masked_attention", native=("cpu",), triton=True)
+TRITON_MAX_HEAD_DIM = 128  # channels; C++ takes any
 
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? mask_logits, Tensor? key_padding_mask, int grid_height, int grid_width, "
@@ -45,7 +47,8 @@ def _(
     *_: object,
 ) -> tuple[Tensor, Tensor]:
     batch_size, num_queries, _channels = q.shape
-    return q.new_empty(q.shape), q.new_empty((batch_size, num_heads, num_queries), dtype=torch.float32)
+    dtype = torch.float64 if q.device.type == "cpu" else torch.float32
+    return q.new_empty(q.shape), q.new_empty((batch_size, num_heads, num_queries), dtype=dtype)
 
 
 @torch.library.register_fake("fastmask::masked_attention_backward")
