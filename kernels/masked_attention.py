@@ -90,9 +90,10 @@ def _masked_attention_fwd_kernel(
     there = (n < N)[:, None] & (d < HEAD_DIM)[None, :]
     q_ptr += image * stride_qb + tl.cast(first_query, tl.int64) * stride_qn + channel
     q = tl.load(q_ptr + (r[:, None] * stride_qn + d[None, :]), mask=there, other=0.0)  # [BLOCK_N, BLOCK_D]
-    # Scores are scaled after their maximum is taken, so the scale must not be negative.
+    # Scores are scaled after their maximum is taken and some are -inf: the scale must be positive.
     q = tl.where(scale < 0.0, -q, q)
-    log2_scale = tl.abs(scale) * LOG2_E
+    scale = tl.maximum(tl.abs(scale), 1e-30)
+    log2_scale = scale * LOG2_E
     k_ptr += image * stride_kb + channel
     v_ptr += image * stride_vb + channel
     if HAS_BITS:
@@ -128,10 +129,13 @@ def _masked_attention_fwd_kernel(
             attended = _attends(bits_ptr, stride_bits_w, stride_bits_n, block, n, N, S, HAS_BITS, BLOCK_S)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_N, BLOCK_S]
             scores = tl.where(attended, scores, float("-inf"))
-            larger = tl.maximum(maximum, tl.max(scores, 1) * log2_scale)
+            larger = tl.maximum(maximum, tl.max(scores, 1))
             shift = tl.where(larger == float("-inf"), 0.0, larger)
-            weights = tl.exp2(scores * log2_scale - shift[:, None])
-            rescale = tl.exp2(maximum - shift)
+            if q.dtype == tl.float32:
+                weights = tl.exp2((scores - shift[:, None]) * log2_scale)
+            else:
+                weights = tl.exp2(scores * log2_scale - (shift * log2_scale)[:, None])
+            rescale = tl.exp2((maximum - shift) * log2_scale)
             total = total * rescale + tl.sum(weights, 1)
             if HAS_DROPOUT:
                 weights = tl.where(_kept(seed, row, S, s, dropout_p), weights, 0.0)
@@ -147,7 +151,7 @@ def _masked_attention_fwd_kernel(
     out_ptr += ((split * B + image) * N + first_query) * channels + channel
     out = (out * factor[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + (r[:, None] * channels + d[None, :]), out, mask=there)
-    lse = tl.where(present, (maximum + tl.log2(total)) / LOG2_E, float("inf"))
+    lse = tl.where(present, maximum * scale + tl.log(total), float("inf"))
     tl.store(lse_ptr + (split * B * heads + pair) * N + n, lse, mask=n < N)
 
 
@@ -187,7 +191,7 @@ def _masked_attention_reduce_kernel(
         present = total != 0.0
         total = tl.where(present, total, 1.0)
         out /= total[:, None]
-        lse = tl.where(present, maximum + tl.log2(total) / LOG2_E, float("inf"))
+        lse = tl.where(present, maximum + tl.log(total), float("inf"))
         tl.store(lse_ptr + pair * N + n, lse, mask=n < N)
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=there)
 

@@ -62,7 +62,6 @@ def _masked_attention_bwd_kernel(
     """
     scale = tl.cast(scale, tl.float32)
     dropout_p = tl.cast(dropout_p, tl.float32)
-    log2_scale = scale * LOG2_E
     pair = tl.program_id(0).to(tl.int64)
     image = pair // heads
     channel = (pair % heads) * HEAD_DIM
@@ -80,7 +79,7 @@ def _masked_attention_bwd_kernel(
     g = tl.load(grad_out_ptr + (r[:, None] * stride_gn + d[None, :]), mask=there, other=0.0)
     out = tl.load(out_ptr + (r[:, None] * channels + d[None, :]), mask=there, other=0.0)
     delta = tl.sum(out.to(tl.float32) * g.to(tl.float32), 1)  # [BLOCK_N]
-    log2_total = tl.load(lse_ptr + pair * N + n, mask=n < N, other=float("inf")) * LOG2_E
+    lse = tl.load(lse_ptr + pair * N + n, mask=n < N, other=float("inf"))
     k_ptr += image * stride_kb + channel
     v_ptr += image * stride_vb + channel
     grad_k_ptr += image * S * channels + channel
@@ -128,7 +127,11 @@ def _masked_attention_bwd_kernel(
             v = tl.load(v_ptr + start * stride_vs + (i[:, None] * stride_vs + d[None, :]), mask=in_keys, other=0.0)
             attended = _attends(bits_ptr, stride_bits_w, stride_bits_n, block, n, N, S, HAS_BITS, BLOCK_S)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_N, BLOCK_S]
-            weights = tl.where(attended, tl.exp2(scores * log2_scale - log2_total[:, None]), 0.0)
+            if q.dtype == tl.float32:
+                weights = tl.exp2((scores * scale - lse[:, None]) * LOG2_E)
+            else:
+                weights = tl.exp2(scores * (scale * LOG2_E) - (lse * LOG2_E)[:, None])
+            weights = tl.where(attended, weights, 0.0)
             kept_weights = weights
             if HAS_DROPOUT:
                 kept = _kept(seed, row, S, s, dropout_p)
