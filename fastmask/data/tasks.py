@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -40,11 +41,14 @@ def task_view(info: DatasetInfo, task: str | None) -> tuple[DatasetInfo, Callabl
     Args:
         info: with the task "panoptic".
         task: "panoptic" (also for None), "semantic" or "instance".
+
+    Returns:
+        The classes, and a function that pickles.
     """
     if task in (None, "panoptic"):
-        return info, lambda sample: sample
+        return info, _panoptic
     if task == "semantic":
-        return replace(info, task=task), lambda sample: _semantic(sample, info.num_classes)
+        return replace(info, task=task), partial(_semantic, num_classes=info.num_classes)
     things = info.thing_classes
 
     def of_things(values: tuple | None) -> tuple | None:
@@ -60,7 +64,11 @@ def task_view(info: DatasetInfo, task: str | None) -> tuple[DatasetInfo, Callabl
     )
     new_labels = torch.full((info.num_classes,), -1)
     new_labels[list(things)] = torch.arange(len(things))
-    return instance_info, lambda sample: _instances(sample, new_labels)
+    return instance_info, partial(_instances, new_labels=new_labels)
+
+
+def _panoptic(sample: Sample) -> Sample:
+    return sample
 
 
 def _semantic(sample: Sample, num_classes: int) -> Sample:

@@ -28,13 +28,8 @@ class SceneDataset(SegmentationDataset):
         task: str | None = None,
     ):
         self.split = split
-        self.task = task
         self.scenes = ComposedScenes(split, length, size, seed)
-        self._view()
-
-    def _view(self) -> None:
-        info = DatasetInfo(CLASS_NAMES, "panoptic", STUFF_LABELS, PALETTE)
-        self.info, self._as_task = task_view(info, self.task)
+        self.info, self._as_task = task_view(DatasetInfo(CLASS_NAMES, "panoptic", STUFF_LABELS, PALETTE), task)
 
     def __len__(self) -> int:
         return len(self.scenes)
@@ -44,10 +39,3 @@ class SceneDataset(SegmentationDataset):
         segments = torch.where(segments == SCENE_VOID, VOID, segments.to(torch.int16))
         pixels = (image * 255).round_().to(torch.uint8)
         return self._as_task(Sample(pixels, labels, segments, name=f"{self.split}-{int(index):06d}"))
-
-    def __getstate__(self) -> dict[str, object]:
-        return {name: getattr(self, name) for name in ("split", "task", "scenes")}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        vars(self).update(state)
-        self._view()
