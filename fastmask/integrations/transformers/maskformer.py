@@ -10,16 +10,15 @@ from torch import Tensor, nn
 from transformers.models.maskformer import modeling_maskformer as hf
 
 from fastmask.functional import assign, class_loss, mask_cost, mask_loss, mask_products, matched_mask_logits
+from fastmask.integrations._labels import cost_of_images, sizes_of
 from fastmask.integrations._patching import fixes, original_class
 from fastmask.integrations.transformers._labels import (
     LayerLogits,
-    cost_of_images,
     criterion_replacements,
     layers_of,
     make_targets,
     name_losses,
     num_masks_of,
-    sizes_of,
 )
 from fastmask.modules.matcher import index_pairs
 from fastmask.targets import Targets
