@@ -91,8 +91,8 @@ class PointLoss:
     def draw_points(self, mask_logits: Tensor, assignment: Tensor, counts: Sequence[int]) -> Tensor:
         """``(B, M, P, 2)`` float32: the points of each pair, most of them where the query's mask is uncertain.
 
-        The original code numbers the pairs of a batch by image, then by query, and draws candidates for all of them at once;
-        so does this, and then hands each target its own.
+        The original code numbers the pairs of a batch by image, then by query, and draws candidates for all of them at
+        once; so does this, and then hands each target its own.
 
         Args:
             mask_logits: ``(B, N, h, w)``.
