@@ -40,21 +40,6 @@ def criterion_replacements(
         yield module, criteria[cls]
 
 
-class LayerLogits(list):
-    """Auxiliary predictions as transformers' models list them, which know the stacked tensors that they are views of.
-
-    Args:
-        class_logits: ``(L, B, N, K+1)`` of all decoder layers, the last one last.
-        mask_logits: ``(L, B, N, h, w)``.
-    """
-
-    def __init__(self, class_logits: Tensor, mask_logits: Tensor) -> None:
-        pairs = zip(class_logits[:-1], mask_logits[:-1], strict=True)
-        super().__init__({MASKS: masks, CLASSES: classes} for classes, masks in pairs)
-        self.class_logits = class_logits
-        self.mask_logits = mask_logits
-
-
 def layers_of(
     class_logits: Tensor, mask_logits: Tensor, auxiliary_predictions: Sequence[Mapping[str, Tensor]] | None
 ) -> list[tuple[Tensor, Tensor]]:
