@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-from fastmask.functional import assign, class_loss, point_mask_cost, point_mask_loss
+from fastmask.functional import assign, class_loss, matched_mask_logits, point_mask_cost, point_mask_loss
 from fastmask.integrations._labels import cost_of_images
 from fastmask.targets import Targets
 
@@ -61,6 +61,7 @@ class PointLoss:
         counts: Sequence[int],
         sizes: Sequence[tuple[int, int]],
         *,
+        factors: Sequence[tuple[Tensor, Tensor]] | None = None,
         with_masks: bool = True,
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Mask and dice losses of each layer, summed over pairs, and classification losses ``(L,)``.
@@ -71,16 +72,21 @@ class PointLoss:
             targets: of the B images.
             counts: targets of each image, known without asking the device.
             sizes: (H_b, W_b) of each image's masks.
+            factors: of each layer's mask logits, if they are known: mask embeddings ``(B, N, C)`` and pixel embeddings
+                ``(B, C, h, w)``. The gradient then goes to them, and carries the matched queries only.
             with_masks: whether mask and dice losses are wanted; without them, no points are drawn for them.
         """
         assignments, masks, dices = [], [], []
-        for class_logits, mask_logits in layers:
+        for layer, (class_logits, mask_logits) in enumerate(layers):
             assignment = self.matcher.assign(class_logits, mask_logits, targets, sizes)
             assignments.append(assignment)
             if not with_masks:
                 continue
             points = self.draw_points(mask_logits, assignment, counts)
-            loss_mask, loss_dice = point_mask_loss(mask_logits, targets, assignment, points, num_masks=1.0)
+            rows = assignment
+            if factors is not None:
+                mask_logits, rows = matched_mask_logits(*factors[layer], targets, assignment)
+            loss_mask, loss_dice = point_mask_loss(mask_logits, targets, rows, points, num_masks=1.0)
             masks.append(loss_mask)
             dices.append(loss_dice)
         class_logits = torch.stack([classes for classes, _ in layers])

@@ -13,6 +13,26 @@ from fastmask.integrations.transformers._labels import layers_of, make_targets, 
 from fastmask.modules.matcher import index_pairs
 
 
+class FactoredLayers(list):
+    """Auxiliary predictions as a model lists them, which know the factors of the mask logits of all layers.
+
+    Args:
+        predictions: of all layers but the last.
+        last_masks: ``(B, N, h, w)`` of the last layer.
+        factors: mask embeddings ``(B, N, C)`` and pixel embeddings ``(B, C, h, w)`` of each layer, the last one last.
+    """
+
+    def __init__(
+        self,
+        predictions: Sequence[Mapping[str, Tensor]],
+        last_masks: Tensor,
+        factors: Sequence[tuple[Tensor, Tensor]],
+    ) -> None:
+        super().__init__(predictions)
+        self.last_masks = last_masks
+        self.factors = factors
+
+
 class PointMatcher(_points.PointMatcher):
     """What replaces the three matchers."""
 
@@ -47,7 +67,12 @@ class PointLoss(_points.PointLoss):
         num_classes = self.empty_weight.shape[0] - 1
         targets = make_targets(self, mask_labels, class_labels, num_classes, masks_queries_logits.device)
         *earlier, last = layers_of(class_queries_logits, masks_queries_logits, auxiliary_predictions)
+        factors = None
+        # Not where the caller puts other logits in the place of the last layer's.
+        if isinstance(auxiliary_predictions, FactoredLayers) and auxiliary_predictions.last_masks is last[1]:
+            factors = auxiliary_predictions.factors
+            factors = [factors[-1], *factors[:-1]]
         counts = [len(labels) for labels in class_labels]
-        losses = self.losses_at_points([last, *earlier], targets, counts, sizes_of(mask_labels))
+        losses = self.losses_at_points([last, *earlier], targets, counts, sizes_of(mask_labels), factors=factors)
         num_masks = num_masks_of(self, class_labels, targets).view(self.loss_shape)
         return name_losses(*losses, num_masks)
