@@ -98,6 +98,17 @@ def test_a_loss_upon_the_outputs_still_reaches_the_mask_heads():
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
 
 
+def test_other_logits_than_the_models_own():
+    """Whoever calls the criterion with logits that they changed gets the losses of these."""
+    model, batch = tiny_maskformer(), random_batch(13)
+    losses = []
+    for prepare in (lambda model: model, fastmask.patch):
+        masks, classes, *labels, auxiliary = criterion_inputs(prepare(model), batch)
+        losses.append(model.criterion(masks * 2, classes, *labels, auxiliary))
+    for name, loss in losses[0].items():
+        torch.testing.assert_close(losses[1][name], loss, rtol=1e-5, atol=1e-8)
+
+
 def test_the_matcher_by_itself():
     model = tiny_maskformer()
     batch = random_batch(6, (4, 0, 12), (64, 40, 64))

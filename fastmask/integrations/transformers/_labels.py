@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -38,21 +38,6 @@ def criterion_replacements(
                 f"{', '.join(known.__name__ for known in matchers)}; fastmask cannot tell by what costs it matches"
             )
         yield module, criteria[cls]
-
-
-class LayerLogits(list):
-    """Auxiliary predictions as transformers' models list them, which know the stacked tensors that they are views of.
-
-    Args:
-        class_logits: ``(L, B, N, K+1)`` of all decoder layers, the last one last.
-        mask_logits: ``(L, B, N, h, w)``.
-    """
-
-    def __init__(self, class_logits: Tensor, mask_logits: Tensor) -> None:
-        pairs = zip(class_logits[:-1], mask_logits[:-1], strict=True)
-        super().__init__({MASKS: masks, CLASSES: classes} for classes, masks in pairs)
-        self.class_logits = class_logits
-        self.mask_logits = mask_logits
 
 
 def layers_of(
@@ -120,37 +105,3 @@ def name_losses(
         # A tensor of its own: the model multiplies each loss by its weight in place.
         named[f"loss_cross_entropy{suffix}"] = ce.clone()
     return named
-
-
-def sizes_of(mask_labels: Sequence[Tensor]) -> list[tuple[int, int]]:
-    """(H_b, W_b) of each image's masks."""
-    return [tuple(masks.shape[-2:]) for masks in mask_labels]
-
-
-def cost_of_images(
-    cost: Callable[[Tensor, Tensor, Targets, slice], Tensor],
-    class_logits: Tensor,
-    mask_logits: Tensor,
-    targets: Targets,
-    sizes: Sequence[tuple[int, int]],
-) -> Tensor:
-    """``(..., B, N, M)``: the matching cost, of masks without padding.
-
-    transformers pads masks for the losses only. Where sizes differ, each image is matched by itself.
-
-    Args:
-        cost: from the logits and targets of some images, and which these are, to their costs.
-        class_logits: ``(..., B, N, K+1)``.
-        mask_logits: ``(..., B, N, h, w)``.
-        targets: of the B images, as binary masks.
-        sizes: (H_b, W_b) of each image's masks.
-    """
-    if len(set(sizes)) == 1:
-        return cost(class_logits, mask_logits, targets, slice(None))
-    costs = []
-    for b, (height, width) in enumerate(sizes):
-        image = slice(b, b + 1)
-        masks = targets.masks[image, :, :height, :width].contiguous()
-        own = Targets(targets.labels[image], targets.counts[image], masks=masks)
-        costs.append(cost(class_logits[..., image, :, :], mask_logits[..., image, :, :, :], own, image))
-    return torch.cat(costs, -3)

@@ -11,8 +11,9 @@ from packaging.version import Version
 from torch import Tensor, nn
 from transformers.models.mask2former import modeling_mask2former as hf
 
+from fastmask.functional import mask_products
 from fastmask.integrations.transformers._labels import criterion_replacements
-from fastmask.integrations.transformers._points import PointLoss, PointMatcher
+from fastmask.integrations.transformers._points import FactoredLayers, PointLoss, PointMatcher
 from fastmask.modules import MaskedCrossAttention
 
 # Up to 5.22 transformers draws a number for each layer even where no layer is to be dropped, which moves on the
@@ -29,6 +30,8 @@ def replacements(module: nn.Module) -> Iterator[tuple[nn.Module, type[nn.Module]
         yield module, Mask2FormerMaskedAttentionDecoder
         for layer in module.layers:
             yield layer.cross_attn, CrossAttention
+    if type(module) is hf.Mask2FormerForUniversalSegmentation:
+        yield module, Mask2FormerForUniversalSegmentation
 
 
 def _is_known(layer: nn.Module) -> bool:
@@ -41,6 +44,25 @@ class Mask2FormerHungarianMatcher(PointMatcher, hf.Mask2FormerHungarianMatcher):
 
 class Mask2FormerLoss(PointLoss, hf.Mask2FormerLoss):
     """The losses, by fastmask's kernels."""
+
+
+class LayerMasks(tuple):
+    """Mask logits of each layer, which know their factors: mask embeddings ``(B, N, C)`` and pixel embeddings
+    ``(B, C, h, w)`` of each."""
+
+    factors: list[tuple[Tensor, Tensor]]
+
+
+class Mask2FormerForUniversalSegmentation(hf.Mask2FormerForUniversalSegmentation):
+    """The model: hands the criterion the factors of its mask logits. Named as its own class is, since
+    ``save_pretrained`` writes the class's name."""
+
+    def get_auxiliary_logits(self, classes: tuple[Tensor, ...], output_masks: tuple[Tensor, ...]) -> list:
+        """Predictions of all layers but the last."""
+        predictions = super().get_auxiliary_logits(classes, output_masks)
+        if not isinstance(output_masks, LayerMasks):
+            return predictions
+        return FactoredLayers(predictions, output_masks[-1], output_masks.factors)
 
 
 class Foreground(NamedTuple):
@@ -118,7 +140,8 @@ class Mask2FormerMaskedAttentionDecoder(hf.Mask2FormerMaskedAttentionDecoder):
         queries = inputs_embeds
         hidden_states, attentions = [], []
         normalized = [self.layernorm(queries)]
-        masks = [self.predict_masks(normalized[0], pixel_embeddings)]
+        mask_embeds = [self.embed_masks(normalized[0])]
+        masks = [mask_products(mask_embeds[0], pixel_embeddings)]
         for index, layer in enumerate(self.layers):
             hidden_states.append(queries)
             may_drop = self.training and self.layerdrop > 0
@@ -138,14 +161,17 @@ class Mask2FormerMaskedAttentionDecoder(hf.Mask2FormerMaskedAttentionDecoder):
             queries = outputs[0]
             attentions += outputs[1:2]
             normalized.append(self.layernorm(queries))
-            masks.append(self.predict_masks(normalized[-1], pixel_embeddings))
+            mask_embeds.append(self.embed_masks(normalized[-1]))
+            masks.append(mask_products(mask_embeds[-1], pixel_embeddings))
         hidden_states.append(queries)
+        layer_masks = LayerMasks(masks)
+        layer_masks.factors = [(mask_embed, pixel_embeddings) for mask_embed in mask_embeds]
         output = hf.Mask2FormerMaskedAttentionDecoderOutput(
             last_hidden_state=queries.transpose(1, 0),
             hidden_states=tuple(hidden_states) if settings["output_hidden_states"] else None,
             attentions=tuple(attentions) if settings["output_attentions"] else None,
             intermediate_hidden_states=tuple(normalized),
-            masks_queries_logits=tuple(masks),
+            masks_queries_logits=layer_masks,
         )
         as_dict = self.config.return_dict if return_dict is None else return_dict
         if as_dict:
@@ -159,7 +185,6 @@ class Mask2FormerMaskedAttentionDecoder(hf.Mask2FormerMaskedAttentionDecoder):
         )
         return tuple(value for value in in_order if value is not None)
 
-    def predict_masks(self, normalized: Tensor, pixel_embeddings: Tensor) -> Tensor:
-        """``(B, N, h, w)`` mask logits of the queries ``(N, B, E)``."""
-        mask_embed = self.mask_predictor.mask_embedder(normalized.transpose(0, 1))
-        return torch.einsum("bqc,bchw->bqhw", mask_embed, pixel_embeddings)
+    def embed_masks(self, normalized: Tensor) -> Tensor:
+        """``(B, N, C)`` mask embeddings of the queries ``(N, B, E)``."""
+        return self.mask_predictor.mask_embedder(normalized.transpose(0, 1))

@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from transformers.models.maskformer import modeling_maskformer as hf
 
 from fastmask.functional import assign, class_loss, mask_cost, mask_loss, mask_products, matched_mask_logits
+from fastmask.integrations._labels import cost_of_images, sizes_of
 from fastmask.integrations._patching import fixes, original_class
 from fastmask.integrations.transformers._labels import (
-    LayerLogits,
-    cost_of_images,
+    CLASSES,
+    MASKS,
     criterion_replacements,
     layers_of,
     make_targets,
     name_losses,
     num_masks_of,
-    sizes_of,
 )
 from fastmask.modules.matcher import index_pairs
 from fastmask.targets import Targets
@@ -91,14 +91,16 @@ class MaskFormerLoss(hf.MaskFormerLoss):
         """Unweighted losses under transformers' names, of all layers."""
         targets = make_targets(self, mask_labels, class_labels, self.num_labels, masks_queries_logits.device)
         sizes = sizes_of(mask_labels)
-        if isinstance(auxiliary_predictions, FactoredLogits):
-            layers = auxiliary_predictions
+        last = (class_queries_logits, masks_queries_logits)
+        layers = auxiliary_predictions
+        # Not where the caller puts other logits in the place of the last layer's.
+        if isinstance(layers, FactoredLogits) and all(x is y for x, y in zip(last, layers.last, strict=True)):
             class_logits = layers.class_logits
             assignment = self.match([(class_logits, layers.mask_logits)], targets, sizes)
             logits, rows = matched_mask_logits(layers.mask_embed, layers.pixel_embed, targets, assignment)
             loss_mask, loss_dice = mask_loss(logits, targets, rows, num_masks=1.0)
         else:
-            layers = layers_of(class_queries_logits, masks_queries_logits, auxiliary_predictions)
+            layers = layers_of(*last, auxiliary_predictions)
             class_logits = torch.stack([classes for classes, _ in layers])
             assignment = self.match([(classes[None], masks[None]) for classes, masks in layers], targets, sizes)
             pairs = [
@@ -118,19 +120,23 @@ class MaskFormerLoss(hf.MaskFormerLoss):
         return assign(cost, targets.counts)
 
 
-class FactoredLogits(LayerLogits):
-    """Auxiliary predictions that also know the factors of their mask logits.
+class FactoredLogits(list):
+    """Auxiliary predictions as the model lists them, which know the stacked logits of all layers, and the factors of
+    the mask logits.
 
     Args:
-        class_logits: ``(L, B, N, K+1)``.
+        class_logits: ``(L, B, N, K+1)`` of all decoder layers, the last one last.
         mask_embed: ``(L, B, N, C)``.
         pixel_embed: ``(B, C, h, w)``.
     """
 
     def __init__(self, class_logits: Tensor, mask_embed: Tensor, pixel_embed: Tensor) -> None:
-        super().__init__(class_logits, mask_products(mask_embed, pixel_embed))
+        self.class_logits = class_logits
+        self.mask_logits = mask_products(mask_embed, pixel_embed)
         self.mask_embed = mask_embed
         self.pixel_embed = pixel_embed
+        *earlier, self.last = zip(self.class_logits, self.mask_logits, strict=True)
+        super().__init__({MASKS: masks, CLASSES: classes} for classes, masks in earlier)
 
 
 class MaskFormerForInstanceSegmentation(hf.MaskFormerForInstanceSegmentation):
@@ -178,4 +184,4 @@ class MaskFormerForInstanceSegmentation(hf.MaskFormerForInstanceSegmentation):
         layers = FactoredLogits(
             self.class_predictor(queries), self.mask_embedder(queries), outputs.pixel_decoder_last_hidden_state
         )
-        return layers.class_logits[-1], layers.mask_logits[-1], layers
+        return *layers.last, layers
