@@ -161,9 +161,8 @@ def _run_bands(
     bands = []
     for band in masks.bands():
         *sums, nan_logits = call(backend, band.mask_logits, queries, packed, *band.geometry)
-        if band.repeated:
-            repeated = band.mask_logits[:, :, : band.repeated].isnan().sum((-2, -1), dtype=torch.int32)
-            nan_logits = nan_logits - F.pad(repeated, (0, 1)).gather(1, queries.where(queries >= 0, repeated.shape[1]))
+        repeated = F.pad(band.repeated_nan_logits(), (0, 1))  # none of padding
+        nan_logits = nan_logits - repeated.gather(1, queries.where(queries >= 0, kept.shape[1]))
         bands.append((*sums, nan_logits))
     if len(bands) == 1:
         return bands[0]
