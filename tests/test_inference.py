@@ -17,15 +17,16 @@ def logits(generator):
 
 @pytest.mark.parametrize("order", ["masks", "scores"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_semantic_results_are_computed_in_float32(logits, order, dtype):
+def test_semantic_results_of_the_reference_are_computed_in_float32(logits, order, dtype):
     class_logits, mask_logits = (x.to(dtype) for x in logits)
-    scores = semantic_inference(class_logits, mask_logits, SIZE, order=order, output="scores")
+    options = {"order": order, "backend": "reference"}
+    scores = semantic_inference(class_logits, mask_logits, SIZE, output="scores", **options)
     assert scores.dtype == torch.float32
     expected = reference.semantic_inference(
         class_logits.float(), mask_logits.float(), SIZE, order=order, output="scores"
     )
     assert torch.equal(scores, expected)
-    labels = semantic_inference(class_logits, mask_logits, SIZE, order=order)
+    labels = semantic_inference(class_logits, mask_logits, SIZE, **options)
     assert labels.dtype == torch.uint8
     assert torch.equal(labels.long(), expected.argmax(1))
 

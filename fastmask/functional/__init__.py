@@ -14,10 +14,12 @@ from fastmask.functional.mask_loss import mask_loss
 from fastmask.functional.masked_attention import masked_attention
 from fastmask.functional.panoptic import PanopticDetails, panoptic_inference
 from fastmask.functional.semantic import SemanticDetails, semantic_inference
+from fastmask.functional.semantic_views import SemanticView, merge_views
 
 __all__ = [
     "PanopticDetails",
     "SemanticDetails",
+    "SemanticView",
     "assign",
     "class_loss",
     "instance_inference",
@@ -27,6 +29,7 @@ __all__ = [
     "mask_products",
     "masked_attention",
     "matched_mask_logits",
+    "merge_views",
     "panoptic_inference",
     "semantic_inference",
     "show_config",
