@@ -16,7 +16,15 @@ from fastmask.functional import instance as instance_module
 from fastmask.ops._geometry import Geometry
 from fastmask.reference._common import image_logits, reads_nan, resize_bilinear
 from fastmask.testing import assert_within_budget, simd_level, simd_levels
-from tests.inference_inputs import GEOMETRIES, KINDS, exact_embeddings, layouts, make_class_logits, make_logits
+from tests.inference_inputs import (
+    GEOMETRIES,
+    KINDS,
+    exact_embeddings,
+    layouts,
+    make_class_logits,
+    make_logits,
+    poisoned_memory,
+)
 
 RULES = ("mask2former", "huggingface")
 
@@ -120,6 +128,15 @@ def test_bits_do_not_depend_on_threads_or_runs(kind, generator):
         assert all(all(map(torch.equal, result, results[0])) for result in results)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
+def test_outputs_are_written_whole(geometry, generator):
+    mask_logits, queries = make_logits(generator, geometry.grid), make_queries(generator)
+    for packed in (False, True):
+        expected = masks_of(mask_logits, queries, geometry, packed)
+        with poisoned_memory():
+            assert all(map(torch.equal, masks_of(mask_logits, queries, geometry, packed), expected))
 
 
 def test_nan_and_infinite_logits(generator):

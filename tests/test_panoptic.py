@@ -20,6 +20,7 @@ from tests.inference_inputs import (
     layouts,
     make_class_logits,
     make_logits,
+    poisoned_memory,
 )
 
 # (resize_probabilities, clip_to_mask, mask_threshold); the last two take all pixels and none.
@@ -160,6 +161,16 @@ def test_bands_equal_the_whole(geometry, options, generator):
         areas = areas + part_areas
     assert torch.cat(parts, 1).equal(expected)
     assert areas.equal(expected_areas)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
+def test_outputs_are_written_whole(geometry, generator):
+    scores, mask_logits = make_scores(generator), make_logits(generator, geometry.grid)
+    scores[1] = 0
+    for options in OPTIONS.values():
+        expected = winners(scores, mask_logits, options, geometry)
+        with poisoned_memory():
+            assert all(map(torch.equal, winners(scores, mask_logits, options, geometry), expected))
 
 
 def test_ties_go_to_the_lowest_query():
