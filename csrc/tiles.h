@@ -66,10 +66,6 @@ struct TilePlan {
   AxisTile rows, columns;              // from logits, or from probabilities
   bool probabilities;                  // whether there are two steps
   AxisTile inner_rows, inner_columns;  // from logits to what the sigmoid is taken of
-
-  // What reads logits.
-  const AxisTile& logit_rows() const { return probabilities ? inner_rows : rows; }
-  const AxisTile& logit_columns() const { return probabilities ? inner_columns : columns; }
 };
 
 // Floats of scratch memory for one tile: a row of inputs, the rows of inputs resampled along the columns, and the same

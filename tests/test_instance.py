@@ -13,10 +13,19 @@ import fastmask
 from fastmask import instance_inference, reference
 from fastmask.functional import _inference
 from fastmask.functional import instance as instance_module
+from fastmask.measure import peak_memory
 from fastmask.ops._geometry import Geometry
 from fastmask.reference._common import image_logits, reads_nan, resize_bilinear
 from fastmask.testing import assert_within_budget, simd_level, simd_levels
-from tests.inference_inputs import GEOMETRIES, KINDS, exact_embeddings, layouts, make_class_logits, make_logits
+from tests.inference_inputs import (
+    GEOMETRIES,
+    KINDS,
+    exact_embeddings,
+    layouts,
+    make_class_logits,
+    make_logits,
+    poisoned_memory,
+)
 
 RULES = ("mask2former", "huggingface")
 
@@ -120,6 +129,15 @@ def test_bits_do_not_depend_on_threads_or_runs(kind, generator):
         assert all(all(map(torch.equal, result, results[0])) for result in results)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
+def test_outputs_are_written_whole(geometry, generator):
+    mask_logits, queries = make_logits(generator, geometry.grid), make_queries(generator)
+    for packed in (False, True):
+        expected = masks_of(mask_logits, queries, geometry, packed)
+        with poisoned_memory():
+            assert all(map(torch.equal, masks_of(mask_logits, queries, geometry, packed), expected))
 
 
 def test_nan_and_infinite_logits(generator):
@@ -287,6 +305,19 @@ def test_embeddings_equal_their_product(rule, name, generator, monkeypatch):
             assert result.keys() == wanted.keys()
             for key, value in wanted.items():
                 assert result[key] == value if key == "rle" else torch.equal(result[key], value)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_run_lengths_need_no_bytes_for_pixels(rule, generator, monkeypatch):
+    """100 masks of this size take 15 MB as bytes and 1.9 MB as bits."""
+    class_logits = make_class_logits(generator, batch=1, queries=40)
+    mask_logits = make_logits(generator, (80, 120), batch=1, queries=40)
+    monkeypatch.setattr(instance_module, "MASK_BYTES", 320 * 480)
+    options = {"rule": rule, "output": "rle", "boxes": True}
+    _, memory = peak_memory(
+        lambda: instance_inference(class_logits, mask_logits, (320, 480), **options), torch.device("cpu")
+    )
+    assert memory["allocator"] < 3e6
 
 
 def test_opcheck(generator):

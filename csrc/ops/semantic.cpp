@@ -13,7 +13,9 @@ namespace {
 
 using torch::stable::parallel_for;
 
-constexpr int64_t kBandRows = 32;  // of pixels, for one thread at a time
+constexpr int64_t kBandRows = 32;  // of pixels at most, for one thread at a time
+constexpr int64_t kBands = 16;     // at least, where that leaves kFewRows to each
+constexpr int64_t kFewRows = 4;
 
 // In the order of scores a thread holds the scores of a part of the valid grid: about so many columns, and as many rows
 // as this many floats are enough for.
@@ -102,17 +104,18 @@ class PackedBand {
   std::vector<float> logits_, cells_, scratch_;
 };
 
-// Where each band of kBandRows rows of pixels begins to read; and the end of the logits.
-std::vector<int64_t> band_tops(const Taps& rows, int64_t logit_rows) {
+// Where each band of so many rows of pixels begins to read; and the end of the logits.
+std::vector<int64_t> band_tops(const Taps& rows, int64_t height, int64_t logit_rows) {
   std::vector<int64_t> tops{0};
-  for (int64_t y = kBandRows; y < rows.out; y += kBandRows) tops.push_back(rows.index[y]);
+  for (int64_t y = height; y < rows.out; y += height) tops.push_back(rows.index[y]);
   tops.push_back(logit_rows);
   return tops;
 }
 
 void mix_masks(const MaskPlanes& planes, const ClassTable& table, const Taps& rows, const Taps& columns, bool skip,
                const SemanticMaps& maps, int32_t* nan_logits) {
-  const std::vector<int64_t> tops = band_tops(rows, planes.rows);
+  const int64_t height = std::clamp((rows.out + kBands - 1) / kBands, kFewRows, kBandRows);
+  const std::vector<int64_t> tops = band_tops(rows, height, planes.rows);
   const int64_t bands = static_cast<int64_t>(tops.size()) - 1;
   std::vector<int32_t> nans(bands * planes.queries);  // of each band, so that no two threads add to one number
   const auto kernel = FASTMASK_SELECT(semantic_strip);
@@ -120,7 +123,7 @@ void mix_masks(const MaskPlanes& planes, const ClassTable& table, const Taps& ro
     PackedBand band;
     std::vector<float> scratch(semantic_scratch(planes.queries, table.classes, rows.taps));
     for (int64_t i = first; i < last; ++i) {
-      const int64_t begin = i * kBandRows, end = std::min(begin + kBandRows, rows.out);
+      const int64_t begin = i * height, end = std::min(begin + height, rows.out);
       const int64_t read_end = rows.index[(rows.taps - 1) * rows.stride + end - 1] + 1;
       const PackedLogits& packed =
           band.pack(planes, columns, tops[i], read_end, tops[i + 1], skip, nans.data() + i * planes.queries);

@@ -16,11 +16,13 @@ from fastmask.functional.panoptic import PanopticDetails, panoptic_inference
 from fastmask.functional.point_mask_cost import point_mask_cost
 from fastmask.functional.point_mask_loss import point_mask_loss
 from fastmask.functional.semantic import SemanticDetails, semantic_inference
+from fastmask.functional.semantic_views import SemanticView, merge_views
 from fastmask.functional.uncertain_points import uncertain_points
 
 __all__ = [
     "PanopticDetails",
     "SemanticDetails",
+    "SemanticView",
     "assign",
     "class_loss",
     "instance_inference",
@@ -30,6 +32,7 @@ __all__ = [
     "mask_products",
     "masked_attention",
     "matched_mask_logits",
+    "merge_views",
     "panoptic_inference",
     "point_mask_cost",
     "point_mask_loss",

@@ -35,6 +35,10 @@ class Band(NamedTuple):
     repeated: int
     geometry: tuple[object, ...]
 
+    def repeated_nan_logits(self) -> Tensor:
+        """``(B, N)`` int32: how many logits of each query the band before has counted as NaN too."""
+        return self.mask_logits[:, :, : self.repeated].isnan().sum((-2, -1), dtype=torch.int32)
+
 
 @dataclass(frozen=True)
 class MaskSource:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from fastmask.functional._checks import check_choice
 from fastmask.functional._inference import MaskSource, prepare
 from fastmask.ops.instance import OPERATOR, call
+from fastmask.ops.library import EXTENSION_ERROR
 
 RULES = ("mask2former", "huggingface")
 OUTPUTS = ("masks", "rle")
@@ -77,6 +78,8 @@ def instance_inference(
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
     masks, backend, dtype = prepare(OPERATOR, class_logits, mask_logits, size, padded_size, valid_size, backend)
+    if output == "rle" and backend != "reference" and EXTENSION_ERROR is not None:
+        raise RuntimeError(f"the C++ encoder of run lengths is missing: {EXTENSION_ERROR}")
     if backend == "reference":
         results = _reference(class_logits.to(dtype), masks, dtype, top_k, rule, stuff_classes, output, boxes)
     else:
@@ -158,9 +161,8 @@ def _run_bands(
     bands = []
     for band in masks.bands():
         *sums, nan_logits = call(backend, band.mask_logits, queries, packed, *band.geometry)
-        if band.repeated:
-            repeated = band.mask_logits[:, :, : band.repeated].isnan().sum((-2, -1), dtype=torch.int32)
-            nan_logits = nan_logits - F.pad(repeated, (0, 1)).gather(1, queries.where(queries >= 0, repeated.shape[1]))
+        repeated = F.pad(band.repeated_nan_logits(), (0, 1))  # none of padding
+        nan_logits = nan_logits - repeated.gather(1, queries.where(queries >= 0, kept.shape[1]))
         bands.append((*sums, nan_logits))
     if len(bands) == 1:
         return bands[0]

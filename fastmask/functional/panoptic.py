@@ -127,11 +127,8 @@ def _winners(
     winners, areas, nan_logits = [], 0, 0
     for band in masks.bands():
         winner, band_areas, nan = call(backend, scores, band.mask_logits, *options, *band.geometry)
-        if band.repeated:
-            repeated = band.mask_logits[:, :, : band.repeated].isnan().sum((-2, -1), dtype=torch.int32)
-            nan = nan - torch.where(scores > 0, repeated, 0)
         winners.append(winner)
-        areas, nan_logits = areas + band_areas, nan_logits + nan
+        areas, nan_logits = areas + band_areas, nan_logits + nan - (scores > 0) * band.repeated_nan_logits()
     return winners[0] if len(winners) == 1 else torch.cat(winners, 1), areas, nan_logits
 
 
