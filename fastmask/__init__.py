@@ -12,16 +12,33 @@ from fastmask.functional import (
     semantic_inference,
     show_config,
 )
-from fastmask.models import MaskFormer, MaskFormerConfig
-from fastmask.modules import HungarianMatcher, SetCriterion
+from fastmask.models import (
+    MaskFormer,
+    MaskFormerConfig,
+    PerPixelBaseline,
+    PerPixelBaselineConfig,
+    Segmenter,
+    SegmenterConfig,
+    SoundEventConfig,
+    SoundEventDetector,
+)
+from fastmask.modules import FixedMatcher, HungarianMatcher, MaskedCrossAttention, SetCriterion
 from fastmask.targets import Targets
 from fastmask.version import __version__
 
 __all__ = [
+    "FixedMatcher",
     "HungarianMatcher",
     "MaskFormer",
     "MaskFormerConfig",
+    "MaskedCrossAttention",
+    "PerPixelBaseline",
+    "PerPixelBaselineConfig",
+    "Segmenter",
+    "SegmenterConfig",
     "SetCriterion",
+    "SoundEventConfig",
+    "SoundEventDetector",
     "Targets",
     "__version__",
     "assign",

@@ -111,6 +111,54 @@ class Targets:
             return self.valid
         return torch.ones((self.batch_size, *self.size), dtype=torch.bool, device=self.device)
 
+    def merged_by_class(self) -> Targets:
+        """The same pixels with one target for each class of an image, as semantic segmentation has them.
+
+        Targets keep the order in which their classes first appear; M stays as it is. No host sync.
+        """
+        if self.num_targets == 0:
+            return self
+        indices = torch.arange(self.num_targets, device=self.device)
+        same_class = (self.labels[:, :, None] == self.labels[:, None]) & (self.labels >= 0)[:, None]
+        # argmax gives the first of equal values: the first target of the class of each, itself for padding.
+        first = torch.where(self.labels >= 0, same_class.int().argmax(2), indices)
+        is_first = (first == indices) & (self.labels >= 0)
+        slots = (is_first.cumsum(1) - 1).gather(1, first).masked_fill(self.labels < 0, self.num_targets)
+        labels = self.labels.new_full((self.batch_size, self.num_targets + 1), PADDING_LABEL)
+        labels = labels.scatter(1, slots, self.labels)[:, :-1].contiguous()
+        merged = replace(self, labels=labels, counts=is_first.sum(1))
+        if self.masks is not None:
+            masks = self.masks.new_zeros(self.batch_size, self.num_targets + 1, *self.size, dtype=torch.uint8)
+            owners = slots[:, :, None, None].expand_as(self.masks)
+            masks.scatter_reduce_(1, owners, self.masks.to(torch.uint8), "amax")
+            return replace(merged, masks=masks[:, :-1].to(self.masks.dtype))
+        # Values that index no target are background or void, and so they stay: padding's remain beyond the counts.
+        values = self.segments.flatten(1).long()
+        owned = (values >= 0) & (values < self.num_targets)
+        lookup = torch.where(self.labels >= 0, slots, indices)
+        owners = lookup.gather(1, values.clamp(0, self.num_targets - 1)).to(self.segments.dtype)
+        segments = torch.where(owned, owners, self.segments.flatten(1))
+        return replace(merged, segments=segments.view_as(self.segments))
+
+    def class_map(self, ignore_index: int = 255) -> Tensor:
+        """``(B, H, W)`` int64: the class of each pixel, the inverse of :meth:`from_segmentation`.
+
+        Pixels of no target and unlabelled pixels become ``ignore_index``. Where masks overlap, the later target lies
+        on top.
+        """
+        if self.masks is not None:
+            classes = self.labels.new_full((self.batch_size, *self.size), ignore_index)
+            for m in range(self.num_targets):
+                label = self.labels[:, m, None, None]
+                classes = torch.where(self.masks[:, m].bool() & (label >= 0), label, classes)
+            return classes if self.valid is None else classes.masked_fill(~self.valid, ignore_index)
+        unowned = self.labels.new_full((self.batch_size, 1), PADDING_LABEL)
+        lookup = torch.cat([self.labels, unowned], 1)
+        owners = self.segments.long()
+        owners = owners.masked_fill((owners < 0) | (owners >= self.num_targets), self.num_targets)
+        classes = lookup.gather(1, owners.flatten(1)).view_as(owners)
+        return classes.masked_fill(classes < 0, ignore_index)
+
     def to_list(self) -> list[dict[str, Tensor]]:
         """A list of ``{"labels": (M_b,), "masks": (M_b, H, W) bool}``, one an image. Reads ``counts`` on the host."""
         masks = self.dense_masks()

@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers.models.maskformer.modeling_maskformer import MaskFormerHungarianMatcher
 
-from fastmask import HungarianMatcher
+from fastmask import FixedMatcher, HungarianMatcher, SetCriterion, mask_loss
+from fastmask.modules import Predictions
 from tests.inputs import SHAPES, random_logits, random_targets
 
 COSTS = {"cost_class": 1.0, "cost_mask": 20.0, "cost_dice": 1.0}
@@ -80,3 +81,19 @@ def test_bad_arguments(generator):
     beyond = [{"labels": image["labels"] + 5, "masks": image["masks"]} for image in targets.to_list()]
     with pytest.raises(ValueError, match=r"expected 0\.\.4"):
         HungarianMatcher()(outputs, beyond)
+
+
+def test_fixed_matching_gives_each_class_its_query(generator):
+    shape = (2, 2, 5, 5, 6, 8, 8, 32, 32)
+    class_logits, mask_logits = random_logits(shape, generator)
+    targets = random_targets(shape, generator, "segments").merged_by_class()
+    assignment = FixedMatcher().match([Predictions(class_logits, mask_logits)], targets)
+    assert assignment.equal(targets.labels.expand(2, -1, -1))
+    criterion = SetCriterion(5, FixedMatcher(), {})
+    losses = criterion({"class_logits": class_logits, "mask_logits": mask_logits}, targets)
+    expected = [
+        part[-1] for part in mask_loss(mask_logits, targets, assignment, num_masks=targets.counts.sum().clamp(min=1))
+    ]
+    torch.testing.assert_close([losses["loss_mask"], losses["loss_dice"]], expected)
+    with pytest.raises(ValueError, match="5 queries and 6 classes"):
+        FixedMatcher().match([Predictions(torch.zeros(1, 2, 5, 7), mask_logits[:1])], targets)

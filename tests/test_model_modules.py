@@ -167,18 +167,17 @@ def test_initial_weights_are_the_original_ones():
 
 
 @pytest.mark.parametrize(("input_dim", "projected"), [(12, True), (16, False)])
-def test_predictor_multiplies_mask_and_pixel_embeddings(input_dim, projected):
+def test_predictor_gives_each_query_classes_and_a_mask_embedding(input_dim, projected):
     predictor = TransformerPredictor(
         input_dim, 3, num_queries=5, hidden_dim=16, mask_dim=8, decoder_layers=2, num_heads=4, feedforward_dim=32
     ).eval()
     assert isinstance(predictor.input_proj, nn.Conv2d) == projected
-    memory, pixel_embed = torch.randn(2, input_dim, 3, 4), torch.randn(2, 8, 12, 16)
-    class_logits, mask_logits = predictor(memory, pixel_embed)
-    assert class_logits.shape == (2, 2, 5, 4) and mask_logits.shape == (2, 2, 5, 12, 16)
-    assert mask_logits[1, 0, 3].is_contiguous()
-    last_classes, last_masks = predictor(memory, pixel_embed, all_layers=False)
+    memory = torch.randn(2, input_dim, 3, 4)
+    class_logits, mask_embed = predictor(memory)
+    assert class_logits.shape == (2, 2, 5, 4) and mask_embed.shape == (2, 2, 5, 8)
+    last_classes, last_embed = predictor(memory, all_layers=False)
     torch.testing.assert_close(last_classes, class_logits[-1:])
-    torch.testing.assert_close(last_masks, mask_logits[-1:])
+    torch.testing.assert_close(last_embed, mask_embed[-1:])
 
 
 def test_pixel_decoder_refuses_what_does_not_fit():

@@ -105,7 +105,7 @@ def test_logits_of_all_layers_equal_those_of_hugging_face(size, backbone, config
             parameter.add_(0.1 * torch.randn_like(parameter))
     model = ours(backbone, options).double()
     weights = converted(other.state_dict())
-    assert model._weights().keys() == weights.keys()
+    assert model.weights().keys() == weights.keys()
     model.load_state_dict(weights, strict=False)
 
     images = torch.rand(2, 3, *size).double()

@@ -86,6 +86,22 @@ def test_to_moves_every_tensor(generator):
 
 LABELS, COUNTS = torch.zeros(2, 3, dtype=torch.int64), torch.full((2,), 3)
 MASKS, SEGMENTS = torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(2, 4, 4, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("shape", ["usual", "more targets than queries", "no targets"])
+@pytest.mark.parametrize("form", ["segments", "masks", "masks+valid"])
+def test_merging_by_class_unites_the_masks_of_each_class(shape, form, generator):
+    targets = random_targets(SHAPES[shape], generator, form)
+    merged = targets.merged_by_class()
+    assert merged.labels.shape == targets.labels.shape and merged.size == targets.size
+    assert torch.equal(merged.valid_pixels(), targets.valid_pixels())
+    for image, image_merged in zip(targets.to_list(), merged.to_list(), strict=True):
+        classes = list(dict.fromkeys(image["labels"].tolist()))
+        assert image_merged["labels"].tolist() == classes
+        for label, mask in zip(classes, image_merged["masks"], strict=True):
+            assert torch.equal(mask, image["masks"][image["labels"] == label].any(0))
+
+
 BAD = {
     "neither form": (dict(labels=LABELS, counts=COUNTS), ValueError, "exactly one of masks and segments"),
     "both forms": (dict(labels=LABELS, counts=COUNTS, masks=MASKS, segments=SEGMENTS), ValueError, "exactly one"),

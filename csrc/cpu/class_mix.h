@@ -42,18 +42,6 @@ inline void mix_block(const float* probabilities, int64_t k, const int32_t* quer
   for (int r = 0; r < R; ++r) consumer.take(k + r, sums[r]);
 }
 
-// Calls f(k, count) for blocks of at most kClassBlock classes, as equal as can be.
-template <class F>
-inline void for_each_class_block(int64_t classes, F f) {
-  const int64_t blocks = (classes + kClassBlock - 1) / kClassBlock;
-  int64_t k = 0;
-  for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t count = classes / blocks + (block < classes % blocks ? 1 : 0);
-    f(k, count);
-    k += count;
-  }
-}
-
 // Gives consumer.take(k, sums) the scores of kMixPixels pixels for each class k in rising order. Each is start[k] (0 if
 // null) plus P[n, k] times the sigmoids of the `count` listed queries, in their order; the sigmoids of the i-th begin
 // at sigmoids + i * stride.
@@ -61,23 +49,31 @@ template <class Consumer>
 inline void mix_classes(const ClassTable& table, const int32_t* queries, int64_t count, const float* start,
                         const float* sigmoids, int64_t stride, Consumer& consumer) {
   static_assert(kClassBlock == 6);
-  for_each_class_block(table.classes, [&](int64_t k, int64_t classes) {
+  int64_t k = 0;
+  for (int64_t block = 0; block < class_blocks(table.classes); ++block) {
+    const int64_t classes = class_block_size(table.classes, block);
     const float* p = table.blocks + table.queries * k;
     switch (classes) {
       case 1:
-        return mix_block<1>(p, k, queries, count, start, sigmoids, stride, consumer);
+        mix_block<1>(p, k, queries, count, start, sigmoids, stride, consumer);
+        break;
       case 2:
-        return mix_block<2>(p, k, queries, count, start, sigmoids, stride, consumer);
+        mix_block<2>(p, k, queries, count, start, sigmoids, stride, consumer);
+        break;
       case 3:
-        return mix_block<3>(p, k, queries, count, start, sigmoids, stride, consumer);
+        mix_block<3>(p, k, queries, count, start, sigmoids, stride, consumer);
+        break;
       case 4:
-        return mix_block<4>(p, k, queries, count, start, sigmoids, stride, consumer);
+        mix_block<4>(p, k, queries, count, start, sigmoids, stride, consumer);
+        break;
       case 5:
-        return mix_block<5>(p, k, queries, count, start, sigmoids, stride, consumer);
+        mix_block<5>(p, k, queries, count, start, sigmoids, stride, consumer);
+        break;
       default:
-        return mix_block<6>(p, k, queries, count, start, sigmoids, stride, consumer);
+        mix_block<6>(p, k, queries, count, start, sigmoids, stride, consumer);
     }
-  });
+    k += classes;
+  }
 }
 
 // The class of the largest score; the lowest of equal ones.

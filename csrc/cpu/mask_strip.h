@@ -2,25 +2,23 @@
 #pragma once
 
 #include "cpu/semantic.h"
+#include "cpu/strip_columns.h"
 #include "cpu/vec.h"
 
 namespace fastmask::FASTMASK_SIMD {
 namespace {
 
-// Reads `count` logits within +-kLogitBound, NaN as the lower bound, and 0 up to a multiple of 16. Returns how many are
-// NaN.
-inline int64_t load_bounded(const MaskPlanes& planes, int64_t n, int64_t row, int64_t column, int64_t count,
-                            float* out) {
-  load_logits(planes.logits, planes.dtype, planes.offset + n * planes.query_stride + row * planes.row_stride + column,
-              count, out);
-  int64_t nans = 0;
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const vfloat x = load(out + i);
-    nans += __builtin_popcount(lane_bits(x != x));
-    const vfloat above = x > -kLogitBound ? x : splat(-kLogitBound);
-    store(out + i, minimum(above, splat(kLogitBound)));
-  }
-  return nans;
+// Elements of a row of kStrip.
+inline vfloat pick(const float* row, vint column) {
+#if defined(__AVX512F__)
+  static_assert(kStrip == 4 * kLanes);
+  const vfloat low = (vfloat)_mm512_permutex2var_ps((__m512)load(row), (__m512i)column, (__m512)load(row + kLanes));
+  const vfloat high =
+      (vfloat)_mm512_permutex2var_ps((__m512)load(row + 2 * kLanes), (__m512i)column, (__m512)load(row + 3 * kLanes));
+  return column < 2 * kLanes ? low : high;
+#else
+  return gather(row, column);
+#endif
 }
 
 // Cuts scratch memory into pieces.
@@ -46,30 +44,14 @@ constexpr int64_t kTileRows = 8;
 // the rows that one row of pixels reads are kept, so that the rows of pixels below find them.
 class MaskStrip {
  public:
-  MaskStrip(const MaskPlanes& planes, const Taps& rows, const Taps& columns, int64_t strip, Scratch& scratch)
-      : planes_(planes), rows_(rows), columns_(columns), strip_(strip) {
-    const int64_t queries = planes.queries, padded = to_full_vectors(queries);
+  MaskStrip(const PackedLogits& packed, const Taps& rows, const Taps& columns, int64_t strip, Scratch& scratch)
+      : packed_(packed), rows_(rows), columns_(columns, strip), strip_(strip) {
+    const int64_t queries = packed.queries, padded = to_full_vectors(queries);
     for (int t = 0; t < rows.taps; ++t) {
       stretched_[t] = scratch.take(queries * kStrip);
       held_[t] = scratch.take<int32_t>(padded);
       for (int64_t n = 0; n < padded; ++n) held_[t][n] = -1;
     }
-    const int32_t* first = columns.index + strip * kStrip;
-    const int32_t* last = first + (columns.taps - 1) * columns.stride + kStrip - 1;
-    left_ = *first;
-    span_ = *last + 1 - left_;
-    source_ = scratch.take(to_full_vectors(span_) + 2 * kStrip);
-    memset(source_, 0, sizeof(float) * (to_full_vectors(span_) + 2 * kStrip));
-    for (int t = 0; t < columns.taps; ++t) {
-      for (int64_t j = 0; j < kStrip; ++j) relative_[t][j] = first[t * columns.stride + j] - left_;
-    }
-#if defined(__AVX512F__)
-    // Where 16 neighbouring pixels read from two vectors of logits, a permutation is faster than gathering.
-    permute_ = true;
-    for (int64_t j = 0; j < kStrip; j += kLanes) {
-      permute_ &= relative_[columns.taps - 1][j + kLanes - 1] - relative_[0][j] < 2 * kLanes;
-    }
-#endif
   }
 
   // The end of the rows of pixels from y on that read the same rows of logits, at most kTileRows of them.
@@ -90,12 +72,11 @@ class MaskStrip {
   }
 
   // The largest sigmoid that each query can have at the rows of pixels gone to, [to_full_vectors(queries)].
-  void bounds(const float* cells, float* out) const {
-    const int64_t padded = to_full_vectors(planes_.queries);
-    const int64_t strips = columns_.stride / kStrip;
+  void bounds(float* out) const {
+    const int64_t padded = to_full_vectors(packed_.queries);
     for (int64_t n = 0; n < padded; n += kLanes) {
-      vfloat x = load(cells + (row_[0] * strips + strip_) * padded + n);
-      for (int t = 1; t < rows_.taps; ++t) x = maximum(x, load(cells + (row_[t] * strips + strip_) * padded + n));
+      vfloat x = load(cells(0) + n);
+      for (int t = 1; t < rows_.taps; ++t) x = maximum(x, load(cells(t) + n));
       // Interpolation rounds: weights may exceed 1 in sum, and the sigmoid is monotonous up to its own error only.
       const vfloat slack = (x < 0.0f ? -x : x) * 0x1p-20f;
       store(out + n, logistic(x + slack) * (1.0f + 0x1p-20f));
@@ -104,35 +85,34 @@ class MaskStrip {
 
   // sigmoid(x_n) at row y of the listed queries, to out[i * kStrip].
   void sigmoids(const int32_t* queries, int64_t count, int64_t y, float* out) {
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t n = queries[i];
-      for (int t = 0; t < rows_.taps; ++t) stretch(n, t);
-      switch (rows_.taps) {
-        case 1:
-          row_sigmoids<1>(n, y, out + i * kStrip);
-          break;
-        case 2:
-          row_sigmoids<2>(n, y, out + i * kStrip);
-          break;
-        case 3:
-          row_sigmoids<3>(n, y, out + i * kStrip);
-          break;
-        default:
-          row_sigmoids<4>(n, y, out + i * kStrip);
+    with_taps([&](auto taps) {
+      vfloat weights[taps];
+      for (int t = 0; t < taps; ++t) weights[t] = splat(rows_.weight[t * rows_.stride + y]);
+      for (int64_t i = 0; i < count; ++i) {
+        const float* rows[taps];
+        for (int t = 0; t < taps; ++t) rows[t] = stretched(queries[i], t);
+#pragma GCC unroll 4
+        for (int64_t j = 0; j < kStrip; j += kLanes) {
+          vfloat x = load(rows[0] + j) * weights[0];
+          for (int t = 1; t < taps; ++t) x = fma(load(rows[t] + j), weights[t], x);
+          store(out + i * kStrip + j, logistic(x));
+        }
       }
-    }
+    });
   }
 
-  // The same for single pixels, a vector of them in rows and columns of the strip, of all queries, to out[n * stride].
+  // The same for single pixels, a vector of them at rows y and columns of the strip, of all queries, to out[n *
+  // stride].
   void sigmoids_at(vint y, vint column, float* out, int64_t stride) {
-    vfloat weights[kMaxTaps];
-    for (int t = 0; t < rows_.taps; ++t) weights[t] = gather(rows_.weight + t * rows_.stride, y);
-    for (int64_t n = 0; n < planes_.queries; ++n) {
-      for (int t = 0; t < rows_.taps; ++t) stretch(n, t);
-      vfloat x = gather(stretched_[slot_[0]] + n * kStrip, column) * weights[0];
-      for (int t = 1; t < rows_.taps; ++t) x = fma(gather(stretched_[slot_[t]] + n * kStrip, column), weights[t], x);
-      store(out + n * stride, logistic(x));
-    }
+    with_taps([&](auto taps) {
+      vfloat weights[taps];
+      for (int t = 0; t < taps; ++t) weights[t] = gather(rows_.weight + t * rows_.stride, y);
+      for (int64_t n = 0; n < packed_.queries; ++n) {
+        vfloat x = pick(stretched(n, 0), column) * weights[0];
+        for (int t = 1; t < taps; ++t) x = fma(pick(stretched(n, t), column), weights[t], x);
+        store(out + n * stride, logistic(x));
+      }
+    });
   }
 
  private:
@@ -146,66 +126,54 @@ class MaskStrip {
   }
 
   template <int kTaps>
-  void row_sigmoids(int64_t n, int64_t y, float* out) const {
-    const float* rows[kTaps];
-    vfloat weights[kTaps];
-    for (int t = 0; t < kTaps; ++t) {
-      rows[t] = stretched_[slot_[t]] + n * kStrip;
-      weights[t] = splat(rows_.weight[t * rows_.stride + y]);
-    }
-#pragma GCC unroll 4
-    for (int64_t j = 0; j < kStrip; j += kLanes) {
-      vfloat x = load(rows[0] + j) * weights[0];
-      for (int t = 1; t < kTaps; ++t) x = fma(load(rows[t] + j), weights[t], x);
-      store(out + j, logistic(x));
+  struct Count {
+    constexpr operator int() const { return kTaps; }
+  };
+
+  // Calls f with the number of rows that a pixel reads as a constant.
+  template <class F>
+  void with_taps(F f) {
+    switch (rows_.taps) {
+      case 1:
+        return f(Count<1>());
+      case 2:
+        return f(Count<2>());
+      case 3:
+        return f(Count<3>());
+      default:
+        return f(Count<4>());
     }
   }
 
-  // Makes row row_[t] of query n.
-  void stretch(int64_t n, int t) {
-    int32_t& held = held_[slot_[t]][n];
-    if (held == row_[t]) return;
-    held = row_[t];
+  const float* cells(int t) const {
+    return packed_.cells + ((row_[t] - packed_.top) * packed_.strips + strip_) * to_full_vectors(packed_.queries);
+  }
+
+  // Row row_[t] of query n.
+  const float* stretched(int64_t n, int t) {
     float* out = stretched_[slot_[t]] + n * kStrip;
-    load_bounded(planes_, n, row_[t], left_, span_, source_);
-    for (int64_t j = 0; j < kStrip; j += kLanes) {
-      const float* weight = columns_.weight + strip_ * kStrip + j;
-      vfloat x;
-#if defined(__AVX512F__)
-      if (permute_) {
-        const int32_t base = relative_[0][j];
-        const __m512 low = (__m512)load(source_ + base), high = (__m512)load(source_ + base + kLanes);
-        for (int u = 0; u < columns_.taps; ++u) {
-          const vint from = load(relative_[u] + j) - splat(base);
-          const vfloat value = (vfloat)_mm512_permutex2var_ps(low, (__m512i)from, high);
-          x = u == 0 ? value * load(weight) : fma(value, load(weight + u * columns_.stride), x);
-        }
-        store(out + j, x);
-        continue;
-      }
-#endif
-      x = gather(source_, load(relative_[0] + j)) * load(weight);
-      for (int u = 1; u < columns_.taps; ++u) {
-        x = fma(gather(source_, load(relative_[u] + j)), load(weight + u * columns_.stride), x);
-      }
-      store(out + j, x);
+    int32_t& held = held_[slot_[t]][n];
+    if (held != row_[t]) {
+      held = row_[t];
+      stretch(n, row_[t], out);
     }
+    return out;
   }
 
-  const MaskPlanes& planes_;
+  void stretch(int64_t n, int64_t row, float* out) const {
+    const int64_t at = (strip_ * packed_.rows + row - packed_.top) * packed_.queries + n;
+    const float* logits = packed_.logits + at * packed_.stride;
+    for (int64_t j = 0; j < kStrip; j += kLanes) store(out + j, columns_.apply(logits, j));
+  }
+
+  const PackedLogits& packed_;
   const Taps& rows_;
-  const Taps& columns_;
+  const StripColumns columns_;
   const int64_t strip_;
   float* stretched_[kMaxTaps];  // [queries, kStrip] of each slot
   int32_t* held_[kMaxTaps];     // the row of logits that each query's row in a slot was made of
-  float* source_;
-  int32_t left_, span_;
-  int32_t relative_[kMaxTaps][kStrip];  // what each pixel reads of source_
   int32_t row_[kMaxTaps];
   int slot_[kMaxTaps];
-#if defined(__AVX512F__)
-  bool permute_;
-#endif
 };
 
 }  // namespace

@@ -8,10 +8,11 @@
 namespace fastmask::FASTMASK_SIMD {
 namespace {
 
-// With b_n >= sigmoid(x_n) at all pixels of the tile, queries outside the chosen set S add to class k at most
-// rest[k] = sum over n not in S of P[n, k] b_n. So rest[k] + sum over S of P[n, k] sigmoid(x_n) bounds the score of k
-// from above, without rest[k] from below: a class whose bound exceeds all others' by more than max_k rest[k] (and
-// rounding) has the largest score.
+// Let b_n >= sigmoid(x_n) = s_n at all pixels of the tile, S the chosen queries, and a_n any number, here the median of
+// P[n, k] over k. What the other queries add to the score of class k is sum a_n s_n, the same for all classes, and
+// sum (P[n, k] - a_n) s_n, which lies within -below[k]..above[k] with above[k] = sum of b_n max(P[n, k] - a_n, 0) and
+// below[k] = sum of b_n max(a_n - P[n, k], 0). So with u[k] = above[k] + sum over S of P[n, k] s_n, the class c has the
+// largest score if u[c] exceeds all others by more than width[c] = above[c] + below[c] = sum of b_n |P[n, c] - a_n|.
 class QueryChoice {
  public:
   QueryChoice(const ClassTable& table, Scratch& scratch) : table_(table) {
@@ -20,10 +21,12 @@ class QueryChoice {
     weights_ = scratch.take(queries);
     keys_ = scratch.take<int32_t>(queries);
     order_ = scratch.take<int32_t>(queries);
-    rest_ = scratch.take(classes);
-    next_rest_ = scratch.take(classes);
+    above_ = scratch.take(classes);
+    width_ = scratch.take(classes);
+    next_above_ = scratch.take(classes);
+    next_width_ = scratch.take(classes);
     while ((int64_t{1} << tag_bits_) < table.classes) ++tag_bits_;
-    // A score is a sum of N terms that are positive: each addition errs by at most 2^-24 of it, or twice that where
+    // A score is a sum of at most N positive terms: each addition errs by at most 2^-24 of it, or twice that where
     // products are rounded too; here and in the sum that is to be predicted. The tag takes the place of tag_bits_ bits.
     rounding_ = static_cast<float>(4 * table.queries + 64) * 0x1p-23f + static_cast<float>(4 << tag_bits_) * 0x1p-23f;
   }
@@ -37,25 +40,14 @@ class QueryChoice {
     sort_by_weight();
     const float tolerance = weights_[order_[queries - 1]] * kTolerance;
     const int64_t classes = to_full_vectors(table_.classes);
-    memset(rest_, 0, sizeof(float) * classes);
-    most_ = 0.0f;
+    memset(above_, 0, sizeof(float) * classes);
+    memset(width_, 0, sizeof(float) * classes);
+    common_ = 0.0f;
     int64_t left_out = 0;
     for (; left_out < queries; ++left_out) {
       const int32_t n = order_[left_out];
-      const vfloat bound = splat(bounds_[n]);
-      vfloat most{};
-      for (int64_t k = 0; k < classes; k += kLanes) {
-        const vfloat sum = fma(bound, load(table_.rows + n * classes + k), load(rest_ + k));
-        store(next_rest_ + k, sum);
-        most = maximum(most, sum);
-      }
-      float largest = most[0];
-      for (int i = 1; i < kLanes; ++i) largest = most[i] > largest ? most[i] : largest;
-      if (!(largest <= tolerance)) break;
-      most_ = largest;
-      float* const swap = rest_;
-      rest_ = next_rest_;
-      next_rest_ = swap;
+      if (!add(n, bounds_[n], tolerance)) break;
+      common_ += bounds_[n] * table_.middles[n];
     }
     chosen_ = order_ + left_out;
     count_ = queries - left_out;
@@ -64,17 +56,43 @@ class QueryChoice {
 
   const int32_t* chosen() const { return chosen_; }
   int64_t count() const { return count_; }
-  const float* rest() const { return rest_; }  // [classes]
+  const float* above() const { return above_; }  // [classes]
   int32_t tag_mask() const { return (1 << tag_bits_) - 1; }
 
-  // By how much the bound `best` must exceed the next for its class to be certain.
-  vfloat doubt(vfloat best) const { return fma(best, splat(rounding_), splat(most_ + 1e-30f)); }
+  // By how much the u of a class, the largest, must exceed the next for the class to be certain.
+  vfloat doubt(vfloat u, vint label) const {
+    const vfloat width = gather(width_, label);
+    return fma(u + width + common_, splat(rounding_), width + 1e-30f);
+  }
 
  private:
-  static constexpr float kTolerance = 0x1p-4f;
+  static constexpr float kTolerance = 0x1p-3f;
   // Weights are sorted by exponent and the first two bits of the mantissa, from 2^-20 to 1.
   static constexpr int32_t kLowestKey = (127 - 20) << 2;
   static constexpr int32_t kKeys = 20 * 4 + 2;
+
+  // Leaves out one more query, unless that makes some width exceed the tolerance.
+  bool add(int32_t n, float bound, float tolerance) {
+    const int64_t classes = to_full_vectors(table_.classes);
+    vfloat most{};
+    for (int64_t k = 0; k < classes; k += kLanes) {
+      const vfloat d = load(table_.rows + n * classes + k) - splat(table_.middles[n]);
+      const vfloat width = fma(maximum(d, -d), splat(bound), load(width_ + k));
+      store(next_width_ + k, width);
+      store(next_above_ + k, fma(maximum(d, vfloat{}), splat(bound), load(above_ + k)));
+      most = maximum(most, width);
+    }
+    if (lane_bits(most <= splat(tolerance)) != (uint32_t{1} << kLanes) - 1) return false;
+    exchange(above_, next_above_);
+    exchange(width_, next_width_);
+    return true;
+  }
+
+  static void exchange(float*& a, float*& b) {
+    float* const kept = a;
+    a = b;
+    b = kept;
+  }
 
   void sort_by_weight() {
     const int64_t queries = table_.queries, padded = to_full_vectors(queries);
@@ -92,12 +110,12 @@ class QueryChoice {
   }
 
   const ClassTable& table_;
-  float *bounds_, *weights_, *rest_, *next_rest_;
+  float *bounds_, *weights_, *above_, *width_, *next_above_, *next_width_;
   int32_t *keys_, *order_;
   const int32_t* chosen_ = nullptr;
   int64_t count_ = 0;
   int32_t tag_bits_ = 0;
-  float rounding_, most_ = 0.0f;
+  float rounding_, common_ = 0.0f;
 };
 
 }  // namespace

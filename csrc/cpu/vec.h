@@ -31,7 +31,8 @@ using vfloat = float __attribute__((vector_size(4 * kLanes)));
 using vint = int32_t __attribute__((vector_size(4 * kLanes)));
 using vbyte = uint8_t __attribute__((vector_size(kLanes)));
 
-static inline vfloat splat(float x) { return vfloat{} + x; }
+// Minus 0 changes no x, not even -0, so the compiler leaves a plain broadcast.
+static inline vfloat splat(float x) { return x - vfloat{}; }
 static inline vint splat(int32_t x) { return vint{} + x; }
 
 static inline vfloat load(const float* p) {
@@ -93,6 +94,25 @@ static inline vfloat maximum(vfloat a, vfloat b) {
 #endif
 }
 
+// The first `count` < kLanes elements, and 0.
+static inline vfloat load_some(const float* p, int64_t count) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+#else
+  vfloat v{};
+  for (int64_t i = 0; i < count; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+
+static inline void store_some(float* p, vfloat v, int64_t count) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), (__m512)v);
+#else
+  for (int64_t i = 0; i < count; ++i) p[i] = v[i];
+#endif
+}
+
 static inline vint load(const int32_t* p) {
   vint v;
   memcpy(&v, p, sizeof v);
@@ -133,6 +153,15 @@ static inline double sum_lanes(vfloat v) {
   for (int i = 0; i < kLanes; ++i) total += v[i];
   return total;
 }
+
+// All ones in the lanes of part `part` of a chunk of lanes that the bits of `lanes` name.
+static inline vint select(uint32_t lanes, int part) {
+  vint lane_bit;
+  for (int i = 0; i < kLanes; ++i) lane_bit[i] = 1 << i;
+  return ((splat(static_cast<int32_t>(lanes >> (part * kLanes))) & lane_bit) != 0);
+}
+
+static inline vfloat masked(vint mask, vfloat v) { return mask ? v : vfloat{}; }
 
 // exp(-a) for a >= 0: 2^n times a degree-6 minimax polynomial on [-1/2, 1/2] (relative error 2e-9 before rounding).
 // Below 2^-126 the result stays there; NaN stays NaN.

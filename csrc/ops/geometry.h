@@ -32,26 +32,39 @@ class Geometry {
     STD_TORCH_CHECK(out_top >= 0 && out_rows >= 1 && out_top + out_rows <= size_[0],
                     "out_top and out_rows must lie within size");
     const AxisTaps taps = this->rows();
-    STD_TORCH_CHECK(taps.first() >= in_top && taps.end() <= in_top + rows, "the rows ", out_top, "..",
-                    out_top + out_rows, " read the rows ", taps.first(), "..", taps.end(), " of grid; mask_logits has ",
-                    in_top, "..", in_top + rows);
+    STD_TORCH_CHECK(taps.first() >= 0 && taps.end() <= rows, "the rows ", out_top, "..", out_top + out_rows,
+                    " of the result read the rows ", in_top + taps.first(), "..", in_top + taps.end(),
+                    " of grid; mask_logits has ", in_top, "..", in_top + rows);
   }
 
-  int64_t in_top() const { return in_top_; }
   int64_t out_rows() const { return out_rows_; }
   int64_t width() const { return size_[1]; }
 
-  // Both steps at once; indices of rows count from the top of the grid, not from in_top.
-  AxisTaps rows() const { return {grid_[0], padded_[0], valid_[0], size_[0], out_top_, out_rows_}; }
+  // Both steps at once, of the band's rows and of all columns. Indices of rows count from in_top.
+  AxisTaps rows() const {
+    AxisTaps taps(grid_[0], padded_[0], valid_[0], size_[0], out_top_, out_rows_);
+    taps.count_from(in_top_);
+    return taps;
+  }
   AxisTaps columns() const { return {grid_[1], padded_[1], valid_[1], size_[1], 0, size_[1]}; }
 
-  // The steps one by one. The first makes the rows [begin, end) of the valid grid, or all of its columns.
-  AxisTaps valid_rows(int64_t begin, int64_t end) const {
-    return {grid_[0], padded_[0], padded_[0], padded_[0], begin, end - begin};
+  // The steps one by one. The second: rows [begin, begin + count) of the band, or columns, from the valid grid.
+  AxisTaps rows_of_valid(int64_t begin, int64_t count) const {
+    return {valid_[0], valid_[0], valid_[0], size_[0], out_top_ + begin, count};
   }
-  AxisTaps valid_columns() const { return {grid_[1], padded_[1], padded_[1], padded_[1], 0, valid_[1]}; }
-  AxisTaps rows_of_valid() const { return {valid_[0], valid_[0], valid_[0], size_[0], out_top_, out_rows_}; }
-  AxisTaps columns_of_valid() const { return {valid_[1], size_[1]}; }
+  AxisTaps columns_of_valid(int64_t begin, int64_t count) const {
+    return {valid_[1], valid_[1], valid_[1], size_[1], begin, count};
+  }
+  // The first: rows or columns [begin, end) of the valid grid. Indices of rows count from in_top.
+  AxisTaps valid_rows(int64_t begin, int64_t end) const {
+    AxisTaps taps(grid_[0], padded_[0], padded_[0], padded_[0], begin, end - begin);
+    taps.count_from(in_top_);
+    return taps;
+  }
+  AxisTaps valid_columns(int64_t begin, int64_t end) const {
+    return {grid_[1], padded_[1], padded_[1], padded_[1], begin, end - begin};
+  }
+  int64_t valid_width() const { return valid_[1]; }
 
  private:
   static const Sizes& checked(const Sizes& size, const char* name) {

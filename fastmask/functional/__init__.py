@@ -6,6 +6,7 @@
 from fastmask.functional.assign import assign
 from fastmask.functional.class_loss import class_loss
 from fastmask.functional.config import show_config
+from fastmask.functional.embeddings import mask_products, matched_mask_logits
 from fastmask.functional.instance import instance_inference
 from fastmask.functional.linear_sum_assignment import linear_sum_assignment
 from fastmask.functional.mask_cost import mask_cost
@@ -22,7 +23,9 @@ __all__ = [
     "linear_sum_assignment",
     "mask_cost",
     "mask_loss",
+    "mask_products",
     "masked_attention",
+    "matched_mask_logits",
     "panoptic_inference",
     "semantic_inference",
     "show_config",

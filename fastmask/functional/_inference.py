@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastmask.functional._backend import choose_backend
 from fastmask.functional._checks import check_floating, computing_dtype
+from fastmask.functional.embeddings import mask_products
 from fastmask.ops._geometry import Geometry, Size
 from fastmask.ops.library import Operator
 
@@ -89,14 +90,13 @@ class MaskSource:
         """``(B, N, end - first, w)``."""
         if self.mask_logits is not None:
             return self.mask_logits[:, :, first:end]
-        rows = self.pixel_embed[:, :, first:end]
-        return (self.mask_embed @ rows.flatten(2)).unflatten(2, rows.shape[2:])
+        return mask_products(self.mask_embed, self.pixel_embed[:, :, first:end])
 
     def full_logits(self, dtype: torch.dtype) -> Tensor:
         """``(B, N, h, w)`` of a dtype, which embeddings are converted to before their product: for the reference."""
         if self.mask_logits is not None:
             return self.mask_logits.to(dtype)
-        return torch.einsum("bnc,bchw->bnhw", self.mask_embed.to(dtype), self.pixel_embed.to(dtype))
+        return mask_products(self.mask_embed.to(dtype), self.pixel_embed.to(dtype))
 
 
 def prepare(

@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from fastmask.models import resnet_c
+
 STRIDES = (4, 8, 16, 32)
 
 # Fields of a transformers configuration that say where it comes from or follow from other fields.
@@ -26,6 +28,7 @@ BACKBONES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "resnet50": ("resnet", {}),
     "resnet101": ("resnet", {"depths": [3, 4, 23, 3]}),
+    "resnet101c": (resnet_c.MODEL_TYPE, {"depths": [3, 4, 23, 3], "embedding_size": 128}),
     "swin-tiny": ("swin", {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24]}),
     "swin-small": ("swin", {"embed_dim": 96, "depths": [2, 2, 18, 2], "num_heads": [3, 6, 12, 24]}),
     "swin-base": ("swin", {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32], **_SWIN_384}),
@@ -35,7 +38,7 @@ BACKBONES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def known_backbones() -> list[str]:
     """Every name that :func:`build_backbone` takes: our own, then the model types of ``transformers.AutoBackbone``."""
-    return [*BACKBONES, *(name for name in _model_types() if name not in BACKBONES)]
+    return [*BACKBONES, resnet_c.MODEL_TYPE, *(name for name in _model_types() if name not in BACKBONES)]
 
 
 def build_backbone(name: str, options: Mapping[str, Any] | None = None, *, pretrained: str | None = None) -> nn.Module:
@@ -54,12 +57,17 @@ def build_backbone(name: str, options: Mapping[str, Any] | None = None, *, pretr
 
     Raises:
         ValueError: an unknown name, options the model does not know, a model without stages, or a
-            ``pretrained`` of another model type.
+            ``pretrained`` of another model type or for a ResNet-C.
     """
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 
     model_type, fields = _resolve(name)
+    deep_stem = model_type == resnet_c.MODEL_TYPE
+    if deep_stem:
+        if pretrained is not None:
+            raise ValueError(f"transformers has no pretrained weights for backbone {name!r}; pretrained must be None")
+        model_type = "resnet"
     config_class = type(transformers.AutoConfig.for_model(model_type))
     fields = {**fields, **(options or {})}
     unknown = [key for key in fields if not hasattr(config_class(), key)]
@@ -80,7 +88,8 @@ def build_backbone(name: str, options: Mapping[str, Any] | None = None, *, pretr
         raise ValueError(f"backbone {name!r} has no stages that give feature maps")
     config.out_features = stages[-len(STRIDES) :]
     if pretrained is None:
-        return transformers.AutoBackbone.from_config(config)
+        backbone = transformers.AutoBackbone.from_config(config)
+        return resnet_c.to_resnet_c(backbone) if deep_stem else backbone
     # AutoBackbone.from_pretrained takes hub ids only; the class it would choose takes folders too.
     return MODEL_FOR_BACKBONE_MAPPING[config_class].from_pretrained(pretrained, config=config)
 
@@ -152,7 +161,7 @@ def _resolve(name: str) -> tuple[str, dict[str, Any]]:
     """The model type of a backbone's name, and the fields of its configuration that the name implies."""
     if name in BACKBONES:
         return BACKBONES[name]
-    if name in _model_types():
+    if name == resnet_c.MODEL_TYPE or name in _model_types():
         return name, {}
     raise ValueError(f"unknown backbone {name!r}; known are {', '.join(known_backbones())}")
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
 
 from fastmask.functional import class_loss, mask_loss
-from fastmask.modules.matcher import HungarianMatcher
+from fastmask.modules.matcher import Matcher
+from fastmask.modules.predictions import Predictions
 from fastmask.targets import Targets
 
 LOSSES = ("labels", "masks")
@@ -32,7 +33,7 @@ class SetCriterion(nn.Module):
 
     Args:
         num_classes: K, without "no object".
-        matcher: the HungarianMatcher; its mask term and void rule hold for the losses too.
+        matcher: the HungarianMatcher or the FixedMatcher; its mask term and void rule hold for the losses too.
         weight_dict: weight of each loss name; kept for whoever sums the losses, not applied here.
         eos_coef: weight of "no object" in the classification loss.
         losses: any of "labels" (loss_ce) and "masks" (loss_mask, loss_dice).
@@ -47,7 +48,7 @@ class SetCriterion(nn.Module):
     def __init__(
         self,
         num_classes: int,
-        matcher: HungarianMatcher,
+        matcher: Matcher,
         weight_dict: Mapping[str, float],
         eos_coef: float = 0.1,
         losses: Sequence[str] = LOSSES,
@@ -76,24 +77,25 @@ class SetCriterion(nn.Module):
 
         Args:
             outputs: "pred_logits" ``(B, N, K+1)`` and "pred_masks" ``(B, N, h, w)``; optionally "aux_outputs", a list
-                of such dicts, one for each earlier layer. Where the stacked "class_logits" ``(L, B, N, K+1)`` and
-                "mask_logits" ``(L, B, N, h, w)`` are given as well (last layer last, as fastmask's models do), all
-                layers go through in one call, without a copy.
+                of such dicts, one for each earlier layer. Or all layers stacked, the last layer last, which go through
+                in one call, without a copy: "class_logits" ``(L, B, N, K+1)`` with "mask_logits" ``(L, B, N, h, w)``,
+                or with "mask_embed" ``(L, B, N, C)`` and "pixel_embed" ``(B, C, h, w)``, as fastmask's models do; see
+                :class:`Predictions` for what embeddings save. Stacked forms come before the others.
             targets: a list of {"labels": ``(M_b,)``, "masks": ``(M_b, H_b, W_b)``}, one for each image, which is padded
                 to the largest mask; or Targets.
 
         Raises:
             ValueError: outputs and targets that do not fit.
         """
-        layers = list(_layers(outputs))
-        class_logits = layers[0][0]
+        predictions = Predictions.from_outputs(outputs)
+        class_logits = predictions[0].class_logits
         if class_logits.shape[-1] != self.num_classes + 1:
             raise ValueError(
                 f"class logits have {class_logits.shape[-1]} classes; expected num_classes + 1 = {self.num_classes + 1}"
             )
         if not isinstance(targets, Targets):
             targets = Targets.from_list(targets, num_classes=self.num_classes, device=class_logits.device)
-        losses = self.layer_losses(layers, targets)
+        losses = self.layer_losses(predictions, targets)
         named = {}
         num_layers = losses.assignment.shape[0]
         for name in ("loss_ce", "loss_mask", "loss_dice"):
@@ -105,38 +107,40 @@ class SetCriterion(nn.Module):
                 named[f"{name}_{i}"] = values[i]
         return named
 
-    def layer_losses(self, layers: Sequence[tuple[Tensor, Tensor]], targets: Targets) -> LayerLosses:
-        """The losses of groups of layers that are stacked in memory: the batched form beneath ``forward``.
-
-        Args:
-            layers: (class_logits ``(L_i, B, N, K+1)``, mask_logits ``(L_i, B, N, h, w)``) of each group.
-            targets: of the B images.
-        """
-        cost = torch.cat([self.matcher.cost(classes, masks, targets) for classes, masks in layers])
-        assignment = self.matcher.solve(cost, targets)
+    def layer_losses(self, predictions: Sequence[Predictions], targets: Targets) -> LayerLosses:
+        """The losses of all layers of ``predictions``, in their order: the batched form beneath ``forward``."""
+        assignment = self.matcher.match(predictions, targets)
         loss_ce = loss_mask = loss_dice = None
         if "labels" in self.losses:
-            class_logits = torch.cat([classes for classes, _ in layers]) if len(layers) > 1 else layers[0][0]
+            classes = [group.class_logits for group in predictions]
+            class_logits = torch.cat(classes) if len(classes) > 1 else classes[0]
             loss_ce = class_loss(class_logits, targets, assignment, class_weights=self.empty_weight)
         if "masks" in self.losses:
             num_masks = global_num_masks(targets)
-            assignments = assignment.split([masks.shape[0] for _, masks in layers])
+            assignments = assignment.split([group.num_layers for group in predictions])
             pairs = [
-                mask_loss(
-                    masks,
-                    targets,
-                    group,
-                    num_masks=num_masks,
-                    mask_term=self.matcher.mask_term,
-                    alpha=self.matcher.alpha,
-                    gamma=self.matcher.gamma,
-                    ignore_void=self.matcher.ignore_void,
-                    backend=self.backend,
-                )
-                for (_, masks), group in zip(layers, assignments, strict=True)
+                self.mask_losses(group, targets, matched, num_masks)
+                for group, matched in zip(predictions, assignments, strict=True)
             ]
             loss_mask, loss_dice = (torch.cat(values) for values in zip(*pairs, strict=True))
         return LayerLosses(loss_ce, loss_mask, loss_dice, assignment)
+
+    def mask_losses(
+        self, predictions: Predictions, targets: Targets, assignment: Tensor, num_masks: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(loss_mask, loss_dice) of one group of layers, ``(L,)`` each."""
+        mask_logits, assignment = predictions.matched(targets, assignment)
+        return mask_loss(
+            mask_logits,
+            targets,
+            assignment,
+            num_masks=num_masks,
+            mask_term=self.matcher.mask_term,
+            alpha=self.matcher.alpha,
+            gamma=self.matcher.gamma,
+            ignore_void=self.matcher.ignore_void,
+            backend=self.backend,
+        )
 
 
 def global_num_masks(targets: Targets) -> Tensor:
@@ -146,12 +150,3 @@ def global_num_masks(targets: Targets) -> Tensor:
         distributed.all_reduce(num_masks)
         num_masks = num_masks / distributed.get_world_size()
     return num_masks.clamp(min=1)
-
-
-def _layers(outputs: Mapping[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Groups of stacked layers, the last layer last."""
-    if "class_logits" in outputs and "mask_logits" in outputs:
-        yield outputs["class_logits"], outputs["mask_logits"]
-        return
-    for layer in (*outputs.get("aux_outputs", ()), outputs):
-        yield layer["pred_logits"][None], layer["pred_masks"][None]

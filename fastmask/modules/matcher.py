@@ -1,31 +1,57 @@
-"""The Hungarian matcher, with the original repository's signature and with a batched form for the device."""
+"""Which query answers for which target: the Hungarian matcher of MaskFormer, and the fixed one it is compared with."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fastmask.functional import assign, mask_cost
+from fastmask.functional._checks import check_mask_term
+from fastmask.modules.predictions import Predictions
 from fastmask.targets import Targets
 
 
-class HungarianMatcher(nn.Module):
+class Matcher(nn.Module, ABC):
+    """What the criterion asks of a matcher: an assignment, and how the mask of a matched pair is judged.
+
+    Args:
+        mask_term: "focal" (MaskFormer) or "bce" (Mask2Former), in the matching cost and in the loss.
+        alpha, gamma: of the focal loss.
+        ignore_void: leave void pixels out; otherwise they are background.
+    """
+
+    def __init__(
+        self, *, mask_term: str = "focal", alpha: float = 0.25, gamma: float = 2.0, ignore_void: bool = False
+    ) -> None:
+        super().__init__()
+        check_mask_term(mask_term, alpha, gamma)
+        self.mask_term = mask_term
+        self.alpha = alpha
+        self.gamma = gamma
+        self.ignore_void = ignore_void
+
+    @abstractmethod
+    def match(self, predictions: Sequence[Predictions], targets: Targets) -> Tensor:
+        """``(L, B, M)`` int64 on the device: the query of each target in each of the layers of all ``predictions``, -1
+        for padding and unmatched targets."""
+
+
+class HungarianMatcher(Matcher):
     """Matches queries and targets one to one so that the total cost is least (MaskFormer, arXiv:2107.06278, 3.2).
 
     Args:
         cost_class: weight of the class term, -softmax(class_logits)[label].
         cost_mask: weight of the mask term, focal loss or cross-entropy.
         cost_dice: weight of the dice term.
-        mask_term: "focal" (MaskFormer) or "bce" (Mask2Former).
-        alpha, gamma: of the focal loss.
-        ignore_void: leave void pixels out of the cost; otherwise they are background.
+        mask_term, alpha, gamma, ignore_void: as in :class:`Matcher`.
         backend: "auto", "reference" or "native", of the cost and of the assignment alike. On a GPU the one is Triton's
             and the other CUDA's, so that only "auto" takes both.
 
     Raises:
-        ValueError: all three costs are 0.
+        ValueError: all three costs are 0, or an option out of range.
     """
 
     def __init__(
@@ -40,16 +66,12 @@ class HungarianMatcher(nn.Module):
         ignore_void: bool = False,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(mask_term=mask_term, alpha=alpha, gamma=gamma, ignore_void=ignore_void)
         if cost_class == 0 and cost_mask == 0 and cost_dice == 0:
             raise ValueError("cost_class, cost_mask and cost_dice are all 0; nothing is left to match by")
         self.cost_class = cost_class
         self.cost_mask = cost_mask
         self.cost_dice = cost_dice
-        self.mask_term = mask_term
-        self.alpha = alpha
-        self.gamma = gamma
-        self.ignore_void = ignore_void
         self.backend = backend
 
     @torch.no_grad()
@@ -83,6 +105,10 @@ class HungarianMatcher(nn.Module):
         """
         return self.solve(self.cost(class_logits, mask_logits, targets), targets)
 
+    def match(self, predictions: Sequence[Predictions], targets: Targets) -> Tensor:
+        costs = [self.cost(group.class_logits, group.detached_mask_logits(), targets) for group in predictions]
+        return self.solve(torch.cat(costs), targets)
+
     @torch.no_grad()
     def forward(
         self, outputs: Mapping[str, Tensor], targets: Sequence[Mapping[str, Tensor]] | Targets
@@ -109,3 +135,27 @@ class HungarianMatcher(nn.Module):
 
     def extra_repr(self) -> str:
         return f"cost_class={self.cost_class}, cost_mask={self.cost_mask}, cost_dice={self.cost_dice}"
+
+
+class FixedMatcher(Matcher):
+    """Query k answers for class k (structure (c) of MaskFormer's comparison, arXiv:2107.06278, section 4.3).
+
+    Needs as many queries as classes. A class that an image has several targets of shares one query among them:
+    ``Targets.merged_by_class`` makes one of them, as semantic segmentation has it.
+    """
+
+    def match(self, predictions: Sequence[Predictions], targets: Targets) -> Tensor:
+        """As :meth:`Matcher.match`.
+
+        Raises:
+            ValueError: the number of queries is not that of the classes.
+        """
+        for group in predictions:
+            num_queries, num_classes = group.class_logits.shape[-2], group.class_logits.shape[-1] - 1
+            if num_queries != num_classes:
+                raise ValueError(
+                    f"class logits have {num_queries} queries and {num_classes} classes; fixed matching needs as many "
+                    "queries as classes"
+                )
+        num_layers = sum(group.num_layers for group in predictions)
+        return targets.labels.expand(num_layers, -1, -1).contiguous()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from fastmask.modules.mlp import MLP
@@ -22,7 +21,7 @@ class TransformerPredictor(nn.Module):
 
     Args:
         input_dim: channels of the memory; projected to ``hidden_dim`` if they differ.
-        num_classes: K.
+        num_classes: K; None for no class head, where each query stands for a class.
         num_queries: N.
         hidden_dim: channels of the transformer, a multiple of 4 and of ``num_heads``.
         mask_dim: channels of the pixel embeddings.
@@ -35,7 +34,7 @@ class TransformerPredictor(nn.Module):
     def __init__(
         self,
         input_dim: int,
-        num_classes: int,
+        num_classes: int | None,
         *,
         num_queries: int = 100,
         hidden_dim: int = 256,
@@ -52,23 +51,22 @@ class TransformerPredictor(nn.Module):
             conv_init(self.input_proj)
         self.query_embed = nn.Embedding(num_queries, hidden_dim)
         self.decoder = TransformerDecoder(decoder_layers, hidden_dim, num_heads, feedforward_dim, dropout)
-        self.class_embed = nn.Linear(hidden_dim, num_classes + 1)
+        self.class_embed = None if num_classes is None else nn.Linear(hidden_dim, num_classes + 1)
         self.mask_embed = MLP(hidden_dim, hidden_dim, mask_dim, MASK_EMBED_LAYERS)
 
     def forward(
-        self, memory: Tensor, pixel_embed: Tensor, padding_mask: Tensor | None = None, *, all_layers: bool = True
-    ) -> tuple[Tensor, Tensor]:
-        """Class and mask logits of every query.
+        self, memory: Tensor, padding_mask: Tensor | None = None, *, all_layers: bool = True
+    ) -> tuple[Tensor | None, Tensor]:
+        """Class logits and mask embedding of every query; the mask logits are ``mask_products`` of these with the pixel
+        embeddings.
 
         Args:
             memory: ``(B, input_dim, h', w')``, the coarsest map.
-            pixel_embed: ``(B, mask_dim, h, w)``.
             padding_mask: ``(B, h', w')`` bool, True at cells of the memory that are padding.
             all_layers: predict after every decoder layer or after the last alone (L = 1).
 
         Returns:
-            ``class_logits (L, B, N, K+1)`` and ``mask_logits (L, B, N, h, w)``. One product over all layers makes the
-            mask logits, so in memory the images come first: the planes (h, w) are contiguous, the layers are strided.
+            ``class_logits (L, B, N, K+1)``, None without a class head, and ``mask_embed (L, B, N, mask_dim)``.
         """
         memory = self.input_proj(memory)
         _, dim, height, width = memory.shape
@@ -80,5 +78,4 @@ class TransformerPredictor(nn.Module):
         queries = self.decoder(
             self.query_embed.weight, memory.flatten(2).transpose(1, 2), position, padding_mask, all_layers=all_layers
         )
-        mask_logits = torch.einsum("lbnc,bchw->lbnhw", self.mask_embed(queries), pixel_embed)
-        return self.class_embed(queries), mask_logits
+        return None if self.class_embed is None else self.class_embed(queries), self.mask_embed(queries)

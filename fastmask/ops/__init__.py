@@ -4,10 +4,11 @@ An operator's implementations are the C++ and CUDA of ``csrc`` (loaded as a libr
 ``fastmask.kernels`` (imported when first used).
 """
 
-from fastmask.ops import assign, instance, mask_cost, mask_loss, panoptic, semantic
+from fastmask.ops import assign, instance, mask_cost, mask_loss, masked_attention, panoptic, semantic
 
 OPERATORS = {
-    module.OPERATOR.name: module.OPERATOR for module in (mask_cost, assign, mask_loss, semantic, panoptic, instance)
+    module.OPERATOR.name: module.OPERATOR
+    for module in (mask_cost, assign, mask_loss, masked_attention, semantic, panoptic, instance)
 }
 
 __all__ = ["OPERATORS"]

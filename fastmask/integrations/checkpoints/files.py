@@ -1,0 +1,78 @@
+"""Weights from the files of others. Nothing in a file is executed."""
+
+from __future__ import annotations
+
+import collections
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastmask.models.checkpoint import load_weights
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The weights in a file of safetensors (``.safetensors``), PyTorch (``.pth``, ``.pt``, ``.bin``) or detectron2
+    (``.pkl``), without the dict "model" or "state_dict" that may hold them.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file of another kind, one that is truncated, or one that holds more than arrays.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights at {path}")
+    if path.suffix == ".safetensors":
+        return load_weights(path)
+    if path.suffix not in (".pth", ".pt", ".bin", ".pkl"):
+        raise ValueError(f"{path} is no .safetensors, .pth, .pt, .bin or .pkl file")
+    try:
+        content = _unpickle_arrays(path) if path.suffix == ".pkl" else torch.load(path, "cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError, UnicodeDecodeError, ImportError, AttributeError) as error:
+        raise ValueError(f"{path} could not be read as weights: {error}") from error
+    for key in ("model", "state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}; expected weights by name")
+    weights = {}
+    for name, value in content.items():
+        if not isinstance(value, Tensor | np.ndarray):
+            raise ValueError(f"{path} holds {name} of type {type(value).__name__}; expected an array")
+        weights[name] = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+    return weights
+
+
+def _unpickle_arrays(path: Path) -> Any:
+    with path.open("rb") as file:
+        return _ArraysOnly(file, encoding="latin1").load()
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Reads NumPy arrays in dicts and lists, and refuses to import anything else: unpickling may run any code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return collections.OrderedDict
+        if (module, name) == ("_codecs", "encode"):
+            return _latin1
+        if (module, name) == ("numpy", "ndarray"):
+            return np.ndarray
+        if (module, name) == ("numpy", "dtype"):
+            return np.dtype
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name in ("_reconstruct", "scalar"):
+            return getattr(np._core.multiarray if hasattr(np, "_core") else np.core.multiarray, name)
+        if module in ("numpy.core.numeric", "numpy._core.numeric") and name == "_frombuffer":
+            return getattr(np._core.numeric if hasattr(np, "_core") else np.core.numeric, name)
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}, and only arrays are read")
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    """How pickle's older protocols hold bytes."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it holds bytes as {encoding}")
+    return text.encode("latin1")

@@ -1,0 +1,246 @@
+"""Hugging Face's MaskFormer, to a model of ours and back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from fastmask.integrations.checkpoints.backbones import NOT_LEARNED, hugging_face_swin
+from fastmask.integrations.checkpoints.names import Rule, rename, to_foreign, to_own
+from fastmask.models.backbone import describe_backbone
+from fastmask.models.config import MaskFormerConfig
+from fastmask.models.maskformer import MaskFormer
+
+if TYPE_CHECKING:
+    from transformers import MaskFormerForInstanceSegmentation
+
+ENCODER = "model.pixel_level_module.encoder."
+PIXEL_DECODER = "model.pixel_level_module.decoder"
+TRANSFORMER = "model.transformer_module"
+IGNORED = rf"{NOT_LEARNED}|criterion\.empty_weight"
+BY_COUNTS = r"predictor\.(query_embed\.weight|class_embed\.(weight|bias))"
+# What transformers v4 called things, as in every checkpoint on the hub.
+OLDER_NAMES = (
+    (r"(transformer_module\.decoder\.layers\.\d+\.\w+)\.out_proj\.", r"\1.o_proj."),
+    (r"(transformer_module\.decoder\.layers\.\d+)\.(fc[12])\.", r"\1.mlp.\2."),
+)
+NORMS = {"norm1": "self_attn_layer_norm", "norm2": "encoder_attn_layer_norm", "norm3": "final_layer_norm"}
+
+
+def from_hugging_face_maskformer(
+    source: str | Path | MaskFormerForInstanceSegmentation,
+    *,
+    num_queries: int | None = None,
+    num_classes: int | None = None,
+    ignore_mismatched_sizes: bool = False,
+) -> MaskFormer:
+    """A model of ours that computes what Hugging Face's ``MaskFormerForInstanceSegmentation`` does.
+
+    Args:
+        source: a folder with config.json and the weights, as transformers v4 or v5 writes it; or the model itself.
+        num_queries, num_classes: of the new model, if they are to differ.
+        ignore_mismatched_sizes: allow that: query embeddings and class head then start at random, with a warning.
+
+    Returns:
+        the model, on the CPU, in float32 and training mode, with the class names of ``source``.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: another architecture, keys that are missing or unexpected, shapes or numbers that differ.
+    """
+    if isinstance(source, str | Path):
+        weights, config = _read_folder(Path(source))
+    else:
+        weights, config = source.state_dict(), source.config
+    if config.model_type != "maskformer":
+        raise ValueError(f"{_name(source)} is of model type {config.model_type!r}; expected 'maskformer'")
+    own_config = own_config_of(config)
+    changes = {"num_queries": num_queries, "num_classes": num_classes}
+    changes = {name: value for name, value in changes.items() if value not in (None, getattr(own_config, name))}
+    if changes and not ignore_mismatched_sizes:
+        raise ValueError(
+            f"{_name(source)} has {', '.join(f'{name}={getattr(own_config, name)}' for name in changes)}; "
+            "ignore_mismatched_sizes=True starts what depends on them at random"
+        )
+    if "num_classes" in changes:
+        changes["class_names"] = ()
+    model = MaskFormer(own_config.replace(**changes))
+    own = to_own(
+        newer_names(weights), model.weights(), rules_of(model), ignored=IGNORED,
+        replaceable=BY_COUNTS if changes else "", source=_name(source),
+    )  # fmt: skip
+    model.load_state_dict(own, strict=False)
+    return model
+
+
+def to_hugging_face_maskformer(model: MaskFormer) -> MaskFormerForInstanceSegmentation:
+    """Hugging Face's model with the same weights, in evaluation mode; its ``save_pretrained`` writes a folder.
+
+    Raises:
+        ValueError: Hugging Face has no such architecture (an encoder in the pixel decoder, fixed matching, another
+            backbone than ResNet and Swin).
+    """
+    from transformers import MaskFormerForInstanceSegmentation
+
+    config = model.config
+    if config.encoder_layers or config.matching != "bipartite":
+        raise ValueError(
+            f"encoder_layers={config.encoder_layers}, matching={config.matching!r}: Hugging Face's MaskFormer has "
+            "neither an encoder in the pixel decoder nor fixed matching"
+        )
+    other = MaskFormerForInstanceSegmentation(hugging_face_config_of(model)).eval()
+    weights = to_foreign(model.weights(), rules_of(model))
+    own_names = {newer_name(name): name for name in other.state_dict()}
+    outcome = other.load_state_dict({own_names[name]: value for name, value in weights.items()}, strict=False)
+    missing = [name for name in outcome.missing_keys if not re.fullmatch(IGNORED, name)]
+    if missing:
+        raise ValueError(f"Hugging Face's model needs {', '.join(missing)}, which the model does not have")
+    return other
+
+
+def rules_of(model: MaskFormer) -> list[Rule]:
+    layer = rf"{TRANSFORMER}.decoder.layers.\1"
+    own = r"predictor\.decoder\.layers\.(\d+)"
+    rules = [
+        *hugging_face_swin(ENCODER),
+        rename(r"backbone\.((embedder|encoder)\..*)", rf"{ENCODER}\1"),
+        rename(r"pixel_decoder\.mask_features\.(.*)", rf"{PIXEL_DECODER}.mask_projection.\1"),
+        rename(r"predictor\.query_embed\.(.*)", rf"{TRANSFORMER}.queries_embedder.\1"),
+        rename(r"predictor\.input_proj\.(.*)", rf"{TRANSFORMER}.input_projection.\1"),
+        rename(r"predictor\.decoder\.norm\.(.*)", rf"{TRANSFORMER}.decoder.layernorm.\1"),
+        rename(r"predictor\.class_embed\.(.*)", r"class_predictor.\1"),
+        rename(r"predictor\.mask_embed\.layers\.(\d+)\.(.*)", r"mask_embedder.\1.0.\2"),
+        rename(rf"{own}\.linear(\d)\.(.*)", rf"{layer}.mlp.fc\2.\3"),
+        *(rename(rf"{own}\.{norm}\.(.*)", rf"{layer}.{name}.\2") for norm, name in NORMS.items()),
+    ]
+    for attention, name in (("self_attn", "self_attn"), ("multihead_attn", "encoder_attn")):
+        parts = tuple(rf"{layer}.{name}.{part}_proj.\2" for part in "qkv")
+        rules += [
+            Rule(rf"{own}\.{attention}\.in_proj_(.*)", parts),
+            rename(rf"{own}\.{attention}\.out_proj\.(.*)", rf"{layer}.{name}.o_proj.\2"),
+        ]
+    # Their pyramid counts from the coarsest map, ours from the finest.
+    coarsest = len(model.channels) - 1
+    levels = [(rf"layers\.{coarsest}", "fpn.stem")]
+    for i in range(coarsest):
+        levels += [
+            (rf"layers\.{coarsest - 1 - i}", f"fpn.layers.{i}.block"),
+            (rf"adapters\.{coarsest - 1 - i}", f"fpn.layers.{i}.proj"),
+        ]
+    for own_level, name in levels:
+        rules += [
+            rename(rf"pixel_decoder\.{own_level}\.conv\.weight", f"{PIXEL_DECODER}.{name}.0.weight"),
+            rename(rf"pixel_decoder\.{own_level}\.norm\.(.*)", rf"{PIXEL_DECODER}.{name}.1.\1"),
+        ]
+    return rules
+
+
+def newer_name(name: str) -> str:
+    """A weight's name in transformers v5, from that or from v4's."""
+    for pattern, replacement in OLDER_NAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def newer_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {newer_name(name): tensor for name, tensor in weights.items()}
+
+
+def own_config_of(config: Any) -> MaskFormerConfig:
+    """Our configuration of the architecture and losses that a ``transformers.MaskFormerConfig`` describes."""
+    decoder = config.decoder_config
+    names = tuple(str(config.id2label.get(i, i)) for i in range(config.num_labels))
+    backbone, options = _backbone_of(config.backbone_config)
+    return MaskFormerConfig(
+        num_classes=config.num_labels,
+        class_names=names,
+        backbone=backbone,
+        backbone_options=options,
+        num_queries=decoder.num_queries,
+        hidden_dim=decoder.d_model,
+        mask_dim=config.mask_feature_size,
+        pixel_decoder_dim=config.fpn_feature_size,
+        decoder_layers=decoder.decoder_layers,
+        num_heads=decoder.decoder_attention_heads,
+        feedforward_dim=decoder.decoder_ffn_dim,
+        dropout=decoder.dropout,
+        deep_supervision=config.use_auxiliary_loss,
+        class_weight=config.cross_entropy_weight,
+        mask_weight=config.mask_weight,
+        dice_weight=config.dice_weight,
+        no_object_weight=config.no_object_weight,
+        mask_cost=config.mask_weight,
+        dice_cost=config.dice_weight,
+    )
+
+
+def hugging_face_config_of(model: MaskFormer) -> Any:
+    """The ``transformers.MaskFormerConfig`` of a model of ours."""
+    import transformers
+
+    config = model.config
+    backbone = model.backbone.config.to_dict()
+    model_type = backbone.pop("model_type")
+    if model_type not in ("resnet", "swin") or config.backbone == "resnet-c":
+        raise ValueError(f"backbone is {config.backbone!r}; expected a ResNet or a Swin of transformers")
+    decoder = transformers.DetrConfig(
+        d_model=config.hidden_dim,
+        num_queries=config.num_queries,
+        decoder_layers=config.decoder_layers,
+        decoder_attention_heads=config.num_heads,
+        decoder_ffn_dim=config.feedforward_dim,
+        dropout=config.dropout,
+    )
+    labels = config.class_names or tuple(f"LABEL_{i}" for i in range(config.num_classes))
+    return transformers.MaskFormerConfig(
+        backbone_config=transformers.AutoConfig.for_model(model_type, **backbone),
+        decoder_config=decoder.to_dict(),
+        fpn_feature_size=config.pixel_decoder_dim,
+        mask_feature_size=config.mask_dim,
+        id2label=dict(enumerate(labels)),
+        label2id={label: i for i, label in enumerate(labels)},
+        use_auxiliary_loss=config.deep_supervision,
+        cross_entropy_weight=config.class_weight,
+        mask_weight=config.mask_weight,
+        dice_weight=config.dice_weight,
+        no_object_weight=config.no_object_weight,
+    )
+
+
+def _backbone_of(config: Any) -> tuple[str, dict[str, Any]]:
+    if config.model_type not in ("resnet", "swin", "maskformer-swin"):
+        raise ValueError(f"the backbone is of model type {config.model_type!r}; expected 'resnet' or 'swin'")
+    from types import SimpleNamespace
+
+    from transformers import ResNetConfig, SwinConfig
+
+    # MaskFormer's own Swin has the fields of the common one.
+    kind = ResNetConfig if config.model_type == "resnet" else SwinConfig
+    fields = {name: value for name, value in config.to_dict().items() if name in kind().to_dict()}
+    name, options = describe_backbone(SimpleNamespace(config=kind(**{**fields, "model_type": kind.model_type})))
+    return name, options
+
+
+def _read_folder(folder: Path) -> tuple[dict[str, Tensor], Any]:
+    """Weights and configuration, read by transformers itself, whatever its version wrote."""
+    from transformers import MaskFormerForInstanceSegmentation
+
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}")
+    model, outcome = MaskFormerForInstanceSegmentation.from_pretrained(
+        folder, local_files_only=True, output_loading_info=True
+    )
+    problems = {name: sorted(keys) for name, keys in outcome.items() if name.endswith("keys") and keys}
+    problems = {name: [key for key in keys if not re.fullmatch(IGNORED, str(key))] for name, keys in problems.items()}
+    problems = {name: keys for name, keys in problems.items() if keys}
+    if problems:
+        raise ValueError(f"{folder} does not fit the model; " + "; ".join(f"{k}: {v}" for k, v in problems.items()))
+    return model.state_dict(), model.config
+
+
+def _name(source: Any) -> str:
+    return str(source) if isinstance(source, str | Path) else type(source).__name__

@@ -1,0 +1,125 @@
+"""One table of names for both directions: how the tensors of a foreign checkpoint make up those of a model of ours."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Names that belong together: joined along their first dimension, our tensors equal the foreign ones.
+
+    Args:
+        own: a regular expression for the whole of one of our names.
+        foreign: the foreign names, with ``\\1`` for its first group; none if the foreign model has no such tensor and
+            ours does not use it.
+        partners: further names of ours that are joined with the first.
+    """
+
+    own: str
+    foreign: tuple[str, ...]
+    partners: tuple[str, ...] = ()
+
+
+def rename(own: str, foreign: str) -> Rule:
+    """One tensor under two names."""
+    return Rule(own, (foreign,))
+
+
+@dataclass(frozen=True)
+class Group:
+    own: tuple[str, ...]
+    foreign: tuple[str, ...]
+
+
+def groups_of(own_names: Iterable[str], rules: Sequence[Rule]) -> list[Group]:
+    """Every one of our names in its group, by the first rule that matches.
+
+    Raises:
+        ValueError: names that no rule knows, which the foreign format cannot hold; the message lists them.
+    """
+    groups, done, unknown = [], set(), []
+    for name in own_names:
+        if name in done:
+            continue
+        for rule in rules:
+            if match := re.fullmatch(rule.own, name):
+                own = (name, *(match.expand(partner) for partner in rule.partners))
+                groups.append(Group(own, tuple(match.expand(template) for template in rule.foreign)))
+                done.update(own)
+                break
+        else:
+            unknown.append(name)
+    if unknown:
+        raise ValueError(f"the format has no names for {', '.join(unknown)}")
+    return groups
+
+
+def to_foreign(weights: Mapping[str, Tensor], rules: Sequence[Rule]) -> dict[str, Tensor]:
+    """Our weights under the foreign names."""
+    result = {}
+    for group in groups_of(weights, rules):
+        if group.foreign:
+            joined = torch.cat([weights[name] for name in group.own]) if len(group.own) > 1 else weights[group.own[0]]
+            result.update(zip(group.foreign, _split(joined, len(group.foreign)), strict=True))
+    return result
+
+
+def to_own(
+    weights: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    rules: Sequence[Rule],
+    *,
+    ignored: str = "",
+    replaceable: str = "",
+    source: str = "the checkpoint",
+) -> dict[str, Tensor]:
+    """Foreign weights under our names, whole: what the foreign model lacks keeps the value that it has in ``own``.
+
+    Args:
+        weights: of the foreign model.
+        own: the state of ours, which says what is needed and of which shape.
+        rules: that connect the two.
+        ignored: a regular expression for foreign names that carry nothing to be loaded.
+        replaceable: a regular expression for names of ours that keep their value, with a warning, where shapes differ.
+        source: what the errors call the foreign weights.
+
+    Raises:
+        ValueError: foreign names that are missing or unexpected, or shapes that differ; the message lists them.
+    """
+    groups = groups_of(own, rules)
+    expected = {name for group in groups for name in group.foreign}
+    missing = sorted(expected - set(weights))
+    unexpected = sorted(name for name in set(weights) - expected if not re.fullmatch(ignored, name))
+    problems = [f"missing keys: {', '.join(missing)}"] if missing else []
+    problems += [f"unexpected keys: {', '.join(unexpected)}"] if unexpected else []
+    if problems:
+        raise ValueError(f"{source} does not fit the model; {'; '.join(problems)}")
+    result, kept, wrong = dict(own), [], []
+    for group in groups:
+        if not group.foreign:
+            continue
+        foreign = [weights[name] for name in group.foreign]
+        joined = torch.cat(foreign) if len(foreign) > 1 else foreign[0]
+        for name, part in zip(group.own, _split(joined, len(group.own)), strict=True):
+            if part.shape == own[name].shape:
+                result[name] = part.to(own[name].dtype)
+            elif re.fullmatch(replaceable, name):
+                kept.append(name)
+            else:
+                wrong.append(f"{' + '.join(group.foreign)} of shape {tuple(part.shape)} for {tuple(own[name].shape)}")
+    if wrong:
+        raise ValueError(f"{source} does not fit the model; it has {'; '.join(wrong)}")
+    if kept:
+        warnings.warn(f"not loaded from {source}, but started at random: {', '.join(kept)}", stacklevel=3)
+    return result
+
+
+def _split(tensor: Tensor, parts: int) -> tuple[Tensor, ...]:
+    return (tensor,) if parts == 1 else tensor.chunk(parts)
