@@ -54,7 +54,7 @@ class AxisTiles {
   std::vector<Tile> tiles_;
 };
 
-// The logits of one query: row y of the grid begins at element offset + y * row_stride.
+// The logits of one query: row y of those given begins at element offset + y * row_stride.
 struct Plane {
   const void* logits;
   int64_t offset, row_stride;
@@ -66,10 +66,6 @@ struct TilePlan {
   AxisTile rows, columns;              // from logits, or from probabilities
   bool probabilities;                  // whether there are two steps
   AxisTile inner_rows, inner_columns;  // from logits to what the sigmoid is taken of
-
-  // What reads logits.
-  const AxisTile& logit_rows() const { return probabilities ? inner_rows : rows; }
-  const AxisTile& logit_columns() const { return probabilities ? inner_columns : columns; }
 };
 
 // Floats of scratch memory for one tile: a row of inputs, the rows of inputs resampled along the columns, and the same

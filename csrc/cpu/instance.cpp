@@ -31,11 +31,11 @@ void instance_tile(const Plane& plane, const TilePlan& plan, const TileScratchSi
   const TileScratch tile(sizes, scratch);
   const int64_t columns = plan.columns.count, left = plan.columns.begin, top = plan.rows.begin;
   uint8_t* out = mask.data + top * mask.row_bytes + (mask.packed ? left / 8 : left);
-  if (!(bounds(plane, plan.rows, plan.columns, tile.piece).high > 0)) {
+  if (!(bounds(plane, plan, tile.piece).high > 0)) {
     for (int64_t i = 0; i < plan.rows.count; ++i) write_row(0, columns, mask.packed, out + i * mask.row_bytes);
     return;
   }
-  float* values = scratch + sizes.total();
+  float* values = tile.rest;
   resample_tile(plane, plan, tile, values);
   uint64_t any = 0;
   for (int64_t i = 0; i < plan.rows.count; ++i) {

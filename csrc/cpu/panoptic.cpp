@@ -86,7 +86,7 @@ void count_won(const int32_t* winner, int64_t pixels, int32_t marker, PanopticAr
 
 void look_ahead(const KeptQueries& kept, const TilePlan& plan, float* buffer, const Outlook& outlook) {
   for (int64_t i = 0; i < kept.count; ++i) {
-    const Bounds b = bounds(kept.planes[i], plan.logit_rows(), plan.logit_columns(), buffer);
+    const Bounds b = bounds(kept.planes[i], plan, buffer);
     const float largest = -b.low > b.high ? -b.low : b.high;
     outlook.low[i] = b.low - kLogitSlack * largest;
     outlook.high[i] = b.high + kLogitSlack * largest;
@@ -129,7 +129,7 @@ void panoptic_tile(const KeptQueries& kept, const TilePlan& plan, const Panoptic
                    const TileScratchSizes& sizes, float* scratch, int32_t* winner, int64_t width,
                    PanopticAreas* areas) {
   const TileScratch tile(sizes, scratch);
-  float* values = scratch + sizes.total();
+  float* values = tile.rest;
   const Winners winners{values + kPixels, values + 2 * kPixels, reinterpret_cast<int32_t*>(values + 3 * kPixels)};
   float* lists = values + 4 * kPixels;
   const int64_t padded = padded_to_vectors(kept.count);

@@ -33,7 +33,9 @@ struct Bounds {
   bool nan;
 };
 
-static inline Bounds bounds(const Plane& plane, const AxisTile& rows, const AxisTile& columns, float* buffer) {
+static inline Bounds bounds(const Plane& plane, const TilePlan& plan, float* buffer) {
+  const AxisTile& rows = plan.probabilities ? plan.inner_rows : plan.rows;
+  const AxisTile& columns = plan.probabilities ? plan.inner_columns : plan.columns;
   vfloat low = splat(kLogitBound), high = splat(-kLogitBound);
   vint nan = {};
   const int64_t count = columns.inputs;
@@ -98,9 +100,10 @@ struct TileScratch {
   float* piece;
   float* rows;
   float* inner;
+  float* rest;  // what is left for others
 
   TileScratch(const TileScratchSizes& sizes, float* scratch)
-      : piece(scratch), rows(piece + sizes.piece), inner(rows + sizes.rows) {}
+      : piece(scratch), rows(piece + sizes.piece), inner(rows + sizes.rows), rest(inner + sizes.inner) {}
 };
 
 static inline void load_piece(const Plane& plane, int64_t row, const AxisTile& columns, float* piece) {

@@ -64,8 +64,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> instance_masks(Tensor mask_lo
       InstanceSums sums;
       int64_t nans = 0;
       if (first[i] == i) {
-        nans = nan_kernel(planes.plane(i / picks, query[i], 0), planes.rows(), planes.w());
-        const Plane plane = planes.plane(i / picks, query[i], in_top);
+        const Plane plane = planes.plane(i / picks, query[i]);
+        nans = nan_kernel(plane, planes.rows(), planes.w());
         for (int64_t band = 0; band < plans.bands(); ++band) {
           for (int64_t column = 0; column < plans.columns(); ++column) {
             tile_kernel(plane, plans.plan(band, column), sizes, scratch.data(), mask, sums);

@@ -52,7 +52,7 @@ std::tuple<Tensor, Tensor, Tensor> panoptic_winners(Tensor scores, Tensor mask_l
   parallel_for(0, batch * queries, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       if (!(score_data[i] > 0)) continue;
-      nan_data[i] = static_cast<int32_t>(nan_kernel(planes.plane(i / queries, i % queries, 0), rows, w));
+      nan_data[i] = static_cast<int32_t>(nan_kernel(planes.plane(i / queries, i % queries), rows, w));
     }
   });
 
@@ -61,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor> panoptic_winners(Tensor scores, Tensor mask_l
   for (int64_t i = 0; i < batch * queries; ++i) {
     if (!(score_data[i] > 0)) continue;
     ImageQueries& image = images[i / queries];
-    image.planes.push_back(planes.plane(i / queries, i % queries, in_top));
+    image.planes.push_back(planes.plane(i / queries, i % queries));
     image.scores.push_back(score_data[i]);
     image.queries.push_back(static_cast<int32_t>(i % queries));
     most_kept = std::max(most_kept, static_cast<int64_t>(image.planes.size()));

@@ -19,10 +19,8 @@ class QueryPlanes {
   int64_t rows() const { return tensor_.size(2); }
   int64_t w() const { return tensor_.size(3); }
 
-  // `top` is the row of the grid that the first row of the logits is.
-  Plane plane(int64_t image, int64_t query, int64_t top) const {
-    const int64_t offset = image * tensor_.stride(0) + query * tensor_.stride(1) - top * tensor_.stride(2);
-    return {tensor_.data_ptr(), offset, tensor_.stride(2), dtype_};
+  Plane plane(int64_t image, int64_t query) const {
+    return {tensor_.data_ptr(), image * tensor_.stride(0) + query * tensor_.stride(1), tensor_.stride(2), dtype_};
   }
 
  private:
@@ -39,9 +37,10 @@ class QueryPlanes {
 // All tiles of a result that is made of logits, or of probabilities that are resampled once more.
 inline TilePlans tile_plans(const Geometry& geometry, bool probabilities) {
   if (!probabilities) return {geometry.rows().view(), geometry.columns().view()};
-  const AxisTaps rows = geometry.rows_of_valid();
-  return {rows.view(), geometry.columns_of_valid().view(), geometry.valid_rows(rows.first(), rows.end()).view(),
-          rows.first(), geometry.valid_columns().view()};
+  const AxisTaps rows = geometry.rows_of_valid(0, geometry.out_rows());
+  return {rows.view(), geometry.columns_of_valid(0, geometry.width()).view(),
+          geometry.valid_rows(rows.first(), rows.end()).view(), rows.first(),
+          geometry.valid_columns(0, geometry.valid_width()).view()};
 }
 
 // Scratch memory that begins where a cache line does.

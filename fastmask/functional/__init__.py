@@ -12,10 +12,11 @@ from fastmask.functional.linear_sum_assignment import linear_sum_assignment
 from fastmask.functional.mask_cost import mask_cost
 from fastmask.functional.mask_loss import mask_loss
 from fastmask.functional.masked_attention import masked_attention
-from fastmask.functional.panoptic import panoptic_inference
+from fastmask.functional.panoptic import PanopticDetails, panoptic_inference
 from fastmask.functional.semantic import SemanticDetails, semantic_inference
 
 __all__ = [
+    "PanopticDetails",
     "SemanticDetails",
     "assign",
     "class_loss",

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from fastmask.functional._checks import check_choice
 from fastmask.functional._inference import MaskSource, prepare
 from fastmask.ops.instance import OPERATOR, call
+from fastmask.ops.library import EXTENSION_ERROR
 
 RULES = ("mask2former", "huggingface")
 OUTPUTS = ("masks", "rle")
@@ -77,6 +78,8 @@ def instance_inference(
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
     masks, backend, dtype = prepare(OPERATOR, class_logits, mask_logits, size, padded_size, valid_size, backend)
+    if output == "rle" and backend != "reference" and EXTENSION_ERROR is not None:
+        raise RuntimeError(f"the C++ encoder of run lengths is missing: {EXTENSION_ERROR}")
     if backend == "reference":
         results = _reference(class_logits.to(dtype), masks, dtype, top_k, rule, stuff_classes, output, boxes)
     else:
