@@ -90,9 +90,13 @@ def _masked_attention_fwd_kernel(
     there = (n < N)[:, None] & (d < HEAD_DIM)[None, :]
     q_ptr += image * stride_qb + tl.cast(first_query, tl.int64) * stride_qn + channel
     q = tl.load(q_ptr + (r[:, None] * stride_qn + d[None, :]), mask=there, other=0.0)  # [BLOCK_N, BLOCK_D]
-    # Scores are scaled after their maximum is taken and some are -inf: the scale must be positive.
-    q = tl.where(scale < 0.0, -q, q)
-    scale = tl.maximum(tl.abs(scale), 1e-30)
+    if q.dtype == tl.float32:
+        q *= scale
+        scale = 1.0
+    else:
+        # Scores are scaled after their maximum is taken, and some are -inf: the scale must be positive.
+        q = tl.where(scale < 0.0, -q, q)
+        scale = tl.maximum(tl.abs(scale), 1e-30)
     log2_scale = scale * LOG2_E
     k_ptr += image * stride_kb + channel
     v_ptr += image * stride_vb + channel

@@ -44,8 +44,7 @@ def set_configs(monkeypatch, major=None, **changes):
             module,
             "pick_config",
             lambda configs, _: {
-                head_dim: replace(config, **changes)
-                for head_dim, config in configs.get(major, configs[None]).items()
+                head_dim: replace(config, **changes) for head_dim, config in configs.get(major, configs[None]).items()
             },
         )
 
