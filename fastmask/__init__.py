@@ -12,7 +12,16 @@ from fastmask.functional import (
     semantic_inference,
     show_config,
 )
-from fastmask.models import MaskFormer, MaskFormerConfig
+from fastmask.models import (
+    MaskFormer,
+    MaskFormerConfig,
+    PerPixelBaseline,
+    PerPixelBaselineConfig,
+    Segmenter,
+    SegmenterConfig,
+    SoundEventConfig,
+    SoundEventDetector,
+)
 from fastmask.modules import FixedMatcher, HungarianMatcher, MaskedCrossAttention, SetCriterion
 from fastmask.targets import Targets
 from fastmask.version import __version__
@@ -23,7 +32,13 @@ __all__ = [
     "MaskFormer",
     "MaskFormerConfig",
     "MaskedCrossAttention",
+    "PerPixelBaseline",
+    "PerPixelBaselineConfig",
+    "Segmenter",
+    "SegmenterConfig",
     "SetCriterion",
+    "SoundEventConfig",
+    "SoundEventDetector",
     "Targets",
     "__version__",
     "assign",

@@ -140,6 +140,25 @@ class Targets:
         segments = torch.where(owned, owners, self.segments.flatten(1))
         return replace(merged, segments=segments.view_as(self.segments))
 
+    def class_map(self, ignore_index: int = 255) -> Tensor:
+        """``(B, H, W)`` int64: the class of each pixel, the inverse of :meth:`from_segmentation`.
+
+        Pixels of no target and unlabelled pixels become ``ignore_index``. Where masks overlap, the later target lies
+        on top.
+        """
+        if self.masks is not None:
+            classes = self.labels.new_full((self.batch_size, *self.size), ignore_index)
+            for m in range(self.num_targets):
+                label = self.labels[:, m, None, None]
+                classes = torch.where(self.masks[:, m].bool() & (label >= 0), label, classes)
+            return classes if self.valid is None else classes.masked_fill(~self.valid, ignore_index)
+        unowned = self.labels.new_full((self.batch_size, 1), PADDING_LABEL)
+        lookup = torch.cat([self.labels, unowned], 1)
+        owners = self.segments.long()
+        owners = owners.masked_fill((owners < 0) | (owners >= self.num_targets), self.num_targets)
+        classes = lookup.gather(1, owners.flatten(1)).view_as(owners)
+        return classes.masked_fill(classes < 0, ignore_index)
+
     def to_list(self) -> list[dict[str, Tensor]]:
         """A list of ``{"labels": (M_b,), "masks": (M_b, H, W) bool}``, one an image. Reads ``counts`` on the host."""
         masks = self.dense_masks()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fastmask import MaskFormer
+from fastmask import MaskFormer, PerPixelBaseline, PerPixelBaselineConfig, Segmenter, SegmenterConfig
 from fastmask.cli.main import app
 
 RUNNER = CliRunner()
@@ -50,6 +50,45 @@ def test_convert_there_and_back(to, tmp_path):
     if to == "huggingface":
         assert again.config.class_names == ("wall", "sky", "cat")
         assert json.loads((between / "config.json").read_text())["model_type"] == "maskformer"
+
+
+def test_convert_a_segmenter_there_and_back(tmp_path):
+    config = SegmenterConfig.preset("seg-tiny-mask-16", 3, encoder_layers=1, image_size=(32, 32))
+    model = Segmenter(config)
+    model.save_pretrained(tmp_path / "model")
+    for arguments in (
+        [str(tmp_path / "model"), str(tmp_path / "between"), "--to", "original"],
+        [str(tmp_path / "between"), str(tmp_path / "again")],
+        [str(tmp_path / "between" / "checkpoint.pth"), str(tmp_path / "once more")],
+    ):
+        result = RUNNER.invoke(app, ["convert", *arguments])
+        assert result.exit_code == 0, result.output
+        assert "Segmenter with" in result.output and "3 classes" in result.output
+    for folder in ("again", "once more"):
+        again = Segmenter.from_pretrained(tmp_path / folder)
+        assert again.config == config
+        for name, value in model.state_dict().items():
+            assert torch.equal(again.state_dict()[name], value), name
+    arguments = ["convert", str(tmp_path / "between"), str(tmp_path / "new"), "--num-classes", "5"]
+    assert isinstance(RUNNER.invoke(app, arguments).exception, ValueError)
+    with pytest.warns(UserWarning, match="started at random"):
+        assert RUNNER.invoke(app, [*arguments, "--ignore-mismatched-sizes"]).exit_code == 0
+    assert Segmenter.from_pretrained(tmp_path / "new").config.num_classes == 5
+    for options, message in {
+        ("--to", "huggingface"): "the format huggingface has no Segmenter",
+        ("--num-queries", "5"): "num_queries cannot change",
+    }.items():
+        result = RUNNER.invoke(app, ["convert", str(tmp_path / "between"), str(tmp_path / "out"), *options])
+        assert message in str(result.exception)
+
+
+def test_formats_without_a_model_say_so(tmp_path):
+    config = PerPixelBaselineConfig.preset("tiny", 3)
+    PerPixelBaseline(config).save_pretrained(tmp_path / "model")
+    assert RUNNER.invoke(app, ["convert", str(tmp_path / "model"), str(tmp_path / "copy")]).exit_code == 0
+    assert PerPixelBaseline.from_pretrained(tmp_path / "copy").config == config
+    result = RUNNER.invoke(app, ["convert", str(tmp_path / "model"), str(tmp_path / "out"), "--to", "original"])
+    assert "the format original has no PerPixelBaseline" in str(result.exception)
 
 
 def test_convert_to_other_numbers(tmp_path):

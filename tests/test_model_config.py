@@ -3,8 +3,17 @@ import json
 
 import pytest
 
-from fastmask.models import MaskFormerConfig
+from fastmask.models import (
+    MaskFormerConfig,
+    PerPixelBaselineConfig,
+    SegmenterConfig,
+    per_pixel_baseline,
+    segmenter_config,
+)
 from fastmask.models.config import PRESETS
+
+OTHERS = [(PerPixelBaselineConfig, name) for name in per_pixel_baseline.PRESETS]
+OTHERS += [(SegmenterConfig, name) for name in segmenter_config.PRESETS]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -15,6 +24,40 @@ def test_every_preset_survives_a_round_trip_through_json(preset, tmp_path):
     assert MaskFormerConfig.load(tmp_path / "config.json") == config
     assert config.thing_classes == (0, 1, 2, 3, 4)
     assert config.num_classes == 7 and config.mask_weight == 5.0
+
+
+@pytest.mark.parametrize(("kind", "preset"), OTHERS)
+def test_presets_of_the_other_models_survive_a_round_trip_through_json(kind, preset, tmp_path):
+    config = kind.preset(preset, 3, class_names=list("abc"), ignore_index=-1)
+    assert kind.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    config.save(tmp_path / "config.json")
+    assert kind.load(tmp_path / "config.json") == config
+    assert config.num_classes == 3 and config.replace(num_classes=3) == config
+    with pytest.raises(ValueError, match=f"not a {kind.__name__}: unknown keys things"):
+        kind.from_dict({**config.to_dict(), "things": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("seg-tiny-linear-16", (192, 12, 3, 768, (32, 32))),
+        ("seg-small-mask-32", (384, 12, 6, 1536, (16, 16))),
+        ("seg-base-linear-8", (768, 12, 12, 3072, (64, 64))),
+        ("seg-large-mask-16", (1024, 24, 16, 4096, (40, 40))),
+    ],
+)
+def test_segmenters_have_the_sizes_of_the_paper(name, shape):
+    config = SegmenterConfig.preset(name, 150)
+    found = (config.hidden_dim, config.encoder_layers, config.num_heads, config.feedforward_dim, config.grid_size)
+    assert found == shape and config.decoder == name.split("-")[2]
+    assert config.hidden_dim // config.decoder_heads == 64
+
+
+def test_unknown_presets_of_the_other_models_list_the_known_ones():
+    with pytest.raises(ValueError, match="unknown preset 'seg-huge'; known are tiny, seg-tiny-mask-16, "):
+        SegmenterConfig.preset("seg-huge", 3)
+    with pytest.raises(ValueError, match="unknown preset 'plus'; known are tiny, per-pixel-r50, per-pixel-plus-r50"):
+        PerPixelBaselineConfig.preset("plus", 3)
 
 
 def test_unknown_preset_lists_the_known_ones():
@@ -63,6 +106,43 @@ def test_a_file_that_holds_no_configuration_is_named(tmp_path, text):
 def test_values_out_of_range_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         MaskFormerConfig(**{"num_classes": 4, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_classes": 0}, "num_classes is 0"),
+        ({"decoder": "fpn"}, "decoder is 'fpn'; expected 'mask' or 'linear'"),
+        ({"image_size": (512, 500)}, r"image_size is \(512, 500\); expected .*multiples of patch_size 16"),
+        ({"image_size": (512,)}, "image_size is"),
+        ({"patch_size": 0}, "patch_size is 0"),
+        ({"num_heads": 5}, "hidden_dim is 384; expected a multiple of num_heads 5"),
+        ({"decoder_heads": 5}, "hidden_dim is 384; expected a multiple of decoder_heads 5"),
+        ({"drop_path": 1.0}, r"drop_path is 1.0; expected in \[0, 1\)"),
+        ({"decoder_dropout": -0.1}, "decoder_dropout is -0.1"),
+        ({"window_size": -1}, "window_size is -1"),
+        ({"window_stride": 513}, "window_stride is 513; expected in 1..512"),
+        ({"ignore_index": 3}, "ignore_index is 3; expected outside of the classes 0..3"),
+        ({"class_names": ("a",)}, "class_names is 1 names; expected 4"),
+    ],
+)
+def test_a_segmenters_values_out_of_range_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        SegmenterConfig(**{"num_classes": 4, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ignore_index": 0}, "ignore_index is 0; expected outside of the classes 0..3"),
+        ({"hidden_dim": 100}, "hidden_dim is 100; expected a multiple of 8"),
+        ({"pixel_decoder_dim": 48}, "pixel_decoder_dim is 48"),
+        ({"decoder_layers": 0}, "decoder_layers is 0"),
+    ],
+)
+def test_a_baselines_values_out_of_range_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        PerPixelBaselineConfig(**{"num_classes": 4, **changes})
 
 
 @pytest.mark.parametrize(

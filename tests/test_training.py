@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastmask import MaskFormer, MaskFormerConfig, Targets
+from fastmask import MaskFormer, MaskFormerConfig, PerPixelBaseline, Segmenter, Targets
 from fastmask.data import CLASS_NAMES, ComposedScenes, collate_scenes
 
 STEPS = 6
@@ -101,3 +101,36 @@ def test_both_matchings_learn_one_batch(matching):
         optimizer.step()
         totals.append(total.item())
     assert sum(totals[-5:]) < 0.7 * sum(totals[:5])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (Segmenter, {"decoder": "mask"}),
+        (Segmenter, {"decoder": "linear"}),
+        (PerPixelBaseline, {"transformer_decoder": False}),
+        (PerPixelBaseline, {"transformer_decoder": True, "decoder_layers": 2}),
+    ],
+)
+def test_tiny_presets_of_per_pixel_models_learn_one_batch(kind, options):
+    torch.manual_seed(0)
+    model = kind(kind.config_class.preset("tiny", len(CLASS_NAMES), **options))
+    scenes = ComposedScenes("train", size=(64, 64))
+    images, targets = collate_scenes([scenes[i] for i in range(4)])
+    truth = targets.class_map()
+
+    def accuracy():
+        return (torch.stack(model.predict(images)) == truth)[truth != 255].float().mean()
+
+    before = accuracy()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    losses = []
+    for _ in range(40):
+        total = sum(model(images, targets).values())
+        optimizer.zero_grad()
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(total.item())
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    assert accuracy() > max(0.7, before)

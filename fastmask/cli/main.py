@@ -29,7 +29,7 @@ def info() -> None:
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="A folder (fastmask, huggingface) or a file of weights (original).")],
+    source: Annotated[Path, typer.Argument(help="A folder, or a file of weights (original).")],
     destination: Annotated[Path, typer.Argument(help="What to write; must not exist.")],
     to: Annotated[str, typer.Option(help=FORMAT_HELP + ".")] = "fastmask",
     source_format: Annotated[str, typer.Option("--from", help=FORMAT_HELP + "; found out by default.")] = "",
@@ -39,7 +39,7 @@ def convert(
         bool, typer.Option(help="Start weights at random that depend on other numbers than the source's.")
     ] = False,
 ) -> None:
-    """Convert a MaskFormer checkpoint between fastmask, Hugging Face and the original repository."""
+    """Convert a MaskFormer (or Segmenter) between fastmask, Hugging Face and the original repository."""
     model = convert_checkpoint(
         source,
         destination,
@@ -50,9 +50,8 @@ def convert(
         ignore_mismatched_sizes=ignore_mismatched_sizes,
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(
-        f"{destination}: MaskFormer with {parameters / 1e6:.2f} million parameters, {model.config.num_classes} classes"
-    )
+    name, num_classes = type(model).__name__, model.config.num_classes
+    print(f"{destination}: {name} with {parameters / 1e6:.2f} million parameters, {num_classes} classes")
 
 
 def main() -> None:

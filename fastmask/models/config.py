@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-CUSTOM_BACKBONE = "custom"
+from fastmask.models.base_config import IMAGENET_MEAN, IMAGENET_STD, PixelDecoderConfig, require
+
 MATCHINGS = ("bipartite", "fixed")
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
-class MaskFormerConfig:
+class MaskFormerConfig(PixelDecoderConfig):
     """Everything that :class:`fastmask.MaskFormer` is built from. The defaults are those of the paper's ResNet-50 model
     (arXiv:2107.06278, section 4.1, and the authors' configuration files).
 
@@ -90,42 +87,18 @@ class MaskFormerConfig:
     pixel_std: tuple[float, ...] = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            object.__setattr__(self, f.name, _checked(f.name, f.type, getattr(self, f.name)))
-        for name in ("num_queries", "hidden_dim", "mask_dim", "pixel_decoder_dim", "decoder_layers", "num_heads"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("num_classes", "feedforward_dim", "size_divisibility"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _require(self.encoder_layers >= 0, "encoder_layers", self.encoder_layers, "at least 0")
-        _require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
-        _require(self.pixel_decoder_dim % 32 == 0, "pixel_decoder_dim", self.pixel_decoder_dim, "a multiple of 32")
-        attention_dims = ["hidden_dim", *(["pixel_decoder_dim"] if self.encoder_layers else [])]
-        for name in attention_dims:
-            multiple = math.lcm(4, self.num_heads)
-            _require(getattr(self, name) % multiple == 0, name, getattr(self, name), f"a multiple of {multiple}")
+        super().__post_init__()
+        self.require_at_least(1, "num_queries")
         for f in fields(self):
             if f.name.endswith(("_weight", "_cost")) or f.name.startswith("focal_"):
                 value = getattr(self, f.name)
-                _require(value >= 0 and math.isfinite(value), f.name, value, "finite and at least 0")
-        _require(self.matching in MATCHINGS, "matching", repr(self.matching), f"one of {', '.join(MATCHINGS)}")
+                require(value >= 0 and math.isfinite(value), f.name, value, "finite and at least 0")
+        require(self.matching in MATCHINGS, "matching", repr(self.matching), f"one of {', '.join(MATCHINGS)}")
         if self.matching == "fixed":
             expected = f"{self.num_classes} (num_classes), as fixed matching needs"
-            _require(self.num_queries == self.num_classes, "num_queries", self.num_queries, expected)
+            require(self.num_queries == self.num_classes, "num_queries", self.num_queries, expected)
         wrong = [c for c in self.stuff_classes if not 0 <= c < self.num_classes]
-        _require(not wrong, "stuff_classes", wrong, f"in 0..{self.num_classes - 1}")
-        _require(
-            len(self.class_names) in (0, self.num_classes),
-            "class_names",
-            f"{len(self.class_names)} names",
-            f"{self.num_classes} (num_classes) or none",
-        )
-        _require(len(self.pixel_mean) >= 1, "pixel_mean", self.pixel_mean, "one value a channel")
-        _require(
-            len(self.pixel_std) == len(self.pixel_mean) and min(self.pixel_std) > 0,
-            "pixel_std",
-            self.pixel_std,
-            f"{len(self.pixel_mean)} positive values, as many as pixel_mean",
-        )
+        require(not wrong, "stuff_classes", wrong, f"in 0..{self.num_classes - 1}")
 
     @property
     def num_predictions(self) -> int:
@@ -149,55 +122,7 @@ class MaskFormerConfig:
         Raises:
             ValueError: an unknown name.
         """
-        if name not in PRESETS:
-            raise ValueError(f"unknown preset {name!r}; known are {', '.join(PRESETS)}")
-        return MaskFormerConfig(**{"num_classes": num_classes, **PRESETS[name], **overrides})
-
-    def replace(self, **changes: Any) -> MaskFormerConfig:
-        """The same configuration with some fields changed."""
-        return replace(self, **changes)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every field, as JSON knows them: tuples become lists."""
-        return json.loads(json.dumps(asdict(self)))
-
-    @staticmethod
-    def from_dict(values: Mapping[str, Any]) -> MaskFormerConfig:
-        """The inverse of :meth:`to_dict`. A field with a default may be missing.
-
-        Raises:
-            ValueError: keys that are unknown or missing; the message names them.
-        """
-        names = [f.name for f in fields(MaskFormerConfig)]
-        unknown, missing = sorted(set(values) - set(names)), [] if "num_classes" in values else ["num_classes"]
-        problems = [f"unknown keys {', '.join(unknown)}"] if unknown else []
-        problems += [f"missing keys {', '.join(missing)}"] if missing else []
-        if problems:
-            raise ValueError(f"not a MaskFormerConfig: {'; '.join(problems)}")
-        return MaskFormerConfig(**values)
-
-    def save(self, path: str | Path) -> None:
-        """Writes the configuration as a JSON file."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-
-    @staticmethod
-    def load(path: str | Path) -> MaskFormerConfig:
-        """Reads what :meth:`save` wrote.
-
-        Raises:
-            FileNotFoundError: no such file.
-            ValueError: the file is not JSON, or its keys are not those of a configuration; the message names the file.
-        """
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not a JSON file: {error}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} holds a {type(values).__name__}; expected a configuration's keys")
-        try:
-            return MaskFormerConfig.from_dict(values)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{path}: {error}") from error
+        return MaskFormerConfig._from_preset(PRESETS, name, num_classes, overrides)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -220,28 +145,3 @@ PRESETS: dict[str, dict[str, Any]] = {
         for size in ("tiny", "small", "base", "large")
     },
 }
-
-
-def _require(holds: bool, name: str, value: Any, expected: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} is {value}; expected {expected}")
-
-
-def _checked(name: str, annotation: str, value: Any) -> Any:
-    """The value in its field's own type, from any type that JSON or a caller may reasonably use for it."""
-    if annotation.startswith("tuple"):
-        item = annotation.removeprefix("tuple[").partition(",")[0]
-        if not isinstance(value, list | tuple):
-            raise TypeError(f"{name} must be a list or tuple of {item}, got {type(value).__name__}")
-        return tuple(_checked(f"{name}[{i}]", item, v) for i, v in enumerate(value))
-    if annotation.startswith("Mapping"):
-        if not isinstance(value, Mapping):
-            raise TypeError(f"{name} must be a dict, got {type(value).__name__}")
-        try:
-            return json.loads(json.dumps(dict(value)))
-        except TypeError as error:
-            raise TypeError(f"{name} must hold JSON values only: {error}") from error
-    kinds = {"int": int, "float": (int, float), "bool": bool, "str": str}[annotation]
-    if not isinstance(value, kinds) or (isinstance(value, bool) and annotation != "bool"):
-        raise TypeError(f"{name} must be of type {annotation}, got {value!r}")
-    return float(value) if annotation == "float" else value

@@ -37,9 +37,14 @@ class ImageBatch:
 
     def zero_padding(self, pixels: Tensor) -> Tensor:
         """``pixels (B, C, H, W)`` with 0 wherever this batch has padding."""
+        outside = self.outside()
+        return pixels if outside is None else pixels.masked_fill(outside[:, None], 0)
+
+    def outside(self) -> Tensor | None:
+        """``(B, H, W)`` bool, True at padding; None if there is none."""
         if all(size == self.padded_size for size in self.sizes):
-            return pixels
-        return pixels.masked_fill(~_inside(self.sizes, self.padded_size, pixels.device)[:, None], 0)
+            return None
+        return ~_inside(self.sizes, self.padded_size, self.pixels.device)
 
     def padding_mask(self, height: int, width: int) -> Tensor | None:
         """``(B, height, width)`` bool over a feature map of that size: True at cells whose first pixel is padding. None
@@ -85,9 +90,9 @@ def pad_images(images: Tensor | Sequence[Tensor], divisibility: int, channels: i
         raise ValueError("images is empty; expected at least one image")
     height, width = (-(-max(side) // divisibility) * divisibility for side in zip(*sizes, strict=True))
     if isinstance(images, Tensor):
-        pixels = _pad(images, (height, width))
+        pixels = pad_plane(images, (height, width))
     else:
-        pixels = torch.stack([_pad(image, (height, width)) for image in images])
+        pixels = torch.stack([pad_plane(image, (height, width)) for image in images])
     return ImageBatch(pixels, tuple(sizes))
 
 
@@ -141,22 +146,22 @@ def _fit_batch(targets: Targets, images: ImageBatch, num_classes: int) -> Target
         return targets
     inside = _inside(images.sizes, images.padded_size, images.pixels.device)
     if targets.segments is not None:
-        segments = _pad(targets.segments, images.padded_size, targets.void)
+        segments = pad_plane(targets.segments, images.padded_size, targets.void)
         return replace(targets, segments=segments.masked_fill(~inside, targets.void))
-    masks = _pad(targets.masks, images.padded_size)
+    masks = pad_plane(targets.masks, images.padded_size)
     if not images.uniform:
         masks = masks * inside[:, None]
     if targets.valid is not None:
-        inside = inside & _pad(targets.valid, images.padded_size, False)
+        inside = inside & pad_plane(targets.valid, images.padded_size, False)
     return replace(targets, masks=masks, valid=inside)
 
 
 def _inside(sizes: Sequence[Size], canvas: Size, device: torch.device) -> Tensor:
     """``(B, *canvas)`` bool: True in the top left corner of each size. Built without a copy from the host."""
-    return torch.stack([_pad(torch.ones(size, dtype=torch.bool, device=device), canvas, False) for size in sizes])
+    return torch.stack([pad_plane(torch.ones(size, dtype=torch.bool, device=device), canvas, False) for size in sizes])
 
 
-def _pad(tensor: Tensor, size: Size, value: float | bool = 0) -> Tensor:
+def pad_plane(tensor: Tensor, size: Size, value: float | bool = 0) -> Tensor:
     """Fills up the last two dimensions at the bottom and right."""
     bottom, right = size[0] - tensor.shape[-2], size[1] - tensor.shape[-1]
     if bottom == right == 0:

@@ -21,7 +21,7 @@ class TransformerPredictor(nn.Module):
 
     Args:
         input_dim: channels of the memory; projected to ``hidden_dim`` if they differ.
-        num_classes: K.
+        num_classes: K; None for no class head, where each query stands for a class.
         num_queries: N.
         hidden_dim: channels of the transformer, a multiple of 4 and of ``num_heads``.
         mask_dim: channels of the pixel embeddings.
@@ -34,7 +34,7 @@ class TransformerPredictor(nn.Module):
     def __init__(
         self,
         input_dim: int,
-        num_classes: int,
+        num_classes: int | None,
         *,
         num_queries: int = 100,
         hidden_dim: int = 256,
@@ -51,12 +51,12 @@ class TransformerPredictor(nn.Module):
             conv_init(self.input_proj)
         self.query_embed = nn.Embedding(num_queries, hidden_dim)
         self.decoder = TransformerDecoder(decoder_layers, hidden_dim, num_heads, feedforward_dim, dropout)
-        self.class_embed = nn.Linear(hidden_dim, num_classes + 1)
+        self.class_embed = None if num_classes is None else nn.Linear(hidden_dim, num_classes + 1)
         self.mask_embed = MLP(hidden_dim, hidden_dim, mask_dim, MASK_EMBED_LAYERS)
 
     def forward(
         self, memory: Tensor, padding_mask: Tensor | None = None, *, all_layers: bool = True
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor | None, Tensor]:
         """Class logits and mask embedding of every query; the mask logits are ``mask_products`` of these with the pixel
         embeddings.
 
@@ -66,7 +66,7 @@ class TransformerPredictor(nn.Module):
             all_layers: predict after every decoder layer or after the last alone (L = 1).
 
         Returns:
-            ``class_logits (L, B, N, K+1)`` and ``mask_embed (L, B, N, mask_dim)``.
+            ``class_logits (L, B, N, K+1)``, None without a class head, and ``mask_embed (L, B, N, mask_dim)``.
         """
         memory = self.input_proj(memory)
         _, dim, height, width = memory.shape
@@ -78,4 +78,4 @@ class TransformerPredictor(nn.Module):
         queries = self.decoder(
             self.query_embed.weight, memory.flatten(2).transpose(1, 2), position, padding_mask, all_layers=all_layers
         )
-        return self.class_embed(queries), self.mask_embed(queries)
+        return None if self.class_embed is None else self.class_embed(queries), self.mask_embed(queries)

@@ -2,10 +2,13 @@
 
 from fastmask.integrations.checkpoints.hugging_face import from_hugging_face_maskformer, to_hugging_face_maskformer
 from fastmask.integrations.checkpoints.original_maskformer import from_original_maskformer, to_original_maskformer
+from fastmask.integrations.checkpoints.original_segmenter import from_original_segmenter, save_original_segmenter
 
 __all__ = [
     "from_hugging_face_maskformer",
     "from_original_maskformer",
+    "from_original_segmenter",
+    "save_original_segmenter",
     "to_hugging_face_maskformer",
     "to_original_maskformer",
 ]

@@ -1,0 +1,256 @@
+"""What all networks share: images in, normalised and padded; weights and configuration to a folder and back."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastmask.models import checkpoint
+from fastmask.models.backbone import backbone_channels as channels_of
+from fastmask.models.backbone import build_backbone, describe_backbone, feature_maps
+from fastmask.models.base_config import CUSTOM_BACKBONE, ImageModelConfig, ModelConfig, PixelDecoderConfig
+from fastmask.models.images import ImageBatch, pad_images
+from fastmask.modules.pixel_decoder import PixelDecoder
+
+Images = Tensor | Sequence[Tensor]
+Model = TypeVar("Model", bound="PretrainedModel")
+
+
+class PretrainedModel(nn.Module):
+    """Base of every network: weights and configuration to a folder and back.
+
+    Args:
+        config: the configuration, of the class ``config_class``.
+    """
+
+    config_class: ClassVar[type[ModelConfig]]
+    # Prefixes of the weights whose shapes follow the number of classes.
+    class_weights: ClassVar[tuple[str, ...]]
+    # Prefixes of buffers that follow from the configuration and are not saved.
+    unsaved: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes config.json and model.safetensors. An interruption leaves an earlier save as it was."""
+        weights = self.weights()
+        checkpoint.replace_files(
+            Path(folder),
+            {
+                checkpoint.WEIGHTS_FILE: lambda path: checkpoint.save_weights(weights, path),
+                checkpoint.CONFIG_FILE: self.config.save,
+            },
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Model],
+        folder: str | Path,
+        *,
+        num_classes: int | None = None,
+        ignore_mismatched_sizes: bool = False,
+        **modules: Any,
+    ) -> Model:
+        """A model from what :meth:`save_pretrained` wrote, on the CPU, in float32 and training mode.
+
+        Args:
+            folder: with config.json and model.safetensors.
+            num_classes: K of the new model, if it is to differ from the saved one's.
+            ignore_mismatched_sizes: allow that: weights that belong to classes start at random, with a warning that
+                names them, and class names and stuff classes start empty.
+            modules: what the model was built with besides its configuration: ``backbone``, the module of a model that
+                was saved with a custom backbone, and ``backbone_channels``.
+
+        Raises:
+            FileNotFoundError: no such folder or file.
+            ValueError: a file is unreadable, its keys are missing or unexpected, or shapes or the number of classes
+                differ; the message says which.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no folder {folder}")
+        config = cls.config_class.load(folder / checkpoint.CONFIG_FILE)
+        new_classes = num_classes is not None and num_classes != config.num_classes
+        if new_classes:
+            if not ignore_mismatched_sizes:
+                raise ValueError(
+                    f"num_classes is {num_classes}, but {folder} was saved with {config.num_classes}; "
+                    "ignore_mismatched_sizes=True starts a new class head"
+                )
+            of_classes = {name: () for name in ("class_names", "stuff_classes") if hasattr(config, name)}
+            config = config.replace(num_classes=num_classes, **of_classes)
+        path = folder / checkpoint.WEIGHTS_FILE
+        weights = checkpoint.load_weights(path)
+        model = cls(config, **modules)
+        own = model.weights()
+        mismatched = checkpoint.check_keys(own, weights, path)
+        for name in mismatched:
+            if not (new_classes and name.startswith(cls.class_weights)):
+                raise ValueError(
+                    f"{path} has {name} of shape {tuple(weights[name].shape)}; "
+                    f"{folder / checkpoint.CONFIG_FILE} asks for {tuple(own[name].shape)}"
+                )
+        if mismatched:
+            warnings.warn(
+                f"not loaded from {path}, but started at random: {', '.join(sorted(mismatched))}", stacklevel=2
+            )
+            weights = {name: tensor for name, tensor in weights.items() if name not in mismatched}
+        model.load_state_dict(weights, strict=False)
+        return model
+
+    def weights(self) -> dict[str, Tensor]:
+        """The state dict without buffers that follow from the configuration."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith(self.unsaved)}
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Evaluation mode for a while; each module then gets back its own mode."""
+        training = [module for module in self.modules() if module.training]
+        self.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+class SegmentationModel(PretrainedModel):
+    """Base of every network that segments images.
+
+    Args:
+        config: the configuration, of the class ``config_class``.
+    """
+
+    config_class: ClassVar[type[ImageModelConfig]]
+    config: ImageModelConfig
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(self, config: ImageModelConfig) -> None:
+        super().__init__(config)
+        self.register_buffer("pixel_mean", torch.tensor(config.pixel_mean)[:, None, None], persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(config.pixel_std)[:, None, None], persistent=False)
+
+    def _normalise(self, batch: ImageBatch) -> Tensor:
+        """Pixels of mean 0 and deviation 1, in the model's dtype; padding stays 0, as in the original."""
+        pixels = (batch.pixels - self.pixel_mean.float()) / self.pixel_std.float()
+        return batch.zero_padding(pixels).to(self.pixel_mean.dtype)
+
+
+class PixelDecoderModel(SegmentationModel):
+    """Base of the networks of MaskFormer's paper (arXiv:2107.06278): a backbone and a pixel decoder.
+
+    The arguments are those of :class:`fastmask.MaskFormer`.
+    """
+
+    config_class: ClassVar[type[PixelDecoderConfig]]
+    config: PixelDecoderConfig
+
+    def __init__(
+        self,
+        config: PixelDecoderConfig | None = None,
+        *,
+        backbone: str | nn.Module | None = None,
+        backbone_channels: Sequence[int] | None = None,
+        pretrained_backbone: str | None = None,
+        **options: Any,
+    ) -> None:
+        config = self._make_config(config, backbone, options)
+        if isinstance(backbone, nn.Module):
+            if pretrained_backbone is not None:
+                raise TypeError("pretrained_backbone goes with a backbone by name, not with a module")
+        elif config.backbone == CUSTOM_BACKBONE:
+            raise ValueError(f"the configuration's backbone is {CUSTOM_BACKBONE!r}; pass the module as backbone=")
+        else:
+            backbone = build_backbone(config.backbone, config.backbone_options, pretrained=pretrained_backbone)
+            if pretrained_backbone is not None:
+                name, backbone_options = describe_backbone(backbone)
+                config = config.replace(backbone=name, backbone_options=backbone_options)
+        patch_size = getattr(getattr(backbone, "config", None), "patch_size", None)
+        if isinstance(patch_size, int) and config.size_divisibility % patch_size:
+            raise ValueError(
+                f"size_divisibility is {config.size_divisibility}; expected a multiple of the patch size {patch_size} "
+                f"of backbone {config.backbone!r}"
+            )
+        super().__init__(config)
+        self.backbone = backbone
+        self.channels = channels_of(backbone, backbone_channels)
+        self.pixel_decoder = PixelDecoder(
+            self.channels,
+            config.pixel_decoder_dim,
+            config.mask_dim,
+            encoder_layers=config.encoder_layers,
+            num_heads=config.num_heads,
+            feedforward_dim=config.feedforward_dim,
+            dropout=config.dropout,
+        )
+        self._build_head()
+
+    def _build_head(self) -> None:
+        """Adds what makes predictions of pixel embeddings and memory; ``config`` and ``channels`` are set."""
+        raise NotImplementedError
+
+    @property
+    def _transformer_options(self) -> dict[str, Any]:
+        """What the transformer decoder is built with, besides its classes and queries."""
+        config = self.config
+        return {
+            "input_dim": config.pixel_decoder_dim if config.encoder_layers else self.channels[-1],
+            "hidden_dim": config.hidden_dim,
+            "mask_dim": config.mask_dim,
+            "decoder_layers": config.decoder_layers,
+            "num_heads": config.num_heads,
+            "feedforward_dim": config.feedforward_dim,
+            "dropout": config.dropout,
+        }
+
+    def _batch(self, images: Images) -> ImageBatch:
+        return pad_images(images, self.config.size_divisibility, len(self.config.pixel_mean))
+
+    def _features(self, batch: ImageBatch) -> tuple[list[Tensor], Tensor | None]:
+        """The backbone's maps, and the mask of padding of the coarsest."""
+        features = feature_maps(self.backbone, self._normalise(batch), self.channels)
+        return features, batch.padding_mask(*features[-1].shape[-2:])
+
+    def _embed_pixels(self, batch: ImageBatch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``pixel_embed (B, mask_dim, h, w)``, and ``memory (B, C, h', w')`` with the mask of its padding."""
+        features, padding_mask = self._features(batch)
+        pixel_embed, memory = self.pixel_decoder(features, padding_mask)
+        return pixel_embed, memory, padding_mask
+
+    @classmethod
+    def _make_config(
+        cls, config: PixelDecoderConfig | None, backbone: str | nn.Module | None, options: Mapping[str, Any]
+    ) -> PixelDecoderConfig:
+        if isinstance(backbone, str):
+            options = {**options, "backbone": backbone}
+        elif backbone is not None and not isinstance(backbone, nn.Module):
+            raise TypeError(f"backbone must be a name or a module, got {type(backbone).__name__}")
+        config = config_or_fields(cls, config, options)
+        if isinstance(backbone, nn.Module):
+            return config.replace(backbone=CUSTOM_BACKBONE, backbone_options={})
+        return config
+
+
+def config_or_fields(model: type[PretrainedModel], config: ModelConfig | None, options: Mapping[str, Any]) -> Any:
+    """The configuration that a model's constructor was given, or the one that its keywords make.
+
+    Raises:
+        TypeError: both, neither, or something else than a configuration of this model.
+    """
+    kind = model.config_class
+    if config is None:
+        return kind(**options)
+    if not isinstance(config, kind):
+        raise TypeError(f"config must be a {kind.__name__}, got {type(config).__name__}; give its fields as keywords")
+    if options:
+        raise TypeError(f"{model.__name__} got a config and its fields {', '.join(options)}; use config.replace(...)")
+    return config

@@ -1,0 +1,128 @@
+"""Per-pixel classification: class maps as targets, their loss, and results at the size that was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, interpolate
+
+from fastmask.functional._checks import check_choice
+from fastmask.models.images import ImageBatch, Size, fit_targets, pad_plane
+from fastmask.targets import Targets
+
+PixelTargets = Tensor | Targets | Sequence[Tensor] | Sequence[Mapping[str, Tensor]]
+OUTPUTS = ("labels", "scores")
+
+
+def fit_class_map(targets: PixelTargets, images: ImageBatch, num_classes: int, ignore_index: int) -> Tensor:
+    """The class of each pixel on the grid of the padded images; what padding adds is ignored.
+
+    Args:
+        targets: ``(B, H, W)`` integers in ``0..K-1`` or ``ignore_index``, of the images' common size, of their largest
+            height and width, or of the padded size; or a list of ``(H_b, W_b)``, each of its image's size; or what
+            :class:`fastmask.MaskFormer` takes, whose pixels of no target and void pixels are ignored.
+        images: the batch that they belong to.
+        num_classes: K.
+        ignore_index: the class of pixels that have none.
+
+    Returns:
+        ``(B, H, W)`` int64 on the images' device.
+
+    Raises:
+        TypeError: targets of another kind, or class maps that hold no integers.
+        ValueError: another number of images, another size than the images', or (for targets on the CPU) a class outside
+            ``0..K-1``.
+    """
+    if isinstance(targets, Tensor):
+        _check_map("targets", targets, 3, num_classes, ignore_index)
+        largest = tuple(max(side) for side in zip(*images.sizes, strict=True))
+        if len(targets) != len(images.sizes):
+            raise ValueError(f"targets has {len(targets)} images; the model got {len(images.sizes)}")
+        if tuple(targets.shape[1:]) not in (largest, images.padded_size):
+            raise ValueError(
+                f"targets is {targets.shape[1]} x {targets.shape[2]} pixels; "
+                f"the images are {largest[0]} x {largest[1]}{'' if images.uniform else ' at most'}"
+            )
+        classes = targets.to(images.pixels.device, torch.int64, non_blocking=True)
+        classes = pad_plane(classes, images.padded_size, ignore_index)
+        outside = images.outside()
+        return classes if outside is None else classes.masked_fill(outside, ignore_index)
+    if isinstance(targets, list | tuple) and any(isinstance(target, Tensor) for target in targets):
+        if len(targets) != len(images.sizes):
+            raise ValueError(f"targets has {len(targets)} images; the model got {len(images.sizes)}")
+        for b, (target, size) in enumerate(zip(targets, images.sizes, strict=True)):
+            _check_map(f"targets[{b}]", target, 2, num_classes, ignore_index)
+            if tuple(target.shape) != size:
+                height, width = target.shape
+                raise ValueError(f"targets[{b}] is {height} x {width} pixels; its image is {size[0]} x {size[1]}")
+        maps = [target.to(images.pixels.device, torch.int64, non_blocking=True) for target in targets]
+        return torch.stack([pad_plane(target, images.padded_size, ignore_index) for target in maps])
+    if isinstance(targets, Targets | list | tuple):
+        return fit_targets(targets, images, num_classes).class_map(ignore_index)
+    raise TypeError(f"targets must be class maps, Targets or a list of dicts, got {type(targets).__name__}")
+
+
+def per_pixel_loss(logits: Tensor, classes: Tensor, ignore_index: int) -> Tensor:
+    """Cross-entropy of bilinearly upsampled logits, averaged over the pixels that have a class; 0 if none has.
+
+    Args:
+        logits: ``(B, K, h, w)`` floating point.
+        classes: ``(B, H, W)`` int64 in ``0..K-1`` or ``ignore_index``.
+        ignore_index: the class of pixels that do not count.
+
+    Returns:
+        a scalar, float32 (float64 for such logits).
+    """
+    logits = upsample(logits.to(torch.promote_types(logits.dtype, torch.float32)), tuple(classes.shape[1:]))
+    total = cross_entropy(logits, classes, ignore_index=ignore_index, reduction="sum")
+    return total / (classes != ignore_index).sum().clamp(min=1)
+
+
+def pixel_results(logits: Tensor, size: Size, output: str) -> Tensor:
+    """Labels or scores of images at one size.
+
+    Args:
+        logits: ``(B, K, H, W)``.
+        size: of the result, to which the logits are resized.
+        output: "labels" or "scores".
+
+    Returns:
+        "labels": ``(B, *size)``, the smallest of uint8, int16 and int32 that holds ``0..K-1``. "scores":
+        ``(B, K, *size)``, the softmax over classes.
+    """
+    logits = upsample(logits, size)
+    if output == "scores":
+        return logits.softmax(1)
+    highest = logits.shape[1] - 1
+    dtype = next(dtype for dtype in (torch.uint8, torch.int16, torch.int32) if highest <= torch.iinfo(dtype).max)
+    return logits.argmax(1).to(dtype)
+
+
+def check_output(output: str) -> None:
+    """Refuses anything but "labels" and "scores" with a ValueError."""
+    check_choice("output", output, OUTPUTS)
+
+
+def upsample(maps: Tensor, size: Size) -> Tensor:
+    """``maps (B, C, h, w)`` resized bilinearly (align_corners=False) unless they have that size."""
+    if tuple(maps.shape[-2:]) == tuple(size):
+        return maps
+    return interpolate(maps, size=size, mode="bilinear", align_corners=False)
+
+
+def _check_map(name: str, classes: Tensor, dim: int, num_classes: int, ignore_index: int) -> None:
+    shape = {2: "(H, W)", 3: "(B, H, W)"}[dim]
+    if not isinstance(classes, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape {shape}, got {type(classes).__name__}")
+    if classes.is_floating_point() or classes.is_complex() or classes.dtype == torch.bool:
+        raise TypeError(f"{name} must hold integer classes, got {classes.dtype}")
+    if classes.dim() != dim:
+        raise ValueError(f"{name} has shape {tuple(classes.shape)}; expected {shape}")
+    # Reading values on a GPU would make the host wait for it; there the loss itself refuses them.
+    if classes.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = (classes != ignore_index) & ((classes < 0) | (classes >= num_classes))
+        if wrong.any():
+            value = int(classes[wrong][0])
+            raise ValueError(f"{name} holds class {value}; expected 0..{num_classes - 1} or {ignore_index}")

@@ -1,0 +1,202 @@
+"""The per-pixel baselines that MaskFormer is compared with: the same features, classified pixel by pixel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmask.functional import mask_products
+from fastmask.models.base import Images, PixelDecoderModel
+from fastmask.models.base_config import IMAGENET_MEAN, IMAGENET_STD, PixelDecoderConfig
+from fastmask.models.images import ImageBatch, Size
+from fastmask.models.inference import check_sizes
+from fastmask.models.per_pixel import PixelTargets, check_output, fit_class_map, per_pixel_loss, pixel_results, upsample
+from fastmask.modules.predictor import TransformerPredictor
+
+
+@dataclass(frozen=True)
+class PerPixelBaselineConfig(PixelDecoderConfig):
+    """Everything that :class:`fastmask.PerPixelBaseline` is built from. The defaults are those of the paper's ResNet-50
+    models (arXiv:2107.06278, section 4, and the authors' configuration files).
+
+    Args:
+        num_classes: K.
+        transformer_decoder: False for the paper's PerPixelBaseline, True for PerPixelBaseline+.
+        backbone: a name that :func:`fastmask.models.build_backbone` knows, or "custom" for a module of your own.
+        backbone_options: fields of the backbone's ``transformers`` configuration to set, such as ``drop_path_rate``.
+        hidden_dim: channels of the transformer decoder, a multiple of 4 and of ``num_heads``.
+        mask_dim: channels of the pixel embeddings, and of the class embeddings if there is a transformer decoder.
+        pixel_decoder_dim: channels of the feature pyramid, a multiple of 32 (of 4 and ``num_heads`` too with encoder).
+        encoder_layers: transformer layers in the pixel decoder, on the coarsest map.
+        decoder_layers: L, layers of the transformer decoder.
+        num_heads: attention heads of both transformers.
+        feedforward_dim: hidden channels of their perceptrons.
+        dropout: of both transformers.
+        deep_supervision: predict and supervise after each decoder layer instead of after the last alone.
+        ignore_index: the class of pixels that do not count, outside ``0..K-1``.
+        class_names: one name for each class, or empty.
+        size_divisibility: images are padded at the bottom and right to a multiple of this.
+        pixel_mean: per channel, subtracted from images in 0..1.
+        pixel_std: per channel, divides what remains.
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: a value out of range.
+    """
+
+    num_classes: int
+    transformer_decoder: bool = False
+    backbone: str = "resnet50"
+    backbone_options: Mapping[str, Any] = field(default_factory=dict)
+    hidden_dim: int = 256
+    mask_dim: int = 256
+    pixel_decoder_dim: int = 256
+    encoder_layers: int = 0
+    decoder_layers: int = 6
+    num_heads: int = 8
+    feedforward_dim: int = 2048
+    dropout: float = 0.1
+    deep_supervision: bool = True
+    ignore_index: int = 255
+    class_names: tuple[str, ...] = ()
+    size_divisibility: int = 32
+    pixel_mean: tuple[float, ...] = IMAGENET_MEAN
+    pixel_std: tuple[float, ...] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_outside_classes("ignore_index")
+
+    @staticmethod
+    def preset(name: str, num_classes: int, **overrides: Any) -> PerPixelBaselineConfig:
+        """A configuration by name: "tiny" for tests and demonstrations, or one of the paper's models.
+
+        Args:
+            name: "tiny", "per-pixel-r50" or "per-pixel-plus-r50".
+            num_classes: K.
+            overrides: fields to set otherwise.
+
+        Raises:
+            ValueError: an unknown name.
+        """
+        return PerPixelBaselineConfig._from_preset(PRESETS, name, num_classes, overrides)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "backbone": "tiny",
+        "hidden_dim": 96,
+        "mask_dim": 64,
+        "pixel_decoder_dim": 64,
+        "decoder_layers": 3,
+        "num_heads": 4,
+        "feedforward_dim": 256,
+        "dropout": 0.0,
+    },
+    "per-pixel-r50": {},
+    "per-pixel-plus-r50": {"transformer_decoder": True},
+}
+
+
+class PerPixelBaseline(PixelDecoderModel):
+    """Per-pixel classification on MaskFormer's features (arXiv:2107.06278, section 4, "Baseline models").
+
+    PerPixelBaseline classifies the pixel embeddings by a 1 x 1 convolution. PerPixelBaseline+, with
+    ``transformer_decoder=True``, gives MaskFormer's transformer decoder K queries, one for each class: the logits are
+    the products of the pixel embeddings with the embeddings that the queries become.
+
+    ``PerPixelBaseline(config)``, or ``PerPixelBaseline(num_classes=150, backbone="swin-tiny", ...)`` with the fields of
+    :class:`PerPixelBaselineConfig` as keywords; the other arguments and the errors are those of
+    :class:`fastmask.MaskFormer`.
+    """
+
+    config_class = PerPixelBaselineConfig
+    class_weights = ("classifier.", "predictor.query_embed.")
+    config: PerPixelBaselineConfig
+
+    def _build_head(self) -> None:
+        num_classes = self.config.num_classes
+        if self.config.transformer_decoder:
+            self.predictor = TransformerPredictor(
+                num_classes=None, num_queries=num_classes, **self._transformer_options
+            )
+        else:
+            self.classifier = nn.Conv2d(self.config.mask_dim, num_classes, 1)
+            nn.init.kaiming_normal_(self.classifier.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, images: Images, targets: PixelTargets | None = None) -> dict[str, Any]:
+        """Predictions, or losses if there are targets.
+
+        Args:
+            images: ``(B, C, H, W)`` floating point in 0..1, or a list of ``(C, H_b, W_b)`` of any sizes, which are
+                padded at the bottom and right; height and width of the batch become multiples of
+                ``size_divisibility``. Normalisation happens inside.
+            targets: ``(B, H, W)`` integer classes in ``0..K-1`` or ``ignore_index``, or a list of ``(H_b, W_b)``; or
+                what :class:`fastmask.MaskFormer` takes, whose pixels of no target and void pixels are ignored.
+
+        Returns:
+            Without targets: "logits" ``(B, K, h, w)``, and "aux_outputs", a list with the same of each decoder layer
+            before the last, empty without a transformer decoder.
+
+            With targets: "loss_ce", and the same with "_0", "_1", ... for the layers before the last, each a scalar:
+            the cross-entropy at the images' size, averaged over the pixels that have a class. Their sum is what to
+            minimise.
+
+        Raises:
+            TypeError: images or targets of another type or dtype.
+            ValueError: shapes that do not fit each other, or classes out of range.
+        """
+        batch = self._batch(images)
+        ignore_index = self.config.ignore_index
+        if targets is not None:
+            targets = fit_class_map(targets, batch, self.config.num_classes, ignore_index)
+        *earlier, logits = self._predict_logits(batch, all_layers=self.config.deep_supervision)
+        if targets is None:
+            return {"logits": logits, "aux_outputs": [{"logits": layer} for layer in earlier]}
+        losses = {"loss_ce": per_pixel_loss(logits, targets, ignore_index)}
+        return losses | {
+            f"loss_ce_{i}": per_pixel_loss(layer, targets, ignore_index) for i, layer in enumerate(earlier)
+        }
+
+    @torch.inference_mode()
+    def predict(
+        self, images: Images, sizes: Size | Sequence[Size] | None = None, *, output: str = "labels"
+    ) -> list[Tensor]:
+        """Semantic segmentation at the size asked for. Runs in evaluation mode, without gradients.
+
+        Args:
+            images: as for a call of the model.
+            sizes: (height, width) of the results, for all images or for each; by default each image's own.
+            output: "labels" or "scores".
+
+        Returns:
+            One tensor an image: ``(H, W)`` labels, the smallest of uint8, int16 and int32 that holds ``0..K-1``; or
+            ``(K, H, W)`` scores, the softmax over classes.
+
+        Raises:
+            TypeError: images of another type or dtype.
+            ValueError: an unknown output, or sizes that do not fit the images.
+        """
+        check_output(output)
+        batch = self._batch(images)
+        sizes = check_sizes(sizes, batch.sizes)
+        with self._evaluating():
+            logits = self._predict_logits(batch, all_layers=False)[-1]
+        results = []
+        for b, (size, (height, width)) in enumerate(zip(sizes, batch.sizes, strict=True)):
+            padded = upsample(logits[b : b + 1].float(), batch.padded_size)
+            results.append(pixel_results(padded[..., :height, :width], size, output)[0])
+        return results
+
+    def _predict_logits(self, batch: ImageBatch, *, all_layers: bool) -> Sequence[Tensor]:
+        """``(B, K, h, w)`` of each layer that predicts, the last layer last."""
+        pixel_embed, memory, padding_mask = self._embed_pixels(batch)
+        if not self.config.transformer_decoder:
+            return [self.classifier(pixel_embed)]
+        _, class_embed = self.predictor(memory, padding_mask, all_layers=all_layers)
+        return mask_products(class_embed, pixel_embed)
