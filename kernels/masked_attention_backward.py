@@ -1,4 +1,14 @@
-"""Masked attention, backward: one pass over the keys for all three gradients."""
+"""Masked attention, backward: bits of the attended keys, then one pass over the keys for all three gradients.
+
+With few queries a program holds all of them, and the gradient of q, while it walks over a split of the keys: each block
+of keys is read once, its gradients written once, and five products do where separate passes for q and for keys take
+seven. More queries than a program holds come in turns, which add to the gradients of keys and values in memory; the
+splits' gradients of q are added in their order. Nothing is atomic.
+
+At B=16, 8 heads of 32, N=100 (a block of 128) in bf16 on 132 SMs, for a key grid of 64 x 64: keys, values and their
+gradients are 134 MB, 32 us at 4.2 TB/s; 12.2 instructions a query and key, in the machine code for sm_90, are 26 us of
+issue slots; exponentials 17 us; 21 GFLOP on tensor cores 28 us. Smaller grids take time in proportion.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +28,6 @@ from fastmask.kernels.masked_attention import (
     launch_arguments,
     with_contiguous_rows,
 )
-
 
 # As in forward. Products of 64 keys with queries run on warp groups; on other GPUs a warp holds whole operands.
 BACKWARD_CONFIGS = {
@@ -62,9 +71,9 @@ def _masked_attention_bwd_kernel(
 
         dV = P'^T dO,  dS = P (dP' - delta),  delta = rowsum(P dP') = rowsum(O dO),  dQ = scale dS K,  dK = scale dS^T Q
 
-    (FlashAttention-2, arXiv:2307.08691, algorithm 2). DELTA is "out" where delta is rowsum(O dO). float32 wants it of the
-    very products that it is subtracted from, and of weights that sum to one, which a rounded logsumexp does not give:
-    a launch with "summed" adds up rowsum(P dP') and rowsum(P) and writes nothing else, one with "known" reads them.
+    (FlashAttention-2, arXiv:2307.08691, algorithm 2). DELTA is "out" where delta is rowsum(O dO). float32 wants it of
+    the very products that it is subtracted from, and of weights that sum to one, which a rounded logsumexp does not
+    give: a launch with "summed" adds up rowsum(P dP') and rowsum(P), one with "known" reads them.
 
         q, grad_out, out  (B, N, E);  k, v, grad_k, grad_v  (B, S, E);  logsumexp  (B, heads, N)
         delta   (splits, 2, B, heads, N);  grad_q  (splits, B, N, E)

@@ -3,8 +3,9 @@
 Triton decides whether a kernel is compiled or interpreted where ``@triton.jit`` decorates it, from TRITON_INTERPRET.
 That variable must not be set for the whole process: other tests compile the same kernels for GPUs, or want to hear
 that there is no kernel for CPU tensors. So the variable's value is changed for a while, our kernels are imported
-afresh in that time, and those functions of ``triton.language`` that are kernels themselves (``tl.sum``), or call such by
-their own module's names (``tl.rand``), are replaced by interpreted ones. Afterwards all is as before, also what the interpreter patches in ``triton.language`` and leaves so.
+afresh in that time, and those functions of ``triton.language`` that are kernels themselves (``tl.sum``), or are called
+by such (those of ``tl.random``), are replaced by interpreted ones. Afterwards all is as before, also what the
+interpreter patches in ``triton.language`` and leaves so.
 """
 
 from __future__ import annotations
