@@ -1,8 +1,9 @@
 """Which keys each query of a masked attention attends to, a bit each: the mask logits are resampled once for all heads.
 
-At B=16, N=100, 128 x 128 bf16 logits and a 64 x 64 grid the logits are 52 MB, 12 us at 4.2 TB/s, and the bits 0.8 MB.
-Per key of a query the machine code for sm_90 has KEY_INSTRUCTIONS instructions. A grid of 32 x 32 or 16 x 16 needs
-every second or fourth row of the logits.
+At B=16, N=100, 128 x 128 bf16 logits and a 64 x 64 grid the logits are 52 MB, 12 us at 4.2 TB/s, and the bits 0.8 MB;
+48 instructions a key and query, in the machine code for sm_90, are 10 us of issue slots on 132 SMs. Grids of 32 x 32
+and 16 x 16 need a half and a quarter of the rows of logits. Backward makes the bits again: forward returns no tensor in
+which it could keep them.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def _attended_keys_kernel(
 
         logits    (B, N, h, w)
         padding   (B, S) uint8
-        bits      (B, words, N) int32
+        bits      (B, words, N) int64, words for whole blocks
         occupied  (B, groups, blocks) uint8, blocks of BLOCK_S keys
     """
     scale_y = tl.cast(scale_y, tl.float32)
@@ -173,9 +174,9 @@ def attended_keys(
 ) -> dict[str, Any]:
     """The arguments by which kernels read what queries attend to; see ``_occupied_blocks`` and ``_attends``.
 
-    bits ``(B, words, N)`` int32 with words = ceil(S / 32), bit i of word j being key 32 j + i; and occupied ``(B, ceil(N /
-    4), blocks)`` uint8, whether any of four queries attends to any key of a block. Where all queries have the same
-    keys, strides over queries are 0; where they have all keys, there are no bits.
+    bits ``(B, words, N)`` int64, bit i of word j being key 64 j + i; and occupied ``(B, ceil(N / 4), blocks)`` uint8,
+    whether any of four queries attends to any key of a block. Where all queries have the same keys, strides over
+    queries are 0; where they have all keys, there are no bits.
 
     Args:
         mask_logits: ``(B, N, h, w)``, any strides.

@@ -1,4 +1,15 @@
-"""Masked attention, forward: bits of the attended keys, then one pass over the keys that skips blocks no query needs."""
+"""Masked attention, forward: bits of the attended keys, then one pass over the keys that skips blocks no query needs.
+
+Where the time of the pass goes, at B=16, 8 heads of 32, N=100 (two blocks of 64) in bf16 on 132 SMs, for key grids of
+64 x 64, 32 x 32 and 16 x 16:
+
+- memory: keys and values are 67 MB, 16 us at 4.2 TB/s (4 and 1 us), read by two programs each, once from L2;
+- instructions: 9.9 a query and key in the machine code for sm_90, where two for the mask, a maximum, a product, an
+  exponential, a sum and half a conversion make 6.5: 21 us of issue slots (5.3 and 1.3 us);
+- special functions: one a query and key, 17 us (4.3 and 1.1 us); tensor cores: 8.6 GFLOP, 11 us.
+
+Two programs an SM (256) are resident at once, so the keys are split over programs only where there are fewer images.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +40,7 @@ class MaskedAttentionConfig:
         queries: most queries of a program, a power of two.
         keys: of a block, which a program handles at a time.
         warp_queries: queries of a warp, if there are four warps or more.
-        programs: how many to split the keys into, if there are enough of them: two for each of an H100's 132 SMs.
+        programs: how many to have by splitting the keys, if there are enough of them: two for each of 132 SMs.
         least_keys: of a split.
     """
 
@@ -41,7 +52,8 @@ class MaskedAttentionConfig:
     least_keys: int = 256
 
 
-# By head dimension, for GPUs by the major version of their compute capability. Each is what leaves no registers spilled.
+# By head dimension, for GPUs by the major version of their compute capability. Each leaves no registers spilled; the
+# general ones fit a multiprocessor with 100 KB of shared memory.
 _FORWARD = {
     32: MaskedAttentionConfig(queries=64, keys=128, warp_queries=16, num_stages=3),
     64: MaskedAttentionConfig(queries=128, keys=64, warp_queries=16, num_stages=3),
@@ -72,10 +84,18 @@ def _kept(seed, row, S, s, dropout_p):
 def _masked_attention_fwd_kernel(
     q_ptr, stride_qb, stride_qn, k_ptr, stride_kb, stride_ks, v_ptr, stride_vb, stride_vs,
     padding_ptr, bits_ptr, stride_bits_b, stride_bits_w, stride_bits_n,
-    occupied_ptr, stride_occupied_b, stride_occupied_n, seed_ptr, out_ptr, lse_ptr, B, N, S, heads, query_blocks, blocks_per_split, scale, dropout_p,
+    occupied_ptr, stride_occupied_b, stride_occupied_n, seed_ptr, out_ptr, lse_ptr,
+    B, N, S, heads, query_blocks, blocks_per_split, scale, dropout_p,
     HAS_BITS: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """One head and BLOCK_N queries over one split of the keys: softmax(scale q k^T + M) v (Mask2Former,
+    arXiv:2112.01527, equation 2) with the maximum and sum of the softmax as they are so far (FlashAttention-2,
+    arXiv:2307.08691, algorithm 1), in powers of two.
+
+        q  (B, N, E);  k, v  (B, S, E);  padding  (B, S) uint8;  bits and occupied: see ``attended_keys``
+        out  (splits, B, N, E);  lse  (splits, B, heads, N), natural, +inf for queries without any key
+    """
     scale = tl.cast(scale, tl.float32)
     dropout_p = tl.cast(dropout_p, tl.float32)
     pair = (tl.program_id(0) // query_blocks).to(tl.int64)
@@ -90,9 +110,13 @@ def _masked_attention_fwd_kernel(
     there = (n < N)[:, None] & (d < HEAD_DIM)[None, :]
     q_ptr += image * stride_qb + tl.cast(first_query, tl.int64) * stride_qn + channel
     q = tl.load(q_ptr + (r[:, None] * stride_qn + d[None, :]), mask=there, other=0.0)  # [BLOCK_N, BLOCK_D]
-    # Scores are scaled after their maximum is taken and some are -inf: the scale must be positive.
-    q = tl.where(scale < 0.0, -q, q)
-    scale = tl.maximum(tl.abs(scale), 1e-30)
+    if q.dtype == tl.float32:
+        q *= scale  # as the reference does, and with its rounding
+        scale = 1.0
+    else:
+        # Scores are scaled after their maximum is taken, and some are -inf: the scale must be positive.
+        q = tl.where(scale < 0.0, -q, q)
+        scale = tl.maximum(tl.abs(scale), 1e-30)
     log2_scale = scale * LOG2_E
     k_ptr += image * stride_kb + channel
     v_ptr += image * stride_vb + channel
@@ -160,7 +184,7 @@ def _masked_attention_reduce_kernel(
     parts_ptr, lse_parts_ptr, out_ptr, lse_ptr, B, N, heads, query_blocks, splits,
     WEIGHTED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Adds the results of the splits of the keys in their order: outputs weighted by exp(lse_parts - lse), or gradients.
+    """Adds the results of the splits of the keys in their order: outputs times exp(lse_parts - lse), or gradients.
 
     parts  (splits, B, N, E) float32;  lse_parts  (splits, B, heads, N)
     out    (B, N, E);                  lse        (B, heads, N)
@@ -313,8 +337,8 @@ def masked_attention(
     query_blocks = triton.cdiv(queries, block_queries)
     programs = batch * num_heads * query_blocks
     arguments, splits = launch_arguments(
-        config, block_queries, programs, q, k, v, mask_logits, key_padding_mask, (grid_height, grid_width), num_heads, scale,
-        dropout_p, seed,
+        config, block_queries, programs, q, k, v, mask_logits, key_padding_mask, (grid_height, grid_width), num_heads,
+        scale, dropout_p, seed,
     )  # fmt: skip
     parts, lse_parts = out, lse
     if splits > 1:
