@@ -20,6 +20,16 @@ from fastmask.data.composed import (
 from fastmask.data.composed.dataset import SceneDataset
 from fastmask.data.open import open_dataset
 from fastmask.data.sample import DatasetInfo, Sample, SegmentationDataset, collate
+from fastmask.data.transforms import (
+    ColourJitter,
+    Compose,
+    RandomCrop,
+    RandomFlip,
+    ResizeJitter,
+    ResizeShortSide,
+    jitter_augmentation,
+    semantic_augmentation,
+)
 
 __all__ = [
     "CLASS_NAMES",
@@ -31,9 +41,15 @@ __all__ = [
     "THING_LABELS",
     "Augmented",
     "Clip",
+    "ColourJitter",
+    "Compose",
     "ComposedClips",
     "ComposedScenes",
     "DatasetInfo",
+    "RandomCrop",
+    "RandomFlip",
+    "ResizeJitter",
+    "ResizeShortSide",
     "Sample",
     "Scene",
     "SceneDataset",
@@ -42,5 +58,7 @@ __all__ = [
     "collate",
     "collate_clips",
     "collate_scenes",
+    "jitter_augmentation",
     "open_dataset",
+    "semantic_augmentation",
 ]

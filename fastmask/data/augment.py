@@ -1,14 +1,11 @@
-"""Augmentation as the papers have it, from explicit seeds."""
+"""Augmentation whose randomness comes from explicit seeds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
-from fastmask.data.sample import Sample, SegmentationDataset
-
-Transform = Callable[[Sample, np.random.Generator], Sample]
+from fastmask.data.sample import DatasetInfo, Sample, SegmentationDataset
+from fastmask.data.transforms import Transform
 
 
 class Augmented(SegmentationDataset):
@@ -21,16 +18,21 @@ class Augmented(SegmentationDataset):
     Args:
         dataset: what to augment.
         transform: takes a sample and a ``numpy.random.Generator``.
-        seed: a non-negative integer.
+        seed: an integer, not negative.
+
+    Raises:
+        ValueError: a negative seed.
     """
 
     def __init__(self, dataset: SegmentationDataset, transform: Transform, seed: int = 0):
+        if seed < 0:
+            raise ValueError(f"seed must not be negative, got {seed}")
         self.dataset = dataset
         self.transform = transform
         self.seed = seed
 
     @property
-    def info(self):
+    def info(self) -> DatasetInfo:
         return self.dataset.info
 
     @property
@@ -47,6 +49,7 @@ class Augmented(SegmentationDataset):
             index: ``(epoch, i)``, as a sampler gives it; i alone is of epoch 0.
         """
         epoch, i = index if isinstance(index, tuple) else (0, index)
+        i = range(len(self))[i]
         return self.transform(self.dataset[i], np.random.default_rng([self.seed, epoch, i]))
 
     def faults(self, index: int, full: bool) -> list[str]:
