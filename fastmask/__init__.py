@@ -15,6 +15,7 @@ from fastmask.functional import (
     show_config,
     uncertain_points,
 )
+from fastmask.integrations import patch, unpatch
 from fastmask.models import (
     MaskFormer,
     MaskFormerConfig,
@@ -25,7 +26,7 @@ from fastmask.models import (
     SoundEventConfig,
     SoundEventDetector,
 )
-from fastmask.modules import FixedMatcher, HungarianMatcher, PointSampling, SetCriterion
+from fastmask.modules import FixedMatcher, HungarianMatcher, MaskedCrossAttention, PointSampling, SetCriterion
 from fastmask.targets import Targets
 from fastmask.version import __version__
 
@@ -34,6 +35,7 @@ __all__ = [
     "HungarianMatcher",
     "MaskFormer",
     "MaskFormerConfig",
+    "MaskedCrossAttention",
     "PerPixelBaseline",
     "PerPixelBaselineConfig",
     "PointSampling",
@@ -52,9 +54,11 @@ __all__ = [
     "mask_loss",
     "masked_attention",
     "panoptic_inference",
+    "patch",
     "point_mask_cost",
     "point_mask_loss",
     "semantic_inference",
     "show_config",
     "uncertain_points",
+    "unpatch",
 ]

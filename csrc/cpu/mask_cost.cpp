@@ -15,15 +15,6 @@ struct Totals {
   double negative = 0;     // sum_c F-[c]
 };
 
-// All ones in the lanes of part `part` of a chunk that `lanes` names.
-inline vint select(int32_t lanes, int part) {
-  vint lane_bit;
-  for (int i = 0; i < kLanes; ++i) lane_bit[i] = 1 << i;
-  return ((splat(lanes >> (part * kLanes)) & lane_bit) != 0);
-}
-
-inline vfloat masked(vint mask, vfloat v) { return mask ? v : vfloat{}; }
-
 // Adds each target's sums of p, F+ and F- over its pixels, 16 lanes apart, and returns the row's totals.
 template <bool kFocal, bool kSquare>
 Totals accumulate(const void* logits, int64_t offset, int64_t pixels, Dtype dtype, const CoverageView& coverage,

@@ -1,6 +1,8 @@
 """Drop-in ``nn.Module``s."""
 
+from fastmask.modules.attention import MaskedCrossAttention
 from fastmask.modules.criterion import LayerLosses, SetCriterion
+from fastmask.modules.masked_predictor import MaskedTransformerPredictor
 from fastmask.modules.matcher import FixedMatcher, HungarianMatcher, Matcher
 from fastmask.modules.mlp import MLP
 from fastmask.modules.pixel_decoder import PixelDecoder
@@ -15,6 +17,8 @@ __all__ = [
     "FixedMatcher",
     "HungarianMatcher",
     "LayerLosses",
+    "MaskedCrossAttention",
+    "MaskedTransformerPredictor",
     "Matcher",
     "PixelDecoder",
     "PointSampling",

@@ -168,12 +168,7 @@ class HungarianMatcher(Matcher):
         if not isinstance(targets, Targets):
             num_classes = class_logits.shape[-1] - 1
             targets = Targets.from_list(targets, num_classes=num_classes, device=mask_logits.device)
-        pairs = []
-        for queries in self.assign(class_logits, mask_logits, targets, generator=generator).cpu():
-            matched = (queries >= 0).nonzero().squeeze(1)
-            order = queries[matched].argsort()
-            pairs.append((queries[matched][order], matched[order]))
-        return pairs
+        return index_pairs(self.assign(class_logits, mask_logits, targets, generator=generator))
 
     def extra_repr(self) -> str:
         return f"cost_class={self.cost_class}, cost_mask={self.cost_mask}, cost_dice={self.cost_dice}"
@@ -203,3 +198,13 @@ class FixedMatcher(Matcher):
                 )
         num_layers = sum(group.num_layers for group in predictions)
         return targets.labels.expand(num_layers, -1, -1).contiguous()
+
+
+def index_pairs(assignment: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """``(B, M)`` queries of targets to (queries, targets) of each image, int64 on the CPU, by ascending query."""
+    pairs = []
+    for queries in assignment.cpu():
+        matched = (queries >= 0).nonzero().squeeze(1)
+        order = queries[matched].argsort()
+        pairs.append((queries[matched][order], matched[order]))
+    return pairs

@@ -1,0 +1,141 @@
+"""The real pixels that scenes are composed from, read from the package and made ready for sampling."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from fastmask.data.composed.classes import STUFF_CLASSES, THING_CLASSES
+
+ASSET_DIRECTORY = Path(__file__).parents[1] / "assets"
+SPLITS = ("train", "val")
+GARMENTS_PER_CLASS = {"train": 150, "val": 50}
+SHEET_COLUMNS = 50
+SPRITE_SIZE = 28
+TEXTURE_SIZE = 384
+SPRITE_MARGIN = 2
+OVERSAMPLING = 2
+# Side of a sprite that is ready for sampling, in its own pixels.
+STAMP_SIZE = (SPRITE_SIZE + 2 * SPRITE_MARGIN) * OVERSAMPLING
+OPAQUE = 128
+# 256 times the weights of cubic convolution (Keys 1981, a = -1/2) at distances 1.75, 0.75, 0.25, 1.25.
+CUBIC = (-6, 58, 222, -18)
+
+
+def garment_file(split: str) -> str:
+    return f"garments-{split}.png"
+
+
+def texture_file(split: str) -> str:
+    return f"textures-{split}.png"
+
+
+@dataclass(frozen=True)
+class Library:
+    """Garments and textures of one split.
+
+    Attributes:
+        stamps: ``(10, n, 64, 64)`` uint32, garments of each class; brightness in the high and coverage in the low half
+            of each value, both 0..255, so that one interpolation serves both.
+        areas: ``(10, n)`` float64, the area of each garment as a share of its ``28 x 28`` sprite.
+        textures: ``(3, 384, 192)`` uint8: brick, grass and gravel.
+        means: the mean brightness of each texture.
+    """
+
+    stamps: np.ndarray
+    areas: np.ndarray
+    textures: np.ndarray
+    means: tuple[float, ...]
+
+    @property
+    def garments_per_class(self) -> int:
+        return self.stamps.shape[1]
+
+
+@functools.cache
+def load_library(split: str) -> Library:
+    """Reads the pictures of ``"train"`` or ``"val"``.
+
+    Raises:
+        FileNotFoundError: the package was installed without its pictures.
+    """
+    sprites = read_sprites(split)
+    stamps = np.stack([_make_stamps(of_class) for of_class in sprites])
+    areas = ((stamps & 0xFFFF) >= OPAQUE).mean((2, 3)) * (STAMP_SIZE / OVERSAMPLING / SPRITE_SIZE) ** 2
+    textures = read_textures(split)
+    return Library(
+        stamps=stamps,
+        areas=areas,
+        textures=textures,
+        means=tuple(float(texture.mean()) for texture in textures),
+    )
+
+
+def read_sprites(split: str) -> np.ndarray:
+    """``(10, n, 28, 28)`` uint8: the garments of each class, 0 outside of the garment."""
+    sheet = _read(garment_file(split))
+    grid = sheet.reshape(-1, SPRITE_SIZE, SHEET_COLUMNS, SPRITE_SIZE).transpose(0, 2, 1, 3)
+    return np.ascontiguousarray(grid).reshape(len(THING_CLASSES), -1, SPRITE_SIZE, SPRITE_SIZE)
+
+
+def read_textures(split: str) -> np.ndarray:
+    """``(3, 384, 192)`` uint8: this split's halves of brick, grass and gravel."""
+    return _read(texture_file(split)).reshape(len(STUFF_CLASSES), TEXTURE_SIZE, -1)
+
+
+def _read(name: str) -> np.ndarray:
+    path = ASSET_DIRECTORY / name
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; fastmask was installed without its package data")
+    with Image.open(path) as picture:
+        return np.asarray(picture)
+
+
+def _make_stamps(sprites: np.ndarray) -> np.ndarray:
+    """``(n, 28, 28)`` uint8 sprites to ``(n, 64, 64)`` uint32 stamps of brightness and coverage.
+
+    A sprite's rim is a mixture of garment and black: the share of the garment is the rim's brightness relative to the
+    mean of the garment beside it. That mean is carried into the rim and past it, so that interpolation there mixes
+    garment with garment.
+    """
+    margin = ((0, 0), (SPRITE_MARGIN, SPRITE_MARGIN), (SPRITE_MARGIN, SPRITE_MARGIN))
+    sprites = np.pad(sprites, margin).astype(np.int16)
+    inside = sprites > 0
+    core = inside & (_neighbourhood_sum(inside) == 9)
+    beside = _neighbourhood_mean(sprites, core)
+    is_mixed = inside & ~core & (beside > 0)
+    coverage = np.where(inside, 255, 0)
+    coverage[is_mixed] = np.minimum(sprites[is_mixed].astype(np.int32) * 255 // beside[is_mixed], 255)
+    brightness = np.where(is_mixed, beside, sprites)
+    for _ in range(SPRITE_MARGIN):
+        brightness = np.where(brightness > 0, brightness, _neighbourhood_mean(brightness, brightness > 0))
+    return (_enlarge(brightness) << 16 | _enlarge(coverage)).astype(np.uint32)
+
+
+def _neighbourhood_sum(planes: np.ndarray) -> np.ndarray:
+    """int16 sums over each pixel's 3 x 3 neighbourhood, within each plane."""
+    padded = np.pad(planes.astype(np.int16), ((0, 0), (1, 1), (1, 1)))
+    rows = padded[:, :-2] + padded[:, 1:-1] + padded[:, 2:]
+    return rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]
+
+
+def _neighbourhood_mean(planes: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """int16 means over the chosen pixels of each 3 x 3 neighbourhood; 0 where none is chosen."""
+    return _neighbourhood_sum(np.where(chosen, planes, 0)) // np.maximum(_neighbourhood_sum(chosen), 1)
+
+
+def _enlarge(planes: np.ndarray) -> np.ndarray:
+    """Doubles the height and width of ``(n, h, w)`` planes of 0..255 by cubic convolution, in integers."""
+    for axis in (2, 1):
+        padded = np.pad(planes, [(2, 2) if a == axis else (0, 0) for a in range(3)]).astype(np.int32)
+        size = planes.shape[axis]
+        shape = [OVERSAMPLING * n if i == axis else n for i, n in enumerate(planes.shape)]
+        taps = [padded[(slice(None),) * axis + (slice(start, start + size),)] for start in range(5)]
+        halves = [sum(w * tap for w, tap in zip(CUBIC, order, strict=True)) for order in (taps[:4], taps[:0:-1])]
+        planes = np.clip(np.stack(halves, axis + 1) + 128 >> 8, 0, 255)
+        planes = planes.reshape(*shape)
+    return planes

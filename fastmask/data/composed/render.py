@@ -1,0 +1,194 @@
+"""The pixels and the truth of a planned scene.
+
+All of it is integer arithmetic, or float64 arithmetic of single additions, multiplications and divisions, so that the
+same plan gives the same bits on any machine.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastmask.data.composed.classes import THING_CLASSES
+from fastmask.data.composed.library import OPAQUE, OVERSAMPLING, SPRITE_MARGIN, SPRITE_SIZE, STAMP_SIZE, Library
+from fastmask.data.composed.plan import Boundary, Garment, Plan, Region
+
+VOID = 255
+# A garment of which less can be seen is left out of the scene; a texture of which less can be seen is void.
+MIN_VISIBLE_PIXELS = 24
+MIN_VISIBLE_SHARE = 0.25
+# Gray levels that a texture's mean and a garment's black become before they are tinted.
+TEXTURE_LEVEL = 155
+GARMENT_BLACK = 70
+FIXED_POINT = 16
+
+Window = tuple[slice, slice]
+
+
+def render_scene(library: Library, plan: Plan) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """The pixels and the truth of a plan.
+
+    A garment owns the pixels that it covers by half or more; of two, the one in front. A pixel that no garment owns
+    belongs to its texture. Garments of which too little can be seen are not painted at all.
+
+    Returns:
+        image: ``(H, W, 3)`` uint8.
+        segments: ``(H, W)`` uint8, the index of the segment that owns each pixel, or 255 at void.
+        labels: the class of each segment: garments back to front, then textures.
+    """
+    covers = [_cover(library, plan.size, garment) for garment in plan.garments]
+    image, ground = _background(library, plan)
+    num_regions = len(plan.regions)
+    shown = list(range(len(covers)))
+    while True:
+        owner = ground.copy()
+        for i in shown:
+            window, _, coverage = covers[i]
+            owner[window][coverage >= OPAQUE] = num_regions + i
+        visible = np.bincount(owner.ravel(), minlength=num_regions + len(covers))
+        hidden = [i for i in shown if visible[num_regions + i] < _least_visible(library, plan.garments[i])]
+        if not hidden:
+            break
+        shown = [i for i in shown if i not in hidden]
+    for i in shown:
+        _shade(image, plan, *covers[i])
+        _paint(image, plan.garments[i], *covers[i])
+
+    lookup = np.full(num_regions + len(covers), VOID, np.uint8)
+    labels = []
+    for i in shown:
+        lookup[num_regions + i] = len(labels)
+        labels.append(plan.garments[i].label)
+    for r, region in enumerate(plan.regions):
+        if visible[r] >= MIN_VISIBLE_PIXELS:
+            lookup[r] = len(labels)
+            labels.append(len(THING_CLASSES) + region.stuff)
+    return image, lookup[owner], labels
+
+
+def _least_visible(library: Library, garment: Garment) -> float:
+    area = library.areas[garment.label, garment.number] * garment.length**2
+    return max(MIN_VISIBLE_PIXELS, MIN_VISIBLE_SHARE * area)
+
+
+def _background(library: Library, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+    """The textures: ``(H, W, 3)`` uint8 pixels, and ``(H, W)`` uint8 index of the region that owns each."""
+    ground = np.zeros(plan.size, np.uint8)
+    image = _texture(library, plan.size, plan.regions[0])
+    for r, region in enumerate(plan.regions[1:], 1):
+        distance = _distance(plan.size, region.boundary)
+        ground[distance >= 0] = r
+        weight = np.clip(np.rint(256 * distance) + 128, 0, 256).astype(np.int32)[:, :, None]
+        image = image + ((_texture(library, plan.size, region) - image) * weight + 128 >> 8)
+    return image.astype(np.uint8), ground
+
+
+def _distance(size: tuple[int, int], boundary: Boundary) -> np.ndarray:
+    """``(H, W)`` float64: about how many pixels each pixel lies beyond the boundary; negative before it."""
+    rows = np.arange(size[0])[:, None] + (0.5 - boundary.y)
+    columns = np.arange(size[1])[None, :] + (0.5 - boundary.x)
+    cosine, sine = boundary.normal
+    across = columns * cosine + rows * sine
+    if boundary.amplitude == 0:
+        return across
+    along = (rows * cosine - columns * sine) / boundary.wavelength + boundary.phase
+    part = along - np.floor(along)
+    # Two parabolas stand in for a sine, whose last bit differs from one mathematics library to another.
+    wave = np.where(part < 0.5, part * (0.5 - part), (part - 0.5) * (part - 1)) * 16
+    return across + boundary.amplitude * wave
+
+
+def _texture(library: Library, size: tuple[int, int], region: Region) -> np.ndarray:
+    """``(H, W, 3)`` int32 in 0..255: the region's part of its picture, tinted."""
+    height, width = size
+    scaled = (width, height) if region.is_transposed else (height, width)
+    pixels = _crop(library.textures[region.stuff], region.box, scaled)
+    if region.is_transposed:
+        pixels = pixels.T
+    pixels = pixels[:: -1 if region.is_flipped else 1, :: -1 if region.is_mirrored else 1]
+    levels = TEXTURE_LEVEL + region.contrast * (np.arange(256) - library.means[region.stuff])
+    return _tint(levels, region.colour).take(pixels, 0)
+
+
+def _crop(texture: np.ndarray, box: tuple[float, float, float, float], size: tuple[int, int]) -> np.ndarray:
+    """The box (left, top, right, bottom) of a texture as ``size`` int32 pixels: bilinear, in integers."""
+    pixels = texture.astype(np.int32)
+    for axis, start, stop in ((0, box[1], box[3]), (1, box[0], box[2])):
+        step = (stop - start) / size[axis]
+        places = np.rint((start - 0.5 + step * (np.arange(size[axis]) + 0.5)) * 256).astype(np.int64)
+        places = np.clip(places, 0, (texture.shape[axis] - 1) * 256 - 1)
+        weight = (places & 0xFF).astype(np.int32)
+        weight = weight[:, None] if axis == 0 else weight[None, :]
+        first, second = (pixels.take((places >> 8) + offset, axis) for offset in (0, 1))
+        pixels = first + ((second - first) * weight + 128 >> 8)
+    return pixels
+
+
+def _tint(levels: np.ndarray, colour: tuple[float, float, float]) -> np.ndarray:
+    """``(256, 3)`` int32: the colour in 0..255 of each of 256 gray levels."""
+    return np.clip(np.rint(levels[:, None] * np.array(colour)), 0, 255).astype(np.int32)
+
+
+def _cover(library: Library, size: tuple[int, int], garment: Garment) -> tuple[Window, np.ndarray, np.ndarray]:
+    """The part of the scene that a garment can reach, and there its ``(h, w)`` int32 brightness and coverage."""
+    scale = garment.length / SPRITE_SIZE
+    half = garment.half_turn
+    cosine, sine = (1 - half * half) / (1 + half * half), 2 * half / (1 + half * half)
+    reach = (0.5 * SPRITE_SIZE + SPRITE_MARGIN / 2) * scale * (cosine + abs(sine))
+    rows, columns = (
+        slice(max(int(np.floor(centre - reach)), 0), max(min(int(np.ceil(centre + reach)), limit), 0))
+        for centre, limit in ((garment.y, size[0]), (garment.x, size[1]))
+    )
+    one = 1 << FIXED_POINT
+    step = OVERSAMPLING / scale * one
+    along, across = round(step * cosine), round(step * sine)
+    sign = -1 if garment.is_mirrored else 1
+    centre = round((STAMP_SIZE / 2 - 0.5) * one)
+    start_x, start_y = columns.start + 0.5 - garment.x, rows.start + 0.5 - garment.y
+    origin_x = centre + sign * round(start_x * along + start_y * across)
+    origin_y = centre + round(start_y * along - start_x * across)
+    i = np.arange(rows.stop - rows.start, dtype=np.int32)[:, None]
+    j = np.arange(columns.stop - columns.start, dtype=np.int32)[None, :]
+    last = (STAMP_SIZE - 1) * one - 1
+    x = np.clip(origin_x + sign * (j * along + i * across), 0, last)
+    y = np.clip(origin_y + (i * along - j * across), 0, last)
+    mixed = _interpolate(library.stamps[garment.label, garment.number], x, y)
+    return (rows, columns), mixed >> 16, mixed & 0xFFFF
+
+
+def _interpolate(stamp: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Bilinear samples of a stamp at fixed-point x and y, both halves of each value at once.
+
+    Weights have 8 bits, so that a product of a half needs 16 and neither half spills into the other.
+    """
+    values = stamp.ravel()
+    corner = (y >> FIXED_POINT) * STAMP_SIZE + (x >> FIXED_POINT)
+    weight_x = ((x >> (FIXED_POINT - 8)) & 0xFF).astype(np.uint32)
+    weight_y = ((y >> (FIXED_POINT - 8)) & 0xFF).astype(np.uint32)
+    upper = _mix(values.take(corner), values.take(corner + 1), weight_x)
+    corner += STAMP_SIZE
+    lower = _mix(values.take(corner), values.take(corner + 1), weight_x)
+    return _mix(upper, lower, weight_y).astype(np.int32)
+
+
+def _mix(first: np.ndarray, second: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    return (first * (256 - weight) + second * weight + 0x00800080) >> 8 & 0x00FF00FF
+
+
+def _shade(image: np.ndarray, plan: Plan, window: Window, _: np.ndarray, coverage: np.ndarray) -> None:
+    target, source = zip(*map(_shift, window, plan.shadow, plan.size), strict=True)
+    light = (1 << 16) - coverage[source][:, :, None] * plan.shadow_depth
+    image[target] = image[target] * light >> 16
+
+
+def _shift(span: slice, offset: int, limit: int) -> tuple[slice, slice]:
+    """The span moved by an offset and cut to 0..limit, and the part of the span that this leaves."""
+    start, stop = max(span.start + offset, 0), max(min(span.stop + offset, limit), 0)
+    return slice(start, stop), slice(start - offset - span.start, stop - offset - span.start)
+
+
+def _paint(image: np.ndarray, garment: Garment, window: Window, brightness: np.ndarray, coverage: np.ndarray) -> None:
+    levels = GARMENT_BLACK + np.arange(256) * ((255 - GARMENT_BLACK) / 255)
+    pixels = _tint(levels, garment.colour).take(brightness, 0)
+    weight = (coverage + (coverage >> 7))[:, :, None]
+    below = image[window].astype(np.int32)
+    image[window] = below + ((pixels - below) * weight + 128 >> 8)

@@ -1,0 +1,138 @@
+"""The data set of composed scenes and its batches."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fastmask.data.composed.library import SPLITS, load_library
+from fastmask.data.composed.plan import Draws, Plan, plan_scene
+from fastmask.data.composed.render import VOID, render_scene
+from fastmask.targets import Targets
+
+DEFAULT_LENGTHS = {"train": 4096, "val": 512}
+MIN_SIZE = 32
+
+
+class Scene(NamedTuple):
+    """One picture and its exact panoptic truth.
+
+    Attributes:
+        image: ``(3, H, W)`` float32 in 0..1.
+        segments: ``(H, W)`` uint8, the index ``0..M-1`` of the segment that owns the pixel, or 255 at void.
+        labels: ``(M,)`` int64, the class of each segment: 0..9 garments, 10..12 textures. Every garment is a segment
+            of its own, from back to front; the textures follow, one segment each.
+    """
+
+    image: Tensor
+    segments: Tensor
+    labels: Tensor
+
+
+class ComposedScenes(Dataset[Scene]):
+    """Garments of Fashion-MNIST over brick, grass and gravel: real pixels, put together.
+
+    Scene ``i`` depends on ``split``, ``seed``, ``size`` and ``i`` alone: not on the length, on the order in which
+    scenes are read, or on the process that reads them. The two splits share no garment and no part of a texture.
+    A scene has up to six garments, which hide each other and reach over the border, or none at all.
+
+    Args:
+        split: ``"train"`` or ``"val"``.
+        length: how many scenes; 4096 for train and 512 for val by default.
+        size: (H, W) in pixels, at least 32 each.
+        seed: chooses other scenes, 0..2**64-1.
+
+    Raises:
+        TypeError: a length or seed that is no integer.
+        ValueError: an unknown split, a negative length, a size below 32 pixels, or a seed out of range.
+        FileNotFoundError: the package was installed without its pictures.
+    """
+
+    def __init__(self, split: str, length: int | None = None, size: tuple[int, int] = (128, 128), seed: int = 0):
+        if split not in SPLITS:
+            raise ValueError(f'split={split!r} is unknown; expected "train" or "val"')
+        length = DEFAULT_LENGTHS[split] if length is None else _integer("length", length)
+        if length < 0:
+            raise ValueError(f"length must not be negative, got {length}")
+        if not 0 <= _integer("seed", seed) < 2**64:
+            raise ValueError(f"seed must be in 0..2**64-1, got {seed}")
+        self.split = split
+        self.length = length
+        self.size = _checked_size(size)
+        self.seed = operator.index(seed)
+        self._library = load_library(split)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Scene:
+        """Scene ``index``.
+
+        Raises:
+            IndexError: ``index`` is not in ``0..length-1``.
+            TypeError: ``index`` is no integer.
+        """
+        image, segments, labels = render_scene(self._library, self.plan(index))
+        # In NumPy, because torch would wake its thread pool for this, which costs more than the scene.
+        planes = np.ascontiguousarray(image.transpose(2, 0, 1))
+        return Scene(
+            torch.from_numpy(np.divide(planes, 255, dtype=np.float32)),
+            torch.from_numpy(segments),
+            torch.tensor(labels, dtype=torch.int64),
+        )
+
+    def plan(self, index: int) -> Plan:
+        """What scene ``index`` is composed of."""
+        index = _integer("index", index)
+        if not 0 <= index < self.length:
+            raise IndexError(f"index {index} is out of range for the {self.length} scenes of split {self.split!r}")
+        return plan_scene(self._library, Draws(self.seed, SPLITS.index(self.split), index), self.size)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in vars(self).items() if name != "_library"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        vars(self).update(state, _library=load_library(state["split"]))
+
+
+def collate_scenes(scenes: Sequence[Scene]) -> tuple[Tensor, Targets]:
+    """Batches scenes of one size: the ``collate_fn`` of a ``DataLoader``.
+
+    Returns:
+        images: ``(B, 3, H, W)`` float32.
+        targets: segment map and labels, padded to the largest number of segments.
+
+    Raises:
+        ValueError: no scenes, or scenes of different sizes.
+    """
+    if len(scenes) == 0:
+        raise ValueError("scenes is empty; expected at least one")
+    sizes = {tuple(scene.segments.shape) for scene in scenes}
+    if len(sizes) > 1:
+        raise ValueError(f"scenes have different sizes {sorted(sizes)}; expected one size")
+    images = torch.stack([scene.image for scene in scenes])
+    segments = torch.stack([scene.segments for scene in scenes])
+    return images, Targets.from_segments(segments, [scene.labels for scene in scenes], void=VOID)
+
+
+def _integer(name: str, value: int) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+
+
+def _checked_size(size: tuple[int, int]) -> tuple[int, int]:
+    try:
+        height, width = map(operator.index, size)
+    except (TypeError, ValueError):
+        raise ValueError(f"size must be (height, width) in pixels, got {size!r}") from None
+    if min(height, width) < MIN_SIZE:
+        raise ValueError(f"size must be at least {MIN_SIZE} x {MIN_SIZE} pixels, got {height} x {width}")
+    return height, width
