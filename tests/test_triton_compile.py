@@ -142,9 +142,48 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype, form: str) -> tuple[torch
     )
 
 
+def launch_semantic(shape: tuple[int, ...], dtype: torch.dtype, form: str, **_: Any) -> None:
+    """ "segments" for labels, "masks" for scores by the other order, in two steps."""
+    from fastmask.kernels.semantic import semantic_inference
+
+    # How many classes there are is for a model to say, and part of what is compiled for it.
+    classes = shape[3] - 1 if shape[3] < 64 else TRAINING[3] - 1
+    mask_logits, geometry = inference_inputs(shape, dtype, form)
+    probabilities = torch.empty(*mask_logits.shape[:2], classes, device="meta")
+    order, output = ("masks", "labels") if form == "segments" else ("scores", "scores")
+    semantic_inference(probabilities, mask_logits, order, output, False, *geometry)
+
+
+def launch_panoptic(shape: tuple[int, ...], dtype: torch.dtype, form: str, **_: Any) -> None:
+    from fastmask.kernels.panoptic import panoptic_winners
+
+    mask_logits, geometry = inference_inputs(shape, dtype, form)
+    scores = torch.empty(mask_logits.shape[:2], device="meta")
+    panoptic_winners(scores, mask_logits, form == "masks", form == "masks", 0.5, *geometry)
+
+
+def launch_instance(shape: tuple[int, ...], dtype: torch.dtype, form: str, **_: Any) -> None:
+    from fastmask.kernels.instance import instance_masks
+
+    mask_logits, geometry = inference_inputs(shape, dtype, form)
+    queries = torch.empty(mask_logits.shape[:2], dtype=torch.int64, device="meta")
+    instance_masks(mask_logits, queries, form == "masks", *geometry)
+
+
+def inference_inputs(shape: tuple[int, ...], dtype: torch.dtype, form: str) -> tuple[torch.Tensor, tuple[Any, ...]]:
+    """Mask logits (B, N, h, w) and how they become H x W pixels: in one step, or in two for "masks"."""
+    _, batch, queries, _, _, h, w, height, width = shape
+    steps = (None, None) if form == "segments" else ([2 * h, 2 * w], [2 * h, 2 * w - 1])
+    geometry = ([h, w], *steps, [height, width], 0, 0, height)
+    return torch.empty(batch, queries, h, w, dtype=dtype, device="meta"), geometry
+
+
 OPERATORS: dict[str, Callable[..., None]] = {
     "mask_cost": launch_mask_cost,
     "mask_loss": launch_mask_loss,
+    "semantic_inference": launch_semantic,
+    "panoptic_inference": launch_panoptic,
+    "instance_inference": launch_instance,
     "point_mask_cost": launch_point_mask_cost,
     "point_mask_loss": launch_point_mask_loss,
     "uncertain_points": launch_uncertain_points,
@@ -225,7 +264,7 @@ def test_sizes_of_one_and_many_targets(operator, shape, record, tmp_path):
 def test_sizes_are_no_constants(operator, record):
     """A new image size or number of targets compiles nothing, as long as block shapes stay the same powers of two."""
     kinds = [
-        tuple((launch.kernel, launch.constants(), *launch.options().items()) for launch in launches)
+        {(launch.kernel, launch.constants(), *launch.options().items()) for launch in launches}
         for launches in (record(operator, shape, torch.bfloat16, "segments") for shape in SHAPES.values())
     ]
     assert kinds[0] == kinds[1] == kinds[2]

@@ -8,10 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
-from fastmask.functional import instance_inference, panoptic_inference, semantic_inference
+from fastmask.functional import general_inference, instance_inference, panoptic_inference, semantic_inference
 from fastmask.models.images import ImageBatch, Size
 
-TASKS = ("semantic", "panoptic", "instance")
+TASKS = {
+    "semantic": semantic_inference,
+    "general": general_inference,
+    "panoptic": panoptic_inference,
+    "instance": instance_inference,
+}
 
 
 def check_sizes(sizes: Size | Sequence[Size] | None, images: Sequence[Size]) -> tuple[Size, ...]:
@@ -41,7 +46,7 @@ def check_sizes(sizes: Size | Sequence[Size] | None, images: Sequence[Size]) -> 
 def infer(
     task: str,
     class_logits: Tensor,
-    mask_logits: Tensor,
+    mask_logits: Tensor | tuple[Tensor, Tensor],
     images: ImageBatch,
     sizes: Sequence[Size],
     **options: Any,
@@ -52,14 +57,14 @@ def infer(
     the original code does.
 
     Args:
-        task: "semantic", "panoptic" or "instance".
+        task: one of ``TASKS``.
         class_logits: ``(B, N, K+1)``.
-        mask_logits: ``(B, N, h, w)``.
+        mask_logits: ``(B, N, h, w)``; or ``mask_embed (B, N, C)`` and ``pixel_embed (B, C, h, w)``.
         images: the batch that they were computed from.
         sizes: (height, width) of each result.
         options: further arguments of ``fastmask.semantic_inference`` or its siblings.
     """
-    function = {"semantic": semantic_inference, "panoptic": panoptic_inference, "instance": instance_inference}[task]
+    function = TASKS[task]
     together = images.uniform and len(set(sizes)) == 1
     groups = [slice(None)] if together else [slice(b, b + 1) for b in range(len(sizes))]
     results: list[Any] = []
@@ -68,5 +73,6 @@ def infer(
         steps = {"padded_size": images.padded_size, "valid_size": valid_size}
         if size == valid_size == images.padded_size:
             steps = {}
-        results.extend(function(class_logits[group], mask_logits[group], size, **steps, **options))
+        masks = mask_logits[group] if isinstance(mask_logits, Tensor) else tuple(x[group] for x in mask_logits)
+        results.extend(function(class_logits[group], masks, size, **steps, **options))
     return results

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmask.functional import mask_products
+from fastmask.functional import mask_products, merge_views
 from fastmask.models.base import Images, PixelDecoderModel
 from fastmask.models.config import MaskFormerConfig
 from fastmask.models.images import ImageBatch, Size, fit_targets
 from fastmask.models.inference import TASKS, check_sizes, infer
+from fastmask.models.views import EvaluationViews
 from fastmask.modules.criterion import SetCriterion
 from fastmask.modules.masked_predictor import MaskedTransformerPredictor
 from fastmask.modules.matcher import FixedMatcher, HungarianMatcher, Matcher
@@ -106,37 +107,68 @@ class MaskFormer(PixelDecoderModel):
         images: Images,
         task: str = "semantic",
         sizes: Size | Sequence[Size] | None = None,
+        *,
+        window: tuple[int, int] | None = None,
+        scales: Sequence[float] = (1.0,),
+        flip: bool = False,
+        view_batch: int = 1,
         **options: Any,
     ) -> list[Any]:
         """Results at the size asked for. Runs in evaluation mode, without gradients, and computes masks after the last
-        decoder layer only.
+        decoder layer only; a semantic map never needs the mask logits of the whole image at once.
+
+        With a window, several scales or ``flip`` a semantic map is the average of the scores of several views, as the
+        papers report it (see :func:`fastmask.functional.merge_views`); scores of the whole image do not exist unless
+        they are asked for.
 
         Args:
             images: as for a call of the model.
-            task: "semantic", "panoptic" or "instance".
+            task: "semantic", "general" (a semantic map by the hard assignment of pixels to queries), "panoptic" or
+                "instance".
             sizes: (height, width) of the results, for all images or for each; by default each image's own.
-            options: further arguments of :func:`fastmask.semantic_inference`, :func:`fastmask.panoptic_inference` or
-                :func:`fastmask.instance_inference`, such as ``threshold``. ``stuff_classes`` is the configuration's
+            window: (size, stride) of square windows in which each image is predicted, in pixels of the image as scaled;
+                None for whole images.
+            scales: how much to enlarge each image; (0.5, 0.75, 1, 1.25, 1.5, 1.75) is usual.
+            flip: predict mirror images as well.
+            view_batch: how many views to predict at a time.
+            options: further arguments of :func:`fastmask.semantic_inference`, :func:`fastmask.general_inference`,
+                :func:`fastmask.panoptic_inference` or :func:`fastmask.instance_inference`, such as ``threshold``. ``stuff_classes`` is the configuration's
                 unless given.
 
         Returns:
-            One entry an image. semantic: ``(H, W)`` labels, or ``(K, H, W)`` scores with ``output="scores"``. panoptic:
+            One entry an image. semantic: ``(H, W)`` labels, or ``(K, H, W)`` scores with ``output="scores"``. general:
+            ``(H, W)`` labels. panoptic:
             ``(segmentation (H, W), segments_info)``. instance: a dict of "scores", "labels" and "masks".
 
         Raises:
             TypeError: images of another type or dtype, or an option that the task does not have.
-            ValueError: an unknown task, or sizes that do not fit the images.
+            ValueError: an unknown task, sizes that do not fit the images, or windows, scales or mirror images that
+                are out of range or asked for in another task than "semantic".
         """
         if task not in TASKS:
             raise ValueError(f"unknown task {task!r}; expected one of {', '.join(TASKS)}")
+        views = EvaluationViews(window, tuple(scales), flip, view_batch)
+        if not views.single and task != "semantic":
+            raise ValueError(f'window, scales and flip go with task "semantic", got {task!r}')
         batch = self._batch(images)
         sizes = check_sizes(sizes, batch.sizes)
         with self._evaluating():
+            if not views.single:
+                images = (pixels[:, :h, :w] for pixels, (h, w) in zip(batch.pixels, batch.sizes, strict=True))
+                return [
+                    merge_views(views.of(image, size, self._predict_views), size, **options)
+                    for image, size in zip(images, sizes, strict=True)
+                ]
             class_logits, mask_embed, pixel_embed = self._predict(batch, all_layers=False)
-            mask_logits = mask_products(mask_embed[-1], pixel_embed)
-        if task != "semantic":
+        if task in ("panoptic", "instance"):
             options.setdefault("stuff_classes", self.config.stuff_classes)
-        return infer(task, class_logits[-1], mask_logits, batch, sizes, **options)
+        return infer(task, class_logits[-1], (mask_embed[-1], pixel_embed), batch, sizes, **options)
+
+    def _predict_views(self, pixels: Tensor) -> tuple[Tensor, Tensor, Size]:
+        """Of ``pixels (n, C, H, W)``: class logits ``(n, N, K+1)``, mask logits ``(n, N, h, w)``, padded size."""
+        batch = self._batch(pixels)
+        class_logits, mask_embed, pixel_embed = self._predict(batch, all_layers=False)
+        return class_logits[-1], mask_products(mask_embed[-1], pixel_embed), batch.padded_size
 
     def _predict(self, batch: ImageBatch, *, all_layers: bool) -> tuple[Tensor, Tensor, Tensor]:
         """``class_logits (L, B, N, K+1)``, ``mask_embed (L, B, N, C)`` and ``pixel_embed (B, C, h, w)``."""
