@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastmask.data.library import (
+from fastmask.data.composed.library import (
     ASSET_DIRECTORY,
     GARMENTS_PER_CLASS,
     SPRITE_SIZE,
@@ -12,7 +12,7 @@ from fastmask.data.library import (
     read_sprites,
     read_textures,
 )
-from fastmask.data.prepare_assets import FASHION_MNIST, MIN_DISTANCE, cut_out, prepare
+from fastmask.data.composed.prepare_assets import FASHION_MNIST, MIN_DISTANCE, cut_out, prepare
 
 MAX_BYTES = 1_300_000
 

@@ -12,11 +12,15 @@ from fastmask.functional.linear_sum_assignment import linear_sum_assignment
 from fastmask.functional.mask_cost import mask_cost
 from fastmask.functional.mask_loss import mask_loss
 from fastmask.functional.masked_attention import masked_attention
-from fastmask.functional.panoptic import panoptic_inference
+from fastmask.functional.panoptic import PanopticDetails, panoptic_inference
+from fastmask.functional.point_mask_cost import point_mask_cost
+from fastmask.functional.point_mask_loss import point_mask_loss
 from fastmask.functional.semantic import SemanticDetails, semantic_inference
 from fastmask.functional.semantic_views import SemanticView, merge_views
+from fastmask.functional.uncertain_points import uncertain_points
 
 __all__ = [
+    "PanopticDetails",
     "SemanticDetails",
     "SemanticView",
     "assign",
@@ -30,6 +34,9 @@ __all__ = [
     "matched_mask_logits",
     "merge_views",
     "panoptic_inference",
+    "point_mask_cost",
+    "point_mask_loss",
     "semantic_inference",
     "show_config",
+    "uncertain_points",
 ]

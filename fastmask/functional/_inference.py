@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -35,6 +35,10 @@ class Band(NamedTuple):
     repeated: int
     geometry: tuple[object, ...]
 
+    def repeated_nan_logits(self) -> Tensor:
+        """``(B, N)`` int32: how many logits of each query the band before has counted as NaN too."""
+        return self.mask_logits[:, :, : self.repeated].isnan().sum((-2, -1), dtype=torch.int32)
+
 
 @dataclass(frozen=True)
 class MaskSource:
@@ -50,6 +54,19 @@ class MaskSource:
     def tensor(self) -> Tensor:
         """One of the tensors, for its device and dtype."""
         return self.mask_embed if self.mask_logits is None else self.mask_logits
+
+    def of_used_queries(self, used: Tensor) -> tuple[MaskSource, Tensor]:
+        """The masks of queries that are ``used (B, N)`` bool, where leaving out the others spares work, and ``(B, U)``
+        int64: which queries they are, those used first, as they come.
+
+        Only embeddings on a CPU leave out any: elsewhere the host would have to wait for their number.
+        """
+        if self.mask_embed is None or used.device.type != "cpu":
+            return self, torch.arange(used.shape[1], device=used.device).expand_as(used)
+        count = max(int(used.sum(1).max()), 1) if used.numel() > 0 else used.shape[1]
+        queries = used.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]
+        mask_embed = self.mask_embed.gather(1, queries[..., None].expand(-1, -1, self.mask_embed.shape[2]))
+        return replace(self, mask_embed=mask_embed), queries
 
     def bands(self) -> Iterator[Band]:
         """All of the result in one band, or from embeddings in as many as keep the mask logits small."""

@@ -89,6 +89,20 @@ def image_logits(
     return mask_logits[..., :height, :width]
 
 
+def reads_nan(
+    mask_logits: Tensor,
+    padded_size: tuple[int, int] | None,
+    valid_size: tuple[int, int] | None,
+    size: tuple[int, int],
+) -> Tensor:
+    """``(..., H, W)`` bool: whether a NaN is among the mask logits that a pixel of the resized image is made of."""
+    nan = mask_logits.isnan()
+    if not nan.any():
+        return nan.new_zeros(()).expand(*nan.shape[:-2], *size)
+    # In float64, whose weights are 0 where they ought to be.
+    return resize_bilinear(image_logits(nan.double(), padded_size, valid_size), size) > 0
+
+
 def as_batch(class_logits: Tensor, mask_logits: Tensor) -> tuple[Tensor, Tensor]:
     """``(B, N, K+1)`` and ``(B, N, h, w)``, from one image without B as well; checks that the two fit."""
     if class_logits.dim() == 2 and mask_logits.dim() == 3:
