@@ -135,7 +135,7 @@ struct RoughBestTwo {
     const vint index = splat(static_cast<int32_t>(k));
 #pragma GCC unroll 8
     for (int v = 0; v < kMixVectors; ++v) {
-      const vfloat tagged = from_bits((bits(sums[v]) & ~tag_mask) | index);
+      const vfloat tagged = with_tag(sums[v], index, tag_mask);
       second[v] = maximum(second[v], minimum(tagged, best[v]));
       best[v] = maximum(best[v], tagged);
     }

@@ -44,11 +44,8 @@ class QueryChoice {
     memset(width_, 0, sizeof(float) * classes);
     common_ = 0.0f;
     int64_t left_out = 0;
-    for (; left_out < queries; ++left_out) {
-      const int32_t n = order_[left_out];
-      if (!add(n, bounds_[n], tolerance)) break;
-      common_ += bounds_[n] * table_.middles[n];
-    }
+    while (left_out + kTogether <= queries && add<kTogether>(order_ + left_out, tolerance)) left_out += kTogether;
+    while (left_out < queries && add<1>(order_ + left_out, tolerance)) ++left_out;
     chosen_ = order_ + left_out;
     count_ = queries - left_out;
     return 4 * count_ <= 3 * queries;
@@ -66,25 +63,42 @@ class QueryChoice {
   }
 
  private:
+  static constexpr int kTogether = 4;
   static constexpr float kTolerance = 0x1p-3f;
   // Weights are sorted by exponent and the first two bits of the mantissa, from 2^-20 to 1.
   static constexpr int32_t kLowestKey = (127 - 20) << 2;
   static constexpr int32_t kKeys = 20 * 4 + 2;
 
-  // Leaves out one more query, unless that makes some width exceed the tolerance.
-  bool add(int32_t n, float bound, float tolerance) {
+  // Leaves out kCount more queries, unless that makes some width exceed the tolerance.
+  template <int kCount>
+  bool add(const int32_t* queries, float tolerance) {
     const int64_t classes = to_full_vectors(table_.classes);
+    const float* rows[kCount];
+    vfloat middles[kCount], bounds[kCount];
+    float common = common_;
+    for (int i = 0; i < kCount; ++i) {
+      const int32_t n = queries[i];
+      rows[i] = table_.rows + n * classes;
+      middles[i] = splat(table_.middles[n]);
+      bounds[i] = splat(bounds_[n]);
+      common += bounds_[n] * table_.middles[n];
+    }
     vfloat most{};
     for (int64_t k = 0; k < classes; k += kLanes) {
-      const vfloat d = load(table_.rows + n * classes + k) - splat(table_.middles[n]);
-      const vfloat width = fma(maximum(d, -d), splat(bound), load(width_ + k));
+      vfloat width = load(width_ + k), above = load(above_ + k);
+      for (int i = 0; i < kCount; ++i) {
+        const vfloat d = load(rows[i] + k) - middles[i];
+        width = fma(maximum(d, -d), bounds[i], width);
+        above = fma(maximum(d, vfloat{}), bounds[i], above);
+      }
       store(next_width_ + k, width);
-      store(next_above_ + k, fma(maximum(d, vfloat{}), splat(bound), load(above_ + k)));
+      store(next_above_ + k, above);
       most = maximum(most, width);
     }
     if (lane_bits(most <= splat(tolerance)) != (uint32_t{1} << kLanes) - 1) return false;
     exchange(above_, next_above_);
     exchange(width_, next_width_);
+    common_ = common;
     return true;
   }
 

@@ -134,6 +134,15 @@ static inline vfloat gather(const float* p, vint index) {
 #endif
 }
 
+// value with the bits of `mask` replaced by `tag`, which has no others.
+static inline vfloat with_tag(vfloat value, vint tag, vint mask) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_ternarylogic_epi32((__m512i)value, (__m512i)tag, (__m512i)mask, 0xDC);
+#else
+  return from_bits((bits(value) & ~mask) | tag);
+#endif
+}
+
 // Bit i is set where lane i of a comparison holds.
 static inline uint32_t lane_bits(vint comparison) {
 #if defined(__AVX512F__)
