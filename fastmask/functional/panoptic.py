@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmask.functional._checks import check_choice
-from fastmask.functional._inference import MaskSource, prepare
+from fastmask.functional._inference import MaskSource, belong_to, prepare
 from fastmask.ops.panoptic import OPERATOR, call
 
 RULES = ("maskformer", "mask2former", "huggingface", "huggingface-exact")
@@ -184,7 +184,7 @@ def _segments(
     else:
         visible = won.double() / mask_area.double() >= overlap_threshold
     segment = (scores > 0) & (mask_area > 0) & (visible_area > 0) & visible
-    stuff = torch.isin(classes, torch.tensor(sorted(stuff_classes), dtype=classes.dtype, device=classes.device))
+    stuff = belong_to(classes, stuff_classes)
     fused = segment & stuff
     own = torch.eye(num_queries, dtype=torch.bool, device=scores.device)
     same = (fused[:, :, None] & fused[:, None] & (classes[:, :, None] == classes[:, None])) | own  # [B, N, N]
