@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import pickle
 from pathlib import Path
 
@@ -48,6 +49,7 @@ def test_plain_folder_with_names_alone_deep_labels_and_folders_within(tmp_path):
     dataset = open_dataset(str(tmp_path), "test", kind="folder")
     assert dataset[0].name == "town/a"
     assert dataset[0].labels.tolist() == [0, 299]
+    assert dataset.info.ignore_index == 65535  # 255 is a class
     trees.write_json(tmp_path / "classes.json", ["one", "two"])
     dataset = open_dataset(tmp_path, "test")
     assert dataset.info.class_names == ("one", "two")
@@ -104,6 +106,33 @@ def test_cityscapes(tmp_path):
     assert instances[0].masks.sum((1, 2)).tolist() == [64, 64, 64]
     for each in (dataset, panoptic, instances):
         check_dataset(each)
+
+
+def test_cityscapes_segments_are_those_of_its_scripts(tmp_path):
+    """The scripts' own conversion, read as COCO panoptic, gives the same segments."""
+    scripts = pytest.importorskip("cityscapesscripts.preparation.createPanopticImgs")
+    root = trees.cityscapes_tree(tmp_path)
+    scripts.convert2panoptic(str(root / "gtFine"), str(root / "gtFine"), useTrainId=True, setNames=["train"])
+    ours = open_dataset(root, "train", task="panoptic")
+    content = json.loads((root / "gtFine/cityscapes_panoptic_train_trainId.json").read_text())
+    for annotation in content["annotations"]:
+        sample = next(sample for sample in ours if sample.name.endswith(annotation["image_id"]))
+        with Image.open(root / "gtFine/cityscapes_panoptic_train_trainId" / annotation["file_name"]) as picture:
+            ids = torch.from_numpy(np.array(picture).astype(int) @ [1, 256, 65536])
+        assert len(annotation["segments_info"]) == len(sample.labels)
+        assert torch.equal(ids == 0, sample.segments == -1)
+        for segment in annotation["segments_info"]:
+            (m,) = sample.segments[ids == segment["id"]].unique().tolist()
+            assert sample.labels[m] == segment["category_id"]
+            assert sample.crowd[m] == segment["iscrowd"] if sample.crowd is not None else not segment["iscrowd"]
+            assert (sample.segments == m).sum() == segment["area"]
+
+
+def test_two_images_of_one_name_are_refused(tmp_path):
+    root = trees.folder_tree(tmp_path)
+    trees.write_image(root / "images/train/seq0_00000.png", trees.SIZES[0])
+    with pytest.raises(ValueError, match=r"seq0_00000.jpg and .*seq0_00000.png have the same name"):
+        open_dataset(root, "train")
 
 
 def test_cityscapes_classes_are_those_of_its_scripts():

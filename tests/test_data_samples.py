@@ -80,6 +80,7 @@ def test_what_does_not_batch_is_named():
         ({"task": "depth"}, "task='depth' is unknown"),
         ({"palette": ((0, 0, 0),)}, "palette has 1 entries; expected 2"),
         ({"category_ids": (1, 2, 3)}, "category_ids has 3 entries; expected 2"),
+        ({"ignore_index": 1}, "ignore_index=1 is also one of the 2 classes"),
         ({"stuff_classes": (2,)}, "stuff_classes holds 2; expected 0..1"),
     ],
 )

@@ -74,10 +74,14 @@ def test_equals_a_search_over_matchings(seed):
 
 def test_equals_sed_eval():
     sed_eval = pytest.importorskip("sed_eval")
-    names = [f"class {k}" for k in range(K)]
-    theirs = sed_eval.sound_event.EventBasedMetrics(names, t_collar=0.2, percentage_of_length=0.2)
-    ours = SoundEventMetrics(K)
-    for i, (found, true) in enumerate(clips(9, count=30)):
+    names = [f"class {k}" for k in range(K + 3)]
+    theirs = sed_eval.sound_event.EventBasedMetrics(
+        names, t_collar=0.2, percentage_of_length=0.2, empty_system_output_handling="zero_score"
+    )
+    ours = SoundEventMetrics(K + 3)
+    # Of the last classes one is never found, one is never there, and one is neither.
+    missed, invented = ([{"label": K + k, "onset": 1.0, "offset": 2.0}] for k in range(2))
+    for i, (found, true) in enumerate([*clips(9, count=30), ([], missed), (invented, [])]):
         ours.update(found, true)
         lists = [
             [
@@ -120,6 +124,10 @@ def test_parts_add_up_and_nothing_is_nan():
         parts[1 + (i < 4)].update(*pair)
     assert parts[1].merge(parts[2]).compute() == parts[0].compute()
     assert all(math.isnan(value) for value in SoundEventMetrics(K).compute().values())
+    invented = SoundEventMetrics(2)
+    invented.update([{"label": 1, "onset": 0.0, "offset": 1.0}], [])
+    assert math.isnan(invented.compute()["F1_macro"])
+    assert invented.per_class()["F1"][1] == 0
     silent = SoundEventMetrics(2)
     silent.update([], [{"label": 0, "onset": 0.0, "offset": 1.0}])
     assert silent.compute()["F1"] == 0
