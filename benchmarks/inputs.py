@@ -191,3 +191,78 @@ def single_images(inputs: Inputs) -> Iterator[tuple[int, int, Inputs]]:
         for layer in range(inputs.mask_logits.shape[0]):
             at = (slice(layer, layer + 1), image)
             yield layer, b, Inputs(inputs.class_logits[at], inputs.mask_logits[at], one, inputs.assignment[at])
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The output of a network, and the size of the results that are made of it.
+
+    Args:
+        class_logits: ``(B, N, K+1)``.
+        mask_logits: ``(B, N, h, w)``.
+        size: (H, W) of the images.
+    """
+
+    class_logits: Tensor
+    mask_logits: Tensor
+    size: tuple[int, int]
+
+    @property
+    def kept(self) -> Tensor:
+        """``(B, N)`` bool: queries of a class other than no-object, with a probability above 0.8."""
+        scores, classes = self.class_logits.float().softmax(-1).max(-1)
+        return (scores > 0.8) & (classes < self.class_logits.shape[-1] - 1)
+
+    def to(self, dtype: torch.dtype) -> Predictions:
+        return replace(self, class_logits=self.class_logits.to(dtype), mask_logits=self.mask_logits.to(dtype))
+
+
+def make_predictions(sizes: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> Predictions:
+    """``build_predictions`` as the registry calls it, with the case's sizes."""
+    return build_predictions(dtype, device, **sizes)
+
+
+def build_predictions(
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    images: int,
+    queries: int,
+    classes: int,
+    grid: tuple[int, int],
+    size: tuple[int, int],
+    objects: int,
+    confident: int,
+    masks: str = "trained",
+    seed: int = 0,
+) -> Predictions:
+    """Predictions as of a trained network, the same on every device.
+
+    Args:
+        objects: of an image; query n sees object n % objects.
+        confident: how many queries an image has that are sure of their class; the others are sure of no-object.
+        masks: "trained", far from 0 but for the outlines of the query's object, or "noise", where all queries compete.
+    """
+    if masks not in ("trained", "noise"):
+        raise ValueError(f"masks must be 'trained' or 'noise', got {masks!r}")
+    generator = torch.Generator().manual_seed(seed)
+    seen = torch.arange(queries) % objects
+    class_logits = torch.randn(images, queries, classes + 1, generator=generator)
+    mask_logits = torch.randn(images, queries, *grid, generator=generator)
+    for image_classes, image_masks in zip(class_logits, mask_logits, strict=True):
+        found = torch.randint(classes, (objects,), generator=generator)[seen]
+        found[confident:] = classes
+        image_classes.scatter_add_(1, found[:, None], torch.full((queries, 1), 11.0))
+        if masks == "noise":
+            image_masks *= 4
+            continue
+        scene = make_scene(objects, size, generator)
+        soft = F.adaptive_avg_pool2d((scene == torch.arange(objects)[:, None, None]).float(), grid)
+        confidence = 6 + 6 * torch.rand(queries, 1, 1, generator=generator)
+        coarse = F.interpolate(torch.randn(1, queries, 9, 9, generator=generator), grid, mode="bicubic")[0]
+        image_masks *= 0.2
+        image_masks += confidence * (2 * soft[seen] - 1) - 1 + coarse
+    order = torch.rand(images, queries, generator=generator).argsort(1)
+    class_logits = class_logits.gather(1, order[..., None].expand_as(class_logits))
+    mask_logits = mask_logits.gather(1, order[..., None, None].expand_as(mask_logits))
+    return Predictions(class_logits.to(device, dtype), mask_logits.to(device, dtype), size)

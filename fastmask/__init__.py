@@ -9,9 +9,13 @@ from fastmask.functional import (
     mask_loss,
     masked_attention,
     panoptic_inference,
+    point_mask_cost,
+    point_mask_loss,
     semantic_inference,
     show_config,
+    uncertain_points,
 )
+from fastmask.integrations import patch, unpatch
 from fastmask.models import (
     MaskFormer,
     MaskFormerConfig,
@@ -22,7 +26,7 @@ from fastmask.models import (
     SoundEventConfig,
     SoundEventDetector,
 )
-from fastmask.modules import FixedMatcher, HungarianMatcher, SetCriterion
+from fastmask.modules import FixedMatcher, HungarianMatcher, MaskedCrossAttention, PointSampling, SetCriterion
 from fastmask.targets import Targets
 from fastmask.version import __version__
 
@@ -31,8 +35,10 @@ __all__ = [
     "HungarianMatcher",
     "MaskFormer",
     "MaskFormerConfig",
+    "MaskedCrossAttention",
     "PerPixelBaseline",
     "PerPixelBaselineConfig",
+    "PointSampling",
     "Segmenter",
     "SegmenterConfig",
     "SetCriterion",
@@ -48,6 +54,11 @@ __all__ = [
     "mask_loss",
     "masked_attention",
     "panoptic_inference",
+    "patch",
+    "point_mask_cost",
+    "point_mask_loss",
     "semantic_inference",
     "show_config",
+    "uncertain_points",
+    "unpatch",
 ]

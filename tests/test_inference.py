@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastmask import instance_inference, masked_attention, panoptic_inference, reference, semantic_inference
+from fastmask import instance_inference, panoptic_inference, reference, semantic_inference
 
 SIZE = (21, 34)
 
@@ -17,15 +17,16 @@ def logits(generator):
 
 @pytest.mark.parametrize("order", ["masks", "scores"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_semantic_results_are_computed_in_float32(logits, order, dtype):
+def test_semantic_results_of_the_reference_are_computed_in_float32(logits, order, dtype):
     class_logits, mask_logits = (x.to(dtype) for x in logits)
-    scores = semantic_inference(class_logits, mask_logits, SIZE, order=order, output="scores")
+    options = {"order": order, "backend": "reference"}
+    scores = semantic_inference(class_logits, mask_logits, SIZE, output="scores", **options)
     assert scores.dtype == torch.float32
     expected = reference.semantic_inference(
         class_logits.float(), mask_logits.float(), SIZE, order=order, output="scores"
     )
     assert torch.equal(scores, expected)
-    labels = semantic_inference(class_logits, mask_logits, SIZE, order=order)
+    labels = semantic_inference(class_logits, mask_logits, SIZE, **options)
     assert labels.dtype == torch.uint8
     assert torch.equal(labels.long(), expected.argmax(1))
 
@@ -33,7 +34,7 @@ def test_semantic_results_are_computed_in_float32(logits, order, dtype):
 @pytest.mark.parametrize("rule", ["maskformer", "mask2former", "huggingface", "huggingface-exact"])
 def test_panoptic_results(logits, rule):
     options = {"rule": rule, "threshold": 0.4, "stuff_classes": (2, 3)}
-    results = panoptic_inference(*logits, SIZE, **options)
+    results = panoptic_inference(*logits, SIZE, **options, backend="reference")
     for (ids, infos), (expected, expected_infos) in zip(
         results, reference.panoptic_inference(*logits, SIZE, overlap_threshold=0.8, **options), strict=True
     ):
@@ -42,9 +43,8 @@ def test_panoptic_results(logits, rule):
 
 
 def test_instance_results(logits):
-    for result, expected in zip(
-        instance_inference(*logits, SIZE, top_k=4), reference.instance_inference(*logits, SIZE, top_k=4), strict=True
-    ):
+    results = instance_inference(*logits, SIZE, top_k=4, backend="reference")
+    for result, expected in zip(results, reference.instance_inference(*logits, SIZE, top_k=4), strict=True):
         assert all(torch.equal(result[name], expected[name]) for name in ("scores", "labels", "masks"))
 
 
@@ -72,16 +72,3 @@ def test_bad_arguments(logits):
         instance_inference(class_logits, mask_logits, SIZE, top_k=0)
     with pytest.raises(RuntimeError, match="semantic_inference has no Triton kernel"):
         semantic_inference(class_logits, mask_logits, SIZE, backend="triton")
-
-
-def test_masked_attention(generator):
-    q, k, v = (torch.randn(2, n, 16, generator=generator) for n in (5, 12, 12))
-    mask_logits = torch.randn(2, 5, 6, 8, generator=generator)
-    options = {"grid": (3, 4), "num_heads": 4}
-    assert torch.equal(
-        masked_attention(q, k, v, mask_logits, **options), reference.masked_attention(q, k, v, mask_logits, **options)
-    )
-    with pytest.raises(ValueError, match="k has shape"):
-        masked_attention(q, k, v, mask_logits, grid=(3, 5), num_heads=4)
-    with pytest.raises(RuntimeError, match="masked_attention has no C"):
-        masked_attention(q, k, v, mask_logits, **options, backend="native")

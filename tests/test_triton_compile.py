@@ -34,6 +34,7 @@ SHAPES = {
     "other powers of two": (6, 2, 200, 134, 31, 64, 128, 256, 512),
     "no powers of two": (7, 3, 99, 81, 23, 117, 97, 467, 387),
 }
+POINTS = 12544
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,36 @@ def launch_mask_loss(
     mask_loss_backward(pair_mask, pair_dice, sums, *arguments)
 
 
+def launch_point_mask_cost(
+    shape: tuple[int, ...], dtype: torch.dtype, form: str, ignore_void: bool = True, **options: Any
+) -> None:
+    from fastmask.kernels.point_mask_cost import point_mask_cost
+
+    class_logits, mask_logits, _, *targets = inputs(shape, dtype, form)
+    points = torch.empty((shape[1], POINTS, 2), device="meta")
+    point_mask_cost(class_logits, mask_logits, *targets, 255, ignore_void, points, 2.0, 5.0, 5.0, *term(**options))
+
+
+def launch_point_mask_loss(
+    shape: tuple[int, ...], dtype: torch.dtype, form: str, ignore_void: bool = True, **options: Any
+) -> None:
+    from fastmask.kernels.point_mask_loss import point_mask_loss, point_mask_loss_backward
+
+    _, mask_logits, assignment, *targets = inputs(shape, dtype, form)
+    points = torch.empty((*assignment.shape, POINTS, 2), device="meta")
+    arguments = (mask_logits, assignment, *targets, 255, ignore_void, points, *term(**options))
+    pair_mask, pair_dice, sums = point_mask_loss(*arguments)
+    point_mask_loss_backward(pair_mask, pair_dice, sums, *arguments)
+
+
+def launch_uncertain_points(shape: tuple[int, ...], dtype: torch.dtype, form: str, **_: Any) -> None:
+    from fastmask.kernels.uncertain_points import uncertain_points
+
+    _, mask_logits, assignment, *_ = inputs(shape, dtype, form)
+    seed = torch.empty(1, dtype=torch.int64, device="meta")
+    uncertain_points(mask_logits, assignment, seed, POINTS, 3 * POINTS, 3 * POINTS // 4)
+
+
 def term(mask_term: str = "focal", alpha: float = 0.25, gamma: float = 2.0) -> tuple[str, float, float]:
     return mask_term, alpha, gamma
 
@@ -111,7 +142,52 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype, form: str) -> tuple[torch
     )
 
 
-OPERATORS: dict[str, Callable[..., None]] = {"mask_cost": launch_mask_cost, "mask_loss": launch_mask_loss}
+def launch_semantic(shape: tuple[int, ...], dtype: torch.dtype, form: str, **_: Any) -> None:
+    """ "segments" for labels, "masks" for scores by the other order, in two steps."""
+    from fastmask.kernels.semantic import semantic_inference
+
+    # How many classes there are is for a model to say, and part of what is compiled for it.
+    classes = shape[3] - 1 if shape[3] < 64 else TRAINING[3] - 1
+    mask_logits, geometry = inference_inputs(shape, dtype, form)
+    probabilities = torch.empty(*mask_logits.shape[:2], classes, device="meta")
+    order, output = ("masks", "labels") if form == "segments" else ("scores", "scores")
+    semantic_inference(probabilities, mask_logits, order, output, False, *geometry)
+
+
+def launch_panoptic(shape: tuple[int, ...], dtype: torch.dtype, form: str, **_: Any) -> None:
+    from fastmask.kernels.panoptic import panoptic_winners
+
+    mask_logits, geometry = inference_inputs(shape, dtype, form)
+    scores = torch.empty(mask_logits.shape[:2], device="meta")
+    panoptic_winners(scores, mask_logits, form == "masks", form == "masks", 0.5, *geometry)
+
+
+def launch_instance(shape: tuple[int, ...], dtype: torch.dtype, form: str, **_: Any) -> None:
+    from fastmask.kernels.instance import instance_masks
+
+    mask_logits, geometry = inference_inputs(shape, dtype, form)
+    queries = torch.empty(mask_logits.shape[:2], dtype=torch.int64, device="meta")
+    instance_masks(mask_logits, queries, form == "masks", *geometry)
+
+
+def inference_inputs(shape: tuple[int, ...], dtype: torch.dtype, form: str) -> tuple[torch.Tensor, tuple[Any, ...]]:
+    """Mask logits (B, N, h, w) and how they become H x W pixels: in one step, or in two for "masks"."""
+    _, batch, queries, _, _, h, w, height, width = shape
+    steps = (None, None) if form == "segments" else ([2 * h, 2 * w], [2 * h, 2 * w - 1])
+    geometry = ([h, w], *steps, [height, width], 0, 0, height)
+    return torch.empty(batch, queries, h, w, dtype=dtype, device="meta"), geometry
+
+
+OPERATORS: dict[str, Callable[..., None]] = {
+    "mask_cost": launch_mask_cost,
+    "mask_loss": launch_mask_loss,
+    "semantic_inference": launch_semantic,
+    "panoptic_inference": launch_panoptic,
+    "instance_inference": launch_instance,
+    "point_mask_cost": launch_point_mask_cost,
+    "point_mask_loss": launch_point_mask_loss,
+    "uncertain_points": launch_uncertain_points,
+}
 
 
 @pytest.fixture
@@ -188,7 +264,7 @@ def test_sizes_of_one_and_many_targets(operator, shape, record, tmp_path):
 def test_sizes_are_no_constants(operator, record):
     """A new image size or number of targets compiles nothing, as long as block shapes stay the same powers of two."""
     kinds = [
-        tuple((launch.kernel, launch.constants(), *launch.options().items()) for launch in launches)
+        {(launch.kernel, launch.constants(), *launch.options().items()) for launch in launches}
         for launches in (record(operator, shape, torch.bfloat16, "segments") for shape in SHAPES.values())
     ]
     assert kinds[0] == kinds[1] == kinds[2]

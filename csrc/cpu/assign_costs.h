@@ -55,27 +55,6 @@ static inline vint truncate(Doubles v) {
 #endif
 }
 
-// As the instruction has it: b where either is NaN.
-static inline vfloat minimum(vfloat a, vfloat b) {
-#if defined(__AVX512F__)
-  return (vfloat)_mm512_min_ps((__m512)a, (__m512)b);
-#elif defined(__AVX2__)
-  return (vfloat)_mm256_min_ps((__m256)a, (__m256)b);
-#else
-  return a < b ? a : b;
-#endif
-}
-
-static inline vfloat maximum(vfloat a, vfloat b) {
-#if defined(__AVX512F__)
-  return (vfloat)_mm512_max_ps((__m512)a, (__m512)b);
-#elif defined(__AVX2__)
-  return (vfloat)_mm256_max_ps((__m256)a, (__m256)b);
-#else
-  return a > b ? a : b;
-#endif
-}
-
 static inline vdouble minimum(vdouble a, vdouble b) { return a < b ? a : b; }
 static inline vdouble maximum(vdouble a, vdouble b) { return a > b ? a : b; }
 static inline Doubles minimum(Doubles a, Doubles b) { return {minimum(a.low, b.low), minimum(a.high, b.high)}; }

@@ -5,19 +5,9 @@
 #include "matcher/exact.h"
 #include "matcher/state.h"
 
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 on its own _mm512_min_epi32
-
 namespace fastmask::FASTMASK_SIMD {
 
 using vuint = uint32_t __attribute__((vector_size(4 * kLanes)));
-
-static inline vint load(const int32_t* p) {
-  vint v;
-  memcpy(&v, p, sizeof v);
-  return v;
-}
-
-static inline void store(int32_t* p, vint v) { memcpy(p, &v, sizeof v); }
 
 static inline vint minimum(vint a, vint b) {
 #if defined(__AVX512F__)

@@ -119,8 +119,6 @@ inline Pixel pixel_terms(const uint8_t* codes, vfloat x, MaskTerm term) {
   return pixel;
 }
 
-inline vfloat masked(vint mask, vfloat v) { return mask ? v : vfloat{}; }
-
 template <bool kFocal, bool kSquare>
 MaskLossPair forward(const void* mask_logits, int64_t offset, Dtype dtype, const Resampling& resampling,
                      const ImageTargets& targets, int64_t target, MaskTerm term, float* scratch) {

@@ -8,23 +8,11 @@
 
 #include "dtype.h"
 #include "mask_term.h"
+#include "resampling.h"
 #include "simd.h"
 #include "targets.h"
 
 namespace fastmask {
-
-// Where each of `out` output pixels reads: x[first] * (1 - weight) + x[second] * weight.
-struct Interpolation {
-  const int32_t* first;   // [out]
-  const int32_t* second;  // [out]
-  const float* weight;    // [out]
-};
-
-struct Resampling {
-  int64_t h, w;           // logits
-  Interpolation rows;     // [H]
-  Interpolation columns;  // [W]
-};
 
 // What backward needs of a pair, and what both losses are made of; sums over the counted pixels.
 struct MaskLossSums {
@@ -40,8 +28,7 @@ struct MaskLossPair {
   MaskLossSums sums;
 };
 
-// Floats of scratch memory of the two kernels: whole rows, padded to full vectors.
-constexpr int64_t padded_row(int64_t width) { return (width + 15) / 16 * 16; }
+// Floats of scratch memory of the two kernels.
 constexpr int64_t mask_loss_scratch(int64_t width, int64_t w) { return 3 * padded_row(width) + padded_row(w); }
 constexpr int64_t mask_loss_backward_scratch(int64_t width, int64_t w) { return 5 * padded_row(width) + padded_row(w); }
 

@@ -13,6 +13,10 @@
 
 #include "dtype.h"
 
+// GCC 12 warns of its own intrinsics, such as _mm512_min_epi32.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+
 namespace fastmask::FASTMASK_SIMD {
 
 #if defined(__AVX512F__)
@@ -27,7 +31,8 @@ using vfloat = float __attribute__((vector_size(4 * kLanes)));
 using vint = int32_t __attribute__((vector_size(4 * kLanes)));
 using vbyte = uint8_t __attribute__((vector_size(kLanes)));
 
-static inline vfloat splat(float x) { return vfloat{} + x; }
+// Minus 0 changes no x, not even -0, so the compiler leaves a plain broadcast.
+static inline vfloat splat(float x) { return x - vfloat{}; }
 static inline vint splat(int32_t x) { return vint{} + x; }
 
 static inline vfloat load(const float* p) {
@@ -68,12 +73,104 @@ static inline vfloat fma(vfloat a, vfloat b, vfloat c) {
 #endif
 }
 
+// As the instruction has it: b where either is NaN.
+static inline vfloat minimum(vfloat a, vfloat b) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vfloat)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+static inline vfloat maximum(vfloat a, vfloat b) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vfloat)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// The first `count` < kLanes elements, and 0.
+static inline vfloat load_some(const float* p, int64_t count) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+#else
+  vfloat v{};
+  for (int64_t i = 0; i < count; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+
+static inline void store_some(float* p, vfloat v, int64_t count) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), (__m512)v);
+#else
+  for (int64_t i = 0; i < count; ++i) p[i] = v[i];
+#endif
+}
+
+static inline vint load(const int32_t* p) {
+  vint v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+static inline void store(int32_t* p, vint v) { memcpy(p, &v, sizeof v); }
+
+// p[index] of each lane.
+static inline vfloat gather(const float* p, vint index) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_i32gather_ps((__m512i)index, p, 4);
+#elif defined(__AVX2__)
+  return (vfloat)_mm256_i32gather_ps(p, (__m256i)index, 4);
+#else
+  vfloat v;
+  for (int i = 0; i < kLanes; ++i) v[i] = p[index[i]];
+  return v;
+#endif
+}
+
+// value with the bits of `mask` replaced by `tag`, which has no others.
+static inline vfloat with_tag(vfloat value, vint tag, vint mask) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_ternarylogic_epi32((__m512i)value, (__m512i)tag, (__m512i)mask, 0xDC);
+#else
+  return from_bits((bits(value) & ~mask) | tag);
+#endif
+}
+
+// Bit i is set where lane i of a comparison holds.
+static inline uint32_t lane_bits(vint comparison) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)comparison);
+#elif defined(__AVX2__)
+  return static_cast<uint32_t>(_mm256_movemask_ps((__m256)comparison));
+#else
+  uint32_t mask = 0;
+  for (int i = 0; i < kLanes; ++i) mask |= static_cast<uint32_t>(comparison[i] & 1) << i;
+  return mask;
+#endif
+}
+
 // The sum over the lanes, in a fixed order.
 static inline double sum_lanes(vfloat v) {
   double total = 0;
   for (int i = 0; i < kLanes; ++i) total += v[i];
   return total;
 }
+
+// All ones in the lanes of part `part` of a chunk of lanes that the bits of `lanes` name.
+static inline vint select(uint32_t lanes, int part) {
+  vint lane_bit;
+  for (int i = 0; i < kLanes; ++i) lane_bit[i] = 1 << i;
+  return ((splat(static_cast<int32_t>(lanes >> (part * kLanes))) & lane_bit) != 0);
+}
+
+static inline vfloat masked(vint mask, vfloat v) { return mask ? v : vfloat{}; }
 
 // exp(-a) for a >= 0: 2^n times a degree-6 minimax polynomial on [-1/2, 1/2] (relative error 2e-9 before rounding).
 // Below 2^-126 the result stays there; NaN stays NaN.
@@ -124,6 +221,30 @@ static inline Sigmoid sigmoid(vfloat x) {
   const vfloat log1p_e = y * s;
   return {negative ? small : large, negative ? large : small, (negative ? vfloat{} : x) + log1p_e,
           (negative ? magnitude : vfloat{}) + log1p_e};
+}
+
+// sigmoid(x) alone, for x that is no NaN: 1 / (1 + 2^n y) with 2^n y = exp(-x) as in exp_neg. 0 below -87.
+static inline vfloat logistic(vfloat x) {
+  const vfloat clamped = x < -88.0f ? splat(-88.0f) : (x > 87.0f ? splat(87.0f) : x);
+  const vfloat magic = splat(12582912.0f);
+  const vfloat rounded = fma(clamped, splat(-1.44269504f), magic);
+  const vfloat f = fma(clamped, splat(-1.92596299e-08f), fma(clamped, splat(-1.44269504f), magic - rounded));
+  vfloat y = splat(1.5345811821e-04f);
+  y = fma(y, f, splat(1.3399931218e-03f));
+  y = fma(y, f, splat(9.6184889578e-03f));
+  y = fma(y, f, splat(5.5503287770e-02f));
+  y = fma(y, f, splat(2.4022646891e-01f));
+  y = fma(y, f, splat(6.9314720574e-01f));
+  y = fma(y, f, splat(1.0f));
+  const vfloat d = fma(y, from_bits((bits(rounded) << 23) + splat(int32_t{127 << 23})), splat(1.0f));
+#if defined(__AVX512F__)
+  // A division takes 16 cycles, the estimate of 14 bits and one step of Newton's method 4.
+  const vfloat estimate = (vfloat)_mm512_rcp14_ps((__m512)d);
+  const vfloat p = fma(estimate, fma(-d, estimate, splat(1.0f)), estimate);
+#else
+  const vfloat p = 1.0f / d;
+#endif
+  return x < -87.0f ? vfloat{} : p;
 }
 
 // base^gamma, the focal loss's weight, for base in (0, 1], given -log(base) >= 0.

@@ -215,10 +215,14 @@ class PixelDecoderModel(SegmentationModel):
     def _batch(self, images: Images) -> ImageBatch:
         return pad_images(images, self.config.size_divisibility, len(self.config.pixel_mean))
 
+    def _features(self, batch: ImageBatch) -> tuple[list[Tensor], Tensor | None]:
+        """The backbone's maps, and the mask of padding of the coarsest."""
+        features = feature_maps(self.backbone, self._normalise(batch), self.channels)
+        return features, batch.padding_mask(*features[-1].shape[-2:])
+
     def _embed_pixels(self, batch: ImageBatch) -> tuple[Tensor, Tensor, Tensor | None]:
         """``pixel_embed (B, mask_dim, h, w)``, and ``memory (B, C, h', w')`` with the mask of its padding."""
-        features = feature_maps(self.backbone, self._normalise(batch), self.channels)
-        padding_mask = batch.padding_mask(*features[-1].shape[-2:])
+        features, padding_mask = self._features(batch)
         pixel_embed, memory = self.pixel_decoder(features, padding_mask)
         return pixel_embed, memory, padding_mask
 

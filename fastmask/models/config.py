@@ -27,7 +27,9 @@ class MaskFormerConfig(PixelDecoderConfig):
         pixel_decoder_dim: channels of the feature pyramid, a multiple of 32 (of 4 and ``num_heads`` too with encoder).
         encoder_layers: transformer layers in the pixel decoder, on the coarsest map; the paper's panoptic models have
             6.
-        decoder_layers: L.
+        masked_attention: the decoder of Mask2Former (arXiv:2112.01527, section 3.2) instead of MaskFormer's: queries
+            attend where their masks are foreground, to the three coarsest maps of the feature pyramid in turn.
+        decoder_layers: of the transformer decoder; with masked attention there is a prediction before the first, too.
         num_heads: attention heads of both transformers.
         feedforward_dim: hidden channels of their perceptrons.
         dropout: of both transformers.
@@ -62,6 +64,7 @@ class MaskFormerConfig(PixelDecoderConfig):
     mask_dim: int = 256
     pixel_decoder_dim: int = 256
     encoder_layers: int = 0
+    masked_attention: bool = False
     decoder_layers: int = 6
     num_heads: int = 8
     feedforward_dim: int = 2048
@@ -96,6 +99,11 @@ class MaskFormerConfig(PixelDecoderConfig):
             require(self.num_queries == self.num_classes, "num_queries", self.num_queries, expected)
         wrong = [c for c in self.stuff_classes if not 0 <= c < self.num_classes]
         require(not wrong, "stuff_classes", wrong, f"in 0..{self.num_classes - 1}")
+
+    @property
+    def num_predictions(self) -> int:
+        """L, how many predictions are supervised."""
+        return self.decoder_layers + self.masked_attention if self.deep_supervision else 1
 
     @property
     def thing_classes(self) -> tuple[int, ...]:

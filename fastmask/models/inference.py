@@ -41,7 +41,7 @@ def check_sizes(sizes: Size | Sequence[Size] | None, images: Sequence[Size]) -> 
 def infer(
     task: str,
     class_logits: Tensor,
-    mask_logits: Tensor,
+    mask_logits: Tensor | tuple[Tensor, Tensor],
     images: ImageBatch,
     sizes: Sequence[Size],
     **options: Any,
@@ -54,7 +54,7 @@ def infer(
     Args:
         task: "semantic", "panoptic" or "instance".
         class_logits: ``(B, N, K+1)``.
-        mask_logits: ``(B, N, h, w)``.
+        mask_logits: ``(B, N, h, w)``; or ``mask_embed (B, N, C)`` and ``pixel_embed (B, C, h, w)``.
         images: the batch that they were computed from.
         sizes: (height, width) of each result.
         options: further arguments of ``fastmask.semantic_inference`` or its siblings.
@@ -68,5 +68,6 @@ def infer(
         steps = {"padded_size": images.padded_size, "valid_size": valid_size}
         if size == valid_size == images.padded_size:
             steps = {}
-        results.extend(function(class_logits[group], mask_logits[group], size, **steps, **options))
+        masks = mask_logits[group] if isinstance(mask_logits, Tensor) else tuple(x[group] for x in mask_logits)
+        results.extend(function(class_logits[group], masks, size, **steps, **options))
     return results

@@ -8,19 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmask.functional import mask_products
+from fastmask.functional import mask_products, merge_views
 from fastmask.models.base import Images, PixelDecoderModel
 from fastmask.models.config import MaskFormerConfig
 from fastmask.models.images import ImageBatch, Size, fit_targets
 from fastmask.models.inference import TASKS, check_sizes, infer
+from fastmask.models.views import EvaluationViews
 from fastmask.modules.criterion import SetCriterion
+from fastmask.modules.masked_predictor import MaskedTransformerPredictor
 from fastmask.modules.matcher import FixedMatcher, HungarianMatcher, Matcher
 from fastmask.modules.predictor import TransformerPredictor
 from fastmask.targets import Targets
 
+MASKED_LEVELS = 3  # feature levels that masked attention reads, coarse to fine
+
 
 class MaskFormer(PixelDecoderModel):
-    """Mask classification for semantic, panoptic and instance segmentation (Cheng et al., arXiv:2107.06278).
+    """Mask classification for semantic, panoptic and instance segmentation (Cheng et al., arXiv:2107.06278); with
+    ``masked_attention=True``, the transformer decoder of Mask2Former (Cheng et al., arXiv:2112.01527).
 
     ``MaskFormer(config)``, or ``MaskFormer(num_classes=150, backbone="swin-tiny", ...)`` with the fields of
     :class:`MaskFormerConfig` as keywords.
@@ -44,9 +49,13 @@ class MaskFormer(PixelDecoderModel):
     config: MaskFormerConfig
 
     def _build_head(self) -> None:
-        self.predictor = TransformerPredictor(
-            num_classes=self.config.num_classes, num_queries=self.config.num_queries, **self._transformer_options
-        )
+        config = self.config
+        options = self._transformer_options | {"num_classes": config.num_classes, "num_queries": config.num_queries}
+        if config.masked_attention:
+            options["input_dim"] = config.pixel_decoder_dim
+            options["num_levels"] = min(MASKED_LEVELS, len(self.channels), config.decoder_layers)
+        predictor = MaskedTransformerPredictor if config.masked_attention else TransformerPredictor
+        self.predictor = predictor(**options)
         self.criterion = _make_criterion(self.config)
 
     def forward(
@@ -98,15 +107,29 @@ class MaskFormer(PixelDecoderModel):
         images: Images,
         task: str = "semantic",
         sizes: Size | Sequence[Size] | None = None,
+        *,
+        window: tuple[int, int] | None = None,
+        scales: Sequence[float] = (1.0,),
+        flip: bool = False,
+        view_batch: int = 1,
         **options: Any,
     ) -> list[Any]:
         """Results at the size asked for. Runs in evaluation mode, without gradients, and computes masks after the last
-        decoder layer only.
+        decoder layer only; a semantic map never needs the mask logits of the whole image at once.
+
+        With a window, several scales or ``flip`` a semantic map is the average of the scores of several views, as the
+        papers report it (see :func:`fastmask.functional.merge_views`); scores of the whole image do not exist unless
+        they are asked for.
 
         Args:
             images: as for a call of the model.
             task: "semantic", "panoptic" or "instance".
             sizes: (height, width) of the results, for all images or for each; by default each image's own.
+            window: (size, stride) of square windows in which each image is predicted, in pixels of the image as scaled;
+                None for whole images.
+            scales: how much to enlarge each image; (0.5, 0.75, 1, 1.25, 1.5, 1.75) is usual.
+            flip: predict mirror images as well.
+            view_batch: how many views to predict at a time.
             options: further arguments of :func:`fastmask.semantic_inference`, :func:`fastmask.panoptic_inference` or
                 :func:`fastmask.instance_inference`, such as ``threshold``. ``stuff_classes`` is the configuration's
                 unless given.
@@ -117,24 +140,50 @@ class MaskFormer(PixelDecoderModel):
 
         Raises:
             TypeError: images of another type or dtype, or an option that the task does not have.
-            ValueError: an unknown task, or sizes that do not fit the images.
+            ValueError: an unknown task, sizes that do not fit the images, or windows, scales or mirror images that
+                are out of range or asked for in another task than "semantic".
         """
         if task not in TASKS:
             raise ValueError(f"unknown task {task!r}; expected one of {', '.join(TASKS)}")
+        views = EvaluationViews(window, tuple(scales), flip, view_batch)
+        if not views.single and task != "semantic":
+            raise ValueError(f'window, scales and flip go with task "semantic", got {task!r}')
         batch = self._batch(images)
         sizes = check_sizes(sizes, batch.sizes)
         with self._evaluating():
+            if not views.single:
+                images = (pixels[:, :h, :w] for pixels, (h, w) in zip(batch.pixels, batch.sizes, strict=True))
+                return [
+                    merge_views(views.of(image, size, self._predict_views), size, **options)
+                    for image, size in zip(images, sizes, strict=True)
+                ]
             class_logits, mask_embed, pixel_embed = self._predict(batch, all_layers=False)
-            mask_logits = mask_products(mask_embed[-1], pixel_embed)
         if task != "semantic":
             options.setdefault("stuff_classes", self.config.stuff_classes)
-        return infer(task, class_logits[-1], mask_logits, batch, sizes, **options)
+        return infer(task, class_logits[-1], (mask_embed[-1], pixel_embed), batch, sizes, **options)
+
+    def _predict_views(self, pixels: Tensor) -> tuple[Tensor, Tensor, Size]:
+        """Of ``pixels (n, C, H, W)``: class logits ``(n, N, K+1)``, mask logits ``(n, N, h, w)``, padded size."""
+        batch = self._batch(pixels)
+        class_logits, mask_embed, pixel_embed = self._predict(batch, all_layers=False)
+        return class_logits[-1], mask_products(mask_embed[-1], pixel_embed), batch.padded_size
 
     def _predict(self, batch: ImageBatch, *, all_layers: bool) -> tuple[Tensor, Tensor, Tensor]:
         """``class_logits (L, B, N, K+1)``, ``mask_embed (L, B, N, C)`` and ``pixel_embed (B, C, h, w)``."""
-        pixel_embed, memory, padding_mask = self._embed_pixels(batch)
-        class_logits, mask_embed = self.predictor(memory, padding_mask, all_layers=all_layers)
+        if self.config.masked_attention:
+            pixel_embed, levels = self._embed_levels(batch)
+            padding_masks = [batch.padding_mask(*level.shape[-2:]) for level in levels]
+            class_logits, mask_embed = self.predictor(levels, pixel_embed, padding_masks, all_layers=all_layers)
+        else:
+            pixel_embed, memory, padding_mask = self._embed_pixels(batch)
+            class_logits, mask_embed = self.predictor(memory, padding_mask, all_layers=all_layers)
         return class_logits, mask_embed, pixel_embed
+
+    def _embed_levels(self, batch: ImageBatch) -> tuple[Tensor, list[Tensor]]:
+        """``pixel_embed (B, C, h, w)``, and the pyramid's maps that masked attention reads, from coarse to fine."""
+        features, padding_mask = self._features(batch)
+        maps, _ = self.pixel_decoder.pyramid(features, padding_mask)
+        return self.pixel_decoder.mask_features(maps[-1]), maps[: self.predictor.num_levels]
 
     def _weighted_losses(
         self, class_logits: Tensor, mask_embed: Tensor, pixel_embed: Tensor, targets: Targets
@@ -149,8 +198,8 @@ class MaskFormer(PixelDecoderModel):
 
 def _make_criterion(config: MaskFormerConfig) -> SetCriterion:
     weights = {"loss_ce": config.class_weight, "loss_mask": config.mask_weight, "loss_dice": config.dice_weight}
-    aux_layers = config.decoder_layers - 1 if config.deep_supervision else 0
-    weights |= {f"{name}_{layer}": weight for layer in range(aux_layers) for name, weight in list(weights.items())}
+    earlier = range(config.num_predictions - 1)
+    weights |= {f"{name}_{layer}": weight for layer in earlier for name, weight in list(weights.items())}
     return SetCriterion(
         config.num_classes,
         matcher=_make_matcher(config),

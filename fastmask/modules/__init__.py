@@ -1,9 +1,12 @@
 """Drop-in ``nn.Module``s."""
 
+from fastmask.modules.attention import MaskedCrossAttention
 from fastmask.modules.criterion import LayerLosses, SetCriterion
+from fastmask.modules.masked_predictor import MaskedTransformerPredictor
 from fastmask.modules.matcher import FixedMatcher, HungarianMatcher, Matcher
 from fastmask.modules.mlp import MLP
 from fastmask.modules.pixel_decoder import PixelDecoder
+from fastmask.modules.points import PointSampling
 from fastmask.modules.position_encoding import sine_position_encoding
 from fastmask.modules.predictions import Predictions
 from fastmask.modules.predictor import TransformerPredictor
@@ -14,8 +17,11 @@ __all__ = [
     "FixedMatcher",
     "HungarianMatcher",
     "LayerLosses",
+    "MaskedCrossAttention",
+    "MaskedTransformerPredictor",
     "Matcher",
     "PixelDecoder",
+    "PointSampling",
     "Predictions",
     "SetCriterion",
     "TransformerDecoder",

@@ -92,15 +92,21 @@ class PixelDecoder(nn.Module):
             ``pixel_embed (B, mask_dim, h_0, w_0)`` and ``memory (B, C, h_last, w_last)``, C being ``dim`` with an
             encoder and the backbone's own channels without.
         """
+        maps, memory = self.pyramid(features, padding_mask)
+        return self.mask_features(maps[-1]), memory
+
+    def pyramid(self, features: Sequence[Tensor], padding_mask: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
+        """The maps ``(B, dim, h_i, w_i)`` of the pyramid, from coarse to fine, and the memory, as for ``forward``; the
+        finest map gives the pixel embeddings through ``mask_features``.
+        """
         memory = features[-1]
         if self.encoder is not None:
             memory = self._encode(self.input_proj(memory), padding_mask)
-        pyramid = self.layers[-1](memory)
+        maps = [self.layers[-1](memory)]
         for i in range(len(self.adapters) - 1, -1, -1):
             lateral = self.adapters[i](features[i])
-            pyramid = lateral + interpolate(pyramid, size=lateral.shape[-2:], mode="nearest")
-            pyramid = self.layers[i](pyramid)
-        return self.mask_features(pyramid), memory
+            maps.append(self.layers[i](lateral + interpolate(maps[-1], size=lateral.shape[-2:], mode="nearest")))
+        return maps, memory
 
     def _encode(self, memory: Tensor, padding_mask: Tensor | None) -> Tensor:
         _, dim, height, width = memory.shape

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastmask.modules.attention import MaskedCrossAttention
+
 
 class TransformerEncoderLayer(nn.Module):
     """Self-attention and a two-layer perceptron, each followed by residual and layer norm.
@@ -70,7 +72,7 @@ class TransformerDecoderLayer(nn.Module):
     def __init__(self, dim: int, num_heads: int, feedforward_dim: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.self_attn = nn.MultiheadAttention(dim, num_heads, dropout, batch_first=True)
-        self.multihead_attn = nn.MultiheadAttention(dim, num_heads, dropout, batch_first=True)
+        self.multihead_attn = MaskedCrossAttention(dim, num_heads, dropout)
         self.linear1 = nn.Linear(dim, feedforward_dim)
         self.linear2 = nn.Linear(feedforward_dim, dim)
         self.norm1 = nn.LayerNorm(dim)
@@ -94,7 +96,7 @@ class TransformerDecoderLayer(nn.Module):
         attended = self.self_attn(query, query, queries, need_weights=False)[0]
         queries = self.norm1(queries + self.dropout(attended))
         query = queries + query_position
-        attended = self.multihead_attn(query, keys, values, key_padding_mask=padding_mask, need_weights=False)[0]
+        attended = self.multihead_attn(query, keys, values, key_padding_mask=padding_mask)
         queries = self.norm2(queries + self.dropout(attended))
         hidden = self.dropout(self.linear1(queries).relu())
         return self.norm3(queries + self.dropout(self.linear2(hidden)))

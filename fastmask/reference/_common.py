@@ -10,6 +10,9 @@ from torch.nn import functional as F
 
 MASK_TERMS = ("focal", "bce")
 
+# Mask logits beyond this count as this, so that infinite ones leave no NaN behind.
+LOGIT_BOUND = 1e30
+
 
 def check_choice(name: str, value: str, choices: Collection[str]) -> None:
     """Raises ValueError when ``value`` is none of the ``choices``."""
@@ -71,8 +74,11 @@ def image_logits(
 ) -> Tensor:
     """Mask logits of the image alone: upsampled to the padded network input, then its top left ``valid_size`` pixels.
 
-    None skips either step.
+    None skips either step. Infinite logits count as -1e30 and 1e30, and NaN as -1e30: a query never wins where it reads
+    a NaN, and neither reaches pixels that do not read it.
     """
+    bound = min(LOGIT_BOUND, torch.finfo(mask_logits.dtype).max)
+    mask_logits = mask_logits.clamp(-bound, bound).nan_to_num(nan=-bound)
     if padded_size is not None:
         mask_logits = resize_bilinear(mask_logits, padded_size)
     if valid_size is None:
@@ -81,6 +87,20 @@ def image_logits(
     if not (0 < height <= mask_logits.shape[-2] and 0 < width <= mask_logits.shape[-1]):
         raise ValueError(f"valid_size={tuple(valid_size)} does not lie within the {tuple(mask_logits.shape[-2:])} map")
     return mask_logits[..., :height, :width]
+
+
+def reads_nan(
+    mask_logits: Tensor,
+    padded_size: tuple[int, int] | None,
+    valid_size: tuple[int, int] | None,
+    size: tuple[int, int],
+) -> Tensor:
+    """``(..., H, W)`` bool: whether a NaN is among the mask logits that a pixel of the resized image is made of."""
+    nan = mask_logits.isnan()
+    if not nan.any():
+        return nan.new_zeros(()).expand(*nan.shape[:-2], *size)
+    # In float64, whose weights are 0 where they ought to be.
+    return resize_bilinear(image_logits(nan.double(), padded_size, valid_size), size) > 0
 
 
 def as_batch(class_logits: Tensor, mask_logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,14 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from fastmask.reference._common import as_batch, check_choice, image_logits, resize_bilinear, resize_nearest
+from fastmask.reference._common import (
+    as_batch,
+    check_choice,
+    image_logits,
+    reads_nan,
+    resize_bilinear,
+    resize_nearest,
+)
 
 INSTANCE_RULES = ("mask2former", "huggingface")
 
@@ -31,6 +38,8 @@ def instance_inference(
     - "mask2former": x at the output size, upsampled bilinearly.
     - "huggingface": x at h x w; the binary mask is then brought to the output size by the "nearest" rule.
 
+    What is made of a NaN mask logit is never foreground, and a query with a NaN class logit has P = 0.
+
     Args:
         class_logits: ``(B, N, K+1)`` float, or ``(N, K+1)`` for one image.
         mask_logits: ``(B, N, h, w)`` float, or ``(N, h, w)``.
@@ -44,7 +53,7 @@ def instance_inference(
             ``padded_size=(384, 384)``); None skips each.
 
     Returns:
-        For each image {"scores": ``(R,)`` in the promoted dtype of the logits, "labels": ``(R,)`` int64,
+        For each image {"scores": ``(R,)`` in the promoted dtype of the logits, "labels" and "queries": ``(R,)`` int64,
         "masks": ``(R, H, W)`` bool}, by falling P; R = top_k less what ``stuff_classes`` drops. Masks may overlap, and
         may be empty (score 0).
 
@@ -55,25 +64,28 @@ def instance_inference(
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
     class_logits, mask_logits = as_batch(class_logits, mask_logits)
-    mask_logits = image_logits(mask_logits, padded_size, valid_size)
-    if rule == "mask2former":
-        mask_logits = resize_bilinear(mask_logits, size)
+    grid = size
+    if rule == "huggingface":
+        grid = valid_size or padded_size or tuple(mask_logits.shape[-2:])
+    nan = reads_nan(mask_logits, padded_size, valid_size, grid)
+    mask_logits = resize_bilinear(image_logits(mask_logits, padded_size, valid_size), grid).masked_fill(nan, -1)
     stuff = torch.tensor(sorted(stuff_classes), dtype=torch.int64, device=class_logits.device)
     results = []
     for image_classes, image_masks in zip(class_logits, mask_logits, strict=True):
-        probabilities = image_classes.softmax(-1)[:, :-1]  # [N, K]
+        probabilities = image_classes.softmax(-1)[:, :-1].nan_to_num(nan=0.0)  # [N, K]
         best = probabilities.flatten().topk(min(top_k, probabilities.numel()))
         labels = best.indices % probabilities.shape[1]
         queries = best.indices // probabilities.shape[1]
         things = ~torch.isin(labels, stuff)
         x = image_masks[queries[things]]  # [R, h, w]
         masks = x > 0
-        inside = masks.to(x.dtype)
-        mask_scores = (x.sigmoid() * inside).sum((-2, -1)) / (inside.sum((-2, -1)) + 1e-6)
+        area = masks.to(x.dtype).sum((-2, -1))
+        mask_scores = x.sigmoid().masked_fill(~masks, 0).sum((-2, -1)) / (area + 1e-6)
         results.append(
             {
                 "scores": best.values[things] * mask_scores,
                 "labels": labels[things],
+                "queries": queries[things],
                 "masks": resize_nearest(masks, size),
             }
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastmask.reference._common import as_batch, check_choice, image_logits, resize_bilinear
+from fastmask.reference._common import as_batch, check_choice, image_logits, reads_nan, resize_bilinear
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ def panoptic_inference(
     does not exceed ``threshold``, are dropped first; then those of which too little is visible: the area won over the
     area where m_i >= ``mask_threshold`` is compared with ``overlap_threshold``. Stuff of one class is one segment.
 
+    A query never wins a pixel that is made of one of its NaN mask logits; where all of them have one, no segment is.
+
     ``rule`` names the code base (``PANOPTIC_RULES`` lists the differences): "maskformer", "mask2former"
     (arXiv:2112.01527), "huggingface", or "huggingface-exact", which keeps two faults of transformers for the sake of
     comparison: stuff that is fused makes the ids of later segments repeat, and the area of a mask is measured on its
@@ -92,11 +94,13 @@ def panoptic_inference(
     differences = PANOPTIC_RULES[rule]
     num_classes = class_logits.shape[-1] - 1
     scores, classes = class_logits.softmax(-1).max(-1)  # [B, N]
+    nan = reads_nan(mask_logits, padded_size, valid_size, size)
     mask_logits = image_logits(mask_logits, padded_size, valid_size)
     if differences.resize_probabilities:
         probabilities = resize_bilinear(mask_logits.sigmoid(), size)
     else:
         probabilities = resize_bilinear(mask_logits, size).sigmoid()
+    probabilities = probabilities.masked_fill(nan, -1)
     keep = (classes != num_classes) & (scores > threshold)
     return [
         _segments(
@@ -121,13 +125,13 @@ def _segments(
     mask_threshold: float,
     stuff_classes: frozenset[int],
 ) -> tuple[Tensor, list[dict[str, int | float | bool]]]:
-    """One image: ``probabilities (Q, H, W)``, ``scores (Q,)`` and classes of the queries that passed the threshold."""
+    """One image: ``probabilities (Q, H, W)`` (-1 for NaN), ``scores (Q,)`` and classes of the queries kept."""
     value = 0 if classes else rule.no_segment_value
     segmentation = torch.full(probabilities.shape[1:], value, dtype=torch.int32, device=probabilities.device)
     if not classes:
         return segmentation, []
     weighted = probabilities * scores[:, None, None]
-    winner = weighted.argmax(0)
+    winner = weighted.argmax(0).masked_fill((weighted < 0).all(0), -1)
     inside = (weighted if rule.weighted_area else probabilities) >= mask_threshold
 
     infos: list[dict[str, int | float | bool]] = []

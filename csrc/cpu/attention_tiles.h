@@ -1,0 +1,187 @@
+// Products of small tiles, kept in registers, for attention over blocks of kAttentionKeys keys.
+#pragma once
+
+#include "cpu/masked_attention.h"
+#include "cpu/vec.h"
+
+namespace fastmask::FASTMASK_SIMD {
+
+constexpr int64_t kKeys = kAttentionKeys;
+constexpr int kParts = kKeys / kLanes;
+// Rows whose sums stay in registers, two vectors each: AVX-512 has 32 registers, the other levels 16.
+constexpr int kGroup = kLanes == 16 ? 8 : 4;
+
+using vuint = uint32_t __attribute__((vector_size(4 * kLanes)));
+
+// Bit i is set where lane i of a mask is all ones.
+static inline uint32_t bits_of(vint lanes) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)lanes);
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)lanes);
+#else
+  uint32_t set = 0;
+  for (int i = 0; i < kLanes; ++i) set |= static_cast<uint32_t>(lanes[i] < 0) << i;
+  return set;
+#endif
+}
+
+static inline float largest_lane(vfloat v) {
+  float largest = v[0];
+  for (int i = 1; i < kLanes; ++i) largest = v[i] > largest ? v[i] : largest;
+  return largest;
+}
+
+// Channels are summed so many at a time, and these sums then: rounding grows with the longest chain of additions.
+constexpr int64_t kChain = 16;
+
+// out[g][s] = sum over c of rows[offsets[g] + c] * columns[c][s], for the kKeys keys s.
+template <int G>
+static inline void tile_products(const float* rows, const int32_t* offsets, const float* columns, int64_t channels,
+                                 float* out) {
+  const float* row[G];
+  for (int g = 0; g < G; ++g) row[g] = rows + offsets[g];
+  for (int64_t s = 0; s < kKeys; s += 2 * kLanes) {
+    for (int64_t first = 0; first < channels; first += kChain) {
+      const int64_t last = first + kChain < channels ? first + kChain : channels;
+      vfloat sums[G][2] = {};
+      for (int64_t c = first; c < last; ++c) {
+        const vfloat left = load(columns + c * kKeys + s), right = load(columns + c * kKeys + s + kLanes);
+#pragma GCC unroll 8
+        for (int g = 0; g < G; ++g) {
+          const vfloat x = splat(row[g][c]);
+          sums[g][0] = fma(x, left, sums[g][0]);
+          sums[g][1] = fma(x, right, sums[g][1]);
+        }
+      }
+      for (int g = 0; g < G; ++g) {
+        float* at = out + g * kKeys + s;
+        store(at, first == 0 ? sums[g][0] : load(at) + sums[g][0]);
+        store(at + kLanes, first == 0 ? sums[g][1] : load(at + kLanes) + sums[g][1]);
+      }
+    }
+  }
+}
+
+// out[out_offsets[g] + c] += sum over r < count of weights[g * out_step + r * row_step] * rows[offsets[r] + c], for V
+// vectors of channels c. The sum is made apart and added once, so that rounding grows with the number of tiles only.
+template <int G, int V>
+static inline void combine_vectors(const float* weights, int64_t out_step, int64_t row_step, const float* rows,
+                                   const int32_t* offsets, int64_t count, float* out, const int32_t* out_offsets) {
+  vfloat sums[G][V] = {};
+  for (int64_t r = 0; r < count; ++r) {
+    vfloat row[V];
+    for (int v = 0; v < V; ++v) row[v] = load(rows + offsets[r] + v * kLanes);
+#pragma GCC unroll 8
+    for (int g = 0; g < G; ++g) {
+      const vfloat weight = splat(weights[g * out_step + r * row_step]);
+      for (int v = 0; v < V; ++v) sums[g][v] = fma(weight, row[v], sums[g][v]);
+    }
+  }
+  for (int g = 0; g < G; ++g) {
+    float* at = out + out_offsets[g];
+    for (int v = 0; v < V; ++v) store(at + v * kLanes, load(at + v * kLanes) + sums[g][v]);
+  }
+}
+
+// The same for `channels` channels, a multiple of kLanes.
+template <int G>
+static inline void tile_combine(const float* weights, int64_t out_step, int64_t row_step, const float* rows,
+                                const int32_t* offsets, int64_t count, float* out, const int32_t* out_offsets,
+                                int64_t channels) {
+  int64_t c = 0;
+  for (; c + 2 * kLanes <= channels; c += 2 * kLanes) {
+    combine_vectors<G, 2>(weights, out_step, row_step, rows + c, offsets, count, out + c, out_offsets);
+  }
+  if (c < channels) {
+    combine_vectors<G, 1>(weights, out_step, row_step, rows + c, offsets, count, out + c, out_offsets);
+  }
+}
+
+// Calls run.operator()<G>(first) for groups that cover 0..count, the largest first. What a group's size is changes no
+// result: each row has sums of its own.
+template <typename Run>
+static inline void for_groups(int64_t count, const Run& run) {
+  int64_t first = 0;
+  for (; first + kGroup <= count; first += kGroup) run.template operator()<kGroup>(first);
+  for (; first + 4 <= count; first += 4) run.template operator()<4>(first);
+  for (; first + 2 <= count; first += 2) run.template operator()<2>(first);
+  if (first < count) run.template operator()<1>(first);
+}
+
+// columns[c][s] = rows[s][c] for kKeys rows of `stride` floats, a multiple of kLanes.
+static inline void transpose_rows(const float* rows, int64_t stride, float* columns) {
+  vint low, high;  // interleave the first, and the second, halves of two vectors
+  for (int i = 0; i < kLanes; ++i) {
+    low[i] = i / 2 + (i % 2) * kLanes;
+    high[i] = low[i] + kLanes / 2;
+  }
+  for (int64_t s = 0; s < kKeys; s += kLanes) {
+    for (int64_t c = 0; c < stride; c += kLanes) {
+      vfloat tile[kLanes];
+      for (int i = 0; i < kLanes; ++i) tile[i] = load(rows + (s + i) * stride + c);
+#pragma GCC unroll 4
+      for (int step = 1; step < kLanes; step *= 2) {
+        vfloat next[kLanes];
+#pragma GCC unroll 8
+        for (int i = 0; i < kLanes / 2; ++i) {
+          next[2 * i] = __builtin_shuffle(tile[i], tile[i + kLanes / 2], low);
+          next[2 * i + 1] = __builtin_shuffle(tile[i], tile[i + kLanes / 2], high);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) tile[i] = next[i];
+      }
+      for (int i = 0; i < kLanes; ++i) store(columns + (c + i) * kKeys + s, tile[i]);
+    }
+  }
+}
+
+using vlong = uint64_t __attribute__((vector_size(4 * kLanes)));
+
+// The products of each 64-bit lane's low half with a constant.
+static inline vlong multiply_low(vlong a, uint32_t b) {
+#if defined(__AVX512F__)
+  return (vlong)_mm512_maskz_mul_epu32(0xff, (__m512i)a, _mm512_set1_epi64(b));
+#elif defined(__AVX2__)
+  return (vlong)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
+#else
+  return (a & 0xffffffffu) * b;
+#endif
+}
+
+struct Product {
+  vuint low, high;
+};
+
+// The 64-bit products of each 32-bit lane with a constant.
+static inline Product multiply(vuint a, uint32_t b) {
+  const vlong even = multiply_low((vlong)a, b), odd = multiply_low((vlong)a >> 32, b);
+  return {(vuint)((even & 0xffffffffu) | (odd << 32)), (vuint)((even >> 32) | (odd & ~uint64_t{0xffffffffu}))};
+}
+
+// All ones in the lanes i whose number u(index + i) in [0, 1) is at least `probability`. u is the first output of
+// Philox4x32-10 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3; SC 2011) for the counter `index` and the
+// key `seed`, made a float as Triton's tl.rand does, so that both drop the same weights.
+static inline vint keep_lanes(uint64_t seed, uint64_t index, float probability) {
+  vuint lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  const uint32_t low = static_cast<uint32_t>(index);
+  vuint c0 = lane + low;
+  vuint c1 = (vuint{} + static_cast<uint32_t>(index >> 32)) - (vuint)(c0 < low);  // the carry
+  vuint c2 = {}, c3 = {};
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const Product a = multiply(c0, 0xD2511F53u), b = multiply(c2, 0xCD9E8D57u);
+    c0 = b.high ^ c1 ^ k0;
+    c2 = a.high ^ c3 ^ k1;
+    c1 = b.low;
+    c3 = a.low;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  const vint word = (vint)c0;
+  const vfloat uniform = __builtin_convertvector(word < 0 ? ~word : word, vfloat) * 4.6566127342e-10f;
+  return uniform >= probability;
+}
+
+}  // namespace fastmask::FASTMASK_SIMD

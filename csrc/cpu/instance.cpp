@@ -1,0 +1,66 @@
+#include "cpu/instance.h"
+
+#include "cpu/tile.h"
+
+namespace fastmask::FASTMASK_SIMD {
+namespace {
+
+static_assert(kTileColumns == 64, "a row of a tile is one word");
+
+// Bits to bytes of 0 and 1: each of eight copies keeps its own bit, and the sum carries it to the highest bit.
+uint64_t spread_bits(uint64_t bits) {
+  const uint64_t own = ((bits & 0xff) * 0x0101010101010101u) & 0x8040201008040201u;
+  return ((own + 0x7f7f7f7f7f7f7f7fu) >> 7) & 0x0101010101010101u;
+}
+
+void write_row(uint64_t word, int64_t count, bool packed, uint8_t* out) {
+  if (packed) {
+    memcpy(out, &word, (count + 7) / 8);
+    return;
+  }
+  for (int64_t j = 0; j < count; j += 8) {
+    const uint64_t bytes = spread_bits(word >> j);
+    memcpy(out + j, &bytes, count - j < 8 ? count - j : 8);
+  }
+}
+
+}  // namespace
+
+void instance_tile(const Plane& plane, const TilePlan& plan, const TileScratchSizes& sizes, float* scratch,
+                   const MaskRows& mask, InstanceSums& sums) {
+  const TileScratch tile(sizes, scratch);
+  const int64_t columns = plan.columns.count, left = plan.columns.begin, top = plan.rows.begin;
+  uint8_t* out = mask.data + top * mask.row_bytes + (mask.packed ? left / 8 : left);
+  if (!(bounds(plane, plan, tile.piece).high > 0)) {
+    for (int64_t i = 0; i < plan.rows.count; ++i) write_row(0, columns, mask.packed, out + i * mask.row_bytes);
+    return;
+  }
+  float* values = tile.rest;
+  resample_tile(plane, plan, tile, values);
+  uint64_t any = 0;
+  for (int64_t i = 0; i < plan.rows.count; ++i) {
+    uint64_t word = 0;
+    vfloat foreground = {};  // of one row: equal terms round alike, so that long sums would drift
+    for (int64_t j = 0; j < plan.columns.stride; j += kLanes) {
+      const vfloat x = load(values + i * plan.columns.stride + j);
+      const vint inside = x > 0.0f;
+      const uint32_t bits = lane_bits(inside);
+      if (bits == 0) continue;
+      word |= static_cast<uint64_t>(bits) << j;
+      foreground += inside ? probability(x) : vfloat{};
+    }
+    write_row(word, columns, mask.packed, out + i * mask.row_bytes);
+    if (word == 0) continue;
+    any |= word;
+    sums.foreground += sum_lanes(foreground);
+    sums.area += __builtin_popcountll(word);
+    sums.top = top + i < sums.top ? top + i : sums.top;
+    sums.bottom = top + i + 1 > sums.bottom ? top + i + 1 : sums.bottom;
+  }
+  if (any == 0) return;
+  const int64_t first = left + __builtin_ctzll(any), end = left + 64 - __builtin_clzll(any);
+  sums.left = first < sums.left ? first : sums.left;
+  sums.right = end > sums.right ? end : sums.right;
+}
+
+}  // namespace fastmask::FASTMASK_SIMD

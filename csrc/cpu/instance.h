@@ -1,0 +1,33 @@
+// The binary mask x > 0 of one query, its area and extent, and the sum of sigmoid(x) within.
+//
+// Where no logit that a tile reads is above 0, neither is any pixel: nothing is resampled there.
+#pragma once
+
+#include <cstdint>
+
+#include "simd.h"
+#include "tiles.h"
+
+namespace fastmask {
+
+// One byte a pixel, or one bit, the first pixel in the lowest bit; rows lie row_bytes apart.
+struct MaskRows {
+  uint8_t* data;
+  int64_t row_bytes;
+  bool packed;
+};
+
+struct InstanceSums {
+  double foreground = 0;  // sum of sigmoid(x) over the mask
+  int64_t area = 0;
+  int64_t left = INT64_MAX, top = INT64_MAX, right = 0, bottom = 0;  // right and bottom exclusive
+};
+
+// Floats of scratch memory, aligned to 64 bytes.
+constexpr int64_t instance_scratch(const TileScratchSizes& tile) { return tile.total() + kTileRows * kTileColumns; }
+
+// Writes one tile of `mask`, which begins at the first pixel of the result, and adds to `sums`.
+FASTMASK_KERNEL(void instance_tile(const Plane& plane, const TilePlan& plan, const TileScratchSizes& sizes,
+                                   float* scratch, const MaskRows& mask, InstanceSums& sums))
+
+}  // namespace fastmask

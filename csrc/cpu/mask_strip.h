@@ -1,0 +1,180 @@
+// Resampled mask logits of one strip of pixels, as sigmoids.
+#pragma once
+
+#include "cpu/semantic.h"
+#include "cpu/strip_columns.h"
+#include "cpu/vec.h"
+
+namespace fastmask::FASTMASK_SIMD {
+namespace {
+
+// Elements of a row of kStrip.
+inline vfloat pick(const float* row, vint column) {
+#if defined(__AVX512F__)
+  static_assert(kStrip == 4 * kLanes);
+  const vfloat low = (vfloat)_mm512_permutex2var_ps((__m512)load(row), (__m512i)column, (__m512)load(row + kLanes));
+  const vfloat high =
+      (vfloat)_mm512_permutex2var_ps((__m512)load(row + 2 * kLanes), (__m512i)column, (__m512)load(row + 3 * kLanes));
+  return column < 2 * kLanes ? low : high;
+#else
+  return gather(row, column);
+#endif
+}
+
+// Cuts scratch memory into pieces.
+class Scratch {
+ public:
+  explicit Scratch(float* memory) : next_(memory) {}
+
+  template <class T = float>
+  T* take(int64_t count) {
+    static_assert(sizeof(T) == sizeof(float));
+    T* piece = reinterpret_cast<T*>(next_);
+    next_ += count;
+    return piece;
+  }
+
+ private:
+  float* next_;
+};
+
+constexpr int64_t kTileRows = 8;
+
+// A row of logits is stretched to the strip's width when a query is first asked for at a row of pixels that reads it;
+// the rows that one row of pixels reads are kept, so that the rows of pixels below find them.
+class MaskStrip {
+ public:
+  MaskStrip(const PackedLogits& packed, const Taps& rows, const Taps& columns, int64_t strip, Scratch& scratch)
+      : packed_(packed), rows_(rows), columns_(columns, strip), strip_(strip) {
+    const int64_t queries = packed.queries, padded = to_full_vectors(queries);
+    for (int t = 0; t < rows.taps; ++t) {
+      stretched_[t] = scratch.take(queries * kStrip);
+      held_[t] = scratch.take<int32_t>(padded);
+      for (int64_t n = 0; n < padded; ++n) held_[t][n] = -1;
+    }
+  }
+
+  // The end of the rows of pixels from y on that read the same rows of logits, at most kTileRows of them.
+  int64_t same_rows(int64_t y, int64_t end) const {
+    int64_t next = y + 1;
+    while (next < end && next < y + kTileRows && reads_same(y, next)) ++next;
+    return next;
+  }
+
+  // Goes to a row of pixels and those that read the same rows of logits.
+  void go_to(int64_t y) {
+    const int32_t first = row_of(0, y), last = row_of(rows_.taps - 1, y);
+    for (int t = 0; t < rows_.taps; ++t) {
+      const int32_t row = row_of(t, y);
+      row_[t] = row;
+      slot_[t] = last - first < rows_.taps ? row % rows_.taps : t;
+    }
+  }
+
+  // The largest sigmoid that each query can have at the rows of pixels gone to, [to_full_vectors(queries)].
+  void bounds(float* out) const {
+    const int64_t padded = to_full_vectors(packed_.queries);
+    for (int64_t n = 0; n < padded; n += kLanes) {
+      vfloat x = load(cells(0) + n);
+      for (int t = 1; t < rows_.taps; ++t) x = maximum(x, load(cells(t) + n));
+      // Interpolation rounds: weights may exceed 1 in sum, and the sigmoid is monotonous up to its own error only.
+      const vfloat slack = (x < 0.0f ? -x : x) * 0x1p-20f;
+      store(out + n, logistic(x + slack) * (1.0f + 0x1p-20f));
+    }
+  }
+
+  // sigmoid(x_n) at row y of the listed queries, to out[i * kStrip].
+  void sigmoids(const int32_t* queries, int64_t count, int64_t y, float* out) {
+    with_taps([&](auto taps) {
+      vfloat weights[taps];
+      for (int t = 0; t < taps; ++t) weights[t] = splat(rows_.weight[t * rows_.stride + y]);
+      for (int64_t i = 0; i < count; ++i) {
+        const float* rows[taps];
+        for (int t = 0; t < taps; ++t) rows[t] = stretched(queries[i], t);
+#pragma GCC unroll 4
+        for (int64_t j = 0; j < kStrip; j += kLanes) {
+          vfloat x = load(rows[0] + j) * weights[0];
+          for (int t = 1; t < taps; ++t) x = fma(load(rows[t] + j), weights[t], x);
+          store(out + i * kStrip + j, logistic(x));
+        }
+      }
+    });
+  }
+
+  // The same for single pixels, a vector of them at rows y and columns of the strip, of all queries, to out[n *
+  // stride].
+  void sigmoids_at(vint y, vint column, float* out, int64_t stride) {
+    with_taps([&](auto taps) {
+      vfloat weights[taps];
+      for (int t = 0; t < taps; ++t) weights[t] = gather(rows_.weight + t * rows_.stride, y);
+      for (int64_t n = 0; n < packed_.queries; ++n) {
+        vfloat x = pick(stretched(n, 0), column) * weights[0];
+        for (int t = 1; t < taps; ++t) x = fma(pick(stretched(n, t), column), weights[t], x);
+        store(out + n * stride, logistic(x));
+      }
+    });
+  }
+
+ private:
+  int32_t row_of(int t, int64_t y) const { return rows_.index[t * rows_.stride + y]; }
+
+  bool reads_same(int64_t y, int64_t other) const {
+    for (int t = 0; t < rows_.taps; ++t) {
+      if (row_of(t, y) != row_of(t, other)) return false;
+    }
+    return true;
+  }
+
+  template <int kTaps>
+  struct Count {
+    constexpr operator int() const { return kTaps; }
+  };
+
+  // Calls f with the number of rows that a pixel reads as a constant.
+  template <class F>
+  void with_taps(F f) {
+    switch (rows_.taps) {
+      case 1:
+        return f(Count<1>());
+      case 2:
+        return f(Count<2>());
+      case 3:
+        return f(Count<3>());
+      default:
+        return f(Count<4>());
+    }
+  }
+
+  const float* cells(int t) const {
+    return packed_.cells + ((row_[t] - packed_.top) * packed_.strips + strip_) * to_full_vectors(packed_.queries);
+  }
+
+  // Row row_[t] of query n.
+  const float* stretched(int64_t n, int t) {
+    float* out = stretched_[slot_[t]] + n * kStrip;
+    int32_t& held = held_[slot_[t]][n];
+    if (held != row_[t]) {
+      held = row_[t];
+      stretch(n, row_[t], out);
+    }
+    return out;
+  }
+
+  void stretch(int64_t n, int64_t row, float* out) const {
+    const int64_t at = (strip_ * packed_.rows + row - packed_.top) * packed_.queries + n;
+    const float* logits = packed_.logits + at * packed_.stride;
+    for (int64_t j = 0; j < kStrip; j += kLanes) store(out + j, columns_.apply(logits, j));
+  }
+
+  const PackedLogits& packed_;
+  const Taps& rows_;
+  const StripColumns columns_;
+  const int64_t strip_;
+  float* stretched_[kMaxTaps];  // [queries, kStrip] of each slot
+  int32_t* held_[kMaxTaps];     // the row of logits that each query's row in a slot was made of
+  int32_t row_[kMaxTaps];
+  int slot_[kMaxTaps];
+};
+
+}  // namespace
+}  // namespace fastmask::FASTMASK_SIMD

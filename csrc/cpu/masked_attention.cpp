@@ -1,0 +1,377 @@
+#include "cpu/masked_attention.h"
+
+#include "cpu/attention_tiles.h"
+
+namespace fastmask::FASTMASK_SIMD {
+namespace {
+
+constexpr float kLowest = -3.402823466e38f;
+
+inline int64_t key_blocks(const AttentionImage& image) { return (image.keys + kKeys - 1) / kKeys; }
+
+// What a task keeps, cut from one piece of memory; without memory it only counts how much that is.
+struct Workspace {
+  int64_t channels;                // of a head, padded with zeros to full vectors
+  uint32_t* present;               // [key blocks] bits of the keys that are not padding
+  uint32_t* attended;              // [key blocks][queries] bits of the keys that a query attends to
+  int32_t* keys;                   // [queries] how many these are
+  float* samples;                  // [keys] a query's mask on the key grid
+  float* source[2];                // [w] two neighbouring rows of mask logits
+  float* mixed;                    // [w] what lies between them
+  int32_t* active;                 // [queries] those that attend to the block of keys
+  int32_t* offsets;                // [queries] where their rows of `channels` begin
+  int32_t* key_offsets;            // [kKeys]
+  float *q, *out;                  // [queries][channels]; q is scaled
+  float* maximum;                  // [queries] of the scores so far
+  float* total;                    // [queries][kLanes] sums of the weights so far
+  float* rows;                     // [kKeys][channels] a block of keys
+  float* columns;                  // [channels][kKeys] the same
+  float* values;                   // [kKeys][channels]
+  float* weights;                  // [queries][kKeys] of a block of keys (of a group of queries in forward)
+  float* grad_out;                 // [queries][channels]
+  float* delta;                    // [queries] sum_c grad_out out
+  float* value_columns;            // [channels][kKeys]
+  float* slopes;                   // [queries][kKeys] gradient of the scores
+  float *grad_rows, *grad_values;  // [kKeys][channels]
+  int64_t used = 0;                // floats
+
+  Workspace(const AttentionImage& image, bool backward, float* memory) : memory_(memory) {
+    const int64_t queries = image.queries < kAttentionQueries ? image.queries : kAttentionQueries;
+    const int64_t blocks = key_blocks(image);
+    channels = padded_row(image.head_dim);
+    present = reinterpret_cast<uint32_t*>(take(blocks));
+    attended = reinterpret_cast<uint32_t*>(take(blocks * queries));
+    keys = reinterpret_cast<int32_t*>(take(queries));
+    samples = take(blocks * kKeys);
+    const int64_t source_width = image.mask.logits == nullptr ? 0 : padded_row(image.mask.resampling.w);
+    source[0] = take(source_width);
+    source[1] = take(source_width);
+    mixed = take(source_width);
+    active = reinterpret_cast<int32_t*>(take(queries));
+    offsets = reinterpret_cast<int32_t*>(take(queries));
+    key_offsets = reinterpret_cast<int32_t*>(take(kKeys));
+    q = take(queries * channels);
+    out = take(queries * channels);
+    maximum = take(queries);
+    total = take(queries * kLanes);
+    rows = take(kKeys * channels);
+    columns = take(kKeys * channels);
+    values = take(kKeys * channels);
+    weights = take(queries * kKeys);
+    if (backward) {
+      grad_out = take(queries * channels);
+      delta = take(queries);
+      slopes = take(queries * kKeys);
+      value_columns = take(kKeys * channels);
+      grad_rows = take(kKeys * channels);
+      grad_values = take(kKeys * channels);
+    }
+    if (memory == nullptr) return;
+    for (int64_t s = 0; s < kKeys; ++s) key_offsets[s] = static_cast<int32_t>(s * channels);
+  }
+
+ private:
+  float* take(int64_t floats) {
+    float* start = memory_ == nullptr ? nullptr : memory_ + used;
+    used += padded_row(floats);
+    return start;
+  }
+
+  float* memory_;
+};
+
+void find_present(const AttentionImage& image, uint32_t* present) {
+  for (int64_t block = 0; block < key_blocks(image); ++block) {
+    const int64_t first = block * kKeys;
+    const int64_t count = image.keys - first < kKeys ? image.keys - first : kKeys;
+    uint32_t word = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const bool padding = image.mask.padding != nullptr && image.mask.padding[first + i] != 0;
+      word |= static_cast<uint32_t>(!padding) << i;
+    }
+    present[block] = word;
+  }
+}
+
+// A query's mask logits at the centres of the key grid's cells.
+void resample(const AttentionMask& mask, int64_t query, Workspace& work) {
+  const Resampling& resampling = mask.resampling;
+  const int64_t w = resampling.w, plane = mask.offset + query * mask.stride;
+  const Interpolation &rows = resampling.rows, &columns = resampling.columns;
+  for (int64_t y = 0; y < mask.height; ++y) {
+    load_logits(mask.logits, mask.dtype, plane + rows.first[y] * w, w, work.source[0]);
+    load_logits(mask.logits, mask.dtype, plane + rows.second[y] * w, w, work.source[1]);
+    const float weight = rows.weight[y];
+    for (int64_t x = 0; x < w; x += kLanes) {
+      const vfloat upper = load(work.source[0] + x), lower = load(work.source[1] + x);
+      store(work.mixed + x, upper * (1.0f - weight) + lower * weight);
+    }
+    float* out = work.samples + y * mask.width;
+    for (int64_t x = 0; x < mask.width; ++x) {
+      out[x] =
+          work.mixed[columns.first[x]] * (1.0f - columns.weight[x]) + work.mixed[columns.second[x]] * columns.weight[x];
+    }
+  }
+}
+
+// Which keys each query attends to: those in its foreground that are not padding, or all of these if it has none.
+void find_attended(const AttentionImage& image, int64_t first_query, int64_t num_queries, Workspace& work) {
+  const int64_t blocks = key_blocks(image);
+  find_present(image, work.present);
+  int64_t present_keys = 0;
+  for (int64_t block = 0; block < blocks; ++block) present_keys += __builtin_popcount(work.present[block]);
+  for (int64_t s = image.keys; s < blocks * kKeys; ++s) work.samples[s] = 0.0f;
+  for (int64_t n = 0; n < num_queries; ++n) {
+    uint32_t* attended = work.attended + n;
+    int64_t keys = 0;
+    if (image.mask.logits != nullptr) {
+      resample(image.mask, first_query + n, work);
+      for (int64_t block = 0; block < blocks; ++block) {
+        uint32_t foreground = 0;
+        for (int part = 0; part < kParts; ++part) {
+          const vint lanes = load(work.samples + block * kKeys + part * kLanes) >= 0.0f;
+          foreground |= bits_of(lanes) << (part * kLanes);
+        }
+        attended[block * num_queries] = foreground & work.present[block];
+        keys += __builtin_popcount(attended[block * num_queries]);
+      }
+    }
+    work.keys[n] = static_cast<int32_t>(keys > 0 ? keys : present_keys);
+    if (keys > 0) continue;
+    for (int64_t block = 0; block < blocks; ++block) attended[block * num_queries] = work.present[block];
+  }
+}
+
+// Lists the queries that attend to a block of keys; returns how many.
+int64_t find_active(const uint32_t* attended, int64_t num_queries, Workspace& work) {
+  int64_t count = 0;
+  for (int64_t n = 0; n < num_queries; ++n) {
+    work.active[count] = static_cast<int32_t>(n);
+    work.offsets[count] = static_cast<int32_t>(n * work.channels);
+    count += attended[n] != 0;
+  }
+  return count;
+}
+
+// Row `index` of a head as float, padded with zeros to full vectors.
+template <typename T>
+inline void load_row(const AttentionImage& image, const AttentionRows<T>& rows, int64_t head, int64_t index,
+                     float* out) {
+  load_logits(rows.data, image.dtype, rows.offset + index * rows.stride + head * image.head_dim, image.head_dim, out);
+}
+
+inline void store_row(const AttentionImage& image, const AttentionRows<void>& rows, int64_t head, int64_t index,
+                      const float* in) {
+  store_logits(in, image.head_dim, rows.data, image.dtype, rows.offset + index * rows.stride + head * image.head_dim);
+}
+
+// The rows of a block of keys; zeros for padding, which may hold NaN, and beyond the last key.
+void load_keys(const AttentionImage& image, const AttentionRows<const void>& rows, int64_t head, int64_t block,
+               const Workspace& work, float* out) {
+  for (int64_t i = 0; i < kKeys; ++i) {
+    float* row = out + i * work.channels;
+    if ((work.present[block] >> i & 1) != 0) {
+      load_row(image, rows, head, block * kKeys + i, row);
+    } else {
+      memset(row, 0, sizeof(float) * work.channels);
+    }
+  }
+}
+
+void load_scaled_queries(const AttentionImage& image, int64_t head, int64_t first, int64_t count, Workspace& work) {
+  for (int64_t n = 0; n < count; ++n) {
+    float* row = work.q + n * work.channels;
+    load_row(image, image.q, head, first + n, row);
+    for (int64_t c = 0; c < work.channels; c += kLanes) store(row + c, load(row + c) * image.scale);
+  }
+}
+
+// The lanes that dropout keeps, of the weights of a query and head from key `key` on.
+inline vint kept(const AttentionImage& image, int64_t head, int64_t query, int64_t key) {
+  const uint64_t row = static_cast<uint64_t>(head * image.queries + query);
+  const uint64_t index = image.first_weight + row * static_cast<uint64_t>(image.keys) + static_cast<uint64_t>(key);
+  return keep_lanes(image.seed, index, image.dropout);
+}
+
+// Makes a query's scores of one block weights exp(score - maximum), relative to the maximum so far: where a score
+// exceeds it, what was summed before is scaled down.
+inline void soften(float* scores, uint32_t attended, int64_t n, Workspace& work) {
+  vfloat peak = splat(kLowest);
+  for (int part = 0; part < kParts; ++part) {
+    const vfloat score = load(scores + part * kLanes);
+    peak = (select(attended, part) & (score > peak)) ? score : peak;
+  }
+  if (bits_of(peak > work.maximum[n]) != 0) {
+    const float largest = largest_lane(peak);
+    const vfloat factor = exp_neg(splat(largest - work.maximum[n]));
+    work.maximum[n] = largest;
+    store(work.total + n * kLanes, load(work.total + n * kLanes) * factor);
+    float* row = work.out + n * work.channels;
+    for (int64_t c = 0; c < work.channels; c += kLanes) store(row + c, load(row + c) * factor);
+  }
+  vfloat total = load(work.total + n * kLanes);
+  for (int part = 0; part < kParts; ++part) {
+    float* at = scores + part * kLanes;
+    const vfloat weight = masked(select(attended, part), exp_neg(work.maximum[n] - load(at)));
+    total += weight;
+    store(at, weight);
+  }
+  store(work.total + n * kLanes, total);
+}
+
+void drop(const AttentionImage& image, int64_t head, int64_t query, int64_t key, float* weights) {
+  for (int part = 0; part < kParts; ++part) {
+    float* at = weights + part * kLanes;
+    store(at, masked(kept(image, head, query, key + part * kLanes), load(at)));
+  }
+}
+
+// What dropout multiplies the weights by that it keeps.
+inline float kept_scale(const AttentionImage& image) {
+  return image.dropout < 1.0f ? 1.0f / (1.0f - image.dropout) : 0.0f;
+}
+
+void forward_head(const AttentionImage& image, const AttentionForward& result, int64_t first_query, int64_t num_queries,
+                  int64_t head, Workspace& work) {
+  load_scaled_queries(image, head, first_query, num_queries, work);
+  memset(work.out, 0, sizeof(float) * num_queries * work.channels);
+  memset(work.total, 0, sizeof(float) * num_queries * kLanes);
+  for (int64_t n = 0; n < num_queries; ++n) work.maximum[n] = kLowest;
+  for (int64_t block = 0; block < key_blocks(image); ++block) {
+    const uint32_t* attended = work.attended + block * num_queries;
+    const int64_t count = find_active(attended, num_queries, work);
+    if (count == 0) continue;
+    load_keys(image, image.k, head, block, work, work.rows);
+    transpose_rows(work.rows, work.channels, work.columns);
+    load_keys(image, image.v, head, block, work, work.values);
+    for_groups(count, [&]<int G>(int64_t first) {
+      tile_products<G>(work.q, work.offsets + first, work.columns, image.head_dim, work.weights);
+      for (int g = 0; g < G; ++g) {
+        const int64_t n = work.active[first + g];
+        soften(work.weights + g * kKeys, attended[n], n, work);
+        if (image.dropout > 0.0f) drop(image, head, first_query + n, block * kKeys, work.weights + g * kKeys);
+      }
+      tile_combine<G>(work.weights, kKeys, 1, work.values, work.key_offsets, kKeys, work.out, work.offsets + first,
+                      work.channels);
+    });
+  }
+  for (int64_t n = 0; n < num_queries; ++n) {
+    const double total = sum_lanes(load(work.total + n * kLanes));
+    const bool empty = total == 0.0;
+    const vfloat factor = splat(empty ? 0.0f : static_cast<float>(kept_scale(image) / total));
+    float* row = work.out + n * work.channels;
+    for (int64_t c = 0; c < work.channels; c += kLanes) store(row + c, load(row + c) * factor);
+    store_row(image, result.out, head, first_query + n, row);
+    result.logsumexp[head * image.queries + first_query + n] =
+        empty ? __builtin_inf() : work.maximum[n] + __builtin_log(total);
+  }
+}
+
+// Makes a query's scores of one block the weights that multiply the values, and the products of grad_out with the
+// values the gradients of the scores: weight (kept product / (1 - dropout) - delta).
+inline void differentiate(const AttentionImage& image, double logsumexp, uint32_t attended, int64_t head, int64_t query,
+                          int64_t key, float delta, float* weights, float* slopes) {
+  const float scale = kept_scale(image);
+  const float rounded = static_cast<float>(logsumexp), rest = static_cast<float>(logsumexp - rounded);
+  for (int part = 0; part < kParts; ++part) {
+    float *weight_at = weights + part * kLanes, *slope_at = slopes + part * kLanes;
+    const vint lanes = select(attended, part);
+    const vfloat weight = masked(lanes, exp_neg((rounded - load(weight_at)) + rest));
+    vfloat passed = splat(scale);
+    if (image.dropout > 0.0f) passed = masked(kept(image, head, query, key + part * kLanes), passed);
+    store(slope_at, masked(lanes, weight * (load(slope_at) * passed - delta)));
+    store(weight_at, weight * passed);
+  }
+}
+
+// Adds the gradients of a block of keys to those of the image.
+void add_rows(const AttentionImage& image, const AttentionRows<float>& rows, int64_t head, int64_t block,
+              const Workspace& work, const float* gradients) {
+  const int64_t first = block * kKeys;
+  const int64_t count = image.keys - first < kKeys ? image.keys - first : kKeys;
+  for (int64_t i = 0; i < count; ++i) {
+    float* at = rows.data + rows.offset + (first + i) * rows.stride + head * image.head_dim;
+    const float* gradient = gradients + i * work.channels;
+    for (int64_t c = 0; c < image.head_dim; ++c) at[c] += gradient[c];
+  }
+}
+
+void backward_head(const AttentionImage& image, const AttentionBackward& result, int64_t first_query,
+                   int64_t num_queries, int64_t head, Workspace& work) {
+  load_scaled_queries(image, head, first_query, num_queries, work);
+  for (int64_t n = 0; n < num_queries; ++n) {
+    float *grad_row = work.grad_out + n * work.channels, *out_row = work.out + n * work.channels;
+    load_row(image, result.grad_out, head, first_query + n, grad_row);
+    load_row(image, result.out, head, first_query + n, out_row);
+    double delta = 0;
+    for (int64_t c = 0; c < work.channels; c += kLanes) delta += sum_lanes(load(grad_row + c) * load(out_row + c));
+    work.delta[n] = static_cast<float>(delta);
+  }
+  float* grad_q = work.out;  // the output has done its part
+  memset(grad_q, 0, sizeof(float) * num_queries * work.channels);
+  const double* logsumexp = result.logsumexp + head * image.queries + first_query;
+  for (int64_t block = 0; block < key_blocks(image); ++block) {
+    const uint32_t* attended = work.attended + block * num_queries;
+    const int64_t count = find_active(attended, num_queries, work);
+    if (count == 0) continue;
+    load_keys(image, image.v, head, block, work, work.values);
+    transpose_rows(work.values, work.channels, work.value_columns);
+    load_keys(image, image.k, head, block, work, work.rows);
+    transpose_rows(work.rows, work.channels, work.columns);
+    for_groups(count, [&]<int G>(int64_t first) {
+      float *weights = work.weights + first * kKeys, *slopes = work.slopes + first * kKeys;
+      tile_products<G>(work.q, work.offsets + first, work.columns, image.head_dim, weights);
+      tile_products<G>(work.grad_out, work.offsets + first, work.value_columns, image.head_dim, slopes);
+      for (int g = 0; g < G; ++g) {
+        const int64_t n = work.active[first + g];
+        differentiate(image, logsumexp[n], attended[n], head, first_query + n, block * kKeys, work.delta[n],
+                      weights + g * kKeys, slopes + g * kKeys);
+        // The weight of an only key is 1 whatever its score: what differs here is rounding.
+        if (work.keys[n] == 1) memset(slopes + g * kKeys, 0, sizeof(float) * kKeys);
+      }
+      tile_combine<G>(slopes, kKeys, 1, work.rows, work.key_offsets, kKeys, grad_q, work.offsets + first,
+                      work.channels);
+    });
+    memset(work.grad_rows, 0, sizeof(float) * kKeys * work.channels);
+    memset(work.grad_values, 0, sizeof(float) * kKeys * work.channels);
+    for (int64_t s = 0; s < kKeys; s += kGroup) {
+      tile_combine<kGroup>(work.slopes + s, 1, kKeys, work.q, work.offsets, count, work.grad_rows, work.key_offsets + s,
+                           work.channels);
+      tile_combine<kGroup>(work.weights + s, 1, kKeys, work.grad_out, work.offsets, count, work.grad_values,
+                           work.key_offsets + s, work.channels);
+    }
+    add_rows(image, result.grad_k, head, block, work, work.grad_rows);
+    add_rows(image, result.grad_v, head, block, work, work.grad_values);
+  }
+  for (int64_t n = 0; n < num_queries; ++n) {
+    float* row = grad_q + n * work.channels;
+    for (int64_t c = 0; c < work.channels; c += kLanes) store(row + c, load(row + c) * image.scale);
+    store_row(image, result.grad_q, head, first_query + n, row);
+  }
+}
+
+}  // namespace
+
+int64_t masked_attention_scratch(const AttentionImage& image, bool backward) {
+  return Workspace(image, backward, nullptr).used;
+}
+
+void masked_attention_forward(const AttentionImage& image, const AttentionForward& result, int64_t first_query,
+                              int64_t num_queries, int64_t first_head, int64_t last_head, float* scratch) {
+  Workspace work(image, false, scratch);
+  find_attended(image, first_query, num_queries, work);
+  for (int64_t head = first_head; head < last_head; ++head) {
+    forward_head(image, result, first_query, num_queries, head, work);
+  }
+}
+
+void masked_attention_backward(const AttentionImage& image, const AttentionBackward& result, int64_t first_query,
+                               int64_t num_queries, int64_t first_head, int64_t last_head, float* scratch) {
+  Workspace work(image, true, scratch);
+  find_attended(image, first_query, num_queries, work);
+  for (int64_t head = first_head; head < last_head; ++head) {
+    backward_head(image, result, first_query, num_queries, head, work);
+  }
+}
+
+}  // namespace fastmask::FASTMASK_SIMD

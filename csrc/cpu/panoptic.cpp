@@ -1,0 +1,201 @@
+#include "cpu/panoptic.h"
+
+#include "cpu/tile.h"
+
+namespace fastmask::FASTMASK_SIMD {
+namespace {
+
+constexpr int64_t kPixels = kTileRows * kTileColumns;
+
+// More than the rounding of a resampled logit (a dozen roundings, relative to the largest logit that it is made of),
+// and of a probability and its product with the score.
+constexpr float kLogitSlack = 2e-6f;
+constexpr float kProbabilitySlack = 1e-5f;
+
+// Of one tile: which query has won each pixel so far, 2 * i + 1 for kept query i where it keeps the pixel and 2 * i
+// where it does not, kNobody before any; and the winner's score * probability as a fraction.
+constexpr int32_t kNobody = -2;
+struct Winners {
+  float* numerator;    // [kPixels]
+  float* denominator;  // [kPixels]
+  int32_t* winner;     // [kPixels]
+};
+
+// What a tile's bounds say of each kept query.
+struct Outlook {
+  float* low;    // of its logits
+  float* high;   // of its logits
+  float* lower;  // of score * probability, 0 where a NaN is read
+  float* upper;  // of score * probability
+};
+
+enum class Coverage { kNone, kSome, kAll };
+
+// score * sigmoid(x) = score / (1 + exp(-x)): fractions are compared crosswise, which saves a division a pixel. Logits
+// below -87 are alike, so that nothing overflows; NaN never wins.
+template <bool kProbabilities, bool kClip>
+int64_t compete(const float* values, int64_t pixels, float score, int32_t marker, float threshold,
+                const Winners& winners) {
+  vint area = {};
+  for (int64_t j = 0; j < pixels; j += kLanes) {
+    const vfloat x = load(values + j);
+    const vint inside = x >= threshold;
+    const vfloat best = load(winners.numerator + j);
+    vint better;
+    if (kProbabilities) {
+      const vfloat key = x * score;
+      better = key > best;
+      store(winners.numerator + j, better ? key : best);
+    } else {
+      const vfloat denominator = load(winners.denominator + j);
+      const vfloat own = 1.0f + exp_neg(x < -87.0f ? splat(-87.0f) : x);
+      better = score * denominator > best * own;
+      store(winners.numerator + j, better ? splat(score) : best);
+      store(winners.denominator + j, better ? own : denominator);
+    }
+    const vint mark = kClip ? marker - inside : splat(marker + 1);
+    store(winners.winner + j, better ? mark : load(winners.winner + j));
+    area -= inside;
+  }
+  int64_t total = 0;
+  for (int i = 0; i < kLanes; ++i) total += area[i];
+  return total;
+}
+
+int64_t count_inside(const float* values, int64_t pixels, float threshold) {
+  vint area = {};
+  for (int64_t j = 0; j < pixels; j += kLanes) area -= load(values + j) >= threshold;
+  int64_t total = 0;
+  for (int i = 0; i < kLanes; ++i) total += area[i];
+  return total;
+}
+
+// Pixels won and pixels kept of the query whose marks are marker and marker + 1.
+void count_won(const int32_t* winner, int64_t pixels, int32_t marker, PanopticAreas& areas) {
+  vint clipped = {}, kept = {};
+  for (int64_t j = 0; j < pixels; j += kLanes) {
+    const vint mark = load(winner + j);
+    clipped -= mark == marker;
+    kept -= mark == marker + 1;
+  }
+  for (int i = 0; i < kLanes; ++i) {
+    areas.won += clipped[i] + kept[i];
+    areas.visible += kept[i];
+  }
+}
+
+void look_ahead(const KeptQueries& kept, const TilePlan& plan, float* buffer, const Outlook& outlook) {
+  for (int64_t i = 0; i < kept.count; ++i) {
+    const Bounds b = bounds(kept.planes[i], plan, buffer);
+    const float largest = -b.low > b.high ? -b.low : b.high;
+    outlook.low[i] = b.low - kLogitSlack * largest;
+    outlook.high[i] = b.high + kLogitSlack * largest;
+    outlook.lower[i] = b.nan ? 0.0f : kept.scores[i];
+    outlook.upper[i] = kept.scores[i];
+  }
+  for (int64_t i = kept.count; i < padded_to_vectors(kept.count); ++i) {
+    outlook.low[i] = outlook.high[i] = outlook.lower[i] = outlook.upper[i] = 0.0f;
+  }
+  for (int64_t i = 0; i < kept.count; i += kLanes) {
+    const vfloat low = probability(load(outlook.low + i)) * (1.0f - kProbabilitySlack);
+    const vfloat high = probability(load(outlook.high + i)) * (1.0f + kProbabilitySlack);
+    store(outlook.lower + i, load(outlook.lower + i) * low);
+    store(outlook.upper + i, load(outlook.upper + i) * high);
+  }
+}
+
+// How much of a tile lies in a query's own mask, as far as its bounds tell.
+Coverage coverage(const Outlook& outlook, int64_t i, const TilePlan& plan, const PanopticRule& rule) {
+  const bool nan = outlook.lower[i] == 0.0f;
+  if (!plan.probabilities) {
+    if (outlook.high[i] < rule.logit_threshold) return Coverage::kNone;
+    return !nan && outlook.low[i] >= rule.logit_threshold ? Coverage::kAll : Coverage::kSome;
+  }
+  const float low = probability(splat(outlook.low[i]))[0] * (1.0f - kProbabilitySlack);
+  const float high = probability(splat(outlook.high[i]))[0] * (1.0f + kProbabilitySlack);
+  if (high < rule.mask_threshold) return Coverage::kNone;
+  return !nan && low >= rule.mask_threshold ? Coverage::kAll : Coverage::kSome;
+}
+
+void fill(int32_t* winner, int64_t width, const TilePlan& plan, int32_t value) {
+  for (int64_t i = 0; i < plan.rows.count; ++i) {
+    for (int64_t j = 0; j < plan.columns.count; ++j) winner[i * width + j] = value;
+  }
+}
+
+}  // namespace
+
+void panoptic_tile(const KeptQueries& kept, const TilePlan& plan, const PanopticRule& rule,
+                   const TileScratchSizes& sizes, float* scratch, int32_t* winner, int64_t width,
+                   PanopticAreas* areas) {
+  const TileScratch tile(sizes, scratch);
+  float* values = tile.rest;
+  const Winners winners{values + kPixels, values + 2 * kPixels, reinterpret_cast<int32_t*>(values + 3 * kPixels)};
+  float* lists = values + 4 * kPixels;
+  const int64_t padded = padded_to_vectors(kept.count);
+  const Outlook outlook{lists, lists + padded, lists + 2 * padded, lists + 3 * padded};
+
+  look_ahead(kept, plan, tile.piece, outlook);
+  float least = 0;  // what the winner of any pixel has at least
+  for (int64_t i = 0; i < kept.count; ++i) least = outlook.lower[i] > least ? outlook.lower[i] : least;
+  int64_t candidates = 0, only = -1;
+  for (int64_t i = 0; i < kept.count; ++i) {
+    if (outlook.upper[i] < least) continue;
+    ++candidates;
+    only = i;
+  }
+  // Nobody else can win, and the only candidate is nowhere NaN.
+  const bool decided = candidates == 1 && outlook.lower[only] > 0;
+  const int64_t pixels = plan.rows.count * plan.columns.stride;
+  const int64_t visible_pixels = plan.rows.count * plan.columns.count;
+  const float threshold = plan.probabilities ? rule.mask_threshold : rule.logit_threshold;
+  bool constant = kept.count == 0 || decided;
+  if (decided) {
+    const Coverage own = coverage(outlook, only, plan, rule);
+    if (rule.clip_to_mask && own == Coverage::kSome) {
+      constant = false;
+    } else {
+      const bool keeps = !rule.clip_to_mask || own == Coverage::kAll;
+      areas[only].won += visible_pixels;
+      areas[only].visible += keeps ? visible_pixels : 0;
+      fill(winner, width, plan, keeps ? kept.queries[only] : -1);
+    }
+  } else if (kept.count == 0) {
+    fill(winner, width, plan, -1);
+  }
+  if (!constant) {
+    for (int64_t j = 0; j < pixels; ++j) {
+      winners.numerator[j] = plan.probabilities ? -1 : 0;
+      winners.denominator[j] = 1;
+      winners.winner[j] = kNobody;
+    }
+  }
+  const auto run = plan.probabilities ? (rule.clip_to_mask ? compete<true, true> : compete<true, false>)
+                                      : (rule.clip_to_mask ? compete<false, true> : compete<false, false>);
+  for (int64_t i = 0; i < kept.count; ++i) {
+    const bool competes = !constant && outlook.upper[i] >= least;
+    const Coverage own = coverage(outlook, i, plan, rule);
+    if (!competes && own != Coverage::kSome) {
+      areas[i].mask += own == Coverage::kAll ? visible_pixels : 0;
+      continue;
+    }
+    resample_tile(kept.planes[i], plan, tile, values);
+    if (competes) {
+      areas[i].mask += run(values, pixels, kept.scores[i], static_cast<int32_t>(2 * i), threshold, winners);
+    } else {
+      areas[i].mask += count_inside(values, pixels, threshold);
+    }
+  }
+  if (constant) return;
+  for (int64_t i = 0; i < kept.count; ++i) {
+    if (outlook.upper[i] >= least) count_won(winners.winner, pixels, static_cast<int32_t>(2 * i), areas[i]);
+  }
+  for (int64_t i = 0; i < plan.rows.count; ++i) {
+    for (int64_t j = 0; j < plan.columns.count; ++j) {
+      const int32_t mark = winners.winner[i * plan.columns.stride + j];
+      winner[i * width + j] = (mark & 1) != 0 ? kept.queries[mark >> 1] : -1;
+    }
+  }
+}
+
+}  // namespace fastmask::FASTMASK_SIMD

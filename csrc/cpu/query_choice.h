@@ -1,0 +1,136 @@
+// Which queries a tile of pixels needs: the others, together, add too little to any class to matter.
+#pragma once
+
+#include "cpu/mask_strip.h"
+#include "cpu/semantic.h"
+#include "cpu/vec.h"
+
+namespace fastmask::FASTMASK_SIMD {
+namespace {
+
+// Let b_n >= sigmoid(x_n) = s_n at all pixels of the tile, S the chosen queries, and a_n any number, here the median of
+// P[n, k] over k. What the other queries add to the score of class k is sum a_n s_n, the same for all classes, and
+// sum (P[n, k] - a_n) s_n, which lies within -below[k]..above[k] with above[k] = sum of b_n max(P[n, k] - a_n, 0) and
+// below[k] = sum of b_n max(a_n - P[n, k], 0). So with u[k] = above[k] + sum over S of P[n, k] s_n, the class c has the
+// largest score if u[c] exceeds all others by more than width[c] = above[c] + below[c] = sum of b_n |P[n, c] - a_n|.
+class QueryChoice {
+ public:
+  QueryChoice(const ClassTable& table, Scratch& scratch) : table_(table) {
+    const int64_t queries = to_full_vectors(table.queries), classes = to_full_vectors(table.classes);
+    bounds_ = scratch.take(queries);
+    weights_ = scratch.take(queries);
+    keys_ = scratch.take<int32_t>(queries);
+    order_ = scratch.take<int32_t>(queries);
+    above_ = scratch.take(classes);
+    width_ = scratch.take(classes);
+    next_above_ = scratch.take(classes);
+    next_width_ = scratch.take(classes);
+    while ((int64_t{1} << tag_bits_) < table.classes) ++tag_bits_;
+    // A score is a sum of at most N positive terms: each addition errs by at most 2^-24 of it, or twice that where
+    // products are rounded too; here and in the sum that is to be predicted. The tag takes the place of tag_bits_ bits.
+    rounding_ = static_cast<float>(4 * table.queries + 64) * 0x1p-23f + static_cast<float>(4 << tag_bits_) * 0x1p-23f;
+  }
+
+  // [to_full_vectors(N)] b_n, to be set before choose().
+  float* bounds() { return bounds_; }
+
+  // Leaves out queries by rising bound while the rest stays small. False if that leaves most of them in.
+  bool choose() {
+    const int64_t queries = table_.queries;
+    sort_by_weight();
+    const float tolerance = weights_[order_[queries - 1]] * kTolerance;
+    const int64_t classes = to_full_vectors(table_.classes);
+    memset(above_, 0, sizeof(float) * classes);
+    memset(width_, 0, sizeof(float) * classes);
+    common_ = 0.0f;
+    int64_t left_out = 0;
+    while (left_out + kTogether <= queries && add<kTogether>(order_ + left_out, tolerance)) left_out += kTogether;
+    while (left_out < queries && add<1>(order_ + left_out, tolerance)) ++left_out;
+    chosen_ = order_ + left_out;
+    count_ = queries - left_out;
+    return 4 * count_ <= 3 * queries;
+  }
+
+  const int32_t* chosen() const { return chosen_; }
+  int64_t count() const { return count_; }
+  const float* above() const { return above_; }  // [classes]
+  int32_t tag_mask() const { return (1 << tag_bits_) - 1; }
+
+  // By how much the u of a class, the largest, must exceed the next for the class to be certain.
+  vfloat doubt(vfloat u, vint label) const {
+    const vfloat width = gather(width_, label);
+    return fma(u + width + common_, splat(rounding_), width + 1e-30f);
+  }
+
+ private:
+  static constexpr int kTogether = 4;
+  static constexpr float kTolerance = 0x1p-3f;
+  // Weights are sorted by exponent and the first two bits of the mantissa, from 2^-20 to 1.
+  static constexpr int32_t kLowestKey = (127 - 20) << 2;
+  static constexpr int32_t kKeys = 20 * 4 + 2;
+
+  // Leaves out kCount more queries, unless that makes some width exceed the tolerance.
+  template <int kCount>
+  bool add(const int32_t* queries, float tolerance) {
+    const int64_t classes = to_full_vectors(table_.classes);
+    const float* rows[kCount];
+    vfloat middles[kCount], bounds[kCount];
+    float common = common_;
+    for (int i = 0; i < kCount; ++i) {
+      const int32_t n = queries[i];
+      rows[i] = table_.rows + n * classes;
+      middles[i] = splat(table_.middles[n]);
+      bounds[i] = splat(bounds_[n]);
+      common += bounds_[n] * table_.middles[n];
+    }
+    vfloat most{};
+    for (int64_t k = 0; k < classes; k += kLanes) {
+      vfloat width = load(width_ + k), above = load(above_ + k);
+      for (int i = 0; i < kCount; ++i) {
+        const vfloat d = load(rows[i] + k) - middles[i];
+        width = fma(maximum(d, -d), bounds[i], width);
+        above = fma(maximum(d, vfloat{}), bounds[i], above);
+      }
+      store(next_width_ + k, width);
+      store(next_above_ + k, above);
+      most = maximum(most, width);
+    }
+    if (lane_bits(most <= splat(tolerance)) != (uint32_t{1} << kLanes) - 1) return false;
+    exchange(above_, next_above_);
+    exchange(width_, next_width_);
+    common_ = common;
+    return true;
+  }
+
+  static void exchange(float*& a, float*& b) {
+    float* const kept = a;
+    a = b;
+    b = kept;
+  }
+
+  void sort_by_weight() {
+    const int64_t queries = table_.queries, padded = to_full_vectors(queries);
+    for (int64_t n = 0; n < padded; n += kLanes) {
+      const vfloat weight = load(bounds_ + n) * load(table_.peaks + n);
+      store(weights_ + n, weight);
+      vint key = (bits(weight) >> 21) - splat(kLowestKey);
+      key = key < 0 ? vint{} : key;
+      store(keys_ + n, key > kKeys - 1 ? splat(kKeys - 1) : key);
+    }
+    int32_t place[kKeys + 1] = {};
+    for (int64_t n = 0; n < queries; ++n) ++place[keys_[n] + 1];
+    for (int32_t key = 0; key < kKeys; ++key) place[key + 1] += place[key];
+    for (int64_t n = 0; n < queries; ++n) order_[place[keys_[n]]++] = static_cast<int32_t>(n);
+  }
+
+  const ClassTable& table_;
+  float *bounds_, *weights_, *above_, *width_, *next_above_, *next_width_;
+  int32_t *keys_, *order_;
+  const int32_t* chosen_ = nullptr;
+  int64_t count_ = 0;
+  int32_t tag_bits_ = 0;
+  float rounding_, common_ = 0.0f;
+};
+
+}  // namespace
+}  // namespace fastmask::FASTMASK_SIMD

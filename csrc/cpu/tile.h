@@ -1,0 +1,145 @@
+// Bounds of a query's logits in a tile, and the tile itself resampled. Functions of this level's namespace alone.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/vec.h"
+#include "tiles.h"
+
+namespace fastmask::FASTMASK_SIMD {
+
+// What each lane's index finds in a table of `count` floats, 32 of which can be read.
+static inline vfloat look_up(const float* table, [[maybe_unused]] int64_t count, vint index) {
+#if defined(__AVX512F__)
+  if (count <= 2 * kLanes) {
+    return (vfloat)_mm512_permutex2var_ps((__m512)load(table), (__m512i)index, (__m512)load(table + kLanes));
+  }
+#endif
+  return gather(table, index);
+}
+
+// x within +-bound; NaN stays NaN.
+static inline vfloat clamp(vfloat x, float bound) { return maximum(splat(-bound), minimum(splat(bound), x)); }
+
+// sigmoid(x), NaN for NaN; below -87 all are alike.
+static inline vfloat probability(vfloat x) {
+  x = x < -87.0f ? splat(-87.0f) : x;
+  return 1.0f / (1.0f + exp_neg(x));
+}
+
+// The lowest and the highest logit that a tile reads, infinite ones bounded; NaN counts for neither, but is noted.
+struct Bounds {
+  float low, high;
+  bool nan;
+};
+
+static inline Bounds bounds(const Plane& plane, const TilePlan& plan, float* buffer) {
+  const AxisTile& rows = plan.probabilities ? plan.inner_rows : plan.rows;
+  const AxisTile& columns = plan.probabilities ? plan.inner_columns : plan.columns;
+  vfloat low = splat(kLogitBound), high = splat(-kLogitBound);
+  vint nan = {};
+  const int64_t count = columns.inputs;
+  for (int64_t i = 0; i < rows.inputs; ++i) {
+    const int64_t at = plane.offset + rows.input[i] * plane.row_stride + columns.input[0];
+    const float* x = buffer;
+    if (plane.dtype == Dtype::kFloat32 && count >= kLanes) {
+      x = static_cast<const float*>(plane.logits) + at;
+    } else {
+      load_logits(plane.logits, plane.dtype, at, count, buffer);
+      for (int64_t j = count; j < kLanes; ++j) buffer[j] = buffer[0];
+    }
+    for (int64_t j = 0; j < count; j += kLanes) {
+      const int64_t last = count - kLanes;
+      const vfloat v = load(x + (j <= last || last < 0 ? j : last));
+      low = minimum(v, low);
+      high = maximum(v, high);
+      nan |= v != v;
+    }
+  }
+  Bounds result{low[0], high[0], false};
+  for (int i = 0; i < kLanes; ++i) {
+    result.low = low[i] < result.low ? low[i] : result.low;
+    result.high = high[i] > result.high ? high[i] : result.high;
+    result.nan |= nan[i] != 0;
+  }
+  result.low = result.low < -kLogitBound ? -kLogitBound : result.low;
+  result.high = result.high > kLogitBound ? kLogitBound : result.high;
+  return result;
+}
+
+// out[i] for one row of inputs, up to a full vector.
+static inline void resample_row(const float* inputs, const AxisTile& columns, float* out) {
+  for (int64_t j = 0; j < columns.stride; j += kLanes) {
+    vfloat sum = look_up(inputs, columns.inputs, load(columns.slot + j)) * load(columns.weight + j);
+    for (int t = 1; t < columns.taps; ++t) {
+      const int64_t at = t * columns.stride + j;
+      sum = fma(look_up(inputs, columns.inputs, load(columns.slot + at)), load(columns.weight + at), sum);
+    }
+    store(out + j, sum);
+  }
+}
+
+// Output row i of a tile whose input rows have been resampled along the columns, `stride` floats apart.
+static inline void resample_column(const float* inputs, int64_t stride, const AxisTile& rows, int64_t i, float* out) {
+  const float* first = inputs + rows.slot[i] * stride;
+  const float* second = inputs + rows.slot[(rows.taps > 1 ? rows.stride : 0) + i] * stride;
+  const vfloat weight = splat(rows.weight[i]);
+  const vfloat second_weight = splat(rows.taps > 1 ? rows.weight[rows.stride + i] : 0.0f);
+  for (int64_t j = 0; j < stride; j += kLanes) {
+    store(out + j, fma(load(second + j), second_weight, load(first + j) * weight));
+  }
+  for (int t = 2; t < rows.taps; ++t) {
+    const float* other = inputs + rows.slot[t * rows.stride + i] * stride;
+    const vfloat other_weight = splat(rows.weight[t * rows.stride + i]);
+    for (int64_t j = 0; j < stride; j += kLanes) store(out + j, fma(load(other + j), other_weight, load(out + j)));
+  }
+}
+
+// Scratch memory of resample_tile, cut from one piece.
+struct TileScratch {
+  float* piece;
+  float* rows;
+  float* inner;
+  float* rest;  // what is left for others
+
+  TileScratch(const TileScratchSizes& sizes, float* scratch)
+      : piece(scratch), rows(piece + sizes.piece), inner(rows + sizes.rows), rest(inner + sizes.inner) {}
+};
+
+static inline void load_piece(const Plane& plane, int64_t row, const AxisTile& columns, float* piece) {
+  const int64_t at = plane.offset + row * plane.row_stride + columns.input[0];
+  load_logits(plane.logits, plane.dtype, at, columns.inputs, piece);
+  for (int64_t j = 0; j < columns.inputs; j += kLanes) store(piece + j, clamp(load(piece + j), kLogitBound));
+}
+
+// The logits, or the probabilities of a plan that makes such, of a tile's pixels: [rows.count, columns.stride], NaN
+// beyond columns.count.
+static inline void resample_tile(const Plane& plane, const TilePlan& plan, const TileScratch& scratch, float* out) {
+  const AxisTile& rows = plan.rows;
+  const AxisTile& columns = plan.columns;
+  if (!plan.probabilities) {
+    for (int64_t i = 0; i < rows.inputs; ++i) {
+      load_piece(plane, rows.input[i], columns, scratch.piece);
+      resample_row(scratch.piece, columns, scratch.rows + i * columns.stride);
+    }
+  } else {
+    const AxisTile& inner_rows = plan.inner_rows;
+    const AxisTile& inner_columns = plan.inner_columns;
+    for (int64_t i = 0; i < inner_rows.inputs; ++i) {
+      load_piece(plane, inner_rows.input[i], inner_columns, scratch.piece);
+      resample_row(scratch.piece, inner_columns, scratch.inner + i * inner_columns.stride);
+    }
+    for (int64_t i = 0; i < rows.inputs; ++i) {
+      resample_column(scratch.inner, inner_columns.stride, inner_rows, i, scratch.piece);
+      for (int64_t j = 0; j < inner_columns.stride; j += kLanes) {
+        store(scratch.piece + j, probability(load(scratch.piece + j)));
+      }
+      resample_row(scratch.piece, columns, scratch.rows + i * columns.stride);
+    }
+  }
+  for (int64_t i = 0; i < rows.count; ++i) {
+    resample_column(scratch.rows, columns.stride, rows, i, out + i * columns.stride);
+  }
+}
+
+}  // namespace fastmask::FASTMASK_SIMD

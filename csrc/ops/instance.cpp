@@ -1,0 +1,131 @@
+#include "cpu/instance.h"
+
+#include <cstring>
+#include <tuple>
+#include <vector>
+
+#include "cpu/count_nan.h"
+#include "ops/planes.h"
+#include "rle.h"
+
+namespace fastmask {
+namespace {
+
+using torch::stable::parallel_for;
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> instance_masks(Tensor mask_logits, Tensor queries, bool packed,
+                                                                  Sizes grid, OptionalSizes padded_size,
+                                                                  OptionalSizes valid_size, Sizes size, int64_t in_top,
+                                                                  int64_t out_top, int64_t out_rows) {
+  const QueryPlanes planes(mask_logits);
+  const Geometry geometry(planes.rows(), planes.w(), grid, padded_size, valid_size, size, in_top, out_top, out_rows);
+  queries = torch::stable::contiguous(queries);
+  STD_TORCH_CHECK(queries.dim() == 2 && queries.scalar_type() == ScalarType::Long && queries.size(0) == planes.batch(),
+                  "queries must be (B, R) int64 for the B of mask_logits");
+  const int64_t batch = planes.batch(), picks = queries.size(1), width = geometry.width();
+  STD_TORCH_CHECK(out_rows * width <= INT32_MAX, "out_rows x W must be less than 2^31 pixels");
+  const int64_t* query = static_cast<const int64_t*>(queries.data_ptr());
+  // Of each pick, the first pick of the image with the same query, which alone is computed; -1 for padding.
+  std::vector<int64_t> first(batch * picks, -1), found(planes.queries());
+  for (int64_t b = 0; b < batch; ++b) {
+    std::fill(found.begin(), found.end(), -1);
+    for (int64_t i = b * picks; i < (b + 1) * picks; ++i) {
+      STD_TORCH_CHECK(query[i] >= -1 && query[i] < planes.queries(), "queries holds ", query[i],
+                      "; expected -1 or a query less than ", planes.queries());
+      if (query[i] < 0) continue;
+      if (found[query[i]] < 0) found[query[i]] = i;
+      first[i] = found[query[i]];
+    }
+  }
+
+  const int64_t row_bytes = packed ? (width + 7) / 8 : width, mask_bytes = out_rows * row_bytes;
+  Tensor masks = torch::stable::new_empty(queries, {batch, picks, out_rows, row_bytes},
+                                          packed ? ScalarType::Byte : ScalarType::Bool);
+  Tensor foreground = torch::stable::new_empty(queries, {batch, picks}, ScalarType::Float);
+  Tensor area = torch::stable::new_empty(queries, {batch, picks}, ScalarType::Int);
+  Tensor boxes = torch::stable::new_empty(queries, {batch, picks, 4}, ScalarType::Int);
+  Tensor nan_logits = torch::stable::new_empty(queries, {batch, picks}, ScalarType::Int);
+  uint8_t* mask_data = static_cast<uint8_t*>(masks.data_ptr());
+  float* foreground_data = static_cast<float*>(foreground.data_ptr());
+  int32_t* area_data = static_cast<int32_t*>(area.data_ptr());
+  int32_t* box_data = static_cast<int32_t*>(boxes.data_ptr());
+  int32_t* nan_data = static_cast<int32_t*>(nan_logits.data_ptr());
+
+  const TilePlans plans = tile_plans(geometry, false);
+  const TileScratchSizes sizes = plans.scratch();
+  const auto tile_kernel = FASTMASK_SELECT(instance_tile);
+  const auto nan_kernel = FASTMASK_SELECT(count_nan);
+  parallel_for(0, batch * picks, 1, [&](int64_t begin, int64_t end) {
+    Scratch scratch(instance_scratch(sizes));
+    for (int64_t i = begin; i < end; ++i) {
+      const MaskRows mask{mask_data + i * mask_bytes, row_bytes, packed};
+      if (first[i] < 0) memset(mask.data, 0, mask_bytes);
+      if (first[i] >= 0 && first[i] != i) continue;
+      InstanceSums sums;
+      int64_t nans = 0;
+      if (first[i] == i) {
+        const Plane plane = planes.plane(i / picks, query[i]);
+        nans = nan_kernel(plane, planes.rows(), planes.w());
+        for (int64_t band = 0; band < plans.bands(); ++band) {
+          for (int64_t column = 0; column < plans.columns(); ++column) {
+            tile_kernel(plane, plans.plan(band, column), sizes, scratch.data(), mask, sums);
+          }
+        }
+      }
+      foreground_data[i] = static_cast<float>(sums.foreground);
+      area_data[i] = static_cast<int32_t>(sums.area);
+      nan_data[i] = static_cast<int32_t>(nans);
+      int32_t* box = box_data + 4 * i;
+      box[0] = sums.area > 0 ? static_cast<int32_t>(sums.left) : 0;
+      box[1] = sums.area > 0 ? static_cast<int32_t>(out_top + sums.top) : 0;
+      box[2] = static_cast<int32_t>(sums.right);
+      box[3] = sums.area > 0 ? static_cast<int32_t>(out_top + sums.bottom) : 0;
+    }
+  });
+  parallel_for(0, batch * picks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (first[i] < 0 || first[i] == i) continue;
+      memcpy(mask_data + i * mask_bytes, mask_data + first[i] * mask_bytes, mask_bytes);
+      foreground_data[i] = foreground_data[first[i]];
+      area_data[i] = area_data[first[i]];
+      nan_data[i] = nan_data[first[i]];
+      memcpy(box_data + 4 * i, box_data + 4 * first[i], 4 * sizeof(int32_t));
+    }
+  });
+  return {masks, foreground, area, boxes, nan_logits};
+}
+
+std::tuple<Tensor, Tensor> rle_encode(Tensor masks, int64_t width) {
+  masks = torch::stable::contiguous(masks);
+  const bool packed = masks.scalar_type() == ScalarType::Byte;
+  STD_TORCH_CHECK(masks.dim() == 3 && (packed || masks.scalar_type() == ScalarType::Bool),
+                  "masks must be (R, H, W) bool or (R, H, ceil(W / 8)) uint8");
+  const int64_t count = masks.size(0), height = masks.size(1), row_bytes = masks.size(2);
+  STD_TORCH_CHECK(width >= 1 && height >= 1 && row_bytes == (packed ? (width + 7) / 8 : width), "masks has rows of ",
+                  row_bytes, " bytes, which does not fit the width ", width);
+  STD_TORCH_CHECK(width <= INT32_MAX && height <= INT32_MAX, "masks must have sides of less than 2^31");
+  const uint8_t* data = static_cast<const uint8_t*>(masks.data_ptr());
+  std::vector<std::string> encoded(count);
+  parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    RunLengthEncoder encoder;
+    for (int64_t r = begin; r < end; ++r) {
+      encoder.encode({data + r * height * row_bytes, height, width, row_bytes, packed}, encoded[r]);
+    }
+  });
+  Tensor offsets = torch::stable::new_empty(masks, {count + 1}, ScalarType::Long);
+  int64_t* offset = static_cast<int64_t*>(offsets.data_ptr());
+  offset[0] = 0;
+  for (int64_t r = 0; r < count; ++r) offset[r + 1] = offset[r] + static_cast<int64_t>(encoded[r].size());
+  Tensor counts = torch::stable::new_empty(masks, {offset[count]}, ScalarType::Byte);
+  char* out = static_cast<char*>(counts.data_ptr());
+  for (int64_t r = 0; r < count; ++r) memcpy(out + offset[r], encoded[r].data(), encoded[r].size());
+  return {counts, offsets};
+}
+
+}  // namespace
+}  // namespace fastmask
+
+STABLE_TORCH_LIBRARY_IMPL(fastmask, CPU, library) {
+  library.impl("instance_masks", TORCH_BOX(&fastmask::instance_masks));
+  library.impl("rle_encode", TORCH_BOX(&fastmask::rle_encode));
+}

@@ -1,0 +1,223 @@
+#include "cpu/masked_attention.h"
+
+#include <algorithm>
+#include <tuple>
+
+#include "matcher/scratch.h"
+#include "ops/interpolation.h"
+#include "ops/tensors.h"
+
+namespace fastmask {
+namespace {
+
+using torch::stable::get_num_threads;
+using torch::stable::parallel_for;
+
+// A tensor (B, rows, E) whose last dimension is contiguous.
+Tensor with_contiguous_rows(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.dim() == 3, name, " must have three dimensions");
+  return tensor.size(2) <= 1 || tensor.stride(2) == 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
+template <typename T>
+AttentionRows<T> rows_of(const Tensor& tensor, int64_t image) {
+  return {static_cast<T*>(tensor.data_ptr()), image * tensor.stride(0), tensor.stride(1)};
+}
+
+// What forward and backward check and prepare alike.
+class Attention {
+ public:
+  Attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask_logits,
+            const std::optional<Tensor>& key_padding_mask, int64_t grid_height, int64_t grid_width, int64_t num_heads,
+            double scale, double dropout, const std::optional<Tensor>& seed)
+      : q_(with_contiguous_rows(q, "q")),
+        k_(with_contiguous_rows(k, "k")),
+        v_(with_contiguous_rows(v, "v")),
+        height_(grid_height),
+        width_(grid_width),
+        heads_(num_heads),
+        scale_(static_cast<float>(scale)),
+        dropout_(static_cast<float>(dropout)),
+        dtype_(logit_dtype(q, "q")),
+        rows_(mask_logits.has_value() ? mask_logits->size(2) : 0, mask_logits.has_value() ? grid_height : 0),
+        columns_(mask_logits.has_value() ? mask_logits->size(3) : 0, mask_logits.has_value() ? grid_width : 0) {
+    STD_TORCH_CHECK(grid_height > 0 && grid_width > 0, "the grid must have at least one key");
+    STD_TORCH_CHECK(num_heads > 0 && q.size(2) > 0 && q.size(2) % num_heads == 0, "num_heads=", num_heads,
+                    " does not divide the ", q.size(2), " channels of q");
+    for (const Tensor* tensor : {&k_, &v_}) {
+      STD_TORCH_CHECK(tensor->size(0) == batch() && tensor->size(1) == keys() && tensor->size(2) == channels(),
+                      "k and v must be (B, S, E) for the B and E of q and the S keys of the grid");
+      STD_TORCH_CHECK(tensor->scalar_type() == q.scalar_type(), "q, k and v must have one dtype");
+    }
+    if (mask_logits.has_value()) set_mask(*mask_logits);
+    if (key_padding_mask.has_value()) {
+      padding_ = torch::stable::contiguous(*key_padding_mask);
+      STD_TORCH_CHECK(padding_.dim() == 2 && padding_.scalar_type() == ScalarType::Bool &&
+                          padding_.size(0) == batch() && padding_.size(1) == keys(),
+                      "key_padding_mask must be (B, S) bool for the B of q and the S of k");
+    }
+    if (dropout_ > 0) {
+      STD_TORCH_CHECK(seed.has_value() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
+                      "seed must be an int64 tensor of one element");
+      seed_ = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->data_ptr()));
+    }
+  }
+
+  int64_t batch() const { return q_.size(0); }
+  int64_t queries() const { return q_.size(1); }
+  int64_t channels() const { return q_.size(2); }
+  int64_t keys() const { return height_ * width_; }
+  int64_t heads() const { return heads_; }
+  const Tensor& q() const { return q_; }
+
+  AttentionImage image(int64_t b) const {
+    AttentionImage image{};
+    image.queries = queries();
+    image.keys = keys();
+    image.heads = heads_;
+    image.head_dim = channels() / heads_;
+    image.dtype = dtype_;
+    image.q = rows_of<const void>(q_, b);
+    image.k = rows_of<const void>(k_, b);
+    image.v = rows_of<const void>(v_, b);
+    if (mask_.defined()) {
+      image.mask.logits = mask_.data_ptr();
+      image.mask.dtype = mask_dtype_;
+      image.mask.offset = b * mask_.stride(0);
+      image.mask.stride = mask_.stride(1);
+      image.mask.resampling = {mask_.size(2), mask_.size(3), rows_.view(), columns_.view()};
+      image.mask.height = height_;
+      image.mask.width = width_;
+    }
+    if (padding_.defined()) image.mask.padding = static_cast<const uint8_t*>(padding_.data_ptr()) + b * keys();
+    image.scale = scale_;
+    image.dropout = dropout_;
+    image.seed = seed_;
+    image.first_weight = static_cast<uint64_t>(b * heads_ * queries() * keys());
+    return image;
+  }
+
+  // Calls run(image, first head, last head, scratch) for all images and heads. As many tasks as threads, if that needs
+  // heads apart: each group of heads finds anew where the queries attend.
+  template <typename Run>
+  void for_each_task(int64_t tasks_of_image, bool backward, const Run& run) const {
+    if (batch() == 0) return;
+    const int64_t tasks = std::max<int64_t>(batch() * tasks_of_image, 1);
+    const int64_t wanted = (static_cast<int64_t>(get_num_threads()) + tasks - 1) / tasks;
+    const int64_t heads_of_task = std::max<int64_t>(heads_ / std::max<int64_t>(wanted, 1), 1);
+    const int64_t groups = (heads_ + heads_of_task - 1) / heads_of_task;
+    const int64_t floats = backward ? FASTMASK_SELECT(masked_attention_scratch)(image(0), true)
+                                    : FASTMASK_SELECT(masked_attention_scratch)(image(0), false);
+    parallel_for(0, batch() * groups * tasks_of_image, 1, [&](int64_t begin, int64_t end) {
+      static thread_local Scratch scratch;
+      float* memory = reinterpret_cast<float*>(scratch.reserve(floats * static_cast<int64_t>(sizeof(float))));
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t part = i % tasks_of_image, group = i / tasks_of_image % groups;
+        const int64_t first_head = group * heads_of_task;
+        run(i / tasks_of_image / groups, part, first_head, std::min(first_head + heads_of_task, heads_), memory);
+      }
+      scratch.trim();
+    });
+  }
+
+ private:
+  void set_mask(const Tensor& logits) {
+    STD_TORCH_CHECK(logits.dim() == 4 && logits.size(0) == batch() && logits.size(1) == queries() &&
+                        logits.size(2) > 0 && logits.size(3) > 0,
+                    "mask_logits must be (B, N, h, w) for the B and N of q, with at least one pixel");
+    const int64_t h = logits.size(2), w = logits.size(3);
+    const bool planes = (w == 1 || logits.stride(3) == 1) && (h == 1 || logits.stride(2) == w);
+    mask_ = planes ? logits : torch::stable::contiguous(logits);
+    mask_dtype_ = logit_dtype(logits, "mask_logits");
+  }
+
+  Tensor q_, k_, v_, mask_, padding_;
+  int64_t height_, width_, heads_;
+  float scale_, dropout_;
+  uint64_t seed_ = 0;
+  Dtype dtype_, mask_dtype_ = Dtype::kFloat32;
+  InterpolationTable rows_, columns_;
+};
+
+// Blocks of queries of about the same size.
+struct QueryBlocks {
+  int64_t queries, count, size;
+
+  explicit QueryBlocks(int64_t queries)
+      : queries(queries),
+        count((queries + kAttentionQueries - 1) / kAttentionQueries),
+        size(count == 0 ? 0 : (queries + count - 1) / count) {}
+
+  int64_t first(int64_t block) const { return std::min(block * size, queries); }
+};
+
+std::tuple<Tensor, Tensor> masked_attention(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask_logits,
+                                            std::optional<Tensor> key_padding_mask, int64_t grid_height,
+                                            int64_t grid_width, int64_t num_heads, double scale, double dropout,
+                                            std::optional<Tensor> seed) {
+  const Attention attention(q, k, v, mask_logits, key_padding_mask, grid_height, grid_width, num_heads, scale, dropout,
+                            seed);
+  const int64_t queries = attention.queries();
+  Tensor out = torch::stable::new_empty(q, {attention.batch(), queries, attention.channels()});
+  Tensor logsumexp = torch::stable::new_empty(q, {attention.batch(), num_heads, queries}, ScalarType::Double);
+  double* logsumexp_data = static_cast<double*>(logsumexp.data_ptr());
+  const QueryBlocks blocks(queries);
+  if (blocks.count == 0) return {out, logsumexp};
+  const auto kernel = FASTMASK_SELECT(masked_attention_forward);
+  attention.for_each_task(
+      blocks.count, false, [&](int64_t b, int64_t block, int64_t first_head, int64_t last_head, float* memory) {
+        const AttentionForward result{rows_of<void>(out, b), logsumexp_data + b * num_heads * queries};
+        const int64_t first = blocks.first(block);
+        kernel(attention.image(b), result, first, blocks.first(block + 1) - first, first_head, last_head, memory);
+      });
+  return {out, logsumexp};
+}
+
+std::tuple<Tensor, Tensor, Tensor> masked_attention_backward(Tensor grad_out, Tensor out, Tensor logsumexp, Tensor q,
+                                                             Tensor k, Tensor v, std::optional<Tensor> mask_logits,
+                                                             std::optional<Tensor> key_padding_mask,
+                                                             int64_t grid_height, int64_t grid_width, int64_t num_heads,
+                                                             double scale, double dropout, std::optional<Tensor> seed) {
+  const Attention attention(q, k, v, mask_logits, key_padding_mask, grid_height, grid_width, num_heads, scale, dropout,
+                            seed);
+  const int64_t batch = attention.batch(), queries = attention.queries(), channels = attention.channels();
+  grad_out = with_contiguous_rows(grad_out, "grad_out");
+  out = with_contiguous_rows(out, "out");
+  logsumexp = torch::stable::contiguous(logsumexp);
+  for (const Tensor* tensor : {&grad_out, &out}) {
+    STD_TORCH_CHECK(tensor->size(0) == batch && tensor->size(1) == queries && tensor->size(2) == channels &&
+                        tensor->scalar_type() == q.scalar_type(),
+                    "grad_out and out must have the shape and dtype of q");
+  }
+  STD_TORCH_CHECK(logsumexp.scalar_type() == ScalarType::Double && logsumexp.numel() == batch * num_heads * queries,
+                  "logsumexp must be (B, heads, N) float64");
+  const double* logsumexp_data = static_cast<const double*>(logsumexp.data_ptr());
+  Tensor grad_q = torch::stable::new_empty(q, {batch, queries, channels});
+  Tensor grad_k = torch::stable::new_zeros(k, {batch, attention.keys(), channels}, ScalarType::Float);
+  Tensor grad_v = torch::stable::new_zeros(v, {batch, attention.keys(), channels}, ScalarType::Float);
+  const QueryBlocks blocks(queries);
+  const auto kernel = FASTMASK_SELECT(masked_attention_backward);
+  // A head's keys are written by one thread, for one block of queries after the other: the same sums whatever the
+  // number of threads.
+  attention.for_each_task(1, true, [&](int64_t b, int64_t, int64_t first_head, int64_t last_head, float* memory) {
+    const AttentionBackward result{
+        rows_of<const void>(out, b), rows_of<const void>(grad_out, b), logsumexp_data + b * num_heads * queries,
+        rows_of<void>(grad_q, b),    rows_of<float>(grad_k, b),        rows_of<float>(grad_v, b)};
+    const AttentionImage image = attention.image(b);
+    for (int64_t block = 0; block < blocks.count; ++block) {
+      const int64_t first = blocks.first(block);
+      kernel(image, result, first, blocks.first(block + 1) - first, first_head, last_head, memory);
+    }
+  });
+  const ScalarType dtype = q.scalar_type();
+  if (dtype == ScalarType::Float) return {grad_q, grad_k, grad_v};
+  return {grad_q, torch::stable::to(grad_k, dtype), torch::stable::to(grad_v, dtype)};
+}
+
+}  // namespace
+}  // namespace fastmask
+
+STABLE_TORCH_LIBRARY_IMPL(fastmask, CPU, library) {
+  library.impl("masked_attention", TORCH_BOX(&fastmask::masked_attention));
+  library.impl("masked_attention_backward", TORCH_BOX(&fastmask::masked_attention_backward));
+}

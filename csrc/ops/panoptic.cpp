@@ -1,0 +1,105 @@
+#include "cpu/panoptic.h"
+
+#include <atomic>
+#include <cmath>
+#include <tuple>
+#include <vector>
+
+#include "cpu/count_nan.h"
+#include "ops/planes.h"
+
+namespace fastmask {
+namespace {
+
+using torch::stable::parallel_for;
+
+// The queries of one image that have a score.
+struct ImageQueries {
+  std::vector<Plane> planes;
+  std::vector<float> scores;
+  std::vector<int32_t> queries;
+
+  KeptQueries view() const {
+    return {static_cast<int64_t>(planes.size()), planes.data(), scores.data(), queries.data()};
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> panoptic_winners(Tensor scores, Tensor mask_logits, bool resize_probabilities,
+                                                    bool clip_to_mask, double mask_threshold, Sizes grid,
+                                                    OptionalSizes padded_size, OptionalSizes valid_size, Sizes size,
+                                                    int64_t in_top, int64_t out_top, int64_t out_rows) {
+  const QueryPlanes planes(mask_logits);
+  const int64_t batch = planes.batch(), queries = planes.queries(), rows = planes.rows(), w = planes.w();
+  const Geometry geometry(rows, w, grid, padded_size, valid_size, size, in_top, out_top, out_rows);
+  scores = torch::stable::contiguous(scores);
+  STD_TORCH_CHECK(scores.dim() == 2 && scores.scalar_type() == ScalarType::Float && scores.size(0) == batch &&
+                      scores.size(1) == queries,
+                  "scores must be (B, N) float32 for the B and N of mask_logits");
+  STD_TORCH_CHECK(mask_threshold >= 0 && mask_threshold <= 1, "mask_threshold must lie in 0..1, got ", mask_threshold);
+  STD_TORCH_CHECK(queries < (1 << 30), "mask_logits must have less than 2^30 queries");
+  const int64_t width = geometry.width();
+  STD_TORCH_CHECK(out_rows * width <= INT32_MAX, "out_rows x W must be less than 2^31 pixels");
+
+  Tensor winner = torch::stable::new_empty(scores, {batch, out_rows, width}, ScalarType::Int);
+  Tensor areas = torch::stable::new_zeros(scores, {batch, queries, 3}, ScalarType::Int);
+  Tensor nan_logits = torch::stable::new_zeros(scores, {batch, queries}, ScalarType::Int);
+  const float* score_data = static_cast<const float*>(scores.data_ptr());
+  int32_t* winner_data = static_cast<int32_t*>(winner.data_ptr());
+  int32_t* area_data = static_cast<int32_t*>(areas.data_ptr());
+  int32_t* nan_data = static_cast<int32_t*>(nan_logits.data_ptr());
+
+  const auto nan_kernel = FASTMASK_SELECT(count_nan);
+  parallel_for(0, batch * queries, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (!(score_data[i] > 0)) continue;
+      nan_data[i] = static_cast<int32_t>(nan_kernel(planes.plane(i / queries, i % queries), rows, w));
+    }
+  });
+
+  std::vector<ImageQueries> images(batch);
+  int64_t most_kept = 0;
+  for (int64_t i = 0; i < batch * queries; ++i) {
+    if (!(score_data[i] > 0)) continue;
+    ImageQueries& image = images[i / queries];
+    image.planes.push_back(planes.plane(i / queries, i % queries));
+    image.scores.push_back(score_data[i]);
+    image.queries.push_back(static_cast<int32_t>(i % queries));
+    most_kept = std::max(most_kept, static_cast<int64_t>(image.planes.size()));
+  }
+
+  const TilePlans plans = tile_plans(geometry, resize_probabilities);
+  const TileScratchSizes sizes = plans.scratch();
+  const PanopticRule rule{clip_to_mask, static_cast<float>(mask_threshold),
+                          static_cast<float>(std::log(mask_threshold / (1.0 - mask_threshold)))};
+  const auto tile_kernel = FASTMASK_SELECT(panoptic_tile);
+  parallel_for(0, batch * plans.bands(), 1, [&](int64_t begin, int64_t end) {
+    Scratch scratch(panoptic_scratch(sizes, most_kept));
+    std::vector<PanopticAreas> tile_areas;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / plans.bands(), band = i % plans.bands();
+      const ImageQueries& image = images[b];
+      tile_areas.assign(image.planes.size(), {});
+      for (int64_t column = 0; column < plans.columns(); ++column) {
+        const TilePlan plan = plans.plan(band, column);
+        int32_t* out = winner_data + (b * out_rows + plan.rows.begin) * width + plan.columns.begin;
+        tile_kernel(image.view(), plan, rule, sizes, scratch.data(), out, width, tile_areas.data());
+      }
+      // Sums of integers are the same in any order.
+      for (size_t k = 0; k < tile_areas.size(); ++k) {
+        int32_t* sums = area_data + 3 * (b * queries + image.queries[k]);
+        const int64_t terms[3] = {tile_areas[k].won, tile_areas[k].mask, tile_areas[k].visible};
+        for (int t = 0; t < 3; ++t) {
+          std::atomic_ref<int32_t>(sums[t]).fetch_add(static_cast<int32_t>(terms[t]), std::memory_order_relaxed);
+        }
+      }
+    }
+  });
+  return {winner, areas, nan_logits};
+}
+
+}  // namespace
+}  // namespace fastmask
+
+STABLE_TORCH_LIBRARY_IMPL(fastmask, CPU, library) {
+  library.impl("panoptic_winners", TORCH_BOX(&fastmask::panoptic_winners));
+}

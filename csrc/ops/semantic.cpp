@@ -1,0 +1,259 @@
+#include "cpu/semantic.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <tuple>
+
+#include "ops/geometry.h"
+#include "ops/tensors.h"
+
+namespace fastmask {
+namespace {
+
+using torch::stable::parallel_for;
+
+constexpr int64_t kBandRows = 32;  // of pixels at most, for one thread at a time
+constexpr int64_t kBands = 16;     // at least, where that leaves kFewRows to each
+constexpr int64_t kFewRows = 4;
+
+// In the order of scores a thread holds the scores of a part of the valid grid: about so many columns, and as many rows
+// as this many floats are enough for.
+constexpr int64_t kPanelColumns = 512;
+constexpr int64_t kPanelFloats = 1 << 20;
+
+// Beyond this, a class no longer fits beside its score in 32 bits.
+constexpr int64_t kMostClassesToSkip = 4096;
+
+std::atomic<bool> skip_queries{true};
+
+// The smallest of uint8, int16 and int32 that holds all classes.
+ScalarType label_type(int64_t classes) {
+  if (classes <= 256) return ScalarType::Byte;
+  return classes <= 32768 ? ScalarType::Short : ScalarType::Int;
+}
+
+// Class probabilities [queries, classes] of one image in the layouts of ClassTable.
+class ClassTableMemory {
+ public:
+  ClassTableMemory(const float* probabilities, int64_t queries, int64_t classes)
+      : queries_(queries),
+        classes_(classes),
+        blocks_(queries * classes),
+        rows_(queries * to_full_vectors(classes)),
+        middles_(queries),
+        peaks_(to_full_vectors(queries)) {
+    float* at = blocks_.data();
+    for (int64_t block = 0, k = 0; block < class_blocks(classes); ++block) {
+      const int64_t count = class_block_size(classes, block);
+      for (int64_t n = 0; n < queries; ++n) at = std::copy_n(probabilities + n * classes + k, count, at);
+      k += count;
+    }
+    std::vector<float> sorted(classes);
+    for (int64_t n = 0; n < queries; ++n) {
+      const float* row = probabilities + n * classes;
+      peaks_[n] = *std::max_element(row, row + classes);
+      if (std::any_of(row, row + classes, [](float p) { return std::isnan(p); })) {
+        peaks_[n] = middles_[n] = NAN;
+      } else {
+        std::copy_n(row, classes, sorted.begin());
+        std::nth_element(sorted.begin(), sorted.begin() + classes / 2, sorted.end());
+        middles_[n] = sorted[classes / 2];
+      }
+      float* padded = rows_.data() + n * to_full_vectors(classes);
+      std::fill(std::copy_n(row, classes, padded), padded + to_full_vectors(classes), middles_[n]);
+    }
+  }
+
+  ClassTable view() const { return {queries_, classes_, blocks_.data(), rows_.data(), middles_.data(), peaks_.data()}; }
+
+ private:
+  int64_t queries_, classes_;
+  std::vector<float> blocks_, rows_, middles_, peaks_;
+};
+
+// A band's logits as the kernels read them; memory is kept from band to band.
+class PackedBand {
+ public:
+  // The rows [top, end) of the logits, for all strips of pixels of `columns`. NaN logits of the rows [top, count_end)
+  // are added to nans[queries].
+  const PackedLogits& pack(const MaskPlanes& planes, const Taps& columns, int64_t top, int64_t end, int64_t count_end,
+                           bool cells, int32_t* nans) {
+    packed_.top = top;
+    packed_.rows = end - top;
+    packed_.strips = columns.stride / kStrip;
+    packed_.queries = planes.queries;
+    packed_.stride = 0;
+    for (int64_t strip = 0; strip < packed_.strips; ++strip) {
+      const int32_t* index = columns.index + strip * kStrip;
+      const int64_t span = index[(columns.taps - 1) * columns.stride + kStrip - 1] + 1 - index[0];
+      packed_.stride = std::max(packed_.stride, span);
+    }
+    logits_.resize(packed_.strips * packed_.rows * packed_.queries * packed_.stride + 32);
+    packed_.logits = logits_.data();
+    if (cells) cells_.resize(packed_.rows * packed_.strips * to_full_vectors(packed_.queries));
+    packed_.cells = cells ? cells_.data() : nullptr;
+    scratch_.resize(pack_scratch(planes.columns));
+    FASTMASK_SELECT(pack_logits)
+    (planes, columns, top, std::max(end, count_end), count_end, packed_, nans, scratch_.data());
+    return packed_;
+  }
+
+ private:
+  PackedLogits packed_;
+  std::vector<float> logits_, cells_, scratch_;
+};
+
+// Where each band of so many rows of pixels begins to read; and the end of the logits.
+std::vector<int64_t> band_tops(const Taps& rows, int64_t height, int64_t logit_rows) {
+  std::vector<int64_t> tops{0};
+  for (int64_t y = height; y < rows.out; y += height) tops.push_back(rows.index[y]);
+  tops.push_back(logit_rows);
+  return tops;
+}
+
+void mix_masks(const MaskPlanes& planes, const ClassTable& table, const Taps& rows, const Taps& columns, bool skip,
+               const SemanticMaps& maps, int32_t* nan_logits) {
+  const int64_t height = std::clamp((rows.out + kBands - 1) / kBands, kFewRows, kBandRows);
+  const std::vector<int64_t> tops = band_tops(rows, height, planes.rows);
+  const int64_t bands = static_cast<int64_t>(tops.size()) - 1;
+  std::vector<int32_t> nans(bands * planes.queries);  // of each band, so that no two threads add to one number
+  const auto kernel = FASTMASK_SELECT(semantic_strip);
+  parallel_for(0, bands, 1, [&](int64_t first, int64_t last) {
+    PackedBand band;
+    std::vector<float> scratch(semantic_scratch(planes.queries, table.classes, rows.taps));
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t begin = i * height, end = std::min(begin + height, rows.out);
+      const int64_t read_end = rows.index[(rows.taps - 1) * rows.stride + end - 1] + 1;
+      const PackedLogits& packed =
+          band.pack(planes, columns, tops[i], read_end, tops[i + 1], skip, nans.data() + i * planes.queries);
+      for (int64_t strip = 0; strip < packed.strips; ++strip) {
+        kernel(packed, table, rows, columns, strip, begin, end, maps, scratch.data());
+      }
+    }
+  });
+  for (int64_t i = 0; i < bands * planes.queries; ++i) nan_logits[i % planes.queries] += nans[i];
+}
+
+void count_nans(const MaskPlanes& planes, const Taps& columns, int32_t* nan_logits) {
+  std::vector<float> scratch(pack_scratch(planes.columns));
+  FASTMASK_SELECT(pack_logits)
+  (planes, columns, 0, planes.rows, planes.rows, PackedLogits{}, nan_logits, scratch.data());
+}
+
+void mix_scores(const MaskPlanes& planes, const ClassTable& table, const Geometry& geometry, const SemanticMaps& maps) {
+  const int64_t panels = (geometry.valid_width() + kPanelColumns - 1) / kPanelColumns;
+  const int64_t width = (maps.width + panels - 1) / panels;
+  const int64_t row_floats = table.classes * std::min(geometry.valid_width(), kPanelColumns + 2);
+  const AxisTaps all_rows = geometry.rows_of_valid(0, maps.rows);
+  const double scale = static_cast<double>(maps.rows) / (all_rows.end() - all_rows.first());
+  const int64_t height =
+      std::clamp<int64_t>(static_cast<int64_t>(scale * (kPanelFloats / row_floats - 2)), 1, kBandRows);
+  const int64_t chunks = (maps.rows + height - 1) / height;
+  const auto grid_kernel = FASTMASK_SELECT(semantic_grid_scores);
+  const auto resample_kernel = FASTMASK_SELECT(semantic_resample_scores);
+  parallel_for(0, panels * chunks, 1, [&](int64_t begin, int64_t end) {
+    PackedBand band;
+    std::vector<float> scores, scratch;
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t top = item % chunks * height, left = item / chunks * width;
+      if (left >= maps.width) continue;
+      AxisTaps rows = geometry.rows_of_valid(top, std::min(height, maps.rows - top));
+      AxisTaps columns = geometry.columns_of_valid(left, std::min(width, maps.width - left));
+      const AxisTaps grid_rows = geometry.valid_rows(rows.first(), rows.end());
+      const AxisTaps grid_columns = geometry.valid_columns(columns.first(), columns.end());
+      rows.count_from(rows.first());
+      columns.count_from(columns.first());
+      const Taps row_view = grid_rows.view(), column_view = grid_columns.view();
+      const PackedLogits& packed =
+          band.pack(planes, column_view, grid_rows.first(), grid_rows.end(), 0, false, nullptr);
+      scores.resize(row_view.out * table.classes * column_view.stride + 32);
+      scratch.resize(
+          std::max(grid_scores_scratch(planes.queries, row_view.taps), resample_scratch(column_view.stride)));
+      grid_kernel(packed, table, row_view, column_view, scores.data(), scratch.data());
+      resample_kernel(scores.data(), table.classes, column_view.stride, rows.view(), columns.view(), top, left, maps,
+                      scratch.data());
+    }
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> semantic_inference(Tensor probabilities, Tensor mask_logits,
+                                                              std::string order, std::string output, bool details,
+                                                              Sizes grid, OptionalSizes padded_size,
+                                                              OptionalSizes valid_size, Sizes size, int64_t in_top,
+                                                              int64_t out_top, int64_t out_rows) {
+  probabilities = torch::stable::contiguous(probabilities);
+  STD_TORCH_CHECK(mask_logits.dim() == 4, "mask_logits must be (B, N, h, w)");
+  const Dtype dtype = logit_dtype(mask_logits, "mask_logits");
+  const int64_t batch = mask_logits.size(0), queries = mask_logits.size(1), h = mask_logits.size(2),
+                w = mask_logits.size(3);
+  if (w > 1 && mask_logits.stride(3) != 1) mask_logits = torch::stable::contiguous(mask_logits);
+  STD_TORCH_CHECK(probabilities.dim() == 3 && probabilities.scalar_type() == ScalarType::Float &&
+                      probabilities.size(0) == batch && probabilities.size(1) == queries && probabilities.size(2) > 0,
+                  "probabilities must be (B, N, K) float32 for the B and N of mask_logits, K at least 1");
+  STD_TORCH_CHECK(order == "masks" || order == "scores", "order must be masks or scores, got ", order);
+  STD_TORCH_CHECK(output == "labels" || output == "scores", "output must be labels or scores, got ", output);
+  STD_TORCH_CHECK(!details || output == "labels", "details come with labels");
+  const Geometry geometry(h, w, grid, padded_size, valid_size, size, in_top, out_top, out_rows);
+  const int64_t classes = probabilities.size(2), width = geometry.width();
+
+  const bool labels = output == "labels";
+  Tensor result = labels ? torch::stable::new_empty(mask_logits, {batch, out_rows, width}, label_type(classes))
+                         : torch::stable::new_empty(mask_logits, {batch, classes, out_rows, width}, ScalarType::Float);
+  std::vector<int64_t> detail_shape{0};
+  if (details) detail_shape = {batch, out_rows, width};
+  Tensor score = torch::stable::new_empty(mask_logits, detail_shape, ScalarType::Float);
+  Tensor margin = torch::stable::new_empty(mask_logits, detail_shape, ScalarType::Float);
+  Tensor nan_logits = torch::stable::new_zeros(mask_logits, {batch, queries}, ScalarType::Int);
+
+  const AxisTaps rows = geometry.rows(), columns = geometry.columns();
+  const bool skip = order == "masks" && labels && !details && queries > 1 && classes <= kMostClassesToSkip &&
+                    skip_queries.load(std::memory_order_relaxed);
+  for (int64_t b = 0; b < batch; ++b) {
+    const MaskPlanes planes{mask_logits.data_ptr(),
+                            dtype,
+                            b * mask_logits.stride(0),
+                            mask_logits.stride(1),
+                            mask_logits.stride(2),
+                            queries,
+                            h,
+                            w};
+    SemanticMaps maps{};
+    maps.rows = out_rows;
+    maps.width = width;
+    const int64_t pixels = out_rows * width;
+    if (labels) {
+      maps.label_bytes = classes <= 256 ? 1 : classes <= 32768 ? 2 : 4;
+      maps.labels = static_cast<char*>(result.data_ptr()) + b * pixels * maps.label_bytes;
+    } else {
+      maps.scores = static_cast<float*>(result.data_ptr()) + b * classes * pixels;
+    }
+    if (details) {
+      maps.score = static_cast<float*>(score.data_ptr()) + b * pixels;
+      maps.margin = static_cast<float*>(margin.data_ptr()) + b * pixels;
+    }
+    int32_t* const nans = static_cast<int32_t*>(nan_logits.data_ptr()) + b * queries;
+    const ClassTableMemory table(static_cast<const float*>(probabilities.data_ptr()) + b * queries * classes, queries,
+                                 classes);
+    if (order == "masks") {
+      mix_masks(planes, table.view(), rows.view(), columns.view(), skip, maps, nans);
+    } else {
+      count_nans(planes, columns.view(), nans);
+      mix_scores(planes, table.view(), geometry, maps);
+    }
+  }
+  return {result, score, margin, nan_logits};
+}
+
+bool set_query_skipping(bool on) { return skip_queries.exchange(on); }
+
+}  // namespace
+}  // namespace fastmask
+
+STABLE_TORCH_LIBRARY_IMPL(fastmask, CPU, library) {
+  library.impl("semantic_inference", TORCH_BOX(&fastmask::semantic_inference));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastmask, CompositeExplicitAutograd, library) {
+  library.impl("_set_query_skipping", TORCH_BOX(&fastmask::set_query_skipping));
+}

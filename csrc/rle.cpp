@@ -1,0 +1,105 @@
+#include "rle.h"
+
+#include <cstring>
+
+namespace fastmask {
+namespace {
+
+bool bit(const std::vector<uint64_t>& words, int64_t i) { return (words[i / 64] >> (i % 64) & 1) != 0; }
+
+// Eight bytes of 0 or 1 as the bits of one: the product brings the lowest bit of byte i to bit 56 + i.
+uint64_t gather_bits(const uint8_t* bytes, int64_t count) {
+  uint64_t eight = 0;
+  memcpy(&eight, bytes, count < 8 ? count : 8);
+  return (eight & 0x0101010101010101u) * 0x0102040810204080u >> 56;
+}
+
+// The lengths of runs, in the order that they are found in.
+class RunWriter {
+ public:
+  explicit RunWriter(std::string& out) : out_(out) {}
+
+  // A run ends before pixel `position`.
+  void end_run(int64_t position) {
+    const int64_t length = position - begin_;
+    begin_ = position;
+    int64_t rest = count_ > 2 ? length - last_but_one_ : length;
+    last_but_one_ = last_;
+    last_ = length;
+    ++count_;
+    bool more = true;
+    while (more) {
+      const int64_t digit = rest & 0x1f;
+      rest >>= 5;
+      more = rest != ((digit & 0x10) != 0 ? -1 : 0);
+      out_.push_back(static_cast<char>('0' + (digit | (more ? 0x20 : 0))));
+    }
+  }
+
+ private:
+  std::string& out_;
+  int64_t begin_ = 0, count_ = 0, last_ = 0, last_but_one_ = 0;
+};
+
+}  // namespace
+
+void RunLengthEncoder::load_row(const BinaryMask& mask, int64_t y, std::vector<uint64_t>& words) const {
+  const uint8_t* row = mask.data + y * mask.row_bytes;
+  words.back() = 0;
+  if (mask.packed) {
+    memcpy(words.data(), row, (mask.width + 7) / 8);
+    return;
+  }
+  for (size_t i = 0; i < words.size(); ++i) {
+    const int64_t begin = 64 * static_cast<int64_t>(i);
+    uint64_t word = 0;
+    for (int64_t j = 0; j < 64 && begin + j < mask.width; j += 8) {
+      word |= gather_bits(row + begin + j, mask.width - begin - j) << j;
+    }
+    words[i] = word;
+  }
+}
+
+void RunLengthEncoder::find_changes(const BinaryMask& mask) {
+  const int64_t words = (mask.width + 63) / 64;
+  row_.resize(words);
+  above_.resize(words);
+  change_column_.clear();
+  change_row_.clear();
+  load_row(mask, 0, above_);
+  first_row_ = above_;
+  column_end_.assign(mask.width + 1, 0);
+  for (int64_t y = 1; y < mask.height; ++y) {
+    load_row(mask, y, row_);
+    for (int64_t i = 0; i < words; ++i) {
+      for (uint64_t changed = row_[i] ^ above_[i]; changed != 0; changed &= changed - 1) {
+        const int64_t column = 64 * i + __builtin_ctzll(changed);
+        if (column >= mask.width) break;
+        change_column_.push_back(static_cast<int32_t>(column));
+        change_row_.push_back(static_cast<int32_t>(y));
+        ++column_end_[column + 1];
+      }
+    }
+    row_.swap(above_);
+  }
+}
+
+void RunLengthEncoder::encode(const BinaryMask& mask, std::string& out) {
+  find_changes(mask);
+  // Sorted by columns, rows of a column staying in order: each column's changes begin where the last one's end.
+  for (int64_t j = 0; j < mask.width; ++j) column_end_[j + 1] += column_end_[j];
+  sorted_rows_.resize(change_row_.size());
+  for (size_t i = 0; i < change_row_.size(); ++i) sorted_rows_[column_end_[change_column_[i]]++] = change_row_[i];
+
+  RunWriter runs(out);
+  bool last = false;
+  for (int64_t j = 0, i = 0; j < mask.width; ++j) {
+    const bool top = bit(first_row_, j);
+    if (top != last) runs.end_run(j * mask.height);
+    for (; i < column_end_[j]; ++i) runs.end_run(j * mask.height + sorted_rows_[i]);
+    last = bit(above_, j);
+  }
+  runs.end_run(mask.width * mask.height);
+}
+
+}  // namespace fastmask

@@ -1,0 +1,207 @@
+"""Semantic segmentation of one image from several views of it: windows, scales and mirror images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastmask.functional._checks import check_choice
+from fastmask.functional._inference import Band, MaskSource, prepare
+from fastmask.functional.semantic import ORDERS, OUTPUTS
+from fastmask.ops.semantic import OPERATOR, call, label_dtype
+
+# Scores that exist at a time: of a band of the result's rows, and as many again of one view of it.
+BAND_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class SemanticView:
+    """What a network says of a rectangle of an image.
+
+    Args:
+        class_logits: ``(N, K+1)`` floating point; the last class is "no object".
+        mask_logits: ``(N, h, w)`` floating point; or a pair of ``mask_embed (N, C)`` and ``pixel_embed (C, h, w)``.
+        top, left: the rectangle's first pixel in the result.
+        size: (height, width) of the rectangle, in pixels of the result.
+        mirrored: the network saw the rectangle with left and right exchanged.
+        padded_size, valid_size: as in ``fastmask.semantic_inference``.
+    """
+
+    class_logits: Tensor
+    mask_logits: Tensor | tuple[Tensor, Tensor]
+    top: int
+    left: int
+    size: tuple[int, int]
+    mirrored: bool = False
+    padded_size: tuple[int, int] | None = None
+    valid_size: tuple[int, int] | None = None
+
+    @property
+    def end(self) -> int:
+        """The row below the rectangle."""
+        return self.top + self.size[0]
+
+
+@torch.no_grad()
+def merge_views(
+    views: Iterable[SemanticView],
+    size: tuple[int, int],
+    *,
+    order: str = "masks",
+    output: str = "labels",
+    backend: str = "auto",
+) -> Tensor:
+    """The views' scores, averaged over those that cover a pixel, and the class of the largest.
+
+    This is the evaluation of MaskFormer (arXiv:2107.06278: the scores of all scales and of their mirror images are
+    averaged at the image's size) and, with windows, that of Segmenter (arXiv:2105.05633, section 4.2).
+
+    Scores exist for a band of rows at a time. Views are taken from the iterable when the band reaches them and dropped
+    when it has passed: those of one row of windows and the next are in memory, if it makes them as they are asked for.
+
+    Args:
+        views: of one image and K classes, by rising ``top``; together they cover every pixel.
+        size: (H, W) of the result, in pixels.
+        order: "masks" or "scores", as in ``fastmask.semantic_inference``.
+        output: "labels" or "scores".
+        backend: "auto", "reference", "native" or "triton".
+
+    Returns:
+        "labels": ``(H, W)``, in the smallest of uint8, int16 and int32 that holds ``0..K-1``. "scores": ``(K, H, W)``
+        float32 (float64 for float64 logits, which only the reference reads).
+
+    Raises:
+        ValueError: no views, views out of order or beyond the image, pixels that none covers, or what does not fit.
+        TypeError: logits that are not floating point.
+        RuntimeError: the backend asked for cannot run.
+    """
+    check_choice("order", order, ORDERS)
+    check_choice("output", output, OUTPUTS)
+    height, width = size
+    waiting = _Waiting(views, size, order, backend)
+    result = None
+    top = 0
+    while top < height:
+        active = waiting.until(top)
+        num_classes, dtype = active[0].num_classes, active[0].dtype
+        rows = max(1, BAND_BYTES // (num_classes * width * dtype.itemsize))
+        # A band ends where a view begins or ends, so that every view of it covers all of its rows.
+        end = min(top + rows, height, waiting.next_top, *(view.view.end for view in active))
+        scores = _band_scores(active, top, end, width)
+        if result is None:
+            shape, kind = (
+                ((height, width), label_dtype(num_classes))
+                if output == "labels"
+                else ((num_classes, height, width), dtype)
+            )
+            result = torch.empty(shape, dtype=kind, device=scores.device)
+        result[..., top:end, :] = scores.argmax(0) if output == "labels" else scores
+        top = end
+    return result
+
+
+class _Scores:
+    """The scores of a view, any rows of it."""
+
+    def __init__(self, view: SemanticView, order: str, backend: str) -> None:
+        masks = view.mask_logits
+        masks = masks[None] if isinstance(masks, Tensor) else tuple(part[None] for part in masks)
+        class_logits = view.class_logits[None]
+        self.view = view
+        self.order = order
+        self.masks, self.backend, reference_dtype = prepare(
+            OPERATOR, class_logits, masks, view.size, view.padded_size, view.valid_size, backend
+        )
+        self.num_classes = class_logits.shape[-1] - 1
+        self.dtype = reference_dtype if self.backend == "reference" else torch.float32
+        if self.backend == "reference":
+            self.whole = self._reference(class_logits)
+        else:
+            self.probabilities = class_logits.float().softmax(-1)[..., :-1].contiguous()
+
+    def rows(self, top: int, end: int) -> Tensor:
+        """``(K, end - top, width)`` of the rectangle's rows from ``top`` to ``end``."""
+        if self.backend == "reference":
+            scores = self.whole[:, top:end]
+        else:
+            band = _rows_of(self.masks, top, end)
+            scores = call(
+                self.backend, self.probabilities, band.mask_logits, self.order, "scores", False, *band.geometry
+            )[0][0]
+        return scores.flip(-1) if self.view.mirrored else scores
+
+    def _reference(self, class_logits: Tensor) -> Tensor:
+        from fastmask import reference
+
+        geometry = self.masks.geometry
+        return reference.semantic_inference(
+            class_logits.to(self.dtype),
+            self.masks.full_logits(self.dtype),
+            geometry.size,
+            order=self.order,
+            output="scores",
+            padded_size=geometry.padded_size,
+            valid_size=geometry.valid_size,
+        )[0]
+
+
+def _rows_of(masks: MaskSource, top: int, end: int) -> Band:
+    first, last = masks.geometry.input_rows(top, end - top)
+    return Band(masks.logits_of_rows(first, last), slice(top, end), 0, masks.geometry.arguments(first, top, end - top))
+
+
+class _Waiting:
+    """The views that a band needs, each taken from the iterable once."""
+
+    def __init__(self, views: Iterable[SemanticView], size: tuple[int, int], order: str, backend: str) -> None:
+        self.views: Iterator[SemanticView] = iter(views)
+        self.size, self.order, self.backend = size, order, backend
+        self.active: list[_Scores] = []
+        self.following = next(self.views, None)
+
+    @property
+    def next_top(self) -> int:
+        return self.size[0] if self.following is None else self.following.top
+
+    def until(self, row: int) -> list[_Scores]:
+        """Those that cover this row."""
+        self.active = [scores for scores in self.active if scores.view.end > row]
+        while self.following is not None and self.following.top <= row:
+            view = self.following
+            height, width = view.size
+            if not (min(view.left, view.top) >= 0 and view.left + width <= self.size[1] and view.end <= self.size[0]):
+                raise ValueError(
+                    f"views holds one of {height} x {width} pixels at ({view.top}, {view.left}); "
+                    f"expected it to lie within {self.size[0]} x {self.size[1]}"
+                )
+            self.active.append(_Scores(view, self.order, self.backend))
+            self.following = next(self.views, None)
+            if self.following is not None and self.following.top < view.top:
+                raise ValueError(f"views must come by rising top, got {self.following.top} after {view.top}")
+        if not self.active:
+            raise ValueError(f"views leaves row {row} uncovered")
+        return self.active
+
+
+def _band_scores(active: list[_Scores], top: int, end: int, width: int) -> Tensor:
+    """``(K, end - top, width)``: the average over the views that cover a column."""
+    if len(active) == 1 and active[0].view.size[1] == width:
+        return active[0].rows(top - active[0].view.top, end - active[0].view.top)
+    total = coverage = None
+    for scores in active:
+        view = scores.view
+        rows = scores.rows(top - view.top, end - view.top)
+        if total is None:
+            total = rows.new_zeros((scores.num_classes, end - top, width))
+            coverage = rows.new_zeros(width)
+        elif rows.shape[0] != total.shape[0]:
+            raise ValueError(f"views have {total.shape[0]} and {rows.shape[0]} classes; expected one number")
+        columns = slice(view.left, view.left + view.size[1])
+        total[..., columns] += rows
+        coverage[columns] += 1
+    if not bool(coverage.all()):
+        raise ValueError(f"views leaves columns of the rows {top}..{end} uncovered")
+    return total.div_(coverage)
