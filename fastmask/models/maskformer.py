@@ -137,8 +137,8 @@ class MaskFormer(PixelDecoderModel):
 
         Returns:
             One entry an image. semantic: ``(H, W)`` labels, or ``(K, H, W)`` scores with ``output="scores"``. general:
-            ``(H, W)`` labels. panoptic: ``(segmentation (H, W), segments_info)``. instance: a dict of "scores", "labels"
-            and "masks".
+            ``(H, W)`` labels. panoptic: ``(segmentation (H, W), segments_info)``. instance: a dict of "scores",
+            "labels" and "masks".
 
         Raises:
             TypeError: images of another type or dtype, or an option that the task does not have.
