@@ -3,15 +3,20 @@
 from fastmask.functional import (
     assign,
     class_loss,
+    general_inference,
     instance_inference,
     linear_sum_assignment,
     mask_cost,
     mask_loss,
     masked_attention,
     panoptic_inference,
+    point_mask_cost,
+    point_mask_loss,
     semantic_inference,
     show_config,
+    uncertain_points,
 )
+from fastmask.integrations import patch, unpatch
 from fastmask.models import (
     MaskFormer,
     MaskFormerConfig,
@@ -22,7 +27,7 @@ from fastmask.models import (
     SoundEventConfig,
     SoundEventDetector,
 )
-from fastmask.modules import FixedMatcher, HungarianMatcher, MaskedCrossAttention, SetCriterion
+from fastmask.modules import FixedMatcher, HungarianMatcher, MaskedCrossAttention, PointSampling, SetCriterion
 from fastmask.targets import Targets
 from fastmask.version import __version__
 
@@ -34,6 +39,7 @@ __all__ = [
     "MaskedCrossAttention",
     "PerPixelBaseline",
     "PerPixelBaselineConfig",
+    "PointSampling",
     "Segmenter",
     "SegmenterConfig",
     "SetCriterion",
@@ -43,12 +49,18 @@ __all__ = [
     "__version__",
     "assign",
     "class_loss",
+    "general_inference",
     "instance_inference",
     "linear_sum_assignment",
     "mask_cost",
     "mask_loss",
     "masked_attention",
     "panoptic_inference",
+    "patch",
+    "point_mask_cost",
+    "point_mask_loss",
     "semantic_inference",
     "show_config",
+    "uncertain_points",
+    "unpatch",
 ]

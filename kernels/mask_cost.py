@@ -245,6 +245,50 @@ def _mask_cost_reduce_kernel(
     tl.store(cost_ptr + row[:, None] * M + m[None, :], cost, mask=wanted)
 
 
+def add_up(
+    config: MaskCostConfig,
+    class_logits: Tensor,
+    labels: Tensor,
+    sums: Tensor,
+    areas: Tensor,
+    cost: Tensor,
+    cost_class: float,
+    cost_mask: float,
+    cost_dice: float,
+) -> None:
+    """Writes ``cost`` (L, B, N, M) from the class logits and the sums (splits, 2, B, blocks, L * N, BLOCK_M)."""
+    _, batch, queries, num_targets = cost.shape
+    splits, _, _, blocks, rows, block_targets = sums.shape
+    row_blocks = triton.cdiv(rows, config.reduce_rows)
+    _mask_cost_reduce_kernel[(batch * row_blocks, blocks)](
+        class_ptr=class_logits,
+        stride_l=class_logits.stride(0),
+        stride_b=class_logits.stride(1),
+        stride_n=class_logits.stride(2),
+        stride_k=class_logits.stride(3),
+        labels_ptr=labels.contiguous(),
+        sums_ptr=sums,
+        areas_ptr=areas,
+        cost_ptr=cost,
+        B=batch,
+        N=queries,
+        M=num_targets,
+        R=rows,
+        K=class_logits.shape[-1],
+        splits=splits,
+        blocks=blocks,
+        row_blocks=row_blocks,
+        cost_class=cost_class,
+        cost_mask=cost_mask,
+        cost_dice=cost_dice,
+        BLOCK_R=config.reduce_rows,
+        BLOCK_M=block_targets,
+        BLOCK_K=power_of_two(class_logits.shape[-1], 16, 128),
+        num_warps=4,
+        **COMPILER_OPTIONS,
+    )
+
+
 def mask_cost(
     class_logits: Tensor,
     mask_logits: Tensor,
@@ -270,7 +314,7 @@ def mask_cost(
     config = pick_config(CONFIGS, mask_logits.device)
     mask_logits = with_contiguous_planes(mask_logits)
     targets = target_arguments(masks, segments, valid, void_value, ignore_void)
-    rows, pixels, classes = layers * queries, h * w, class_logits.shape[-1]
+    rows, pixels = layers * queries, h * w
     block_targets = power_of_two(num_targets + 1, 16, 64)
     blocks, row_blocks = triton.cdiv(num_targets, block_targets - 1), triton.cdiv(rows, config.rows)
     splits = config.programs // (batch * row_blocks * blocks)
@@ -321,32 +365,5 @@ def mask_cost(
         num_stages=config.num_stages,
         **COMPILER_OPTIONS,
     )
-    row_blocks = triton.cdiv(rows, config.reduce_rows)
-    _mask_cost_reduce_kernel[(batch * row_blocks, blocks)](
-        class_ptr=class_logits,
-        stride_l=class_logits.stride(0),
-        stride_b=class_logits.stride(1),
-        stride_n=class_logits.stride(2),
-        stride_k=class_logits.stride(3),
-        labels_ptr=labels.contiguous(),
-        sums_ptr=sums,
-        areas_ptr=areas,
-        cost_ptr=cost,
-        B=batch,
-        N=queries,
-        M=num_targets,
-        R=rows,
-        K=classes,
-        splits=splits,
-        blocks=blocks,
-        row_blocks=row_blocks,
-        cost_class=cost_class,
-        cost_mask=cost_mask,
-        cost_dice=cost_dice,
-        BLOCK_R=config.reduce_rows,
-        BLOCK_M=block_targets,
-        BLOCK_K=power_of_two(classes, 16, 128),
-        num_warps=4,
-        **COMPILER_OPTIONS,
-    )
+    add_up(config, class_logits, labels, sums, areas, cost, cost_class, cost_mask, cost_dice)
     return cost

@@ -64,3 +64,11 @@ def random_assignment(shape: tuple[int, ...], targets: Targets, generator: torch
             slots = torch.randperm(count, generator=generator)[: len(chosen)]
             assignment[layer, b, slots] = chosen
     return assignment
+
+
+def random_points(generator: torch.Generator, *leading_and_count: int) -> Tensor:
+    """(..., P, 2) float32 in [0, 1); the first ones, as far as there are so many, lie on corners and borders."""
+    points = torch.rand(*leading_and_count, 2, generator=generator)
+    border = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 1.0], [1.0, 0.3], [0.6, 0.0]])[: leading_and_count[-1] // 2]
+    points[..., : len(border), :] = border
+    return points

@@ -3,8 +3,9 @@
 Triton decides whether a kernel is compiled or interpreted where ``@triton.jit`` decorates it, from TRITON_INTERPRET.
 That variable must not be set for the whole process: other tests compile the same kernels for GPUs, or want to hear
 that there is no kernel for CPU tensors. So the variable's value is changed for a while, our kernels are imported
-afresh in that time, and those functions of ``triton.language`` that are kernels themselves (``tl.sum``) are replaced by
-interpreted ones. Afterwards all is as before, also what the interpreter patches in ``triton.language`` and leaves so.
+afresh in that time, and those functions of ``triton.language`` that are kernels themselves (``tl.sum``), or are called
+by such (those of ``tl.random``), are replaced by interpreted ones. Afterwards all is as before, also what the
+interpreter patches in ``triton.language`` and leaves so.
 """
 
 from __future__ import annotations
@@ -25,15 +26,16 @@ def _kernel_modules() -> list[str]:
 @contextmanager
 def interpreted_kernels() -> Iterator[None]:
     """``backend="triton"`` runs on CPU tensors here."""
-    patched = (tl, tl.core, tl.math, tl.standard, tl.tensor, tl.core.tensor_descriptor_base)
+    patched = (tl, tl.core, tl.math, tl.standard, tl.tensor, tl.core.tensor_descriptor_base, tl.random)
     before = [dict(vars(owner)) for owner in patched]
     kernels = {name: sys.modules.pop(name) for name in _kernel_modules()}
     interpret = triton.knobs.runtime.interpret
     triton.knobs.runtime.interpret = True
     try:
-        for name, member in before[0].items():
-            if isinstance(member, JITFunction):
-                setattr(tl, name, triton.jit(member.fn))
+        for owner in (tl, tl.random):
+            for name, member in list(vars(owner).items()):
+                if isinstance(member, JITFunction):
+                    setattr(owner, name, triton.jit(member.fn))
         yield
     finally:
         triton.knobs.runtime.interpret = interpret

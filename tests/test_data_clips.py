@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fastmask.data import EVENT_CLASSES, ComposedClips, collate_clips
-from fastmask.data.library import ASSET_DIRECTORY
-from fastmask.data.sounds import INDEX_FILE, SAMPLE_RATE, load_sounds
+from fastmask.data.composed.library import ASSET_DIRECTORY
+from fastmask.data.composed.sounds import INDEX_FILE, SAMPLE_RATE, load_sounds
 
 
 def test_a_clip_is_what_its_key_says():

@@ -13,9 +13,9 @@ from scipy import ndimage
 from torch.utils.data import DataLoader
 
 from fastmask.data import CLASS_NAMES, PALETTE, STUFF_LABELS, THING_LABELS, ComposedScenes, collate_scenes
-from fastmask.data.library import load_library
-from fastmask.data.plan import MAX_GARMENTS, Draws
-from fastmask.data.render import MIN_VISIBLE_PIXELS, MIN_VISIBLE_SHARE, VOID
+from fastmask.data.composed.library import load_library
+from fastmask.data.composed.plan import MAX_GARMENTS, Draws
+from fastmask.data.composed.render import MIN_VISIBLE_PIXELS, MIN_VISIBLE_SHARE, VOID
 
 SPLITS = ("train", "val")
 # Of the first 32 scenes; other machines and versions of NumPy and Pillow must give the same bits.

@@ -11,6 +11,7 @@ import fastmask
 from fastmask import masked_attention, reference
 from fastmask.measure import peak_memory
 from fastmask.testing import assert_within_budget, simd_level, simd_levels
+from tests.interpreter import interpreted_kernels
 
 # (B, N, heads, channels of a head, key grid, size of the mask logits): each shape is there for a reason.
 SHAPES = {
@@ -315,6 +316,20 @@ def test_any_number_of_threads_gives_the_same_bits(shape, generator):
         assert all(torch.equal(x, y) for x, y in zip(runs[0], run, strict=True))
 
 
+def test_every_element_of_the_results_is_written(generator):
+    """Fresh memory holds NaN here."""
+    q, k, v, mask_logits, options = random_inputs(SHAPES["several blocks of queries"], generator, padding=True)
+    grad_out = torch.randn(q.shape, generator=generator)
+    expected = output_and_gradients(q, k, v, mask_logits, grad_out, **options)
+    try:
+        torch.use_deterministic_algorithms(True)
+        assert q.new_empty(3).isnan().all()
+        actual = output_and_gradients(q, k, v, mask_logits, grad_out, **options)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
+
+
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("p", [0.0, 0.2])
 def test_opcheck(masked, p, generator):
@@ -417,3 +432,12 @@ def test_float64_takes_the_reference_and_no_kernel(generator):
     assert torch.equal(masked_attention(*doubles, **options), reference.masked_attention(*doubles, **options))
     with pytest.raises(RuntimeError, match="the kernels of masked_attention do not read float64"):
         masked_attention(*doubles, backend="native", **options)
+
+
+def test_heads_too_wide_for_the_triton_kernels_are_named(generator):
+    q, k, v, mask_logits, options = random_inputs(SHAPES["wider than the GPU's"], generator)
+    with (
+        interpreted_kernels(),
+        pytest.raises(RuntimeError, match="its kernels take heads of up to 128 channels, got 200"),
+    ):
+        masked_attention(q, k, v, mask_logits, backend="triton", **options)

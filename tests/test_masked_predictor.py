@@ -265,6 +265,16 @@ def test_model_predicts_once_more_than_it_has_layers():
     assert len(tiny(deep_supervision=False)(images, targets)) == 3
 
 
+def test_every_weight_learns_in_mixed_precision():
+    """Also the mask head, which the layers' masks and the predictions share."""
+    model = tiny()
+    targets = [{"labels": torch.tensor([1]), "masks": torch.ones(1, 64, 64, dtype=torch.bool)}]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = model(torch.rand(1, 3, 64, 64), targets)
+    sum(losses.values()).backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
 @pytest.mark.parametrize("task", ["semantic", "panoptic", "instance"])
 def test_model_survives_saving(task, tmp_path):
     model = tiny(encoder_layers=1)

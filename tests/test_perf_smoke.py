@@ -10,7 +10,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastmask import HungarianMatcher, SetCriterion, assign, mask_cost, mask_loss, semantic_inference
+from fastmask import (
+    HungarianMatcher,
+    SetCriterion,
+    assign,
+    mask_cost,
+    mask_loss,
+    masked_attention,
+    semantic_inference,
+)
 from tests.inputs import SHAPES, random_assignment, random_logits, random_targets
 
 SHAPE = SHAPES["usual"]
@@ -70,3 +78,15 @@ def test_semantic_inference(benchmark, logits):
     class_logits, mask_logits = logits
     labels = benchmark(semantic_inference, class_logits[0], mask_logits[0], (64, 64))
     assert labels.shape == (SHAPE[1], 64, 64)
+
+
+def test_masked_attention(benchmark, logits, generator):
+    mask_logits = logits[1][0]
+    leaves = [torch.randn(SHAPE[1], n, 64, generator=generator).requires_grad_() for n in (SHAPE[2], 256, 256)]
+
+    def forward_and_backward():
+        out = masked_attention(*leaves, mask_logits, grid=(16, 16), num_heads=4)
+        return torch.autograd.grad(out.square().sum(), leaves)
+
+    grads = benchmark(forward_and_backward)
+    assert all(grad.isfinite().all() for grad in grads)

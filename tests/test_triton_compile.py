@@ -6,6 +6,7 @@ take no memory. The recorded arguments are then compiled as Triton would special
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 from collections.abc import Callable
@@ -34,6 +35,7 @@ SHAPES = {
     "other powers of two": (6, 2, 200, 134, 31, 64, 128, 256, 512),
     "no powers of two": (7, 3, 99, 81, 23, 117, 97, 467, 387),
 }
+POINTS = 12544
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,65 @@ def launch_mask_loss(
     mask_loss_backward(pair_mask, pair_dice, sums, *arguments)
 
 
+def launch_point_mask_cost(
+    shape: tuple[int, ...], dtype: torch.dtype, form: str, ignore_void: bool = True, **options: Any
+) -> None:
+    from fastmask.kernels.point_mask_cost import point_mask_cost
+
+    class_logits, mask_logits, _, *targets = inputs(shape, dtype, form)
+    points = torch.empty((shape[1], POINTS, 2), device="meta")
+    point_mask_cost(class_logits, mask_logits, *targets, 255, ignore_void, points, 2.0, 5.0, 5.0, *term(**options))
+
+
+def launch_point_mask_loss(
+    shape: tuple[int, ...], dtype: torch.dtype, form: str, ignore_void: bool = True, **options: Any
+) -> None:
+    from fastmask.kernels.point_mask_loss import point_mask_loss, point_mask_loss_backward
+
+    _, mask_logits, assignment, *targets = inputs(shape, dtype, form)
+    points = torch.empty((*assignment.shape, POINTS, 2), device="meta")
+    arguments = (mask_logits, assignment, *targets, 255, ignore_void, points, *term(**options))
+    pair_mask, pair_dice, sums = point_mask_loss(*arguments)
+    point_mask_loss_backward(pair_mask, pair_dice, sums, *arguments)
+
+
+def launch_uncertain_points(shape: tuple[int, ...], dtype: torch.dtype, form: str, **_: Any) -> None:
+    from fastmask.kernels.uncertain_points import uncertain_points
+
+    _, mask_logits, assignment, *_ = inputs(shape, dtype, form)
+    seed = torch.empty(1, dtype=torch.int64, device="meta")
+    uncertain_points(mask_logits, assignment, seed, POINTS, 3 * POINTS, 3 * POINTS // 4)
+
+
+def launch_masked_attention(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    form: str,
+    ignore_void: bool = True,
+    head_dim: int = 32,
+    most_queries: int = 128,
+    **_: Any,
+) -> None:
+    """8 heads on a grid of half the logits' size; queries have masks ("segments"), or keys padding as well.
+
+    Of few images, so that the keys are split; more than 128 queries would come in turns, by a kernel that adds.
+    """
+    from fastmask.kernels.masked_attention import masked_attention
+    from fastmask.kernels.masked_attention_backward import masked_attention_backward
+
+    batch, queries, h, w = min(shape[1], 3), min(shape[2], most_queries), shape[5], shape[6]
+    grid = (h + 1) // 2, (w + 1) // 2
+    q, k, v = (
+        torch.empty(batch, n, 8 * head_dim, dtype=dtype, device="meta")
+        for n in (queries, grid[0] * grid[1], grid[0] * grid[1])
+    )
+    mask_logits = torch.empty(batch, queries, h, w, dtype=dtype, device="meta")
+    padding = None if form == "segments" else torch.empty(k.shape[:2], dtype=torch.bool, device="meta")
+    arguments = (q, k, v, mask_logits, padding, *grid, 8, head_dim**-0.5, 0.0, None)
+    out, logsumexp = masked_attention(*arguments)
+    masked_attention_backward(out, out, logsumexp, *arguments)
+
+
 def term(mask_term: str = "focal", alpha: float = 0.25, gamma: float = 2.0) -> tuple[str, float, float]:
     return mask_term, alpha, gamma
 
@@ -111,7 +172,53 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype, form: str) -> tuple[torch
     )
 
 
-OPERATORS: dict[str, Callable[..., None]] = {"mask_cost": launch_mask_cost, "mask_loss": launch_mask_loss}
+def launch_semantic(shape: tuple[int, ...], dtype: torch.dtype, form: str, **_: Any) -> None:
+    """ "segments" for labels, "masks" for scores by the other order, in two steps."""
+    from fastmask.kernels.semantic import semantic_inference
+
+    # How many classes there are is for a model to say, and part of what is compiled for it.
+    classes = shape[3] - 1 if shape[3] < 64 else TRAINING[3] - 1
+    mask_logits, geometry = inference_inputs(shape, dtype, form)
+    probabilities = torch.empty(*mask_logits.shape[:2], classes, device="meta")
+    order, output = ("masks", "labels") if form == "segments" else ("scores", "scores")
+    semantic_inference(probabilities, mask_logits, order, output, False, *geometry)
+
+
+def launch_panoptic(shape: tuple[int, ...], dtype: torch.dtype, form: str, **_: Any) -> None:
+    from fastmask.kernels.panoptic import panoptic_winners
+
+    mask_logits, geometry = inference_inputs(shape, dtype, form)
+    scores = torch.empty(mask_logits.shape[:2], device="meta")
+    panoptic_winners(scores, mask_logits, form == "masks", form == "masks", 0.5, *geometry)
+
+
+def launch_instance(shape: tuple[int, ...], dtype: torch.dtype, form: str, **_: Any) -> None:
+    from fastmask.kernels.instance import instance_masks
+
+    mask_logits, geometry = inference_inputs(shape, dtype, form)
+    queries = torch.empty(mask_logits.shape[:2], dtype=torch.int64, device="meta")
+    instance_masks(mask_logits, queries, form == "masks", *geometry)
+
+
+def inference_inputs(shape: tuple[int, ...], dtype: torch.dtype, form: str) -> tuple[torch.Tensor, tuple[Any, ...]]:
+    """Mask logits (B, N, h, w) and how they become H x W pixels: in one step, or in two for "masks"."""
+    _, batch, queries, _, _, h, w, height, width = shape
+    steps = (None, None) if form == "segments" else ([2 * h, 2 * w], [2 * h, 2 * w - 1])
+    geometry = ([h, w], *steps, [height, width], 0, 0, height)
+    return torch.empty(batch, queries, h, w, dtype=dtype, device="meta"), geometry
+
+
+OPERATORS: dict[str, Callable[..., None]] = {
+    "mask_cost": launch_mask_cost,
+    "mask_loss": launch_mask_loss,
+    "semantic_inference": launch_semantic,
+    "panoptic_inference": launch_panoptic,
+    "instance_inference": launch_instance,
+    "point_mask_cost": launch_point_mask_cost,
+    "point_mask_loss": launch_point_mask_loss,
+    "uncertain_points": launch_uncertain_points,
+    "masked_attention": launch_masked_attention,
+}
 
 
 @pytest.fixture
@@ -164,6 +271,24 @@ def test_training_sizes_fit_every_generation(operator, capability, record, tmp_p
         check(launch, capability, tmp_path)
 
 
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 128])
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_attention_heads_fit_every_generation(head_dim, capability, record, tmp_path, monkeypatch):
+    """By the configuration of that generation, where it has one of its own."""
+    for name in ("masked_attention", "masked_attention_backward"):
+        module = importlib.import_module(f"fastmask.kernels.{name}")
+        monkeypatch.setattr(module, "pick_config", lambda configs, _: configs.get(capability // 10, configs[None]))
+    kinds = {}
+    many_queries = (1, 2, 300, 1, 1, *TRAINING[5:])
+    for shape, most in ((TRAINING, 128), (many_queries, 300)):
+        for launch in record(
+            "masked_attention", shape, torch.bfloat16, "segments", head_dim=head_dim, most_queries=most
+        ):
+            kinds[launch.kernel, launch.constants()] = launch
+    for launch in kinds.values():
+        check(launch, capability, tmp_path)
+
+
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize(
     ("dtype", "form", "options"),
@@ -188,7 +313,7 @@ def test_sizes_of_one_and_many_targets(operator, shape, record, tmp_path):
 def test_sizes_are_no_constants(operator, record):
     """A new image size or number of targets compiles nothing, as long as block shapes stay the same powers of two."""
     kinds = [
-        tuple((launch.kernel, launch.constants(), *launch.options().items()) for launch in launches)
+        {(launch.kernel, launch.constants(), *launch.options().items()) for launch in launches}
         for launches in (record(operator, shape, torch.bfloat16, "segments") for shape in SHAPES.values())
     ]
     assert kinds[0] == kinds[1] == kinds[2]

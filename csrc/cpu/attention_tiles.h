@@ -104,9 +104,9 @@ template <typename Run>
 static inline void for_groups(int64_t count, const Run& run) {
   int64_t first = 0;
   for (; first + kGroup <= count; first += kGroup) run.template operator()<kGroup>(first);
-  if (kGroup > 4 && count - first >= 4) run.template operator()<4>(first), first += 4;
-  if (count - first >= 2) run.template operator()<2>(first), first += 2;
-  if (count - first >= 1) run.template operator()<1>(first);
+  for (; first + 4 <= count; first += 4) run.template operator()<4>(first);
+  for (; first + 2 <= count; first += 2) run.template operator()<2>(first);
+  if (first < count) run.template operator()<1>(first);
 }
 
 // columns[c][s] = rows[s][c] for kKeys rows of `stride` floats, a multiple of kLanes.

@@ -1,11 +1,13 @@
 #include "cpu/mask_cost.h"
 
+#include "cpu/softmax.h"
 #include "cpu/vec.h"
 
 namespace fastmask::FASTMASK_SIMD {
 namespace {
 
 constexpr int64_t kBlock = kMaskCostBlock;
+static_assert(kSoftmaxBlock <= kBlock);
 constexpr int kParts = kChunk / kLanes;
 
 struct Totals {
@@ -76,41 +78,6 @@ double sum_chunk(const float* values) {
   return total;
 }
 
-// The class term needs max and sum over the classes: softmax[k] = exp(x[k] - max) / sum.
-struct Softmax {
-  float maximum;
-  double sum;
-};
-
-Softmax softmax_of(const void* logits, int64_t offset, int64_t classes, Dtype dtype, float* block) {
-  float maximum = -__builtin_inff();
-  bool nan = false;
-  for (int64_t begin = 0; begin < classes; begin += kBlock) {
-    const int64_t count = classes - begin < kBlock ? classes - begin : kBlock;
-    load_logits(logits, dtype, offset + begin, count, block);
-    for (int64_t i = 0; i < count; ++i) {
-      nan |= block[i] != block[i];
-      maximum = block[i] > maximum ? block[i] : maximum;
-    }
-  }
-  double sum = 0;
-  for (int64_t begin = 0; begin < classes; begin += kBlock) {
-    const int64_t count = classes - begin < kBlock ? classes - begin : kBlock;
-    load_logits(logits, dtype, offset + begin, count, block);
-    for (int64_t i = count; i % kChunk != 0; ++i) block[i] = -__builtin_inff();
-    vfloat lanes = {};
-    for (int64_t i = 0; i < count; i += kLanes) lanes += exp_neg(maximum - load(block + i));
-    sum += sum_lanes(lanes);
-  }
-  return {nan ? __builtin_nanf("") : maximum, sum};
-}
-
-float logit_at(const void* logits, Dtype dtype, int64_t index) {
-  float padded[kChunk];
-  load_logits(logits, dtype, index, 1, padded);
-  return padded[0];
-}
-
 }  // namespace
 
 void mask_cost_row(const void* class_logits, int64_t class_offset, int64_t classes, Dtype class_dtype,
@@ -134,8 +101,7 @@ void mask_cost_row(const void* class_logits, int64_t class_offset, int64_t class
     const double background = totals.negative - sum_chunk(target_sums + 2 * kChunk);
     const double mask_cost = (foreground + background) / counted;
     const double dice_cost = 1.0 - (2.0 * intersection + 1.0) / (totals.probability + coverage.areas[m] + 1.0);
-    const vfloat shifted = splat(softmax.maximum - logit_at(class_logits, class_dtype, class_offset + labels[m]));
-    const double probability = exp_neg(shifted)[0] / softmax.sum;
+    const double probability = probability_at(softmax, class_logits, class_dtype, class_offset + labels[m]);
     cost[m] = static_cast<float>(-weights.cost_class * probability + weights.cost_mask * mask_cost +
                                  weights.cost_dice * dice_cost);
   }

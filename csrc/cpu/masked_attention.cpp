@@ -24,8 +24,8 @@ struct Workspace {
   float *q, *out;                  // [queries][channels]; q is scaled
   float* maximum;                  // [queries] of the scores so far
   float* total;                    // [queries][kLanes] sums of the weights so far
-  float* rows;                     // [kKeys][channels]
-  float* columns;                  // [channels][kKeys]
+  float* rows;                     // [kKeys][channels] a block of keys
+  float* columns;                  // [channels][kKeys] the same
   float* values;                   // [kKeys][channels]
   float* weights;                  // [queries][kKeys] of a block of keys (of a group of queries in forward)
   float* grad_out;                 // [queries][channels]

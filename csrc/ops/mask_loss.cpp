@@ -4,47 +4,21 @@
 #include <tuple>
 
 #include "ops/interpolation.h"
-#include "ops/tensors.h"
+#include "ops/matched_pairs.h"
 
 namespace fastmask {
 namespace {
 
 using torch::stable::parallel_for;
 
-// What forward and backward check and prepare alike.
-struct MatchedPairs {
-  MaskLogits logits;
-  Tensor assignment;
-  Dtype dtype;
-  MaskTerm term;
-  BatchTargets targets;
+// Matched pairs, and where each pixel of the targets reads the logits.
+struct UpsampledPairs : MatchedPairs {
   InterpolationTable rows, columns;
 
-  MatchedPairs(const Tensor& mask_logits, const Tensor& assignment_in, const Tensor& labels,
-               const std::optional<Tensor>& masks, const std::optional<Tensor>& segments,
-               const std::optional<Tensor>& valid, int64_t void_value, bool ignore_void, const std::string& term_name,
-               double alpha, double gamma)
-      : logits(mask_logits),
-        assignment(torch::stable::contiguous(assignment_in)),
-        dtype(logit_dtype(mask_logits, "mask_logits")),
-        term(mask_term(term_name, alpha, gamma)),
-        targets(labels, masks, segments, valid, void_value, ignore_void),
-        rows(logits.h(), targets.height()),
-        columns(logits.w(), targets.width()) {
-    STD_TORCH_CHECK(targets.batch() == logits.batch(), "labels has ", targets.batch(), " images, mask_logits ",
-                    logits.batch());
-    STD_TORCH_CHECK(assignment.dim() == 3 && assignment.scalar_type() == ScalarType::Long &&
-                        assignment.size(0) == logits.layers() && assignment.size(1) == logits.batch() &&
-                        assignment.size(2) == targets.max_targets(),
-                    "assignment must be (L, B, M) int64 for the L and B of mask_logits and the M of labels");
-    for (int64_t i = 0; i < count(); ++i) {
-      STD_TORCH_CHECK(queries()[i] < logits.queries(), "assignment holds ", queries()[i], "; expected less than ",
-                      logits.queries());
-    }
-  }
+  template <typename... Arguments>
+  explicit UpsampledPairs(const Arguments&... arguments)
+      : MatchedPairs(arguments...), rows(logits.h(), targets.height()), columns(logits.w(), targets.width()) {}
 
-  int64_t count() const { return logits.layers() * logits.batch() * targets.max_targets(); }
-  const int64_t* queries() const { return static_cast<const int64_t*>(assignment.data_ptr()); }
   Resampling resampling() const { return {logits.h(), logits.w(), rows.view(), columns.view()}; }
 };
 
@@ -52,8 +26,8 @@ std::tuple<Tensor, Tensor, Tensor> mask_loss(Tensor mask_logits, Tensor assignme
                                              std::optional<Tensor> masks, std::optional<Tensor> segments,
                                              std::optional<Tensor> valid, int64_t void_value, bool ignore_void,
                                              std::string term_name, double alpha, double gamma) {
-  const MatchedPairs pairs(mask_logits, assignment, labels, masks, segments, valid, void_value, ignore_void, term_name,
-                           alpha, gamma);
+  const UpsampledPairs pairs(mask_logits, assignment, labels, masks, segments, valid, void_value, ignore_void,
+                             term_name, alpha, gamma);
   const int64_t max_targets = pairs.targets.max_targets();
   const int64_t layers = pairs.logits.layers(), batch = pairs.logits.batch();
   Tensor pair_mask = torch::stable::new_zeros(mask_logits, {layers, batch, max_targets}, ScalarType::Float);
@@ -85,48 +59,19 @@ Tensor mask_loss_backward(Tensor grad_mask, Tensor grad_dice, Tensor sums, Tenso
                           Tensor labels, std::optional<Tensor> masks, std::optional<Tensor> segments,
                           std::optional<Tensor> valid, int64_t void_value, bool ignore_void, std::string term_name,
                           double alpha, double gamma) {
-  const MatchedPairs pairs(mask_logits, assignment, labels, masks, segments, valid, void_value, ignore_void, term_name,
-                           alpha, gamma);
-  const int64_t max_targets = pairs.targets.max_targets();
-  grad_mask = torch::stable::contiguous(grad_mask);
-  grad_dice = torch::stable::contiguous(grad_dice);
-  sums = torch::stable::contiguous(sums);
-  STD_TORCH_CHECK(grad_mask.scalar_type() == ScalarType::Float && grad_mask.numel() == pairs.count() &&
-                      grad_dice.scalar_type() == ScalarType::Float && grad_dice.numel() == pairs.count() &&
-                      sums.scalar_type() == ScalarType::Float && sums.numel() == 4 * pairs.count(),
-                  "grad_mask, grad_dice and sums must be float32 for the pairs of assignment");
-  const float* grad_mask_data = static_cast<const float*>(grad_mask.data_ptr());
-  const float* grad_dice_data = static_cast<const float*>(grad_dice.data_ptr());
-  const float* sums_data = static_cast<const float*>(sums.data_ptr());
-  // Laid out like the logits, so that the gradient goes on through the model without a copy.
-  Tensor grad_logits = torch::stable::empty_like(pairs.logits.tensor());
-  torch::stable::zero_(grad_logits);
-  const MaskLogits grad_rows(grad_logits);
-  void* grad_data = grad_logits.data_ptr();
+  const UpsampledPairs pairs(mask_logits, assignment, labels, masks, segments, valid, void_value, ignore_void,
+                             term_name, alpha, gamma);
+  const PairGradients gradients(grad_mask, grad_dice, sums, pairs.count());
+  const Tensor grad_logits = zero_gradient(pairs.logits);
   const Resampling resampling = pairs.resampling();
-  const int64_t queries = pairs.logits.queries(), pixels = pairs.logits.h() * pairs.logits.w();
   const auto pair_kernel = FASTMASK_SELECT(mask_loss_pair_backward);
-  const auto store_kernel = FASTMASK_SELECT(store_row);
-  // A query's row is written by one thread, whichever targets it was matched to.
-  parallel_for(0, pairs.logits.rows(), 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(mask_loss_backward_scratch(pairs.targets.width(), pairs.logits.w()));
-    std::vector<float> grad(pixels);
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t layer_image = row / queries;
-      const ImageTargets targets = pairs.targets.image(layer_image % pairs.logits.batch());
-      bool matched = false;
-      for (int64_t m = 0; m < targets.count; ++m) {
-        const int64_t i = layer_image * max_targets + m;
-        if (pairs.queries()[i] != row % queries) continue;
-        if (!matched) std::fill(grad.begin(), grad.end(), 0.0f);
-        matched = true;
-        MaskLossSums pair_sums;
-        memcpy(&pair_sums, sums_data + 4 * i, sizeof pair_sums);
-        pair_kernel(pairs.logits.data(), pairs.logits.offset(row), pairs.dtype, resampling, targets, m, pairs.term,
-                    pair_sums, grad_mask_data[i], grad_dice_data[i], scratch.data(), grad.data());
-      }
-      if (matched) store_kernel(grad.data(), pixels, grad_data, pairs.dtype, grad_rows.offset(row));
-    }
+  for_matched_rows(pairs, grad_logits, [&] {
+    return [&, scratch = std::vector<float>(mask_loss_backward_scratch(pairs.targets.width(), pairs.logits.w()))](
+               const ImageTargets& targets, int64_t row, int64_t i, float* grad) mutable {
+      pair_kernel(pairs.logits.data(), pairs.logits.offset(row), pairs.dtype, resampling, targets,
+                  i % pairs.targets.max_targets(), pairs.term, gradients.sums(i), gradients.mask(i), gradients.dice(i),
+                  scratch.data(), grad);
+    };
   });
   return grad_logits;
 }

@@ -1,9 +1,35 @@
-"""Embedded data: scenes composed from real pixels and clips composed from real sounds, with exact truth."""
+"""Data sets by their real layouts, and embedded ones that need no files."""
 
-from fastmask.data.classes import CLASS_NAMES, PALETTE, STUFF_CLASSES, STUFF_LABELS, THING_CLASSES, THING_LABELS
-from fastmask.data.clips import Clip, ComposedClips, collate_clips
-from fastmask.data.scenes import ComposedScenes, Scene, collate_scenes
-from fastmask.data.sounds import EVENT_CLASSES
+from fastmask.data.augment import Augmented
+from fastmask.data.check import check_dataset
+from fastmask.data.composed import (
+    CLASS_NAMES,
+    EVENT_CLASSES,
+    PALETTE,
+    STUFF_CLASSES,
+    STUFF_LABELS,
+    THING_CLASSES,
+    THING_LABELS,
+    Clip,
+    ComposedClips,
+    ComposedScenes,
+    Scene,
+    collate_clips,
+    collate_scenes,
+)
+from fastmask.data.composed.dataset import SceneDataset
+from fastmask.data.open import open_dataset
+from fastmask.data.sample import DatasetInfo, Sample, SegmentationDataset, collate
+from fastmask.data.transforms import (
+    ColourJitter,
+    Compose,
+    RandomCrop,
+    RandomFlip,
+    ResizeJitter,
+    ResizeShortSide,
+    jitter_augmentation,
+    semantic_augmentation,
+)
 
 __all__ = [
     "CLASS_NAMES",
@@ -13,10 +39,26 @@ __all__ = [
     "STUFF_LABELS",
     "THING_CLASSES",
     "THING_LABELS",
+    "Augmented",
     "Clip",
+    "ColourJitter",
+    "Compose",
     "ComposedClips",
     "ComposedScenes",
+    "DatasetInfo",
+    "RandomCrop",
+    "RandomFlip",
+    "ResizeJitter",
+    "ResizeShortSide",
+    "Sample",
     "Scene",
+    "SceneDataset",
+    "SegmentationDataset",
+    "check_dataset",
+    "collate",
     "collate_clips",
     "collate_scenes",
+    "jitter_augmentation",
+    "open_dataset",
+    "semantic_augmentation",
 ]

@@ -48,11 +48,15 @@ def check_targets(targets: Targets, name: str, logits: Tensor, batch_size: int) 
         raise ValueError(f"targets is on {targets.device}, {name} on {logits.device}")
 
 
-def check_mask_logits(mask_logits: Tensor, targets: Targets) -> None:
-    check_is_targets(targets)
+def check_mask_planes(mask_logits: Tensor) -> None:
     check_floating("mask_logits", mask_logits, 4, "(..., B, N, h, w)")
     if mask_logits.shape[-1] == 0 or mask_logits.shape[-2] == 0:
         raise ValueError(f"mask_logits has shape {tuple(mask_logits.shape)}; expected at least one pixel")
+
+
+def check_mask_logits(mask_logits: Tensor, targets: Targets) -> None:
+    check_is_targets(targets)
+    check_mask_planes(mask_logits)
     if 0 in targets.size:
         raise ValueError(f"targets has masks of {targets.size[0]} x {targets.size[1]}; expected at least one pixel")
     check_targets(targets, "mask_logits", mask_logits, mask_logits.shape[-4])
@@ -83,16 +87,47 @@ def check_pair_of_logits(class_logits: Tensor, mask_logits: Tensor) -> None:
 
 def check_assignment(assignment: Tensor, leading: tuple[int, ...], num_queries: int, targets: Targets) -> None:
     expected = (*leading, targets.batch_size, targets.num_targets)
+    check_assigned_queries(assignment, expected, num_queries, "targets", targets.device)
+
+
+def check_assigned_queries(
+    assignment: Tensor, expected: tuple[int, ...], num_queries: int, other: str, device: torch.device
+) -> None:
+    """``assignment`` has the ``expected`` shape, the ``device`` of what is called ``other``, and no query beyond N."""
     if assignment.dtype != torch.int64:
         raise TypeError(f"assignment must have dtype int64, got {assignment.dtype}")
     if tuple(assignment.shape) != expected:
         raise ValueError(f"assignment has shape {tuple(assignment.shape)}; expected {expected}")
-    if assignment.device != targets.device:
-        raise ValueError(f"assignment is on {assignment.device}, targets on {targets.device}")
+    if assignment.device != device:
+        raise ValueError(f"assignment is on {assignment.device}, {other} on {device}")
     if assignment.device.type == "cpu" and not torch.compiler.is_compiling() and assignment.numel() > 0:
         low, high = int(assignment.min()), int(assignment.max())
         if low < -1 or high >= num_queries:
             raise ValueError(f"assignment holds {low if low < -1 else high}; expected -1..{num_queries - 1}")
+
+
+def check_points(points: Tensor, leading: tuple[int, ...], shape: str, targets: Targets) -> None:
+    """``points`` of shape ``(*leading, P, 2)``, said in words as ``shape``, precise enough to tell pixels apart."""
+    if not isinstance(points, Tensor):
+        raise TypeError(f"points must be a tensor of shape {shape}, got {type(points).__name__}")
+    if points.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"points must be float32 or float64, got {points.dtype}")
+    if tuple(points.shape) != (*leading, *points.shape[-2:-1], 2):
+        expected = ", ".join(map(str, leading))
+        raise ValueError(f"points has shape {tuple(points.shape)}; expected {shape} = ({expected}, P, 2)")
+    if points.shape[-2] == 0:
+        raise ValueError(f"points has shape {tuple(points.shape)}; expected at least one point")
+    if points.device != targets.device:
+        raise ValueError(f"points is on {points.device}, targets on {targets.device}")
+
+
+def check_point_sampling(num_points: int, oversample_ratio: float, importance_sample_ratio: float) -> None:
+    if num_points < 1:
+        raise ValueError(f"num_points must be at least 1, got {num_points}")
+    if not oversample_ratio >= 1:
+        raise ValueError(f"oversample_ratio must be at least 1, got {oversample_ratio}")
+    if not 0 <= importance_sample_ratio <= 1:
+        raise ValueError(f"importance_sample_ratio must lie in 0..1, got {importance_sample_ratio}")
 
 
 def stack_layers(tensor: Tensor, dim: int) -> Tensor:

@@ -89,7 +89,7 @@ def masked_attention(
             mask_logits = mask_logits.float()
     seed = None
     if dropout_p > 0:
-        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
+        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device)
     out, _ = call(backend, q, k, v, mask_logits, key_padding_mask, *grid, num_heads, scale, dropout_p, seed)
     return out
 

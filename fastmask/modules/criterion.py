@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, distributed, nn
 
-from fastmask.functional import class_loss, mask_loss
+from fastmask.functional import class_loss, mask_loss, point_mask_loss
 from fastmask.modules.matcher import Matcher
 from fastmask.modules.predictions import Predictions
 from fastmask.targets import Targets
@@ -33,7 +33,8 @@ class SetCriterion(nn.Module):
 
     Args:
         num_classes: K, without "no object".
-        matcher: the HungarianMatcher or the FixedMatcher; its mask term and void rule hold for the losses too.
+        matcher: the HungarianMatcher or the FixedMatcher; its mask term, void rule and points hold for the
+            losses too.
         weight_dict: weight of each loss name; kept for whoever sums the losses, not applied here.
         eos_coef: weight of "no object" in the classification loss.
         losses: any of "labels" (loss_ce) and "masks" (loss_mask, loss_dice).
@@ -71,7 +72,11 @@ class SetCriterion(nn.Module):
         self.register_buffer("empty_weight", empty_weight)
 
     def forward(
-        self, outputs: Mapping[str, Any], targets: Sequence[Mapping[str, Tensor]] | Targets
+        self,
+        outputs: Mapping[str, Any],
+        targets: Sequence[Mapping[str, Tensor]] | Targets,
+        *,
+        generator: torch.Generator | None = None,
     ) -> dict[str, Tensor]:
         """Unweighted scalar losses "loss_ce", "loss_mask", "loss_dice", and with suffix "_i" for auxiliary output i.
 
@@ -83,6 +88,8 @@ class SetCriterion(nn.Module):
                 :class:`Predictions` for what embeddings save. Stacked forms come before the others.
             targets: a list of {"labels": ``(M_b,)``, "masks": ``(M_b, H_b, W_b)``}, one for each image, which is padded
                 to the largest mask; or Targets.
+            generator: of the device, for the points at which masks are compared, if the matcher says so; the device's
+                default generator if None. The same generator state gives the same losses.
 
         Raises:
             ValueError: outputs and targets that do not fit.
@@ -95,7 +102,7 @@ class SetCriterion(nn.Module):
             )
         if not isinstance(targets, Targets):
             targets = Targets.from_list(targets, num_classes=self.num_classes, device=class_logits.device)
-        losses = self.layer_losses(predictions, targets)
+        losses = self.layer_losses(predictions, targets, generator=generator)
         named = {}
         num_layers = losses.assignment.shape[0]
         for name in ("loss_ce", "loss_mask", "loss_dice"):
@@ -107,9 +114,11 @@ class SetCriterion(nn.Module):
                 named[f"{name}_{i}"] = values[i]
         return named
 
-    def layer_losses(self, predictions: Sequence[Predictions], targets: Targets) -> LayerLosses:
+    def layer_losses(
+        self, predictions: Sequence[Predictions], targets: Targets, *, generator: torch.Generator | None = None
+    ) -> LayerLosses:
         """The losses of all layers of ``predictions``, in their order: the batched form beneath ``forward``."""
-        assignment = self.matcher.match(predictions, targets)
+        assignment = self.matcher.match(predictions, targets, generator=generator)
         loss_ce = loss_mask = loss_dice = None
         if "labels" in self.losses:
             classes = [group.class_logits for group in predictions]
@@ -119,28 +128,35 @@ class SetCriterion(nn.Module):
             num_masks = global_num_masks(targets)
             assignments = assignment.split([group.num_layers for group in predictions])
             pairs = [
-                self.mask_losses(group, targets, matched, num_masks)
+                self.mask_losses(group, targets, matched, num_masks, generator=generator)
                 for group, matched in zip(predictions, assignments, strict=True)
             ]
             loss_mask, loss_dice = (torch.cat(values) for values in zip(*pairs, strict=True))
         return LayerLosses(loss_ce, loss_mask, loss_dice, assignment)
 
     def mask_losses(
-        self, predictions: Predictions, targets: Targets, assignment: Tensor, num_masks: Tensor
+        self,
+        predictions: Predictions,
+        targets: Targets,
+        assignment: Tensor,
+        num_masks: Tensor,
+        *,
+        generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(loss_mask, loss_dice) of one group of layers, ``(L,)`` each."""
         mask_logits, assignment = predictions.matched(targets, assignment)
-        return mask_loss(
-            mask_logits,
-            targets,
-            assignment,
-            num_masks=num_masks,
-            mask_term=self.matcher.mask_term,
-            alpha=self.matcher.alpha,
-            gamma=self.matcher.gamma,
-            ignore_void=self.matcher.ignore_void,
-            backend=self.backend,
-        )
+        options = {
+            "num_masks": num_masks,
+            "mask_term": self.matcher.mask_term,
+            "alpha": self.matcher.alpha,
+            "gamma": self.matcher.gamma,
+            "ignore_void": self.matcher.ignore_void,
+            "backend": self.backend,
+        }
+        if self.matcher.points is None:
+            return mask_loss(mask_logits, targets, assignment, **options)
+        points = self.matcher.points.uncertain(mask_logits, assignment, generator=generator, backend=self.backend)
+        return point_mask_loss(mask_logits, targets, assignment, points, **options)
 
 
 def global_num_masks(targets: Targets) -> Tensor:

@@ -161,14 +161,15 @@ class MaskedTransformerPredictor(nn.Module):
         query_position = self.query_embed.weight[None]
         queries = self.query_feat.weight.expand(pixel_embed.shape[0], -1, -1)
         outputs = [self.norm(queries)]
+        mask_embeds = [self.mask_embed(outputs[-1])]
         for i, layer in enumerate(self.layers):
             level = i % len(levels)
-            with torch.no_grad():
-                mask_logits = mask_products(self.mask_embed(outputs[-1]), level_embeds[level])
+            mask_logits = mask_products(mask_embeds[-1].detach(), level_embeds[level])
             queries = layer(queries, query_position, *memories[level], mask_logits, grids[level], paddings[level])
             outputs.append(self.norm(queries))
-        predicted = torch.stack(outputs if all_layers else outputs[-1:])
-        return self.class_embed(predicted), self.mask_embed(predicted)
+            mask_embeds.append(self.mask_embed(outputs[-1]))
+        first = 0 if all_layers else -1
+        return self.class_embed(torch.stack(outputs[first:])), torch.stack(mask_embeds[first:])
 
     def _memory(self, index: int, level: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """The keys and values ``(B, S, dim)`` of a feature level."""

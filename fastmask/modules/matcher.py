@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastmask.functional import assign, mask_cost
+from fastmask.functional import assign, mask_cost, point_mask_cost
 from fastmask.functional._checks import check_mask_term
+from fastmask.modules.points import PointSampling
 from fastmask.modules.predictions import Predictions
 from fastmask.targets import Targets
 
@@ -21,10 +22,18 @@ class Matcher(nn.Module, ABC):
         mask_term: "focal" (MaskFormer) or "bce" (Mask2Former), in the matching cost and in the loss.
         alpha, gamma: of the focal loss.
         ignore_void: leave void pixels out; otherwise they are background.
+        points: how to sample the points at which masks are compared (Mask2Former), in the matching cost and in the
+            loss; all pixels if None.
     """
 
     def __init__(
-        self, *, mask_term: str = "focal", alpha: float = 0.25, gamma: float = 2.0, ignore_void: bool = False
+        self,
+        *,
+        mask_term: str = "focal",
+        alpha: float = 0.25,
+        gamma: float = 2.0,
+        ignore_void: bool = False,
+        points: PointSampling | None = None,
     ) -> None:
         super().__init__()
         check_mask_term(mask_term, alpha, gamma)
@@ -32,11 +41,14 @@ class Matcher(nn.Module, ABC):
         self.alpha = alpha
         self.gamma = gamma
         self.ignore_void = ignore_void
+        self.points = points
 
     @abstractmethod
-    def match(self, predictions: Sequence[Predictions], targets: Targets) -> Tensor:
+    def match(
+        self, predictions: Sequence[Predictions], targets: Targets, *, generator: torch.Generator | None = None
+    ) -> Tensor:
         """``(L, B, M)`` int64 on the device: the query of each target in each of the layers of all ``predictions``, -1
-        for padding and unmatched targets."""
+        for padding and unmatched targets. ``generator``, of that device, draws the points, if there are any."""
 
 
 class HungarianMatcher(Matcher):
@@ -46,7 +58,7 @@ class HungarianMatcher(Matcher):
         cost_class: weight of the class term, -softmax(class_logits)[label].
         cost_mask: weight of the mask term, focal loss or cross-entropy.
         cost_dice: weight of the dice term.
-        mask_term, alpha, gamma, ignore_void: as in :class:`Matcher`.
+        mask_term, alpha, gamma, ignore_void, points: as in :class:`Matcher`.
         backend: "auto", "reference" or "native", of the cost and of the assignment alike. On a GPU the one is Triton's
             and the other CUDA's, so that only "auto" takes both.
 
@@ -64,9 +76,10 @@ class HungarianMatcher(Matcher):
         alpha: float = 0.25,
         gamma: float = 2.0,
         ignore_void: bool = False,
+        points: PointSampling | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__(mask_term=mask_term, alpha=alpha, gamma=gamma, ignore_void=ignore_void)
+        super().__init__(mask_term=mask_term, alpha=alpha, gamma=gamma, ignore_void=ignore_void, points=points)
         if cost_class == 0 and cost_mask == 0 and cost_dice == 0:
             raise ValueError("cost_class, cost_mask and cost_dice are all 0; nothing is left to match by")
         self.cost_class = cost_class
@@ -75,49 +88,78 @@ class HungarianMatcher(Matcher):
         self.backend = backend
 
     @torch.no_grad()
-    def cost(self, class_logits: Tensor, mask_logits: Tensor, targets: Targets) -> Tensor:
-        """``(..., B, N, M)``: the cost of every pair; see ``fastmask.mask_cost`` for the shapes."""
-        return mask_cost(
-            class_logits,
-            mask_logits,
-            targets,
-            cost_class=self.cost_class,
-            cost_mask=self.cost_mask,
-            cost_dice=self.cost_dice,
-            mask_term=self.mask_term,
-            alpha=self.alpha,
-            gamma=self.gamma,
-            ignore_void=self.ignore_void,
-            backend=self.backend,
-        )
+    def cost(self, class_logits: Tensor, mask_logits: Tensor, targets: Targets, points: Tensor | None = None) -> Tensor:
+        """``(..., B, N, M)``: the cost of every pair; see ``fastmask.mask_cost`` for the shapes.
+
+        ``points (B, P, 2)`` are compared instead of all pixels; drawn here if the matcher samples points and is given
+        none.
+        """
+        if points is None:
+            points = self.draw_points(targets)
+        options = {
+            "cost_class": self.cost_class,
+            "cost_mask": self.cost_mask,
+            "cost_dice": self.cost_dice,
+            "mask_term": self.mask_term,
+            "alpha": self.alpha,
+            "gamma": self.gamma,
+            "ignore_void": self.ignore_void,
+            "backend": self.backend,
+        }
+        if points is None:
+            return mask_cost(class_logits, mask_logits, targets, **options)
+        return point_mask_cost(class_logits, mask_logits, targets, points, **options)
+
+    def draw_points(self, targets: Targets, generator: torch.Generator | None = None) -> Tensor | None:
+        """``(B, P, 2)``, one set for each image; None if the matcher compares all pixels."""
+        if self.points is None:
+            return None
+        return self.points.shared(targets.batch_size, targets.device, generator)
 
     def solve(self, cost: Tensor, targets: Targets) -> Tensor:
         """``(..., B, M)`` int64 on the device: the query of each target, from costs ``(..., B, N, M)``."""
         return assign(cost, targets.counts, backend=self.backend)
 
-    def assign(self, class_logits: Tensor, mask_logits: Tensor, targets: Targets) -> Tensor:
+    def assign(
+        self,
+        class_logits: Tensor,
+        mask_logits: Tensor,
+        targets: Targets,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
         """``(..., B, M)`` int64 on the device: the query of each target, -1 for padding and unmatched targets.
 
         Args:
             class_logits: ``(..., B, N, K+1)``; any leading dimensions, usually L decoder layers.
             mask_logits: ``(..., B, N, h, w)``.
             targets: of the B images.
+            generator: of the device, for the points, if there are any; its default generator if None.
         """
-        return self.solve(self.cost(class_logits, mask_logits, targets), targets)
+        points = self.draw_points(targets, generator)
+        return self.solve(self.cost(class_logits, mask_logits, targets, points), targets)
 
-    def match(self, predictions: Sequence[Predictions], targets: Targets) -> Tensor:
-        costs = [self.cost(group.class_logits, group.detached_mask_logits(), targets) for group in predictions]
+    def match(
+        self, predictions: Sequence[Predictions], targets: Targets, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        points = self.draw_points(targets, generator)
+        costs = [self.cost(group.class_logits, group.detached_mask_logits(), targets, points) for group in predictions]
         return self.solve(torch.cat(costs), targets)
 
     @torch.no_grad()
     def forward(
-        self, outputs: Mapping[str, Tensor], targets: Sequence[Mapping[str, Tensor]] | Targets
+        self,
+        outputs: Mapping[str, Tensor],
+        targets: Sequence[Mapping[str, Tensor]] | Targets,
+        *,
+        generator: torch.Generator | None = None,
     ) -> list[tuple[Tensor, Tensor]]:
         """The matching as index pairs on the host.
 
         Args:
             outputs: "pred_logits" ``(B, N, K+1)`` and "pred_masks" ``(B, N, h, w)``.
             targets: a list of {"labels": ``(M_b,)``, "masks": ``(M_b, H, W)``}, one for each image; or Targets.
+            generator: of the device, for the points, if there are any; its default generator if None.
 
         Returns:
             For each image (queries, targets), int64 on the CPU, min(N, M_b) of each, by ascending query.
@@ -126,12 +168,7 @@ class HungarianMatcher(Matcher):
         if not isinstance(targets, Targets):
             num_classes = class_logits.shape[-1] - 1
             targets = Targets.from_list(targets, num_classes=num_classes, device=mask_logits.device)
-        pairs = []
-        for queries in self.assign(class_logits, mask_logits, targets).cpu():
-            matched = (queries >= 0).nonzero().squeeze(1)
-            order = queries[matched].argsort()
-            pairs.append((queries[matched][order], matched[order]))
-        return pairs
+        return index_pairs(self.assign(class_logits, mask_logits, targets, generator=generator))
 
     def extra_repr(self) -> str:
         return f"cost_class={self.cost_class}, cost_mask={self.cost_mask}, cost_dice={self.cost_dice}"
@@ -144,8 +181,10 @@ class FixedMatcher(Matcher):
     ``Targets.merged_by_class`` makes one of them, as semantic segmentation has it.
     """
 
-    def match(self, predictions: Sequence[Predictions], targets: Targets) -> Tensor:
-        """As :meth:`Matcher.match`.
+    def match(
+        self, predictions: Sequence[Predictions], targets: Targets, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """As :meth:`Matcher.match`; no points are drawn.
 
         Raises:
             ValueError: the number of queries is not that of the classes.
@@ -159,3 +198,13 @@ class FixedMatcher(Matcher):
                 )
         num_layers = sum(group.num_layers for group in predictions)
         return targets.labels.expand(num_layers, -1, -1).contiguous()
+
+
+def index_pairs(assignment: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """``(B, M)`` queries of targets to (queries, targets) of each image, int64 on the CPU, by ascending query."""
+    pairs = []
+    for queries in assignment.cpu():
+        matched = (queries >= 0).nonzero().squeeze(1)
+        order = queries[matched].argsort()
+        pairs.append((queries[matched][order], matched[order]))
+    return pairs

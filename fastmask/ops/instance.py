@@ -32,7 +32,7 @@ from torch import Tensor
 from fastmask.ops._geometry import GEOMETRY
 from fastmask.ops.library import Operator
 
-OPERATOR = Operator("instance_masks", native=("cpu",))
+OPERATOR = Operator("instance_masks", native=("cpu",), triton=True)
 
 torch.library.define(
     "fastmask::instance_masks",

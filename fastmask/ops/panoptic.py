@@ -26,7 +26,7 @@ from torch import Tensor
 from fastmask.ops._geometry import GEOMETRY
 from fastmask.ops.library import Operator
 
-OPERATOR = Operator("panoptic_winners", native=("cpu",))
+OPERATOR = Operator("panoptic_winners", native=("cpu",), triton=True)
 
 torch.library.define(
     "fastmask::panoptic_winners",

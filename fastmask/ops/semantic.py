@@ -10,7 +10,7 @@ from torch import Tensor
 from fastmask.ops._geometry import GEOMETRY
 from fastmask.ops.library import Operator
 
-OPERATOR = Operator("semantic_inference", native=("cpu",))
+OPERATOR = Operator("semantic_inference", native=("cpu",), triton=True)
 
 # (labels or scores, winning score, winning minus runner-up score, NaN logits of each query); the two in the middle are
 # empty without `details`.

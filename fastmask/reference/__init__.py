@@ -3,10 +3,12 @@
 from fastmask.reference.assign import assign
 from fastmask.reference.attention import masked_attention
 from fastmask.reference.class_loss import class_loss
+from fastmask.reference.general import general_inference
 from fastmask.reference.instance import INSTANCE_RULES, instance_inference
 from fastmask.reference.mask_cost import mask_cost
 from fastmask.reference.mask_loss import mask_loss
 from fastmask.reference.panoptic import PANOPTIC_RULES, PanopticRule, panoptic_inference
+from fastmask.reference.points import point_mask_cost, point_mask_loss, random_points, sample_points, uncertain_points
 from fastmask.reference.rle import rle_encode
 from fastmask.reference.semantic import label_dtype, semantic_inference
 
@@ -16,12 +18,18 @@ __all__ = [
     "PanopticRule",
     "assign",
     "class_loss",
+    "general_inference",
     "instance_inference",
     "label_dtype",
     "mask_cost",
     "mask_loss",
     "masked_attention",
     "panoptic_inference",
+    "point_mask_cost",
+    "point_mask_loss",
+    "random_points",
     "rle_encode",
+    "sample_points",
     "semantic_inference",
+    "uncertain_points",
 ]

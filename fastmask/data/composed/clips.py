@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastmask.data.library import SPLITS
-from fastmask.data.plan import Draws
-from fastmask.data.sounds import EVENT_CLASSES, SAMPLE_RATE, load_sounds
+from fastmask.data.composed.library import SPLITS
+from fastmask.data.composed.plan import Draws
+from fastmask.data.composed.sounds import EVENT_CLASSES, SAMPLE_RATE, load_sounds
 
 DEFAULT_LENGTHS = {"train": 2048, "val": 256}
 MAX_EVENTS = 6

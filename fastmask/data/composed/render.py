@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastmask.data.classes import THING_CLASSES
-from fastmask.data.library import OPAQUE, OVERSAMPLING, SPRITE_MARGIN, SPRITE_SIZE, STAMP_SIZE, Library
-from fastmask.data.plan import Boundary, Garment, Plan, Region
+from fastmask.data.composed.classes import THING_CLASSES
+from fastmask.data.composed.library import OPAQUE, OVERSAMPLING, SPRITE_MARGIN, SPRITE_SIZE, STAMP_SIZE, Library
+from fastmask.data.composed.plan import Boundary, Garment, Plan, Region
 
 VOID = 255
 # A garment of which less can be seen is left out of the scene; a texture of which less can be seen is void.

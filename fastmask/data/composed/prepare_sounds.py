@@ -2,7 +2,7 @@
 
     sudo apt-get install sonic-pi-samples
     pip install soundfile scipy
-    python -m fastmask.data.prepare_sounds
+    python -m fastmask.data.composed.prepare_sounds
 
 Each recording is mixed to mono, resampled to 16 kHz, cut to where it is heard and scaled to a peak of 1. Of every
 class's recordings, in alphabetical order, each third goes to the val split and the others to train.
@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fastmask.data.library import ASSET_DIRECTORY, SPLITS
-from fastmask.data.sounds import AMBIENCE, EVENT_CLASSES, INDEX_FILE, SAMPLE_RATE, sound_file
+from fastmask.data.composed.library import ASSET_DIRECTORY, SPLITS
+from fastmask.data.composed.sounds import AMBIENCE, EVENT_CLASSES, INDEX_FILE, SAMPLE_RATE, sound_file
 
 SONIC_PI = Path("/usr/share/sonic-pi/samples")
 SOURCES = {

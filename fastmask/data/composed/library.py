@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastmask.data.classes import STUFF_CLASSES, THING_CLASSES
+from fastmask.data.composed.classes import STUFF_CLASSES, THING_CLASSES
 
-ASSET_DIRECTORY = Path(__file__).parent / "assets"
+ASSET_DIRECTORY = Path(__file__).parents[1] / "assets"
 SPLITS = ("train", "val")
 GARMENTS_PER_CLASS = {"train": 150, "val": 50}
 SHEET_COLUMNS = 50

@@ -2,7 +2,7 @@
 
     sudo apt-get install dataset-fashion-mnist
     pip install scikit-image
-    python -m fastmask.data.prepare_assets
+    python -m fastmask.data.composed.prepare_assets
 
 Garments of the train split come from Fashion-MNIST's training file, those of the val split from its test file. Each
 texture is scaled to 384 x 384; its left half is the train split's, its right half the val split's. The same sources
@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastmask.data.classes import STUFF_CLASSES, THING_CLASSES
-from fastmask.data.library import (
+from fastmask.data.composed.classes import STUFF_CLASSES, THING_CLASSES
+from fastmask.data.composed.library import (
     ASSET_DIRECTORY,
     GARMENTS_PER_CLASS,
     SHEET_COLUMNS,

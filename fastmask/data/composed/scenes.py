@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastmask.data.library import SPLITS, load_library
-from fastmask.data.plan import Draws, Plan, plan_scene
-from fastmask.data.render import VOID, render_scene
+from fastmask.data.composed.library import SPLITS, load_library
+from fastmask.data.composed.plan import Draws, Plan, plan_scene
+from fastmask.data.composed.render import VOID, render_scene
 from fastmask.targets import Targets
 
 DEFAULT_LENGTHS = {"train": 4096, "val": 512}

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastmask.data.classes import STUFF_CLASSES, THING_CLASSES
-from fastmask.data.library import Library
+from fastmask.data.composed.classes import STUFF_CLASSES, THING_CLASSES
+from fastmask.data.composed.library import Library
 
 MAX_GARMENTS = 6
 EMPTY_SHARE = 0.04

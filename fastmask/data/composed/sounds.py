@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastmask.data.library import ASSET_DIRECTORY
+from fastmask.data.composed.library import ASSET_DIRECTORY
 
 EVENT_CLASSES = ("kick", "snare", "cymbal", "tom", "tabla", "bell", "bass")
 AMBIENCE = "ambience"

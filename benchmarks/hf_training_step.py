@@ -1,0 +1,151 @@
+"""A training step of transformers' MaskFormer, forward and backward, plain and patched.
+
+The optimizer's step is left out, as it is the same for both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.harness.machine import Work
+from benchmarks.harness.providers import require_backend
+from benchmarks.harness.registry import Case, Operation, Provider
+from benchmarks.inputs import VOID, make_scene
+from fastmask import Targets, patch, unpatch
+
+CLASSES = 150
+STAGES = ["stage1", "stage2", "stage3", "stage4"]
+# The published checkpoints for ADE20K, and a model small enough to try the benchmark itself.
+SWIN_B = {
+    "backbone": {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32], "window_size": 12},
+    "decoder": {},
+    "size": (512, 512),
+    "targets": (20, 17),  # of each image
+}
+TRIAL = {
+    "backbone": {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4], "window_size": 4},
+    "decoder": {"d_model": 64, "num_queries": 20, "decoder_layers": 2, "decoder_ffn_dim": 64},
+    "size": (128, 128),
+    "targets": (5, 4),
+}
+CASES = (
+    Case("quick", TRIAL, ("quick",)),
+    Case("MaskFormer Swin-B, B2, 512x512, 6 auxiliary layers", SWIN_B, ("cpu", "gpu")),
+)
+LOSS_TOLERANCE = 1e-5
+GRADIENT_TOLERANCE = 1e-3
+# Parameters whose gradients are compared: both heads, and the first layer of the backbone.
+WATCHED = ("class_predictor.weight", "mask_embedder.0.0.weight", "patch_embeddings.projection.weight")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A model with random weights, and the keyword arguments of its training step."""
+
+    model: nn.Module
+    batch: Mapping[str, Any]
+
+
+def make_inputs(sizes: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> Inputs:
+    model = make_model(sizes["backbone"], sizes["decoder"])
+    generator = torch.Generator().manual_seed(0)
+    segments = torch.stack([make_scene(count, sizes["size"], generator) for count in sizes["targets"]])
+    labels = [torch.randint(CLASSES, (count,), generator=generator) for count in sizes["targets"]]
+    targets = Targets.from_segments(segments, labels, void=VOID).to(device).to_list()
+    batch = {
+        "pixel_values": torch.randn(len(labels), 3, *sizes["size"], generator=generator).to(device, dtype),
+        "mask_labels": [target["masks"].to(dtype) for target in targets],
+        "class_labels": [target["labels"] for target in targets],
+    }
+    return Inputs(model.to(device, dtype), batch)
+
+
+def make_model(backbone: Mapping[str, Any], decoder: Mapping[str, Any]) -> nn.Module:
+    """MaskFormer with auxiliary losses, which fail in transformers unless hidden states are asked for."""
+    from transformers import MaskFormerConfig, MaskFormerForInstanceSegmentation, SwinConfig
+
+    torch.manual_seed(0)
+    config = MaskFormerConfig(
+        num_labels=CLASSES,
+        use_auxiliary_loss=True,
+        output_hidden_states=True,
+        backbone_config=SwinConfig(image_size=384, drop_path_rate=0.3, out_features=STAGES, **backbone),
+        decoder_config={"model_type": "detr", **decoder},
+    )
+    return MaskFormerForInstanceSegmentation(config).train()
+
+
+def train_step(inputs: Inputs) -> dict[str, Tensor]:
+    """The loss and the watched gradients. Seeded, so that dropout is the same in every step."""
+    torch.manual_seed(0)
+    inputs.model.zero_grad()
+    loss = inputs.model(**inputs.batch).loss
+    loss.backward()
+    watched = {name: p.grad for name, p in inputs.model.named_parameters() if name.endswith(WATCHED)}
+    return {"loss": loss.detach(), **watched}
+
+
+class SameStep:
+    """The patched step is right when it gives the plain one's loss to 1e-5 and its gradients to rounding, which all the
+    layers beneath have magnified."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.expected = {name: value.clone() for name, value in train_step(inputs).items()}
+
+    def disagreement(self, result: Mapping[str, Tensor], error_factor: float) -> str | None:
+        if set(result) != set(self.expected):
+            return f"gives {', '.join(sorted(result))}; expected {', '.join(sorted(self.expected))}"
+        for name, expected in self.expected.items():
+            tolerance = LOSS_TOLERANCE if name == "loss" else GRADIENT_TOLERANCE
+            error = float((result[name] - expected).abs().max() / expected.abs().max())
+            if not error <= error_factor * tolerance:  # so that NaN fails
+                return f"{name} is off by {error:.1e} of its largest element; the tolerance is {tolerance:.0e}"
+        return None
+
+
+def work(inputs: Inputs) -> Work:
+    """Matrix products and convolutions of the network forward, and twice as many backward; reading and writing each
+    weight and its gradient once."""
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        inputs.model(inputs.batch["pixel_values"])
+    weights = sum(p.nbytes for p in inputs.model.parameters())
+    return Work(bytes=2 * weights, flops=3 * counter.get_total_flops())
+
+
+def prepare_plain(inputs: Inputs) -> Callable[[], dict[str, Tensor]]:
+    return lambda: train_step(inputs)
+
+
+def prepare_patched(inputs: Inputs) -> Callable[[], dict[str, Tensor]]:
+    images = inputs.batch["pixel_values"]
+    require_backend("mask_loss", "triton" if images.is_cuda else "native", images)
+
+    def call() -> dict[str, Tensor]:
+        patch(inputs.model)
+        try:
+            return train_step(inputs)
+        finally:
+            unpatch(inputs.model)
+
+    return call
+
+
+OPERATION = Operation(
+    name="hf_training_step",
+    title="Training step of transformers' MaskFormer, forward and backward, plain and patched",
+    cases=CASES,
+    providers=(
+        Provider("fastmask.patch", prepare_patched, error_factor=1.0),
+        Provider("transformers", prepare_plain, error_factor=1.0),
+    ),
+    baseline="transformers",
+    make_inputs=make_inputs,
+    oracle=SameStep,
+    work=work,
+)

@@ -1,0 +1,172 @@
+"""Mask2Former's criterion: matching and losses at random points, with auxiliary layers, forward and backward.
+
+Every provider draws points of its own, so results agree up to chance. They are judged by a few numbers for each layer
+against what the reference gives with other points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from benchmarks.criterion import Leaves, Losses, as_outputs, layer_leaves, rename
+from benchmarks.harness.machine import Work
+from benchmarks.harness.providers import require_backend
+from benchmarks.harness.registry import Case, Operation, Provider
+from benchmarks.inputs import GPU_TRAINING, QUICK, TRAINING, Inputs, as_lists, judged, judged_layers, make_inputs
+from fastmask import HungarianMatcher, PointSampling, SetCriterion
+
+WEIGHTS = {"loss_ce": 2.0, "loss_mask": 5.0, "loss_dice": 5.0}
+COSTS = {"cost_class": 2.0, "cost_mask": 5.0, "cost_dice": 5.0}
+EOS_COEF = 0.1
+SAMPLING = PointSampling()
+TRANSFORMERS_NAMES = {"loss_cross_entropy": "loss_ce", "loss_mask": "loss_mask", "loss_dice": "loss_dice"}
+CASES = (
+    Case("quick", QUICK, ("quick",)),
+    Case("B2 L10 M20, segment map", TRAINING | {"layers": 10}, ("cpu",)),
+    Case("B2 L10 M20, masks", TRAINING | {"layers": 10, "form": "masks"}, ("cpu",)),
+    Case("B16 L10 M20, segment map", GPU_TRAINING | {"layers": 10}, ("gpu",), ("bfloat16", "float32")),
+)
+DRAWS = 5  # of the reference
+
+
+def backward(losses: Mapping[str, Tensor], leaves: Leaves) -> Losses:
+    total = sum(WEIGHTS[name.rstrip("_0123456789")] * loss for name, loss in losses.items())
+    return dict(losses), torch.autograd.grad(total, [*leaves[0], *leaves[1]])
+
+
+def named(raw: Losses, inputs: Inputs) -> dict[str, Tensor]:
+    """Losses of the judged layers, and the slopes of the total along the class and the mask logits themselves."""
+    losses, grads = raw
+    suffixes = [*(f"_{i}" for i in range(inputs.mask_logits.shape[0] - 1)), ""]
+    result = {name: torch.stack([losses[name + suffix].detach() for suffix in suffixes]) for name in WEIGHTS}
+    half = len(grads) // 2
+    for name, parts, logits in (
+        ("slope_class", grads[:half], inputs.class_logits),
+        ("slope_mask", grads[half:], inputs.mask_logits),
+    ):
+        result[name] = (torch.stack(parts).view_as(logits).double() * logits).flatten(1).sum(1)
+    return {name: value[judged_layers(inputs)] for name, value in result.items()}
+
+
+@dataclass(frozen=True)
+class ChanceBudget:
+    """Results agree when each number is within chance of the reference's: as far from the mean of its draws as eight of
+    their standard deviations and a hundredth of the number. A loss with a wrong term, weight or divisor is not."""
+
+    draws: Mapping[str, Tensor]  # (DRAWS, layers)
+
+    def disagreement(self, result: Mapping[str, Tensor], error_factor: float) -> str | None:
+        if set(result) != set(self.draws):
+            return f"gives {', '.join(sorted(result))}; expected {', '.join(sorted(self.draws))}"
+        for name, value in result.items():
+            expected, deviation = self.draws[name].mean(0), self.draws[name].std(0)
+            off = (value.double() - expected).abs()
+            budget = 8 * deviation + 0.01 * expected.abs()
+            if not (off <= budget).all():  # so that NaN fails
+                return f"{name} is off by {float(off.max()):.2e}; chance allows {float(budget.min()):.2e}"
+        return None
+
+
+def oracle(inputs: Inputs) -> ChanceBudget:
+    few = judged(inputs)
+    few = replace(few, class_logits=few.class_logits.double(), mask_logits=few.mask_logits.double())
+    criterion = make_criterion(few, "reference")
+    leaves = layer_leaves(few)
+    draws = []
+    for seed in range(DRAWS):
+        generator = torch.Generator(few.mask_logits.device).manual_seed(seed)
+        losses = criterion(as_outputs(leaves), few.targets, generator=generator)
+        draws.append(named(backward(losses, leaves), few))
+    return ChanceBudget({name: torch.stack([draw[name] for draw in draws]) for name in draws[0]})
+
+
+def work(inputs: Inputs) -> Work:
+    """Every logit and target read once, and every logit's gradient written; exp and log (and, on a GPU, a reciprocal)
+    for each query and point of the cost, and twice for each pair and point of the losses. Random numbers, the choice
+    among candidates and the solver count nothing."""
+    targets, logits = inputs.targets, inputs.mask_logits
+    planes = targets.segments if targets.masks is None else targets.masks
+    rows, pairs = logits[..., 0, 0].numel(), int((inputs.assignment >= 0).sum())
+    specials = (3 if logits.is_cuda else 2) * SAMPLING.num_points * (rows + 2 * pairs)
+    return Work(bytes=2 * (logits.nbytes + inputs.class_logits.nbytes) + planes.nbytes, specials=specials)
+
+
+def make_criterion(inputs: Inputs, backend: str) -> SetCriterion:
+    matcher = HungarianMatcher(**COSTS, mask_term="bce", points=SAMPLING, backend=backend)
+    criterion = SetCriterion(inputs.num_classes, matcher, WEIGHTS, EOS_COEF, backend=backend)
+    return criterion.to(inputs.mask_logits.device)
+
+
+def prepare_fastmask(inputs: Inputs) -> Callable[[], Losses]:
+    """As fastmask's models call it: layers stacked, targets in a container."""
+    require_backend("point_mask_loss", "triton" if inputs.mask_logits.is_cuda else "native", inputs.mask_logits)
+    criterion = make_criterion(inputs, "auto")
+    class_logits, mask_logits = (x.detach().requires_grad_() for x in (inputs.class_logits, inputs.mask_logits))
+    outputs = {"class_logits": class_logits, "mask_logits": mask_logits}
+    return lambda: backward(criterion(outputs, inputs.targets), ([class_logits], [mask_logits]))
+
+
+def prepare_drop_in(inputs: Inputs) -> Callable[[], Losses]:
+    """In the place of the original repository's criterion: a dict a layer, a list of targets with binary masks."""
+    require_backend("point_mask_loss", "triton" if inputs.mask_logits.is_cuda else "native", inputs.mask_logits)
+    criterion = make_criterion(inputs, "auto")
+    leaves = layer_leaves(inputs)
+    outputs, targets = as_outputs(leaves), inputs.targets.to_list()
+    return lambda: backward(criterion(outputs, targets), leaves)
+
+
+def prepare_reference(inputs: Inputs) -> Callable[[], Losses]:
+    criterion = make_criterion(inputs, "reference")
+    leaves = layer_leaves(inputs)
+    outputs = as_outputs(leaves)
+    return lambda: backward(criterion(outputs, inputs.targets), leaves)
+
+
+def prepare_transformers(inputs: Inputs) -> Callable[[], Losses]:
+    """Mask2FormerLoss as transformers' models call it. Logits in float32, as in the other benchmarks."""
+    from transformers import Mask2FormerConfig
+    from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
+
+    config = Mask2FormerConfig(
+        num_labels=inputs.num_classes,
+        no_object_weight=EOS_COEF,
+        class_weight=COSTS["cost_class"],
+        mask_weight=COSTS["cost_mask"],
+        dice_weight=COSTS["cost_dice"],
+        train_num_points=SAMPLING.num_points,
+        oversample_ratio=SAMPLING.oversample_ratio,
+        importance_sample_ratio=SAMPLING.importance_sample_ratio,
+    )
+    criterion = Mask2FormerLoss(config, WEIGHTS).to(inputs.mask_logits.device)
+    masks, labels = as_lists(inputs)
+    leaves = layer_leaves(inputs)
+
+    def call() -> Losses:
+        layers = [
+            {"class_queries_logits": c.float(), "masks_queries_logits": m.float()} for c, m in zip(*leaves, strict=True)
+        ]
+        losses = criterion(**layers[-1], mask_labels=masks, class_labels=labels, auxiliary_predictions=layers[:-1])
+        return backward({rename(name, TRANSFORMERS_NAMES): loss for name, loss in losses.items()}, leaves)
+
+    return call
+
+
+OPERATION = Operation(
+    name="point_criterion",
+    title="Mask2Former's criterion at 12,544 points (matching, class, mask and dice losses), forward and backward",
+    cases=CASES,
+    providers=(
+        Provider("fastmask", prepare_fastmask, named),
+        Provider("fastmask, drop-in form", prepare_drop_in, named),
+        Provider("transformers", prepare_transformers, named),
+        Provider("PyTorch reference", prepare_reference, named),
+    ),
+    baseline="transformers",
+    make_inputs=make_inputs,
+    oracle=oracle,
+    work=work,
+)

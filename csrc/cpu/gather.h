@@ -1,0 +1,114 @@
+// Vectors gathered from anywhere, and vectors turned from rows into columns, at the SIMD level of the including file.
+#pragma once
+
+#include <utility>
+
+#include "bordered.h"
+#include "cpu/vec.h"
+
+namespace fastmask::FASTMASK_SIMD {
+
+template <int... I>
+static inline vfloat interleave_low(vfloat a, vfloat b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (I % 2 == 0 ? I / 2 : kLanes + I / 2)...);
+}
+
+template <int... I>
+static inline vfloat interleave_high(vfloat a, vfloat b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (I % 2 == 0 ? (kLanes + I) / 2 : kLanes + (kLanes + I) / 2)...);
+}
+
+// Element j of vector i becomes element i of vector j: interleaving the halves of the list, log2(kLanes) times.
+static inline void transpose(vfloat (&v)[kLanes]) {
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes>();
+  for (int step = 1; step < kLanes; step *= 2) {
+    vfloat next[kLanes];
+    for (int i = 0; i < kLanes / 2; ++i) {
+      next[2 * i] = interleave_low(v[i], v[i + kLanes / 2], lanes);
+      next[2 * i + 1] = interleave_high(v[i], v[i + kLanes / 2], lanes);
+    }
+    for (int i = 0; i < kLanes; ++i) v[i] = next[i];
+  }
+}
+
+// first = base[index], second = base[index + 1]: one access for both.
+static inline void gather_pairs(const float* base, vint index, vfloat& first, vfloat& second) {
+#if defined(__AVX512F__)
+  // The masked forms: gcc 12 warns of the undefined lanes of the others.
+  const __m512i zero = _mm512_setzero_si512();
+  const __m256i half = (__m256i)__builtin_shufflevector(index, index, 0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i rest = (__m256i)__builtin_shufflevector(index, index, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512 low = (__m512)_mm512_mask_i32gather_epi64(zero, 0xff, half, base, 4);
+  const __m512 high = (__m512)_mm512_mask_i32gather_epi64(zero, 0xff, rest, base, 4);
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  first = (vfloat)_mm512_permutex2var_ps(low, even, high);
+  second = (vfloat)_mm512_permutex2var_ps(low, _mm512_or_si512(even, _mm512_set1_epi32(1)), high);
+#else
+  for (int i = 0; i < kLanes; ++i) {
+    first[i] = base[index[i]];
+    second[i] = base[index[i] + 1];
+  }
+#endif
+}
+
+// Four bytes from each of the byte offsets, which need not be aligned.
+static inline vint gather_words(const uint8_t* base, vint offset) {
+#if defined(__AVX512F__)
+  return (vint)_mm512_mask_i32gather_epi32(_mm512_setzero_si512(), 0xffff, (__m512i)offset, base, 1);
+#elif defined(__AVX2__)
+  return (vint)_mm256_i32gather_epi32(reinterpret_cast<const int*>(base), (__m256i)offset, 1);
+#else
+  vint words;
+  for (int i = 0; i < kLanes; ++i) {
+    int32_t word;
+    memcpy(&word, base + offset[i], sizeof word);
+    words[i] = word;
+  }
+  return words;
+#endif
+}
+
+// Where positions in 0..1 lie along an axis of `size` pixels with a border pixel at each end: the first of the two
+// pixels, 0..size, and the weight of the second. A position off the map, or NaN, lies on a border pixel.
+struct AxisTaps {
+  vint first;
+  vfloat weight;
+};
+
+static inline AxisTaps axis_taps(vfloat position, float size) {
+  // Reckoned from the first pixel, not from the border: half a pixel more could need one bit more than there is.
+  vfloat at = fma(position, splat(size), splat(-0.5f));
+  at = at > -1.0f ? at : splat(-1.0f);
+  at = at < size ? at : splat(size);
+  vint first = __builtin_convertvector(at, vint) + 1;
+  first = at < 0.0f ? vint{} : first;
+  const vint last = splat(static_cast<int32_t>(size));
+  first = first < last ? first : last;
+  return {first, at - __builtin_convertvector(first - 1, vfloat)};
+}
+
+// Bilinear samples of a map with a border of zeros, `stride` floats from row to row.
+static inline vfloat sample(const float* bordered, int32_t stride, AxisTaps columns, AxisTaps rows) {
+  const vint index = rows.first * stride + columns.first;
+  vfloat a, b, c, d;
+  gather_pairs(bordered, index, a, b);
+  gather_pairs(bordered, index + stride, c, d);
+  const vfloat upper = fma(b, columns.weight, a * (1.0f - columns.weight));
+  const vfloat lower = fma(d, columns.weight, c * (1.0f - columns.weight));
+  return fma(lower, rows.weight, upper * (1.0f - rows.weight));
+}
+
+// Copies a map of h x w logits into a border of zeros; `out` holds bordered_size(h, w) floats.
+static inline void load_bordered(const void* logits, int64_t offset, Dtype dtype, int64_t h, int64_t w, float* out) {
+  const int64_t stride = w + 2;
+  memset(out, 0, sizeof(float) * stride);
+  for (int64_t y = 0; y < h; ++y) {
+    float* row = out + (y + 1) * stride;
+    row[0] = 0.0f;
+    load_logits(logits, dtype, offset + y * w, w, row + 1);  // writes zeros up to a multiple of 16, before what follows
+    row[w + 1] = 0.0f;
+  }
+  memset(out + (h + 1) * stride, 0, sizeof(float) * stride);
+}
+
+}  // namespace fastmask::FASTMASK_SIMD

@@ -1,0 +1,323 @@
+#include "cpu/point_mask_loss.h"
+
+#include "cpu/gather.h"
+
+namespace fastmask::FASTMASK_SIMD {
+namespace {
+
+constexpr int64_t kBlock = 128;  // points whose coordinates are taken apart, and whose terms are summed in float
+
+// Coordinates of some points, one array each; those beyond the last lie off the map.
+struct Coordinates {
+  float x[kBlock], y[kBlock];
+
+  Coordinates(const float* points, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      x[i] = points[2 * i];
+      y[i] = points[2 * i + 1];
+    }
+    for (int64_t i = count; i < kBlock && i % 16 != 0; ++i) x[i] = y[i] = -1.0f;
+  }
+};
+
+// Pixels of an H x W map that a gather can reach: words of four bytes that begin at a pixel, or as late as possible.
+template <typename T>
+struct Pixels {
+  const uint8_t* data;
+  int32_t last_word;  // the last pixel that four bytes can be read from
+  uint8_t few[4];     // a copy, where there are fewer bytes
+
+  Pixels(const void* map, int64_t count) : data(static_cast<const uint8_t*>(map)), few{} {
+    const int64_t whole = 4 / static_cast<int64_t>(sizeof(T));
+    last_word = static_cast<int32_t>(count > whole ? count - whole : 0);
+    if (count < whole) {
+      memcpy(few, map, count * sizeof(T));
+      data = few;
+    }
+  }
+  Pixels(const Pixels&) = delete;
+
+  // Pixels `at` and at + 1 of the row that both lie in; the second is anything beyond the map's end.
+  void pair(vint at, vint& first, vint& second) const {
+    const vint from = at < last_word ? at : splat(last_word);
+    if constexpr (sizeof(T) == 4) {
+      first = gather_words(data, from * 4);
+      second = gather_words(data, (from < last_word ? from + 1 : from) * 4);
+    } else {
+      constexpr int kBits = 8 * sizeof(T);
+      constexpr int32_t kMask = (1 << kBits) - 1;
+      const vint late = at - from;
+      const vint word = gather_words(data, from * static_cast<int32_t>(sizeof(T)));
+      first = (word >> (late * kBits)) & kMask;
+      const vint next = late + 1;
+      second = (word >> ((next < 4 / static_cast<int>(sizeof(T)) ? next : late) * kBits)) & kMask;
+    }
+  }
+};
+
+// The pixels of the targets around points: four positions, and the bilinear weight of each, 0 beyond the map.
+struct PixelTaps {
+  vint upper, lower;  // the left pixel of each pair
+  vfloat weights[4];  // upper left, upper right, lower left, lower right
+};
+
+// The first of two neighbouring pixels of the map around each position, and the weights of both.
+inline vint pixel_axis(vfloat position, int64_t size, vfloat (&weight)[2]) {
+  const AxisTaps taps = axis_taps(position, static_cast<float>(size));  // with a border: 0 is the pixel before the map
+  const int32_t last = static_cast<int32_t>(size > 1 ? size - 2 : 0);
+  vint first = taps.first - 1;
+  // One step before the first pair its first pixel is the second of the two; one step after the last, the other way.
+  const vint before = first<0, after = first> last;
+  first = before ? vint{} : first;
+  first = after ? splat(last) : first;
+  const vfloat opposite = 1.0f - taps.weight;
+  weight[0] = before ? taps.weight : opposite;
+  weight[0] = after ? vfloat{} : weight[0];
+  weight[1] = before ? vfloat{} : taps.weight;
+  weight[1] = after ? opposite : weight[1];
+  if (size == 1) weight[1] = vfloat{};
+  return first;
+}
+
+inline PixelTaps pixel_taps(vfloat x, vfloat y, const ImageTargets& targets) {
+  vfloat columns[2], rows[2];
+  const int32_t width = static_cast<int32_t>(targets.width);
+  const vint column = pixel_axis(x, targets.width, columns);
+  const vint row = pixel_axis(y, targets.height, rows);
+  PixelTaps taps;
+  taps.upper = row * width + column;
+  taps.lower = targets.height > 1 ? taps.upper + width : taps.upper;
+  for (int i = 0; i < 4; ++i) taps.weights[i] = rows[i / 2] * columns[i % 2];
+  return taps;
+}
+
+inline vfloat masked(vint mask, vfloat v) { return mask ? v : vfloat{}; }
+
+struct Shares {
+  vfloat target;  // t, the share of the target's pixels
+  vfloat weight;  // v, 1 less the share of void pixels
+};
+
+// What points find in the targets of type T: segments, or one mask and the valid pixels.
+template <typename T>
+class Reader {
+ public:
+  Reader(const ImageTargets& targets, int64_t target)
+      : targets_(targets),
+        segments_(targets.segments != nullptr),
+        has_void_(targets.ignore_void && (segments_ ? fits(targets.void_value) : targets.valid != nullptr)),
+        plane_(segments_ ? targets.segments : targets.masks + target * targets.height * targets.width,
+               targets.height * targets.width),
+        valid_(targets.valid != nullptr ? targets.valid : plane_.data, targets.valid != nullptr ? size() : 1),
+        target_(code(target)),
+        void_(code(targets.void_value)) {}
+
+  Shares at(vfloat x, vfloat y) const {
+    const PixelTaps taps = pixel_taps(x, y, targets_);
+    vint pixels[4], is_void[4];
+    plane_.pair(taps.upper, pixels[0], pixels[1]);
+    plane_.pair(taps.lower, pixels[2], pixels[3]);
+    if (has_void_ && !segments_) {
+      valid_.pair(taps.upper, is_void[0], is_void[1]);
+      valid_.pair(taps.lower, is_void[2], is_void[3]);
+    }
+    Shares shares{{}, splat(1.0f)};
+    vfloat void_share = {};
+    for (int i = 0; i < 4; ++i) {
+      vint belongs = segments_ ? pixels[i] == target_ : pixels[i] != 0;
+      if (has_void_) {
+        is_void[i] = segments_ ? pixels[i] == void_ : is_void[i] == 0;
+        belongs &= ~is_void[i];
+        void_share += masked(is_void[i], taps.weights[i]);
+      }
+      shares.target += masked(belongs, taps.weights[i]);
+    }
+    if (has_void_) {
+      shares.weight = 1.0f - void_share;
+      const vint counts = shares.weight >= kLeastWeight;
+      shares.weight = masked(counts, shares.weight);
+      shares.target = masked(counts, shares.target);
+    }
+    return shares;
+  }
+
+ private:
+  int64_t size() const { return targets_.height * targets_.width; }
+
+  static bool fits(int64_t value) { return static_cast<int64_t>(static_cast<T>(value)) == value; }
+
+  // A value as its bits are found in a pixel of type T; one beyond the type's range is found nowhere.
+  static int32_t code(int64_t value) {
+    if constexpr (sizeof(T) == 4) return static_cast<int32_t>(value);
+    return fits(value) ? static_cast<int32_t>(value) & ((1 << (8 * sizeof(T) % 32)) - 1) : -1;
+  }
+
+  const ImageTargets& targets_;
+  bool segments_, has_void_;
+  Pixels<T> plane_;
+  Pixels<uint8_t> valid_;
+  int32_t target_, void_;
+};
+
+// With t and v: loss = t F+ + (v - t) F-; and p, 1 - p and the derivatives of F+ and F- in x, both without sign.
+struct PointTerms {
+  vfloat t, v, p, q;
+  vfloat foreground, background;              // F+, F-
+  vfloat foreground_slope, background_slope;  // -dF+/dx, dF-/dx
+};
+
+template <bool kFocal, bool kSquare, bool kSlopes>
+inline PointTerms point_terms(vfloat x, Shares shares, MaskTerm term) {
+  PointTerms terms;
+  terms.t = shares.target;
+  terms.v = shares.weight;
+  // A logit that does not count may be NaN.
+  const Sigmoid s = sigmoid(masked(shares.weight > 0.0f, x));
+  terms.p = s.p;
+  terms.q = s.q;
+  terms.foreground = s.softplus_neg;
+  terms.background = s.softplus_pos;
+  terms.foreground_slope = s.q;
+  terms.background_slope = s.p;
+  if (kFocal) {
+    const vfloat positive = term.alpha * focal_power<kSquare>(s.q, s.softplus_pos, term.gamma);
+    const vfloat negative = (1.0f - term.alpha) * focal_power<kSquare>(s.p, s.softplus_neg, term.gamma);
+    terms.foreground = positive * s.softplus_neg;
+    terms.background = negative * s.softplus_pos;
+    if (kSlopes) {
+      terms.foreground_slope = positive * fma(term.gamma * s.p, s.softplus_neg, s.q);
+      terms.background_slope = negative * fma(term.gamma * s.q, s.softplus_pos, s.p);
+    }
+  }
+  return terms;
+}
+
+template <bool kFocal, bool kSquare, typename T>
+MaskLossPair forward(const float* map, int64_t h, int64_t w, const ImageTargets& targets, int64_t target,
+                     const float* points, int64_t num_points, MaskTerm term) {
+  const Reader<T> reader(targets, target);
+  const int32_t stride = static_cast<int32_t>(w) + 2;
+  double loss = 0, intersection = 0, prediction = 0, of_target = 0, weight = 0;
+  for (int64_t begin = 0; begin < num_points; begin += kBlock) {
+    const int64_t count = num_points - begin < kBlock ? num_points - begin : kBlock;
+    const Coordinates at(points + 2 * begin, count);
+    vfloat losses = {}, intersections = {}, predictions = {}, targets_sum = {}, weights = {};
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const vfloat x = load(at.x + i), y = load(at.y + i);
+      const vfloat logit =
+          sample(map, stride, axis_taps(x, static_cast<float>(w)), axis_taps(y, static_cast<float>(h)));
+      Shares shares = reader.at(x, y);
+      if (i + kLanes > count) {
+        for (int64_t k = count - i; k < kLanes; ++k) shares.target[k] = shares.weight[k] = 0.0f;
+      }
+      const PointTerms terms = point_terms<kFocal, kSquare, false>(logit, shares, term);
+      losses += fma(terms.t, terms.foreground, (terms.v - terms.t) * terms.background);
+      intersections += terms.p * terms.t;
+      predictions += terms.p * terms.v;
+      targets_sum += terms.t;
+      weights += terms.v;
+    }
+    loss += sum_lanes(losses);
+    intersection += sum_lanes(intersections);
+    prediction += sum_lanes(predictions);
+    of_target += sum_lanes(targets_sum);
+    weight += sum_lanes(weights);
+  }
+  MaskLossPair pair;
+  pair.mask = static_cast<float>(loss / (weight > 1.0 ? weight : 1.0));
+  pair.dice = static_cast<float>(1.0 - (2.0 * intersection + 1.0) / (prediction + of_target + 1.0));
+  pair.sums = {static_cast<float>(intersection), static_cast<float>(prediction), static_cast<float>(of_target),
+               static_cast<float>(weight)};
+  return pair;
+}
+
+// With U = sum v p + sum t + 1 and I = 2 sum p t + 1:
+//   d mask / dx = (t dF+/dx + (v - t) dF-/dx) / sum v,   d dice / dx = (I v - 2 t U) / U^2 p (1 - p),
+// given to the four logits of each point by their weights. The points' scatter is one thread's, in order.
+template <bool kFocal, bool kSquare, typename T>
+void backward(const float* map, int64_t h, int64_t w, const ImageTargets& targets, int64_t target, const float* points,
+              int64_t num_points, MaskTerm term, const MaskLossSums& sums, float grad_mask, float grad_dice,
+              float* grad) {
+  const Reader<T> reader(targets, target);
+  const int32_t stride = static_cast<int32_t>(w) + 2;
+  const double both = static_cast<double>(sums.prediction) + sums.target + 1.0;
+  const double twice_overlap = 2.0 * sums.intersection + 1.0;
+  const vfloat mask_scale = splat(static_cast<float>(grad_mask / (sums.pixels > 1.0f ? sums.pixels : 1.0f)));
+  const vfloat dice_of_v = splat(static_cast<float>(grad_dice * twice_overlap / (both * both)));
+  const vfloat dice_of_t = splat(static_cast<float>(-2.0 * grad_dice / both));
+  for (int64_t begin = 0; begin < num_points; begin += kBlock) {
+    const int64_t count = num_points - begin < kBlock ? num_points - begin : kBlock;
+    const Coordinates at(points + 2 * begin, count);
+    int32_t cells[kBlock];
+    float parts[4][kBlock];
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const vfloat x = load(at.x + i), y = load(at.y + i);
+      const AxisTaps columns = axis_taps(x, static_cast<float>(w)), rows = axis_taps(y, static_cast<float>(h));
+      const Shares shares = reader.at(x, y);
+      const PointTerms terms = point_terms<kFocal, kSquare, true>(sample(map, stride, columns, rows), shares, term);
+      const vfloat mask_slope = (terms.v - terms.t) * terms.background_slope - terms.t * terms.foreground_slope;
+      const vfloat dice_slope = fma(terms.t, dice_of_t, terms.v * dice_of_v);
+      vfloat slope = fma(dice_slope * terms.p, terms.q, mask_scale * mask_slope);
+      slope = masked(terms.v > 0.0f, slope);
+      const vfloat lower = slope * rows.weight, upper = slope * (1.0f - rows.weight);
+      store(parts[0] + i, upper * (1.0f - columns.weight));
+      store(parts[1] + i, upper * columns.weight);
+      store(parts[2] + i, lower * (1.0f - columns.weight));
+      store(parts[3] + i, lower * columns.weight);
+      const vint cell = rows.first * stride + columns.first;
+      memcpy(cells + i, &cell, sizeof cell);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      float* cell = grad + cells[i];
+      cell[0] += parts[0][i];
+      cell[1] += parts[1][i];
+      cell[stride] += parts[2][i];
+      cell[stride + 1] += parts[3][i];
+    }
+  }
+}
+
+// Calls `kernel` with the template arguments for the kind of loss and of targets.
+template <typename Kernel>
+auto dispatch(MaskTerm term, const ImageTargets& targets, Kernel kernel) {
+  const auto with_type = [&]<typename T>() {
+    if (!term.focal) return kernel.template operator()<false, true, T>();
+    return term.gamma == 2.0f ? kernel.template operator()<true, true, T>()
+                              : kernel.template operator()<true, false, T>();
+  };
+  if (targets.segments == nullptr || targets.segment_type == SegmentType::kUInt8) {
+    return with_type.template operator()<uint8_t>();
+  }
+  return targets.segment_type == SegmentType::kInt16 ? with_type.template operator()<int16_t>()
+                                                     : with_type.template operator()<int32_t>();
+}
+
+}  // namespace
+
+MaskLossPair point_mask_loss_pair(const void* mask_logits, int64_t offset, Dtype dtype, int64_t h, int64_t w,
+                                  const ImageTargets& targets, int64_t target, const float* points, int64_t num_points,
+                                  MaskTerm term, float* scratch) {
+  load_bordered(mask_logits, offset, dtype, h, w, scratch);
+  return dispatch(term, targets, [&]<bool kFocal, bool kSquare, typename T>() {
+    return forward<kFocal, kSquare, T>(scratch, h, w, targets, target, points, num_points, term);
+  });
+}
+
+void point_mask_loss_pair_backward(const void* mask_logits, int64_t offset, Dtype dtype, int64_t h, int64_t w,
+                                   const ImageTargets& targets, int64_t target, const float* points, int64_t num_points,
+                                   MaskTerm term, const MaskLossSums& sums, float grad_mask, float grad_dice,
+                                   float* scratch, float* grad) {
+  load_bordered(mask_logits, offset, dtype, h, w, scratch);
+  float* bordered = scratch + bordered_size(h, w);
+  memset(bordered, 0, sizeof(float) * bordered_size(h, w));
+  dispatch(term, targets, [&]<bool kFocal, bool kSquare, typename T>() {
+    backward<kFocal, kSquare, T>(scratch, h, w, targets, target, points, num_points, term, sums, grad_mask, grad_dice,
+                                 bordered);
+  });
+  for (int64_t y = 0; y < h; ++y) {
+    const float* row = bordered + (y + 1) * (w + 2) + 1;
+    for (int64_t x = 0; x < w; ++x) grad[y * w + x] += row[x];
+  }
+}
+
+}  // namespace fastmask::FASTMASK_SIMD

@@ -1,0 +1,144 @@
+#include "cpu/uncertain_points.h"
+
+#include "cpu/gather.h"
+#include "cpu/philox.h"
+
+namespace fastmask::FASTMASK_SIMD {
+namespace {
+
+constexpr int kBins = 1 << 11;  // of a digit of a key, of which a pass counts the occurrences
+
+struct Point {
+  float x, y;
+};
+
+inline void store_points(Point* out, vfloat x, vfloat y) {
+  vfloat low, high;
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes>();
+  low = interleave_low(x, y, lanes);
+  high = interleave_high(x, y, lanes);
+  memcpy(out, &low, sizeof low);
+  memcpy(out + kLanes / 2, &high, sizeof high);
+}
+
+// Points first..first + 31 of the stream: see fastmask.reference.random_points.
+template <typename Consumer>
+inline void draw(uint64_t seed, uint32_t row, int64_t first, Consumer consume) {
+  for (int lane = 0; lane < 16; lane += kLanes) {
+    const Words words = philox(seed, static_cast<uint32_t>(first / 2 + lane), row);
+    consume(first + lane, uniform(words.word[0]), uniform(words.word[1]));
+    consume(first + 16 + lane, uniform(words.word[2]), uniform(words.word[3]));
+  }
+}
+
+// Orders as |x| does, NaN before all.
+inline vint certainty(vfloat x) {
+  const vint magnitude = bits(x) & splat(0x7fffffff);
+  return magnitude > splat(0x7f800000) ? vint{} : magnitude + 1;
+}
+
+// Writes the values whose keys lie in low..high to `out`, in their order; returns how many they are. `out` may be
+// `values` or `keys`, and has room for all.
+template <typename Value>
+int64_t keep_between(const int32_t* keys, const Value* values, int64_t count, int32_t low, int32_t high, Value* out) {
+  int64_t kept = 0, i = 0;
+#if defined(__AVX512F__)
+  constexpr int kVector = 64 / sizeof(Value);
+  for (; i + kVector <= count; i += kVector) {
+    const __mmask16 lanes = (1u << kVector) - 1;
+    const __m512i key = _mm512_maskz_loadu_epi32(lanes, keys + i);
+    const __mmask16 chosen =
+        _mm512_mask_cmp_epi32_mask(_mm512_mask_cmp_epi32_mask(lanes, key, _mm512_set1_epi32(low), _MM_CMPINT_NLT), key,
+                                   _mm512_set1_epi32(high), _MM_CMPINT_LE);
+    const __m512i value = _mm512_loadu_si512(values + i);
+    if constexpr (kVector == 16) {
+      _mm512_storeu_si512(out + kept, _mm512_maskz_compress_epi32(chosen, value));
+    } else {
+      _mm512_storeu_si512(out + kept, _mm512_maskz_compress_epi64(static_cast<__mmask8>(chosen), value));
+    }
+    kept += __builtin_popcount(chosen);
+  }
+#endif
+  for (; i < count; ++i) {
+    const bool chosen = keys[i] >= low && keys[i] <= high;
+    out[kept] = values[i];
+    kept += chosen;
+  }
+  return kept;
+}
+
+// Finds the digit at which the keys' `wanted` least end; `wanted` becomes how many of those with that digit they need.
+int32_t find_digit(const int32_t* keys, int64_t count, int shift, int64_t& wanted) {
+  // Four counts a bin: neighbours are often of one bin, and would wait for each other's addition.
+  int32_t bins[4][kBins] = {};
+  for (int64_t i = 0; i < count; ++i) ++bins[i % 4][(keys[i] >> shift) & (kBins - 1)];
+  int32_t digit = 0;
+  for (;; ++digit) {
+    const int64_t found = bins[0][digit] + bins[1][digit] + bins[2][digit] + bins[3][digit];
+    if (wanted <= found) return digit;
+    wanted -= found;
+  }
+}
+
+// The largest of the `wanted` least keys; how many keys are equal to it, and how many of these are wanted.
+struct Threshold {
+  int32_t key;
+  int64_t equal, wanted;
+};
+
+// Digit by digit, the highest first; `rest` has room for all keys.
+Threshold least(const int32_t* keys, int64_t count, int64_t wanted, int32_t* rest) {
+  int32_t key = find_digit(keys, count, 20, wanted) << 20;
+  count = keep_between(keys, keys, count, key, key + ((1 << 20) - 1), rest);
+  for (int shift = 10; shift >= 0; shift -= 10) {
+    const int32_t digit = find_digit(rest, count, shift, wanted) & ((1 << 10) - 1);
+    key |= digit << shift;
+    count = keep_between(rest, rest, count, key, key + ((1 << shift) - 1), rest);
+  }
+  return {key, count, wanted};
+}
+
+// The `wanted` points with the least keys, moved to the front in their order.
+void keep_least(Point* points, const int32_t* keys, int64_t count, int64_t wanted, int32_t* rest) {
+  const Threshold threshold = least(keys, count, wanted, rest);
+  if (threshold.equal == threshold.wanted) {
+    keep_between(keys, points, count, 0, threshold.key, points);
+    return;
+  }
+  int64_t kept = 0, equal = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    points[kept] = points[i];
+    const bool tie = keys[i] == threshold.key;
+    kept += keys[i] < threshold.key || (tie && equal < threshold.wanted);
+    equal += tie;
+  }
+}
+
+}  // namespace
+
+void uncertain_points_pair(const void* mask_logits, int64_t offset, Dtype dtype, int64_t h, int64_t w, uint64_t seed,
+                           uint32_t row, PointCounts counts, float* scratch, float* points) {
+  const int64_t drawn = counts.candidates + counts.points - counts.uncertain;
+  const int64_t padded = (drawn + kPointBatch - 1) / kPointBatch * kPointBatch;
+  float* map = scratch;
+  Point* stream = reinterpret_cast<Point*>(map + bordered_size(h, w));
+  int32_t* keys = reinterpret_cast<int32_t*>(stream + padded);
+  load_bordered(mask_logits, offset, dtype, h, w, map);
+  const int32_t stride = static_cast<int32_t>(w) + 2;
+  for (int64_t first = 0; first < drawn; first += kPointBatch) {
+    const bool sampled = first < counts.candidates && counts.uncertain > 0;
+    draw(seed, row, first, [&](int64_t at, vfloat x, vfloat y) {
+      store_points(stream + at, x, y);
+      if (!sampled) return;
+      const vint key =
+          certainty(sample(map, stride, axis_taps(x, static_cast<float>(w)), axis_taps(y, static_cast<float>(h))));
+      memcpy(keys + at, &key, sizeof key);
+    });
+  }
+  memcpy(points + 2 * counts.uncertain, stream + counts.candidates, sizeof(Point) * (drawn - counts.candidates));
+  if (counts.uncertain == 0) return;
+  keep_least(stream, keys, counts.candidates, counts.uncertain, keys + padded);
+  memcpy(points, stream, sizeof(Point) * counts.uncertain);
+}
+
+}  // namespace fastmask::FASTMASK_SIMD

@@ -1,0 +1,146 @@
+#include "points.h"
+
+#include <algorithm>
+
+#include "bordered.h"
+
+namespace fastmask {
+namespace {
+
+// Along one axis of `size` pixels with a border pixel at each end: the first of the two that a position lies between,
+// 0..size, and the weight of the second. A position off the map, or NaN, lies on a border pixel.
+struct AxisTaps {
+  int64_t first;
+  double weight;
+
+  AxisTaps(float position, int64_t size) {
+    const double end = static_cast<double>(size) + 1.0;
+    const double wanted = static_cast<double>(position) * static_cast<double>(size) + 0.5;
+    const double from_border = wanted > 0.0 ? std::min(wanted, end) : 0.0;
+    first = std::min(static_cast<int64_t>(from_border), size);
+    weight = from_border - static_cast<double>(first);
+  }
+};
+
+// The pixels of the targets' map around a point, without those beyond it, which belong to no target and are not void.
+struct Neighbours {
+  int64_t pixels[4];
+  double weights[4];
+  int count = 0;
+
+  Neighbours(float x, float y, int64_t height, int64_t width) {
+    const AxisTaps columns(x, width), rows(y, height);
+    for (int i = 0; i < 4; ++i) {
+      const int64_t row = rows.first - 1 + i / 2, column = columns.first - 1 + i % 2;
+      if (row < 0 || row >= height || column < 0 || column >= width) continue;
+      const double row_weight = i / 2 == 1 ? rows.weight : 1.0 - rows.weight;
+      const double column_weight = i % 2 == 1 ? columns.weight : 1.0 - columns.weight;
+      pixels[count] = row * width + column;
+      weights[count++] = row_weight * column_weight;
+    }
+  }
+};
+
+// The shares of one point, appended to `shares`; returns its weight.
+double add_shares(const Neighbours& around, const ImageTargets& targets, std::vector<PointShare>& shares) {
+  double weights[4];
+  double void_share = 0;
+  int counted = 0;
+  for (int i = 0; i < around.count; ++i) {
+    const bool counts = counts_pixel(targets, around.pixels[i]);
+    weights[i] = counts ? around.weights[i] : 0.0;
+    void_share += around.weights[i] - weights[i];
+    counted += counts;
+  }
+  const double weight = 1.0 - void_share;
+  if (weight < kLeastWeight) return 0;
+  if (targets.segments != nullptr) {
+    int64_t owners[4];
+    for (int i = 0; i < around.count; ++i) owners[i] = segment_at(targets, around.pixels[i]);
+    for (int i = 0; i < around.count; ++i) {
+      if (owners[i] < 0 || owners[i] >= targets.count) continue;
+      const int64_t owner = owners[i];
+      double share = 0;
+      int pixels = 0;
+      for (int k = i; k < around.count; ++k) {
+        if (owners[k] != owner) continue;
+        share += weights[k];
+        owners[k] = -1;
+        ++pixels;
+      }
+      if (share > 0) shares.push_back({static_cast<int32_t>(owner), pixels == 4 ? 1.0f : static_cast<float>(share)});
+    }
+  } else {
+    const int64_t plane = targets.height * targets.width;
+    for (int64_t target = 0; target < targets.count; ++target) {
+      const uint8_t* mask = targets.masks + target * plane;
+      double share = 0;
+      int pixels = 0;
+      for (int i = 0; i < around.count; ++i) {
+        if (mask[around.pixels[i]] == 0) continue;
+        share += weights[i];
+        ++pixels;
+      }
+      const bool whole = pixels == 4 && counted == 4;
+      if (share > 0) shares.push_back({static_cast<int32_t>(target), whole ? 1.0f : static_cast<float>(share)});
+    }
+  }
+  return weight;
+}
+
+}  // namespace
+
+PointSet make_point_set(const float* points, int64_t num_points, const ImageTargets& targets, int64_t h, int64_t w) {
+  struct Sortable {
+    int32_t row, owner, column;
+    float weight;
+    int64_t point;
+    int64_t begin, end;  // shares
+  };
+  PointSet set;
+  set.areas.assign(targets.count, 0.0);
+  std::vector<Sortable> sorted;
+  sorted.reserve(num_points);
+  std::vector<PointShare> shares;
+  for (int64_t i = 0; i < num_points; ++i) {
+    const float x = points[2 * i], y = points[2 * i + 1];
+    const auto begin = static_cast<int64_t>(shares.size());
+    const double weight = add_shares(Neighbours(x, y, targets.height, targets.width), targets, shares);
+    const auto end = static_cast<int64_t>(shares.size());
+    if (weight == 0) continue;
+    set.weight += weight;
+    for (int64_t k = begin; k < end; ++k) set.areas[shares[k].target] += shares[k].share;
+    int32_t owner = kMixed;
+    if (weight == 1.0 && begin == end) owner = kBackground;
+    if (weight == 1.0 && end == begin + 1 && shares[begin].share == 1.0f) owner = shares[begin].target;
+    sorted.push_back({static_cast<int32_t>(AxisTaps(y, h).first), owner, static_cast<int32_t>(AxisTaps(x, w).first),
+                      static_cast<float>(weight), i, begin, end});
+  }
+  std::sort(sorted.begin(), sorted.end(), [](const Sortable& a, const Sortable& b) {
+    if (a.row != b.row) return a.row < b.row;
+    if (a.owner != b.owner) return a.owner < b.owner;
+    return a.column != b.column ? a.column < b.column : a.point < b.point;
+  });
+
+  set.taps.reserve(sorted.size());
+  for (size_t i = 0; i < sorted.size(); ++i) {
+    const Sortable& point = sorted[i];
+    const double right = AxisTaps(points[2 * point.point], w).weight;
+    const double lower = AxisTaps(points[2 * point.point + 1], h).weight;
+    set.taps.push_back({point.column,
+                        {static_cast<float>((1.0 - lower) * (1.0 - right)), static_cast<float>((1.0 - lower) * right),
+                         static_cast<float>(lower * (1.0 - right)), static_cast<float>(lower * right)}});
+    if (set.runs.empty() || set.runs.back().row != point.row || set.runs.back().target != point.owner ||
+        static_cast<int64_t>(i) - set.runs.back().begin == kLongestRun) {
+      set.runs.push_back({static_cast<int64_t>(i), static_cast<int64_t>(i), point.row, point.owner});
+    }
+    set.runs.back().end = static_cast<int64_t>(i) + 1;
+    if (point.owner != kMixed) continue;
+    const auto begin = static_cast<int64_t>(set.shares.size());
+    set.shares.insert(set.shares.end(), shares.begin() + point.begin, shares.begin() + point.end);
+    set.mixed.push_back({point.weight, begin, static_cast<int64_t>(set.shares.size())});
+  }
+  return set;
+}
+
+}  // namespace fastmask

@@ -1,0 +1,73 @@
+// Points of one image, sorted for the mask cost: shared by all layers and queries, and so prepared once for all.
+//
+// Most points lie inside one target or in the background, where a target's share of the point is one or zero. Sorted by
+// row and target they form runs, whose sums need no multiplication and no look at the other targets: the cost grows
+// with the points and the length of the outlines, not with the number of targets.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "targets.h"
+
+namespace fastmask {
+
+constexpr int32_t kBackground = -1;
+constexpr int32_t kMixed = -2;
+
+// The four logits that a point lies between, as seen with a border of zeros around the map: column `column` and the one
+// after it, in the run's row and the one below.
+struct PointTaps {
+  int32_t column;
+  float weights[4];  // upper left, upper right, lower left, lower right
+};
+
+constexpr int64_t kLongestRun = 32;  // points whose terms may be summed in float one after the other
+
+struct PointRun {
+  int64_t begin, end;  // points
+  int32_t row;         // 0..h, with the border
+  int32_t target;      // that owns the points, kBackground or kMixed
+};
+
+// A point of weight below one, or that several targets share.
+struct MixedPoint {
+  float weight;        // 1 less the share of void pixels
+  int64_t begin, end;  // shares
+};
+
+struct PointShare {
+  int32_t target;
+  float share;  // bilinear share of its pixels
+};
+
+// Plain pointers for the kernels, which must share no inline function of the standard library between SIMD levels.
+struct PointView {
+  const PointTaps* taps;
+  const PointRun* runs;  // by row
+  int64_t num_runs;
+  const MixedPoint* mixed;  // in the order of the points of mixed runs
+  const PointShare* shares;
+  const double* areas;  // [targets] sum of each target's shares
+  int64_t targets;
+  double weight;  // sum over the points
+};
+
+struct PointSet {
+  std::vector<PointTaps> taps;
+  std::vector<PointRun> runs;
+  std::vector<MixedPoint> mixed;
+  std::vector<PointShare> shares;
+  std::vector<double> areas;
+  double weight = 0;
+
+  PointView view() const {
+    return {taps.data(),   runs.data(),  static_cast<int64_t>(runs.size()),  mixed.data(),
+            shares.data(), areas.data(), static_cast<int64_t>(areas.size()), weight};
+  }
+};
+
+// points [num_points, 2], (x, y) in 0..1; a point of weight zero is left out. The map of logits has h x w pixels.
+PointSet make_point_set(const float* points, int64_t num_points, const ImageTargets& targets, int64_t h, int64_t w);
+
+}  // namespace fastmask

@@ -1,0 +1,41 @@
+"""The composed scenes in the form of every other data set."""
+
+from __future__ import annotations
+
+import torch
+
+from fastmask.data.composed.classes import CLASS_NAMES, PALETTE, STUFF_LABELS
+from fastmask.data.composed.render import VOID as SCENE_VOID
+from fastmask.data.composed.scenes import ComposedScenes
+from fastmask.data.sample import VOID, DatasetInfo, Sample, SegmentationDataset
+from fastmask.data.tasks import task_view
+
+
+class SceneDataset(SegmentationDataset):
+    """:class:`ComposedScenes` as samples: what ``open_dataset("composed:scenes", split)`` opens.
+
+    Args:
+        split, length, size, seed: as for :class:`ComposedScenes`.
+        task: "panoptic" by default, "semantic" or "instance" (garments only).
+    """
+
+    def __init__(
+        self,
+        split: str,
+        length: int | None = None,
+        size: tuple[int, int] = (128, 128),
+        seed: int = 0,
+        task: str | None = None,
+    ):
+        self.split = split
+        self.scenes = ComposedScenes(split, length, size, seed)
+        self.info, self._as_task = task_view(DatasetInfo(CLASS_NAMES, "panoptic", STUFF_LABELS, PALETTE), task)
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int) -> Sample:
+        image, segments, labels = self.scenes[index]
+        segments = torch.where(segments == SCENE_VOID, VOID, segments.to(torch.int16))
+        pixels = (image * 255).round_().to(torch.uint8)
+        return self._as_task(Sample(pixels, labels, segments, name=f"{self.split}-{int(index):06d}"))

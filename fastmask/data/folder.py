@@ -1,0 +1,84 @@
+"""A plain folder: ``images/SPLIT``, ``annotations/SPLIT`` and ``classes.json``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastmask.data.files import (
+    IMAGE_SUFFIXES,
+    INVALID,
+    MAX_LABEL,
+    LabelMapDataset,
+    folder_of,
+    list_files,
+    only_semantic,
+    paired,
+)
+from fastmask.data.json_files import read_json
+from fastmask.data.palette import distinct_colours
+from fastmask.data.sample import DatasetInfo
+
+CLASSES_FILE = "classes.json"
+VOID_VALUE = 255
+
+
+def matches(root: Path) -> bool:
+    """The folder has this layout."""
+    return (root / CLASSES_FILE).is_file()
+
+
+def open_folder(root: Path, split: str, task: str | None = None) -> LabelMapDataset:
+    """Images and label maps of the same names, with a list of classes; CamVid comes in this form.
+
+    ``classes.json`` is a list of class names, or {"classes": [...], "void": a value or a list of values (255),
+    "stuff": [names], "palette": [[r, g, b], ...]}, of which only "classes" must be there. A pixel of a label map, a PNG
+    of one channel, holds the index of its class or a void value. Folders within the folders may have any names.
+
+    Args:
+        root: has ``images``, ``annotations`` and ``classes.json``.
+        split: the name of a folder in both.
+        task: "semantic".
+    """
+    only_semantic(task, "a plain folder")
+    info, classes = _read_classes(root / CLASSES_FILE)
+    images = list_files(folder_of(split, [root / "images" / split]), IMAGE_SUFFIXES)
+    truths = list_files(folder_of(split, [root / "annotations" / split]), (".png",))
+    dataset = LabelMapDataset(split, *paired(images, truths), classes)
+    dataset.info = info
+    return dataset
+
+
+def _read_classes(path: Path) -> tuple[DatasetInfo, np.ndarray]:
+    """The classes, and the class of each value of a label map."""
+    content: Any = read_json(path)
+    content = {"classes": content} if isinstance(content, list) else content
+    names = content.get("classes") if isinstance(content, dict) else None
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f'{path}: expected a list of class names, or a dict with "classes"')
+    unknown = set(content) - {"classes", "void", "stuff", "palette"}
+    if unknown:
+        raise ValueError(f'{path}: unknown key {sorted(unknown)[0]!r}; expected "classes", "void", "stuff", "palette"')
+    void = content.get("void", VOID_VALUE)
+    void = void if isinstance(void, list) else [void]
+    if not all(isinstance(value, int) and len(names) <= value <= MAX_LABEL for value in void):
+        raise ValueError(f'{path}: "void" is {void}; expected values in {len(names)}..{MAX_LABEL}, which are no class')
+    stuff = content.get("stuff", [])
+    if not isinstance(stuff, list) or not set(stuff) <= set(names):
+        raise ValueError(f'{path}: "stuff" is {stuff}; expected names of classes')
+    palette = content.get("palette")
+    try:
+        colours = (
+            distinct_colours(len(names)) if palette is None else tuple((int(r), int(g), int(b)) for r, g, b in palette)
+        )
+        stuff_classes = tuple(map(names.index, stuff))
+        ignore_index = VOID_VALUE if len(names) <= VOID_VALUE else MAX_LABEL
+        info = DatasetInfo(tuple(names), "semantic", stuff_classes, colours, ignore_index)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    table = np.full(max([len(names), *(value + 1 for value in void)]), INVALID, np.int64)
+    table[: len(names)] = np.arange(len(names))
+    table[void] = -1
+    return info, table

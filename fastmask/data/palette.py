@@ -1,0 +1,17 @@
+"""Colours for data sets that have none of their own."""
+
+from __future__ import annotations
+
+import colorsys
+
+GOLDEN_SECTION = 0.6180339887498949
+
+
+def distinct_colours(count: int) -> tuple[tuple[int, int, int], ...]:
+    """RGB colours, 0..255, of which neighbours differ: hues a golden section of the circle apart."""
+    colours = []
+    for k in range(count):
+        shade = k // 3 % 3
+        channels = colorsys.hsv_to_rgb(k * GOLDEN_SECTION % 1, (0.75, 0.5, 0.9)[shade], (0.95, 0.8, 0.6)[shade])
+        colours.append(tuple(round(255 * channel) for channel in channels))
+    return tuple(colours)

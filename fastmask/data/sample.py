@@ -1,0 +1,184 @@
+"""What every data set gives: samples, a description of its classes, and batches for the models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from fastmask.targets import PADDING_LABEL, Targets
+
+TASKS = ("semantic", "panoptic", "instance")
+VOID = -1  # of a sample's segment map
+
+
+class Sample(NamedTuple):
+    """One image and its truth, either as a segment map or as masks that may overlap.
+
+    Attributes:
+        image: ``(3, H, W)`` uint8, RGB.
+        labels: ``(M,)`` int64, the class of each segment, an index into the data set's ``info.class_names``.
+        segments: ``(H, W)`` int16 (int32 beyond 32767 segments), the index ``0..M-1`` of the segment that owns the
+            pixel, -1 at void. None where ``masks`` is given.
+        masks: ``(M, H, W)`` bool, for instances, which may overlap; a pixel of no mask is background.
+        crowd: ``(M,)`` bool, True for a region of several things that were not told apart: no target of training (its
+            pixels are void), and no fault of a prediction that falls into it. None if there is none.
+        areas: ``(M,)`` float32, the areas in pixels that the annotation states, by which COCO's AP sorts objects into
+            small, medium and large. None if it states none, or after the image was resized or cropped.
+        name: of the image within its data set; no two share one.
+    """
+
+    image: Tensor
+    labels: Tensor
+    segments: Tensor | None = None
+    masks: Tensor | None = None
+    crowd: Tensor | None = None
+    areas: Tensor | None = None
+    name: str = ""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) in pixels."""
+        return self.image.shape[-2], self.image.shape[-1]
+
+    def class_map(self, ignore_index: int = 255) -> Tensor:
+        """``(H, W)`` int64, the class of each pixel, ``ignore_index`` at void. Needs a segment map."""
+        if self.segments is None:
+            raise ValueError(f"{self.name}: instances have no class map; open the data set for another task")
+        # Void, -1, reads the last entry.
+        return torch.cat([self.labels, self.labels.new_tensor([ignore_index])])[self.segments.long()]
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """The classes of a data set and the task it is opened for.
+
+    Args:
+        class_names: of the classes 0..K-1.
+        task: "semantic" (a segment for each class of an image), "panoptic" (a segment for each thing, and one for each
+            class of stuff) or "instance" (a mask for each thing; all classes are things).
+        stuff_classes: indices of the classes that are stuff; the others are things.
+        palette: an RGB colour, 0..255, for each class, or None.
+        ignore_index: the class of void pixels in class maps; none of 0..K-1.
+        category_ids: the id that the data set's own files and tools give to each class, or None.
+    """
+
+    class_names: tuple[str, ...]
+    task: str = "semantic"
+    stuff_classes: tuple[int, ...] = ()
+    palette: tuple[tuple[int, int, int], ...] | None = None
+    ignore_index: int = 255
+    category_ids: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise ValueError(f"task={self.task!r} is unknown; expected one of {', '.join(TASKS)}")
+        for name in ("palette", "category_ids"):
+            value = getattr(self, name)
+            if value is not None and len(value) != self.num_classes:
+                raise ValueError(f"{name} has {len(value)} entries; expected {self.num_classes}, one for each class")
+        if 0 <= self.ignore_index < self.num_classes:
+            raise ValueError(f"ignore_index={self.ignore_index} is also one of the {self.num_classes} classes")
+        for label in self.stuff_classes:
+            if not 0 <= label < self.num_classes:
+                raise ValueError(f"stuff_classes holds {label}; expected 0..{self.num_classes - 1}")
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return len(self.class_names)
+
+    @property
+    def thing_classes(self) -> tuple[int, ...]:
+        """Indices of the classes that are things."""
+        return tuple(label for label in range(self.num_classes) if label not in self.stuff_classes)
+
+
+class SegmentationDataset(Dataset[Sample]):
+    """A data set of :class:`Sample`, described by ``info``.
+
+    Attributes:
+        info: its classes and its task.
+        split: "train", "val" or the like.
+    """
+
+    info: DatasetInfo
+    split: str
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> Sample:
+        raise NotImplementedError
+
+    def faults(self, index: int, full: bool) -> list[str]:
+        """What is broken in the files of sample ``index``, each with the file's name; see ``check_dataset``.
+
+        Args:
+            index: 0..len-1.
+            full: decode image and truth, rather than read their headers only.
+        """
+        return []
+
+    def set_faults(self) -> list[str]:
+        """What is broken in the set as a whole, as files without a partner are."""
+        return []
+
+
+def collate(samples: Sequence[Sample]) -> tuple[Tensor | list[Tensor], Targets]:
+    """A batch as the models take it: the ``collate_fn`` of a ``DataLoader``.
+
+    Crowd regions are no targets; their pixels become void unless a target owns them as well.
+
+    Returns:
+        images: ``(B, 3, H, W)`` float32 in 0..1, or a list of ``(3, H_b, W_b)`` where sizes differ.
+        targets: of the images' largest height and width; what lies beyond a smaller image is void.
+
+    Raises:
+        ValueError: no samples, or samples with segment maps beside samples with masks.
+    """
+    if len(samples) == 0:
+        raise ValueError("samples is empty; expected at least one")
+    images: Tensor | list[Tensor] = [sample.image.float().div_(255) for sample in samples]
+    sizes = [sample.size for sample in samples]
+    if len(set(sizes)) == 1:
+        images = torch.stack(images)
+    kept = [torch.ones_like(s.labels, dtype=torch.bool) if s.crowd is None else ~s.crowd for s in samples]
+    labels = pad_sequence(
+        [sample.labels[keep] for sample, keep in zip(samples, kept, strict=True)],
+        batch_first=True,
+        padding_value=PADDING_LABEL,
+    )
+    counts = (labels >= 0).sum(1)
+    size = max(height for height, _ in sizes), max(width for _, width in sizes)
+    if all(sample.segments is not None for sample in samples):
+        dtype, void = (torch.uint8, 255) if labels.shape[1] <= 254 else (torch.int32, VOID)
+        planes = [_target_map(sample, keep, dtype, void) for sample, keep in zip(samples, kept, strict=True)]
+        segments = torch.stack([_padded(plane, size, void) for plane in planes])
+        return images, Targets(labels, counts, segments=segments, void=void)
+    if any(sample.masks is None for sample in samples):
+        raise ValueError("samples holds segment maps beside masks; expected one form")
+    masks = torch.zeros((len(samples), labels.shape[1], *size), dtype=torch.uint8)
+    valid = torch.zeros((len(samples), *size), dtype=torch.bool)
+    for b, (sample, keep) in enumerate(zip(samples, kept, strict=True)):
+        height, width = sample.size
+        own = sample.masks[keep]
+        masks[b, : len(own), :height, :width] = own
+        valid[b, :height, :width] = own.any(0) | ~sample.masks[~keep].any(0)
+    return images, Targets(labels, counts, masks=masks, valid=None if valid.all() else valid)
+
+
+def _target_map(sample: Sample, keep: Tensor, dtype: torch.dtype, void: int) -> Tensor:
+    """``(H, W)`` the index of each pixel's segment among those kept, void elsewhere."""
+    lookup = torch.where(keep, keep.cumsum(0) - 1, void)
+    return torch.cat([lookup, lookup.new_tensor([void])]).to(dtype)[sample.segments.long()]
+
+
+def _padded(plane: Tensor, size: tuple[int, int], value: int) -> Tensor:
+    return pad(plane, (0, size[1] - plane.shape[1], 0, size[0] - plane.shape[0]), value=value)

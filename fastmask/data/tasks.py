@@ -1,0 +1,87 @@
+"""One truth for several tasks: a panoptic one holds the semantic one and that of instances."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fastmask.data.sample import VOID, DatasetInfo, Sample
+
+
+def segment_dtype(num_segments: int) -> torch.dtype:
+    """The dtype of a sample's segment map."""
+    return torch.int16 if num_segments <= 2**15 - 1 else torch.int32
+
+
+def semantic_segments(class_map: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Segments and labels of a sample from the class of each pixel.
+
+    Args:
+        class_map: ``(H, W)`` integers; values outside ``0..num_classes-1`` are void.
+        num_classes: K.
+
+    Returns:
+        segments ``(H, W)``, one for each class that occurs, by class; labels ``(M,)``.
+    """
+    classes = class_map.long()
+    classes = torch.where((classes >= 0) & (classes < num_classes), classes, num_classes)
+    occurs = torch.bincount(classes.flatten(), minlength=num_classes + 1)[:num_classes] > 0
+    index = torch.where(occurs, occurs.cumsum(0) - 1, VOID)
+    lookup = torch.cat([index, index.new_tensor([VOID])]).to(segment_dtype(num_classes))
+    return lookup[classes], occurs.nonzero().flatten()
+
+
+def task_view(info: DatasetInfo, task: str | None) -> tuple[DatasetInfo, Callable[[Sample], Sample]]:
+    """How a data set with panoptic truth looks to a task: its classes, and the change to each sample.
+
+    Args:
+        info: with the task "panoptic".
+        task: "panoptic" (also for None), "semantic" or "instance".
+
+    Returns:
+        The classes, and a function that pickles.
+    """
+    if task in (None, "panoptic"):
+        return info, _panoptic
+    if task == "semantic":
+        return replace(info, task=task), partial(_semantic, num_classes=info.num_classes)
+    things = info.thing_classes
+
+    def of_things(values: tuple | None) -> tuple | None:
+        return None if values is None else tuple(values[label] for label in things)
+
+    instance_info = replace(
+        info,
+        task=task,
+        class_names=of_things(info.class_names),
+        stuff_classes=(),
+        palette=of_things(info.palette),
+        category_ids=of_things(info.category_ids),
+    )
+    new_labels = torch.full((info.num_classes,), -1)
+    new_labels[list(things)] = torch.arange(len(things))
+    return instance_info, partial(_instances, new_labels=new_labels)
+
+
+def _panoptic(sample: Sample) -> Sample:
+    return sample
+
+
+def _semantic(sample: Sample, num_classes: int) -> Sample:
+    segments, labels = semantic_segments(sample.class_map(num_classes), num_classes)
+    return sample._replace(segments=segments, labels=labels, crowd=None, areas=None)
+
+
+def _instances(sample: Sample, new_labels: Tensor) -> Sample:
+    indices = (new_labels[sample.labels] >= 0).nonzero().flatten()
+    return sample._replace(
+        segments=None,
+        masks=sample.segments == indices[:, None, None],
+        labels=new_labels[sample.labels[indices]],
+        crowd=None if sample.crowd is None else sample.crowd[indices],
+        areas=None if sample.areas is None else sample.areas[indices],
+    )

@@ -1,0 +1,238 @@
+"""The papers' augmentations, by Pillow: it is kept, needed anyway, and what the papers' code resizes with.
+
+Of libraries made for the purpose, albumentations has had no maintainer since June 2025 (its successor's licence, AGPL,
+does not go with ours), and kornia takes five times as long to resize an image on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastmask.data.sample import VOID, Sample
+
+Transform = Callable[[Sample, np.random.Generator], Sample]
+
+
+@dataclass(frozen=True)
+class Compose:
+    """Several transforms, one after the other."""
+
+    transforms: tuple[Transform, ...]
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        for transform in self.transforms:
+            sample = transform(sample, rng)
+        return sample
+
+
+@dataclass(frozen=True)
+class ResizeShortSide:
+    """Resizes to a random length of the shorter side; the longer side follows, up to a limit.
+
+    Args:
+        sides: the lengths to choose from, in pixels.
+        max_side: of the longer side; None for no limit.
+    """
+
+    sides: tuple[int, ...]
+    max_side: int | None = None
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        height, width = sample.size
+        scale = self.sides[rng.integers(len(self.sides))] / min(height, width)
+        if self.max_side is not None:
+            scale = min(scale, self.max_side / max(height, width))
+        return resized(sample, (_rounded(height * scale), _rounded(width * scale)))
+
+
+@dataclass(frozen=True)
+class ResizeJitter:
+    """Resizes so that the image fits into a frame times a random scale: the first half of large-scale jitter.
+
+    Simple Copy-Paste (Ghiasi et al. 2021, arXiv:2012.07177), section 3. A crop to the frame is the other half; an image
+    that became smaller than it is not padded here, because batches are.
+
+    Args:
+        size: (height, width) of the frame.
+        scales: the least and the greatest scale.
+    """
+
+    size: tuple[int, int]
+    scales: tuple[float, float] = (0.1, 2.0)
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        height, width = sample.size
+        scale = rng.uniform(*self.scales) * min(self.size[0] / height, self.size[1] / width)
+        return resized(sample, (_rounded(height * scale), _rounded(width * scale)))
+
+
+@dataclass(frozen=True)
+class RandomCrop:
+    """Crops a random part; an image that is smaller than the crop stays as it is along that side.
+
+    With a limit, a crop is drawn again while it has one class alone or a class with more than its share of the labelled
+    pixels. The last of ten stays.
+
+    Args:
+        size: (height, width) of the crop.
+        max_category_share: the limit, 0..1; 1 is none. Only segment maps have it.
+    """
+
+    size: tuple[int, int]
+    max_category_share: float = 1.0
+    tries: int = 10
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        height, width = (min(pair) for pair in zip(self.size, sample.size, strict=True))
+        limited = self.max_category_share < 1 and sample.segments is not None
+        for _ in range(self.tries if limited else 1):
+            top = int(rng.integers(sample.size[0] - height + 1))
+            left = int(rng.integers(sample.size[1] - width + 1))
+            window = slice(top, top + height), slice(left, left + width)
+            if not limited or self._is_mixed(sample.segments[window], sample.labels):
+                break
+        return _mapped(sample, lambda plane: plane[(..., *window)].contiguous())
+
+    def _is_mixed(self, segments: Tensor, labels: Tensor) -> bool:
+        pixels = _pixels_of_segments(segments, len(labels))
+        by_class = torch.bincount(labels, weights=pixels.double())
+        return int((by_class > 0).sum()) > 1 and bool(by_class.max() < self.max_category_share * by_class.sum())
+
+
+@dataclass(frozen=True)
+class RandomFlip:
+    """Mirrors left and right."""
+
+    probability: float = 0.5
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        if rng.random() >= self.probability:
+            return sample
+        areas = sample.areas
+        return _mapped(sample, lambda plane: plane.flip(-1))._replace(areas=areas)
+
+
+@dataclass(frozen=True)
+class ColourJitter:
+    """Brightness, contrast, saturation and hue at random, each half of the time, as SSD has it.
+
+    SSD (Liu et al. 2016, arXiv:1512.02325), section 3.6: contrast comes before or after the changes of colour.
+
+    Args:
+        brightness: the greatest change, of 255.
+        contrast: the least and the greatest factor.
+        saturation: the least and the greatest factor.
+        hue: the greatest change, in degrees.
+    """
+
+    brightness: float = 32.0
+    contrast: tuple[float, float] = (0.5, 1.5)
+    saturation: tuple[float, float] = (0.5, 1.5)
+    hue: float = 36.0
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        # All numbers are drawn, also those that are not used, so that each has its own place in the sequence.
+        use_brightness, contrast_first, use_contrast, use_saturation, use_hue = rng.random(5) < 0.5
+        shift = rng.uniform(-self.brightness, self.brightness)
+        factor = rng.uniform(*self.contrast)
+        saturation = rng.uniform(*self.saturation) if use_saturation else 1.0
+        hue = rng.uniform(-self.hue, self.hue) if use_hue else 0.0
+        levels = np.arange(256.0)
+        picture = Image.fromarray(np.ascontiguousarray(sample.image.permute(1, 2, 0).numpy()))
+        if not use_contrast:
+            factor = 1.0
+        before, after = (factor, 1.0) if contrast_first else (1.0, factor)
+        picture = _by_table(picture, _bytes(_bytes(levels + shift * use_brightness) * before), 3)
+        if use_saturation or use_hue:
+            hues, saturations, values = picture.convert("HSV").split()
+            turned = (np.arange(256) + round(hue / 360 * 256)) % 256
+            bands = _by_table(hues, turned, 1), _by_table(saturations, _bytes(levels * saturation), 1), values
+            picture = Image.merge("HSV", bands).convert("RGB")
+        picture = _by_table(picture, _bytes(levels * after), 3)
+        return sample._replace(image=torch.from_numpy(np.array(picture).transpose(2, 0, 1).copy()))
+
+
+def semantic_augmentation(
+    crop: tuple[int, int] = (512, 512),
+    *,
+    short_side: int = 512,
+    max_side: int = 2048,
+    max_category_share: float = 1.0,
+) -> Compose:
+    """What MaskFormer and Segmenter train semantic segmentation with.
+
+    The shorter side is 0.5 to 2 times ``short_side`` in steps of 0.1; then crop, colour and flip. MaskFormer takes
+    these defaults for ADE20K, (512, 1024), 1024 and 4096 for Cityscapes; Segmenter limits a class to 0.75 of a crop.
+    """
+    sides = tuple(short_side * tenths // 10 for tenths in range(5, 21))
+    crop_step = RandomCrop(crop, max_category_share)
+    return Compose((ResizeShortSide(sides, max_side), crop_step, ColourJitter(), RandomFlip()))
+
+
+def jitter_augmentation(size: tuple[int, int] = (1024, 1024), scales: tuple[float, float] = (0.1, 2.0)) -> Compose:
+    """Large-scale jitter, with which Mask2Former trains panoptic and instance segmentation: flip, scale and crop."""
+    return Compose((RandomFlip(), ResizeJitter(size, scales), RandomCrop(size)))
+
+
+def resized(sample: Sample, size: Sequence[int]) -> Sample:
+    """A sample at another size: the image bilinear and smoothed where it shrinks, its truth by the nearest pixel.
+
+    Args:
+        sample: of (H, W) pixels.
+        size: (height, width).
+    """
+    height, width = (max(1, side) for side in size)
+    if (height, width) == sample.size:
+        return sample
+    rows, columns = (_nearest(*sides) for sides in zip(sample.size, (height, width), strict=True))
+    planes = [
+        Image.fromarray(plane).resize((width, height), Image.Resampling.BILINEAR) for plane in sample.image.numpy()
+    ]
+    image = torch.from_numpy(np.stack([np.array(plane) for plane in planes]))
+    return _mapped(sample, lambda plane: plane[..., rows[:, None], columns], image)
+
+
+def _nearest(length: int, new_length: int) -> Tensor:
+    """The pixel below the centre of each new pixel."""
+    return ((2 * torch.arange(new_length) + 1) * length).div(2 * new_length, rounding_mode="floor")
+
+
+def _mapped(sample: Sample, change: Callable[[Tensor], Tensor], image: Tensor | None = None) -> Sample:
+    """A sample whose planes are changed, without the segments that lost their last pixel."""
+    image = change(sample.image) if image is None else image
+    if sample.segments is not None:
+        segments = change(sample.segments)
+        kept = _pixels_of_segments(segments, len(sample.labels)) > 0
+        if not kept.all():
+            lookup = torch.where(kept, kept.cumsum(0) - 1, VOID)
+            lookup = torch.cat([lookup, lookup.new_tensor([VOID])]).to(segments.dtype)
+            segments = lookup[segments.long()]
+        changed = {"segments": segments}
+    else:
+        masks = change(sample.masks)
+        kept = masks.flatten(1).any(1)
+        changed = {"masks": masks[kept]}
+    crowd = None if sample.crowd is None else sample.crowd[kept]
+    return sample._replace(image=image, labels=sample.labels[kept], crowd=crowd, areas=None, **changed)
+
+
+def _pixels_of_segments(segments: Tensor, num_segments: int) -> Tensor:
+    return torch.bincount(segments.flatten() - VOID, minlength=num_segments + 1)[1:]
+
+
+def _rounded(length: float) -> int:
+    return int(length + 0.5)
+
+
+def _bytes(levels: np.ndarray) -> np.ndarray:
+    return np.clip(np.rint(levels), 0, 255)
+
+
+def _by_table(picture: Image.Image, table: np.ndarray, bands: int) -> Image.Image:
+    return picture.point(table.astype(int).tolist() * bands)

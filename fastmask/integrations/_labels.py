@@ -1,0 +1,62 @@
+"""Labels in foreign formats."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastmask.targets import Targets
+
+
+def check_binary(name: str, masks: Tensor) -> None:
+    """The kernels read one bit a pixel, so anything between 0 and 1 would be lost.
+
+    On a GPU the check does not wait: a failure shows as a device-side assertion.
+
+    Raises:
+        ValueError: ``masks``, called ``name``, lie on the CPU and hold something other than 0 and 1.
+    """
+    if masks.dtype == torch.bool:
+        return
+    binary = ((masks == 0) | (masks == 1)).all()
+    if masks.device.type != "cpu":
+        torch._assert_async(binary, f"{name} must hold 0 and 1 only")
+    elif not torch.compiler.is_compiling() and not binary:
+        value = masks[(masks != 0) & (masks != 1)][0].item()
+        raise ValueError(f"{name} holds {value}; fastmask takes binary masks, 0 and 1, only")
+
+
+def sizes_of(mask_labels: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """(H_b, W_b) of each image's masks."""
+    return [tuple(masks.shape[-2:]) for masks in mask_labels]
+
+
+def cost_of_images(
+    cost: Callable[[Tensor, Tensor, Targets, slice], Tensor],
+    class_logits: Tensor,
+    mask_logits: Tensor,
+    targets: Targets,
+    sizes: Sequence[tuple[int, int]],
+) -> Tensor:
+    """``(..., B, N, M)``: the matching cost, of masks without padding.
+
+    transformers' models pad masks for the losses only. Where sizes differ, each image is matched by itself.
+
+    Args:
+        cost: from the logits and targets of some images, and which these are, to their costs.
+        class_logits: ``(..., B, N, K+1)``.
+        mask_logits: ``(..., B, N, h, w)``.
+        targets: of the B images, as binary masks.
+        sizes: (H_b, W_b) of each image's masks.
+    """
+    if len(set(sizes)) == 1:
+        return cost(class_logits, mask_logits, targets, slice(None))
+    costs = []
+    for b, (height, width) in enumerate(sizes):
+        image = slice(b, b + 1)
+        masks = targets.masks[image, :, :height, :width].contiguous()
+        own = Targets(targets.labels[image], targets.counts[image], masks=masks)
+        costs.append(cost(class_logits[..., image, :, :], mask_logits[..., image, :, :, :], own, image))
+    return torch.cat(costs, -3)

@@ -1,0 +1,25 @@
+"""transformers' EoMT: matcher and losses at random points."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+from transformers.models.eomt import modeling_eomt as hf
+
+from fastmask.integrations.transformers._labels import criterion_replacements
+from fastmask.integrations.transformers._points import PointLoss, PointMatcher
+
+
+def replacements(module: nn.Module) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
+    """Which modules get which class; see ``fastmask.integrations._patching``."""
+    matchers = {hf.EomtHungarianMatcher: EomtHungarianMatcher}
+    yield from criterion_replacements(module, matchers, {hf.EomtLoss: EomtLoss})
+
+
+class EomtHungarianMatcher(PointMatcher, hf.EomtHungarianMatcher):
+    """The matcher, by fastmask's kernels."""
+
+
+class EomtLoss(PointLoss, hf.EomtLoss):
+    """The losses, by fastmask's kernels."""

@@ -1,0 +1,49 @@
+"""transformers' OneFormer: matcher and losses at random points."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import Tensor, nn
+from transformers.models.oneformer import modeling_oneformer as hf
+
+from fastmask.integrations.transformers._labels import criterion_replacements
+from fastmask.integrations.transformers._points import PointLoss, PointMatcher
+
+LOSSES_OF_A_LAYER = 3
+
+
+def replacements(module: nn.Module) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
+    """Which modules get which class; see ``fastmask.integrations._patching``."""
+    matchers = {hf.OneFormerHungarianMatcher: OneFormerHungarianMatcher}
+    yield from criterion_replacements(module, matchers, {hf.OneFormerLoss: OneFormerLoss})
+
+
+class OneFormerHungarianMatcher(PointMatcher, hf.OneFormerHungarianMatcher):
+    """The matcher, by fastmask's kernels."""
+
+
+class OneFormerLoss(PointLoss, hf.OneFormerLoss):
+    """The losses, by fastmask's kernels; the contrastive one is transformers' own."""
+
+    loss_shape = (1,)  # of its mask and dice losses
+
+    def forward(
+        self,
+        masks_queries_logits: Tensor,
+        class_queries_logits: Tensor,
+        contrastive_queries_logits: Tensor,
+        mask_labels: Sequence[Tensor],
+        class_labels: Sequence[Tensor],
+        text_queries: Tensor,
+        auxiliary_predictions: Sequence[Mapping[str, Tensor]] | None = None,
+        calculate_contrastive_loss: bool = True,
+    ) -> dict[str, Tensor]:
+        """Unweighted losses under transformers' names, of all layers."""
+        losses = super().forward(
+            masks_queries_logits, class_queries_logits, mask_labels, class_labels, auxiliary_predictions
+        )
+        if not calculate_contrastive_loss:
+            return losses
+        last = dict(list(losses.items())[:LOSSES_OF_A_LAYER])
+        return {**last, **self.loss_contrastive(contrastive_queries_logits, text_queries), **losses}

@@ -1,0 +1,8 @@
+"""Metrics whose numbers equal those of the field's own tools, and which add up over processes."""
+
+from fastmask.metrics.instance import InstanceMetrics
+from fastmask.metrics.panoptic import PanopticMetrics
+from fastmask.metrics.semantic import SemanticMetrics
+from fastmask.metrics.sound import SoundEventMetrics
+
+__all__ = ["InstanceMetrics", "PanopticMetrics", "SemanticMetrics", "SoundEventMetrics"]

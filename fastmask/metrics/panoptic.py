@@ -1,0 +1,122 @@
+"""Panoptic quality."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from fastmask.metrics.base import Metrics, checked_classes, mean, share
+
+
+class PanopticMetrics(Metrics):
+    """PQ = sum of IoU over matches / (TP + FP / 2 + FN / 2) = SQ * RQ, for each class, by things and by stuff.
+
+    Panoptic Segmentation (Kirillov et al. 2019, arXiv:1801.00868), equations 1 and 2, with the rules of the COCO
+    panoptic API: a segment matches one of its class at an IoU above 1/2, where pixels that are void in the truth do not
+    count to the union; a missed crowd region is no fault, and neither is a segment of which more than half lies in void
+    or in crowd regions of its class. Means are over the classes that occur in truth or prediction.
+
+    Args:
+        num_classes: K.
+        stuff_classes: all others are things.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    def __init__(self, num_classes: int, stuff_classes: Collection[int] = ()):
+        self.num_classes, self.stuff_classes = checked_classes(num_classes, stuff_classes)
+        # Columns: sum of IoU over matches, TP, FP, FN.
+        self._counts = np.zeros((num_classes, 4))
+
+    def update(
+        self,
+        prediction: tuple[Tensor, Sequence[Mapping[str, Any]]],
+        segments: Tensor,
+        labels: Tensor,
+        crowd: Tensor | None = None,
+    ) -> None:
+        """Adds an image.
+
+        Args:
+            prediction: ``(H, W)`` integer ids, and for each id {"id", "category_id"} with a class in 0..K-1, as
+                ``MaskFormer.predict`` gives them. Pixels of ids that are not listed belong to no segment.
+            segments: ``(H, W)`` integers, the index ``0..M-1`` of each pixel's segment; other values are void.
+            labels: ``(M,)`` classes in 0..K-1; from the first -1 on, padding.
+            crowd: ``(M,)`` bool, which segments are crowd regions.
+
+        Raises:
+            ValueError: shapes that differ, a class out of range, or an id that is listed twice.
+        """
+        ids, infos = prediction
+        if ids.shape != segments.shape or ids.dim() != 2:
+            raise ValueError(
+                f"prediction has shape {tuple(ids.shape)}, segments {tuple(segments.shape)}; expected (H, W)"
+            )
+        labels = labels.cpu().numpy()
+        found_labels = np.array([info["category_id"] for info in infos], np.int64)
+        self._check("labels", labels[labels >= 0])
+        self._check("prediction", found_labels)
+        found_ids = np.array([info["id"] for info in infos], np.int64)
+        if len(np.unique(found_ids)) < len(found_ids):
+            raise ValueError(f"prediction lists an id twice: {sorted(found_ids.tolist())}")
+        num_found, num_true = len(found_ids), len(labels)
+        truth = segments.cpu().numpy().astype(np.int64)
+        truth = np.where((truth >= 0) & (truth < num_true), truth, num_true)
+        found = _index_of(ids.cpu().numpy().astype(np.int64), found_ids)
+        # shared[m, s]: pixels of segment m (the last is void) and found segment s (the last is none).
+        shared = np.bincount((truth * (num_found + 1) + found).ravel(), minlength=(num_true + 1) * (num_found + 1))
+        shared = shared.reshape(num_true + 1, num_found + 1)
+        true_areas, found_areas = shared.sum(1)[:-1], shared.sum(0)[:-1]
+        in_void, inside = shared[-1, :-1], shared[:-1, :-1]
+        is_crowd = np.zeros(num_true, bool) if crowd is None else crowd.cpu().numpy().astype(bool)
+
+        same_class = labels[:, None] == found_labels
+        iou = share(inside, true_areas[:, None] + found_areas - inside - in_void)
+        matches = same_class & ~is_crowd[:, None] & (iou > 0.5)
+        rows, columns = matches.nonzero()
+        np.add.at(self._counts, (labels[rows], 0), iou[rows, columns])
+        np.add.at(self._counts, (labels[rows], 1), 1)
+        missed = ~matches.any(1) & ~is_crowd & (true_areas > 0) & (labels >= 0)
+        np.add.at(self._counts, (labels[missed], 3), 1)
+        excused = in_void + (inside * (same_class & is_crowd[:, None])).sum(0)
+        wrong = ~matches.any(0) & (found_areas > 0) & ~(share(excused, found_areas) > 0.5)
+        np.add.at(self._counts, (found_labels[wrong], 2), 1)
+
+    def _check(self, name: str, labels: np.ndarray) -> None:
+        outside = labels[(labels < 0) | (labels >= self.num_classes)]
+        if outside.size:
+            raise ValueError(f"{name} holds class {outside[0]}; expected 0..{self.num_classes - 1}")
+
+    def compute(self) -> dict[str, float]:
+        """ "PQ", "SQ" and "RQ", and each with "_things" and "_stuff"."""
+        numbers = {name: np.array(values) for name, values in self.per_class().items()}
+        occurs = self._counts[:, 1:].sum(1) > 0
+        is_stuff = np.isin(np.arange(self.num_classes), self.stuff_classes)
+        groups = {"": occurs, "_things": occurs & ~is_stuff, "_stuff": occurs & is_stuff}
+        return {name + suffix: mean(numbers[name], group) for suffix, group in groups.items() for name in numbers}
+
+    def per_class(self) -> dict[str, list[float]]:
+        """ "PQ", "SQ" and "RQ"; SQ is 0 for a class that occurs without a match."""
+        iou, hits, wrong, missed = self._counts.T
+        whole = hits + wrong / 2 + missed / 2
+        quality = np.where((hits == 0) & (whole > 0), 0.0, share(iou, hits))
+        return {"PQ": share(iou, whole).tolist(), "SQ": quality.tolist(), "RQ": share(hits, whole).tolist()}
+
+    def _settings(self) -> tuple:
+        return self.num_classes, self.stuff_classes
+
+    def _add(self, other: PanopticMetrics) -> None:
+        self._counts += other._counts
+
+
+def _index_of(values: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """The index of each value in ``ids (S,)``; S for values that are not there."""
+    if len(ids) == 0:
+        return np.zeros_like(values)
+    order = np.argsort(ids)
+    places = order[np.searchsorted(ids[order], values).clip(max=len(ids) - 1)]
+    return np.where(ids[places] == values, places, len(ids))

@@ -1,0 +1,143 @@
+"""Metrics of semantic segmentation: IoU, accuracy and boundary IoU."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastmask.metrics.base import Metrics, checked_classes, mean, share
+
+
+class SemanticMetrics(Metrics):
+    """IoU and accuracy from the confusion of all pixels, and boundary IoU.
+
+    IoU_k = TP_k / (TP_k + FP_k + FN_k), as the scripts of Cityscapes have it: counted over all images together, void
+    left out, and averaged over the classes that occur in truth or prediction. fwIoU weights IoU_k by the class's share
+    of the truth's pixels. Accuracy_k = TP_k / (TP_k + FN_k); its mean is over the classes of the truth.
+
+    Boundary IoU (Cheng et al. 2021, arXiv:2103.16562) is the IoU of the pixels that lie within d of their class's
+    boundary, in chessboard distance: in truth, in prediction, for each class over all images together. The image's
+    border counts as a boundary. A prediction is void where the truth is, so that a perfect one scores 1.
+
+    Args:
+        num_classes: K.
+        ignore_index: the class of void pixels in the truth.
+        boundary_share: d as a share of the image's diagonal; None leaves boundary IoU out, which is most of the time.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    def __init__(self, num_classes: int, *, ignore_index: int = 255, boundary_share: float | None = 0.02):
+        self.num_classes, _ = checked_classes(num_classes)
+        if 0 <= ignore_index < num_classes:
+            raise ValueError(f"ignore_index={ignore_index} is also one of the {num_classes} classes")
+        if boundary_share is not None and not 0 < boundary_share < 1:
+            raise ValueError(f"boundary_share must lie between 0 and 1, got {boundary_share}")
+        self.ignore_index = ignore_index
+        self.boundary_share = boundary_share
+        # Column K is for pixels whose prediction is no class.
+        self._confusion = np.zeros((num_classes, num_classes + 1), np.int64)
+        # Pixels near the boundary: of both in one class, of the truth, of the prediction.
+        self._boundary = np.zeros((3, num_classes), np.int64)
+
+    def update(self, prediction: Tensor, target: Tensor) -> None:
+        """Adds an image, or images of one size.
+
+        Args:
+            prediction: ``(..., H, W)`` integers, the class of each pixel; other values than 0..K-1 are no class, and
+                wrong wherever the truth has one.
+            target: ``(..., H, W)`` integers in 0..K-1, or ``ignore_index``.
+
+        Raises:
+            TypeError: something else than integers.
+            ValueError: shapes that differ, or a class out of range in the target.
+        """
+        for name, tensor in (("prediction", prediction), ("target", target)):
+            if tensor.is_floating_point() or tensor.dtype == torch.bool:
+                raise TypeError(f"{name} must hold integers, got {tensor.dtype}")
+        if prediction.shape != target.shape or target.dim() < 2:
+            raise ValueError(
+                f"prediction has shape {tuple(prediction.shape)}, target {tuple(target.shape)}; expected (..., H, W)"
+            )
+        classes = self.num_classes
+        truth, found = target.long(), prediction.to(target.device).long()
+        void = truth == self.ignore_index
+        wrong = ((truth < 0) | (truth >= classes)) & ~void
+        if wrong.any():
+            value = int(truth[wrong][0])
+            raise ValueError(f"target holds class {value}; expected 0..{classes - 1} or {self.ignore_index}")
+        truth = truth.masked_fill(void, classes)
+        found = found.masked_fill((found < 0) | (found >= classes), classes)
+        pairs = torch.bincount((truth * (classes + 1) + found).flatten(), minlength=(classes + 1) ** 2)
+        self._confusion += pairs.view(classes + 1, classes + 1)[:classes].cpu().numpy()
+        if self.boundary_share is not None and truth.numel() > 0:
+            # A class of its own for void: pixels of no class are a class of the prediction alone.
+            found, truth = found.masked_fill(void, classes + 1), truth.masked_fill(void, classes + 1)
+            height, width = truth.shape[-2:]
+            for found_map, truth_map in zip(
+                found.view(-1, height, width).cpu().numpy(), truth.view(-1, height, width).cpu().numpy(), strict=True
+            ):
+                self._add_boundary(found_map.astype(np.int32), truth_map.astype(np.int32))
+
+    def _add_boundary(self, found: np.ndarray, truth: np.ndarray) -> None:
+        distance = max(1, round(self.boundary_share * math.hypot(*truth.shape)))
+        near_found, near_truth = near_boundary(found, distance), near_boundary(truth, distance)
+        both = near_found & near_truth & (found == truth)
+        for row, values in zip(self._boundary, (truth[both], truth[near_truth], found[near_found]), strict=True):
+            row += np.bincount(values, minlength=self.num_classes)[: self.num_classes]
+
+    def compute(self) -> dict[str, float]:
+        """ "mIoU", "fwIoU", "pixel_accuracy", "mean_accuracy" and, unless left out, "boundary_IoU"."""
+        numbers = {name: np.array(values) for name, values in self.per_class().items()}
+        pixels = self._confusion.sum(1)
+        labelled = pixels > 0
+        result = {
+            "mIoU": mean(numbers["IoU"]),
+            "fwIoU": float(share((pixels * numbers["IoU"])[labelled].sum(), pixels.sum())),
+            "pixel_accuracy": float(share(self._true_positives().sum(), pixels.sum())),
+            "mean_accuracy": mean(numbers["accuracy"]),
+        }
+        if self.boundary_share is not None:
+            result["boundary_IoU"] = mean(numbers["boundary_IoU"])
+        return result
+
+    def per_class(self) -> dict[str, list[float]]:
+        """ "IoU", "accuracy" and, unless left out, "boundary_IoU"."""
+        hits, pixels = self._true_positives(), self._confusion.sum(1)
+        union = pixels + self._confusion[:, :-1].sum(0) - hits
+        result = {"IoU": share(hits, union).tolist(), "accuracy": share(hits, pixels).tolist()}
+        if self.boundary_share is not None:
+            both, truth, found = self._boundary
+            result["boundary_IoU"] = share(both, truth + found - both).tolist()
+        return result
+
+    @property
+    def confusion(self) -> np.ndarray:
+        """``(K, K+1)`` int64, pixels by class of the truth (row) and of the prediction; column K is no class."""
+        return self._confusion.copy()
+
+    def _true_positives(self) -> np.ndarray:
+        return self._confusion.diagonal()
+
+    def _settings(self) -> tuple:
+        return self.num_classes, self.ignore_index, self.boundary_share
+
+    def _add(self, other: SemanticMetrics) -> None:
+        self._confusion += other._confusion
+        self._boundary += other._boundary
+
+
+def near_boundary(classes: np.ndarray, distance: int) -> np.ndarray:
+    """``(H, W)`` bool: pixels with another class, or the image's border, at most ``distance`` away (chessboard).
+
+    For all classes at once: a pixel is far from any boundary where the least and the greatest class around it agree.
+    """
+    from scipy.ndimage import maximum_filter, minimum_filter
+
+    size = 2 * distance + 1
+    least = minimum_filter(classes, size, mode="constant", cval=-1)
+    return least != maximum_filter(classes, size, mode="constant", cval=-1)

@@ -1,0 +1,144 @@
+"""What the kernels of points share: bilinear samples, the targets around a point, a point's loss, random points."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastmask.kernels._common import _power, _sigmoid_of_magnitude
+
+# A point whose weight, 1 less its share of void pixels, is below this has none: what is left is rounding.
+LEAST_WEIGHT = tl.constexpr(1e-6)
+
+
+@triton.jit
+def _axis_taps(position, size):
+    """The first, -1..size-1, of the two pixels that a position in 0..1 lies between, and the weight of the second. A
+    position off the map, or NaN, lies on a pixel beyond its border."""
+    at = tl.fma(position, tl.cast(size, tl.float32), -0.5)
+    at = tl.where(at > -1.0, at, -1.0)
+    at = tl.where(at < size, at, tl.cast(size, tl.float32))
+    first = tl.minimum(tl.floor(at).to(tl.int32), size - 1)
+    return first, at - first.to(tl.float32)
+
+
+@triton.jit
+def _four_pixels(x, y, h, w, inside):
+    """Of an h x w map: the position of the upper left of the four pixels around each point, which of their columns and
+    rows are on the map, and the weights of the right and the lower ones."""
+    column, right = _axis_taps(x, w)
+    row, lower = _axis_taps(y, h)
+    return row * w + column, column >= 0, column + 1 < w, inside & (row >= 0), inside & (row + 1 < h), right, lower
+
+
+@triton.jit
+def _between(upper_left, upper_right, lower_left, lower_right, right, lower):
+    upper = tl.fma(upper_right, right, upper_left * (1.0 - right))
+    lower_row = tl.fma(lower_right, right, lower_left * (1.0 - right))
+    return tl.fma(lower_row, lower, upper * (1.0 - lower))
+
+
+@triton.jit
+def _sample(plane_ptr, x, y, h, w, inside):
+    """Bilinear samples of a map of logits at points (x, y), 0 beyond it."""
+    at, on_left, on_right, on_upper, on_lower, right, lower = _four_pixels(x, y, h, w, inside)
+    a = tl.load(plane_ptr + at, mask=on_upper & on_left, other=0.0).to(tl.float32)
+    b = tl.load(plane_ptr + at + 1, mask=on_upper & on_right, other=0.0).to(tl.float32)
+    c = tl.load(plane_ptr + at + w, mask=on_lower & on_left, other=0.0).to(tl.float32)
+    d = tl.load(plane_ptr + at + w + 1, mask=on_lower & on_right, other=0.0).to(tl.float32)
+    return _between(a, b, c, d, right, lower)
+
+
+@triton.jit
+def _pixel_share(target_ptrs, valid_ptrs, on, of_target, target, void_value, HAS_SEGMENTS: tl.constexpr,
+                 HAS_VOID: tl.constexpr):  # fmt: skip
+    """One where a pixel ``on`` the map belongs to the target, and one where it is void, else zero; float32. Masks are
+    read ``of_target``."""
+    value = tl.load(target_ptrs, mask=of_target, other=0).to(tl.int32)
+    counts = on
+    if HAS_VOID:
+        counts = on & ((value != void_value) if HAS_SEGMENTS else (tl.load(valid_ptrs, mask=on, other=0) != 0))
+    belongs = counts & of_target & ((value == target) if HAS_SEGMENTS else (value != 0))
+    return tl.where(belongs, 1.0, 0.0), tl.where(on & (counts == 0), 1.0, 0.0)
+
+
+@triton.jit
+def _weigh(t, void_share, inside, HAS_VOID: tl.constexpr):
+    """The target's share t and the weight v of points."""
+    v = tl.where(inside, 1.0, 0.0)
+    if HAS_VOID:
+        v -= tl.where(inside, void_share, 0.0)
+        t = tl.where(v >= LEAST_WEIGHT, t, 0.0)
+        v = tl.where(v >= LEAST_WEIGHT, v, 0.0)
+    return t, v
+
+
+@triton.jit
+def _target_at(x, y, inside, image, target, target_ptr, valid_ptr, void_value, M, H, W, HAS_SEGMENTS: tl.constexpr,
+               HAS_VOID: tl.constexpr):  # fmt: skip
+    """The target's bilinear share t of each point, and the point's weight v; nothing else of the targets is read."""
+    at, on_left, on_right, on_upper, on_lower, right, lower = _four_pixels(x, y, H, W, inside)
+    plane = tl.cast(H, tl.int64) * W
+    pixels = target_ptr + (image if HAS_SEGMENTS else image * M + target) * plane + at
+    valid = pixels
+    if HAS_VOID and not HAS_SEGMENTS:
+        valid = valid_ptr + image * plane + at
+    a, b, c, d = on_upper & on_left, on_upper & on_right, on_lower & on_left, on_lower & on_right
+    ta, va = _pixel_share(pixels, valid, a, a, target, void_value, HAS_SEGMENTS, HAS_VOID)
+    tb, vb = _pixel_share(pixels + 1, valid + 1, b, b, target, void_value, HAS_SEGMENTS, HAS_VOID)
+    tc, vc = _pixel_share(pixels + W, valid + W, c, c, target, void_value, HAS_SEGMENTS, HAS_VOID)
+    td, vd = _pixel_share(pixels + W + 1, valid + W + 1, d, d, target, void_value, HAS_SEGMENTS, HAS_VOID)
+    t = _between(ta, tb, tc, td, right, lower)
+    return _weigh(t, _between(va, vb, vc, vd, right, lower), inside, HAS_VOID)
+
+
+@triton.jit
+def _point_terms(x, alpha, gamma, FOCAL: tl.constexpr, SQUARE: tl.constexpr):
+    """p = sigmoid(x), 1 - p, F+ and F- of logits, and the sizes of the derivatives of both, -dF+/dx and dF-/dx."""
+    magnitude = tl.abs(x)
+    large, small, softplus = _sigmoid_of_magnitude(magnitude, RELATIVE=True)
+    positive = x >= 0.0
+    p = tl.where(positive, large, small)
+    q = tl.where(positive, small, large)
+    minus_log_p = tl.where(positive, 0.0, magnitude) + softplus
+    minus_log_q = tl.where(positive, magnitude, 0.0) + softplus
+    foreground, background, foreground_slope, background_slope = minus_log_p, minus_log_q, q, p
+    if FOCAL:
+        of_foreground = alpha * _power(q, minus_log_q, gamma, SQUARE)
+        of_background = (1.0 - alpha) * _power(p, minus_log_p, gamma, SQUARE)
+        foreground = of_foreground * minus_log_p
+        background = of_background * minus_log_q
+        foreground_slope = of_foreground * tl.fma(gamma * p, minus_log_p, q)
+        background_slope = of_background * tl.fma(gamma * q, minus_log_q, p)
+    return p, q, foreground, background, foreground_slope, background_slope
+
+
+@triton.jit
+def _philox(seed, counter, row):
+    """Words of Philox-4x32-10 (Salmon et al., SC 2011) for counters (counter, row, 0, 0), as uint32."""
+    word_0 = counter.to(tl.uint32)
+    word_1 = (counter * 0 + row).to(tl.uint32)
+    word_2 = (counter * 0).to(tl.uint32)
+    word_3 = word_2
+    key_0 = (seed & 0xFFFFFFFF).to(tl.uint32)
+    key_1 = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    multiplier_0 = word_2 + tl.full([], 0xD2511F53, tl.uint32)
+    multiplier_1 = word_2 + tl.full([], 0xCD9E8D57, tl.uint32)
+    for _ in tl.static_range(10):
+        high_0 = tl.umulhi(multiplier_0, word_0)
+        high_1 = tl.umulhi(multiplier_1, word_2)
+        low_0 = multiplier_0 * word_0
+        low_1 = multiplier_1 * word_2
+        word_0 = high_1 ^ word_1 ^ key_0
+        word_1 = low_1
+        word_2 = high_0 ^ word_3 ^ key_1
+        word_3 = low_0
+        key_0 += tl.full([], 0x9E3779B9, tl.uint32)
+        key_1 += tl.full([], 0xBB67AE85, tl.uint32)
+    return word_0, word_1, word_2, word_3
+
+
+@triton.jit
+def _uniform(word):
+    """Uniform in [0, 1): the upper 24 bits of a word."""
+    return (word >> 8).to(tl.int32).to(tl.float32) * 5.960464477539063e-08

@@ -1,0 +1,436 @@
+"""Mask logits on their way from the grid to the pixels of a result, as the inference kernels read them.
+
+Both bilinear steps become tables of taps, a row and a column of them for each pixel. The logits are staged once, a band
+of rows at a time, with the queries innermost: a thread then reads 16 bytes of queries for each tap of its pixel, where
+planes of queries would take a load for each query. Staging is also where logits out of bounds are put in their place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastmask.kernels._common import COMPILER_OPTIONS, INTERPRETED, _reciprocal
+
+# Queries that a program takes at a time; staged queries are padded to a multiple of it.
+BLOCK_N = 16
+
+# A band's staged logits: most of them are still in the L2 cache (50 MB on Hopper) when they are read.
+STAGE_BYTES = 32 << 20
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of both bilinear steps: grid -> padded, cropped to valid, -> size."""
+
+    grid: int
+    padded: int
+    valid: int
+    size: int
+
+    @property
+    def taps(self) -> int:
+        """How many inputs an output reads at most. Upsampled neighbours have three between them."""
+        steps = (self.grid != self.padded) + (self.valid != self.size)
+        return (1, 2, 3 if self.padded >= self.grid else 4)[steps]
+
+    def first_step(self) -> Axis:
+        """From the grid to the valid part of the padded input."""
+        return Axis(self.grid, self.padded, self.padded, self.padded)
+
+    def second_step(self) -> Axis:
+        return Axis(self.valid, self.valid, self.valid, self.size)
+
+    def reads(self, begin: int, end: int) -> tuple[int, int]:
+        """(first, end) of the inputs that the outputs [begin, end) read, or one more at either side."""
+        first, last = begin, end - 1
+        for inputs, outputs in ((self.valid, self.size), (self.grid, self.padded)):
+            if inputs != outputs:
+                first = max(((2 * first + 1) * inputs - outputs) // (2 * outputs), 0)
+                last = min(((2 * last + 1) * inputs - outputs) // (2 * outputs) + 1, inputs - 1)
+                first = min(first, inputs - 1)
+        return first, max(last, first) + 1
+
+
+def axes(
+    grid: list[int], padded_size: list[int] | None, valid_size: list[int] | None, size: list[int]
+) -> tuple[Axis, Axis]:
+    """Rows and columns, from the operators' arguments."""
+    padded = grid if padded_size is None else padded_size
+    valid = padded if valid_size is None else valid_size
+    return Axis(grid[0], padded[0], valid[0], size[0]), Axis(grid[1], padded[1], valid[1], size[1])
+
+
+@triton.jit
+def _bilinear_taps(i, inputs, outputs):
+    """PyTorch's bilinear rule with align_corners=False, in float64: both inputs of output i, the second's weight."""
+    scale = tl.cast(inputs, tl.float64) / tl.cast(outputs, tl.float64)
+    source = tl.maximum((i.to(tl.float64) + 0.5) * scale - 0.5, 0.0)
+    first = tl.minimum(source.to(tl.int32), inputs - 1)
+    weight = tl.where(first < inputs - 1, source - first.to(tl.float64), 0.0)
+    return first, tl.where(weight > 0.0, first + 1, first), weight
+
+
+@triton.jit
+def _taps_kernel(
+    row_index_ptr, row_weight_ptr, column_index_ptr, column_weight_ptr,
+    grid_y, padded_y, valid_y, size_y, begin_y, count_y, base_y, limit_y,
+    grid_x, padded_x, valid_x, size_x, count_x,
+    TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Taps of the rows [begin_y, begin_y + count_y), counted from base_y, and of the columns [0, count_x).
+
+    row_index, row_weight        (TAPS_Y, count_y), indices in [0, limit_y)
+    column_index, column_weight  (TAPS_X, count_x)
+    """
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    if tl.program_id(1) == 0:
+        _axis_taps(row_index_ptr, row_weight_ptr, i, grid_y, padded_y, valid_y, size_y, begin_y, count_y, base_y,
+                   limit_y, TAPS_Y)  # fmt: skip
+    else:
+        _axis_taps(column_index_ptr, column_weight_ptr, i, grid_x, padded_x, valid_x, size_x, 0, count_x, 0, grid_x,
+                   TAPS_X)  # fmt: skip
+
+
+@triton.jit
+def _axis_taps(index_ptr, weight_ptr, i, grid, padded, valid, size, begin, count, base, limit, TAPS: tl.constexpr):
+    """Weights of both steps are multiplied and rounded once. Three taps are neighbours; their shares are added up."""
+    first, second, outer = _bilinear_taps(begin + i, valid, size)
+    inner_first, inner_second, inner = _bilinear_taps(first, grid, padded)
+    last_first, last_second, last = _bilinear_taps(second, grid, padded)
+    index = (inner_first, inner_second, last_first, last_second)
+    weight = ((1.0 - outer) * (1.0 - inner), (1.0 - outer) * inner, outer * (1.0 - last), outer * last)
+    for tap in tl.static_range(TAPS):
+        if TAPS == 4:
+            at = index[tap]
+            share = weight[tap]
+        else:
+            at = inner_first + tap
+            share = outer * 0.0
+            for part in tl.static_range(4):
+                share += tl.where(index[part] == at, weight[part], 0.0)
+        at = tl.minimum(tl.maximum(tl.minimum(at, last_second) - base, 0), limit - 1)
+        tl.store(index_ptr + tap * count + i, at, mask=i < count)
+        tl.store(weight_ptr + tap * count + i, share.to(tl.float32), mask=i < count)
+
+
+@dataclass(frozen=True)
+class Taps:
+    """Tables on the device; see ``_taps_kernel``."""
+
+    row_index: Tensor
+    row_weight: Tensor
+    column_index: Tensor
+    column_weight: Tensor
+
+    def arguments(self) -> dict[str, Tensor | int]:
+        return {
+            "row_index_ptr": self.row_index,
+            "row_weight_ptr": self.row_weight,
+            "column_index_ptr": self.column_index,
+            "column_weight_ptr": self.column_weight,
+            "TAPS_Y": self.row_index.shape[0],
+            "TAPS_X": self.column_index.shape[0],
+        }
+
+
+NO_TAPS = {
+    "row_index_ptr": None, "row_weight_ptr": None, "column_index_ptr": None, "column_weight_ptr": None, "TAPS_Y": 0,
+    "TAPS_X": 0,
+}  # fmt: skip
+
+
+def make_taps(
+    rows: Axis, columns: Axis, begin: int, count: int, base: int, limit: int, width: int, device: torch.device
+) -> Taps:
+    """Taps of the rows [begin, begin + count), whose inputs count from ``base`` below ``limit``, and of the columns
+    [0, width)."""
+    row_index = torch.empty((rows.taps, count), dtype=torch.int32, device=device)
+    column_index = torch.empty((columns.taps, width), dtype=torch.int32, device=device)
+    taps = Taps(
+        row_index,
+        torch.empty_like(row_index, dtype=torch.float32),
+        column_index,
+        torch.empty_like(column_index, dtype=torch.float32),
+    )
+    _taps_kernel[(triton.cdiv(max(count, width), 128), 2)](
+        **taps.arguments(),
+        grid_y=rows.grid,
+        padded_y=rows.padded,
+        valid_y=rows.valid,
+        size_y=rows.size,
+        begin_y=begin,
+        count_y=count,
+        base_y=base,
+        limit_y=limit,
+        grid_x=columns.grid,
+        padded_x=columns.padded,
+        valid_x=columns.valid,
+        size_x=columns.size,
+        count_x=width,
+        BLOCK=128,
+        num_warps=4,
+        enable_fp_fusion=False,  # the coordinates that other backends compute
+    )
+    return taps
+
+
+@triton.jit
+def _within_bounds(x, KEEP_NAN: tl.constexpr):
+    """Logits as float32 within +-1e30, NaN as it is or as the lower bound."""
+    x = x.to(tl.float32)
+    if KEEP_NAN:
+        x = tl.clamp(x, -1e30, 1e30, propagate_nan=tl.PropagateNan.ALL)
+    else:
+        x = tl.minimum(tl.maximum(x, -1e30), 1e30)
+    return x
+
+
+@triton.jit
+def _exp2(x):
+    """2^x, one instruction; results below 2^-126 are 0."""
+    if INTERPRETED:
+        result = tl.exp2(x)
+    else:
+        result = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return result
+
+
+@triton.jit
+def _widen(x):
+    """float32 of staged values. Two bfloat16 take two instructions, where the compiler's own conversion takes three."""
+    if INTERPRETED or x.dtype == tl.float32:
+        result = x.to(tl.float32)
+    else:
+        result = tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=2
+        )
+    return result
+
+
+@triton.jit
+def _tile_taps(
+    row_index_ptr, row_weight_ptr, column_index_ptr, column_weight_ptr, y, x, count, columns, W,
+    TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr,
+):  # fmt: skip
+    """The cells of the stage, and their weights, that the pixels at y and x of a band's ``count`` rows of W read."""
+    cells = ()
+    weights = ()
+    for ty in tl.static_range(TAPS_Y):
+        row = tl.load(row_index_ptr + ty * count + y) * columns
+        weight = tl.load(row_weight_ptr + ty * count + y)
+        for tx in tl.static_range(TAPS_X):
+            cells = cells + (row + tl.load(column_index_ptr + tx * W + x),)  # noqa: RUF005 (Triton has no stars)
+            weights = weights + (weight * tl.load(column_weight_ptr + tx * W + x),)  # noqa: RUF005
+    return cells, weights
+
+
+@triton.jit
+def _interpolate(z, stage_ptr, n, offsets, weights, TAPS: tl.constexpr):
+    """z plus the staged values of queries n at each pixel's taps, weighted: [pixels, queries]."""
+    for tap in tl.static_range(TAPS):
+        value = tl.load(stage_ptr + (offsets[tap][:, None] + n[None, :]))
+        z = tl.fma(_widen(value), weights[tap][:, None], z)
+    return z
+
+
+@triton.jit
+def _nan_count_kernel(logits_ptr, stride_b, stride_n, stride_h, stride_w, count_ptr, N, w, pixels, BLOCK: tl.constexpr):
+    """count (B, N) is increased by how many of a query's logits are NaN."""
+    plane = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    at = (c // w).to(tl.int64) * stride_h + (c % w).to(tl.int64) * stride_w
+    x = tl.load(logits_ptr + plane // N * stride_b + plane % N * stride_n + at, mask=c < pixels, other=0.0)
+    count = tl.sum((x != x).to(tl.int32), 0)
+    if count > 0:
+        tl.atomic_add(count_ptr + plane, count)
+
+
+def count_nans(mask_logits: Tensor) -> Tensor:
+    """``(B, N)`` int32 of ``(B, N, rows, w)``: how many logits of each query are NaN."""
+    batch, queries, rows, w = mask_logits.shape
+    count = torch.zeros((batch, queries), dtype=torch.int32, device=mask_logits.device)
+    if mask_logits.numel():
+        _nan_count_kernel[(batch * queries, triton.cdiv(rows * w, 4096))](
+            logits_ptr=mask_logits,
+            **strides(mask_logits),
+            count_ptr=count,
+            N=queries,
+            w=w,
+            pixels=rows * w,
+            BLOCK=4096,
+            num_warps=4,
+            **COMPILER_OPTIONS,
+        )
+    return count
+
+
+def strides(mask_logits: Tensor) -> dict[str, int]:
+    return dict(zip(("stride_b", "stride_n", "stride_h", "stride_w"), mask_logits.stride(), strict=True))
+
+
+@triton.jit
+def _stage_kernel(
+    logits_ptr, stride_b, stride_n, stride_h, stride_w, order_ptr, weight_ptr,
+    row_index_ptr, row_weight_ptr, column_index_ptr, column_weight_ptr, stage_ptr, peak_ptr,
+    N, padded_n, first, rows, columns,
+    TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, PROBABILITIES: tl.constexpr, PEAKS: tl.constexpr,
+    KEEP_NAN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Queries innermost, in the given order: logits within bounds, or with PROBABILITIES their sigmoid after the first
+    of both bilinear steps, by the taps given.
+
+        logits  (B, N, h, w), any strides; the rows from ``first`` on, where no taps are given
+        order   (B, N), the query at each place; weight (B, padded_n), a factor of it
+        stage   (B, rows * columns, padded_n), that of some query where there is none
+        peak    (B, rows * columns), an upper bound of log2(weight * sigmoid(x)) over the queries x
+    """
+    image = tl.program_id(1).to(tl.int64)
+    cells = rows * columns
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
+    inside = c < cells
+    row = c // columns
+    column = c % columns
+    image_ptr = logits_ptr + image * stride_b
+    peak = tl.full([BLOCK_N, BLOCK_C], float("-inf"), dtype=tl.float32)
+    for block in range(0, padded_n, BLOCK_N):
+        n = block + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        query = tl.load(order_ptr + image * N + n, mask=n < N, other=0)
+        query_ptrs = (image_ptr + query * stride_n)[:, None]  # [BLOCK_N, 1]
+        if PROBABILITIES:
+            x = tl.zeros([BLOCK_N, BLOCK_C], dtype=tl.float32)
+            for ty in tl.static_range(TAPS_Y):
+                y = tl.load(row_index_ptr + ty * rows + row, mask=inside, other=0).to(tl.int64) * stride_h
+                line = tl.zeros([BLOCK_N, BLOCK_C], dtype=tl.float32)
+                for tx in tl.static_range(TAPS_X):
+                    at = y + tl.load(column_index_ptr + tx * columns + column).to(tl.int64) * stride_w
+                    value = _within_bounds(tl.load(query_ptrs + at[None, :]), KEEP_NAN)
+                    line = tl.fma(value, tl.load(column_weight_ptr + tx * columns + column)[None, :], line)
+                weight = tl.load(row_weight_ptr + ty * rows + row, mask=inside, other=0.0)
+                x = tl.fma(line, weight[None, :], x)
+            x = _reciprocal(1.0 + _exp2(x * -1.44269504))
+            level = tl.log2(tl.maximum(x, 1e-38))
+        else:
+            at = (first + row).to(tl.int64) * stride_h + column.to(tl.int64) * stride_w
+            x = _within_bounds(tl.load(query_ptrs + at[None, :], mask=inside[None, :], other=0.0), KEEP_NAN)
+            level = tl.minimum(x * 1.44269504, 0.0)  # sigmoid(x) <= exp(min(x, 0))
+        if PEAKS:
+            weight = tl.load(weight_ptr + image * padded_n + n)  # 0 where there is no query
+            peak = tl.maximum(peak, level + tl.log2(tl.maximum(weight, 1e-38))[:, None])
+        stage_ptrs = stage_ptr + image * cells * padded_n + c[:, None] * padded_n + n[None, :]
+        tl.store(stage_ptrs, tl.trans(x).to(stage_ptr.dtype.element_ty), mask=inside[:, None])
+    if PEAKS:
+        tl.store(peak_ptr + image * cells + c, tl.max(peak, 0), mask=inside)
+
+
+@dataclass(frozen=True)
+class Band:
+    """Staged logits or probabilities, and the rows of the result that are made from them.
+
+    Args:
+        stage: ``(B, cells, padded_n)`` at its beginning, the cells in rows of ``columns``.
+        peaks: ``(B, cells)`` float32 upper bounds at its beginning; see ``_stage_kernel``.
+        taps: of the result's rows and columns, into the stage.
+        top: the first of the result's rows, counted from the first that was asked for.
+        count: of the result's rows.
+    """
+
+    stage: Tensor
+    peaks: Tensor | None
+    taps: Taps
+    cells: int
+    columns: int
+    padded_n: int
+    top: int
+    count: int
+
+
+def padded_queries(count: int) -> int:
+    return triton.cdiv(count, BLOCK_N) * BLOCK_N
+
+
+def staged_bands(
+    mask_logits: Tensor,
+    order: Tensor,
+    weight: Tensor | None,
+    probabilities: bool,
+    keep_nan: bool,
+    grid: list[int],
+    padded_size: list[int] | None,
+    valid_size: list[int] | None,
+    size: list[int],
+    in_top: int,
+    out_top: int,
+    out_rows: int,
+    tile_rows: int,
+) -> Iterator[Band]:
+    """The result in bands of whole tiles' rows, each with at most ``STAGE_BYTES`` staged, or one tile's rows.
+
+    All bands share their memory: each is to be read, on the same stream, before the next is asked for.
+
+    Args:
+        mask_logits: ``(B, N, rows, w)``, any strides.
+        order: ``(B, N)`` int64, the query at each place of the stage.
+        weight: ``(B, padded_n)`` float32 for peaks; None: no peaks.
+        probabilities: stage the sigmoid of the valid grid, and leave the second step to the taps.
+        keep_nan: stage NaN as NaN, rather than as what never wins.
+        tile_rows: of the result, to whose multiples the bands are cut.
+        The other arguments are those of the operators.
+    """
+    batch, queries, in_rows, _ = mask_logits.shape
+    device = mask_logits.device
+    rows, columns = axes(grid, padded_size, valid_size, size)
+    padded_n = padded_queries(queries)
+    dtype = torch.bfloat16 if mask_logits.dtype == torch.bfloat16 and not probabilities else torch.float32
+    source, source_columns = (rows.second_step(), columns.second_step()) if probabilities else (rows, columns)
+    width = source_columns.grid
+    bounds = (0, source.grid) if probabilities else (in_top, in_top + in_rows)
+    first, end = source.reads(out_top, out_top + out_rows)
+    tiles = triton.cdiv(out_rows, tile_rows)
+    whole = (end - first) * batch * width * padded_n * dtype.itemsize
+    count = max(1, min(tiles, triton.cdiv(whole, STAGE_BYTES)))
+    cuts = [min(tiles * band // count * tile_rows, out_rows) for band in range(count)] + [out_rows]
+    reads = [source.reads(out_top + top, out_top + below) for top, below in pairwise(cuts)]
+    reads = [(max(first, bounds[0]), min(end, bounds[1])) for first, end in reads]
+    most = max(end - first for first, end in reads)
+    stage = torch.empty(batch * most * width * padded_n, dtype=dtype, device=device)
+    peaks = None if weight is None else torch.empty(batch * most * width, dtype=torch.float32, device=device)
+    for (top, below), (first, end) in zip(pairwise(cuts), reads, strict=True):
+        inner = NO_TAPS
+        if probabilities:
+            steps = rows.first_step(), columns.first_step()
+            inner = make_taps(*steps, first, end - first, in_top, in_rows, width, device).arguments()
+        _stage_kernel[(triton.cdiv((end - first) * width, 64), batch)](
+            logits_ptr=mask_logits,
+            **strides(mask_logits),
+            order_ptr=order,
+            weight_ptr=weight,
+            **inner,
+            stage_ptr=stage,
+            peak_ptr=peaks,
+            N=queries,
+            padded_n=padded_n,
+            first=first - in_top,
+            rows=end - first,
+            columns=width,
+            PROBABILITIES=probabilities,
+            PEAKS=weight is not None,
+            KEEP_NAN=keep_nan,
+            BLOCK_C=64,
+            BLOCK_N=BLOCK_N,
+            num_warps=4,
+            **COMPILER_OPTIONS,
+        )
+        cells = (end - first) * width
+        taps = make_taps(
+            source, source_columns, out_top + top, below - top, first, end - first, source_columns.size, device
+        )
+        yield Band(stage, peaks, taps, cells, width, padded_n, top, below - top)

@@ -1,0 +1,235 @@
+"""Which keys each query of a masked attention attends to, a bit each: the mask logits are resampled once for all heads.
+
+At B=16, N=100, 128 x 128 bf16 logits and a 64 x 64 grid the logits are 52 MB, 12 us at 4.2 TB/s, and the bits 0.8 MB;
+48 instructions a key and query, in the machine code for sm_90, are 10 us of issue slots on 132 SMs. Grids of 32 x 32
+and 16 x 16 need a half and a quarter of the rows of logits. Backward makes the bits again: forward returns no tensor in
+which it could keep them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastmask.kernels._common import COMPILER_OPTIONS, power_of_two
+
+QUERIES = tl.constexpr(4)  # of a program: a byte each of the words in which it gathers bits
+STEP_KEYS = 512  # most keys that a program resamples at a time
+
+
+@triton.jit
+def _taps(i, scale, size):
+    """PyTorch's bilinear rule with align_corners=False: where pixel i lies between, and the weight of the second."""
+    source = tl.maximum((i.to(tl.float32) + 0.5) * scale - 0.5, 0.0)
+    first = tl.minimum(source.to(tl.int32), size - 1)
+    return first, tl.minimum(first + 1, size - 1), source - first.to(tl.float32)
+
+
+@triton.jit
+def _or(a, b):
+    return a | b
+
+
+@triton.jit
+def _store_queries(packed, begin, queries, byte_ptr, occupied_ptr, N, words, blocks, BLOCK_S: tl.constexpr):
+    """Stores BLOCK_C / 8 bytes of each query of which ``queries`` has the bits, and whether blocks have any bit."""
+    BYTES: tl.constexpr = packed.shape[0]
+    byte = begin // 8 + tl.arange(0, BYTES)
+    at = (byte // 8) * (8 * N) + byte % 8
+    for i in tl.static_range(QUERIES):
+        stored = byte < tl.where((queries >> (8 * i)) & 1 != 0, 8 * words, 0)
+        tl.store(byte_ptr + at + 8 * i, ((packed >> (8 * i)) & 255).to(tl.uint8), mask=stored)
+    occupied = tl.reduce(tl.reshape(packed, [BYTES * 8 // BLOCK_S, BLOCK_S // 8]), 1, _or) != 0
+    block = begin // BLOCK_S + tl.arange(0, BYTES * 8 // BLOCK_S)
+    tl.store(occupied_ptr + block, occupied.to(tl.uint8), mask=block < blocks)
+
+
+@triton.jit
+def _attended_keys_kernel(
+    logits_ptr, stride_b, stride_n, stride_y, stride_x, padding_ptr, bits_ptr, occupied_ptr,
+    N, S, h, w, grid_width, scale_y, scale_x, groups, words, blocks,
+    HAS_LOGITS: tl.constexpr, HAS_PADDING: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Bits and occupied blocks of four queries of one image: key s is attended to where it is not padding and the
+    logits, resampled to its place, are >= 0; or, by a query for which that is nowhere so, where it is not padding.
+
+        logits    (B, N, h, w)
+        padding   (B, S) uint8
+        bits      (B, words, N) int64, words for whole blocks
+        occupied  (B, groups, blocks) uint8, blocks of BLOCK_S keys
+    """
+    scale_y = tl.cast(scale_y, tl.float32)
+    scale_x = tl.cast(scale_x, tl.float32)
+    image = (tl.program_id(0) // groups).to(tl.int64)
+    query = (tl.program_id(0) % groups) * QUERIES
+    byte_ptr = bits_ptr.to(tl.pointer_type(tl.uint8)) + (image * words * N + query) * 8
+    occupied_ptr += tl.program_id(0).to(tl.int64) * blocks
+    padding_ptrs = padding_ptr
+    if HAS_PADDING:
+        padding_ptrs = padding_ptr + image * S
+    bit = tl.arange(0, 8)[None, :]
+    queries = 0x01010101 >> (8 * tl.maximum(query + QUERIES - N, 0))  # bit 8 i: whether query i is there
+    foreground = tl.zeros([BLOCK_C // 8], dtype=tl.int32)
+    for begin in range(0, S, BLOCK_C):
+        s = begin + tl.arange(0, BLOCK_C // 8)[:, None] * 8 + bit  # [BLOCK_C / 8, 8]
+        present = s < S
+        if HAS_PADDING:
+            present = present & (tl.load(padding_ptrs + s, mask=present, other=1) == 0)
+        packed = tl.zeros([BLOCK_C // 8, 8], dtype=tl.int32)
+        if HAS_LOGITS:
+            y = s // grid_width
+            y_first, y_second, y_weight = _taps(y, scale_y, h)
+            x_first, x_second, x_weight = _taps(s - y * grid_width, scale_x, w)
+            top_left = y_first * stride_y + x_first * stride_x
+            top_right = y_first * stride_y + x_second * stride_x
+            bottom_left = y_second * stride_y + x_first * stride_x
+            bottom_right = y_second * stride_y + x_second * stride_x
+            for i in tl.static_range(QUERIES):
+                n = tl.minimum(query + i, N - 1).to(tl.int64)
+                plane_ptr = logits_ptr + image * stride_b + n * stride_n
+                top = (1.0 - x_weight) * tl.load(plane_ptr + top_left, mask=present, other=0.0).to(tl.float32)
+                top += x_weight * tl.load(plane_ptr + top_right, mask=present, other=0.0).to(tl.float32)
+                bottom = (1.0 - x_weight) * tl.load(plane_ptr + bottom_left, mask=present, other=0.0).to(tl.float32)
+                bottom += x_weight * tl.load(plane_ptr + bottom_right, mask=present, other=0.0).to(tl.float32)
+                value = (1.0 - y_weight) * top + y_weight * bottom
+                packed |= tl.where(present & (value >= 0.0), 1, 0) << (bit + 8 * i)
+        else:
+            packed = tl.where(present, 1, 0) << bit
+        packed = tl.reduce(packed, 1, _or) & (queries * 255)  # [BLOCK_C / 8], a byte of each query
+        foreground |= packed
+        _store_queries(packed, begin, queries, byte_ptr, occupied_ptr, N, words, blocks, BLOCK_S)
+
+    if HAS_LOGITS:
+        foreground = tl.reduce(foreground, 0, _or)
+        some = foreground | ((foreground >> 4) & 0x0F0F0F0F)
+        some |= (some >> 2) & 0x3F3F3F3F
+        some |= (some >> 1) & 0x7F7F7F7F
+        without = queries & ~some & 0x01010101
+        if without != 0:
+            tl.debug_barrier()  # what was stored above is overwritten
+            for begin in range(0, S, BLOCK_C):
+                s = begin + tl.arange(0, BLOCK_C // 8)[:, None] * 8 + bit
+                present = s < S
+                if HAS_PADDING:
+                    present = present & (tl.load(padding_ptrs + s, mask=present, other=1) == 0)
+                packed = tl.reduce(tl.where(present, 0x01010101, 0) << bit, 1, _or)
+                _store_queries(packed, begin, without, byte_ptr, occupied_ptr, N, words, blocks, BLOCK_S)
+
+
+@triton.jit
+def _occupied_blocks(
+    occupied_ptr, stride_occupied_n, first_query, N, first, end, HAS_BITS: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Of the 32 blocks from ``first`` on, those before ``end`` that any of BLOCK_N queries attends to: a bit each, and
+    how many there are."""
+    i = tl.arange(0, 32)
+    if HAS_BITS:
+        GROUPS: tl.constexpr = BLOCK_N // QUERIES
+        group = first_query // QUERIES + tl.arange(0, GROUPS)  # [GROUPS]
+        occupied = tl.load(
+            occupied_ptr + group[:, None] * stride_occupied_n + (first + i)[None, :],
+            mask=(group * QUERIES < N)[:, None] & (first + i < end)[None, :],
+            other=0,
+        )
+        occupied = tl.max(occupied.to(tl.int32), 0)  # [32]
+    else:
+        occupied = tl.where(first + i < end, 1, 0)
+    return tl.sum(occupied << i, 0), tl.sum(occupied, 0)
+
+
+@triton.jit
+def _lowest_block(remaining):
+    """The lowest bit set, and its index: a power of two has it in the exponent of a float32."""
+    lowest = remaining & -remaining
+    return lowest, ((lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 255) - 127
+
+
+@triton.jit
+def _attends(bits_ptr, stride_bits_w, stride_bits_n, block, n, N, S, HAS_BITS: tl.constexpr, BLOCK_S: tl.constexpr):
+    """``[BLOCK_N, BLOCK_S]``, which keys of a block queries ``n`` attend to."""
+    i = tl.arange(0, BLOCK_S)
+    if HAS_BITS:
+        word = tl.cast(block, tl.int64) * BLOCK_S // 64
+        word_ptrs = bits_ptr + word * stride_bits_w + n * stride_bits_n
+        if BLOCK_S == 32:
+            bits = (tl.load(word_ptrs, mask=n < N, other=0) >> (block % 2 * 32)).to(tl.int32)[:, None]
+        else:
+            bits = tl.zeros([1, 1], dtype=tl.int32)
+            for j in tl.static_range(BLOCK_S // 64):
+                word = tl.load(word_ptrs + j * stride_bits_w, mask=n < N, other=0)
+                half = tl.where((i % 64 < 32)[None, :], word.to(tl.int32)[:, None], (word >> 32).to(tl.int32)[:, None])
+                bits = tl.where((i // 64 == j)[None, :], half, bits)
+        attended = (bits & (1 << (i % 32))[None, :]) != 0
+    else:
+        attended = (block * BLOCK_S + i < S)[None, :]
+    return attended
+
+
+def attended_keys(
+    mask_logits: Tensor | None, key_padding_mask: Tensor | None, like: Tensor, grid: tuple[int, int], block: int
+) -> dict[str, Any]:
+    """The arguments by which kernels read what queries attend to; see ``_occupied_blocks`` and ``_attends``.
+
+    bits ``(B, words, N)`` int64, bit i of word j being key 64 j + i; and occupied ``(B, ceil(N / 4), blocks)`` uint8,
+    whether any of four queries attends to any key of a block. Where all queries have the same keys, strides over
+    queries are 0; where they have all keys, there are no bits.
+
+    Args:
+        mask_logits: ``(B, N, h, w)``, any strides.
+        key_padding_mask: ``(B, S)`` bool, True at padding.
+        like: ``(B, N, E)``, on the device of the result.
+        grid: (height, width) of the keys.
+        block: keys of a block, a power of two from 32 to 128.
+    """
+    if mask_logits is None and key_padding_mask is None:
+        names = ("bits_ptr", "stride_bits_b", "stride_bits_w", "stride_bits_n")
+        return dict.fromkeys((*names, "occupied_ptr", "stride_occupied_b", "stride_occupied_n")) | {"HAS_BITS": False}
+    batch, rows = like.shape[0], 1 if mask_logits is None else like.shape[1]
+    keys = grid[0] * grid[1]
+    blocks, groups = triton.cdiv(keys, block), triton.cdiv(rows, QUERIES.value)
+    words = triton.cdiv(blocks * block, 64)
+    bits = like.new_empty((batch, words, rows), dtype=torch.int64)
+    occupied = like.new_empty((batch, groups, blocks), dtype=torch.uint8)
+    h, w = (1, 1) if mask_logits is None else mask_logits.shape[-2:]
+    strides = (0, 0, 0, 0) if mask_logits is None else mask_logits.stride()
+    _attended_keys_kernel[(batch * groups,)](
+        logits_ptr=mask_logits,
+        stride_b=strides[0],
+        stride_n=strides[1],
+        stride_y=strides[2],
+        stride_x=strides[3],
+        padding_ptr=None if key_padding_mask is None else key_padding_mask.contiguous().view(torch.uint8),
+        bits_ptr=bits,
+        occupied_ptr=occupied,
+        N=rows,
+        S=keys,
+        h=h,
+        w=w,
+        grid_width=grid[1],
+        scale_y=h / grid[0],
+        scale_x=w / grid[1],
+        groups=groups,
+        words=words,
+        blocks=blocks,
+        HAS_LOGITS=mask_logits is not None,
+        HAS_PADDING=key_padding_mask is not None,
+        BLOCK_S=block,
+        BLOCK_C=power_of_two(keys, 128, STEP_KEYS),
+        num_warps=4,
+        **COMPILER_OPTIONS,
+    )
+    own = mask_logits is not None
+    return {
+        "bits_ptr": bits,
+        "stride_bits_b": words * rows,
+        "stride_bits_w": rows,
+        "stride_bits_n": 1 if own else 0,
+        "occupied_ptr": occupied,
+        "stride_occupied_b": groups * blocks,
+        "stride_occupied_n": blocks if own else 0,
+        "HAS_BITS": True,
+    }

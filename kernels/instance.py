@@ -1,0 +1,201 @@
+"""Instance inference: binary masks of chosen queries, what their scores need, and boxes, in two launches for the batch.
+
+A program makes some rows and columns of one mask straight from its plane of logits: what it writes is 16 times what it
+reads at the usual stride of 4. Its sums and bounds go to places of their own, which a second kernel puts together in
+order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastmask.kernels._common import COMPILER_OPTIONS, _reciprocal, pick_config, power_of_two
+from fastmask.kernels._resample import _exp2, _within_bounds, axes, count_nans, make_taps, strides
+
+
+@dataclass(frozen=True)
+class InstanceConfig:
+    """Tuning of the main kernel.
+
+    Args:
+        groups: most groups of eight pixels of a row that a program owns, and a thread one of them.
+        rows: of the result that it owns.
+    """
+
+    groups: int = 64
+    rows: int = 32
+
+
+CONFIGS = {None: InstanceConfig()}
+
+
+@triton.jit
+def _instance_fwd_kernel(
+    logits_ptr, stride_b, stride_n, stride_h, stride_w, queries_ptr,
+    row_index_ptr, row_weight_ptr, column_index_ptr, column_weight_ptr, masks_ptr, sums_ptr, bounds_ptr,
+    N, R, H, W, groups_x, column_blocks, out_top, rows_per_program,
+    TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, PACKED: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    """mask = x > 0 for some rows and columns of one query, x interpolated from its logits; NaN is not above 0.
+
+    logits   (B, N, h, w), any strides;  queries (B, R), -1 for none
+    masks    (B, R, H, W) bytes, or bits (B, R, H, groups_x) with PACKED
+    sums     (B * R, parts), the sum of sigmoid(x) over the mask
+    bounds   (B * R, parts, 5) int32: pixels of the mask, then its left, top, right and bottom
+    """
+    pair = tl.program_id(0).to(tl.int64)
+    query = tl.load(queries_ptr + pair)
+    columns_of_program = tl.program_id(1) % column_blocks * BLOCK_G + tl.arange(0, BLOCK_G)
+    x = (columns_of_program * 8)[:, None] + tl.arange(0, 8)[None, :]  # [BLOCK_G, 8]
+    inside = x < W
+    wanted = x < tl.where((query >= 0) & (query < N), W, 0)
+    plane_ptr = logits_ptr + pair // R * stride_b + query * stride_n
+    column_ptrs = ()
+    column_weights = ()
+    for tx in tl.static_range(TAPS_X):
+        column = tl.load(column_index_ptr + tx * W + x, mask=inside, other=0).to(tl.int64)
+        column_ptrs = column_ptrs + (plane_ptr + column * stride_w,)  # noqa: RUF005 (Triton has no stars)
+        weight = tl.load(column_weight_ptr + tx * W + x, mask=inside, other=0.0)
+        column_weights = column_weights + (weight,)  # noqa: RUF005
+
+    total = tl.zeros([BLOCK_G, 8], dtype=tl.float32)
+    area = tl.zeros([BLOCK_G, 8], dtype=tl.int32)
+    top = tl.full([BLOCK_G, 8], 1 << 30, dtype=tl.int32)
+    bottom = tl.zeros([BLOCK_G, 8], dtype=tl.int32)
+    begin = tl.program_id(1) // column_blocks * rows_per_program
+    for y in range(begin, tl.minimum(begin + rows_per_program, H)):
+        z = tl.zeros([BLOCK_G, 8], dtype=tl.float32)
+        for ty in tl.static_range(TAPS_Y):
+            row = tl.load(row_index_ptr + ty * H + y).to(tl.int64) * stride_h
+            line = tl.zeros([BLOCK_G, 8], dtype=tl.float32)
+            for tx in tl.static_range(TAPS_X):
+                value = _within_bounds(tl.load(column_ptrs[tx] + row, mask=wanted, other=-1.0), True)
+                line = tl.fma(value, column_weights[tx], line)
+            z = tl.fma(line, tl.load(row_weight_ptr + ty * H + y), z)
+        mask = z > 0.0
+        bits = mask.to(tl.int32)
+        if PACKED:
+            packed = tl.sum(bits << tl.arange(0, 8)[None, :], 1)
+            line_ptr = masks_ptr + (pair * H + y) * groups_x
+            tl.store(line_ptr + columns_of_program, packed.to(tl.uint8), mask=columns_of_program < groups_x)
+        else:
+            tl.store(masks_ptr + (pair * H + y) * W + x, bits.to(tl.uint8), mask=inside)
+        total += tl.where(mask, _reciprocal(1.0 + _exp2(z * -1.44269504)), 0.0)
+        area += bits
+        top = tl.minimum(top, tl.where(mask, out_top + y, 1 << 30))
+        bottom = tl.where(mask, out_top + y + 1, bottom)
+
+    part = pair * tl.num_programs(1) + tl.program_id(1)
+    bound_ptr = bounds_ptr + part * 5
+    met = bottom > 0
+    tl.store(sums_ptr + part, tl.sum(tl.sum(total, 1), 0))
+    tl.store(bound_ptr, tl.sum(tl.sum(area, 1), 0))
+    tl.store(bound_ptr + 1, tl.min(tl.min(tl.where(met, x, 1 << 30), 1), 0))
+    tl.store(bound_ptr + 2, tl.min(tl.min(top, 1), 0))
+    tl.store(bound_ptr + 3, tl.max(tl.max(tl.where(met, x + 1, 0), 1), 0))
+    tl.store(bound_ptr + 4, tl.max(tl.max(bottom, 1), 0))
+
+
+@triton.jit
+def _instance_reduce_kernel(sums_ptr, bounds_ptr, sum_ptr, area_ptr, box_ptr, parts, BLOCK_P: tl.constexpr):
+    """The parts of one mask together: foreground sum, area, and box; zeros for an empty mask."""
+    pair = tl.program_id(0).to(tl.int64)
+    total = tl.zeros([BLOCK_P], dtype=tl.float64)
+    area = tl.zeros([BLOCK_P], dtype=tl.int32)
+    left = tl.full([BLOCK_P], 1 << 30, dtype=tl.int32)
+    top = tl.full([BLOCK_P], 1 << 30, dtype=tl.int32)
+    right = tl.zeros([BLOCK_P], dtype=tl.int32)
+    bottom = tl.zeros([BLOCK_P], dtype=tl.int32)
+    for begin in range(0, parts, BLOCK_P):
+        part = begin + tl.arange(0, BLOCK_P)  # [BLOCK_P]
+        present = part < parts
+        bound_ptrs = bounds_ptr + (pair * parts + part) * 5
+        total += tl.load(sums_ptr + pair * parts + part, mask=present, other=0.0)
+        area += tl.load(bound_ptrs, mask=present, other=0)
+        left = tl.minimum(left, tl.load(bound_ptrs + 1, mask=present, other=1 << 30))
+        top = tl.minimum(top, tl.load(bound_ptrs + 2, mask=present, other=1 << 30))
+        right = tl.maximum(right, tl.load(bound_ptrs + 3, mask=present, other=0))
+        bottom = tl.maximum(bottom, tl.load(bound_ptrs + 4, mask=present, other=0))
+    pixels = tl.sum(area, 0)
+    tl.store(sum_ptr + pair, tl.sum(total, 0).to(tl.float32))
+    tl.store(area_ptr + pair, pixels)
+    tl.store(box_ptr + pair * 4, tl.where(pixels > 0, tl.min(left, 0), 0))
+    tl.store(box_ptr + pair * 4 + 1, tl.where(pixels > 0, tl.min(top, 0), 0))
+    tl.store(box_ptr + pair * 4 + 2, tl.max(right, 0))
+    tl.store(box_ptr + pair * 4 + 3, tl.max(bottom, 0))
+
+
+def instance_masks(
+    mask_logits: Tensor,
+    queries: Tensor,
+    packed: bool,
+    grid: list[int],
+    padded_size: list[int] | None,
+    valid_size: list[int] | None,
+    size: list[int],
+    in_top: int,
+    out_top: int,
+    out_rows: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``fastmask::instance_masks``: masks (B, R, out_rows, W) bool or packed (B, R, out_rows, ceil(W / 8)) uint8, the
+    foreground sum, area, box (left, top, right, bottom) and number of NaN logits of each."""
+    device = mask_logits.device
+    chosen, height, width = queries.shape[1], out_rows, size[1]
+    count = mask_logits.shape[1]
+    groups_x = triton.cdiv(width, 8)
+    shape = (*queries.shape, height, groups_x if packed else width)
+    masks = torch.empty(shape, dtype=torch.uint8 if packed else torch.bool, device=device)
+    foreground_sum = torch.empty(queries.shape, dtype=torch.float32, device=device)
+    area = torch.empty(queries.shape, dtype=torch.int32, device=device)
+    boxes = torch.empty((*queries.shape, 4), dtype=torch.int32, device=device)
+    pairs = queries.numel()
+    if pairs == 0 or count == 0:
+        return masks.zero_(), foreground_sum.zero_(), area.zero_(), boxes.zero_(), torch.zeros_like(area)
+    real = (queries >= 0) & (queries < count)
+    nan_logits = torch.where(real, count_nans(mask_logits).gather(1, queries.clamp(0, count - 1)), 0)
+    config = pick_config(CONFIGS, device)
+    groups = power_of_two(groups_x, 32, config.groups)
+    column_blocks = triton.cdiv(groups_x, groups)
+    parts = column_blocks * triton.cdiv(height, config.rows)
+    sums = torch.empty((pairs, parts), dtype=torch.float32, device=device)
+    bounds = torch.empty((pairs, parts, 5), dtype=torch.int32, device=device)
+    rows, columns = axes(grid, padded_size, valid_size, size)
+    taps = make_taps(rows, columns, out_top, height, in_top, mask_logits.shape[2], width, device)
+    _instance_fwd_kernel[(pairs, parts)](
+        logits_ptr=mask_logits,
+        **strides(mask_logits),
+        queries_ptr=queries.contiguous(),
+        **taps.arguments(),
+        masks_ptr=masks.view(torch.uint8),
+        sums_ptr=sums,
+        bounds_ptr=bounds,
+        N=count,
+        R=chosen,
+        H=height,
+        W=width,
+        groups_x=groups_x,
+        column_blocks=column_blocks,
+        out_top=out_top,
+        rows_per_program=config.rows,
+        PACKED=packed,
+        BLOCK_G=groups,
+        num_warps=groups // 32,
+        **COMPILER_OPTIONS,
+    )
+    _instance_reduce_kernel[(pairs,)](
+        sums_ptr=sums,
+        bounds_ptr=bounds,
+        sum_ptr=foreground_sum,
+        area_ptr=area,
+        box_ptr=boxes,
+        parts=parts,
+        BLOCK_P=256,
+        num_warps=1,
+        **COMPILER_OPTIONS,
+    )
+    return masks, foreground_sum, area, boxes, nan_logits

@@ -1,0 +1,352 @@
+"""Masked attention, forward: bits of the attended keys, then one pass over the keys that skips blocks no query needs.
+
+Where the time of the pass goes, at B=16, 8 heads of 32, N=100 (two blocks of 64) in bf16 on 132 SMs, for key grids of
+64 x 64, 32 x 32 and 16 x 16:
+
+- memory: keys and values are 67 MB, 16 us at 4.2 TB/s (4 and 1 us), read by two programs each, once from L2;
+- instructions: 9.9 a query and key in the machine code for sm_90, where two for the mask, a maximum, a product, an
+  exponential, a sum and half a conversion make 6.5: 21 us of issue slots (5.3 and 1.3 us);
+- special functions: one a query and key, 17 us (4.3 and 1.1 us); tensor cores: 8.6 GFLOP, 11 us.
+
+Two programs an SM (256) are resident at once, so the keys are split over programs only where there are fewer images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastmask.kernels._common import COMPILER_OPTIONS, pick_config, power_of_two
+from fastmask.kernels.attended_keys import (
+    _attends,
+    _lowest_block,
+    _occupied_blocks,
+    attended_keys,
+)
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@dataclass(frozen=True)
+class MaskedAttentionConfig:
+    """Tuning of the forward or the backward kernel.
+
+    Args:
+        queries: most queries of a program, a power of two.
+        keys: of a block, which a program handles at a time.
+        warp_queries: queries of a warp, if there are four warps or more.
+        programs: how many to have by splitting the keys, if there are enough of them: two for each of 132 SMs.
+        least_keys: of a split.
+    """
+
+    queries: int
+    keys: int
+    warp_queries: int
+    num_stages: int = 2
+    programs: int = 264
+    least_keys: int = 256
+
+
+# By head dimension, for GPUs by the major version of their compute capability. Each leaves no registers spilled; the
+# general ones fit a multiprocessor with 100 KB of shared memory.
+_FORWARD = {
+    32: MaskedAttentionConfig(queries=64, keys=128, warp_queries=16, num_stages=3),
+    64: MaskedAttentionConfig(queries=128, keys=64, warp_queries=16, num_stages=3),
+    128: MaskedAttentionConfig(queries=128, keys=64, warp_queries=16, num_stages=3),
+}
+FORWARD_CONFIGS = {
+    9: _FORWARD,
+    10: _FORWARD,
+    None: _FORWARD | {128: MaskedAttentionConfig(queries=64, keys=32, warp_queries=16, num_stages=3)},
+}
+# Products of float32 are fused multiply-adds with operands in registers.
+FORWARD_FLOAT32_CONFIGS = {
+    None: {
+        32: MaskedAttentionConfig(queries=64, keys=32, warp_queries=8, num_stages=3),
+        64: MaskedAttentionConfig(queries=32, keys=32, warp_queries=8),
+        128: MaskedAttentionConfig(queries=32, keys=32, warp_queries=4),
+    }
+}
+
+
+@triton.jit
+def _kept(seed, row, S, s, dropout_p):
+    """``[BLOCK_N, BLOCK_S]``, which weights dropout keeps; row = (b heads + h) N + n."""
+    return tl.rand(seed, row[:, None] * S + s[None, :]) >= dropout_p
+
+
+@triton.jit
+def _masked_attention_fwd_kernel(
+    q_ptr, stride_qb, stride_qn, k_ptr, stride_kb, stride_ks, v_ptr, stride_vb, stride_vs,
+    padding_ptr, bits_ptr, stride_bits_b, stride_bits_w, stride_bits_n,
+    occupied_ptr, stride_occupied_b, stride_occupied_n, seed_ptr, out_ptr, lse_ptr,
+    B, N, S, heads, query_blocks, blocks_per_split, scale, dropout_p,
+    HAS_BITS: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One head and BLOCK_N queries over one split of the keys: softmax(scale q k^T + M) v (Mask2Former,
+    arXiv:2112.01527, equation 2) with the maximum and sum of the softmax as they are so far (FlashAttention-2,
+    arXiv:2307.08691, algorithm 1), in powers of two.
+
+        q  (B, N, E);  k, v  (B, S, E);  padding  (B, S) uint8;  bits and occupied: see ``attended_keys``
+        out  (splits, B, N, E);  lse  (splits, B, heads, N), natural, +inf for queries without any key
+    """
+    scale = tl.cast(scale, tl.float32)
+    dropout_p = tl.cast(dropout_p, tl.float32)
+    pair = (tl.program_id(0) // query_blocks).to(tl.int64)
+    image = pair // heads
+    channels = heads * HEAD_DIM
+    channel = (pair % heads) * HEAD_DIM
+    first_query = (tl.program_id(0) % query_blocks) * BLOCK_N
+    r = tl.arange(0, BLOCK_N)
+    n = first_query + r  # [BLOCK_N]
+    i = tl.arange(0, BLOCK_S)
+    d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    there = (n < N)[:, None] & (d < HEAD_DIM)[None, :]
+    q_ptr += image * stride_qb + tl.cast(first_query, tl.int64) * stride_qn + channel
+    q = tl.load(q_ptr + (r[:, None] * stride_qn + d[None, :]), mask=there, other=0.0)  # [BLOCK_N, BLOCK_D]
+    if q.dtype == tl.float32:
+        q *= scale  # as the reference does, and with its rounding
+        scale = 1.0
+    else:
+        # Scores are scaled after their maximum is taken, and some are -inf: the scale must be positive.
+        q = tl.where(scale < 0.0, -q, q)
+        scale = tl.maximum(tl.abs(scale), 1e-30)
+    log2_scale = scale * LOG2_E
+    k_ptr += image * stride_kb + channel
+    v_ptr += image * stride_vb + channel
+    if HAS_BITS:
+        bits_ptr += image * stride_bits_b
+        occupied_ptr += image * stride_occupied_b
+    if HAS_PADDING:
+        padding_ptr += image * S
+    if HAS_DROPOUT:
+        seed = tl.load(seed_ptr)
+        row = pair * N + n
+
+    maximum = tl.full([BLOCK_N], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK_N], dtype=tl.float32)
+    out = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+    begin = tl.program_id(1) * blocks_per_split
+    end = tl.minimum(begin + blocks_per_split, tl.cdiv(S, BLOCK_S))
+    for first in range(begin, end, 32):
+        remaining, count = _occupied_blocks(
+            occupied_ptr, stride_occupied_n, first_query, N, first, end, HAS_BITS, BLOCK_N
+        )
+        for _ in range(count):
+            lowest, block = _lowest_block(remaining)
+            remaining ^= lowest
+            block += first
+            s = block * BLOCK_S + i  # [BLOCK_S]
+            readable = s < S
+            if HAS_PADDING:
+                readable = readable & (tl.load(padding_ptr + s, mask=readable, other=1) == 0)
+            in_keys = readable[:, None] & (d < HEAD_DIM)[None, :]
+            start = tl.cast(block, tl.int64) * BLOCK_S
+            k = tl.load(k_ptr + start * stride_ks + (i[:, None] * stride_ks + d[None, :]), mask=in_keys, other=0.0)
+            v = tl.load(v_ptr + start * stride_vs + (i[:, None] * stride_vs + d[None, :]), mask=in_keys, other=0.0)
+            attended = _attends(bits_ptr, stride_bits_w, stride_bits_n, block, n, N, S, HAS_BITS, BLOCK_S)
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_N, BLOCK_S]
+            scores = tl.where(attended, scores, float("-inf"))
+            larger = tl.maximum(maximum, tl.max(scores, 1))
+            shift = tl.where(larger == float("-inf"), 0.0, larger)
+            if q.dtype == tl.float32:
+                weights = tl.exp2((scores - shift[:, None]) * log2_scale)
+            else:
+                weights = tl.exp2(scores * log2_scale - (shift * log2_scale)[:, None])
+            rescale = tl.exp2((maximum - shift) * log2_scale)
+            total = total * rescale + tl.sum(weights, 1)
+            if HAS_DROPOUT:
+                weights = tl.where(_kept(seed, row, S, s, dropout_p), weights, 0.0)
+            out = tl.dot(weights.to(v.dtype), v, out * rescale[:, None], input_precision="ieee")
+            maximum = larger
+
+    present = total != 0.0  # NaN stays
+    total = tl.where(present, total, 1.0)
+    factor = tl.where(present, 1.0 / total, 0.0)
+    if HAS_DROPOUT:
+        factor *= tl.where(dropout_p < 1.0, 1.0 / (1.0 - dropout_p), 0.0)
+    split = tl.program_id(1).to(tl.int64)
+    out_ptr += ((split * B + image) * N + first_query) * channels + channel
+    out = (out * factor[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + (r[:, None] * channels + d[None, :]), out, mask=there)
+    lse = tl.where(present, maximum * scale + tl.log(total), float("inf"))
+    tl.store(lse_ptr + (split * B * heads + pair) * N + n, lse, mask=n < N)
+
+
+@triton.jit
+def _masked_attention_reduce_kernel(
+    parts_ptr, lse_parts_ptr, out_ptr, lse_ptr, B, N, heads, query_blocks, splits,
+    WEIGHTED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Adds the results of the splits of the keys in their order: outputs times exp(lse_parts - lse), or gradients.
+
+    parts  (splits, B, N, E) float32;  lse_parts  (splits, B, heads, N)
+    out    (B, N, E);                  lse        (B, heads, N)
+    """
+    pair = (tl.program_id(0) // query_blocks).to(tl.int64)
+    n = (tl.program_id(0) % query_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    there = (n < N)[:, None] & (d < HEAD_DIM)[None, :]
+    channels = heads * HEAD_DIM
+    at = (pair // heads * N + n)[:, None] * channels + (pair % heads) * HEAD_DIM + d[None, :]
+    split_size = tl.cast(B, tl.int64) * N
+    maximum = tl.full([BLOCK_N], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK_N], dtype=tl.float32)
+    out = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+    if WEIGHTED:
+        for split in range(splits):
+            lse = tl.load(lse_parts_ptr + (split * split_size * heads + pair * N) + n, mask=n < N, other=float("inf"))
+            maximum = tl.maximum(maximum, tl.where(lse == float("inf"), float("-inf"), lse), tl.PropagateNan.ALL)
+    for split in range(splits):
+        part = tl.load(parts_ptr + split * split_size * channels + at, mask=there, other=0.0)
+        if WEIGHTED:
+            lse = tl.load(lse_parts_ptr + (split * split_size * heads + pair * N) + n, mask=n < N, other=float("inf"))
+            weight = tl.where(lse == float("inf"), 0.0, tl.exp2((lse - maximum) * LOG2_E))
+            total += weight
+            part *= weight[:, None]
+        out += part
+    if WEIGHTED:
+        present = total != 0.0
+        total = tl.where(present, total, 1.0)
+        out /= total[:, None]
+        lse = tl.where(present, maximum + tl.log(total), float("inf"))
+        tl.store(lse_ptr + pair * N + n, lse, mask=n < N)
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=there)
+
+
+def add_splits(parts: Tensor, lse_parts: Tensor | None, out: Tensor, lse: Tensor | None, num_heads: int) -> None:
+    """Writes ``out`` (B, N, E) and ``lse`` (B, heads, N) from their parts of every split, or ``out`` as a plain sum."""
+    splits, batch, queries, channels = parts.shape
+    head_dim = channels // num_heads
+    query_blocks = triton.cdiv(queries, 16)
+    _masked_attention_reduce_kernel[(batch * num_heads * query_blocks,)](
+        parts_ptr=parts,
+        lse_parts_ptr=lse_parts,
+        out_ptr=out,
+        lse_ptr=lse,
+        B=batch,
+        N=queries,
+        heads=num_heads,
+        query_blocks=query_blocks,
+        splits=splits,
+        WEIGHTED=lse_parts is not None,
+        HEAD_DIM=head_dim,
+        BLOCK_N=16,
+        BLOCK_D=power_of_two(head_dim, 16, 128),
+        num_warps=2,
+        **COMPILER_OPTIONS,
+    )
+
+
+def config_of_heads(
+    configs: dict[int, MaskedAttentionConfig], head_dim: int, dropout_p: float
+) -> MaskedAttentionConfig:
+    """The configuration for heads of a width; random numbers take as many registers as heads twice as wide."""
+    return configs[power_of_two(2 * head_dim if dropout_p > 0.0 else head_dim, 32, 128)]
+
+
+def with_contiguous_rows(x: Tensor) -> Tensor:
+    """``(B, N or S, E)`` whose rows are contiguous, and near enough for 32-bit positions within a block."""
+    return x if x.stride(-1) == 1 and x.stride(1) < 1 << 22 else x.contiguous()
+
+
+def launch_arguments(
+    config: MaskedAttentionConfig,
+    block_queries: int,
+    programs: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask_logits: Tensor | None,
+    key_padding_mask: Tensor | None,
+    grid: tuple[int, int],
+    num_heads: int,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[dict[str, Any], int]:
+    """What the kernels of forward and backward take alike, and into how many splits the keys go."""
+    batch, queries, channels = q.shape
+    keys = k.shape[1]
+    blocks = triton.cdiv(keys, config.keys)
+    splits = max(1, min(config.programs // programs, triton.cdiv(keys, config.least_keys)))
+    blocks_per_split = triton.cdiv(blocks, splits)
+    q, k, v = (with_contiguous_rows(x) for x in (q, k, v))
+    return {
+        "q_ptr": q,
+        "stride_qb": q.stride(0),
+        "stride_qn": q.stride(1),
+        "k_ptr": k,
+        "stride_kb": k.stride(0),
+        "stride_ks": k.stride(1),
+        "v_ptr": v,
+        "stride_vb": v.stride(0),
+        "stride_vs": v.stride(1),
+        "padding_ptr": None if key_padding_mask is None else key_padding_mask.contiguous().view(torch.uint8),
+        **attended_keys(mask_logits, key_padding_mask, q, grid, config.keys),
+        "seed_ptr": seed if dropout_p > 0.0 else None,
+        "B": batch,
+        "N": queries,
+        "S": keys,
+        "heads": num_heads,
+        "blocks_per_split": blocks_per_split,
+        "scale": scale,
+        "dropout_p": dropout_p,
+        "HAS_PADDING": key_padding_mask is not None,
+        "HAS_DROPOUT": dropout_p > 0.0,
+        "HEAD_DIM": channels // num_heads,
+        "BLOCK_N": block_queries,
+        "BLOCK_S": config.keys,
+        "BLOCK_D": power_of_two(channels // num_heads, 16, 128),
+        "num_warps": max(4, block_queries // config.warp_queries),
+        "num_stages": config.num_stages,
+        **COMPILER_OPTIONS,
+    }, triton.cdiv(blocks, blocks_per_split)
+
+
+def masked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask_logits: Tensor | None,
+    key_padding_mask: Tensor | None,
+    grid_height: int,
+    grid_width: int,
+    num_heads: int,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """``fastmask::masked_attention``: out (B, N, E) and logsumexp (B, heads, N)."""
+    batch, queries, channels = q.shape
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((batch, num_heads, queries), dtype=torch.float32)
+    if k.numel() == 0:
+        return out.zero_(), lse.fill_(float("inf"))
+    if q.numel() == 0:
+        return out, lse
+    configs = FORWARD_FLOAT32_CONFIGS if q.dtype == torch.float32 else FORWARD_CONFIGS
+    config = config_of_heads(pick_config(configs, q.device), channels // num_heads, dropout_p)
+    block_queries = power_of_two(queries, min(64, config.queries), config.queries)
+    query_blocks = triton.cdiv(queries, block_queries)
+    programs = batch * num_heads * query_blocks
+    arguments, splits = launch_arguments(
+        config, block_queries, programs, q, k, v, mask_logits, key_padding_mask, (grid_height, grid_width), num_heads,
+        scale, dropout_p, seed,
+    )  # fmt: skip
+    parts, lse_parts = out, lse
+    if splits > 1:
+        parts = out.new_empty((splits, *out.shape), dtype=torch.float32)
+        lse_parts = lse.new_empty((splits, *lse.shape))
+    _masked_attention_fwd_kernel[(programs, splits)](
+        **arguments, out_ptr=parts, lse_ptr=lse_parts, query_blocks=query_blocks
+    )
+    if splits > 1:
+        add_splits(parts, lse_parts, out, lse, num_heads)
+    return out, lse

@@ -1,0 +1,267 @@
+"""The matching cost of every query against every target, at points that an image's queries and targets share.
+
+Points are sorted by the cell of the logits that they lie in, so that neighbouring lanes read neighbouring logits. One
+launch samples the targets, once for all layers; the second samples the logits; the third, that of ``mask_cost``, adds
+the splits of the points in their order. At B=16, L=10, N=100 and 12,544 points there are 200 M samples of four logits
+and two special functions each, on planes that stay in the caches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastmask.kernels._common import (
+    COMPILER_OPTIONS,
+    pick_config,
+    power_of_two,
+    target_arguments,
+    with_contiguous_planes,
+)
+from fastmask.kernels._points import _between, _four_pixels, _pixel_share, _point_terms, _sample, _weigh
+from fastmask.kernels.mask_cost import CONFIGS as SUMS_CONFIGS
+from fastmask.kernels.mask_cost import add_up
+
+
+@dataclass(frozen=True)
+class PointMaskCostConfig:
+    """Tuning of the kernels.
+
+    Args:
+        rows: of logits (layers and queries of one image) that a program samples.
+        points: that it reads at a time.
+        programs: how many to split the points into, if there are enough of them.
+        least_points: of a split, a multiple of the other numbers of points.
+        target_points: that a program of the targets' kernel reads at a time.
+    """
+
+    rows: int = 16
+    points: int = 32
+    programs: int = 2048
+    least_points: int = 256
+    target_points: int = 16
+    num_warps: int = 4
+
+
+CONFIGS = {None: PointMaskCostConfig()}
+
+
+@triton.jit
+def _pair_sums(values, t):
+    """``[R, C]`` times ``[C, M]``, float32 with both parts of either in tf32; the parts that count least are left out.
+
+    The caller adds the result of each block to its sums: in the tensor core's own accumulator every step would
+    truncate, and over thousands of points that is a bias of 1e-5.
+    """
+    high = (values.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    t_high = (t.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    sums = tl.dot(values - high, t_high, input_precision="tf32")
+    sums = tl.dot(high, t - t_high, sums, input_precision="tf32")
+    return tl.dot(high, t_high, sums, input_precision="tf32")
+
+
+@triton.jit
+def _shares_at(target_ptr, valid_ptr, image, offset, on, targets, void_value, M, plane,
+               HAS_SEGMENTS: tl.constexpr, HAS_VOID: tl.constexpr):  # fmt: skip
+    """``[C, M]`` belonging and ``[C, 1]`` void of the pixel at ``offset`` of each point; see ``_pixel_share``."""
+    on = on[:, None]
+    of_target = on
+    pixels = target_ptr + image * plane + offset[:, None]
+    valid = pixels
+    if not HAS_SEGMENTS:
+        of_target = on & (targets < M)[None, :]
+        pixels = target_ptr + (image * M + targets)[None, :] * plane + offset[:, None]
+        if HAS_VOID:
+            valid = valid_ptr + image * plane + offset[:, None]
+    return _pixel_share(pixels, valid, on, of_target, targets[None, :], void_value, HAS_SEGMENTS, HAS_VOID)
+
+
+@triton.jit
+def _point_mask_cost_targets_kernel(
+    points_ptr, target_ptr, valid_ptr, void_value, shares_ptr, areas_ptr,
+    B, M, P, H, W, points_per_split,
+    HAS_SEGMENTS: tl.constexpr, HAS_VOID: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """The share of each target in each point: ``_point_mask_cost_fwd_kernel`` reads them for every row.
+
+    points  (B, P, 2)
+    shares  (B, blocks of BLOCK_M - 1 targets, P, BLOCK_M); the last is the point's weight
+    areas   (splits, B, blocks, BLOCK_M), the shares' sums
+    """
+    image = tl.program_id(0).to(tl.int64)
+    blocks = tl.num_programs(1)
+    image_block = image * blocks + tl.program_id(1)
+    slots = tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    targets = tl.program_id(1) * (BLOCK_M - 1) + slots
+    plane = tl.cast(H, tl.int64) * W
+    area = tl.zeros([BLOCK_M], dtype=tl.float32)
+    begin = tl.program_id(2) * points_per_split
+    for block in range(begin, begin + points_per_split, BLOCK_C):
+        i = block + tl.arange(0, BLOCK_C)  # [BLOCK_C]
+        inside = i < P
+        px = tl.load(points_ptr + (image * P + i) * 2, mask=inside, other=-1.0)
+        py = tl.load(points_ptr + (image * P + i) * 2 + 1, mask=inside, other=-1.0)
+        at, on_left, on_right, on_upper, on_lower, right, lower = _four_pixels(px, py, H, W, inside)
+        ta, va = _shares_at(target_ptr, valid_ptr, image, at, on_upper & on_left, targets, void_value, M, plane,
+                            HAS_SEGMENTS, HAS_VOID)  # fmt: skip
+        tb, vb = _shares_at(target_ptr, valid_ptr, image, at + 1, on_upper & on_right, targets, void_value, M, plane,
+                            HAS_SEGMENTS, HAS_VOID)  # fmt: skip
+        tc, vc = _shares_at(target_ptr, valid_ptr, image, at + W, on_lower & on_left, targets, void_value, M, plane,
+                            HAS_SEGMENTS, HAS_VOID)  # fmt: skip
+        td, vd = _shares_at(target_ptr, valid_ptr, image, at + W + 1, on_lower & on_right, targets, void_value, M,
+                            plane, HAS_SEGMENTS, HAS_VOID)  # fmt: skip
+        t = _between(ta, tb, tc, td, right[:, None], lower[:, None])
+        void_share = _between(va, vb, vc, vd, right[:, None], lower[:, None])
+        t, v = _weigh(t, void_share, inside[:, None], HAS_VOID)
+        t = tl.where((slots < BLOCK_M - 1)[None, :], tl.where((targets < M)[None, :], t, 0.0), v)
+        area += tl.sum(t, 0)
+        share_ptrs = shares_ptr + (image_block * P + i)[:, None] * BLOCK_M + slots[None, :]
+        tl.store(share_ptrs, t, mask=inside[:, None])
+    split_image = tl.program_id(2).to(tl.int64) * B + image
+    tl.store(areas_ptr + (split_image * blocks + tl.program_id(1)) * BLOCK_M + slots, area)
+
+
+@triton.jit
+def _point_mask_cost_fwd_kernel(
+    logits_ptr, stride_l, stride_b, stride_n, points_ptr, shares_ptr, sums_ptr,
+    B, N, R, P, h, w, points_per_split, row_blocks, alpha, gamma,
+    FOCAL: tl.constexpr, SQUARE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Sums over one split of the points i, for R = L * N rows of one image and a block of its targets m:
+
+        sums[0] = sum_i p[i] T[i, m]
+        sums[1] = sum_i F+[i] T[i, m] + F-[i] (v[i] - T[i, m])
+
+    as in ``_mask_cost_fwd_kernel``, T and v being shares (Mask2Former, arXiv:2112.01527, section 3.3). In the last
+    column T is v, for sum_i v[i] p[i].
+
+        logits  (L, B, N, h, w);  points  (B, P, 2)
+        shares  (B, blocks, P, BLOCK_M), see ``_point_mask_cost_targets_kernel``
+        sums    (splits, 2, B, blocks, R, BLOCK_M)
+    """
+    alpha = tl.cast(alpha, tl.float32)
+    gamma = tl.cast(gamma, tl.float32)
+    image = (tl.program_id(0) // row_blocks).to(tl.int64)
+    rows = (tl.program_id(0) % row_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
+    image_block = image * tl.num_programs(1) + tl.program_id(1)
+    slots = tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    row_ptrs = logits_ptr + image * stride_b + (rows // N).to(tl.int64) * stride_l + (rows % N).to(tl.int64) * stride_n
+
+    probability = tl.zeros([BLOCK_R, BLOCK_M], dtype=tl.float32)
+    loss = tl.zeros([BLOCK_R, BLOCK_M], dtype=tl.float32)
+    begin = tl.program_id(2) * points_per_split
+    for block in range(begin, begin + points_per_split, BLOCK_C):
+        i = block + tl.arange(0, BLOCK_C)  # [BLOCK_C]
+        px = tl.load(points_ptr + (image * P + i) * 2, mask=i < P, other=-1.0)[None, :]
+        py = tl.load(points_ptr + (image * P + i) * 2 + 1, mask=i < P, other=-1.0)[None, :]
+        share_ptrs = shares_ptr + (image_block * P + i) * BLOCK_M
+        v = tl.load(share_ptrs + BLOCK_M - 1, mask=i < P, other=0.0)
+        t = tl.load(share_ptrs[:, None] + slots[None, :], mask=(i < P)[:, None], other=0.0)  # [BLOCK_C, BLOCK_M]
+        x = _sample(row_ptrs[:, None], px, py, h, w, (rows < R)[:, None] & (i < P)[None, :])  # [BLOCK_R, BLOCK_C]
+        x = tl.where((v > 0.0)[None, :], x, 0.0)  # a logit that does not count may be NaN
+        p, _, foreground, background, _, _ = _point_terms(x, alpha, gamma, FOCAL, SQUARE)
+        probability += _pair_sums(p, t)
+        loss += _pair_sums(foreground, t)
+        loss += _pair_sums(background, v[:, None] - t)
+
+    block_size = tl.cast(R, tl.int64) * BLOCK_M
+    of_split = tl.program_id(2).to(tl.int64) * 2 * tl.num_programs(1) * B
+    at = rows.to(tl.int64)[:, None] * BLOCK_M + slots[None, :]
+    tl.store(sums_ptr + (of_split + image_block) * block_size + at, probability, mask=(rows < R)[:, None])
+    of_loss = of_split + tl.cast(B, tl.int64) * tl.num_programs(1)
+    tl.store(sums_ptr + (of_loss + image_block) * block_size + at, loss, mask=(rows < R)[:, None])
+
+
+def sorted_by_cell(points: Tensor, h: int, w: int) -> Tensor:
+    """``(B, P, 2)``: the points of each image, those of one cell of its h x w grid beside each other."""
+    column, row = (points[..., 0] * w).long(), (points[..., 1] * h).long()
+    order = (row * w + column).argsort(dim=-1, stable=True)
+    return points.gather(1, order[..., None].expand_as(points))
+
+
+def point_mask_cost(
+    class_logits: Tensor,
+    mask_logits: Tensor,
+    labels: Tensor,
+    masks: Tensor | None,
+    segments: Tensor | None,
+    valid: Tensor | None,
+    void_value: int,
+    ignore_void: bool,
+    points: Tensor,
+    cost_class: float,
+    cost_mask: float,
+    cost_dice: float,
+    mask_term: str,
+    alpha: float,
+    gamma: float,
+) -> Tensor:
+    """``fastmask::point_mask_cost``, (L, B, N, M) float32; launches only, so it can be captured in a CUDA graph."""
+    layers, batch, queries, h, w = mask_logits.shape
+    num_targets, num_points = labels.shape[1], points.shape[1]
+    cost = mask_logits.new_empty((layers, batch, queries, num_targets), dtype=torch.float32)
+    if cost.numel() == 0:
+        return cost
+    config = pick_config(CONFIGS, mask_logits.device)
+    mask_logits = with_contiguous_planes(mask_logits)
+    targets = target_arguments(masks, segments, valid, void_value, ignore_void)
+    if max(targets["H"] * targets["W"], h * w) >= 1 << 31:
+        raise ValueError(f"targets of {targets['H']} x {targets['W']} pixels are too large for 32-bit positions")
+    points = sorted_by_cell(points, h, w)
+    rows = layers * queries
+    block_targets = power_of_two(num_targets + 1, 16, 64)
+    blocks, row_blocks = triton.cdiv(num_targets, block_targets - 1), triton.cdiv(rows, config.rows)
+    splits = config.programs // (batch * row_blocks * blocks)
+    splits = max(1, min(splits, triton.cdiv(num_points, config.least_points)))
+    per_split = triton.cdiv(triton.cdiv(num_points, splits), config.least_points) * config.least_points
+    splits = triton.cdiv(num_points, per_split)
+    shares = cost.new_empty((batch, blocks, num_points, block_targets))
+    areas = cost.new_empty((splits, batch, blocks, block_targets))
+    sums = cost.new_empty((splits, 2, batch, blocks, rows, block_targets))
+    _point_mask_cost_targets_kernel[(batch, blocks, splits)](
+        points_ptr=points,
+        **targets,
+        shares_ptr=shares,
+        areas_ptr=areas,
+        B=batch,
+        M=num_targets,
+        P=num_points,
+        points_per_split=per_split,
+        BLOCK_C=config.target_points,
+        BLOCK_M=block_targets,
+        num_warps=4,
+        **COMPILER_OPTIONS,
+    )
+    _point_mask_cost_fwd_kernel[(batch * row_blocks, blocks, splits)](
+        logits_ptr=mask_logits,
+        stride_l=mask_logits.stride(0),
+        stride_b=mask_logits.stride(1),
+        stride_n=mask_logits.stride(2),
+        points_ptr=points,
+        shares_ptr=shares,
+        sums_ptr=sums,
+        B=batch,
+        N=queries,
+        R=rows,
+        P=num_points,
+        h=h,
+        w=w,
+        points_per_split=per_split,
+        row_blocks=row_blocks,
+        alpha=alpha,
+        gamma=gamma,
+        FOCAL=mask_term == "focal",
+        SQUARE=gamma == 2.0,
+        BLOCK_R=config.rows,
+        BLOCK_C=config.points,
+        BLOCK_M=block_targets,
+        num_warps=config.num_warps,
+        **COMPILER_OPTIONS,
+    )
+    sums_config = pick_config(SUMS_CONFIGS, mask_logits.device)
+    add_up(sums_config, class_logits, labels, sums, areas, cost, cost_class, cost_mask, cost_dice)
+    return cost

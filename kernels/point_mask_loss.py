@@ -1,0 +1,342 @@
+"""Both losses of the matched pairs at points of their own, forward and backward.
+
+A point takes four logits and four pixels of the targets, wherever they are: 40 M points at B=16, L=10, M=20 with 12,544
+each. Where the targets are a segment map, its four values tell everything.
+
+Backward must give every point's gradient to four logits, and points are in no order. Floating-point atomics would add
+in another order each time. Instead each pair's gradients are added as integers of 64 bits, in units of 2^-40 of a bound
+that holds for each of its points, which is exact in any order; a last launch turns them into the logits' type.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastmask.kernels._common import (
+    COMPILER_OPTIONS,
+    pick_config,
+    power_of_two,
+    target_arguments,
+    with_contiguous_planes,
+)
+from fastmask.kernels._points import _four_pixels, _point_terms, _sample, _target_at
+from fastmask.kernels.mask_loss import _mask_loss_reduce_kernel
+
+MOST_POINTS = 1 << 22  # of a pair, so that sums in units of 2^-40 of the bound stay below 2^63
+
+
+@dataclass(frozen=True)
+class PointMaskLossConfig:
+    """Tuning of forward and backward.
+
+    Args:
+        points: that a program reads at a time.
+        points_per_split: that a forward program sums, a multiple of ``points``.
+        cells: logits that a program of the last kernel of backward writes.
+    """
+
+    points: int = 256
+    points_per_split: int = 2048
+    cells: int = 1024
+    num_warps: int = 4
+
+
+CONFIGS = {None: PointMaskLossConfig()}
+
+
+@triton.jit
+def _point_mask_loss_fwd_kernel(
+    logits_ptr, stride_l, stride_b, stride_n, assignment_ptr, labels_ptr, points_ptr,
+    target_ptr, valid_ptr, void_value, sums_ptr,
+    B, N, M, P, h, w, H, W, points_per_split, alpha, gamma,
+    FOCAL: tl.constexpr, SQUARE: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_VOID: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Sums over some points of one pair, written in parts that ``_mask_loss_reduce_kernel`` adds: the loss
+    t F+ + (v - t) F-, p t, v p, t and v (Mask2Former, arXiv:2112.01527, section 3.3).
+
+        logits      (L, B, N, h, w)
+        assignment  (L, B, M), labels (B, M), points (L, B, M, P, 2)
+        target      (B, H, W) segments or (B, M, H, W) masks;  valid  (B, H, W)
+        sums        (L * B * M, parts, 5); not written for targets without a query
+    """
+    alpha = tl.cast(alpha, tl.float32)
+    gamma = tl.cast(gamma, tl.float32)
+    pair = tl.program_id(0).to(tl.int64)
+    target = (pair % M).to(tl.int32)
+    image = pair // M % B
+    query = tl.load(assignment_ptr + pair)
+    label = tl.load(labels_ptr + image * M + target)
+    if (query >= 0) & (query < N) & (label >= 0):
+        plane_ptr = logits_ptr + pair // M // B * stride_l + image * stride_b + query * stride_n
+        zero = tl.zeros([BLOCK_P], dtype=tl.float32)
+        losses, intersections, predictions, target_shares, weights = zero, zero, zero, zero, zero
+        begin = tl.program_id(1) * points_per_split
+        for block in range(begin, begin + points_per_split, BLOCK_P):
+            i = block + tl.arange(0, BLOCK_P)  # [BLOCK_P]
+            inside = i < P
+            px = tl.load(points_ptr + (pair * P + i) * 2, mask=inside, other=-1.0)
+            py = tl.load(points_ptr + (pair * P + i) * 2 + 1, mask=inside, other=-1.0)
+            t, v = _target_at(
+                px, py, inside, image, target, target_ptr, valid_ptr, void_value, M, H, W, HAS_SEGMENTS, HAS_VOID
+            )
+            x = _sample(plane_ptr, px, py, h, w, inside)
+            x = tl.where(v > 0.0, x, 0.0)  # a logit that does not count may be NaN
+            p, _, foreground, background, _, _ = _point_terms(x, alpha, gamma, FOCAL, SQUARE)
+            losses += tl.fma(t, foreground, (v - t) * background)
+            intersections += p * t
+            predictions += p * v
+            target_shares += t
+            weights += v
+        part_ptr = sums_ptr + (pair * tl.num_programs(1) + tl.program_id(1)) * 5
+        tl.store(part_ptr, tl.sum(losses, 0))
+        tl.store(part_ptr + 1, tl.sum(intersections, 0))
+        tl.store(part_ptr + 2, tl.sum(predictions, 0))
+        tl.store(part_ptr + 3, tl.sum(target_shares, 0))
+        tl.store(part_ptr + 4, tl.sum(weights, 0))
+
+
+@triton.jit
+def _pair_slopes(pair, sums_ptr, grad_mask_ptr, grad_dice_ptr, gamma, FOCAL: tl.constexpr):
+    """What the gradient of a point is made of, and a bound of it. With U = sum v p + sum t + 1, I = 2 sum p t + 1:
+    d mask / dx = mask_slope (t dF+/dx + (v - t) dF-/dx) and d dice / dx = (v of_v + t of_t) p (1 - p)."""
+    intersection = tl.load(sums_ptr + pair * 4)
+    both = tl.load(sums_ptr + pair * 4 + 1) + tl.load(sums_ptr + pair * 4 + 2) + 1.0
+    mask_slope = tl.load(grad_mask_ptr + pair) / tl.maximum(tl.load(sums_ptr + pair * 4 + 3), 1.0)
+    grad_dice = tl.load(grad_dice_ptr + pair)
+    of_v = grad_dice * (2.0 * intersection + 1.0) / (both * both)
+    of_t = -2.0 * grad_dice / both
+    bound = tl.abs(mask_slope)
+    if FOCAL:
+        bound *= 1.0 + gamma
+    bound += 0.25 * (tl.abs(of_v) + tl.abs(of_t))
+    # A power of two, so that division by it is exact, twice as large at least, as weights may be a rounding above one.
+    bound = 4.0 * (bound.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    return mask_slope, of_v, of_t, bound
+
+
+@triton.jit
+def _point_mask_loss_bwd_kernel(
+    logits_ptr, stride_l, stride_b, stride_n, assignment_ptr, labels_ptr, points_ptr,
+    target_ptr, valid_ptr, void_value, grad_mask_ptr, grad_dice_ptr, sums_ptr, units_ptr,
+    B, N, M, P, h, w, H, W, alpha, gamma,
+    FOCAL: tl.constexpr, SQUARE: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_VOID: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Adds the gradients of some points of one pair to the four logits around each, in units of 2^-40 of the bound.
+
+    units  (L * B * M, h, w) int64, zero before
+    """
+    alpha = tl.cast(alpha, tl.float32)
+    gamma = tl.cast(gamma, tl.float32)
+    pair = tl.program_id(0).to(tl.int64)
+    target = (pair % M).to(tl.int32)
+    image = pair // M % B
+    query = tl.load(assignment_ptr + pair)
+    label = tl.load(labels_ptr + image * M + target)
+    mask_slope, of_v, of_t, bound = _pair_slopes(pair, sums_ptr, grad_mask_ptr, grad_dice_ptr, gamma, FOCAL)
+    # With a bound that is infinite the whole gradient becomes NaN.
+    if (query >= 0) & (query < N) & (label >= 0) & (bound > 0.0) & (bound < float("inf")):
+        plane_ptr = logits_ptr + pair // M // B * stride_l + image * stride_b + query * stride_n
+        i = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)  # [BLOCK_P]
+        inside = i < P
+        px = tl.load(points_ptr + (pair * P + i) * 2, mask=inside, other=-1.0)
+        py = tl.load(points_ptr + (pair * P + i) * 2 + 1, mask=inside, other=-1.0)
+        t, v = _target_at(
+            px, py, inside, image, target, target_ptr, valid_ptr, void_value, M, H, W, HAS_SEGMENTS, HAS_VOID
+        )
+        x = _sample(plane_ptr, px, py, h, w, inside)
+        x = tl.where(v > 0.0, x, 0.0)
+        p, q, _, _, foreground_slope, background_slope = _point_terms(x, alpha, gamma, FOCAL, SQUARE)
+        slope = tl.fma(mask_slope, (v - t) * background_slope - t * foreground_slope, (v * of_v + t * of_t) * p * q)
+        units = slope / bound * 1099511627776.0
+        at, on_left, on_right, on_upper, on_lower, right, lower = _four_pixels(px, py, h, w, inside & (v > 0.0))
+        unit_ptrs = units_ptr + pair * h * w + at
+        upper_units = units * (1.0 - lower)
+        lower_units = units * lower
+        tl.atomic_add(unit_ptrs, (upper_units * (1.0 - right)).to(tl.int64), mask=on_upper & on_left, sem="relaxed")
+        tl.atomic_add(unit_ptrs + 1, (upper_units * right).to(tl.int64), mask=on_upper & on_right, sem="relaxed")
+        tl.atomic_add(unit_ptrs + w, (lower_units * (1.0 - right)).to(tl.int64), mask=on_lower & on_left, sem="relaxed")
+        tl.atomic_add(unit_ptrs + w + 1, (lower_units * right).to(tl.int64), mask=on_lower & on_right, sem="relaxed")
+
+
+@triton.jit
+def _point_mask_loss_grad_kernel(
+    grad_ptr, grad_stride_l, grad_stride_b, grad_stride_n, assignment_ptr, labels_ptr,
+    grad_mask_ptr, grad_dice_ptr, sums_ptr, units_ptr, B, N, M, cells, gamma,
+    FOCAL: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """The gradient of one query's logits, the pairs it belongs to in their order; zero where there are none.
+
+    grad  (L, B, N, cells)
+    """
+    gamma = tl.cast(gamma, tl.float32)
+    row = tl.program_id(0).to(tl.int64)
+    query = row % N
+    layer_image = row // N
+    image = layer_image % B
+    m = tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    queries = tl.load(assignment_ptr + layer_image * M + m, mask=m < M, other=-1)
+    labels = tl.load(labels_ptr + image * M + m, mask=m < M, other=-1)
+    of_query = (queries == query) & (labels >= 0)
+    matches = tl.sum(of_query.to(tl.int32), 0)
+    cell = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
+    grad = tl.zeros([BLOCK_C], dtype=tl.float32)
+    target = -1
+    for _ in range(matches):
+        target = tl.min(tl.where(of_query & (m > target), m, BLOCK_M), 0)
+        pair = layer_image * M + target
+        _, _, _, bound = _pair_slopes(pair, sums_ptr, grad_mask_ptr, grad_dice_ptr, gamma, FOCAL)
+        units = tl.load(units_ptr + pair * cells + cell, mask=cell < cells, other=0)
+        grad += tl.where(bound < float("inf"), units.to(tl.float32) * 9.094947017729282e-13 * bound, float("nan"))
+    at = grad_ptr + layer_image // B * grad_stride_l + image * grad_stride_b + query * grad_stride_n + cell
+    tl.store(at, grad.to(grad_ptr.dtype.element_ty), mask=cell < cells)
+
+
+def launch_arguments(
+    config: PointMaskLossConfig,
+    mask_logits: Tensor,
+    assignment: Tensor,
+    labels: Tensor,
+    points: Tensor,
+    targets: dict[str, Any],
+    mask_term: str,
+    alpha: float,
+    gamma: float,
+) -> dict[str, Any]:
+    """What the kernels of forward and backward take alike. ``mask_logits`` has contiguous planes."""
+    _, batch, queries, h, w = mask_logits.shape
+    if max(targets["H"] * targets["W"], h * w) >= 1 << 31:
+        raise ValueError(f"targets of {targets['H']} x {targets['W']} pixels are too large for 32-bit positions")
+    if points.shape[3] > MOST_POINTS:
+        raise ValueError(f"points has {points.shape[3]} points a pair; at most {MOST_POINTS} are supported")
+    return {
+        "logits_ptr": mask_logits,
+        "stride_l": mask_logits.stride(0),
+        "stride_b": mask_logits.stride(1),
+        "stride_n": mask_logits.stride(2),
+        "assignment_ptr": assignment.contiguous(),
+        "labels_ptr": labels.contiguous(),
+        "points_ptr": points.contiguous(),
+        **targets,
+        "B": batch,
+        "N": queries,
+        "M": labels.shape[1],
+        "P": points.shape[3],
+        "h": h,
+        "w": w,
+        "alpha": alpha,
+        "gamma": gamma,
+        "FOCAL": mask_term == "focal",
+        "SQUARE": gamma == 2.0,
+        "BLOCK_P": config.points,
+        "num_warps": config.num_warps,
+        **COMPILER_OPTIONS,
+    }
+
+
+def point_mask_loss(
+    mask_logits: Tensor,
+    assignment: Tensor,
+    labels: Tensor,
+    masks: Tensor | None,
+    segments: Tensor | None,
+    valid: Tensor | None,
+    void_value: int,
+    ignore_void: bool,
+    points: Tensor,
+    mask_term: str,
+    alpha: float,
+    gamma: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``fastmask::point_mask_loss``: both losses (L, B, M) and the sums (L, B, M, 4) for backward."""
+    pair_mask = mask_logits.new_empty(assignment.shape, dtype=torch.float32)
+    pair_dice = torch.empty_like(pair_mask)
+    sums = pair_mask.new_empty((*assignment.shape, 4))
+    pairs = assignment.numel()
+    if pairs == 0:
+        return pair_mask, pair_dice, sums
+    config = pick_config(CONFIGS, mask_logits.device)
+    targets = target_arguments(masks, segments, valid, void_value, ignore_void)
+    arguments = launch_arguments(
+        config, with_contiguous_planes(mask_logits), assignment, labels, points, targets, mask_term, alpha, gamma
+    )
+    splits = triton.cdiv(points.shape[3], config.points_per_split)
+    parts = pair_mask.new_empty((pairs, splits, 5))
+    _point_mask_loss_fwd_kernel[(pairs, splits)](**arguments, sums_ptr=parts, points_per_split=config.points_per_split)
+    _mask_loss_reduce_kernel[(triton.cdiv(pairs, 32),)](
+        assignment_ptr=arguments["assignment_ptr"],
+        labels_ptr=arguments["labels_ptr"],
+        parts_ptr=parts,
+        mask_ptr=pair_mask,
+        dice_ptr=pair_dice,
+        sums_ptr=sums,
+        pairs=pairs,
+        B=arguments["B"],
+        N=arguments["N"],
+        M=arguments["M"],
+        parts=splits,
+        BLOCK_P=32,
+        num_warps=1,
+        **COMPILER_OPTIONS,
+    )
+    return pair_mask, pair_dice, sums
+
+
+def point_mask_loss_backward(
+    grad_mask: Tensor,
+    grad_dice: Tensor,
+    sums: Tensor,
+    mask_logits: Tensor,
+    assignment: Tensor,
+    labels: Tensor,
+    masks: Tensor | None,
+    segments: Tensor | None,
+    valid: Tensor | None,
+    void_value: int,
+    ignore_void: bool,
+    points: Tensor,
+    mask_term: str,
+    alpha: float,
+    gamma: float,
+) -> Tensor:
+    """``fastmask::point_mask_loss_backward``: the gradient, laid out like the logits if their planes are contiguous."""
+    mask_logits = with_contiguous_planes(mask_logits)
+    grad = torch.empty_like(mask_logits)
+    if grad.numel() == 0:
+        return grad
+    if labels.shape[1] == 0:
+        return grad.zero_()
+    config = pick_config(CONFIGS, mask_logits.device)
+    targets = target_arguments(masks, segments, valid, void_value, ignore_void)
+    arguments = launch_arguments(config, mask_logits, assignment, labels, points, targets, mask_term, alpha, gamma)
+    cells = arguments["h"] * arguments["w"]
+    of_pairs = {
+        "grad_mask_ptr": grad_mask.contiguous(),
+        "grad_dice_ptr": grad_dice.contiguous(),
+        "sums_ptr": sums.contiguous(),
+        "units_ptr": mask_logits.new_zeros((assignment.numel(), cells), dtype=torch.int64),
+    }
+    _point_mask_loss_bwd_kernel[(assignment.numel(), triton.cdiv(arguments["P"], config.points))](
+        **arguments, **of_pairs
+    )
+    _point_mask_loss_grad_kernel[(mask_logits[..., 0, 0].numel(), triton.cdiv(cells, config.cells))](
+        grad_ptr=grad,
+        grad_stride_l=grad.stride(0),
+        grad_stride_b=grad.stride(1),
+        grad_stride_n=grad.stride(2),
+        **{name: arguments[name] for name in ("assignment_ptr", "labels_ptr", "B", "N", "M", "gamma", "FOCAL")},
+        **of_pairs,
+        cells=cells,
+        BLOCK_C=config.cells,
+        BLOCK_M=power_of_two(arguments["M"], 1, 1 << 30),
+        num_warps=config.num_warps,
+        **COMPILER_OPTIONS,
+    )
+    return grad

@@ -1,0 +1,423 @@
+"""DOC"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastmask.kernels._common import COMPILER_OPTIONS, INTERPRETED, _reciprocal, pick_config, power_of_two
+from fastmask.kernels._resample import (
+    BLOCK_N,
+    Band,
+    _exp2,
+    _interpolate,
+    _tile_taps,
+    count_nans,
+    padded_queries,
+    staged_bands,
+)
+
+
+@dataclass(frozen=True)
+class SemanticConfig:
+    """Tuning of the main kernel.
+
+    Args:
+        tile_rows, tile_columns: pixels of the result that a program owns.
+        classes: most classes whose scores a program holds at a time; more take more passes over the queries.
+        least_skipped: blocks of queries that must be left for a tile to be worth asking whether they matter.
+        negligible: what the queries left may add to a class at most, for them to be worth asking about.
+    """
+
+    tile_rows: int = 8
+    tile_columns: int = 16
+    classes: int = 192
+    least_skipped: int = 4
+    negligible: float = 0.1
+    num_warps: int = 8
+
+
+# By the number of fp16 parts that each factor has.
+CONFIGS = {1: {None: SemanticConfig()}, 2: {None: SemanticConfig(tile_columns=8, num_warps=4)}}
+
+
+@triton.jit
+def _to_half(x):
+    """fp16 of float32. The compiler may not look through it: it would bring what x is computed from, four staged values
+    for each x, to the layout of a product's factor, rather than x itself."""
+    if INTERPRETED:
+        result = x.to(tl.float16)
+    else:
+        result = tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=tl.float16, is_pure=False, pack=2
+        )
+    return result
+
+
+@triton.jit
+def _semantic_classes_kernel(
+    probabilities_ptr, order_ptr, largest_ptr, weight_ptr, high_ptr, low_ptr, stop_ptr, rest_ptr,
+    N, K, blocks, width, least_skipped, negligible, SKIP: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Class probabilities in the order of the stage, each query's divided by its largest, as factors of products.
+
+    probabilities  (B, N, K);  order (B, N), by falling largest (B, N)
+    weight         (B, blocks * BLOCK_N), the largest again, 0 where there is no query
+    high, low      (B, class blocks, blocks * BLOCK_N, width) fp16, their sum the quotient to 22 bits
+    stop           (B), after how many blocks of queries to ask whether the rest matters; all of them for never
+    rest           (B), what the rest adds to any class at most
+    """
+    image = tl.program_id(0).to(tl.int64)
+    class_block = tl.program_id(1)
+    negligible = tl.cast(negligible, tl.float32)
+    k = tl.arange(0, BLOCK_K)  # [BLOCK_K]
+    classes = class_block * width + k
+    held = (k < width) & (classes < K)
+    suffix = tl.zeros([BLOCK_K], dtype=tl.float32)
+    stop = blocks
+    rest = 0.0
+    table = (image * tl.num_programs(1) + class_block) * blocks * BLOCK_N * width
+    for done in range(0, blocks):
+        block = blocks - 1 - done
+        n = block * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        query = tl.load(order_ptr + image * N + n, mask=n < N, other=0)
+        largest = tl.load(largest_ptr + image * N + n, mask=n < N, other=0.0)
+        p_ptrs = probabilities_ptr + (image * N + query)[:, None] * K + classes[None, :]
+        p = tl.load(p_ptrs, mask=(n < N)[:, None] & held[None, :], other=0.0)  # [BLOCK_N, BLOCK_K]
+        share = tl.where((largest > 0.0)[:, None], tl.div_rn(p, tl.maximum(largest, 1e-38)[:, None]), 0.0)
+        high = share.to(tl.float16)
+        at = table + n[:, None] * width + k[None, :]
+        tl.store(high_ptr + at, high, mask=(k < width)[None, :])
+        if PARTS == 2:
+            tl.store(low_ptr + at, (share - high.to(tl.float32)).to(tl.float16), mask=(k < width)[None, :])
+        if class_block == 0:
+            tl.store(weight_ptr + image * blocks * BLOCK_N + n, largest)
+        if SKIP:
+            suffix += tl.sum(p, 0)
+            bound = tl.max(suffix, 0)
+            small = (block > 0) & (done + 1 >= least_skipped) & (bound <= negligible)
+            stop = tl.where(small, block, stop)
+            rest = tl.where(small, bound * (1.0 + 2.0**-9), rest)  # as the factors are rounded
+    if class_block == 0:
+        tl.store(stop_ptr + image, stop)
+        tl.store(rest_ptr + image, rest)
+
+
+@triton.jit
+def _semantic_fwd_kernel(
+    stage_ptr, peak_ptr, row_index_ptr, row_weight_ptr, column_index_ptr, column_weight_ptr,
+    weight_ptr, high_ptr, low_ptr, stop_ptr, rest_ptr, result_ptr, score_ptr, margin_ptr,
+    K, blocks, class_blocks, cells, columns, top, count, H, W, tiles_x, slack,
+    TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, PROBABILITIES: tl.constexpr, PARTS: tl.constexpr,
+    SCORES: tl.constexpr, DETAILS: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    """score[k] = sum_n P[n, k] sigmoid(x[n]) for one tile of pixels, label = the lowest argmax_k score[k] (MaskFormer,
+    arXiv:2107.06278, section 3.4); x is interpolated from the stage, or sigmoid(x) is (PROBABILITIES).
+
+        stage           (B, cells, blocks * BLOCK_N), peak (B, cells); see ``_stage_kernel``
+        row_index, ...  the taps of the ``count`` rows of a band and of all W columns; see ``_taps_kernel``
+        weight, high, low, stop, rest  see ``_semantic_classes_kernel``
+        result          (B, H, W) labels or (B, K, H, W) scores; the band's rows are those from ``top`` on
+        score, margin   (B, H, W) float32, of the winner, and its distance to the next class
+
+    Classes lie in two blocks, as neither 150 nor 133 is near a power of two. Queries come by falling probability of
+    their most likely class. After ``stop`` blocks of them, the rest cannot change a label where the winner leads by
+    more than ``rest`` and rounding; if it leads so at every pixel of the tile, that was all, else the sum goes on
+    with the rest: the result is that of all queries bit for bit.
+    """
+    slack = tl.cast(slack, tl.float32)
+    image = tl.program_id(1).to(tl.int64)
+    PIXELS: tl.constexpr = TILE_Y * TILE_X
+    WIDTH: tl.constexpr = BLOCK_A + BLOCK_B
+    pixel = tl.arange(0, PIXELS)  # [PIXELS]
+    y = tl.program_id(0) // tiles_x * TILE_Y + pixel // TILE_X
+    x = tl.program_id(0) % tiles_x * TILE_X + pixel % TILE_X
+    inside = (y < count) & (x < W)
+    at = image * H * W + (top + y).to(tl.int64) * W + x
+    y = tl.minimum(y, count - 1)
+    x = tl.minimum(x, W - 1)
+
+    padded_n = blocks * BLOCK_N
+    taps, shares = _tile_taps(
+        row_index_ptr, row_weight_ptr, column_index_ptr, column_weight_ptr, y, x, count, columns, W, TAPS_Y, TAPS_X
+    )
+    offsets = ()
+    weights = ()
+    peak = tl.full([PIXELS], float("-inf"), dtype=tl.float32)
+    for tap in tl.static_range(TAPS_Y * TAPS_X):
+        offsets = offsets + (taps[tap] * padded_n,)  # noqa: RUF005 (Triton has no stars)
+        weights = weights + (shares[tap] * (1.0 if PROBABILITIES else -1.44269504),)  # noqa: RUF005
+        peak = tl.maximum(peak, tl.load(peak_ptr + image * cells + taps[tap]))
+    # weight * sigmoid(x) * 2^exponent is at most one, for every query.
+    exponent = tl.minimum(-tl.ceil(peak), 100.0)
+    unit = _exp2(-exponent)
+    scale = _exp2(exponent)
+
+    a = tl.arange(0, BLOCK_A)  # [BLOCK_A]
+    b = BLOCK_A + tl.arange(0, BLOCK_B if BLOCK_B else 1)  # [BLOCK_B]
+    stage_ptr += image * cells * padded_n
+    weight_ptr += image * padded_n
+    stop = tl.load(stop_ptr + image)
+    best = tl.full([PIXELS], -1.0, dtype=tl.float32)
+    second = tl.full([PIXELS], 0.0, dtype=tl.float32)
+    label = tl.zeros([PIXELS], dtype=tl.int32)
+    for class_block in range(class_blocks):
+        table = (image * class_blocks + class_block) * padded_n * WIDTH
+        scores_a = tl.zeros([PIXELS, BLOCK_A], dtype=tl.float32)
+        scores_b = tl.zeros([PIXELS, BLOCK_B if BLOCK_B else 1], dtype=tl.float32)
+        end = stop
+        block = 0
+        while block < end:
+            n = block * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+            # Loaded first, so that they arrive while the masks are computed.
+            table_row = (n * WIDTH)[:, None]
+            high_a = tl.load(high_ptr + table + (table_row + a[None, :]))  # [BLOCK_N, BLOCK_A]
+            if BLOCK_B:
+                high_b = tl.load(high_ptr + table + (table_row + b[None, :]))  # [BLOCK_N, BLOCK_B]
+            if PARTS == 2:
+                low_a = tl.load(low_ptr + table + (table_row + a[None, :]))
+                if BLOCK_B:
+                    low_b = tl.load(low_ptr + table + (table_row + b[None, :]))
+            weight = tl.load(weight_ptr + n)[None, :]
+
+            z = tl.zeros([PIXELS, BLOCK_N], dtype=tl.float32)
+            if not PROBABILITIES:
+                z -= exponent[:, None]
+            z = _interpolate(z, stage_ptr, n, offsets, weights, TAPS_Y * TAPS_X)
+            s = z * scale[:, None] if PROBABILITIES else _reciprocal(_exp2(z) + unit[:, None])
+            s *= weight
+            high = _to_half(s)  # [PIXELS, BLOCK_N]
+            if PARTS == 2:
+                low = _to_half(s - high.to(tl.float32))
+                scores_a = tl.dot(low, high_a, scores_a)
+                scores_a = tl.dot(high, low_a, scores_a)
+                if BLOCK_B:
+                    scores_b = tl.dot(low, high_b, scores_b)
+                    scores_b = tl.dot(high, low_b, scores_b)
+            scores_a = tl.dot(high, high_a, scores_a)
+            if BLOCK_B:
+                scores_b = tl.dot(high, high_b, scores_b)
+
+            block += 1
+            if (block == stop) & (stop < blocks):
+                winner = tl.max(scores_a, 1)
+                if BLOCK_B:
+                    winner = tl.maximum(winner, tl.max(scores_b, 1))
+                lead = tl.load(rest_ptr + image) * scale + winner * slack + padded_n * 2.0**-24
+                near = winner - lead
+                rivals = tl.sum((scores_a >= near[:, None]).to(tl.int32), 1)
+                if BLOCK_B:
+                    rivals += tl.sum((scores_b >= near[:, None]).to(tl.int32), 1)
+                if tl.max(rivals, 0) > 1:
+                    end = blocks
+
+        first = class_block * WIDTH
+        if SCORES:
+            score_ptrs = result_ptr + (image * K * H * W + (at - image * H * W))[:, None]
+            plane = tl.cast(H, tl.int64) * W
+            tl.store(
+                score_ptrs + (first + a)[None, :] * plane, scores_a * unit[:, None],
+                mask=inside[:, None] & (first + a < K)[None, :],
+            )  # fmt: skip
+            if BLOCK_B:
+                tl.store(
+                    score_ptrs + (first + b)[None, :] * plane, scores_b * unit[:, None],
+                    mask=inside[:, None] & (first + b < K)[None, :],
+                )  # fmt: skip
+        else:
+            winner = tl.max(scores_a, 1)
+            if BLOCK_B:
+                winner = tl.maximum(winner, tl.max(scores_b, 1))
+            winning = tl.min(tl.where(scores_a == winner[:, None], a[None, :], WIDTH), 1)
+            if BLOCK_B:
+                winning = tl.minimum(winning, tl.min(tl.where(scores_b == winner[:, None], b[None, :], WIDTH), 1))
+            if DETAILS:
+                runner_up = tl.max(tl.where(a[None, :] == winning[:, None], 0.0, scores_a), 1)
+                if BLOCK_B:
+                    runner_up = tl.maximum(
+                        runner_up, tl.max(tl.where(b[None, :] == winning[:, None], 0.0, scores_b), 1)
+                    )
+                second = tl.maximum(tl.maximum(second, runner_up), tl.minimum(best, winner))
+            label = tl.where(winner > best, first + winning, label)
+            best = tl.maximum(best, winner)
+    if not SCORES:
+        tl.store(result_ptr + at, label.to(result_ptr.dtype.element_ty), mask=inside)
+        if DETAILS:
+            tl.store(score_ptr + at, best * unit, mask=inside)
+            tl.store(margin_ptr + at, (best - second) * unit, mask=inside)
+
+
+def class_blocks(count: int, most: int) -> tuple[int, int, int]:
+    """How many blocks of classes, and the two powers of two, at least 16 or the second 0, that together hold one."""
+    blocks = triton.cdiv(count, most)
+    size = triton.cdiv(count, blocks)
+    large = power_of_two(size, 16, 1 << 30)
+    if size <= large - large // 4 and large >= 64:
+        return blocks, large // 2, power_of_two(size - large // 2, 16, large // 2)
+    return blocks, large, 0
+
+
+@dataclass(frozen=True)
+class ClassTables:
+    """The class probabilities as the main kernel reads them; see ``_semantic_classes_kernel``."""
+
+    order: Tensor
+    weight: Tensor
+    high: Tensor
+    low: Tensor | None
+    stop: Tensor
+    rest: Tensor
+
+
+def class_tables(probabilities: Tensor, parts: int, skip: bool, config: SemanticConfig) -> ClassTables:
+    probabilities = probabilities.contiguous()
+    batch, queries, classes = probabilities.shape
+    padded_n = padded_queries(queries)
+    blocks, block_a, block_b = class_blocks(classes, config.classes)
+    width = block_a + block_b
+    largest, order = probabilities.amax(-1).sort(dim=-1, descending=True, stable=True)
+    high = torch.empty((batch, blocks, padded_n, width), dtype=torch.float16, device=probabilities.device)
+    tables = ClassTables(
+        order,
+        torch.empty((batch, padded_n), dtype=torch.float32, device=probabilities.device),
+        high,
+        torch.empty_like(high) if parts == 2 else None,
+        torch.empty(batch, dtype=torch.int32, device=probabilities.device),
+        torch.empty(batch, dtype=torch.float32, device=probabilities.device),
+    )
+    _semantic_classes_kernel[(batch, blocks)](
+        probabilities_ptr=probabilities,
+        order_ptr=order,
+        largest_ptr=largest,
+        weight_ptr=tables.weight,
+        high_ptr=tables.high,
+        low_ptr=tables.low,
+        stop_ptr=tables.stop,
+        rest_ptr=tables.rest,
+        N=queries,
+        K=classes,
+        blocks=padded_n // BLOCK_N,
+        width=width,
+        least_skipped=config.least_skipped,
+        negligible=config.negligible,
+        SKIP=skip and blocks == 1,
+        PARTS=parts,
+        BLOCK_N=BLOCK_N,
+        BLOCK_K=power_of_two(width, 16, 1 << 30),
+        num_warps=4,
+        **COMPILER_OPTIONS,
+    )
+    return tables
+
+
+def label_dtype(num_classes: int) -> torch.dtype:
+    if num_classes <= 2**8:
+        return torch.uint8
+    return torch.int16 if num_classes <= 2**15 else torch.int32
+
+
+def semantic_inference(
+    probabilities: Tensor,
+    mask_logits: Tensor,
+    order: str,
+    output: str,
+    details: bool,
+    grid: list[int],
+    padded_size: list[int] | None,
+    valid_size: list[int] | None,
+    size: list[int],
+    in_top: int,
+    out_top: int,
+    out_rows: int,
+    *,
+    skip: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``fastmask::semantic_inference``: labels (B, out_rows, W) or scores (B, K, out_rows, W), the winning score and
+    its margin (B, out_rows, W) or empty, and how many logits of each query (B, N) are NaN.
+
+    Args:
+        skip: ask whether the least probable queries matter before they are computed; the result is the same.
+    """
+    batch, queries, classes = probabilities.shape
+    parts = 1 if mask_logits.dtype == torch.bfloat16 else 2
+    config = pick_config(CONFIGS[parts], mask_logits.device)
+    scores = output == "scores"
+    shape = (batch, out_rows, size[1])
+    if scores:
+        result = probabilities.new_empty((batch, classes, *shape[1:]))
+    else:
+        result = probabilities.new_empty(shape, dtype=label_dtype(classes))
+    score = probabilities.new_empty(shape if details else 0)
+    margin = torch.empty_like(score)
+    nan_logits = count_nans(mask_logits)
+    if queries == 0 or batch == 0:
+        return result.zero_(), score.zero_(), margin.zero_(), nan_logits
+    tables = class_tables(probabilities, parts, skip and not (scores or details), config)
+    geometry = grid, padded_size, valid_size, size, in_top, out_top, out_rows
+    bands = staged_bands(
+        mask_logits, tables.order, tables.weight, order == "scores", False, *geometry, config.tile_rows
+    )
+    for band in bands:
+        _launch(config, band, tables, order == "scores", scores, details, classes, result, score, margin)
+    return result, score, margin, nan_logits
+
+
+def _launch(
+    config: SemanticConfig,
+    band: Band,
+    tables: ClassTables,
+    probabilities: bool,
+    scores: bool,
+    details: bool,
+    classes: int,
+    result: Tensor,
+    score: Tensor,
+    margin: Tensor,
+) -> None:
+    batch, height, width = result.shape[0], *result.shape[-2:]
+    blocks, block_a, block_b = class_blocks(classes, config.classes)
+    tiles_x = triton.cdiv(width, config.tile_columns)
+    tiles = triton.cdiv(band.count, config.tile_rows) * tiles_x
+    query_blocks = band.padded_n // BLOCK_N
+    _semantic_fwd_kernel[(tiles, batch)](
+        stage_ptr=band.stage,
+        peak_ptr=band.peaks,
+        **band.taps.arguments(),
+        weight_ptr=tables.weight,
+        high_ptr=tables.high,
+        low_ptr=tables.low,
+        stop_ptr=tables.stop,
+        rest_ptr=tables.rest,
+        result_ptr=result,
+        score_ptr=score if details else None,
+        margin_ptr=margin if details else None,
+        K=classes,
+        blocks=query_blocks,
+        class_blocks=blocks,
+        cells=band.cells,
+        columns=band.columns,
+        top=band.top,
+        count=band.count,
+        H=height,
+        W=width,
+        tiles_x=tiles_x,
+        slack=query_blocks * 3 * 2.0**-21,  # what the sums of three products may be rounded by
+        PROBABILITIES=probabilities,
+        PARTS=1 if tables.low is None else 2,
+        SCORES=scores,
+        DETAILS=details,
+        TILE_Y=config.tile_rows,
+        TILE_X=config.tile_columns,
+        BLOCK_N=BLOCK_N,
+        BLOCK_A=block_a,
+        BLOCK_B=block_b,
+        num_warps=config.num_warps,
+        num_stages=1,
+        **COMPILER_OPTIONS,
+    )

@@ -1,0 +1,188 @@
+"""Tiny models of transformers from configurations alone, and batches to train them on."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    EomtConfig,
+    EomtForUniversalSegmentation,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    MaskFormerConfig,
+    MaskFormerForInstanceSegmentation,
+    OneFormerConfig,
+    OneFormerForUniversalSegmentation,
+    ResNetConfig,
+    SwinConfig,
+)
+
+import fastmask
+
+NUM_CLASSES, NUM_QUERIES, NUM_POINTS, SIZE = 5, 9, 80, 64
+VOCABULARY = 50  # of OneFormer's text encoder
+STAGES = ["stage1", "stage2", "stage3", "stage4"]
+
+
+def tiny_backbone(name: str) -> SwinConfig | ResNetConfig:
+    if name == "resnet":
+        return ResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], out_features=STAGES)
+    return SwinConfig(
+        image_size=SIZE,
+        embed_dim=8,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 1, 2, 2],
+        window_size=2,
+        drop_path_rate=0.0,
+        out_features=STAGES,
+    )
+
+
+def tiny_maskformer(
+    backbone: str = "swin",
+    *,
+    auxiliary: bool = True,
+    hidden: bool = True,
+    cls: type[nn.Module] = MaskFormerForInstanceSegmentation,
+) -> nn.Module:
+    """A seeded model of 3 decoder layers; ``hidden`` shows the hidden states, which auxiliary losses ask for."""
+    decoder = {"d_model": 32, "num_queries": NUM_QUERIES, "dropout": 0.0}
+    for part in ("encoder", "decoder"):
+        decoder |= {f"{part}_layers": 3, f"{part}_attention_heads": 2, f"{part}_ffn_dim": 32}
+    torch.manual_seed(0)
+    return cls(
+        MaskFormerConfig(
+            num_labels=NUM_CLASSES,
+            use_auxiliary_loss=auxiliary,
+            output_hidden_states=hidden,
+            fpn_feature_size=32,
+            mask_feature_size=32,
+            backbone_config=tiny_backbone(backbone),
+            decoder_config={"model_type": "detr", **decoder},
+        )
+    )
+
+
+def tiny_mask2former(backbone: str = "swin", **options: object) -> nn.Module:
+    """A seeded model of 4 decoder layers, which predict 5 times; every level has its turn."""
+    torch.manual_seed(0)
+    config = Mask2FormerConfig(
+        num_labels=NUM_CLASSES,
+        backbone_config=tiny_backbone(backbone),
+        feature_size=32,
+        mask_feature_size=32,
+        hidden_dim=32,
+        encoder_feedforward_dim=32,
+        encoder_layers=1,
+        decoder_layers=5,
+        num_attention_heads=4,
+        dim_feedforward=32,
+        num_queries=NUM_QUERIES,
+        train_num_points=NUM_POINTS,
+        **options,
+    )
+    model = Mask2FormerForUniversalSegmentation(config)
+    # Masks of some size: sigmoid rounds the smallest logits of either sign to exactly 0.5, where attention turns over.
+    for name, weight in model.named_parameters():
+        if "mask_embedder" in name and weight.dim() == 2:
+            nn.init.normal_(weight, std=0.3)
+    return model
+
+
+def tiny_oneformer() -> nn.Module:
+    """A seeded model with its text encoder, in training."""
+    torch.manual_seed(0)
+    return OneFormerForUniversalSegmentation(
+        OneFormerConfig(
+            num_labels=NUM_CLASSES,
+            is_training=True,
+            backbone_config=tiny_backbone("swin"),
+            conv_dim=64,
+            mask_dim=64,
+            hidden_dim=64,
+            encoder_feedforward_dim=32,
+            encoder_layers=1,
+            decoder_layers=3,
+            num_attention_heads=4,
+            dim_feedforward=32,
+            query_dec_layers=1,
+            num_queries=NUM_QUERIES,
+            train_num_points=NUM_POINTS,
+            text_encoder_width=64,
+            text_encoder_num_layers=1,
+            text_encoder_vocab_size=VOCABULARY,
+            text_encoder_n_ctx=2,
+            dropout=0.0,
+        )
+    ).train()
+
+
+def tiny_eomt() -> nn.Module:
+    """A seeded model of 3 layers, the last two with queries."""
+    torch.manual_seed(0)
+    return EomtForUniversalSegmentation(
+        EomtConfig(
+            num_labels=NUM_CLASSES,
+            hidden_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            image_size=SIZE,
+            patch_size=16,
+            num_blocks=2,
+            num_queries=NUM_QUERIES,
+            train_num_points=NUM_POINTS,
+        )
+    ).train()
+
+
+def random_batch(seed: int, counts: tuple[int, ...] = (4, 2), sizes: tuple[int, ...] = (SIZE, SIZE)) -> dict:
+    """Keyword arguments of a training step: images, and ``counts[b]`` masks of ``sizes[b]`` rows; they overlap, and
+    some pixels are in none (what an image processor makes of ignored ones)."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "pixel_values": torch.randn(len(counts), 3, SIZE, SIZE, generator=generator),
+        "mask_labels": [
+            (torch.rand(count, rows, SIZE, generator=generator) < 0.3).float()
+            for count, rows in zip(counts, sizes, strict=True)
+        ],
+        "class_labels": [torch.randint(NUM_CLASSES, (count,), generator=generator) for count in counts],
+    }
+
+
+def train_step(model: nn.Module, batch: dict, **options: object) -> tuple[object, dict[str, Tensor]]:
+    """The outputs, and the gradient of each parameter."""
+    torch.manual_seed(1)
+    outputs = model(**batch, **options)
+    model.zero_grad()
+    outputs.loss.backward()
+    return outputs, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def exact_step(model: nn.Module, batch: dict, **options: object) -> tuple[object, dict[str, Tensor]]:
+    """``train_step`` in float64, of a copy of the model as transformers wrote it."""
+    doubled = {
+        name: value.double()
+        if isinstance(value, Tensor)
+        else [x.double() if x.is_floating_point() else x for x in value]
+        for name, value in batch.items()
+    }
+    return train_step(fastmask.unpatch(copy.deepcopy(model)).double(), doubled, **options)
+
+
+def assert_same_step(actual: tuple, expected: tuple, exact: tuple) -> None:
+    """``actual`` is equal to ``expected`` but for rounding: losses within 1e-5, and gradients at most twice as far from
+    the ``exact`` ones. Errors are relative to the parameter's largest gradient, or to 1e-6 of the largest of all where
+    that is more (some gradients are zero but for rounding); the worst parameter counts."""
+    torch.testing.assert_close(actual[0].loss, expected[0].loss, rtol=1e-5, atol=0)
+    assert actual[1].keys() == expected[1].keys()
+    largest = max(gradient.abs().max().item() for gradient in exact[1].values())
+    errors = []
+    for gradients in (actual[1], expected[1]):
+        relative = {
+            name: ((gradients[name].double() - gradient).abs().max() / (gradient.abs().max() + 1e-6 * largest)).item()
+            for name, gradient in exact[1].items()
+        }
+        errors.append(max((error, name) for name, error in relative.items()))
+    assert errors[0][0] <= 2 * errors[1][0] + 1e-6, errors
