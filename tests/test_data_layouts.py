@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import pickle
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -209,6 +210,14 @@ def test_coco_instances(tmp_path):
     check_dataset(dataset)
     _, targets = collate([dataset[0], dataset[1]])
     assert targets.counts.tolist() == [3, 0]
+
+
+def test_coco_instances_without_pycocotools_say_so(tmp_path, monkeypatch):
+    pytest.importorskip("pycocotools")
+    root = trees.instance_tree(tmp_path)
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    with pytest.raises(ImportError, match=r"pip install 'fastmask-kernels\[coco\]'"):
+        open_dataset(root, "train")
 
 
 @pytest.mark.parametrize("form", ["raw", "raw-annotations", "train-ids", "10k", "10k-detectron2"])

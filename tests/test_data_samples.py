@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from fastmask.data import ComposedScenes, DatasetInfo, Sample, SceneDataset, collate, open_dataset
 from fastmask.data.tasks import semantic_segments
+from fastmask.models.images import fit_targets, pad_images
 
 VOID = 255
 
@@ -61,6 +62,21 @@ def test_more_segments_than_a_byte_holds():
     _, targets = collate([one])
     assert targets.segments.dtype == torch.int32
     assert torch.equal(targets.class_map()[0], segments)
+
+
+def test_models_take_batches_of_several_sizes():
+    """What collate leaves to the model: padding to its stride, and void there."""
+    for task in ("panoptic", "instance"):
+        samples = [SceneDataset("val", 2, size, task=task)[1] for size in ((40, 70), (64, 33))]
+        images, targets = collate(samples)
+        batch = pad_images(images, 32)
+        fitted = fit_targets(targets, batch, 13)
+        assert batch.padded_size == fitted.size == (64, 96)
+        valid, masks = fitted.valid_pixels(), fitted.dense_masks()
+        for b, one in enumerate(samples):
+            height, width = one.size
+            assert valid[b].sum() == height * width - (0 if one.segments is None else (one.segments < 0).sum())
+            assert masks[b, : len(one.labels), :height, :width].sum() == masks[b].sum()
 
 
 def test_what_does_not_batch_is_named():

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -139,6 +140,12 @@ def test_stated_areas_decide_what_is_small():
     numbers = metrics.compute()
     assert not math.isnan(numbers["AP_small"])
     assert math.isnan(numbers["AP_large"])
+
+
+def test_a_missing_pycocotools_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
+    with pytest.raises(ImportError, match=r"pip install 'fastmask-kernels\[coco\]'"):
+        InstanceMetrics(K)
 
 
 def test_wrong_arguments_are_named():

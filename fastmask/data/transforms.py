@@ -140,20 +140,21 @@ class ColourJitter:
         # All numbers are drawn, also those that are not used, so that each has its own place in the sequence.
         use_brightness, contrast_first, use_contrast, use_saturation, use_hue = rng.random(5) < 0.5
         shift = rng.uniform(-self.brightness, self.brightness)
-        factor = rng.uniform(*self.contrast)
-        saturation = rng.uniform(*self.saturation) if use_saturation else 1.0
-        hue = rng.uniform(-self.hue, self.hue) if use_hue else 0.0
+        factor, saturation = rng.uniform(*self.contrast), rng.uniform(*self.saturation)
+        turn = round(rng.uniform(-self.hue, self.hue) / 360 * 256)
+        before, after = (factor, 1.0) if contrast_first else (1.0, factor)
+        if not use_contrast:
+            before = after = 1.0
         levels = np.arange(256.0)
         picture = Image.fromarray(np.ascontiguousarray(sample.image.permute(1, 2, 0).numpy()))
-        if not use_contrast:
-            factor = 1.0
-        before, after = (factor, 1.0) if contrast_first else (1.0, factor)
         picture = _by_table(picture, _bytes(_bytes(levels + shift * use_brightness) * before), 3)
         if use_saturation or use_hue:
             hues, saturations, values = picture.convert("HSV").split()
-            turned = (np.arange(256) + round(hue / 360 * 256)) % 256
-            bands = _by_table(hues, turned, 1), _by_table(saturations, _bytes(levels * saturation), 1), values
-            picture = Image.merge("HSV", bands).convert("RGB")
+            if use_hue:
+                hues = _by_table(hues, (np.arange(256) + turn) % 256, 1)
+            if use_saturation:
+                saturations = _by_table(saturations, _bytes(levels * saturation), 1)
+            picture = Image.merge("HSV", (hues, saturations, values)).convert("RGB")
         picture = _by_table(picture, _bytes(levels * after), 3)
         return sample._replace(image=torch.from_numpy(np.array(picture).transpose(2, 0, 1).copy()))
 
