@@ -26,9 +26,10 @@ class QueryChoice {
     next_above_ = scratch.take(classes);
     next_width_ = scratch.take(classes);
     while ((int64_t{1} << tag_bits_) < table.classes) ++tag_bits_;
-    // A score is a sum of at most N positive terms: each addition errs by at most 2^-24 of it, or twice that where
-    // products are rounded too; here and in the sum that is to be predicted. The tag takes the place of tag_bits_ bits.
-    rounding_ = static_cast<float>(4 * table.queries + 64) * 0x1p-23f + static_cast<float>(4 << tag_bits_) * 0x1p-23f;
+    // A score is a sum of at most N terms of one sign: each addition errs by at most 2^-24 of it, and each product
+    // where it is rounded; so do u, the width, and the scores that are to be predicted, of both classes. The tag takes
+    // the place of tag_bits_ bits.
+    rounding_ = static_cast<float>(8 * table.queries + 64) * 0x1p-23f + static_cast<float>(4 << tag_bits_) * 0x1p-23f;
   }
 
   // [to_full_vectors(N)] b_n, to be set before choose().

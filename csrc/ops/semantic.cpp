@@ -112,12 +112,17 @@ std::vector<int64_t> band_tops(const Taps& rows, int64_t height, int64_t logit_r
   return tops;
 }
 
+// Sums up what each of several bands has counted, so that no two threads add to one number.
+void add_nans(const std::vector<int32_t>& nans, int64_t queries, int32_t* nan_logits) {
+  for (size_t i = 0; i < nans.size(); ++i) nan_logits[i % queries] += nans[i];
+}
+
 void mix_masks(const MaskPlanes& planes, const ClassTable& table, const Taps& rows, const Taps& columns, bool skip,
                const SemanticMaps& maps, int32_t* nan_logits) {
   const int64_t height = std::clamp((rows.out + kBands - 1) / kBands, kFewRows, kBandRows);
   const std::vector<int64_t> tops = band_tops(rows, height, planes.rows);
   const int64_t bands = static_cast<int64_t>(tops.size()) - 1;
-  std::vector<int32_t> nans(bands * planes.queries);  // of each band, so that no two threads add to one number
+  std::vector<int32_t> nans(bands * planes.queries);
   const auto kernel = FASTMASK_SELECT(semantic_strip);
   parallel_for(0, bands, 1, [&](int64_t first, int64_t last) {
     PackedBand band;
@@ -132,13 +137,20 @@ void mix_masks(const MaskPlanes& planes, const ClassTable& table, const Taps& ro
       }
     }
   });
-  for (int64_t i = 0; i < bands * planes.queries; ++i) nan_logits[i % planes.queries] += nans[i];
+  add_nans(nans, planes.queries, nan_logits);
 }
 
 void count_nans(const MaskPlanes& planes, const Taps& columns, int32_t* nan_logits) {
-  std::vector<float> scratch(pack_scratch(planes.columns));
-  FASTMASK_SELECT(pack_logits)
-  (planes, columns, 0, planes.rows, planes.rows, PackedLogits{}, nan_logits, scratch.data());
+  const auto kernel = FASTMASK_SELECT(pack_logits);
+  std::vector<int32_t> nans(kBands * planes.queries);
+  parallel_for(0, kBands, 1, [&](int64_t first, int64_t last) {
+    std::vector<float> scratch(pack_scratch(planes.columns));
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t begin = planes.rows * i / kBands, end = planes.rows * (i + 1) / kBands;
+      kernel(planes, columns, begin, end, end, PackedLogits{}, nans.data() + i * planes.queries, scratch.data());
+    }
+  });
+  add_nans(nans, planes.queries, nan_logits);
 }
 
 void mix_scores(const MaskPlanes& planes, const ClassTable& table, const Geometry& geometry, const SemanticMaps& maps) {

@@ -82,23 +82,24 @@ def merge_views(
     check_choice("output", output, OUTPUTS)
     height, width = size
     waiting = _Waiting(views, size, order, backend)
-    result = None
+    result = memory = None
     top = 0
     while top < height:
         active = waiting.until(top)
         num_classes, dtype = active[0].num_classes, active[0].dtype
-        rows = max(1, BAND_BYTES // (num_classes * width * dtype.itemsize))
-        # A band ends where a view begins or ends, so that every view of it covers all of its rows.
-        end = min(top + rows, height, waiting.next_top, *(view.view.end for view in active))
-        scores = _band_scores(active, top, end, width)
         if result is None:
-            shape, kind = (
-                ((height, width), label_dtype(num_classes))
-                if output == "labels"
-                else ((num_classes, height, width), dtype)
-            )
-            result = torch.empty(shape, dtype=kind, device=scores.device)
-        result[..., top:end, :] = scores.argmax(0) if output == "labels" else scores
+            rows = min(height, max(1, BAND_BYTES // (num_classes * width * dtype.itemsize)))
+            memory = torch.empty(num_classes * rows * width, dtype=dtype, device=active[0].device)
+            shape = (height, width) if output == "labels" else (num_classes, height, width)
+            result = memory.new_empty(shape, dtype=label_dtype(num_classes) if output == "labels" else dtype)
+        # A band ends where a view begins or ends, so that every view of it covers all of its rows.
+        end = min(top + rows, height, waiting.next_top, *(scores.view.end for scores in active))
+        total = memory[: num_classes * (end - top) * width].view(num_classes, end - top, width)
+        coverage = _add_scores(active, top, total)
+        if output == "labels":
+            result[top:end] = _largest(total, result.dtype)
+        else:
+            torch.div(total, coverage, out=result[:, top:end])
         top = end
     return result
 
@@ -116,6 +117,7 @@ class _Scores:
             OPERATOR, class_logits, masks, view.size, view.padded_size, view.valid_size, backend
         )
         self.num_classes = class_logits.shape[-1] - 1
+        self.device = class_logits.device
         self.dtype = reference_dtype if self.backend == "reference" else torch.float32
         if self.backend == "reference":
             self.whole = self._reference(class_logits)
@@ -186,22 +188,30 @@ class _Waiting:
         return self.active
 
 
-def _band_scores(active: list[_Scores], top: int, end: int, width: int) -> Tensor:
-    """``(K, end - top, width)``: the average over the views that cover a column."""
-    if len(active) == 1 and active[0].view.size[1] == width:
-        return active[0].rows(top - active[0].view.top, end - active[0].view.top)
-    total = coverage = None
+def _add_scores(active: list[_Scores], top: int, total: Tensor) -> Tensor:
+    """Sums the views' scores of the rows from ``top`` on to ``total (K, rows, W)``; how many cover each column."""
+    total.zero_()
+    coverage = total.new_zeros(total.shape[2])
+    end = top + total.shape[1]
     for scores in active:
         view = scores.view
-        rows = scores.rows(top - view.top, end - view.top)
-        if total is None:
-            total = rows.new_zeros((scores.num_classes, end - top, width))
-            coverage = rows.new_zeros(width)
-        elif rows.shape[0] != total.shape[0]:
-            raise ValueError(f"views have {total.shape[0]} and {rows.shape[0]} classes; expected one number")
+        if scores.num_classes != total.shape[0]:
+            raise ValueError(f"views have {total.shape[0]} and {scores.num_classes} classes; expected one number")
         columns = slice(view.left, view.left + view.size[1])
-        total[..., columns] += rows
+        total[..., columns] += scores.rows(top - view.top, end - view.top)
         coverage[columns] += 1
     if not bool(coverage.all()):
         raise ValueError(f"views leaves columns of the rows {top}..{end} uncovered")
-    return total.div_(coverage)
+    return coverage
+
+
+def _largest(scores: Tensor, dtype: torch.dtype) -> Tensor:
+    """The lowest class of the largest of ``scores (K, ...)``, which are no longer needed."""
+    if scores.device.type != "cpu":
+        return scores.argmax(0).to(dtype)
+    # PyTorch's argmax over the first dimension takes ten times as long on a CPU.
+    best, labels = scores[0], torch.zeros(scores.shape[1:], dtype=dtype)
+    for k in range(1, len(scores)):
+        labels.masked_fill_(scores[k] > best, k)
+        torch.maximum(best, scores[k], out=best)
+    return labels
