@@ -25,7 +25,7 @@ demo: setup ## train MaskFormer on the embedded scenes, evaluate it, write pictu
 	$(BIN)/python -m fastmask.cli.demo
 
 test: setup ## run the test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 bench: setup ## run the benchmarks and render the README's tables
 	$(BIN)/python benchmarks/run.py

@@ -20,16 +20,22 @@ from fastmask import Targets, patch, unpatch
 
 CLASSES = 150
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
-# The backbone of the published checkpoints for ADE20K, and one small enough to try the benchmark itself.
-SWIN_B = {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32], "window_size": 12}
-SWIN_TRIAL = {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4], "window_size": 4}
+# The published checkpoints for ADE20K, and a model small enough to try the benchmark itself.
+SWIN_B = {
+    "backbone": {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32], "window_size": 12},
+    "decoder": {},
+    "size": (512, 512),
+    "targets": (20, 17),  # of each image
+}
+TRIAL = {
+    "backbone": {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4], "window_size": 4},
+    "decoder": {"d_model": 64, "num_queries": 20, "decoder_layers": 2, "decoder_ffn_dim": 64},
+    "size": (128, 128),
+    "targets": (5, 4),
+}
 CASES = (
-    Case("quick", {"backbone": SWIN_TRIAL, "images": 2, "size": (128, 128), "targets": (5, 4)}, ("quick",)),
-    Case(
-        "MaskFormer Swin-B, B2, 512x512, 6 auxiliary layers",
-        {"backbone": SWIN_B, "images": 2, "size": (512, 512), "targets": (20, 17)},
-        ("cpu", "gpu"),
-    ),
+    Case("quick", TRIAL, ("quick",)),
+    Case("MaskFormer Swin-B, B2, 512x512, 6 auxiliary layers", SWIN_B, ("cpu", "gpu")),
 )
 LOSS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-3
@@ -46,20 +52,20 @@ class Inputs:
 
 
 def make_inputs(sizes: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> Inputs:
-    model = make_model(sizes["backbone"])
+    model = make_model(sizes["backbone"], sizes["decoder"])
     generator = torch.Generator().manual_seed(0)
     segments = torch.stack([make_scene(count, sizes["size"], generator) for count in sizes["targets"]])
     labels = [torch.randint(CLASSES, (count,), generator=generator) for count in sizes["targets"]]
     targets = Targets.from_segments(segments, labels, void=VOID).to(device).to_list()
     batch = {
-        "pixel_values": torch.randn(sizes["images"], 3, *sizes["size"], generator=generator).to(device, dtype),
+        "pixel_values": torch.randn(len(labels), 3, *sizes["size"], generator=generator).to(device, dtype),
         "mask_labels": [target["masks"].to(dtype) for target in targets],
         "class_labels": [target["labels"] for target in targets],
     }
     return Inputs(model.to(device, dtype), batch)
 
 
-def make_model(backbone: Mapping[str, Any]) -> nn.Module:
+def make_model(backbone: Mapping[str, Any], decoder: Mapping[str, Any]) -> nn.Module:
     """MaskFormer with auxiliary losses, which fail in transformers unless hidden states are asked for."""
     from transformers import MaskFormerConfig, MaskFormerForInstanceSegmentation, SwinConfig
 
@@ -69,6 +75,7 @@ def make_model(backbone: Mapping[str, Any]) -> nn.Module:
         use_auxiliary_loss=True,
         output_hidden_states=True,
         backbone_config=SwinConfig(image_size=384, drop_path_rate=0.3, out_features=STAGES, **backbone),
+        decoder_config={"model_type": "detr", **decoder},
     )
     return MaskFormerForInstanceSegmentation(config).train()
 

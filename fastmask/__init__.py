@@ -3,6 +3,7 @@
 from fastmask.functional import (
     assign,
     class_loss,
+    general_inference,
     instance_inference,
     linear_sum_assignment,
     mask_cost,
@@ -48,6 +49,7 @@ __all__ = [
     "__version__",
     "assign",
     "class_loss",
+    "general_inference",
     "instance_inference",
     "linear_sum_assignment",
     "mask_cost",

@@ -69,7 +69,7 @@ def axes(
 
 @triton.jit
 def _bilinear_taps(i, inputs, outputs):
-    """PyTorch's bilinear rule with align_corners=False, in float64: both inputs of output i, and the second's weight."""
+    """PyTorch's bilinear rule with align_corners=False, in float64: both inputs of output i, the second's weight."""
     scale = tl.cast(inputs, tl.float64) / tl.cast(outputs, tl.float64)
     source = tl.maximum((i.to(tl.float64) + 0.5) * scale - 0.5, 0.0)
     first = tl.minimum(source.to(tl.int32), inputs - 1)

@@ -67,7 +67,7 @@ FORWARD_CONFIGS = {
 # Products of float32 are fused multiply-adds with operands in registers.
 FORWARD_FLOAT32_CONFIGS = {
     None: {
-        32: MaskedAttentionConfig(queries=64, keys=32, warp_queries=8),
+        32: MaskedAttentionConfig(queries=64, keys=32, warp_queries=8, num_stages=3),
         64: MaskedAttentionConfig(queries=32, keys=32, warp_queries=8),
         128: MaskedAttentionConfig(queries=32, keys=32, warp_queries=4),
     }

@@ -49,7 +49,7 @@ BACKWARD_CONFIGS = {
 }
 BACKWARD_FLOAT32_CONFIGS = {
     None: {
-        32: MaskedAttentionConfig(queries=64, keys=32, warp_queries=8),
+        32: MaskedAttentionConfig(queries=64, keys=32, warp_queries=8, num_stages=3),
         64: MaskedAttentionConfig(queries=32, keys=32, warp_queries=4),
         128: MaskedAttentionConfig(queries=16, keys=32, warp_queries=2),
     }

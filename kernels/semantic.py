@@ -47,8 +47,8 @@ CONFIGS = {1: {None: SemanticConfig()}, 2: {None: SemanticConfig(tile_columns=8,
 
 @triton.jit
 def _to_half(x):
-    """fp16 of float32. The compiler may not look through it: it would change the layout of what x is computed from, four
-    staged values for each x, rather than that of x."""
+    """fp16 of float32. The compiler may not look through it: it would bring what x is computed from, four staged values
+    for each x, to the layout of a product's factor, rather than x itself."""
     if INTERPRETED:
         result = x.to(tl.float16)
     else:
@@ -64,7 +64,7 @@ def _semantic_classes_kernel(
     N, K, blocks, width, least_skipped, negligible, SKIP: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Class probabilities in the order of the stage, each query's divided by its largest, as the tensor cores take them.
+    """Class probabilities in the order of the stage, each query's divided by its largest, as factors of products.
 
     probabilities  (B, N, K);  order (B, N), by falling largest (B, N)
     weight         (B, blocks * BLOCK_N), the largest again, 0 where there is no query
@@ -190,10 +190,8 @@ def _semantic_fwd_kernel(
             if not PROBABILITIES:
                 z -= exponent[:, None]
             z = _interpolate(z, stage_ptr, n, offsets, weights, TAPS_Y * TAPS_X)
-            if PROBABILITIES:
-                s = weight * (z * scale[:, None])
-            else:
-                s = weight * _reciprocal(_exp2(z) + unit[:, None])
+            s = z * scale[:, None] if PROBABILITIES else _reciprocal(_exp2(z) + unit[:, None])
+            s *= weight
             high = _to_half(s)  # [PIXELS, BLOCK_N]
             if PARTS == 2:
                 low = _to_half(s - high.to(tl.float32))

@@ -1,50 +1,36 @@
-"""Sizes of mask logits and of results, and logits for them, that tests of the inference kernels share."""
+"""Small geometries, and logits for them, that the tests of the Triton kernels of inference share: the interpreter takes
+a tenth of a second for each tile of pixels."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-Size = tuple[int, int]
+from fastmask.ops._geometry import Geometry
 
-
-@dataclass(frozen=True)
-class Sizes:
-    """h x w logits, which become size pixels by way of the valid part of a padded image."""
-
-    grid: Size
-    size: Size
-    padded: Size | None = None
-    valid: Size | None = None
-
-    def options(self) -> dict[str, Size | None]:
-        return {"padded_size": self.padded, "valid_size": self.valid}
-
-    def arguments(self) -> tuple[object, ...]:
-        """The operators' last arguments, for all of the result."""
-        return self.grid, self.padded, self.valid, self.size, 0, 0, self.size[0]
-
-
-# Each is there for a reason: no step, one and both, up and down, sizes that tiles divide and do not.
+# (grid, padded_size, valid_size, size): no step, one and both, up and down, sizes that tiles divide and do not.
 GEOMETRIES = {
-    "stride 4": Sizes((5, 7), (20, 28)),
-    "no ratio": Sizes((7, 5), (17, 23)),
-    "one logit": Sizes((1, 1), (9, 20)),
-    "one pixel": Sizes((3, 4), (1, 1)),
-    "one dimension": Sizes((1, 9), (1, 35)),
-    "at the logits' size": Sizes((9, 17), (9, 17)),
-    "downsampling": Sizes((23, 30), (9, 7)),
-    "cropped": Sizes((6, 7), (21, 25), (24, 28), (21, 25)),
-    "both steps": Sizes((6, 7), (17, 30), (24, 28), (21, 25)),
-    "both steps, down and up": Sizes((14, 15), (13, 19), (6, 7), (5, 7)),
-    "crop alone": Sizes((9, 8), (11, 18), None, (5, 6)),
+    "stride 4": Geometry((5, 7), None, None, (20, 28)),
+    "no ratio": Geometry((7, 5), None, None, (17, 23)),
+    "one logit": Geometry((1, 1), None, None, (9, 20)),
+    "one pixel": Geometry((3, 4), None, None, (1, 1)),
+    "one dimension": Geometry((1, 9), None, None, (1, 35)),
+    "at the logits' size": Geometry((9, 17), None, None, (9, 17)),
+    "downsampling": Geometry((23, 30), None, None, (9, 7)),
+    "cropped": Geometry((6, 7), (24, 28), (21, 25), (21, 25)),
+    "both steps": Geometry((6, 7), (24, 28), (21, 25), (17, 30)),
+    "both steps, down and up": Geometry((14, 15), (6, 7), (5, 7), (13, 19)),
+    "crop alone": Geometry((9, 8), None, (5, 6), (11, 18)),
 }
 
 
+def steps(geometry: Geometry) -> dict[str, tuple[int, int] | None]:
+    """The public functions' arguments for what comes before the last step."""
+    return {"padded_size": geometry.padded_size, "valid_size": geometry.valid_size}
+
+
 def random_masks(
-    batch: int, queries: int, grid: Size, generator: torch.Generator, dtype: torch.dtype = torch.float32
+    batch: int, queries: int, grid: tuple[int, int], generator: torch.Generator, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """(B, N, h, w) logits of blobs: a query's neighbours resemble each other, as in what a network predicts."""
     noise = torch.randn(batch, queries, *grid, generator=generator) * 6

@@ -1,4 +1,4 @@
-"""The embedded pictures: their size, their licences, what the splits share, and where they come from."""
+"""The embedded pictures and sounds: their size, their licences, what the splits share, and where they come from."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from fastmask.data.composed.library import (
 )
 from fastmask.data.composed.prepare_assets import FASHION_MNIST, MIN_DISTANCE, cut_out, prepare
 
-MAX_BYTES = 1_300_000
+MAX_BYTES = 2_000_000
 
 
 def test_assets_are_small_and_carry_their_licences():
@@ -22,15 +22,20 @@ def test_assets_are_small_and_carry_their_licences():
     assert sum(file.stat().st_size for file in files) < MAX_BYTES
     assert {file.name for file in files} == {
         "LICENSE-fashion-mnist.txt",
+        "LICENSE-sounds.txt",
         "LICENSE-textures.txt",
         "README.md",
         "garments-train.png",
         "garments-val.png",
+        "sounds-train.flac",
+        "sounds-val.flac",
+        "sounds.json",
         "textures-train.png",
         "textures-val.png",
     }
     assert "Zalando" in (ASSET_DIRECTORY / "LICENSE-fashion-mnist.txt").read_text()
     assert "CC0" in (ASSET_DIRECTORY / "LICENSE-textures.txt").read_text()
+    assert "CC0" in (ASSET_DIRECTORY / "LICENSE-sounds.txt").read_text()
     assert "composited real pixels" in (ASSET_DIRECTORY / "README.md").read_text()
 
 

@@ -130,7 +130,7 @@ def test_masks_are_computed_after_the_last_layer_only(model):
 
 
 def test_unknown_tasks_and_options_are_named(model):
-    with pytest.raises(ValueError, match="unknown task 'depth'; expected one of semantic, panoptic, instance"):
+    with pytest.raises(ValueError, match="unknown task 'depth'; expected one of semantic, general, panoptic, instance"):
         model.predict(torch.rand(1, 3, 64, 64), "depth")
     with pytest.raises(TypeError, match="top_k"):
         model.predict(torch.rand(1, 3, 64, 64), "semantic", top_k=3)

@@ -16,7 +16,6 @@ from transformers.models.mask2former import modeling_mask2former
 from transformers.models.oneformer import modeling_oneformer
 
 import fastmask
-from fastmask import Targets
 from tests.foreign_models import (
     NUM_POINTS,
     NUM_QUERIES,
@@ -279,11 +278,3 @@ def test_the_classes_are_still_transformers():
         prefix = {"eomt": "Eomt", "oneformer": "OneFormer"}[name]
         assert isinstance(model.criterion, getattr(module, f"{prefix}Loss"))
         assert isinstance(model.criterion.matcher, getattr(module, f"{prefix}HungarianMatcher"))
-
-
-def test_assign_takes_targets():
-    """The batched form that the criterion uses."""
-    model = fastmask.patch(tiny_eomt())
-    targets = Targets(torch.tensor([[1, 2]]), torch.tensor([2]), masks=torch.ones(1, 2, 8, 8, dtype=torch.uint8))
-    logits = torch.randn(1, NUM_QUERIES, 6), torch.randn(1, NUM_QUERIES, 4, 4)
-    assert model.criterion.matcher.assign(*logits, targets, [(8, 8)]).shape == (1, 2)

@@ -6,6 +6,7 @@ take no memory. The recorded arguments are then compiled as Triton would special
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 from collections.abc import Callable
@@ -119,6 +120,35 @@ def launch_uncertain_points(shape: tuple[int, ...], dtype: torch.dtype, form: st
     uncertain_points(mask_logits, assignment, seed, POINTS, 3 * POINTS, 3 * POINTS // 4)
 
 
+def launch_masked_attention(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    form: str,
+    ignore_void: bool = True,
+    head_dim: int = 32,
+    most_queries: int = 128,
+    **_: Any,
+) -> None:
+    """8 heads on a grid of half the logits' size; queries have masks ("segments"), or keys padding as well.
+
+    Of few images, so that the keys are split; more than 128 queries would come in turns, by a kernel that adds.
+    """
+    from fastmask.kernels.masked_attention import masked_attention
+    from fastmask.kernels.masked_attention_backward import masked_attention_backward
+
+    batch, queries, h, w = min(shape[1], 3), min(shape[2], most_queries), shape[5], shape[6]
+    grid = (h + 1) // 2, (w + 1) // 2
+    q, k, v = (
+        torch.empty(batch, n, 8 * head_dim, dtype=dtype, device="meta")
+        for n in (queries, grid[0] * grid[1], grid[0] * grid[1])
+    )
+    mask_logits = torch.empty(batch, queries, h, w, dtype=dtype, device="meta")
+    padding = None if form == "segments" else torch.empty(k.shape[:2], dtype=torch.bool, device="meta")
+    arguments = (q, k, v, mask_logits, padding, *grid, 8, head_dim**-0.5, 0.0, None)
+    out, logsumexp = masked_attention(*arguments)
+    masked_attention_backward(out, out, logsumexp, *arguments)
+
+
 def term(mask_term: str = "focal", alpha: float = 0.25, gamma: float = 2.0) -> tuple[str, float, float]:
     return mask_term, alpha, gamma
 
@@ -187,6 +217,7 @@ OPERATORS: dict[str, Callable[..., None]] = {
     "point_mask_cost": launch_point_mask_cost,
     "point_mask_loss": launch_point_mask_loss,
     "uncertain_points": launch_uncertain_points,
+    "masked_attention": launch_masked_attention,
 }
 
 
@@ -237,6 +268,24 @@ def check(launch: Launch, capability: int, folder) -> None:
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 def test_training_sizes_fit_every_generation(operator, capability, record, tmp_path):
     for launch in record(operator, TRAINING, torch.bfloat16, "segments"):
+        check(launch, capability, tmp_path)
+
+
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 128])
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_attention_heads_fit_every_generation(head_dim, capability, record, tmp_path, monkeypatch):
+    """By the configuration of that generation, where it has one of its own."""
+    for name in ("masked_attention", "masked_attention_backward"):
+        module = importlib.import_module(f"fastmask.kernels.{name}")
+        monkeypatch.setattr(module, "pick_config", lambda configs, _: configs.get(capability // 10, configs[None]))
+    kinds = {}
+    many_queries = (1, 2, 300, 1, 1, *TRAINING[5:])
+    for shape, most in ((TRAINING, 128), (many_queries, 300)):
+        for launch in record(
+            "masked_attention", shape, torch.bfloat16, "segments", head_dim=head_dim, most_queries=most
+        ):
+            kinds[launch.kernel, launch.constants()] = launch
+    for launch in kinds.values():
         check(launch, capability, tmp_path)
 
 

@@ -13,7 +13,7 @@ import torch
 from fastmask import instance_inference, reference
 from fastmask.reference._common import image_logits, reads_nan, resize_bilinear
 from fastmask.testing import assert_within_budget
-from tests.geometries import GEOMETRIES, random_classes, random_masks
+from tests.geometries import GEOMETRIES, random_classes, random_masks, steps
 from tests.interpreter import interpreted_kernels
 
 USUAL = GEOMETRIES["stride 4"]
@@ -26,18 +26,17 @@ def _interpreted() -> Iterator[None]:
     """The kernels with small programs, so that masks have several parts."""
     with interpreted_kernels():
         configs = import_module("fastmask.kernels.instance").CONFIGS
-        configs[None] = replace(configs[None], groups=32, rows=7)
+        configs[None] = replace(configs[None], groups=32, rows=16)
         yield
 
 
 def kernel(mask_logits, queries, sizes, packed=False):
-    geometry = (list(value) if isinstance(value, tuple) else value for value in sizes.arguments())
-    return import_module("fastmask.kernels.instance").instance_masks(mask_logits, queries, packed, *geometry)
+    return import_module("fastmask.kernels.instance").instance_masks(mask_logits, queries, packed, *sizes.arguments())
 
 
 def chosen_logits(mask_logits, queries, sizes, dtype):
     """(B, R, H, W), below 0 for padding and NaN."""
-    options = sizes.options().values()
+    options = steps(sizes).values()
     nan = reads_nan(mask_logits, *options, sizes.size)
     x = resize_bilinear(image_logits(mask_logits.to(dtype), *options), sizes.size).masked_fill(nan, -1)
     x = x.gather(1, queries.clamp(min=0)[:, :, None, None].expand(-1, -1, *sizes.size))
@@ -140,7 +139,7 @@ def test_two_runs_give_the_same_bits_whatever_was_in_memory(generator):
 def test_instances(rule, generator):
     sizes = GEOMETRIES["cropped"]
     class_logits, mask_logits = random_classes(2, 6, 4, generator), random_masks(2, 6, sizes.grid, generator)
-    options = {"rule": rule, "top_k": 7, **sizes.options()}
+    options = {"rule": rule, "top_k": 7, **steps(sizes)}
     actual = instance_inference(class_logits, mask_logits, sizes.size, backend="triton", **options)
     expected = reference.instance_inference(class_logits, mask_logits, sizes.size, **options)
     for result, wanted in zip(actual, expected, strict=True):

@@ -12,7 +12,7 @@ import torch
 
 from fastmask import panoptic_inference, reference
 from fastmask.reference._common import image_logits, reads_nan, resize_bilinear
-from tests.geometries import GEOMETRIES, random_classes, random_masks
+from tests.geometries import GEOMETRIES, random_classes, random_masks, steps
 from tests.interpreter import interpreted_kernels
 
 RULES = ("maskformer", "mask2former", "huggingface")
@@ -34,15 +34,14 @@ def inputs(sizes, generator, batch=2, queries=18, dtype=torch.float32):
 
 
 def winners(scores, mask_logits, sizes, resize=False, clip=False, threshold=0.5):
-    geometry = (list(value) if isinstance(value, tuple) else value for value in sizes.arguments())
     run = import_module("fastmask.kernels.panoptic").panoptic_winners
-    return run(scores, mask_logits, resize, clip, threshold, *geometry)
+    return run(scores, mask_logits, resize, clip, threshold, *sizes.arguments())
 
 
 def check(scores, mask_logits, sizes, resize=False, clip=False, threshold=0.5):
     """Winners against the probabilities in float64; the areals against the winners."""
     winner, areas, nan_logits = winners(scores, mask_logits, sizes, resize, clip, threshold)
-    options = sizes.options().values()
+    options = steps(sizes).values()
     nan = reads_nan(mask_logits, *options, sizes.size)
     logits = image_logits(mask_logits.double(), *options)
     if resize:
@@ -141,7 +140,7 @@ def test_segments(rule, generator):
     sizes = GEOMETRIES["cropped"]
     class_logits = random_classes(2, 18, 5, generator)
     mask_logits = random_masks(2, 18, sizes.grid, generator)
-    options = {"rule": rule, "threshold": 0.4, "overlap_threshold": 0.3, "stuff_classes": (1, 3), **sizes.options()}
+    options = {"rule": rule, "threshold": 0.4, "overlap_threshold": 0.3, "stuff_classes": (1, 3), **steps(sizes)}
     actual = panoptic_inference(class_logits, mask_logits, sizes.size, backend="triton", **options)
     expected = reference.panoptic_inference(class_logits, mask_logits, sizes.size, **options)
     for (segmentation, infos), (wanted, wanted_infos) in zip(actual, expected, strict=True):

@@ -62,9 +62,7 @@ Tensor mask_loss_backward(Tensor grad_mask, Tensor grad_dice, Tensor sums, Tenso
   const UpsampledPairs pairs(mask_logits, assignment, labels, masks, segments, valid, void_value, ignore_void,
                              term_name, alpha, gamma);
   const PairGradients gradients(grad_mask, grad_dice, sums, pairs.count());
-  // Laid out like the logits, so that the gradient goes on through the model without a copy.
-  Tensor grad_logits = torch::stable::empty_like(pairs.logits.tensor());
-  torch::stable::zero_(grad_logits);
+  const Tensor grad_logits = zero_gradient(pairs.logits);
   const Resampling resampling = pairs.resampling();
   const auto pair_kernel = FASTMASK_SELECT(mask_loss_pair_backward);
   for_matched_rows(pairs, grad_logits, [&] {

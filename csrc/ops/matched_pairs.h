@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/mask_loss.h"
+#include "huge_pages.h"
 #include "ops/tensors.h"
 
 namespace fastmask {
@@ -74,6 +75,14 @@ class PairGradients {
  private:
   Tensor mask_, dice_, sums_;
 };
+
+// Zeros, laid out like the logits, so that the gradient goes on through the model without a copy.
+inline Tensor zero_gradient(const MaskLogits& logits) {
+  Tensor grad = torch::stable::empty_like(logits.tensor());
+  advise_huge_pages(grad.data_ptr(), grad.numel() * static_cast<int64_t>(grad.element_size()));
+  torch::stable::zero_(grad);
+  return grad;
+}
 
 // Writes the rows of `grad_logits`, zeros so far, that any target is matched to. A row is one thread's, whichever
 // targets it was matched to: `make_adder` gives each thread a function (targets, row, pair, grad) that adds a pair's

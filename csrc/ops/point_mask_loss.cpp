@@ -71,9 +71,7 @@ Tensor point_mask_loss_backward(Tensor grad_mask, Tensor grad_dice, Tensor sums,
                          term_name, alpha, gamma);
   const MaskLogits& logits = pairs.logits;
   const PairGradients gradients(grad_mask, grad_dice, sums, pairs.count());
-  // Laid out like the logits, so that the gradient goes on through the model without a copy.
-  Tensor grad_logits = torch::stable::empty_like(logits.tensor());
-  torch::stable::zero_(grad_logits);
+  const Tensor grad_logits = zero_gradient(logits);
   const auto pair_kernel = FASTMASK_SELECT(point_mask_loss_pair_backward);
   for_matched_rows(pairs, grad_logits, [&] {
     return [&, scratch = std::vector<float>(point_mask_loss_scratch(logits.h(), logits.w()))](

@@ -26,6 +26,7 @@ Tensor uncertain_points(Tensor mask_logits, Tensor assignment, Tensor seed, int6
   Tensor points = torch::stable::new_empty(mask_logits, {logits.layers(), logits.batch(), max_targets, num_points, 2},
                                            ScalarType::Float);
   float* data = static_cast<float*>(points.data_ptr());
+  advise_huge_pages(data, points.numel() * static_cast<int64_t>(sizeof(float)));
   const auto* query_data = static_cast<const int64_t*>(queries.data_ptr());
   const auto seed_value = static_cast<uint64_t>(*static_cast<const int64_t*>(seed.data_ptr()));
   const auto pair_kernel = FASTMASK_SELECT(uncertain_points_pair);

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ class CocoInstances(FileDataset):
 
     The file is ``annotations/instances_SPLIT2017.json``, ``annotations/instances_SPLIT.json`` or
     ``annotations/SPLIT.json``; images are in ``SPLIT2017`` or ``SPLIT``, or in one of these within ``images``, or in
-    ``images``. Masks are drawn by pycocotools.
+    ``images``. Polygons are drawn by pycocotools.
 
     Args:
         root: of ``annotations``.
@@ -96,7 +95,7 @@ class CocoInstances(FileDataset):
         annotations, size = self._annotations[index], self._sizes[index]
         masks = np.zeros((len(annotations), *size), bool)
         for mask, annotation in zip(masks, annotations, strict=True):
-            mask[:] = self._draw(index, annotation)
+            mask[:] = draw(annotation["segmentation"], size)
         crowd = torch.tensor([bool(annotation.get("iscrowd")) for annotation in annotations], dtype=torch.bool)
         truth = {
             "labels": torch.tensor([self._class_of[a["category_id"]] for a in annotations], dtype=torch.int64),
@@ -116,12 +115,6 @@ class CocoInstances(FileDataset):
             if fault:
                 raise ValueError(f"{self._name(index, annotation)}: {fault}")
         return self._sizes[index]
-
-    def _draw(self, index: int, annotation: dict[str, Any]) -> np.ndarray:
-        try:
-            return draw(annotation["segmentation"], self._sizes[index])
-        except ValueError as error:
-            raise ValueError(f"{self._name(index, annotation)}: {error}") from error
 
     def _name(self, index: int, annotation: dict[str, Any]) -> str:
         entry = self.entries[index]
@@ -149,31 +142,50 @@ def segmentation_fault(segmentation: Any, size: Size) -> str | None:
     if list(segmentation["size"]) != list(size):
         return f"run lengths of size {segmentation['size']}; the image has {list(size)}"
     counts = segmentation["counts"]
-    if isinstance(counts, list):
-        if not all(isinstance(count, int) and count >= 0 for count in counts) or sum(counts) != size[0] * size[1]:
-            return f"run lengths that do not add up to {size[0]} x {size[1]} pixels"
-    elif not isinstance(counts, str | bytes):
+    if not isinstance(counts, list | str):
         return f"counts are of type {type(counts).__name__}; expected a list or a string"
+    lengths = run_lengths(counts)
+    if not all(isinstance(length, int) and length >= 0 for length in lengths) or sum(lengths) != size[0] * size[1]:
+        return f"run lengths that do not add up to {size[0]} x {size[1]} pixels"
     return None
 
 
 def draw(segmentation: Any, size: Size) -> np.ndarray:
-    """``(H, W)`` bool mask of polygons or run lengths.
-
-    Raises:
-        ValueError: a string of run lengths that does not fit the size.
-    """
-    coder = _mask_coder()
+    """``(H, W)`` bool mask of a description without fault."""
     height, width = size
     if isinstance(segmentation, list):
+        coder = _mask_coder()
         return coder.decode(coder.merge(coder.frPyObjects(segmentation, height, width))).astype(bool)
-    counts = segmentation["counts"]
+    lengths = run_lengths(segmentation["counts"])
+    # Runs of 0 and 1 in turn, column by column.
+    values = np.arange(len(lengths)) % 2 == 1
+    return np.repeat(values, lengths).reshape(width, height).T
+
+
+def run_lengths(counts: list[int] | str) -> list[int]:
+    """Run lengths, which COCO also writes as a string.
+
+    A character less 48 has five bits of a number, lowest first; bit 32 says that more follow, and bit 16 of the last is
+    the sign. From the third on, a number is the difference to the length two before. A string that ends amid a number,
+    or has other characters, gives a length of -1, which nothing can have.
+    """
     if isinstance(counts, list):
-        # The runs of 0 and 1 in turn, column by column.
-        values = itertools.islice(itertools.cycle((False, True)), len(counts))
-        return np.repeat(np.fromiter(values, bool), counts).reshape(width, height).T
-    encoded = counts.encode("ascii") if isinstance(counts, str) else counts
-    return coder.decode({"size": [height, width], "counts": encoded}).astype(bool)
+        return counts
+    lengths: list[int] = []
+    number = shift = 0
+    for character in counts:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64:
+            return [-1]
+        number |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            number -= 1 << shift
+        lengths.append(number + (lengths[-2] if len(lengths) > 2 else 0))
+        number = shift = 0
+    return lengths if shift == 0 else [-1]
 
 
 def _mask_coder() -> Any:

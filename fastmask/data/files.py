@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,8 +18,9 @@ from fastmask.data.tasks import segment_dtype
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 LABEL_MODES = ("L", "P", "1", "I", "I;16", "I;16L", "I;16B")
+MAX_LABEL = 2**16 - 1  # pictures of 32 bits may hold more, for which no table has room
 INVALID = -2  # in a table of classes: values that a label map must not hold
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, zlib.error, Image.DecompressionBombError)
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 Size = tuple[int, int]
 T = TypeVar("T")
 
@@ -168,8 +170,9 @@ def _decode_labels(path: Path) -> np.ndarray:
         values = np.array(image)
     if values.dtype == bool:
         return values.astype(np.uint8)
-    if values.dtype.kind == "i" and (values < 0).any():
-        raise ValueError(f"label {values.min()} is negative")
+    outside = values[(values < 0) | (values > MAX_LABEL)] if values.dtype.kind == "i" else values[:0]
+    if outside.size:
+        raise ValueError(f"label {outside.flat[0]} at {outside.size} pixels; expected 0..{MAX_LABEL}")
     return values
 
 
@@ -188,11 +191,21 @@ def truth_size(truth: Mapping[str, Any]) -> Size:
 
 
 def list_files(folder: Path, suffixes: Iterable[str], ending: str = "") -> dict[str, Path]:
-    """The files below a folder, by their path within it less suffix and ``ending``; others are left out."""
+    """The files below a folder, by their path within it less suffix and ``ending``; others are left out.
+
+    Raises:
+        ValueError: two files have one name.
+    """
     suffixes = tuple(suffixes)
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
-    names = {path: path.relative_to(folder).with_suffix("").as_posix() for path in files}
-    return {name.removesuffix(ending): path for path, name in names.items() if name.endswith(ending)}
+    found: dict[str, Path] = {}
+    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes):
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        if not name.endswith(ending):
+            continue
+        other = found.setdefault(name.removesuffix(ending), path)
+        if other is not path:
+            raise ValueError(f"{other} and {path} have the same name; expected one file for each")
+    return found
 
 
 def paired(images: Mapping[str, Path], truths: Mapping[str, Path]) -> tuple[list[Entry], list[str]]:

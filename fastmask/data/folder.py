@@ -10,6 +10,7 @@ import numpy as np
 from fastmask.data.files import (
     IMAGE_SUFFIXES,
     INVALID,
+    MAX_LABEL,
     LabelMapDataset,
     folder_of,
     list_files,
@@ -62,8 +63,8 @@ def _read_classes(path: Path) -> tuple[DatasetInfo, np.ndarray]:
         raise ValueError(f'{path}: unknown key {sorted(unknown)[0]!r}; expected "classes", "void", "stuff", "palette"')
     void = content.get("void", VOID_VALUE)
     void = void if isinstance(void, list) else [void]
-    if not all(isinstance(value, int) and 0 <= value < 2**16 and value >= len(names) for value in void):
-        raise ValueError(f'{path}: "void" is {void}; expected values in {len(names)}..65535, which are no class')
+    if not all(isinstance(value, int) and len(names) <= value <= MAX_LABEL for value in void):
+        raise ValueError(f'{path}: "void" is {void}; expected values in {len(names)}..{MAX_LABEL}, which are no class')
     stuff = content.get("stuff", [])
     if not isinstance(stuff, list) or not set(stuff) <= set(names):
         raise ValueError(f'{path}: "stuff" is {stuff}; expected names of classes')
@@ -72,7 +73,9 @@ def _read_classes(path: Path) -> tuple[DatasetInfo, np.ndarray]:
         colours = (
             distinct_colours(len(names)) if palette is None else tuple((int(r), int(g), int(b)) for r, g, b in palette)
         )
-        info = DatasetInfo(tuple(names), "semantic", tuple(map(names.index, stuff)), colours)
+        stuff_classes = tuple(map(names.index, stuff))
+        ignore_index = VOID_VALUE if len(names) <= VOID_VALUE else MAX_LABEL
+        info = DatasetInfo(tuple(names), "semantic", stuff_classes, colours, ignore_index)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     table = np.full(max([len(names), *(value + 1 for value in void)]), INVALID, np.int64)

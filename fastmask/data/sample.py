@@ -65,7 +65,7 @@ class DatasetInfo:
             class of stuff) or "instance" (a mask for each thing; all classes are things).
         stuff_classes: indices of the classes that are stuff; the others are things.
         palette: an RGB colour, 0..255, for each class, or None.
-        ignore_index: the class of void pixels in class maps.
+        ignore_index: the class of void pixels in class maps; none of 0..K-1.
         category_ids: the id that the data set's own files and tools give to each class, or None.
     """
 
@@ -83,6 +83,8 @@ class DatasetInfo:
             value = getattr(self, name)
             if value is not None and len(value) != self.num_classes:
                 raise ValueError(f"{name} has {len(value)} entries; expected {self.num_classes}, one for each class")
+        if 0 <= self.ignore_index < self.num_classes:
+            raise ValueError(f"ignore_index={self.ignore_index} is also one of the {self.num_classes} classes")
         for label in self.stuff_classes:
             if not 0 <= label < self.num_classes:
                 raise ValueError(f"stuff_classes holds {label}; expected 0..{self.num_classes - 1}")

@@ -7,6 +7,7 @@ from fastmask.functional.assign import assign
 from fastmask.functional.class_loss import class_loss
 from fastmask.functional.config import show_config
 from fastmask.functional.embeddings import mask_products, matched_mask_logits
+from fastmask.functional.general import general_inference
 from fastmask.functional.instance import instance_inference
 from fastmask.functional.linear_sum_assignment import linear_sum_assignment
 from fastmask.functional.mask_cost import mask_cost
@@ -25,6 +26,7 @@ __all__ = [
     "SemanticView",
     "assign",
     "class_loss",
+    "general_inference",
     "instance_inference",
     "linear_sum_assignment",
     "mask_cost",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
@@ -101,6 +101,12 @@ class MaskSource:
         if self.mask_logits is not None:
             return self.mask_logits.to(dtype)
         return mask_products(self.mask_embed.to(dtype), self.pixel_embed.to(dtype))
+
+
+def belong_to(labels: Tensor, classes: Collection[int]) -> Tensor:
+    """Whether each label is one of ``classes``. Nothing waits for the device, as ``torch.isin`` and copies may."""
+    chosen = torch.tensor(sorted(classes), dtype=labels.dtype, pin_memory=labels.device.type == "cuda")
+    return (labels[..., None] == chosen.to(labels.device, non_blocking=True)).any(-1)
 
 
 def prepare(

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastmask.functional._checks import check_choice
-from fastmask.functional._inference import MaskSource, prepare
+from fastmask.functional._inference import MaskSource, belong_to, prepare
 from fastmask.ops.instance import OPERATOR, call
 from fastmask.ops.library import EXTENSION_ERROR
 
@@ -139,7 +139,7 @@ def _pick(class_logits: Tensor, top_k: int, stuff_classes: Collection[int]) -> t
     queries = best.indices // num_classes
     if not stuff_classes:
         return best.values, labels, queries, [labels.shape[1]] * labels.shape[0]
-    stuff = torch.isin(labels, torch.tensor(sorted(stuff_classes), dtype=labels.dtype, device=labels.device))
+    stuff = belong_to(labels, stuff_classes)
     counts = (~stuff).sum(1).tolist()
     order = stuff.to(torch.uint8).argsort(dim=1, stable=True)[:, : max(counts, default=0)]
     queries = queries.masked_fill(stuff, -1)

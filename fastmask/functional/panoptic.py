@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmask.functional._checks import check_choice
-from fastmask.functional._inference import MaskSource, prepare
+from fastmask.functional._inference import MaskSource, belong_to, prepare
 from fastmask.ops.panoptic import OPERATOR, call
 
 RULES = ("maskformer", "mask2former", "huggingface", "huggingface-exact")
@@ -90,8 +90,6 @@ def panoptic_inference(
         raise RuntimeError(f"backend={backend!r} cannot run {OPERATOR.name}: only the reference has rule={rule!r}")
     backend = "reference" if exact and backend == "auto" else backend
     masks, backend, dtype = prepare(OPERATOR, class_logits, mask_logits, size, padded_size, valid_size, backend)
-    scores, classes = class_logits.to(dtype).softmax(-1).max(-1)  # [B, N]
-    keep = (classes != class_logits.shape[-1] - 1) & (scores > threshold)
     if backend == "reference":
         from fastmask import reference
 
@@ -106,24 +104,55 @@ def panoptic_inference(
             padded_size=padded_size,
             valid_size=valid_size,
         )
-        nan_logits = logits.isnan().sum((-2, -1), dtype=torch.int32) * keep if details else None
+        kept = _kept(class_logits.to(dtype), threshold)[2]
+        nan_logits = logits.isnan().sum((-2, -1), dtype=torch.int32) * kept
     else:
-        masks, queries = masks.of_used_queries(keep)
-        kept_scores = torch.where(keep, scores, 0.0).gather(1, queries)
-        kept_classes = classes.gather(1, queries)
-        winner, areas, nan = _winners(backend, kept_scores, masks, rule, mask_threshold)
-        results = _segments(winner, areas, kept_scores, kept_classes, rule, overlap_threshold, stuff_classes)
-        nan_logits = nan.new_zeros(scores.shape).scatter(1, queries, nan)
+        masks, scores, classes, queries = kept_queries(class_logits.to(dtype), masks, threshold)
+        winner, areas, nan = pixel_winners(
+            backend,
+            scores,
+            masks,
+            resize_probabilities=rule == "huggingface",
+            clip_to_mask=rule == "mask2former",
+            mask_threshold=mask_threshold,
+        )
+        results = _segments(winner, areas, scores, classes, rule, overlap_threshold, stuff_classes)
+        nan_logits = nan.new_zeros(class_logits.shape[:2]).scatter(1, queries, nan)
     if not details:
         return results
     return [PanopticDetails(*result, nan) for result, nan in zip(results, nan_logits, strict=True)]
 
 
-def _winners(
-    backend: str, scores: Tensor, masks: MaskSource, rule: str, mask_threshold: float
+def _kept(class_logits: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """``(B, N)`` each: the probability of the most likely class, that class, and whether the query is kept."""
+    scores, classes = class_logits.softmax(-1).max(-1)
+    return scores, classes, (classes != class_logits.shape[-1] - 1) & (scores > threshold)
+
+
+def kept_queries(
+    class_logits: Tensor, masks: MaskSource, threshold: float
+) -> tuple[MaskSource, Tensor, Tensor, Tensor]:
+    """The masks that are read, of U queries; and ``(B, U)`` their scores, 0 for those that are dropped, their classes,
+    and which queries they are.
+
+    Kept are queries whose most likely class is not "no object" and more probable than ``threshold``.
+    """
+    scores, classes, kept = _kept(class_logits, threshold)
+    masks, queries = masks.of_used_queries(kept)
+    return masks, torch.where(kept, scores, 0.0).gather(1, queries), classes.gather(1, queries), queries
+
+
+def pixel_winners(
+    backend: str,
+    scores: Tensor,
+    masks: MaskSource,
+    *,
+    resize_probabilities: bool = False,
+    clip_to_mask: bool = False,
+    mask_threshold: float = 0.5,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the operator returns, all bands put together; NaN logits of rows that two bands read are counted once."""
-    options = (rule == "huggingface", rule == "mask2former", mask_threshold)
+    options = (resize_probabilities, clip_to_mask, mask_threshold)
     winners, areas, nan_logits = [], 0, 0
     for band in masks.bands():
         winner, band_areas, nan = call(backend, scores, band.mask_logits, *options, *band.geometry)
@@ -155,7 +184,7 @@ def _segments(
     else:
         visible = won.double() / mask_area.double() >= overlap_threshold
     segment = (scores > 0) & (mask_area > 0) & (visible_area > 0) & visible
-    stuff = torch.isin(classes, torch.tensor(sorted(stuff_classes), dtype=classes.dtype, device=classes.device))
+    stuff = belong_to(classes, stuff_classes)
     fused = segment & stuff
     own = torch.eye(num_queries, dtype=torch.bool, device=scores.device)
     same = (fused[:, :, None] & fused[:, None] & (classes[:, :, None] == classes[:, None])) | own  # [B, N, N]

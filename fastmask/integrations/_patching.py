@@ -58,19 +58,19 @@ def patch(model: Model, *, fix: bool = False) -> Model:
     - transformers' OneFormerForUniversalSegmentation and EomtForUniversalSegmentation: matcher and point-sampled loss;
     - any module that looks like the original repositories' HungarianMatcher and SetCriterion.
 
-    Outputs, losses and gradients stay equal to rounding; random points are drawn as the model itself draws them, so
-    that this holds for the same seed, except that dropout of attention weights draws others. Mask labels must be
-    binary. The state dict keeps its keys, and
-    hooks, ``deepcopy``, ``pickle``, ``save_pretrained`` and wrappers work as before. Patching twice does nothing,
-    except that ``fix`` takes its latest value. What was replaced is logged to the logger "fastmask" at level INFO.
+    Outputs, losses and gradients stay equal to rounding. Random points are drawn as the model itself draws them, so
+    that this holds for the same seed; dropout inside masked attention alone draws others. Mask labels must be binary.
+    The state dict keeps its keys, and hooks, ``deepcopy``, ``pickle``, ``save_pretrained`` and wrappers work as before.
+    Patching twice does nothing, except that ``fix`` takes its latest value. What was replaced is logged to the logger
+    "fastmask" at level INFO.
 
     Args:
         model: the model, or any module that contains it.
         fix: also correct known defects of the model, which are kept by default:
 
-            - transformers' models divide the mask and dice losses' sums by the number of targets of the average process
-              times the world size under ``accelerate``'s Trainer and such, as they average ``num_masks`` over the
-              processes and then divide by their number; corrected, they divide by that of the average process;
+            - under ``accelerate``, transformers' models average ``num_masks`` over the processes and then divide it by
+              their number once more, so that mask and dice losses grow with the world size; corrected, they are divided
+              by the number of targets of the average process;
             - transformers' MaskFormer with ``use_auxiliary_loss=True`` fails unless hidden states are asked for;
             - transformers' models reject mask labels that are bool or integers.
 

@@ -23,7 +23,7 @@ class PointMatcher:
     ``num_points``."""
 
     @torch.no_grad()
-    def assign(
+    def match_layer(
         self, class_logits: Tensor, mask_logits: Tensor, targets: Targets, sizes: Sequence[tuple[int, int]]
     ) -> Tensor:
         """``(B, M)`` int64: the query of each target of one layer, by costs at new random points.
@@ -78,7 +78,7 @@ class PointLoss:
         """
         assignments, masks, dices = [], [], []
         for layer, (class_logits, mask_logits) in enumerate(layers):
-            assignment = self.matcher.assign(class_logits, mask_logits, targets, sizes)
+            assignment = self.matcher.match_layer(class_logits, mask_logits, targets, sizes)
             assignments.append(assignment)
             if not with_masks:
                 continue

@@ -104,7 +104,7 @@ class PointHungarianMatcher(PointMatcher, nn.Module):
         class_logits, mask_logits = outputs["pred_logits"], outputs["pred_masks"]
         sizes = _check_targets(targets)
         padded = Targets.from_list(targets, num_classes=class_logits.shape[-1] - 1, device=class_logits.device)
-        return index_pairs(self.assign(class_logits, mask_logits, padded, sizes))
+        return index_pairs(self.match_layer(class_logits, mask_logits, padded, sizes))
 
 
 class PointSetCriterion(PointLoss, nn.Module):

@@ -88,14 +88,15 @@ class SoundEventMetrics(Metrics):
 
     def compute(self) -> dict[str, float]:
         """ "F1", "precision" and "recall" over all events, and "F1_macro", the mean of F1 over the classes that have
-        true or found events.
+        true events; a class of which nothing was found has F1 0, as in sed_eval with "zero_score".
         """
         hits, found, true = self._counts.sum(0)
+        has_events = self._counts[:, 2] > 0
         return {
             "F1": float(share(2 * hits, found + true)),
             "precision": float(share(hits, found)),
             "recall": float(share(hits, true)),
-            "F1_macro": mean(np.array(self.per_class()["F1"])),
+            "F1_macro": mean(np.array(self.per_class()["F1"]), has_events),
         }
 
     def per_class(self) -> dict[str, list[float]]:

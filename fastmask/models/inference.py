@@ -8,10 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
-from fastmask.functional import instance_inference, panoptic_inference, semantic_inference
+from fastmask.functional import general_inference, instance_inference, panoptic_inference, semantic_inference
 from fastmask.models.images import ImageBatch, Size
 
-TASKS = ("semantic", "panoptic", "instance")
+TASKS = {
+    "semantic": semantic_inference,
+    "general": general_inference,
+    "panoptic": panoptic_inference,
+    "instance": instance_inference,
+}
 
 
 def check_sizes(sizes: Size | Sequence[Size] | None, images: Sequence[Size]) -> tuple[Size, ...]:
@@ -52,14 +57,14 @@ def infer(
     the original code does.
 
     Args:
-        task: "semantic", "panoptic" or "instance".
+        task: one of ``TASKS``.
         class_logits: ``(B, N, K+1)``.
         mask_logits: ``(B, N, h, w)``; or ``mask_embed (B, N, C)`` and ``pixel_embed (B, C, h, w)``.
         images: the batch that they were computed from.
         sizes: (height, width) of each result.
         options: further arguments of ``fastmask.semantic_inference`` or its siblings.
     """
-    function = {"semantic": semantic_inference, "panoptic": panoptic_inference, "instance": instance_inference}[task]
+    function = TASKS[task]
     together = images.uniform and len(set(sizes)) == 1
     groups = [slice(None)] if together else [slice(b, b + 1) for b in range(len(sizes))]
     results: list[Any] = []

@@ -123,19 +123,21 @@ class MaskFormer(PixelDecoderModel):
 
         Args:
             images: as for a call of the model.
-            task: "semantic", "panoptic" or "instance".
+            task: "semantic", "general" (a semantic map by the hard assignment of pixels to queries), "panoptic" or
+                "instance".
             sizes: (height, width) of the results, for all images or for each; by default each image's own.
             window: (size, stride) of square windows in which each image is predicted, in pixels of the image as scaled;
                 None for whole images.
             scales: how much to enlarge each image; (0.5, 0.75, 1, 1.25, 1.5, 1.75) is usual.
             flip: predict mirror images as well.
             view_batch: how many views to predict at a time.
-            options: further arguments of :func:`fastmask.semantic_inference`, :func:`fastmask.panoptic_inference` or
-                :func:`fastmask.instance_inference`, such as ``threshold``. ``stuff_classes`` is the configuration's
+            options: further arguments of :func:`fastmask.semantic_inference`, :func:`fastmask.general_inference`,
+                :func:`fastmask.panoptic_inference` or :func:`fastmask.instance_inference`, such as ``threshold``. ``stuff_classes`` is the configuration's
                 unless given.
 
         Returns:
-            One entry an image. semantic: ``(H, W)`` labels, or ``(K, H, W)`` scores with ``output="scores"``. panoptic:
+            One entry an image. semantic: ``(H, W)`` labels, or ``(K, H, W)`` scores with ``output="scores"``. general:
+            ``(H, W)`` labels. panoptic:
             ``(segmentation (H, W), segments_info)``. instance: a dict of "scores", "labels" and "masks".
 
         Raises:
@@ -158,7 +160,7 @@ class MaskFormer(PixelDecoderModel):
                     for image, size in zip(images, sizes, strict=True)
                 ]
             class_logits, mask_embed, pixel_embed = self._predict(batch, all_layers=False)
-        if task != "semantic":
+        if task in ("panoptic", "instance"):
             options.setdefault("stuff_classes", self.config.stuff_classes)
         return infer(task, class_logits[-1], (mask_embed[-1], pixel_embed), batch, sizes, **options)
 

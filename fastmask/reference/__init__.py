@@ -3,6 +3,7 @@
 from fastmask.reference.assign import assign
 from fastmask.reference.attention import masked_attention
 from fastmask.reference.class_loss import class_loss
+from fastmask.reference.general import general_inference
 from fastmask.reference.instance import INSTANCE_RULES, instance_inference
 from fastmask.reference.mask_cost import mask_cost
 from fastmask.reference.mask_loss import mask_loss
@@ -17,6 +18,7 @@ __all__ = [
     "PanopticRule",
     "assign",
     "class_loss",
+    "general_inference",
     "instance_inference",
     "label_dtype",
     "mask_cost",

@@ -47,7 +47,8 @@ class PointMatcher(_points.PointMatcher):
         """For each image (queries, targets), int64 on the CPU, by ascending query."""
         num_classes = class_queries_logits.shape[-1] - 1
         targets = make_targets(self, mask_labels, class_labels, num_classes, masks_queries_logits.device)
-        return index_pairs(self.assign(class_queries_logits, masks_queries_logits, targets, sizes_of(mask_labels)))
+        assignment = self.match_layer(class_queries_logits, masks_queries_logits, targets, sizes_of(mask_labels))
+        return index_pairs(assignment)
 
 
 class PointLoss(_points.PointLoss):

@@ -110,7 +110,11 @@ class CrossAttention(MaskedCrossAttention, nn.MultiheadAttention):
 
 
 class Mask2FormerMaskedAttentionDecoder(hf.Mask2FormerMaskedAttentionDecoder):
-    """The decoder, which hands masks on as they are: the kernel thresholds them, once for all heads."""
+    """The decoder, which hands masks on as they are: the kernel thresholds them, once for all heads.
+
+    With dropout, transformers drops whole layers in training, and then fails, as the next layer finds the attention
+    mask of another level's size. Here it gets its own.
+    """
 
     def forward(
         self,
