@@ -52,8 +52,8 @@ class MaskedAttentionConfig:
     least_keys: int = 256
 
 
-# By head dimension, for GPUs by the major version of their compute capability. Each leaves no registers spilled; the
-# general ones fit a multiprocessor with 100 KB of shared memory.
+# By head dimension, for GPUs by the major version of their compute capability. Each spills no registers at B=16 and
+# N=100; the general ones fit a multiprocessor with 100 KB of shared memory.
 _FORWARD = {
     32: MaskedAttentionConfig(queries=64, keys=128, warp_queries=16, num_stages=3),
     64: MaskedAttentionConfig(queries=128, keys=64, warp_queries=16, num_stages=3),
