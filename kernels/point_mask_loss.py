@@ -6,6 +6,7 @@ each. Where the targets are a segment map, its four values tell everything.
 Backward must give every point's gradient to four logits, and points are in no order. Floating-point atomics would add
 in another order each time. Instead each pair's gradients are added as integers of 64 bits, in units of 2^-40 of a bound
 that holds for each of its points, which is exact in any order; a last launch turns them into the logits' type.
+They take 8 bytes for each pair and logit: 419 MB at those sizes and 128 x 128 logits, where the gradient takes 524 MB.
 """
 
 from __future__ import annotations

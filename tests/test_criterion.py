@@ -163,3 +163,33 @@ def test_bad_arguments(generator):
         make_criterion(5)(as_outputs(*logits), [{"labels": torch.tensor([1])}] * 2)
     with pytest.raises(ValueError, match="expected \\(1, H, W\\)"):
         make_criterion(5)(as_outputs(*logits), [{"labels": torch.tensor([1]), "masks": torch.ones(2, 8, 8)}] * 2)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_broken_query_does_not_spoil_the_others(value, generator):
+    """More queries than targets: the broken one is matched last, so that nothing of it reaches the losses."""
+    shape = (1, 2, 8, 4, 3, 16, 16, 64, 64)
+    class_logits, mask_logits = random_logits(shape, generator)
+    targets = random_targets(shape, generator, "segments")
+    expected = make_criterion(4)(as_outputs(class_logits[:, :, 1:], mask_logits[:, :, 1:]), targets)
+    mask_logits[:, :, 0] = value
+    mask_logits[:, :, 0, 0] = torch.nan
+    mask_logits.requires_grad_()
+    losses = make_criterion(4)(as_outputs(class_logits, mask_logits), targets)
+    for name in ("loss_mask", "loss_dice"):
+        torch.testing.assert_close(losses[name], expected[name])
+    (gradient,) = torch.autograd.grad(losses["loss_mask"] + losses["loss_dice"], mask_logits)
+    assert gradient.isfinite().all()
+
+
+def test_a_broken_query_that_must_be_matched_gives_nan(generator):
+    """As many queries as targets: its pair's loss is NaN, and its gradient alone."""
+    shape = (1, 1, 3, 4, 3, 16, 16, 64, 64)
+    class_logits, mask_logits = random_logits(shape, generator)
+    targets = random_targets(shape, generator, "segments")
+    mask_logits[:, :, 1] = torch.nan
+    mask_logits.requires_grad_()
+    losses = make_criterion(4)(as_outputs(class_logits, mask_logits), targets)
+    assert losses["loss_mask"].isnan() and losses["loss_ce"].isfinite()
+    (gradient,) = torch.autograd.grad(losses["loss_mask"], mask_logits)
+    assert gradient[:, :, [0, 2]].isfinite().all()

@@ -251,3 +251,25 @@ def test_bad_arguments(change, options, error, message, generator):
     inputs = inputs_of(SHAPES["usual"], generator, "segments")
     with pytest.raises(error, match=message):
         fastmask.mask_loss(*change(*inputs), **options)
+
+
+@pytest.mark.parametrize("form", ["segments", "masks"])
+def test_sums_of_four_megapixels_do_not_overflow(form, generator):
+    """float16 ends at 65504, float32 counts ones up to 2^24: the sums must hold 2^22 pixels of either sign."""
+    size = 2048
+    mask_logits = torch.full((1, 1, 2, 32, 32), 20.0, dtype=torch.float16)
+    mask_logits[0, 0, 1] = -20.0
+    mask_logits.requires_grad_()
+    labels, counts = torch.zeros(1, 2, dtype=torch.int64), torch.tensor([2])
+    segments = torch.zeros(1, size, size, dtype=torch.uint8)
+    segments[:, size // 2 :] = 1
+    targets = Targets(labels, counts, segments=segments)
+    if form == "masks":
+        targets = Targets(labels, counts, masks=targets.dense_masks())
+    assignment = torch.tensor([[[0, 1]]])
+    losses = mask_loss(mask_logits, targets, assignment, reduction="none")
+    (gradient,) = torch.autograd.grad(sum(loss.sum() for loss in losses), mask_logits)
+    exact = mask_loss(mask_logits.double(), targets, assignment, reduction="none", backend="reference")
+    for loss, expected in zip(losses, exact, strict=True):
+        torch.testing.assert_close(loss, expected.float(), rtol=1e-5, atol=1e-6)
+    assert gradient.dtype == torch.float16 and gradient.isfinite().all()

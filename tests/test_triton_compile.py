@@ -126,6 +126,7 @@ def launch_masked_attention(
     form: str,
     ignore_void: bool = True,
     head_dim: int = 32,
+    images: int = 3,
     most_queries: int = 128,
     **_: Any,
 ) -> None:
@@ -136,7 +137,7 @@ def launch_masked_attention(
     from fastmask.kernels.masked_attention import masked_attention
     from fastmask.kernels.masked_attention_backward import masked_attention_backward
 
-    batch, queries, h, w = min(shape[1], 3), min(shape[2], most_queries), shape[5], shape[6]
+    batch, queries, h, w = min(shape[1], images), min(shape[2], most_queries), shape[5], shape[6]
     grid = (h + 1) // 2, (w + 1) // 2
     q, k, v = (
         torch.empty(batch, n, 8 * head_dim, dtype=dtype, device="meta")
@@ -279,10 +280,10 @@ def test_attention_heads_fit_every_generation(head_dim, capability, record, tmp_
         module = importlib.import_module(f"fastmask.kernels.{name}")
         monkeypatch.setattr(module, "pick_config", lambda configs, _: configs.get(capability // 10, configs[None]))
     kinds = {}
-    many_queries = (1, 2, 300, 1, 1, *TRAINING[5:])
+    many_queries = (1, 16, 300, 1, 1, *TRAINING[5:])
     for shape, most in ((TRAINING, 128), (many_queries, 300)):
         for launch in record(
-            "masked_attention", shape, torch.bfloat16, "segments", head_dim=head_dim, most_queries=most
+            "masked_attention", shape, torch.bfloat16, "segments", head_dim=head_dim, images=16, most_queries=most
         ):
             kinds[launch.kernel, launch.constants()] = launch
     for launch in kinds.values():

@@ -38,13 +38,12 @@ inline void mix_block(const float* probabilities, int64_t k, const int32_t* quer
       for (int v = 0; v < kMixVectors; ++v) sums[r][v] = fma(probability, pixels[v], sums[r][v]);
     }
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) consumer.take(k + r, sums[r]);
+  consumer.take(k, sums);
 }
 
-// Gives consumer.take(k, sums) the scores of kMixPixels pixels for each class k in rising order. Each is start[k] (0 if
-// null) plus P[n, k] times the sigmoids of the `count` listed queries, in their order; the sigmoids of the i-th begin
-// at sigmoids + i * stride.
+// Gives consumer.take(k, sums) the scores of kMixPixels pixels for the classes from k on, block by block, in rising
+// order. Each is start[k] (0 if null) plus P[n, k] times the sigmoids of the `count` listed queries, in their order;
+// the sigmoids of the i-th begin at sigmoids + i * stride.
 template <class Consumer>
 inline void mix_classes(const ClassTable& table, const int32_t* queries, int64_t count, const float* start,
                         const float* sigmoids, int64_t stride, Consumer& consumer) {
@@ -88,13 +87,16 @@ struct BestClass {
     }
   }
 
-  void take(int64_t k, const vfloat (&sums)[kMixVectors]) {
-    const vint index = splat(static_cast<int32_t>(k));
+  template <int R>
+  void take(int64_t k, const vfloat (&sums)[R][kMixVectors]) {
 #pragma GCC unroll 8
     for (int v = 0; v < kMixVectors; ++v) {
-      const vint better = sums[v] > score[v];
-      label[v] = better ? index : label[v];
-      score[v] = better ? sums[v] : score[v];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const vint better = sums[r][v] > score[v];
+        label[v] = better ? splat(static_cast<int32_t>(k + r)) : label[v];
+        score[v] = better ? sums[r][v] : score[v];
+      }
     }
   }
 };
@@ -107,8 +109,17 @@ struct BestTwoClasses : BestClass {
     for (int v = 0; v < kMixVectors; ++v) second[v] = splat(-1.0f);
   }
 
-  void take(int64_t k, const vfloat (&sums)[kMixVectors]) {
-    for (int v = 0; v < kMixVectors; ++v) second[v] = maximum(second[v], minimum(sums[v], score[v]));
+  template <int R>
+  void take(int64_t k, const vfloat (&sums)[R][kMixVectors]) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kMixVectors; ++v) {
+      vfloat best = score[v];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        second[v] = maximum(second[v], minimum(sums[r][v], best));
+        best = maximum(best, sums[r][v]);
+      }
+    }
     BestClass::take(k, sums);
   }
 
@@ -131,13 +142,16 @@ struct RoughBestTwo {
     for (int v = 0; v < kMixVectors; ++v) best[v] = second[v] = splat(-1.0f);
   }
 
-  void take(int64_t k, const vfloat (&sums)[kMixVectors]) {
-    const vint index = splat(static_cast<int32_t>(k));
+  template <int R>
+  void take(int64_t k, const vfloat (&sums)[R][kMixVectors]) {
 #pragma GCC unroll 8
     for (int v = 0; v < kMixVectors; ++v) {
-      const vfloat tagged = with_tag(sums[v], index, tag_mask);
-      second[v] = maximum(second[v], minimum(tagged, best[v]));
-      best[v] = maximum(best[v], tagged);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const vfloat tagged = with_tag(sums[r][v], splat(static_cast<int32_t>(k + r)), tag_mask);
+        second[v] = maximum(second[v], minimum(tagged, best[v]));
+        best[v] = maximum(best[v], tagged);
+      }
     }
   }
 };
@@ -147,12 +161,15 @@ struct StoreScores {
   float* out;
   int64_t stride, count;
 
-  void take(int64_t k, const vfloat (&sums)[kMixVectors]) {
-    float* row = out + k * stride;
-    if (count >= kMixPixels) {
-      for (int v = 0; v < kMixVectors; ++v) store(row + v * kLanes, sums[v]);
-    } else if (count > 0) {
-      memcpy(row, sums, count * sizeof(float));
+  template <int R>
+  void take(int64_t k, const vfloat (&sums)[R][kMixVectors]) {
+    for (int r = 0; r < R; ++r) {
+      float* row = out + (k + r) * stride;
+      if (count >= kMixPixels) {
+        for (int v = 0; v < kMixVectors; ++v) store(row + v * kLanes, sums[r][v]);
+      } else if (count > 0) {
+        memcpy(row, sums[r], count * sizeof(float));
+      }
     }
   }
 };

@@ -67,7 +67,8 @@ inline vint pixel_axis(vfloat position, int64_t size, vfloat (&weight)[2]) {
   const int32_t last = static_cast<int32_t>(size > 1 ? size - 2 : 0);
   vint first = taps.first - 1;
   // One step before the first pair its first pixel is the second of the two; one step after the last, the other way.
-  const vint before = first<0, after = first> last;
+  const vint before = first < 0;
+  const vint after = first > last;
   first = before ? vint{} : first;
   first = after ? splat(last) : first;
   const vfloat opposite = 1.0f - taps.weight;

@@ -31,8 +31,8 @@ inline void resample_scores(const GridScores& grid, const Taps& rows, const Stri
       }
       store(values + first + i, x);
     }
-    vfloat pixels[kMixVectors];
-    for (int v = 0; v < kMixVectors; ++v) pixels[v] = columns.apply(values, j + v * kLanes);
+    vfloat pixels[1][kMixVectors];
+    for (int v = 0; v < kMixVectors; ++v) pixels[0][v] = columns.apply(values, j + v * kLanes);
     consumer.take(k, pixels);
   }
 }

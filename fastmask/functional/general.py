@@ -1,4 +1,4 @@
-"""Semantic segmentation by the hard assignment of pixels to queries, from class logits, and mask logits or embeddings."""
+"""Semantic segmentation by the hard assignment of pixels to queries."""
 
 from __future__ import annotations
 

@@ -182,16 +182,11 @@ def _run_bands(
 
 def _resize(maps: Tensor, size: tuple[int, int], output: str, boxes: bool) -> dict[str, Any]:
     """Masks ``(R, h, w)`` bool at another size, by PyTorch's "nearest" rule."""
-    rows, columns = (
-        F.interpolate(torch.arange(inputs, dtype=torch.float32)[None, None], outputs, mode="nearest").long().flatten()
-        for inputs, outputs in zip(maps.shape[1:], size, strict=True)
-    )
-    rows, columns = rows.to(maps.device), columns.to(maps.device)
     step = len(maps) if output == "masks" else max(1, MASK_BYTES // (size[0] * size[1]))
     results: list[Any] = []
     extents = []
     for chunk in maps.split(max(step, 1)):
-        resized = chunk.index_select(2, columns).index_select(1, rows)
+        resized = F.interpolate(chunk.view(torch.uint8)[:, None], size, mode="nearest")[:, 0].view(torch.bool)
         results.append(resized if output == "masks" else _encode(resized, size))
         if boxes:
             extents.append(_bounding_boxes(resized))

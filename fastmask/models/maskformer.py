@@ -132,13 +132,13 @@ class MaskFormer(PixelDecoderModel):
             flip: predict mirror images as well.
             view_batch: how many views to predict at a time.
             options: further arguments of :func:`fastmask.semantic_inference`, :func:`fastmask.general_inference`,
-                :func:`fastmask.panoptic_inference` or :func:`fastmask.instance_inference`, such as ``threshold``. ``stuff_classes`` is the configuration's
-                unless given.
+                :func:`fastmask.panoptic_inference` or :func:`fastmask.instance_inference`, such as ``threshold``.
+                ``stuff_classes`` is the configuration's unless given.
 
         Returns:
             One entry an image. semantic: ``(H, W)`` labels, or ``(K, H, W)`` scores with ``output="scores"``. general:
-            ``(H, W)`` labels. panoptic:
-            ``(segmentation (H, W), segments_info)``. instance: a dict of "scores", "labels" and "masks".
+            ``(H, W)`` labels. panoptic: ``(segmentation (H, W), segments_info)``. instance: a dict of "scores",
+            "labels" and "masks".
 
         Raises:
             TypeError: images of another type or dtype, or an option that the task does not have.
