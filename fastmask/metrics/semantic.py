@@ -25,7 +25,8 @@ class SemanticMetrics(Metrics):
     Args:
         num_classes: K.
         ignore_index: the class of void pixels in the truth.
-        boundary_share: d as a share of the image's diagonal; None leaves boundary IoU out, which takes two thirds of the time.
+        boundary_share: d as a share of the image's diagonal; None leaves boundary IoU out, which takes two thirds of
+            the time.
 
     Raises:
         ValueError: an argument out of range.
