@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "dtype.h"
-#include "resample.h"
+#include "taps.h"
 
 namespace fastmask {
 

@@ -7,8 +7,8 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "interpolation.h"
 #include "mask_term.h"
-#include "resampling.h"
 #include "simd.h"
 #include "targets.h"
 

@@ -7,7 +7,7 @@
 #include <cstdint>
 
 #include "dtype.h"
-#include "resampling.h"
+#include "interpolation.h"
 #include "simd.h"
 
 namespace fastmask {

@@ -8,8 +8,8 @@
 #include <cstdint>
 
 #include "dtype.h"
-#include "resample.h"
 #include "simd.h"
+#include "taps.h"
 
 namespace fastmask {
 

@@ -1,7 +1,7 @@
 #include "ops/assign.h"
 
-#include "matcher/scratch.h"
 #include "ops/assign_serial.h"
+#include "scratch.h"
 
 namespace fastmask {
 namespace {

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "ops/tensors.h"
-#include "resample.h"
+#include "taps.h"
 
 namespace fastmask {
 

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <tuple>
 
-#include "ops/interpolation.h"
+#include "ops/interpolation_table.h"
 #include "ops/matched_pairs.h"
 
 namespace fastmask {

@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <tuple>
 
-#include "matcher/scratch.h"
-#include "ops/interpolation.h"
+#include "ops/interpolation_table.h"
 #include "ops/tensors.h"
+#include "scratch.h"
 
 namespace fastmask {
 namespace {

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "cpu/assign.h"
-#include "matcher/scratch.h"
+#include "scratch.h"
 #include "simd.h"
 
 namespace py = pybind11;

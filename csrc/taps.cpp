@@ -1,4 +1,4 @@
-#include "resample.h"
+#include "taps.h"
 
 #include <algorithm>
 #include <cmath>

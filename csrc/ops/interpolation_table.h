@@ -1,11 +1,11 @@
-// The tables of csrc/resampling.h.
+// The tables of csrc/interpolation.h.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 
-#include "resampling.h"
+#include "interpolation.h"
 
 namespace fastmask {
 

@@ -1,4 +1,4 @@
-// Scratch memory of a thread, kept from call to call: a single small problem costs less than fresh memory would.
+// Scratch memory of a thread, kept from call to call: a small problem costs less than fresh memory would.
 #pragma once
 
 #include <cstdint>
