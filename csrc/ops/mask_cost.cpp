@@ -1,6 +1,7 @@
 #include "cpu/mask_cost.h"
 
 #include "ops/tensors.h"
+#include "scratch.h"
 
 namespace fastmask {
 namespace {
@@ -43,7 +44,7 @@ Tensor mask_cost(Tensor class_logits, Tensor mask_logits, Tensor labels, std::op
   const int64_t pixels = logits.h() * logits.w();
   const auto row_kernel = FASTMASK_SELECT(mask_cost_row);
   parallel_for(0, logits.rows(), 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(mask_cost_scratch(max_targets));
+    AlignedFloats scratch(mask_cost_scratch(max_targets));
     for (int64_t row = begin; row < end; ++row) {
       const int64_t b = row / queries % batch;
       float* row_cost = cost_data + row * max_targets;

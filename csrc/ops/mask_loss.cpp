@@ -5,6 +5,7 @@
 
 #include "ops/interpolation_table.h"
 #include "ops/matched_pairs.h"
+#include "scratch.h"
 
 namespace fastmask {
 namespace {
@@ -39,7 +40,7 @@ std::tuple<Tensor, Tensor, Tensor> mask_loss(Tensor mask_logits, Tensor assignme
   const Resampling resampling = pairs.resampling();
   const auto pair_kernel = FASTMASK_SELECT(mask_loss_pair);
   parallel_for(0, pairs.count(), 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(mask_loss_scratch(pairs.targets.width(), pairs.logits.w()));
+    AlignedFloats scratch(mask_loss_scratch(pairs.targets.width(), pairs.logits.w()));
     for (int64_t i = begin; i < end; ++i) {
       const int64_t query = pairs.queries()[i], layer_image = i / max_targets, m = i % max_targets;
       const ImageTargets targets = pairs.targets.image(layer_image % batch);
@@ -66,7 +67,7 @@ Tensor mask_loss_backward(Tensor grad_mask, Tensor grad_dice, Tensor sums, Tenso
   const Resampling resampling = pairs.resampling();
   const auto pair_kernel = FASTMASK_SELECT(mask_loss_pair_backward);
   for_matched_rows(pairs, grad_logits, [&] {
-    return [&, scratch = std::vector<float>(mask_loss_backward_scratch(pairs.targets.width(), pairs.logits.w()))](
+    return [&, scratch = AlignedFloats(mask_loss_backward_scratch(pairs.targets.width(), pairs.logits.w()))](
                const ImageTargets& targets, int64_t row, int64_t i, float* grad) mutable {
       pair_kernel(pairs.logits.data(), pairs.logits.offset(row), pairs.dtype, resampling, targets,
                   i % pairs.targets.max_targets(), pairs.term, gradients.sums(i), gradients.mask(i), gradients.dice(i),

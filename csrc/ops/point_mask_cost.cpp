@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "ops/tensors.h"
+#include "scratch.h"
 
 namespace fastmask {
 namespace {
@@ -52,7 +53,7 @@ Tensor point_mask_cost(Tensor class_logits, Tensor mask_logits, Tensor labels, s
   const auto group_kernel = FASTMASK_SELECT(point_mask_cost_group);
   const int64_t rows = layers * queries, groups = (rows + lanes - 1) / lanes;  // of one image
   parallel_for(0, batch * groups, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(point_mask_cost_scratch(max_targets, logits.w()));
+    AlignedFloats scratch(point_mask_cost_scratch(max_targets, logits.w()));
     int64_t class_offsets[kPointCostGroup], mask_offsets[kPointCostGroup];
     float* cost_rows[kPointCostGroup];
     for (int64_t i = begin; i < end; ++i) {

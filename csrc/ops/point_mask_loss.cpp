@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "ops/matched_pairs.h"
+#include "scratch.h"
 
 namespace fastmask {
 namespace {
@@ -47,7 +48,7 @@ std::tuple<Tensor, Tensor, Tensor> point_mask_loss(Tensor mask_logits, Tensor as
   float* sums_data = static_cast<float*>(sums.data_ptr());
   const auto pair_kernel = FASTMASK_SELECT(point_mask_loss_pair);
   parallel_for(0, pairs.count(), 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(point_mask_loss_scratch(logits.h(), logits.w()));
+    AlignedFloats scratch(point_mask_loss_scratch(logits.h(), logits.w()));
     for (int64_t i = begin; i < end; ++i) {
       const int64_t query = pairs.queries()[i], layer_image = i / max_targets, m = i % max_targets;
       const ImageTargets targets = pairs.targets.image(layer_image % batch);
@@ -74,7 +75,7 @@ Tensor point_mask_loss_backward(Tensor grad_mask, Tensor grad_dice, Tensor sums,
   const Tensor grad_logits = zero_gradient(logits);
   const auto pair_kernel = FASTMASK_SELECT(point_mask_loss_pair_backward);
   for_matched_rows(pairs, grad_logits, [&] {
-    return [&, scratch = std::vector<float>(point_mask_loss_scratch(logits.h(), logits.w()))](
+    return [&, scratch = AlignedFloats(point_mask_loss_scratch(logits.h(), logits.w()))](
                const ImageTargets& targets, int64_t row, int64_t i, float* grad) mutable {
       pair_kernel(logits.data(), logits.offset(row), pairs.dtype, logits.h(), logits.w(), targets,
                   i % pairs.targets.max_targets(), pairs.of_pair(i), pairs.num_points, pairs.term, gradients.sums(i),

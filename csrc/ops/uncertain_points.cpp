@@ -1,6 +1,7 @@
 #include "cpu/uncertain_points.h"
 
 #include "ops/matched_pairs.h"
+#include "scratch.h"
 
 namespace fastmask {
 namespace {
@@ -31,7 +32,7 @@ Tensor uncertain_points(Tensor mask_logits, Tensor assignment, Tensor seed, int6
   const auto seed_value = static_cast<uint64_t>(*static_cast<const int64_t*>(seed.data_ptr()));
   const auto pair_kernel = FASTMASK_SELECT(uncertain_points_pair);
   parallel_for(0, queries.numel(), 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(uncertain_points_scratch(logits.h(), logits.w(), counts));
+    AlignedFloats scratch(uncertain_points_scratch(logits.h(), logits.w(), counts));
     for (int64_t i = begin; i < end; ++i) {
       float* of_pair = data + i * num_points * 2;
       if (query_data[i] < 0) {
