@@ -28,9 +28,9 @@ Leaves = tuple[list[Tensor], list[Tensor]]  # class and mask logits
 Losses = tuple[dict[str, Tensor], tuple[Tensor, ...]]
 
 
-def backward(losses: Mapping[str, Tensor], leaves: Leaves) -> Losses:
+def backward(losses: Mapping[str, Tensor], leaves: Leaves, weights: Mapping[str, float] = WEIGHTS) -> Losses:
     """``losses`` are named as SetCriterion names them; the gradients are those of the class logits, then the masks."""
-    total = sum(WEIGHTS[name.rstrip("_0123456789")] * loss for name, loss in losses.items())
+    total = sum(weights[name.rstrip("_0123456789")] * loss for name, loss in losses.items())
     return dict(losses), torch.autograd.grad(total, [*leaves[0], *leaves[1]])
 
 
@@ -82,29 +82,45 @@ def layer_leaves(inputs: Inputs) -> Leaves:
     return tuple([x.detach().requires_grad_() for x in logits] for logits in (inputs.class_logits, inputs.mask_logits))
 
 
-def prepare_fastmask(inputs: Inputs) -> Callable[[], Losses]:
+def stacked_call(inputs: Inputs, criterion: SetCriterion) -> Callable[[], Losses]:
     """As fastmask's models call it: layers stacked, targets in a container."""
-    require_backend("mask_loss", "triton" if inputs.mask_logits.is_cuda else "native", inputs.mask_logits)
-    criterion = make_criterion(inputs, "auto")
     class_logits, mask_logits = (x.detach().requires_grad_() for x in (inputs.class_logits, inputs.mask_logits))
     outputs = {"class_logits": class_logits, "mask_logits": mask_logits}
-    return lambda: backward(criterion(outputs, inputs.targets), ([class_logits], [mask_logits]))
+    leaves = [class_logits], [mask_logits]
+    return lambda: backward(criterion(outputs, inputs.targets), leaves, criterion.weight_dict)
+
+
+def drop_in_call(inputs: Inputs, criterion: SetCriterion) -> Callable[[], Losses]:
+    """In the place of the original repository's criterion: a dict a layer, a list of targets with binary masks."""
+    leaves = layer_leaves(inputs)
+    outputs, targets = as_outputs(leaves), inputs.targets.to_list()
+    return lambda: backward(criterion(outputs, targets), leaves, criterion.weight_dict)
+
+
+def reference_call(inputs: Inputs, criterion: SetCriterion) -> Callable[[], Losses]:
+    """A dict a layer, targets in a container."""
+    leaves = layer_leaves(inputs)
+    outputs = as_outputs(leaves)
+    return lambda: backward(criterion(outputs, inputs.targets), leaves, criterion.weight_dict)
+
+
+def require_kernels(operator: str, inputs: Inputs) -> None:
+    """The device's own kernels of an operator, or an error that says why there are none."""
+    require_backend(operator, "triton" if inputs.mask_logits.is_cuda else "native", inputs.mask_logits)
+
+
+def prepare_fastmask(inputs: Inputs) -> Callable[[], Losses]:
+    require_kernels("mask_loss", inputs)
+    return stacked_call(inputs, make_criterion(inputs, "auto"))
 
 
 def prepare_drop_in(inputs: Inputs) -> Callable[[], Losses]:
-    """In the place of the original repository's criterion: a dict a layer, a list of targets with binary masks."""
-    require_backend("mask_loss", "triton" if inputs.mask_logits.is_cuda else "native", inputs.mask_logits)
-    criterion = make_criterion(inputs, "auto")
-    leaves = layer_leaves(inputs)
-    outputs, targets = as_outputs(leaves), inputs.targets.to_list()
-    return lambda: backward(criterion(outputs, targets), leaves)
+    require_kernels("mask_loss", inputs)
+    return drop_in_call(inputs, make_criterion(inputs, "auto"))
 
 
 def prepare_reference(inputs: Inputs) -> Callable[[], Losses]:
-    criterion = make_criterion(inputs, "reference")
-    leaves = layer_leaves(inputs)
-    outputs = as_outputs(leaves)
-    return lambda: backward(criterion(outputs, inputs.targets), leaves)
+    return reference_call(inputs, make_criterion(inputs, "reference"))
 
 
 def as_outputs(leaves: Leaves) -> dict[str, object]:

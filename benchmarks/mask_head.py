@@ -70,11 +70,6 @@ def make_inputs(sizes: Mapping[str, Any], dtype: torch.dtype, device: torch.devi
     return HeadInputs(made.class_logits, mask_embed, pixel_embed, made.targets, made.assignment)
 
 
-def losses_and_gradients(losses: Mapping[str, Tensor], leaves: list[Tensor]) -> tuple[dict[str, Tensor], Any]:
-    total = sum(criterion.WEIGHTS[name.rstrip("_0123456789")] * loss for name, loss in losses.items())
-    return dict(losses), torch.autograd.grad(total, leaves)
-
-
 def named(raw: tuple[dict[str, Tensor], Any], head: HeadInputs) -> dict[str, Tensor]:
     """Losses of all layers, and the gradients; the last layer's losses have no suffix."""
     losses, grads = raw
@@ -90,7 +85,7 @@ def reference(head: HeadInputs, dtype: torch.dtype) -> dict[str, Tensor]:
     for classes, embed in zip(head.class_logits.to(dtype), head.mask_embed.to(dtype), strict=True):
         leaves = [x.detach().requires_grad_() for x in (classes, embed, head.pixel_embed.to(dtype))]
         outputs = {"pred_logits": leaves[0], "pred_masks": mask_products(leaves[1], leaves[2])}
-        losses, grads = losses_and_gradients(judge(outputs, head.targets), leaves)
+        losses, grads = criterion.backward(judge(outputs, head.targets), (leaves, []))
         layers.append(losses | dict(zip(GRADIENTS, grads, strict=True)))
     result = {name: torch.stack([layer[name].detach() for layer in layers]) for name in layers[0]}
     return result | {"grad_pixel_embed": result["grad_pixel_embed"].sum(0)}
@@ -115,7 +110,7 @@ def prepare_embeddings(head: HeadInputs) -> Callable[[], Any]:
     leaves = head.leaves
     judge = criterion.make_criterion(head.as_logits(head.mask_embed), "auto")
     outputs = dict(zip(("class_logits", "mask_embed", "pixel_embed"), leaves, strict=True))
-    return lambda: losses_and_gradients(judge(outputs, head.targets), leaves)
+    return lambda: criterion.backward(judge(outputs, head.targets), (leaves, []))
 
 
 def prepare_logits(head: HeadInputs) -> Callable[[], Any]:
@@ -126,7 +121,7 @@ def prepare_logits(head: HeadInputs) -> Callable[[], Any]:
 
     def call() -> Any:
         outputs = {"class_logits": leaves[0], "mask_logits": mask_products(leaves[1], leaves[2])}
-        return losses_and_gradients(judge(outputs, head.targets), leaves)
+        return criterion.backward(judge(outputs, head.targets), (leaves, []))
 
     return call
 
@@ -151,7 +146,7 @@ def prepare_transformers(head: HeadInputs) -> Callable[[], Any]:
             for classes, embed in zip(leaves[0], leaves[1], strict=True)
         ]
         losses = judge(**layers[-1], mask_labels=masks, class_labels=labels, auxiliary_predictions=layers[:-1])
-        return losses_and_gradients({criterion.rename(name, ours): loss for name, loss in losses.items()}, leaves)
+        return criterion.backward({criterion.rename(name, ours): loss for name, loss in losses.items()}, (leaves, []))
 
     return call
 

@@ -12,9 +12,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from benchmarks.criterion import Leaves, Losses, as_outputs, layer_leaves, rename
+from benchmarks.criterion import (
+    Losses,
+    as_outputs,
+    backward,
+    drop_in_call,
+    layer_leaves,
+    reference_call,
+    rename,
+    require_kernels,
+    stacked_call,
+)
 from benchmarks.harness.machine import Work
-from benchmarks.harness.providers import require_backend
 from benchmarks.harness.registry import Case, Operation, Provider
 from benchmarks.inputs import GPU_TRAINING, QUICK, TRAINING, Inputs, as_lists, judged, judged_layers, make_inputs
 from fastmask import HungarianMatcher, PointSampling, SetCriterion
@@ -34,11 +43,6 @@ DRAWS = 3  # of the reference
 
 # What chance may change besides: other points may match a pair or two of a near tie otherwise.
 SLACK = {"loss": 0.05, "slope": 0.2}
-
-
-def backward(losses: Mapping[str, Tensor], leaves: Leaves) -> Losses:
-    total = sum(WEIGHTS[name.rstrip("_0123456789")] * loss for name, loss in losses.items())
-    return dict(losses), torch.autograd.grad(total, [*leaves[0], *leaves[1]])
 
 
 def named(raw: Losses, inputs: Inputs) -> dict[str, Tensor]:
@@ -83,7 +87,7 @@ def oracle(inputs: Inputs) -> ChanceBudget:
     for seed in range(DRAWS):
         generator = torch.Generator(few.mask_logits.device).manual_seed(seed)
         losses = criterion(as_outputs(leaves), few.targets, generator=generator)
-        draws.append(named(backward(losses, leaves), few))
+        draws.append(named(backward(losses, leaves, WEIGHTS), few))
     return ChanceBudget({name: torch.stack([draw[name] for draw in draws]) for name in draws[0]})
 
 
@@ -105,28 +109,17 @@ def make_criterion(inputs: Inputs, backend: str) -> SetCriterion:
 
 
 def prepare_fastmask(inputs: Inputs) -> Callable[[], Losses]:
-    """As fastmask's models call it: layers stacked, targets in a container."""
-    require_backend("point_mask_loss", "triton" if inputs.mask_logits.is_cuda else "native", inputs.mask_logits)
-    criterion = make_criterion(inputs, "auto")
-    class_logits, mask_logits = (x.detach().requires_grad_() for x in (inputs.class_logits, inputs.mask_logits))
-    outputs = {"class_logits": class_logits, "mask_logits": mask_logits}
-    return lambda: backward(criterion(outputs, inputs.targets), ([class_logits], [mask_logits]))
+    require_kernels("point_mask_loss", inputs)
+    return stacked_call(inputs, make_criterion(inputs, "auto"))
 
 
 def prepare_drop_in(inputs: Inputs) -> Callable[[], Losses]:
-    """In the place of the original repository's criterion: a dict a layer, a list of targets with binary masks."""
-    require_backend("point_mask_loss", "triton" if inputs.mask_logits.is_cuda else "native", inputs.mask_logits)
-    criterion = make_criterion(inputs, "auto")
-    leaves = layer_leaves(inputs)
-    outputs, targets = as_outputs(leaves), inputs.targets.to_list()
-    return lambda: backward(criterion(outputs, targets), leaves)
+    require_kernels("point_mask_loss", inputs)
+    return drop_in_call(inputs, make_criterion(inputs, "auto"))
 
 
 def prepare_reference(inputs: Inputs) -> Callable[[], Losses]:
-    criterion = make_criterion(inputs, "reference")
-    leaves = layer_leaves(inputs)
-    outputs = as_outputs(leaves)
-    return lambda: backward(criterion(outputs, inputs.targets), leaves)
+    return reference_call(inputs, make_criterion(inputs, "reference"))
 
 
 def prepare_transformers(inputs: Inputs) -> Callable[[], Losses]:
@@ -153,7 +146,7 @@ def prepare_transformers(inputs: Inputs) -> Callable[[], Losses]:
             {"class_queries_logits": c.float(), "masks_queries_logits": m.float()} for c, m in zip(*leaves, strict=True)
         ]
         losses = criterion(**layers[-1], mask_labels=masks, class_labels=labels, auxiliary_predictions=layers[:-1])
-        return backward({rename(name, TRANSFORMERS_NAMES): loss for name, loss in losses.items()}, leaves)
+        return backward({rename(name, TRANSFORMERS_NAMES): loss for name, loss in losses.items()}, leaves, WEIGHTS)
 
     return call
 

@@ -286,6 +286,13 @@ class Targets:
         return [(f.name, getattr(self, f.name)) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)]
 
 
+def label_dtype(num_classes: int) -> torch.dtype:
+    """The smallest of uint8, int16 and int32 that holds the classes ``0..num_classes-1``."""
+    if num_classes <= 2**8:
+        return torch.uint8
+    return torch.int16 if num_classes <= 2**15 else torch.int32
+
+
 def _segment_dtype(num_targets: int) -> tuple[torch.dtype, int]:
     """The smallest dtype whose values index the targets and still mark void and background; and its void value."""
     if num_targets <= 254:

@@ -48,6 +48,7 @@ from fastmask.kernels._resample import (
     padded_queries,
     staged_bands,
 )
+from fastmask.targets import label_dtype
 
 
 @dataclass(frozen=True)
@@ -342,12 +343,6 @@ def class_tables(probabilities: Tensor, parts: int, skip: bool, config: Semantic
         **COMPILER_OPTIONS,
     )
     return tables
-
-
-def label_dtype(num_classes: int) -> torch.dtype:
-    if num_classes <= 2**8:
-        return torch.uint8
-    return torch.int16 if num_classes <= 2**15 else torch.int32
 
 
 def semantic_inference(

@@ -7,6 +7,7 @@ import torch
 
 from fastmask import MaskFormer, MaskFormerConfig, general_inference, semantic_inference
 from fastmask.functional import mask_products
+from fastmask.reference._common import image_logits, resize_bilinear
 
 GEOMETRIES = {
     "one step": {"size": (40, 56)},
@@ -34,6 +35,18 @@ def by_hand(class_logits, mask_logits, ignore_index=255):
     return labels
 
 
+def assert_equal_where_sure(labels, class_logits, mask_logits, geometry):
+    """Equal to the float64 reference wherever its best query is ahead of the next by more than rounding."""
+    expected = general_inference(class_logits.double(), mask_logits.double(), **geometry)
+    steps = {name: geometry.get(name) for name in ("padded_size", "valid_size")}
+    masks = resize_bilinear(image_logits(mask_logits.double(), *steps.values()), geometry["size"]).sigmoid()
+    scores, classes = class_logits.double().softmax(-1).max(-1)
+    kept = classes < class_logits.shape[2] - 1
+    best = ((scores * kept)[..., None, None] * masks).topk(2, dim=1).values
+    sure = best[:, 0] - best[:, 1] > 1e-5 * best[:, 0]
+    assert sure.float().mean() > 0.99 and torch.equal(labels[sure], expected[sure])
+
+
 @pytest.mark.parametrize("backend", ["native", "reference"])
 def test_equals_the_rule_by_hand(backend, generator):
     class_logits, mask_logits = random_logits(generator)
@@ -46,11 +59,10 @@ def test_equals_the_rule_by_hand(backend, generator):
 def test_equals_the_reference_where_it_is_sure(geometry, generator):
     class_logits, mask_logits = random_logits(generator)
     labels = general_inference(class_logits, mask_logits, **geometry)
-    expected = general_inference(class_logits.double(), mask_logits.double(), **geometry)
-    assert (labels != expected).float().mean() < 1e-3  # ties within rounding
+    assert_equal_where_sure(labels, class_logits, mask_logits, geometry)
     embeddings = torch.randn(2, 12, 8, generator=generator), torch.randn(2, 8, 12, 16, generator=generator)
-    whole = general_inference(class_logits, mask_products(*embeddings), **geometry)
-    assert (general_inference(class_logits, embeddings, **geometry) != whole).float().mean() < 1e-3
+    labels = general_inference(class_logits, embeddings, **geometry)
+    assert_equal_where_sure(labels, class_logits, mask_products(*embeddings), geometry)
 
 
 def test_differs_from_the_sum_over_queries(generator):

@@ -7,6 +7,7 @@
 
 #include "ops/geometry.h"
 #include "ops/tensors.h"
+#include "scratch.h"
 
 namespace fastmask {
 namespace {
@@ -126,7 +127,7 @@ void mix_masks(const MaskPlanes& planes, const ClassTable& table, const Taps& ro
   const auto kernel = FASTMASK_SELECT(semantic_strip);
   parallel_for(0, bands, 1, [&](int64_t first, int64_t last) {
     PackedBand band;
-    std::vector<float> scratch(semantic_scratch(planes.queries, table.classes, rows.taps));
+    AlignedFloats scratch(semantic_scratch(planes.queries, table.classes, rows.taps));
     for (int64_t i = first; i < last; ++i) {
       const int64_t begin = i * height, end = std::min(begin + height, rows.out);
       const int64_t read_end = rows.index[(rows.taps - 1) * rows.stride + end - 1] + 1;
@@ -144,7 +145,7 @@ void count_nans(const MaskPlanes& planes, const Taps& columns, int32_t* nan_logi
   const auto kernel = FASTMASK_SELECT(pack_logits);
   std::vector<int32_t> nans(kBands * planes.queries);
   parallel_for(0, kBands, 1, [&](int64_t first, int64_t last) {
-    std::vector<float> scratch(pack_scratch(planes.columns));
+    AlignedFloats scratch(pack_scratch(planes.columns));
     for (int64_t i = first; i < last; ++i) {
       const int64_t begin = planes.rows * i / kBands, end = planes.rows * (i + 1) / kBands;
       kernel(planes, columns, begin, end, end, PackedLogits{}, nans.data() + i * planes.queries, scratch.data());

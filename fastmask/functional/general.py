@@ -8,7 +8,7 @@ from torch import Tensor
 from fastmask.functional._inference import prepare
 from fastmask.functional.panoptic import kept_queries, pixel_winners
 from fastmask.ops.panoptic import OPERATOR
-from fastmask.ops.semantic import label_dtype
+from fastmask.targets import label_dtype
 
 
 @torch.no_grad()

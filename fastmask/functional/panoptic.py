@@ -104,8 +104,9 @@ def panoptic_inference(
             padded_size=padded_size,
             valid_size=valid_size,
         )
-        kept = _kept(class_logits.to(dtype), threshold)[2]
-        nan_logits = logits.isnan().sum((-2, -1), dtype=torch.int32) * kept
+        if details:
+            kept = _kept(class_logits.to(dtype), threshold)[2]
+            nan_logits = logits.isnan().sum((-2, -1), dtype=torch.int32) * kept
     else:
         masks, scores, classes, queries = kept_queries(class_logits.to(dtype), masks, threshold)
         winner, areas, nan = pixel_winners(

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fastmask.functional._checks import check_choice
 from fastmask.functional._inference import MaskSource, prepare
-from fastmask.ops.semantic import OPERATOR, call, label_dtype
+from fastmask.ops.semantic import OPERATOR, call
+from fastmask.targets import label_dtype
 
 ORDERS = ("masks", "scores")
 OUTPUTS = ("labels", "scores")
@@ -95,7 +96,7 @@ def _run_bands(
     for band in masks.bands():
         *maps, nan_logits = call(backend, probabilities, band.mask_logits, order, output, details, *band.geometry)
         if band.repeated:
-            nan_logits = nan_logits - band.mask_logits[:, :, : band.repeated].isnan().sum((-2, -1), dtype=torch.int32)
+            nan_logits = nan_logits - band.repeated_nan_logits()
         bands.append((*maps, nan_logits))
     if len(bands) == 1:
         return bands[0]

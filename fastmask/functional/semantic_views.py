@@ -11,7 +11,8 @@ from torch import Tensor
 from fastmask.functional._checks import check_choice
 from fastmask.functional._inference import Band, MaskSource, prepare
 from fastmask.functional.semantic import ORDERS, OUTPUTS
-from fastmask.ops.semantic import OPERATOR, call, label_dtype
+from fastmask.ops.semantic import OPERATOR, call
+from fastmask.targets import label_dtype
 
 # Scores that exist at a time: of a band of the result's rows, and as many again of one view of it.
 BAND_BYTES = 64 << 20

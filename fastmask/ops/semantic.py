@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastmask.ops._geometry import GEOMETRY
 from fastmask.ops.library import Operator
+from fastmask.targets import label_dtype
 
 OPERATOR = Operator("semantic_inference", native=("cpu",), triton=True)
 
@@ -19,13 +20,6 @@ torch.library.define(
     f"(Tensor probabilities, Tensor mask_logits, str order, str output, bool details, {GEOMETRY}) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
-
-
-def label_dtype(num_classes: int) -> torch.dtype:
-    """The smallest of uint8, int16 and int32 that holds the classes ``0..num_classes-1``, as in the reference."""
-    if num_classes <= 2**8:
-        return torch.uint8
-    return torch.int16 if num_classes <= 2**15 else torch.int32
 
 
 @torch.library.register_fake("fastmask::semantic_inference")
