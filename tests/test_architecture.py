@@ -28,7 +28,11 @@ ALLOWED = {
     "models": {*LEAVES, "ops", "functional", "modules"},
     "integrations": {*LEAVES, "ops", "functional", "modules", "models"},
     "metrics": {*LEAVES},
-    "cli": {*LEAVES, "ops", "functional", "modules", "models", "data", "metrics", "integrations", "testing", "measure"},
+    "training": {*LEAVES, "ops", "functional", "modules", "models", "data", "metrics"},
+    "prediction": {*LEAVES, "models", "data"},
+    "export": {*LEAVES, "ops", "functional", "modules", "models"},
+    "cli": {*LEAVES, *("ops functional modules models data metrics training prediction export".split())}
+    | {"integrations", "testing", "measure"},
     "testing": {*LEAVES, "ops"},
     "measure": set(),
 }
