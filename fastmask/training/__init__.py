@@ -1,0 +1,19 @@
+"""Training: recipes, optimisers and schedules."""
+
+from fastmask.training.optimizer import (
+    clip_gradients,
+    learning_rate_factor,
+    make_optimizer,
+    make_schedule,
+    parameter_groups,
+)
+from fastmask.training.recipe import Recipe
+
+__all__ = [
+    "Recipe",
+    "clip_gradients",
+    "learning_rate_factor",
+    "make_optimizer",
+    "make_schedule",
+    "parameter_groups",
+]
