@@ -1,4 +1,4 @@
-"""What all configurations share, as plain data that is checked, replaced and kept as JSON; and those of all networks."""
+"""What all configurations share, plain data that is checked, replaced and kept as JSON; and what those of networks do."""
 
 from __future__ import annotations
 
