@@ -8,9 +8,11 @@ from fastmask.training.optimizer import (
     parameter_groups,
 )
 from fastmask.training.recipe import Recipe
+from fastmask.training.trainer import Trainer
 
 __all__ = [
     "Recipe",
+    "Trainer",
     "clip_gradients",
     "learning_rate_factor",
     "make_optimizer",
