@@ -1,4 +1,4 @@
-"""What all configurations share, plain data that is checked, replaced and kept as JSON; and what those of networks do."""
+"""What all configurations share, plain data that is checked, replaced and kept as JSON; what those of networks share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 Config = TypeVar("Config", bound="PlainConfig")
 
@@ -91,6 +91,9 @@ class PlainConfig:
 class ModelConfig(PlainConfig):
     """Base of the frozen dataclasses that networks are built from."""
 
+    # The network's name in configurations that are kept as JSON.
+    model_type: ClassVar[str]
+
     num_classes: int
     class_names: tuple[str, ...]
 
@@ -103,6 +106,22 @@ class ModelConfig(PlainConfig):
             f"{len(self.class_names)} names",
             f"{self.num_classes} (num_classes) or none",
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The network's "type" and every field, as JSON knows them: tuples become lists."""
+        return {"type": self.model_type, **super().to_dict()}
+
+    @classmethod
+    def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
+        """The inverse of :meth:`to_dict`. The type and fields with a default may be missing.
+
+        Raises:
+            ValueError: another network's type, or keys that are unknown or missing; the message names them.
+        """
+        values = dict(values)
+        kind = values.pop("type", cls.model_type)
+        require(kind == cls.model_type, "type", repr(kind), f"{cls.model_type!r}, as for every {cls.__name__}")
+        return super().from_dict(values)
 
     def require_outside_classes(self, name: str) -> None:
         """Refuses a field that should mark the absence of a class and is a class.
