@@ -1,4 +1,4 @@
-"""What all configurations share, plain data that is checked, replaced and kept as JSON; what those of networks share."""
+"""What all configurations share, as plain data that is checked, replaced and kept as JSON; then what networks share."""
 
 from __future__ import annotations
 
