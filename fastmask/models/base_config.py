@@ -1,4 +1,4 @@
-"""What all configurations share, plain data that is checked, replaced and kept as JSON; and what those of networks do."""
+"""What all configurations share, plain data that is checked, replaced and kept as JSON; what those of networks share."""
 
 from __future__ import annotations
 
