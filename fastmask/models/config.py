@@ -124,7 +124,7 @@ class MaskFormerConfig(PixelDecoderConfig):
         Raises:
             ValueError: an unknown name.
         """
-        return MaskFormerConfig._from_preset(PRESETS, name, num_classes, overrides)
+        return MaskFormerConfig._from_preset(PRESETS, name, {"num_classes": num_classes, **overrides})
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -85,7 +85,7 @@ class PerPixelBaselineConfig(PixelDecoderConfig):
         Raises:
             ValueError: an unknown name.
         """
-        return PerPixelBaselineConfig._from_preset(PRESETS, name, num_classes, overrides)
+        return PerPixelBaselineConfig._from_preset(PRESETS, name, {"num_classes": num_classes, **overrides})
 
 
 PRESETS: dict[str, dict[str, Any]] = {
