@@ -1,4 +1,4 @@
-"""What all configurations share, plain data that is checked, replaced and kept as JSON; and what those of networks do."""
+"""What all configurations share, as plain data that is checked, replaced and kept as JSON; then what networks share."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
+
+from fastmask.models import efficientnet
 
 Config = TypeVar("Config", bound="PlainConfig")
 
@@ -165,6 +167,9 @@ class PixelDecoderConfig(ImageModelConfig):
     size_divisibility: int
 
     def __post_init__(self) -> None:
+        for name, values in pixel_statistics(self.backbone).items():
+            if not getattr(self, name):
+                object.__setattr__(self, name, values)
         super().__post_init__()
         self.require_at_least(1, "hidden_dim", "mask_dim", "pixel_decoder_dim", "decoder_layers", "num_heads")
         self.require_at_least(1, "feedforward_dim", "size_divisibility")
@@ -174,6 +179,13 @@ class PixelDecoderConfig(ImageModelConfig):
         multiple = math.lcm(4, self.num_heads)
         for name in ["hidden_dim", *(["pixel_decoder_dim"] if self.encoder_layers else [])]:
             require(getattr(self, name) % multiple == 0, name, getattr(self, name), f"a multiple of {multiple}")
+
+
+def pixel_statistics(backbone: str) -> dict[str, tuple[float, ...]]:
+    """ "pixel_mean" and "pixel_std" that go with a backbone's pretrained weights: ImageNet's, but for EfficientNet-lite0."""
+    if backbone == efficientnet.NAME:
+        return {"pixel_mean": efficientnet.PIXEL_MEAN, "pixel_std": efficientnet.PIXEL_STD}
+    return {"pixel_mean": IMAGENET_MEAN, "pixel_std": IMAGENET_STD}
 
 
 def require(holds: bool, name: str, value: Any, expected: str) -> None:

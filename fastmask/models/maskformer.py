@@ -35,7 +35,8 @@ class MaskFormer(PixelDecoderModel):
         backbone: a name, as in the configuration; or a module that returns a list or tuple of maps at the strides 4,
             8, 16 and 32, from fine to coarse (with a configuration, only a module).
         backbone_channels: the channels of these maps; by default the module's attribute ``channels``.
-        pretrained_backbone: a folder or hub id from which ``transformers`` reads the backbone.
+        pretrained_backbone: a folder or hub id from which ``transformers`` reads the backbone; "imagenet" for
+            EfficientNet-lite0, whose weights are a package.
         options: fields of the configuration.
 
     Raises:
