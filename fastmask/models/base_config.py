@@ -182,7 +182,7 @@ class PixelDecoderConfig(ImageModelConfig):
 
 
 def pixel_statistics(backbone: str) -> dict[str, tuple[float, ...]]:
-    """ "pixel_mean" and "pixel_std" that go with a backbone's pretrained weights: ImageNet's, but for EfficientNet-lite0."""
+    """The pixel statistics of a backbone's pretrained weights: ImageNet's, or those of EfficientNet-lite0."""
     if backbone == efficientnet.NAME:
         return {"pixel_mean": efficientnet.PIXEL_MEAN, "pixel_std": efficientnet.PIXEL_STD}
     return {"pixel_mean": IMAGENET_MEAN, "pixel_std": IMAGENET_STD}
