@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 Config = TypeVar("Config", bound="ModelConfig")
 
@@ -20,6 +20,9 @@ class ModelConfig:
     """Base of the frozen dataclasses that networks are built from. It checks the types of all fields, and the values of
     those that every network has.
     """
+
+    # The network's name in configurations that are kept as JSON.
+    model_type: ClassVar[str]
 
     num_classes: int
     class_names: tuple[str, ...]
@@ -58,16 +61,19 @@ class ModelConfig:
         return replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field, as JSON knows them: tuples become lists."""
-        return json.loads(json.dumps(asdict(self)))
+        """The network's "type" and every field, as JSON knows them: tuples become lists."""
+        return {"type": self.model_type, **json.loads(json.dumps(asdict(self)))}
 
     @classmethod
     def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
-        """The inverse of :meth:`to_dict`. A field with a default may be missing.
+        """The inverse of :meth:`to_dict`. The type and fields with a default may be missing.
 
         Raises:
-            ValueError: keys that are unknown or missing; the message names them.
+            ValueError: another network's type, or keys that are unknown or missing; the message names them.
         """
+        values = dict(values)
+        kind = values.pop("type", cls.model_type)
+        require(kind == cls.model_type, "type", repr(kind), f"{cls.model_type!r}, as for every {cls.__name__}")
         names = [f.name for f in fields(cls)]
         unknown, missing = sorted(set(values) - set(names)), [] if "num_classes" in values else ["num_classes"]
         problems = [f"unknown keys {', '.join(unknown)}"] if unknown else []

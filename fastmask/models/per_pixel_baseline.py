@@ -48,6 +48,8 @@ class PerPixelBaselineConfig(PixelDecoderConfig):
         ValueError: a value out of range.
     """
 
+    model_type = "PerPixelBaseline"
+
     num_classes: int
     transformer_decoder: bool = False
     backbone: str = "resnet50"
