@@ -164,14 +164,16 @@ def semantic_augmentation(
     *,
     short_side: int = 512,
     max_side: int = 2048,
+    scales: tuple[float, float] = (0.5, 2.0),
     max_category_share: float = 1.0,
 ) -> Compose:
     """What MaskFormer and Segmenter train semantic segmentation with.
 
-    The shorter side is 0.5 to 2 times ``short_side`` in steps of 0.1; then crop, colour and flip. MaskFormer takes
+    The shorter side is ``scales`` times ``short_side`` in steps of 0.1; then crop, colour and flip. MaskFormer takes
     these defaults for ADE20K, (512, 1024), 1024 and 4096 for Cityscapes; Segmenter limits a class to 0.75 of a crop.
     """
-    sides = tuple(short_side * tenths // 10 for tenths in range(5, 21))
+    least, greatest = (round(10 * scale) for scale in scales)
+    sides = tuple(short_side * tenths // 10 for tenths in range(least, greatest + 1))
     crop_step = RandomCrop(crop, max_category_share)
     return Compose((ResizeShortSide(sides, max_side), crop_step, ColourJitter(), RandomFlip()))
 

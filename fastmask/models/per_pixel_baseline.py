@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastmask.functional import mask_products
 from fastmask.models.base import Images, PixelDecoderModel
-from fastmask.models.base_config import IMAGENET_MEAN, IMAGENET_STD, PixelDecoderConfig
+from fastmask.models.base_config import PixelDecoderConfig
 from fastmask.models.images import ImageBatch, Size
 from fastmask.models.inference import check_sizes
 from fastmask.models.per_pixel import PixelTargets, check_output, fit_class_map, per_pixel_loss, pixel_results, upsample
@@ -40,8 +40,8 @@ class PerPixelBaselineConfig(PixelDecoderConfig):
         ignore_index: the class of pixels that do not count, outside ``0..K-1``.
         class_names: one name for each class, or empty.
         size_divisibility: images are padded at the bottom and right to a multiple of this.
-        pixel_mean: per channel, subtracted from images in 0..1.
-        pixel_std: per channel, divides what remains.
+        pixel_mean: per channel, subtracted from images in 0..1; by default what the backbone's pretrained weights want.
+        pixel_std: per channel, divides what remains; by default likewise.
 
     Raises:
         TypeError: a value of the wrong type.
@@ -66,8 +66,8 @@ class PerPixelBaselineConfig(PixelDecoderConfig):
     ignore_index: int = 255
     class_names: tuple[str, ...] = ()
     size_divisibility: int = 32
-    pixel_mean: tuple[float, ...] = IMAGENET_MEAN
-    pixel_std: tuple[float, ...] = IMAGENET_STD
+    pixel_mean: tuple[float, ...] = ()
+    pixel_std: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,7 +85,7 @@ class PerPixelBaselineConfig(PixelDecoderConfig):
         Raises:
             ValueError: an unknown name.
         """
-        return PerPixelBaselineConfig._from_preset(PRESETS, name, num_classes, overrides)
+        return PerPixelBaselineConfig._from_preset(PRESETS, name, {"num_classes": num_classes, **overrides})
 
 
 PRESETS: dict[str, dict[str, Any]] = {

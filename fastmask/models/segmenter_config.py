@@ -109,7 +109,7 @@ class SegmenterConfig(ImageModelConfig):
         Raises:
             ValueError: an unknown name.
         """
-        return SegmenterConfig._from_preset(PRESETS, name, num_classes, overrides)
+        return SegmenterConfig._from_preset(PRESETS, name, {"num_classes": num_classes, **overrides})
 
 
 def check_window(size: int, stride: int) -> None:

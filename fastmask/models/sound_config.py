@@ -102,7 +102,7 @@ class SoundEventConfig(ModelConfig):
         Raises:
             ValueError: an unknown name.
         """
-        return SoundEventConfig._from_preset(PRESETS, name, num_classes, overrides)
+        return SoundEventConfig._from_preset(PRESETS, name, {"num_classes": num_classes, **overrides})
 
 
 PRESETS: dict[str, dict[str, Any]] = {
