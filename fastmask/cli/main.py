@@ -9,6 +9,7 @@ import typer
 from fastmask.cli.convert import convert
 from fastmask.cli.evaluate import evaluate
 from fastmask.cli.info import info
+from fastmask.cli.predict import predict
 
 app = typer.Typer(
     add_completion=False,
@@ -17,6 +18,7 @@ app = typer.Typer(
     help="Mask-classification segmentation with fused kernels.",
 )
 app.command()(evaluate)
+app.command()(predict)
 app.command()(convert)
 app.command()(info)
 
@@ -25,7 +27,7 @@ def main() -> None:
     """Runs the command; errors of the user's input end it with a line instead of a traceback."""
     try:
         app()
-    except (FileNotFoundError, FileExistsError, ImportError, ValueError, TypeError) as error:
+    except (OSError, ImportError, ValueError, TypeError) as error:
         print(f"fastmask: {error}", file=sys.stderr)
         sys.exit(1)
 
