@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from fastmask.models import efficientnet
 
@@ -70,12 +70,7 @@ class PlainConfig:
             FileNotFoundError: no such file.
             ValueError: the file is not JSON, or its keys are not those of a configuration; the message names the file.
         """
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not a JSON file: {error}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} holds a {type(values).__name__}; expected a configuration's keys")
+        values = read_json(path)
         try:
             return cls.from_dict(values)
         except (TypeError, ValueError) as error:
@@ -91,7 +86,10 @@ class PlainConfig:
 
 
 class ModelConfig(PlainConfig):
-    """Base of the frozen dataclasses that networks are built from."""
+    """Base of the frozen dataclasses that networks are built from. Kept as JSON, they say which network is theirs."""
+
+    # The network's name: "type" in the JSON.
+    model_type: ClassVar[str]
 
     num_classes: int
     class_names: tuple[str, ...]
@@ -105,6 +103,21 @@ class ModelConfig(PlainConfig):
             f"{len(self.class_names)} names",
             f"{self.num_classes} (num_classes) or none",
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The network's "type", and every field as JSON knows them: tuples become lists."""
+        return {"type": self.model_type, **super().to_dict()}
+
+    @classmethod
+    def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
+        """The inverse of :meth:`to_dict`. The type, and a field with a default, may be missing.
+
+        Raises:
+            ValueError: another network's type, or keys that are unknown or missing; the message names them.
+        """
+        kind = values.get("type", cls.model_type)
+        require(kind == cls.model_type, "type", repr(kind), f"{cls.model_type!r}, as for every {cls.__name__}")
+        return super().from_dict({name: value for name, value in values.items() if name != "type"})
 
     def require_outside_classes(self, name: str) -> None:
         """Refuses a field that should mark the absence of a class and is a class.
@@ -168,6 +181,22 @@ def pixel_statistics(backbone: str) -> dict[str, tuple[float, ...]]:
     if backbone == efficientnet.NAME:
         return {"pixel_mean": efficientnet.PIXEL_MEAN, "pixel_std": efficientnet.PIXEL_STD}
     return {"pixel_mean": IMAGENET_MEAN, "pixel_std": IMAGENET_STD}
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """What a configuration's file holds.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is not JSON, or no object; the message names it.
+    """
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a JSON file: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}; expected a configuration's keys")
+    return values
 
 
 def require(holds: bool, name: str, value: Any, expected: str) -> None:

@@ -56,6 +56,8 @@ class MaskFormerConfig(PixelDecoderConfig):
         ValueError: a value out of range.
     """
 
+    model_type = "MaskFormer"
+
     num_classes: int
     backbone: str = "resnet50"
     backbone_options: Mapping[str, Any] = field(default_factory=dict)
