@@ -132,14 +132,15 @@ class Recipe(PlainConfig):
 
     @staticmethod
     def preset(name: str, **overrides: Any) -> Recipe:
-        """A recipe by name: one of the papers', for their data sets, batch sizes and numbers of steps, with the values of
+        """A recipe by name: one of the papers', with its data set, batch size, number of steps and the other values of
         the authors' configuration files; or "finetune", for a few hundred images and a pretrained backbone.
 
         Args:
             name: "maskformer-" and "ade20k", "ade20k-swin" (tiny and small), "ade20k-swin-640" (base and large),
                 "ade20k-full", "ade20k-panoptic", "cityscapes", "mapillary", "coco-stuff-10k", "coco-panoptic" or
                 "coco-panoptic-swin"; "segmenter-" and "ade20k", "pascal-context" or "cityscapes"; "mask2former-" and
-                "ade20k", "ade20k-640" (panoptic, instance, and large backbones), "cityscapes", "mapillary" or "coco"; "finetune".
+                "ade20k", "ade20k-640" (panoptic, instance, and large backbones), "cityscapes", "mapillary" or "coco";
+                "finetune".
             overrides: fields to set otherwise.
 
         Raises:
