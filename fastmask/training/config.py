@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ class TrainingConfig(PlainConfig):
 
     data: str
     model: ModelConfig
-    recipe: Recipe = Recipe()  # noqa: RUF009: frozen
+    recipe: Recipe = field(default_factory=Recipe)
     kind: str = "auto"
     task: str = ""
     train_split: str = "train"

@@ -58,7 +58,7 @@ class LossRecord:
         self.values += rows
 
     def take_mean(self) -> dict[str, float]:
-        """The mean over the steps that were read, which are then forgotten; of gradients, over those that are finite."""
+        """The mean over the steps that were read, which are then forgotten; of gradients, over the finite ones."""
         rows, self.values = self.values, []
         means = {}
         for name in rows[0] if rows else ():
