@@ -95,9 +95,9 @@ class PlainConfig:
 
 
 class ModelConfig(PlainConfig):
-    """Base of the frozen dataclasses that networks are built from."""
+    """Base of the frozen dataclasses that networks are built from. Kept as JSON, they say which network is theirs."""
 
-    # The network's name in configurations that are kept as JSON.
+    # The network's name: "type" in the JSON.
     model_type: ClassVar[str]
 
     num_classes: int
@@ -114,20 +114,19 @@ class ModelConfig(PlainConfig):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The network's "type" and every field, as JSON knows them: tuples become lists."""
+        """The network's "type", and every field as JSON knows them: tuples become lists."""
         return {"type": self.model_type, **super().to_dict()}
 
     @classmethod
     def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
-        """The inverse of :meth:`to_dict`. The type and fields with a default may be missing.
+        """The inverse of :meth:`to_dict`. The type, and a field with a default, may be missing.
 
         Raises:
             ValueError: another network's type, or keys that are unknown or missing; the message names them.
         """
-        values = dict(values)
-        kind = values.pop("type", cls.model_type)
+        kind = values.get("type", cls.model_type)
         require(kind == cls.model_type, "type", repr(kind), f"{cls.model_type!r}, as for every {cls.__name__}")
-        return super().from_dict(values)
+        return super().from_dict({name: value for name, value in values.items() if name != "type"})
 
     def require_outside_classes(self, name: str) -> None:
         """Refuses a field that should mark the absence of a class and is a class.
