@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from fastmask.cli.convert import FORMATS, convert_checkpoint
+from fastmask.cli.train import train
 
 app = typer.Typer(
     add_completion=False,
@@ -16,6 +17,7 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Mask-classification segmentation with fused kernels.",
 )
+app.command()(train)
 FORMAT_HELP = f"One of {', '.join(FORMATS)}"
 
 
@@ -58,7 +60,7 @@ def main() -> None:
     """Runs the command; errors of the user's input end it with a line instead of a traceback."""
     try:
         app()
-    except (FileNotFoundError, FileExistsError, ValueError, TypeError) as error:
+    except (OSError, ImportError, FloatingPointError, ValueError, TypeError) as error:
         print(f"fastmask: {error}", file=sys.stderr)
         sys.exit(1)
 

@@ -52,4 +52,6 @@ def draw_curves(records: Sequence[Mapping[str, Any]], path: Path, measured: Sequ
 def _plot(axes: Any, points: Sequence[tuple[int, float | None]], label: str, i: int, marker: str = "") -> None:
     points = [(step, value) for step, value in points if value is not None]
     if points:
-        axes.plot(*zip(*points, strict=True), color=COLOURS[i % len(COLOURS)], linewidth=1.8, label=label, marker=marker)
+        axes.plot(
+            *zip(*points, strict=True), color=COLOURS[i % len(COLOURS)], linewidth=1.8, label=label, marker=marker
+        )

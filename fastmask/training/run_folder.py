@@ -87,12 +87,9 @@ class RunFolder:
         for folder in (self.root, self.checkpoints, self.model, self.best):
             remove_temporary(folder)
 
-    def best_score(self, name: str) -> float:
-        """Of the network in ``best``, the number of a name; minus infinity if there is none."""
-        if not self.score.is_file():
-            return -math.inf
-        value = json.loads(self.score.read_text(encoding="utf-8"))["evaluation"].get(name)
-        return -math.inf if value is None else value
+    def best_score(self) -> float:
+        """Of the network in ``best``; minus infinity if there is none."""
+        return read_json(self.score).get("score", -math.inf)
 
 
 class MetricsFile:
@@ -109,8 +106,8 @@ class MetricsFile:
         """Every record, without a last line that a killed process left unfinished."""
         if not self.path.is_file():
             return []
-        *lines, last = self.path.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines]
+        lines = self.path.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines[:-1]]
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Adds a line; what is not finite becomes null."""
@@ -122,6 +119,11 @@ class MetricsFile:
         if self.path.is_file():
             kept = [json.dumps(record) + "\n" for record in self.read() if record["step"] <= step]
             _replace(self.path, "".join(kept))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What :func:`write_json` wrote; empty if there is no such file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

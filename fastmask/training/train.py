@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,20 +17,18 @@ from torch.utils.data import DataLoader
 
 from fastmask.data import Augmented, Compose, SegmentationDataset, check_dataset, collate, open_dataset
 from fastmask.metrics import InstanceMetrics
-from fastmask.models.auto import config_from_dict, load_model, model_from_dict
+from fastmask.models.auto import load_model, model_from_dict
 from fastmask.models.base import PretrainedModel
-from fastmask.models.base_config import ModelConfig
-from fastmask.training.activation_checkpointing import checkpoint_activations
 from fastmask.training.checkpoint import load_newest, save_checkpoint
 from fastmask.training.config import TrainingConfig
 from fastmask.training.curves import draw_curves
-from fastmask.training.distributed import Processes, any_process, cleanup, setup, together, unwrap, whole, wrap
+from fastmask.training.distributed import Processes, any_process, cleanup, setup, together, whole, wrap
 from fastmask.training.evaluation import evaluate
 from fastmask.training.interruption import Interruption, ignore_signals
 from fastmask.training.losses import LossRecord
 from fastmask.training.main_process import in_main
 from fastmask.training.random_state import random_state, random_state_kept, seed_all, set_random_state
-from fastmask.training.run_folder import MetricsFile, RunFolder, write_json
+from fastmask.training.run_folder import MetricsFile, RunFolder, read_json, write_json
 from fastmask.training.run_log import INSTALL, RunLog
 from fastmask.training.sampler import StepSampler
 from fastmask.training.trainer import Trainer
@@ -130,8 +128,10 @@ class _Run:
         state = load_newest(folder.checkpoints) if resume else None
         seed_all(config.seed)
         model = _start_model(config) if state is None else model_from_dict(state[1]["model"])
-        self.model_config: ModelConfig = model.config
+        name, self.model_config = type(model).__name__, model.config
         if config.activation_checkpointing:
+            from fastmask.training.activation_checkpointing import checkpoint_activations
+
             checkpoint_activations(model)
         model = wrap(model.to(processes.device).train(), config.strategy)
         self.trainer = Trainer(model, config.recipe, precision=config.precision, accumulate=config.accumulate)
@@ -149,7 +149,7 @@ class _Run:
         log.open(folder, self.trainer.steps, config.recipe.steps)
         self.evaluated = in_main(self._last_evaluation)
         self.data = self._step_batches(loader)
-        self._say_what_begins(None if state is None else state[0])
+        self._say_what_begins(name, None if state is None else state[0])
         self._seconds, self._timed = 0.0, 0
 
     def complete(self) -> None:
@@ -163,7 +163,9 @@ class _Run:
             finished = self._take_steps(interruption)
         self._save_model(self.folder.model)
         if not finished:
-            self.log.say(f"stopped at step {self.trainer.steps}; fastmask train --resume -o {self.folder.root} continues")
+            self.log.say(
+                f"stopped at step {self.trainer.steps}; fastmask train --resume -o {self.folder.root} continues"
+            )
             interruption.end()
         in_main(self._write_result)
         best = f", the best {self.folder.best}" if self.folder.score.is_file() else ""
@@ -174,7 +176,7 @@ class _Run:
         splits = [config.train_split, *([config.val_split] if config.val_split else [])]
         sets = [open_dataset(config.data, split, config.kind, config.task or None) for split in splits]
         self.log.say(f"checking {' + '.join(str(len(each)) for each in sets)} samples of {config.data}")
-        in_main(lambda: [check_dataset(each, full=not quick) for each in sets] and None)
+        in_main(lambda: _check_files(sets, quick))
         info, model = sets[0].info, config.model
         for each in sets[1:]:
             if (each.info.class_names, each.info.stuff_classes) != (info.class_names, info.stuff_classes):
@@ -220,6 +222,7 @@ class _Run:
             self._evaluate()
         while trainer.steps < config.recipe.steps:
             start = time.perf_counter()
+            rates = {group["name"]: group["lr"] for group in trainer.optimizer.param_groups}
             self.losses.append(trainer.step(next(self.data)))
             self._timed += 1
             stop = any_process(interruption.signal is not None)
@@ -231,7 +234,7 @@ class _Run:
             self._seconds += time.perf_counter() - start
             self.log.advance()
             if report:
-                self._report()
+                self._report(rates)
             if save:
                 self._save_checkpoint()
             if evaluation and not stop:
@@ -241,14 +244,14 @@ class _Run:
                 return False
         return True
 
-    def _report(self) -> None:
+    def _report(self, learning_rates: dict[str, float]) -> None:
         trainer, device = self.trainer, self.processes.device
         if device.type == "cuda":
             memory = torch.cuda.max_memory_allocated(device) / 2**30
         else:
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         extra = {
-            "learning_rates": {group["name"]: group["lr"] for group in trainer.optimizer.param_groups},
+            "learning_rates": learning_rates,
             "images_per_second": self._timed * self.config.recipe.batch_size / self._seconds,
             "memory": memory,
         }
@@ -276,7 +279,7 @@ class _Run:
             name: dict(zip(found.class_names, values, strict=True)) for name, values in found.per_class.items()
         }
         score = found.numbers.get(self.score, found.numbers.get("mIoU"))
-        if in_main(lambda: score > self.folder.best_score(self.score)):
+        if in_main(lambda: score > self.folder.best_score()):
             self._save_model(self.folder.best, model)
             in_main(lambda: write_json(self.folder.score, {"step": step, "score": score, "evaluation": found.numbers}))
         # The record comes last: an evaluation that was killed before is done again.
@@ -301,7 +304,7 @@ class _Run:
             "random": random,
             "losses": self.losses.values,
         }
-        in_main(lambda: save_checkpoint(self.folder.checkpoints, trainer.steps, state) and None)
+        in_main(lambda: save_checkpoint(self.folder.checkpoints, trainer.steps, state))
 
     def _restore(self, state: dict[str, Any]) -> list[dict[str, float]]:
         self.trainer.load_state_dict(state["trainer"])
@@ -328,15 +331,30 @@ class _Run:
             {"steps": self.trainer.steps, "evaluation": records[-1]["evaluation"] if records else {}},
         )
 
-    def _say_what_begins(self, checkpoint: Path | None) -> None:
-        config, processes, model = self.config, self.processes, unwrap(self.trainer.model)
-        parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    def _say_what_begins(self, name: str, checkpoint: Path | None) -> None:
+        config, processes = self.config, self.processes
+        parameters = sum(parameter.numel() for parameter in self.trainer.model.parameters()) / 1e6
         self.log.say(
-            f"{type(model).__name__} with {parameters:.2f} million parameters; batches of {config.recipe.batch_size} "
+            f"{name} with {parameters:.2f} million parameters; batches of {config.recipe.batch_size} "
             f"from {len(self.train_set)} samples, {config.precision}; {processes.world_size} x {processes.device}"
         )
         if checkpoint is not None:
             self.log.say(f"continuing from {checkpoint}")
+
+
+def _check_files(sets: Sequence[SegmentationDataset], quick: bool) -> None:
+    """Names the broken files of all sets at once."""
+    faults = [fault for each in sets if (fault := _faults(each, quick))]
+    if faults:
+        raise ValueError("\n".join(faults))
+
+
+def _faults(dataset: SegmentationDataset, quick: bool) -> str:
+    try:
+        check_dataset(dataset, full=not quick)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _start_model(config: TrainingConfig) -> PretrainedModel:
@@ -353,7 +371,7 @@ def _start_model(config: TrainingConfig) -> PretrainedModel:
 
 
 def _result(folder: RunFolder) -> TrainingResult:
-    result, score = folder.read(folder.result), folder.read(folder.score)
+    result, score = read_json(folder.result), read_json(folder.score)
     return TrainingResult(
         folder.root,
         folder.model,
