@@ -13,6 +13,7 @@ from fastmask.training.distributed import together
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Within this time a second signal is the same wish: torchrun passes on what the terminal has sent to all processes.
 SAME_WISH = 2.0  # seconds
+GRACE = 30  # seconds, as torchrun has it
 
 
 class Interruption:
@@ -67,7 +68,9 @@ class Interruption:
             os.kill(os.getpid(), number)
 
 
-def ignore_signals(_: int = 0) -> None:
-    """The ``worker_init_fn`` of a ``DataLoader``: its processes leave stopping to the one that they work for."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+def outlive_signals(_: int = 0) -> None:
+    """The ``worker_init_fn`` of a ``DataLoader``. Its processes receive the signals that are meant for the one that they
+    work for; they stay for as long as that may need them, and say nothing.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))

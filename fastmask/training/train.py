@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from fastmask.training.config import TrainingConfig
 from fastmask.training.curves import draw_curves
 from fastmask.training.distributed import Processes, any_process, cleanup, setup, together, whole, wrap
 from fastmask.training.evaluation import evaluate
-from fastmask.training.interruption import Interruption, ignore_signals
+from fastmask.training.interruption import Interruption, outlive_signals
 from fastmask.training.losses import LossRecord
 from fastmask.training.main_process import in_main
 from fastmask.training.random_state import random_state, random_state_kept, seed_all, set_random_state
@@ -159,7 +160,7 @@ class _Run:
             KeyboardInterrupt, SystemExit: after an interruption, with everything saved.
         """
         once_more = "stopping after this step; once more to stop at once, without saving"
-        with Interruption(once_more if self.processes.is_main else "") as interruption:
+        with Interruption(once_more if self.processes.is_main else "") as interruption, closing(self.data):
             finished = self._take_steps(interruption)
         self._save_model(self.folder.model)
         if not finished:
@@ -205,7 +206,7 @@ class _Run:
             batch_sampler=sampler,
             collate_fn=collate,
             num_workers=config.workers,
-            worker_init_fn=ignore_signals,
+            worker_init_fn=outlive_signals,
             pin_memory=processes.device.type == "cuda",
             generator=torch.Generator(),  # the default one would draw from the random state of training
         )
