@@ -20,6 +20,7 @@ from fastmask.data import Augmented, Compose, SegmentationDataset, check_dataset
 from fastmask.metrics import InstanceMetrics
 from fastmask.models.auto import load_model, model_from_dict
 from fastmask.models.base import PretrainedModel
+from fastmask.training.activation_checkpointing import checkpoint_activations
 from fastmask.training.checkpoint import load_newest, save_checkpoint
 from fastmask.training.config import TrainingConfig
 from fastmask.training.curves import draw_curves
@@ -131,8 +132,6 @@ class _Run:
         model = _start_model(config) if state is None else model_from_dict(state[1]["model"])
         name, self.model_config = type(model).__name__, model.config
         if config.activation_checkpointing:
-            from fastmask.training.activation_checkpointing import checkpoint_activations
-
             checkpoint_activations(model)
         model = wrap(model.to(processes.device).train(), config.strategy)
         self.trainer = Trainer(model, config.recipe, precision=config.precision, accumulate=config.accumulate)
@@ -286,7 +285,8 @@ class _Run:
         # The record comes last: an evaluation that was killed before is done again.
         self.log.evaluation(step, found.numbers, per_class)
         self.evaluated = step
-        in_main(self._draw_curves)
+        if step < self.config.recipe.steps:  # at the end they are drawn in any case
+            in_main(self._draw_curves)
 
     def _draw_curves(self) -> None:
         try:
