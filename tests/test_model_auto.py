@@ -119,6 +119,7 @@ def test_errors_name_the_file(tmp_path):
     path = tmp_path / "config.json"
     for text, message in {
         "{": "is not a JSON file",
+        "[]": "holds a list",
         '{"num_classes": 3, "layers": 2}': "not the fields of a MaskFormer or",
         '{"type": "Yolo"}': "type is 'Yolo'; expected one of",
         '{"model_type": "maskformer"}': "fastmask convert reads it",
@@ -127,9 +128,6 @@ def test_errors_name_the_file(tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match=f"{path}.*{message}"):
             load_model(tmp_path)
-    path.write_text("[]")
-    with pytest.raises(TypeError, match=f"{path}.*holds a list"):
-        load_model(tmp_path)
     path.unlink()
-    with pytest.raises(FileNotFoundError, match="no config.json"):
+    with pytest.raises(FileNotFoundError, match=str(path)):
         load_model(tmp_path)

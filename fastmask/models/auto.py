@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import nn
 
 from fastmask.models import config, per_pixel_baseline, segmenter_config, sound_config
 from fastmask.models.base import PretrainedModel
-from fastmask.models.base_config import ModelConfig
+from fastmask.models.base_config import ModelConfig, read_json
 from fastmask.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from fastmask.models.maskformer import MaskFormer
 from fastmask.models.per_pixel_baseline import PerPixelBaseline
@@ -145,16 +144,11 @@ def saved_type(folder: str | Path) -> type[PretrainedModel]:
         ValueError: it is not JSON, or of no known network; the message names it.
     """
     path = Path(folder) / CONFIG_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"no {CONFIG_FILE} in {folder}")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a JSON file: {error}") from error
+    values = read_json(path)
     try:
         return _type_of(values)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{path}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def model_to_dict(model: PretrainedModel | ModelConfig) -> dict[str, Any]:
@@ -203,9 +197,7 @@ def _split_modules(model: type[PretrainedModel], options: dict[str, Any]) -> dic
     return {name: options.pop(name) for name in taken}
 
 
-def _type_of(values: Any) -> type[PretrainedModel]:
-    if not isinstance(values, Mapping):
-        raise TypeError(f"holds a {type(values).__name__}; expected a configuration's keys")
+def _type_of(values: Mapping[str, Any]) -> type[PretrainedModel]:
     if "type" in values:
         if values["type"] not in MODELS:
             raise ValueError(f"type is {values['type']!r}; expected one of {', '.join(MODELS)}")

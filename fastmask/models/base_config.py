@@ -70,12 +70,7 @@ class PlainConfig:
             FileNotFoundError: no such file.
             ValueError: the file is not JSON, or its keys are not those of a configuration; the message names the file.
         """
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not a JSON file: {error}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} holds a {type(values).__name__}; expected a configuration's keys")
+        values = read_json(path)
         try:
             return cls.from_dict(values)
         except (TypeError, ValueError) as error:
@@ -182,10 +177,26 @@ class PixelDecoderConfig(ImageModelConfig):
 
 
 def pixel_statistics(backbone: str) -> dict[str, tuple[float, ...]]:
-    """ "pixel_mean" and "pixel_std" that go with a backbone's pretrained weights: ImageNet's, but for EfficientNet-lite0."""
+    """The pixel statistics of a backbone's pretrained weights: ImageNet's, or those of EfficientNet-lite0."""
     if backbone == efficientnet.NAME:
         return {"pixel_mean": efficientnet.PIXEL_MEAN, "pixel_std": efficientnet.PIXEL_STD}
     return {"pixel_mean": IMAGENET_MEAN, "pixel_std": IMAGENET_STD}
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """What a configuration's file holds.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is not JSON, or no object; the message names it.
+    """
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a JSON file: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}; expected a configuration's keys")
+    return values
 
 
 def require(holds: bool, name: str, value: Any, expected: str) -> None:

@@ -191,7 +191,7 @@ def load_model_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimiser's state with the names of the parameters, on the CPU, whatever the strategy and number of processes.
+    """The optimiser's state by the names of parameters, on the CPU, whatever the strategy and number of processes.
 
     All processes must ask for it; process 0 gets it, the others an empty one.
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from fastmask.data.sample import DatasetInfo, Sample
@@ -22,6 +21,7 @@ from fastmask.metrics.base import Metrics
 from fastmask.models.base import PretrainedModel
 from fastmask.models.maskformer import MaskFormer
 from fastmask.models.sound_event_detector import SoundEventDetector
+from fastmask.training.distributed import together, whole
 from fastmask.training.trainer import PRECISIONS
 
 # What the truth of each kind of data set serves, and of that what is evaluated by default.
@@ -88,10 +88,10 @@ def evaluate(
     image only. One batch is in memory at a time, and for "instance" the run lengths of all masks.
 
     Where ``torch.distributed`` is initialised, process r of W takes the samples r, r + W, ..., and each returns the
-    numbers of all. A model that FSDP shards does not fit that, since its processes must run in step: gather it first.
+    numbers of all.
 
     Args:
-        model: in whatever mode; the mode stays. DistributedDataParallel is looked through.
+        model: in whatever mode; the mode stays. What :func:`fastmask.training.distributed.wrap` returns may be given.
         dataset: with ``info``, as :func:`fastmask.data.open_dataset` gives; for :class:`fastmask.SoundEventDetector`
             one of :class:`fastmask.data.Clip`.
         tasks: of "semantic", "general" (semantic maps by hard assignment, MaskFormer only), "panoptic" and "instance";
@@ -126,8 +126,7 @@ def evaluate(
         raise ValueError(f"precision={precision!r} is unknown; expected one of {', '.join(PRECISIONS)}")
     if max_side is not None and short_side is None:
         raise ValueError("max_side goes with short_side")
-    if isinstance(model, DistributedDataParallel):
-        model = model.module
+    model = whole(model)
     views = _views(model, window, scales, flip)
     if isinstance(model, SoundEventDetector):
         evaluator = _ClipEvaluator(model, dataset, tasks, options or {})
@@ -138,8 +137,7 @@ def evaluate(
     if device is not None:
         model.to(device)
     device = next(model.parameters()).device
-    several = dist.is_available() and dist.is_initialized()
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if together() else (0, 1)
     resize = None if short_side is None else ResizeShortSide((short_side,), max_side)
     loader = DataLoader(
         _Share(dataset, range(rank, len(dataset), world_size), resize),
