@@ -1,8 +1,8 @@
 """Reproduces the papers' findings in small: ``python benchmarks/ablation.py --help``.
 
-Trains structures (a) per-pixel, (b) per-pixel+, (c) masks with fixed and (d) with bipartite matching, numbers of queries
-and of decoder layers, both rules of semantic inference, and (e) sound events, with equal steps, batches, samples and
-seeds; and says by an interval over the seeds which of the papers' orderings the runs show, and which they do not.
+Trains structures (a) per-pixel, (b) per-pixel+, (c) masks with fixed and (d) with bipartite matching, several numbers of
+queries and of decoder layers, and (e) sound events, with equal steps, batches, samples and seeds; compares both rules of
+semantic inference; and says, by an interval over the seeds, which of the papers' orderings the runs show and which not.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 if __name__ == "__main__":
     # So that `python benchmarks/ablation.py` finds the package, and the folder's own files shadow no other module.
@@ -23,8 +23,8 @@ import typer
 from tqdm import tqdm
 
 from benchmarks.ablations.images import SCENES
-from benchmarks.ablations.plan import COMPARISONS, LAYERS, QUERIES, Run, Settings, comparisons, plan
-from benchmarks.ablations.sounds import CLIPS, sound_config
+from benchmarks.ablations.plan import COMPARISONS, LAYERS, QUERIES, Run, Settings, plan
+from benchmarks.ablations.sounds import CLIPS
 from benchmarks.ablations.training import Bench
 from benchmarks.harness.machine import ROOT, commit, default_name, describe_machine
 from benchmarks.harness.results import read_results, write_results

@@ -8,8 +8,16 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.ablations.plan import BIPARTITE, FIXED, FRAMES, NO_MASK_LOSSES, PER_PIXEL, PER_PIXEL_PLUS, PRESENCE
-from benchmarks.ablations.plan import Variant
+from benchmarks.ablations.plan import (
+    BIPARTITE,
+    FIXED,
+    FRAMES,
+    NO_MASK_LOSSES,
+    PER_PIXEL,
+    PER_PIXEL_PLUS,
+    PRESENCE,
+    Variant,
+)
 
 CONFIDENCE = 0.95
 MASKFORMER = "arXiv:2107.06278"

@@ -36,6 +36,8 @@ class Bench:
         self.workers = workers
         self.info = images.open_images(image_settings, "train", "semantic").info
         self.panoptic = images.has_panoptic_truth(image_settings)
+        self.preset = MaskFormerConfig.preset(image_settings.model, self.info.num_classes)
+        self.sound = sounds.sound_config(sound_settings.model)
         self.stuff: tuple[int, ...] = ()
         if self.panoptic:
             self.stuff = images.open_images(image_settings, "train", "panoptic").info.stuff_classes
@@ -47,14 +49,12 @@ class Bench:
 
     def comparisons(self, queries: Sequence[int], layers: Sequence[int]) -> dict[str, list[Variant]]:
         """The variants of each comparison on these data."""
-        preset = MaskFormerConfig.preset(self.image_settings.model, self.info.num_classes)
-        sound = sounds.sound_config(self.sound_settings.model)
         return comparisons(
             self.info.num_classes,
-            preset.decoder_layers,
+            self.preset.decoder_layers,
             panoptic=self.panoptic,
-            sound_classes=sound.num_classes,
-            sound_layers=sound.decoder_layers,
+            sound_classes=self.sound.num_classes,
+            sound_layers=self.sound.decoder_layers,
             queries=queries,
             layers=layers,
         )
@@ -84,11 +84,11 @@ class Bench:
             progress: told the step and its loss, now and then.
 
         Returns:
-            A row of the results: "variant", "seed", "settings", "parameters" (their number), "loss" (of the last
-            steps), "metrics", and for mask classification "query_classes", the ``(N, K)`` counts of
-            :class:`QueryClasses`.
+            A row of the results: "variant", "seed", "settings", "class_names", "base_layers" (of variants that do not
+            vary them), "parameters" (their number), "loss" (of the last steps), "metrics", and for mask classification
+            "query_classes", the ``(N, K)`` counts of :class:`QueryClasses`.
         """
-        settings = self.settings_of(run)
+        settings, is_sound = self.settings_of(run), run.variant.structure in SOUND
         trainer = self.trainer(run)
         every = max(1, settings.steps // 50)
         tail = []
@@ -103,10 +103,12 @@ class Bench:
             "variant": asdict(run.variant),
             "seed": run.seed,
             "settings": asdict(settings),
+            "class_names": list(self.sound.class_names if is_sound else self.info.class_names),
+            "base_layers": (self.sound if is_sound else self.preset).decoder_layers,
             "parameters": sum(parameter.numel() for parameter in network.parameters()),
             "loss": torch.stack(tail).mean().item(),
         }
-        if run.variant.structure in SOUND:
+        if is_sound:
             clips = sounds.validation_clips(settings, self.workers)
             return row | {"metrics": sounds.evaluate_clips(network, clips, self.device)}
         held_out = images.validation_batches(settings, run.variant.task, self.workers)
@@ -130,7 +132,8 @@ class Bench:
     def affordable_steps(self, runs: Sequence[Run], minutes: float) -> int:
         """The one number of steps with which all runs end in time, had they all the slowest variant's steps."""
         one_each = {run.variant: run for run in reversed(runs)}
-        slowest = max(self.step_seconds(run) for run in one_each.values())
+        timed = self.with_steps(MEASURED_STEPS + 1)
+        slowest = max(timed.step_seconds(run) for run in one_each.values())
         return max(1, int(60 * minutes * (1 - EVALUATION_SHARE) / (len(runs) * slowest)))
 
     def _wait(self) -> None:
