@@ -86,14 +86,15 @@ class Judgement:
 
 def judge(finding: Finding, rows: Sequence[Row]) -> Judgement:
     """The judgement of a finding by the rows of one group of settings."""
-    better = _by_seed(rows, finding.better, finding.metric)
-    worse = _by_seed(rows, finding.worse, finding.worse_metric or finding.metric)
+    better = values_by_seed(rows, finding.better, finding.metric)
+    worse = values_by_seed(rows, finding.worse, finding.worse_metric or finding.metric)
     return Judgement(
         finding, tuple(100 * (better[seed] - worse[seed]) for seed in sorted(better.keys() & worse.keys()))
     )
 
 
-def _by_seed(rows: Sequence[Row], variant: Variant, metric: str) -> dict[int, float]:
+def values_by_seed(rows: Sequence[Row], variant: Variant, metric: str) -> dict[int, float]:
+    """A metric of a variant by seed, for the seeds that it was trained with."""
     return {
         row["seed"]: row["metrics"][metric]
         for row in rows
