@@ -59,6 +59,8 @@ def main(
     Each finished run is kept as it ends. The same command continues after an interruption; more seeds or comparisons
     add to what is there, with the steps that it was trained with.
     """
+    if device not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"device must be cpu or cuda, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("device is cuda, but torch finds no CUDA device")
     if threads is not None:

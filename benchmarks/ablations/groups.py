@@ -46,7 +46,7 @@ class Group:
         return Variant(BIPARTITE, len(self.class_names), self.rows[0]["base_layers"])
 
     def comparisons(self) -> dict[str, list[Variant]]:
-        """The variants of each comparison that has rows."""
+        """The variants of each comparison that can be made: of two at least, or of two rules of inference on one."""
         base, there = self.base, self.variants
         found = comparisons(
             base.queries,
@@ -58,7 +58,12 @@ class Group:
             layers=self._layers(),
         )
         present = {name: [variant for variant in variants if variant in there] for name, variants in found.items()}
-        return {name: variants for name, variants in present.items() if variants}
+        return {name: variants for name, variants in present.items() if len(variants) > (name != "inference")}
+
+    def answering(self) -> list[Variant]:
+        """Structure (d) with each number of queries of which it is known what they answer for."""
+        variants = [Variant(BIPARTITE, number, self.base.layers) for number in self._queries()]
+        return [variant for variant in variants if self.query_classes(variant)[0]]
 
     def judgements(self) -> list[Judgement]:
         """What the rows say of each finding whose variants were trained."""

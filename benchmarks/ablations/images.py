@@ -17,7 +17,16 @@ from benchmarks.ablations.findings import GENERAL
 from benchmarks.ablations.plan import BIPARTITE, FIXED, PER_PIXEL, Run, Settings, Variant
 from benchmarks.ablations.query_classes import QueryClasses
 from fastmask.cli.pretrain import WEIGHTS
-from fastmask.data import Augmented, Compose, ResizeShortSide, SceneDataset, SegmentationDataset, collate, open_dataset
+from fastmask.data import (
+    Augmented,
+    Compose,
+    ResizeShortSide,
+    SceneDataset,
+    SegmentationDataset,
+    check_dataset,
+    collate,
+    open_dataset,
+)
 from fastmask.metrics import PanopticMetrics, SemanticMetrics
 from fastmask.models import MaskFormer, MaskFormerConfig, PerPixelBaseline, PerPixelBaselineConfig
 from fastmask.targets import Targets
@@ -42,7 +51,23 @@ def open_images(settings: Settings, split: str, task: str) -> SegmentationDatase
     return open_dataset(settings.data, split, task=task)
 
 
+def check_images(settings: Settings) -> None:
+    """Raises one ValueError that names every broken file of both splits; only headers are read."""
+    problems = [] if settings.composed else [_faults(open_images(settings, s, "semantic")) for s in ("train", "val")]
+    if any(problems):
+        raise ValueError("\n".join(filter(None, problems)))
+
+
+def _faults(dataset: SegmentationDataset) -> str:
+    try:
+        check_dataset(dataset, full=False)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def has_panoptic_truth(settings: Settings) -> bool:
+    """Whether the data tell things apart, so that panoptic segmentation can be learned."""
     try:
         open_images(settings, "train", "panoptic")
     except ValueError:

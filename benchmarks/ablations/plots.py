@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -37,46 +37,31 @@ def write_plots(rows: Sequence[dict[str, Any]], folder: Path, name: str) -> list
     for group in groups:
         slug = f"{group.title}-{group.settings.steps}-steps".removeprefix("ablation on ")
         start = folder / f"{name}-{re.sub(r'[^a-z0-9]+', '-', slug.lower())}"
-        paths.append(_plot_comparisons(group, Path(f"{start}.png")))
-        answering = [v for v in group.comparisons().get("queries", ()) if group.query_classes(v)[0]]
-        if answering:
+        if panels := {name: variants for name, variants in group.comparisons().items() if name in METRICS}:
+            paths.append(_plot_comparisons(group, panels, Path(f"{start}.png")))
+        if answering := group.answering():
             paths.append(_plot_queries(group, answering, Path(f"{start}-query-classes.png")))
     return paths
 
 
-def _plot_comparisons(group: Group, path: Path) -> Path:
+def _plot_comparisons(group: Group, panels: Mapping[str, Sequence[Variant]], path: Path) -> Path:
     """A panel for each comparison: the mean of each metric with its spread, and each seed as a point."""
     from matplotlib import pyplot as plt
 
-    panels = {name: variants for name, variants in group.comparisons().items() if name in METRICS}
     widths = [1 + len(variants) for variants in panels.values()]
     figure, axes = plt.subplots(
         1,
-        max(1, len(panels)),
-        figsize=(1.5 + 0.85 * sum(widths), 4.2),
+        len(panels),
+        figsize=(max(7, 1 + 0.9 * sum(widths)), 4.2),
         squeeze=False,
-        gridspec_kw={"width_ratios": widths or [1]},
+        layout="constrained",
+        gridspec_kw={"width_ratios": widths},
     )
-    for axis, (name, variants) in zip(axes[0], panels.items(), strict=False):
+    for axis, (name, variants) in zip(axes[0], panels.items(), strict=True):
         metrics = [metric for metric in METRICS[name] if any(group.values(v, metric) for v in variants)]
         for number, metric in enumerate(metrics):
-            for position, variant in enumerate(variants):
-                values = group.values(variant, metric)
-                if not values:
-                    continue
-                x = position + 0.22 * (number - (len(metrics) - 1) / 2)
-                first = position == min(p for p, v in enumerate(variants) if group.values(v, metric))
-                error = stdev(values) if len(values) > 1 else 0
-                axis.errorbar(
-                    x,
-                    mean(values),
-                    error,
-                    fmt="o",
-                    color=COLORS[number],
-                    capsize=3,
-                    label=LABELS.get(metric, metric) if first else None,
-                )
-                axis.plot([x] * len(values), values, ".", color=COLORS[number], alpha=0.4, markersize=4)
+            offset = 0.22 * (number - (len(metrics) - 1) / 2)
+            _plot_metric(axis, group, variants, metric, offset, COLORS[number])
         axis.set_xticks(range(len(variants)), [_tick(name, variant) for variant in variants], fontsize=8)
         axis.set_xlim(-0.6, len(variants) - 0.4)
         axis.set_title(name, fontsize=10)
@@ -92,6 +77,18 @@ def _plot_comparisons(group: Group, path: Path) -> Path:
     return _save(figure, path)
 
 
+def _plot_metric(axis: Any, group: Group, variants: Sequence[Variant], metric: str, offset: float, color: str) -> None:
+    """A metric of the variants that have it, one place on the x axis each."""
+    places = [(place + offset, values) for place, v in enumerate(variants) if (values := group.values(v, metric))]
+    spreads = [stdev(values) if len(values) > 1 else 0 for _, values in places]
+    means = [mean(values) for _, values in places]
+    axis.errorbar(
+        [x for x, _ in places], means, spreads, fmt="o", color=color, capsize=3, label=LABELS.get(metric, metric)
+    )
+    for x, values in places:
+        axis.plot([x] * len(values), values, ".", color=color, alpha=0.4, markersize=4)
+
+
 def _tick(comparison: str, variant: Variant) -> str:
     if comparison == "queries":
         return f"{variant.queries}"
@@ -104,7 +101,9 @@ def _plot_queries(group: Group, variants: Sequence[Variant], path: Path) -> Path
     """For each number of queries: classes of each query, sorted; how many queries have how many; most shared pairs."""
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(len(variants), 3, figsize=(12, 2.4 * len(variants)), squeeze=False)
+    figure, axes = plt.subplots(
+        len(variants), 3, figsize=(12, 2.4 * len(variants)), squeeze=False, layout="constrained"
+    )
     names = group.class_names
     for row, variant in zip(axes, variants, strict=True):
         counts, _ = group.query_classes(variant)
@@ -121,8 +120,10 @@ def _plot_queries(group: Group, variants: Sequence[Variant], path: Path) -> Path
         row[2].barh(np.arange(len(pairs)), [pair.images for pair in pairs], color=COLORS[2])
         row[2].set_yticks(np.arange(len(pairs)), labels, fontsize=6)
         if not pairs:
-            row[2].text(0.5, 0.5, "no query answers for two classes", ha="center", va="center", fontsize=8)
-            row[2].set_xticks([])
+            row[2].set_axis_off()
+            row[2].text(
+                0.5, 0.5, "no query answers for two classes", fontsize=8, ha="center", transform=row[2].transAxes
+            )
         for axis in row:
             axis.tick_params(labelsize=7)
             axis.spines[["top", "right"]].set_visible(False)
@@ -136,7 +137,6 @@ def _plot_queries(group: Group, variants: Sequence[Variant], path: Path) -> Path
 def _save(figure: Any, path: Path) -> Path:
     from matplotlib import pyplot as plt
 
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path

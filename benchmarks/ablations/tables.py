@@ -19,41 +19,39 @@ METRICS = {
     "sound": ("F1", "precision", "recall"),
 }
 HEADERS = {"PQ_st": "PQ<sup>St</sup>"}
+# Headers of columns that hold words; the others hold numbers.
+WORDS = {"structure", "trained on", "network", "inference", "the paper's finding", "its difference", "reading"}
 MOST_PAIRS = 5
 
 
 def render(results: Mapping[str, Any]) -> str:
     """All groups of a result file, each with its tables."""
-    machine = results["machine"]
-    place = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
-    return "\n\n".join(render_group(group, place) for group in groups_of(results["rows"]))
+    machine = results["machine"]["gpu"] or results["machine"]["cpu"]
+    return "\n\n".join(render_group(group, machine) for group in groups_of(results["rows"]))
 
 
-def render_group(group: Group, place: str) -> str:
+def render_group(group: Group, machine: str) -> str:
     """One group's tables under a heading."""
-    sections = [f"#### {group.title}", conditions(group, place)]
+    sections = [f"#### {group.title}", conditions(group, machine)]
     for name, variants in group.comparisons().items():
         title = f"**{name}**"
         sections.append(f"{title}\n\n{inference_table(group) if name == 'inference' else table(group, name, variants)}")
     judgements = group.judgements()
     if judgements:
         sections += [findings_table(judgements), summary(judgements)]
-    answering = [v for v in group.comparisons().get("queries", ()) if group.query_classes(v)[0]]
-    if answering:
+    if answering := group.answering():
         sections.append(queries_section(group, answering))
     return "\n\n".join(sections)
 
 
-def conditions(group: Group, place: str) -> str:
+def conditions(group: Group, machine: str) -> str:
     """What all runs of the group share, and when they ran."""
     settings = group.settings
     unit = "seconds of sound" if group.is_sound else "pixels"
-    stamps = {
-        (row["commit"] or "an unknown commit") + (" with local changes" if row["dirty"] else "") for row in group.rows
-    }
+    stamps = {f"{row['commit']}{' with local changes' if row['dirty'] else ''}" for row in group.rows}
     days = sorted({row["date"].split()[0] for row in group.rows})
     return (
-        f"{place}. Preset `{settings.model}`; {settings.steps} optimiser steps of {settings.batch_size} samples of "
+        f"{machine}. Preset `{settings.model}`; {settings.steps} optimiser steps of {settings.batch_size} samples of "
         f"{settings.size} {unit}, learning rate {settings.learning_rate:g}, {settings.precision}; at most "
         f"{settings.val_samples} validation samples. Mean ± standard deviation over seeds, in %. All variants take the "
         f"same steps on the same samples. Trained {' to '.join(dict.fromkeys([days[0], days[-1]]))} at "
@@ -79,7 +77,7 @@ def table(group: Group, name: str, variants: Sequence[Variant]) -> str:
                 *map(spread, values),
             ]
         )
-    return markdown([*header, *(HEADERS.get(metric, metric) for metric in metrics)], rows, left=4)
+    return markdown([*header, *(HEADERS.get(metric, metric) for metric in metrics)], rows)
 
 
 def inference_table(group: Group) -> str:
@@ -87,10 +85,9 @@ def inference_table(group: Group) -> str:
     rows = []
     for rule, prefix in (("semantic", ""), ("general", GENERAL)):
         values = [group.values(group.base, prefix + metric) for metric in METRICS["structures"]]
-        rows.append(
-            [f"{TITLES[BIPARTITE]}, {group.base.queries} queries", rule, str(len(values[0])), *map(spread, values)]
-        )
-    return markdown(["network", "inference", "seeds", "mIoU", HEADERS["PQ_st"]], rows, left=2)
+        network = f"{TITLES[BIPARTITE]}, {group.base.queries} queries"
+        rows.append([network, rule, str(len(values[0])), *map(spread, values)])
+    return markdown(["network", "inference", "seeds", "mIoU", HEADERS["PQ_st"]], rows)
 
 
 def findings_table(judgements: Sequence[Judgement]) -> str:
@@ -113,15 +110,13 @@ def findings_table(judgements: Sequence[Judgement]) -> str:
         f"Differences in points. Here: the mean over seeds of the difference, ± half of its {CONFIDENCE:.0%} interval "
         "(Student's t, paired by seed). An ordering is shown only where the interval leaves out 0."
     )
-    return f"{markdown(header, rows, left=2)}\n\n{note}"
+    return f"{markdown(header, rows)}\n\n{note}"
 
 
 def summary(judgements: Sequence[Judgement]) -> str:
     """How many findings were read how."""
-    counts = Counter(judgement.verdict for judgement in judgements)
-    return (
-        f"Of {len(judgements)} findings: {'; '.join(f'{count} {verdict}' for verdict, count in counts.most_common())}."
-    )
+    counts = Counter(judgement.verdict for judgement in judgements).most_common()
+    return f"Of {len(judgements)} findings: {'; '.join(f'{count} {verdict}' for verdict, count in counts)}."
 
 
 def queries_section(group: Group, variants: Sequence[Variant]) -> str:
@@ -148,7 +143,7 @@ def queries_section(group: Group, variants: Sequence[Variant]) -> str:
         f"no-object, probability above {THRESHOLD}). The paper (section 4.4): not uniform, some queries capture more "
         "classes than others, similar classes and unrelated ones alike."
     )
-    return f"{intro}\n\n{markdown(header, rows, left=0)}\n\n" + "  \n".join(pairs)
+    return f"{intro}\n\n{markdown(header, rows)}\n\n" + "  \n".join(pairs)
 
 
 def pairs_line(group: Group, variant: Variant, counts: Sequence[Sequence[int]], images: int, seeds: int) -> str:
@@ -164,8 +159,8 @@ def pairs_line(group: Group, variant: Variant, counts: Sequence[Sequence[int]], 
         for a, b in [pair.classes]
     )
     return (
-        f"With {where} the pairs that share a query most often, of {len(found)} (how many of {len(counts)} queries; in how "
-        f"many images at least, of {images} for each of {seeds} seeds): {listed}."
+        f"With {where} the pairs that share a query most often, of {len(found)} (how many of {len(counts)} queries; in "
+        f"how many images at least, of {images} for each of {seeds} seeds): {listed}."
     )
 
 
@@ -183,10 +178,7 @@ def spread(values: Sequence[float]) -> str:
     return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> str:
-    """A table whose first ``left`` columns, and a last one of words, stand left and whose others stand right."""
-    words = {number for number in range(len(header)) if number < left or header[number] == "reading"}
-    rule = ["---" if number in words else "--:" for number in range(len(header))]
-    return "\n".join(
-        f"| {' | '.join(cells)} |" if cells is not rule else f"|{'|'.join(rule)}|" for cells in (header, rule, *rows)
-    )
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; columns of words stand left, those of numbers right."""
+    rule = ["---" if title in WORDS else "--:" for title in header]
+    return "\n".join([f"| {' | '.join(header)} |", f"|{'|'.join(rule)}|", *(f"| {' | '.join(row)} |" for row in rows)])

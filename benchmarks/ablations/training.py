@@ -34,6 +34,7 @@ class Bench:
         self.sound_settings = sound_settings
         self.device = device
         self.workers = workers
+        images.check_images(image_settings)
         self.info = images.open_images(image_settings, "train", "semantic").info
         self.panoptic = images.has_panoptic_truth(image_settings)
         self.preset = MaskFormerConfig.preset(image_settings.model, self.info.num_classes)
