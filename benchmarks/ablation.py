@@ -80,6 +80,8 @@ def main(
         train(bench, runs, path, None if steps else minutes)
     except KeyboardInterrupt:
         print(f"\nstopped; the same command continues from the finished runs in {path}")
+        if path.exists():
+            report(path)
         raise typer.Exit(130) from None
     report(path)
 

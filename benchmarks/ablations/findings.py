@@ -20,7 +20,6 @@ from benchmarks.ablations.plan import (
 )
 
 CONFIDENCE = 0.95
-MASKFORMER = "arXiv:2107.06278"
 NO_ORDERING = "no ordering shown"
 # Metrics of a run by which general inference is told from semantic inference.
 GENERAL = "general "
@@ -81,7 +80,7 @@ class Judgement:
             return "not run"
         if not abs(self.mean) > self.half_width:
             return NO_ORDERING if len(self.differences) > 1 else f"one seed: {NO_ORDERING}"
-        return "as in the paper" if self.mean > 0 else "the other way round"
+        return "holds here" if self.mean > 0 else "reversed here"
 
 
 def judge(finding: Finding, rows: Sequence[Row]) -> Judgement:
@@ -103,7 +102,7 @@ def values_by_seed(rows: Sequence[Row], variant: Variant, metric: str) -> dict[i
 
 
 def image_findings(num_classes: int, base_layers: int, queries: Sequence[int], layers: Sequence[int]) -> list[Finding]:
-    """MaskFormer's findings for what was trained on images; its differences are those of its ResNet-50 models."""
+    """The findings of MaskFormer (arXiv:2107.06278), of its ResNet-50 models, for what was trained on images."""
     a = Variant(PER_PIXEL, 0, 0)
     b = Variant(PER_PIXEL_PLUS, num_classes, base_layers)
     c = Variant(FIXED, num_classes, base_layers)

@@ -20,7 +20,7 @@ METRICS = {
 }
 HEADERS = {"PQ_st": "PQ<sup>St</sup>"}
 # Headers of columns that hold words; the others hold numbers.
-WORDS = {"structure", "trained on", "network", "inference", "the paper's finding", "its difference", "reading"}
+WORDS = {"structure", "trained on", "network", "inference", "finding", "the paper's difference", "reading"}
 MOST_PAIRS = 5
 
 
@@ -105,10 +105,11 @@ def findings_table(judgements: Sequence[Judgement]) -> str:
                 judgement.verdict,
             ]
         )
-    header = ["the paper's finding", "its difference", "here", "seeds", "reading"]
+    header = ["finding", "the paper's difference", "here", "seeds", "reading"]
     note = (
         f"Differences in points. Here: the mean over seeds of the difference, ± half of its {CONFIDENCE:.0%} interval "
-        "(Student's t, paired by seed). An ordering is shown only where the interval leaves out 0."
+        "(Student's t, paired by seed). An ordering is shown only where the interval leaves out 0; nothing corrects "
+        "for the number of findings."
     )
     return f"{markdown(header, rows)}\n\n{note}"
 
