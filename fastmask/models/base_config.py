@@ -1,4 +1,4 @@
-"""What all configurations share, plain data that is checked, replaced and kept as JSON; and what those of networks do."""
+"""What all configurations share, as plain data that is checked, replaced and kept as JSON; then what networks share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
+
+from fastmask.models import efficientnet
 
 Config = TypeVar("Config", bound="PlainConfig")
 
@@ -68,12 +70,7 @@ class PlainConfig:
             FileNotFoundError: no such file.
             ValueError: the file is not JSON, or its keys are not those of a configuration; the message names the file.
         """
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not a JSON file: {error}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} holds a {type(values).__name__}; expected a configuration's keys")
+        values = read_json(path)
         try:
             return cls.from_dict(values)
         except (TypeError, ValueError) as error:
@@ -89,7 +86,10 @@ class PlainConfig:
 
 
 class ModelConfig(PlainConfig):
-    """Base of the frozen dataclasses that networks are built from."""
+    """Base of the frozen dataclasses that networks are built from. Kept as JSON, they say which network is theirs."""
+
+    # The network's name: "type" in the JSON.
+    model_type: ClassVar[str]
 
     num_classes: int
     class_names: tuple[str, ...]
@@ -103,6 +103,21 @@ class ModelConfig(PlainConfig):
             f"{len(self.class_names)} names",
             f"{self.num_classes} (num_classes) or none",
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The network's "type", and every field as JSON knows them: tuples become lists."""
+        return {"type": self.model_type, **super().to_dict()}
+
+    @classmethod
+    def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
+        """The inverse of :meth:`to_dict`. The type, and a field with a default, may be missing.
+
+        Raises:
+            ValueError: another network's type, or keys that are unknown or missing; the message names them.
+        """
+        kind = values.get("type", cls.model_type)
+        require(kind == cls.model_type, "type", repr(kind), f"{cls.model_type!r}, as for every {cls.__name__}")
+        return super().from_dict({name: value for name, value in values.items() if name != "type"})
 
     def require_outside_classes(self, name: str) -> None:
         """Refuses a field that should mark the absence of a class and is a class.
@@ -147,6 +162,9 @@ class PixelDecoderConfig(ImageModelConfig):
     size_divisibility: int
 
     def __post_init__(self) -> None:
+        for name, values in pixel_statistics(self.backbone).items():
+            if not getattr(self, name):
+                object.__setattr__(self, name, values)
         super().__post_init__()
         self.require_at_least(1, "hidden_dim", "mask_dim", "pixel_decoder_dim", "decoder_layers", "num_heads")
         self.require_at_least(1, "feedforward_dim", "size_divisibility")
@@ -156,6 +174,29 @@ class PixelDecoderConfig(ImageModelConfig):
         multiple = math.lcm(4, self.num_heads)
         for name in ["hidden_dim", *(["pixel_decoder_dim"] if self.encoder_layers else [])]:
             require(getattr(self, name) % multiple == 0, name, getattr(self, name), f"a multiple of {multiple}")
+
+
+def pixel_statistics(backbone: str) -> dict[str, tuple[float, ...]]:
+    """The pixel statistics of a backbone's pretrained weights: ImageNet's, or those of EfficientNet-lite0."""
+    if backbone == efficientnet.NAME:
+        return {"pixel_mean": efficientnet.PIXEL_MEAN, "pixel_std": efficientnet.PIXEL_STD}
+    return {"pixel_mean": IMAGENET_MEAN, "pixel_std": IMAGENET_STD}
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """What a configuration's file holds.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is not JSON, or no object; the message names it.
+    """
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a JSON file: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}; expected a configuration's keys")
+    return values
 
 
 def require(holds: bool, name: str, value: Any, expected: str) -> None:

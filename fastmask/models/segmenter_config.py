@@ -47,6 +47,8 @@ class SegmenterConfig(ImageModelConfig):
         ValueError: a value out of range.
     """
 
+    model_type = "Segmenter"
+
     num_classes: int
     decoder: str = "mask"
     image_size: tuple[int, ...] = (512, 512)

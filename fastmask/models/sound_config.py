@@ -42,6 +42,8 @@ class SoundEventConfig(ModelConfig):
         ValueError: a value out of range.
     """
 
+    model_type = "SoundEventDetector"
+
     num_classes: int
     sample_rate: int = 16_000
     num_mels: int = 64
