@@ -9,9 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import fastmask
 from fastmask.training import distributed
 from fastmask.training.activation_checkpointing import checkpoint_activations
 from tests.shared_batches import CASES, PROCESSES
+from tests.test_patch_original import make_criterion, random_inputs
 
 STEPS = 3
 # The normalisers are the strategies' in common; what FSDP adds shows where a process has nothing to learn from.
@@ -20,6 +22,7 @@ NAMES = {
     "fsdp": ("uneven", "no targets", "masked attention", "segmenter", "segmenter, one void", "per pixel+", "sound"),
 }
 RECOMPUTED = ("masked attention", "segmenter")
+PATCHED_COUNTS = ((4, 1), (1, 0))
 MICRO_BATCHES = ("uneven", "one without targets", "fewer targets than processes")
 
 
@@ -37,6 +40,8 @@ def main(folder: Path) -> None:
         seen["accumulated", strategy] = accumulated(rank, strategy)
         seen["predictions", strategy] = predictions(rank, strategy)
     seen["relay"] = relay(rank)
+    outputs, targets = random_inputs(rank, PATCHED_COUNTS[rank])
+    seen["patched"] = fastmask.patch(make_criterion())(outputs, targets)
     torch.save(seen, folder / f"{rank}.pt")
     distributed.cleanup()
     assert not distributed.together()
