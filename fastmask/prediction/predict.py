@@ -16,6 +16,7 @@ from fastmask.data import DatasetInfo, ResizeShortSide, Sample
 from fastmask.data.files import reading
 from fastmask.data.palette import distinct_colours
 from fastmask.data.pictures import decode_picture
+from fastmask.data.sample import VOID
 from fastmask.models import MaskFormer, PerPixelBaseline, Segmenter
 from fastmask.models.auto import load_model
 from fastmask.models.base import SegmentationModel
@@ -161,8 +162,8 @@ def predict(
     outputs = Outputs(Path(output), task, info, limits.get("threshold", 0.0), overlays, workers)
     existing = [] if overwrite else outputs.existing(files)
     if existing:
-        more = f" and {len(existing) - 1} more" if len(existing) > 1 else ""
-        raise FileExistsError(f"{existing[0]}{more} exists already; ask for overwriting, or for another folder")
+        what = f"{existing[0]} exists" if len(existing) == 1 else f"{existing[0]} and {len(existing) - 1} more exist"
+        raise FileExistsError(f"{what} already; ask for overwriting, or for another folder")
     if device is not None:
         model.to(device)
     failures: list[tuple[Path, str]] = []
@@ -209,12 +210,18 @@ def _run(
     sizes = [tuple(image.shape[1:]) for _, image in batch]
     images = [image for _, image in batch]
     if resize is not None:
-        samples = [Sample(image, torch.empty(0, dtype=torch.int64)) for image in images]
-        images = [resize(sample, np.random.default_rng(0)).image for sample in samples]
+        images = [_resized(image, resize) for image in images]
     device = model.pixel_mean.device
     pixels = torch.stack(images).to(device).float().div_(255)
     with torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32"):
         return model.predict(pixels, sizes=sizes, **options)
+
+
+def _resized(image: Tensor, resize: ResizeShortSide) -> Tensor:
+    """The image as evaluation resizes it."""
+    no_labels, no_segments = torch.empty(0, dtype=torch.int64), torch.full((1, 1), VOID, dtype=torch.int16)
+    sample = Sample(image, no_labels, no_segments.expand(image.shape[1:]))
+    return resize(sample, np.random.default_rng(0)).image
 
 
 def _check_model(model: Any) -> None:
