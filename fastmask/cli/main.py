@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from fastmask.cli.bench import bench
 from fastmask.cli.convert import convert
 from fastmask.cli.evaluate import evaluate
 from fastmask.cli.info import info
@@ -17,6 +18,7 @@ app = typer.Typer(
     help="Mask-classification segmentation with fused kernels.",
 )
 app.command()(evaluate)
+app.command()(bench)
 app.command()(convert)
 app.command()(info)
 
