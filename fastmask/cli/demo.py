@@ -19,11 +19,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from fastmask.cli._pictures import contact_sheet, plot_losses, side_by_side
+from fastmask.cli._losses import plot_losses
 from fastmask.cli.bench import table
 from fastmask.cli.pretrain import WEIGHTS
 from fastmask.data import CLASS_NAMES, PALETTE, STUFF_LABELS, ComposedScenes, SceneDataset, collate_scenes
 from fastmask.models import MaskFormer, MaskFormerConfig
+from fastmask.prediction import contact_sheet, side_by_side
 from fastmask.targets import Targets
 from fastmask.training import evaluate
 from fastmask.training.benchmark import benchmark

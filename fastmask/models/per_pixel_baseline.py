@@ -14,7 +14,14 @@ from fastmask.models.base import Images, PixelDecoderModel
 from fastmask.models.base_config import PixelDecoderConfig
 from fastmask.models.images import ImageBatch, Size
 from fastmask.models.inference import check_sizes
-from fastmask.models.per_pixel import PixelTargets, check_output, fit_class_map, per_pixel_loss, pixel_results, upsample
+from fastmask.models.per_pixel import (
+    PixelTargets,
+    check_output,
+    fit_class_map,
+    per_pixel_losses,
+    pixel_results,
+    upsample,
+)
 from fastmask.modules.predictor import TransformerPredictor
 
 
@@ -160,10 +167,8 @@ class PerPixelBaseline(PixelDecoderModel):
         *earlier, logits = self._predict_logits(batch, all_layers=self.config.deep_supervision)
         if targets is None:
             return {"logits": logits, "aux_outputs": [{"logits": layer} for layer in earlier]}
-        losses = {"loss_ce": per_pixel_loss(logits, targets, ignore_index)}
-        return losses | {
-            f"loss_ce_{i}": per_pixel_loss(layer, targets, ignore_index) for i, layer in enumerate(earlier)
-        }
+        loss, *others = per_pixel_losses([logits, *earlier], targets, ignore_index)
+        return {"loss_ce": loss} | {f"loss_ce_{i}": other for i, other in enumerate(others)}
 
     @torch.inference_mode()
     def predict(

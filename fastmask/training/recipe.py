@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from fastmask.data.transforms import Transform, jitter_augmentation, semantic_augmentation
+from fastmask.data.transforms import Transform, detr_augmentation, jitter_augmentation, semantic_augmentation
 from fastmask.models.base_config import PlainConfig, require
 
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("poly", "steps", "constant")
-AUGMENTATIONS = ("semantic", "jitter", "none")
+AUGMENTATIONS = ("semantic", "jitter", "detr", "none")
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,11 @@ class Recipe(PlainConfig):
         clip_norm: the greatest Euclidean norm of the gradient of all parameters together; 0 for no limit.
         steps: of the optimiser.
         batch_size: images in a step, on all devices and in all accumulated parts together.
-        augmentation: "semantic", "jitter" (large-scale jitter) or "none".
-        crop: (height, width) of a training image; with "jitter" also the frame that its scales refer to.
-        short_side: of an image at scale 1, with "semantic".
-        max_side: the limit of the longer side, with "semantic".
+        augmentation: "semantic", "jitter", "detr" or "none": ``semantic_augmentation``, ``jitter_augmentation`` and
+            ``detr_augmentation`` of :mod:`fastmask.data`.
+        crop: (height, width) of a training image, with "semantic" and "jitter".
+        short_side: of an image at scale 1, with "semantic" and "detr".
+        max_side: the limit of the longer side, with "semantic" and "detr".
         scales: the least and the greatest random scale.
         max_category_share: the greatest share of a crop's labelled pixels that one class may have, with "semantic";
             1 for no limit.
@@ -125,14 +126,21 @@ class Recipe(PlainConfig):
             )
         if self.augmentation == "jitter":
             return jitter_augmentation((height, width), (least, greatest))
+        if self.augmentation == "detr":
+            return detr_augmentation(short_side=self.short_side, max_side=self.max_side, scales=(least, greatest))
         return None
 
     @staticmethod
     def preset(name: str, **overrides: Any) -> Recipe:
-        """A recipe by name: one of the papers', for their data sets, batch sizes and numbers of steps.
+        """A recipe by name: one of the papers', with its data set, batch size, number of steps and the other values of
+        the authors' configuration files; or "finetune", for a few hundred images and a pretrained backbone.
 
         Args:
-            name: one of ``PRESETS``.
+            name: "maskformer-" and "ade20k", "ade20k-swin" (tiny and small), "ade20k-swin-640" (base and large),
+                "ade20k-full", "ade20k-panoptic", "cityscapes", "mapillary", "coco-stuff-10k", "coco-panoptic" or
+                "coco-panoptic-swin"; "segmenter-" and "ade20k", "pascal-context" or "cityscapes"; "mask2former-" and
+                "ade20k", "ade20k-640" (panoptic, instance, and large backbones), "cityscapes", "mapillary" or "coco";
+                "finetune".
             overrides: fields to set otherwise.
 
         Raises:
@@ -141,6 +149,7 @@ class Recipe(PlainConfig):
         return Recipe._from_preset(PRESETS, name, overrides)
 
 
+# MaskFormer with Swin: the authors' configs/ade20k-150/swin and configs/coco-panoptic/swin.
 _SWIN: dict[str, Any] = {
     "learning_rate": 6e-5,
     "weight_decay": 0.01,
@@ -149,7 +158,20 @@ _SWIN: dict[str, Any] = {
 }
 _640: dict[str, Any] = {"crop": (640, 640), "short_side": 640, "max_side": 2560}
 _CITYSCAPES: dict[str, Any] = {"crop": (512, 1024), "short_side": 1024, "max_side": 4096, "steps": 90_000}
-_COCO_PANOPTIC: dict[str, Any] = {"schedule": "steps", "milestones": (2 / 3,), "steps": 554_400, "batch_size": 64}
+_MAPILLARY: dict[str, Any] = {"short_side": 2048, "max_side": 8192, "steps": 300_000}
+# Their configs/coco-panoptic/Base-COCO-PanopticSegmentation.yaml: 300 epochs, the rate falls after 200.
+_COCO_PANOPTIC: dict[str, Any] = {
+    "schedule": "steps",
+    "milestones": (369_600 / 554_400,),
+    "steps": 554_400,
+    "batch_size": 64,
+    "augmentation": "detr",
+    "short_side": 800,
+    "max_side": 1333,
+    "scales": (0.6, 1.0),
+}
+# Segmenter: the authors' segm/train.py and segm/config.yml. They make the optimiser by timm 0.4.12, whose "sgd" has
+# Nesterov's momentum. The steps are the paper's (section 4.2): 64, 256 and 216 epochs.
 _SEGMENTER: dict[str, Any] = {
     "optimizer": "sgd",
     "learning_rate": 1e-3,
@@ -159,17 +181,64 @@ _SEGMENTER: dict[str, Any] = {
     "min_learning_rate": 1e-5,
     "clip_norm": 0.0,
     "batch_size": 8,
+    "max_side": 4096,
     "max_category_share": 0.75,
 }
+# Mask2Former: the authors' Base-*.yaml under configs/; Swin has the same values there.
 _MASK2FORMER: dict[str, Any] = {"weight_decay": 0.05}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "maskformer-ade20k": {},
     "maskformer-ade20k-swin": _SWIN,
     "maskformer-ade20k-swin-640": {**_SWIN, **_640},
+    "maskformer-ade20k-full": {"steps": 200_000},
+    "maskformer-ade20k-panoptic": {**_640, "steps": 720_000},
     "maskformer-cityscapes": _CITYSCAPES,
+    "maskformer-mapillary": {**_MAPILLARY, "crop": (1280, 1280)},
+    "maskformer-coco-stuff-10k": {**_640, "scales": (0.5, 1.5), "steps": 60_000, "batch_size": 32},
     "maskformer-coco-panoptic": _COCO_PANOPTIC,
     "maskformer-coco-panoptic-swin": {**_COCO_PANOPTIC, **_SWIN},
     "segmenter-ade20k": _SEGMENTER,
+    "segmenter-pascal-context": {
+        **_SEGMENTER,
+        "steps": 80_000,
+        "batch_size": 16,
+        "crop": (480, 480),
+        "short_side": 520,
+        "max_side": 8320,
+    },
+    "segmenter-cityscapes": {
+        **_SEGMENTER,
+        "learning_rate": 1e-2,
+        "steps": 80_000,
+        "crop": (768, 768),
+        "short_side": 1024,
+    },
     "mask2former-ade20k": _MASK2FORMER,
+    "mask2former-ade20k-640": {**_MASK2FORMER, **_640},
+    "mask2former-cityscapes": {**_MASK2FORMER, **_CITYSCAPES},
+    "mask2former-mapillary": {**_MASK2FORMER, **_MAPILLARY, "crop": (1024, 1024)},
+    # 50 epochs, for panoptic and instance segmentation.
+    "mask2former-coco": {
+        **_MASK2FORMER,
+        "schedule": "steps",
+        "milestones": (327_778 / 368_750, 355_092 / 368_750),
+        "steps": 368_750,
+        "augmentation": "jitter",
+        "crop": (1024, 1024),
+        "scales": (0.1, 2.0),
+    },
+    # Our own, by short trials on CamVid with a pretrained EfficientNet-lite0 and one CPU core.
+    "finetune": {
+        "learning_rate": 1e-3,
+        "weight_decay": 0.05,
+        "backbone_multiplier": 0.5,
+        "warmup_steps": 100,
+        "steps": 2000,
+        "batch_size": 4,
+        "crop": (256, 320),
+        "short_side": 360,
+        "scales": (0.6, 1.5),
+        "max_category_share": 0.75,
+    },
 }
