@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from fastmask.cli._options import numbers_of, window_of
+
 
 def predict(
     model: Annotated[Path, typer.Argument(help="The folder of a model or of a run of training.")],
@@ -61,8 +63,8 @@ def predict(
         precision=precision,
         short_side=short_side,
         max_side=max_side,
-        window=_window(window, stride),
-        scales=_numbers(scales),
+        window=window_of(window, stride),
+        scales=numbers_of("--scales", scales),
         flip=flip,
         threshold=threshold,
         overlap_threshold=overlap_threshold,
@@ -80,18 +82,3 @@ def predict(
         for path, reason in result.failures:
             print(f"  {path}: {reason}", file=sys.stderr)
         raise typer.Exit(1)
-
-
-def _window(size: int | None, stride: int | None) -> int | tuple[int, int] | None:
-    if stride is None:
-        return size
-    if size is None:
-        raise ValueError("--stride goes with --window")
-    return size, stride
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(f"--scales is {text!r}; expected numbers and commas") from None
