@@ -71,8 +71,8 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def remove_temporary(folder: Path) -> None:
-    """Deletes what killed processes left half-written in a folder and the folders in it."""
-    for path in folder.rglob(f"*{TEMPORARY}"):
+    """Deletes what killed processes left half-written in a folder."""
+    for path in folder.glob(f"*{TEMPORARY}"):
         path.unlink()
 
 

@@ -220,11 +220,17 @@ def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, sta
         raise ValueError("the optimiser's parameter groups hold other parameters than those of the state")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     indices = {names[parameter]: i for i, parameter in enumerate(parameters)}
+
+    def own(value: Any, parameter: Tensor) -> Any:
+        value = _placed(value, parameter)
+        # The optimiser keeps what it is given and changes it in place; a share is a view of the whole.
+        return value.clone() if isinstance(value, Tensor) else value
+
     # As optimizer.state_dict() has it: parameters by number.
     optimizer.load_state_dict(
         {
             "state": {
-                indices[name]: {key: _placed(value, parameters[indices[name]]) for key, value in values.items()}
+                indices[name]: {key: own(value, parameters[indices[name]]) for key, value in values.items()}
                 for name, values in state["state"].items()
             },
             "param_groups": [
