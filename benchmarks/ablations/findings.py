@@ -97,7 +97,7 @@ def values_by_seed(rows: Sequence[Row], variant: Variant, metric: str) -> dict[i
     return {
         row["seed"]: row["metrics"][metric]
         for row in rows
-        if Variant(**row["variant"]) == variant and metric in row["metrics"]
+        if Variant(**row["variant"]) == variant and row["metrics"].get(metric) is not None
     }
 
 
