@@ -265,9 +265,9 @@ def test_from_end_to_end(tmp_path, monkeypatch, capsys):
     assert "holds here" not in text.split("#### ablation on composed:clips")[1], "one seed shows nothing"
     pictures = sorted((tmp_path / "plots").iterdir())
     assert [picture.name for picture in pictures] == [
-        "ablation-here-composed-clips-cpu-1-steps.png",
-        "ablation-here-composed-scenes-cpu-1-steps-query-classes.png",
-        "ablation-here-composed-scenes-cpu-1-steps.png",
+        "ablation-here-composed-clips-cpu.png",
+        "ablation-here-composed-scenes-cpu-query-classes.png",
+        "ablation-here-composed-scenes-cpu.png",
     ]
     assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
 
