@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from fastmask.models.base_config import IMAGENET_MEAN, IMAGENET_STD, PixelDecoderConfig, require
+from fastmask.models.base_config import PixelDecoderConfig, require
 
 MATCHINGS = ("bipartite", "fixed")
 
@@ -48,13 +48,15 @@ class MaskFormerConfig(PixelDecoderConfig):
         stuff_classes: the classes whose regions panoptic inference merges; all others are things.
         class_names: one name for each class, or empty.
         size_divisibility: images are padded at the bottom and right to a multiple of this.
-        pixel_mean: per channel, subtracted from images in 0..1.
-        pixel_std: per channel, divides what remains.
+        pixel_mean: per channel, subtracted from images in 0..1; by default what the backbone's pretrained weights want.
+        pixel_std: per channel, divides what remains; by default likewise.
 
     Raises:
         TypeError: a value of the wrong type.
         ValueError: a value out of range.
     """
+
+    model_type = "MaskFormer"
 
     num_classes: int
     backbone: str = "resnet50"
@@ -83,8 +85,8 @@ class MaskFormerConfig(PixelDecoderConfig):
     stuff_classes: tuple[int, ...] = ()
     class_names: tuple[str, ...] = ()
     size_divisibility: int = 32
-    pixel_mean: tuple[float, ...] = IMAGENET_MEAN
-    pixel_std: tuple[float, ...] = IMAGENET_STD
+    pixel_mean: tuple[float, ...] = ()
+    pixel_std: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -122,7 +124,7 @@ class MaskFormerConfig(PixelDecoderConfig):
         Raises:
             ValueError: an unknown name.
         """
-        return MaskFormerConfig._from_preset(PRESETS, name, num_classes, overrides)
+        return MaskFormerConfig._from_preset(PRESETS, name, {"num_classes": num_classes, **overrides})
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -40,6 +40,7 @@ class Segmenter(SegmentationModel):
     """
 
     config_class = SegmenterConfig
+    backbone_weights = ("encoder.",)
     class_weights = ("decoder.cls_emb", "decoder.mask_norm.", "decoder.head.")
     config: SegmenterConfig
 
