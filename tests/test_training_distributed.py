@@ -155,6 +155,14 @@ def test_the_whole_model_predicts_alone(seen, strategy):
         train(model, optimizer_of(model), case.joined, steps=1)
 
 
+@every_strategy
+def test_statistics_are_those_of_the_first_process(seen, strategy):
+    (whole, saved), (elsewhere, nothing) = (one["statistics", strategy] for one in seen)
+    assert nothing == {}
+    assert whole.keys() == elsewhere.keys() == saved.keys()
+    assert all(whole[name].equal(elsewhere[name]) and whole[name].equal(saved[name]) for name in whole)
+
+
 def test_a_flag_of_any_process(seen):
     assert [one["flags"] for one in seen] == [[True, False], [True, False]]
     assert distributed.any_process(True)

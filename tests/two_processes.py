@@ -39,6 +39,7 @@ def main(folder: Path) -> None:
             seen[name, "bfloat16", strategy] = one_step(CASES[name].in_float32(), rank, strategy, bfloat16=True)
         seen["accumulated", strategy] = accumulated(rank, strategy)
         seen["predictions", strategy] = predictions(rank, strategy)
+        seen["statistics", strategy] = statistics(rank, strategy)
     seen["relay"] = relay(rank)
     outputs, targets = random_inputs(rank, PATCHED_COUNTS[rank])
     seen["patched"] = fastmask.patch(make_criterion())(outputs, targets)
@@ -135,6 +136,14 @@ def predictions(rank, strategy):
         results.append(scores)
         train(model, optimizer_of(model), case.shares[rank], steps=1)
     return results
+
+
+def statistics(rank, strategy):
+    """The state of a batch norm that each process has shown other numbers, as the whole model and as saved."""
+    model = distributed.wrap(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), strategy)
+    model(torch.full((2, 2), float(rank)))
+    saved = distributed.model_state(model)
+    return {name: value.detach() for name, value in distributed.whole(model).state_dict().items()}, saved
 
 
 if __name__ == "__main__":
