@@ -63,6 +63,7 @@ def main() -> int:
             found["nvidia-smi"] = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     options.output.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))
+    print(f"{machine['gpu'] or machine['cpu']}, torch {torch.__version__}; missing: {', '.join(found['missing'])}")
     probe = torch.empty(0, device=device)
     slow = [operator.name for operator in OPERATORS.values() if _automatic(operator, probe) == "reference"]
     if slow:

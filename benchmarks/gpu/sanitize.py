@@ -41,7 +41,9 @@ def check(tool: str, name: str, folder: Path, deadline: float) -> tuple[bool | N
     log = folder / f"{tool}-{re.sub(r'[^a-z_]+', '-', name)}.log"
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(ERROR_STATUS), *command_of("cuda", name)]
     start = time.monotonic()
-    status = run_limited(command, max(0.0, deadline - start), log, cwd=ROOT, environment=ENVIRONMENT)
+    if start > deadline:
+        return None, f"{tool} {name}: not started"
+    status = run_limited(command, deadline - start, log, cwd=ROOT, environment=ENVIRONMENT)
     took = f"{time.monotonic() - start:.0f} s"
     text = log.read_text(errors="replace")
     found = re.findall(r"(?:ERROR SUMMARY: \d+ error|RACECHECK SUMMARY: \d+ hazard)[^\n]*", text)

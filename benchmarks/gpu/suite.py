@@ -24,6 +24,8 @@ from benchmarks.gpu.shard import read_log
 ROOT = Path(__file__).resolve().parents[2]
 OUTCOMES = ("passed", "failed", "skipped", "not run")
 HUNG_SECONDS = 120.0  # without a line in the log
+# A core for each process; and no plugins, which the tests do not need and which may be missing.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 
 
 @dataclass
@@ -38,7 +40,7 @@ class Process:
 
     def start(self) -> None:
         output = self.log.with_suffix(".out").open("ab")
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        environment = os.environ | ENVIRONMENT
         self.running = subprocess.Popen(
             self.command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
@@ -81,13 +83,13 @@ class Process:
                 return True
             stop(self.running)
             status = "hung"
-        before = len(self.lines)
+        before = len(self.outcomes)
         self.read()
         if (test := self.unfinished()) is not None:
             self.note(test, f"hung for {HUNG_SECONDS:.0f} s" if status == "hung" else f"crashed with status {status}")
             self.read()
-        done = set(self.outcomes)
-        if len(self.lines) == before or all(test in done for test in self.collected):
+        done = self.outcomes
+        if len(done) == before or all(test in done for test in self.collected):
             return False
         self.start()
         return True
@@ -141,7 +143,7 @@ def main() -> int:
     for i in range(options.shards):
         log = options.folder / f"shard-{i}.jsonl"
         command = [sys.executable, "-m", "pytest", "-p", "benchmarks.gpu.shard", "-m", options.marker, "-q"]
-        command += ["--continue-on-collection-errors", "-p", "no:cacheprovider", "-p", "no:xdist"]
+        command += ["--continue-on-collection-errors", "-p", "no:cacheprovider", "-o", "addopts="]
         command += [f"--shard={i}/{options.shards}", f"--shard-log={log}", *files]
         processes.append(Process(log, command))
     try:
