@@ -112,7 +112,7 @@ def maskformer(points: bool = False, **options: Any) -> nn.Module:
 
 def segmenter(**options: Any) -> nn.Module:
     torch.manual_seed(0)
-    sizes = {"image_size": (64, 64), "patch_size": 8, "hidden_dim": 32, "encoder_layers": 2, "decoder_layers": 1}
+    sizes = {"image_size": (SIDE, SIDE), "patch_size": 8, "hidden_dim": 32, "encoder_layers": 2, "decoder_layers": 1}
     sizes |= {
         "num_heads": 2,
         "decoder_heads": 2,
@@ -121,6 +121,8 @@ def segmenter(**options: Any) -> nn.Module:
         "drop_path": 0.0,
         "decoder_dropout": 0.0,
         "decoder_drop_path": 0.0,
+        "window_size": SIDE,
+        "window_stride": SIDE,
     }
     return Segmenter(num_classes=CLASSES, **{**sizes, **options}).double()
 

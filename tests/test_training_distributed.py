@@ -9,7 +9,18 @@ import torch
 
 from fastmask.training import distributed
 from tests.shared_batches import CASES, PROCESSES, ROOT, torchrun
-from tests.two_processes import MICRO_BATCHES, NAMES, RECOMPUTED, STEPS, gradients, loss_of, optimizer_of, train
+from tests.test_patch_original import make_criterion, random_inputs
+from tests.two_processes import (
+    MICRO_BATCHES,
+    NAMES,
+    PATCHED_COUNTS,
+    RECOMPUTED,
+    STEPS,
+    gradients,
+    loss_of,
+    optimizer_of,
+    train,
+)
 
 # Where the losses are computed in float32 the order of their sums shows; elsewhere all is float64.
 FLOAT32 = ("sound", "points")
@@ -55,6 +66,16 @@ def test_losses_and_gradients_are_those_of_the_joined_batch(seen, name, strategy
         check(one[name, strategy], expected, loss_tolerance=tolerance, tolerance=tolerance)
     if name not in ("segmenter, all void", "no targets", "sound without events"):
         assert all(loss > 0 for loss in expected[0].values())
+
+
+def test_a_patched_criterion_keeps_the_originals_normalisers(seen):
+    """Classes by the queries of each process, masks by the targets of the average process."""
+    average = sum(map(sum, PATCHED_COUNTS)) / PROCESSES
+    for rank, one in enumerate(seen):
+        theirs = make_criterion()(*random_inputs(rank, PATCHED_COUNTS[rank]))
+        for name, loss in theirs.items():
+            factor = 1 if name.startswith("loss_ce") else sum(PATCHED_COUNTS[rank]) / average
+            torch.testing.assert_close(one["patched"][name], loss * factor, rtol=1e-5, atol=1e-7)
 
 
 @every_strategy
@@ -132,6 +153,14 @@ def test_the_whole_model_predicts_alone(seen, strategy):
             for found, scores in zip(one["predictions", strategy][before_or_after], expected, strict=True):
                 torch.testing.assert_close(found, scores, rtol=1e-9, atol=1e-9)
         train(model, optimizer_of(model), case.joined, steps=1)
+
+
+@every_strategy
+def test_statistics_are_those_of_the_first_process(seen, strategy):
+    (whole, saved), (elsewhere, nothing) = (one["statistics", strategy] for one in seen)
+    assert nothing == {}
+    assert whole.keys() == elsewhere.keys() == saved.keys()
+    assert all(whole[name].equal(elsewhere[name]) and whole[name].equal(saved[name]) for name in whole)
 
 
 def test_a_flag_of_any_process(seen):

@@ -9,9 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import fastmask
 from fastmask.training import distributed
 from fastmask.training.activation_checkpointing import checkpoint_activations
 from tests.shared_batches import CASES, PROCESSES
+from tests.test_patch_original import make_criterion, random_inputs
 
 STEPS = 3
 # The normalisers are the strategies' in common; what FSDP adds shows where a process has nothing to learn from.
@@ -20,6 +22,7 @@ NAMES = {
     "fsdp": ("uneven", "no targets", "masked attention", "segmenter", "segmenter, one void", "per pixel+", "sound"),
 }
 RECOMPUTED = ("masked attention", "segmenter")
+PATCHED_COUNTS = ((4, 1), (1, 0))
 MICRO_BATCHES = ("uneven", "one without targets", "fewer targets than processes")
 
 
@@ -36,7 +39,10 @@ def main(folder: Path) -> None:
             seen[name, "bfloat16", strategy] = one_step(CASES[name].in_float32(), rank, strategy, bfloat16=True)
         seen["accumulated", strategy] = accumulated(rank, strategy)
         seen["predictions", strategy] = predictions(rank, strategy)
+        seen["statistics", strategy] = statistics(rank, strategy)
     seen["relay"] = relay(rank)
+    outputs, targets = random_inputs(rank, PATCHED_COUNTS[rank])
+    seen["patched"] = fastmask.patch(make_criterion())(outputs, targets)
     torch.save(seen, folder / f"{rank}.pt")
     distributed.cleanup()
     assert not distributed.together()
@@ -130,6 +136,14 @@ def predictions(rank, strategy):
         results.append(scores)
         train(model, optimizer_of(model), case.shares[rank], steps=1)
     return results
+
+
+def statistics(rank, strategy):
+    """The state of a batch norm that each process has shown other numbers, as the whole model and as saved."""
+    model = distributed.wrap(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), strategy)
+    model(torch.full((2, 2), float(rank)))
+    saved = distributed.model_state(model)
+    return {name: value.detach() for name, value in distributed.whole(model).state_dict().items()}, saved
 
 
 if __name__ == "__main__":

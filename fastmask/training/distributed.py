@@ -18,7 +18,9 @@ from torch import distributed as dist
 from fastmask.training.blocks import blocks
 
 STRATEGIES = ("ddp", "fsdp")
-TIMEOUT = timedelta(minutes=10)  # of a collective that another process does not join
+# How long a process waits for another that does not come: process 0 may have every file of a data set to check. The
+# failure of a process ends the others at once, through torchrun or the closed connection.
+TIMEOUT = timedelta(hours=2)
 _PLAIN = "_fastmask_plain"
 
 
@@ -150,7 +152,9 @@ def whole(model: nn.Module) -> nn.Module:
         buffer = buffer.clone()
         dist.broadcast(buffer, 0)
         _assign(plain, name, buffer)
-    return plain.train(model.training)
+    for ours, theirs in zip(plain.modules(), model.modules(), strict=True):
+        ours.training = theirs.training
+    return plain
 
 
 @contextmanager
