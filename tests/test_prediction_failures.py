@@ -105,6 +105,15 @@ def test_the_command_with_a_data_set(photos, tmp_path):
     assert categories[10] == {"id": 10, "name": "brick", "isthing": 0, "color": [161, 120, 104]}
 
 
+def test_the_folder_of_a_run(model, photos, tmp_path):
+    """The better network of the run, and the task that it was trained for."""
+    model.save_pretrained(tmp_path / "run" / "best")
+    for said, task in (("semantic", "semantic"), ("", "panoptic")):
+        (tmp_path / "run" / "config.json").write_text(json.dumps({"task": said}))
+        assert predict(tmp_path / "run", photos / "a.jpg", tmp_path / task).task == task
+    assert predict(tmp_path / "run", photos / "a.jpg", tmp_path / "general", task="general").task == "general"
+
+
 def test_broken_images_among_good_ones(folder, photos, tmp_path, monkeypatch, capsys):
     (photos / "b.jpg").write_bytes((photos / "b.jpg").read_bytes()[:400])
     (photos / "d.jpg").write_text("no picture")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fastmask.cli._options import numbers_of, window_of
+
+if TYPE_CHECKING:
+    from fastmask.data import DatasetInfo
 
 
 def predict(
@@ -16,12 +19,13 @@ def predict(
     images: Annotated[list[Path], typer.Argument(help="Images, and folders of images.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write to.")],
     task: Annotated[
-        str, typer.Option(help="semantic, general, panoptic or instance; by default panoptic if the model has stuff.")
+        str, typer.Option(help="semantic, general, panoptic or instance; by default what the model was made for.")
     ] = "",
     data: Annotated[
         str, typer.Option(help="A data set, whose names, colours and category ids the results are to have.")
     ] = "",
     split: Annotated[str, typer.Option(help="A split that the data set has.")] = "val",
+    kind: Annotated[str, typer.Option(help="The data set's layout; found out by default.")] = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Images of one size to predict together.")] = 1,
     workers: Annotated[int, typer.Option(min=1, help="Threads that draw and write results.")] = 1,
     device: Annotated[str, typer.Option(help="Such as cuda:1; a GPU by default if there is one.")] = "",
@@ -49,14 +53,13 @@ def predict(
     Images that cannot be read are named at the end, and the exit code is 1; the others are written all the same.
     """
     from fastmask import prediction
-    from fastmask.data import open_dataset
 
     result = prediction.predict(
         model,
         images,
         output,
         task=task or None,
-        info=open_dataset(data, split).info if data else None,
+        info=_class_info(data, split, kind, task, model) if data else None,
         batch_size=batch_size,
         workers=workers,
         device=device or None,
@@ -82,3 +85,19 @@ def predict(
         for path, reason in result.failures:
             print(f"  {path}: {reason}", file=sys.stderr)
         raise typer.Exit(1)
+
+
+def _class_info(data: str, split: str, kind: str, task: str, model: Path) -> DatasetInfo:
+    """The classes of a data set: where instances are asked for, of its things alone if the model has as many."""
+    from fastmask.data import open_dataset
+    from fastmask.models.auto import model_folder, saved_type
+    from fastmask.models.checkpoint import CONFIG_FILE
+
+    info = open_dataset(data, split, kind).info
+    folder = model_folder(model)
+    if (
+        task == "instance"
+        and info.num_classes != saved_type(folder).config_class.load(folder / CONFIG_FILE).num_classes
+    ):
+        return open_dataset(data, split, kind, "instance").info
+    return info

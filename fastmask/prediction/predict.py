@@ -14,12 +14,14 @@ from torch import Tensor
 
 from fastmask.data import DatasetInfo, ResizeShortSide, Sample
 from fastmask.data.files import reading
+from fastmask.data.json_files import read_json
 from fastmask.data.palette import distinct_colours
 from fastmask.data.pictures import decode_picture
 from fastmask.data.sample import VOID
 from fastmask.models import MaskFormer, PerPixelBaseline, Segmenter
-from fastmask.models.auto import load_model
+from fastmask.models.auto import load_model, model_folder
 from fastmask.models.base import SegmentationModel
+from fastmask.models.checkpoint import CONFIG_FILE
 from fastmask.models.inference import TASKS
 from fastmask.prediction.inputs import ImageFile, find_images
 from fastmask.prediction.outputs import FILES, Outputs, void_label
@@ -102,8 +104,9 @@ def predict(
             results are called and which number COCO's files give them. Pictures are turned as their EXIF orientation
             says; :func:`fastmask.data.pictures.decode_picture` says how they become RGB.
         output: the folder to write to.
-        task: "semantic", "general", "panoptic" or "instance". By default "panoptic" of a MaskFormer that tells stuff
-            from things, and otherwise "semantic", which is all that other networks can do.
+        task: "semantic", "general", "panoptic" or "instance". By default what a run of training was for if it says so;
+            else "panoptic" of a MaskFormer that tells stuff from things, and otherwise "semantic", which is all that
+            other networks can do.
         info: a data set's: the names, colours and stuff of the classes and the category ids of the JSON files. By
             default names and stuff are the model's, and a category id is the index of its class.
         palette: a colour for each class; by default the data set's or distinct ones.
@@ -137,7 +140,8 @@ def predict(
         OSError: the results cannot be written.
     """
     files = find_images(images, output)
-    if not isinstance(model, SegmentationModel):
+    if isinstance(model, str | Path):
+        task = task or _task_of_run(Path(model))
         model = load_model(model)
         device = device or ("cuda" if torch.cuda.is_available() else None)
     _check_model(model)
@@ -230,6 +234,14 @@ def _check_model(model: Any) -> None:
     channels = len(model.config.pixel_mean)
     if channels != 3:
         raise TypeError(f"the model takes images of {channels} channels; expected 3, red, green and blue")
+
+
+def _task_of_run(folder: Path) -> str | None:
+    """What the folder of a run of training says; None for a model's own folder."""
+    path = folder / CONFIG_FILE
+    if model_folder(folder) == folder or not path.is_file():
+        return None
+    return read_json(path).get("task") or None
 
 
 def _task_of(model: SegmentationModel, task: str | None) -> str:
