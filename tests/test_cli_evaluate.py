@@ -99,6 +99,17 @@ def test_panoptic_and_instances(tmp_path):
     assert "AP50" in output and "AR 100" in output
 
 
+def test_a_run_is_evaluated_for_its_own_task(tmp_path):
+    torch.manual_seed(0)
+    panoptic_tree(tmp_path / "coco")
+    names = open_dataset(tmp_path / "coco", "val").info.class_names
+    make_model("tiny", class_names=names).save_pretrained(tmp_path / "run" / "model")
+    (tmp_path / "run" / "config.json").write_text('{"task": "semantic"}')
+    output = invoke(tmp_path / "run", "--data", tmp_path / "coco")
+    assert "mIoU" in output and "PQ" not in output
+    assert "PQ" in invoke(tmp_path / "run" / "model", "--data", tmp_path / "coco")
+
+
 def test_instance_truth_of_its_own(tmp_path):
     pytest.importorskip("pycocotools")
     instance_tree(tmp_path / "coco")

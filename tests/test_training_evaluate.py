@@ -320,8 +320,12 @@ def test_sound_events():
     assert found.tasks == ("events",) and len(found.per_class["F1"]) == len(found.class_names) == 7
     with pytest.raises(ValueError, match="SoundEventDetector: unknown tasks semantic; known are events"):
         evaluate(model, clips, ["semantic"])
-    with pytest.raises(ValueError, match="the model hears sounds"):
+    with pytest.raises(ValueError, match="SoundEventDetector hears sounds"):
         evaluate(model, clips, short_side=3)
+    with pytest.raises(ValueError, match="hears sounds; the data set has images"):
+        evaluate(model, Pictures())
+    with pytest.raises(TypeError, match="dataset must have a DatasetInfo"):
+        evaluate(oracle(), clips)
 
 
 def test_wrong_arguments_are_named():
