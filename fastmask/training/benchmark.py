@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -163,21 +163,22 @@ def _training_step(model: SegmentationModel, images: Tensor, targets: Targets) -
     optimizer.step()  # makes its state, which is no step's own memory
     optimizer.zero_grad(set_to_none=True)
 
+    has_criterion = isinstance(model, MaskFormer)
+
     def call(clock: Clock, backend: str) -> None:
-        hook = None
-        if isinstance(model, MaskFormer):
+        hook = nullcontext()  # or one that ends "forward" where the criterion begins
+        if has_criterion:
             hook = model.criterion.register_forward_pre_hook(lambda *_: clock.mark("forward"))
         model.train()
-        losses = model(images, targets)
-        clock.mark("forward" if hook is None else "criterion")
+        with hook:
+            losses = model(images, targets)
+        clock.mark("criterion" if has_criterion else "forward")
         sum(losses.values()).backward()
         clock.mark("backward")
         clip_gradients(model, recipe.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         clock.mark("optimiser")
-        if hook is not None:
-            hook.remove()
 
     return call
 
