@@ -169,6 +169,8 @@ def test_wrong_arguments_are_named():
     model, batch = make_model("segmenter-tiny", 4), random_batch(4, (64, 64))
     with pytest.raises(ValueError, match="Segmenter has no panoptic; expected any of training, semantic"):
         benchmark(model, *batch, ["panoptic"])
+    with pytest.raises(TypeError, match="a network that segments images, got SoundEventDetector"):
+        benchmark(make_model("sound-tiny", 4), *batch)
     with pytest.raises(ValueError, match="precision='int8' is unknown"):
         benchmark(model, *batch, precision="int8")
 

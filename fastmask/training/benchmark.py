@@ -62,8 +62,11 @@ def benchmark(
         greatest between the losses of both.
 
     Raises:
+        TypeError: a model of something else than images.
         ValueError: a subject that the model does not have, or an unknown precision.
     """
+    if not isinstance(model, SegmentationModel):
+        raise TypeError(f"model must be a network that segments images, got {type(model).__name__}")
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r} is unknown; expected one of {', '.join(PRECISIONS)}")
     known = SUBJECTS if isinstance(model, MaskFormer) else ("training", "semantic")
