@@ -14,14 +14,12 @@ from torch import Tensor
 
 from fastmask.data import DatasetInfo, ResizeShortSide, Sample
 from fastmask.data.files import reading
-from fastmask.data.json_files import read_json
 from fastmask.data.palette import distinct_colours
 from fastmask.data.pictures import decode_picture
 from fastmask.data.sample import VOID
 from fastmask.models import MaskFormer, PerPixelBaseline, Segmenter
-from fastmask.models.auto import load_model, model_folder
+from fastmask.models.auto import load_model, task_of_run
 from fastmask.models.base import SegmentationModel
-from fastmask.models.checkpoint import CONFIG_FILE
 from fastmask.models.inference import TASKS
 from fastmask.prediction.inputs import ImageFile, find_images
 from fastmask.prediction.outputs import FILES, Outputs, void_label
@@ -141,7 +139,7 @@ def predict(
     """
     files = find_images(images, output)
     if isinstance(model, str | Path):
-        task = task or _task_of_run(Path(model))
+        task = task or task_of_run(model)
         model = load_model(model)
         device = device or ("cuda" if torch.cuda.is_available() else None)
     _check_model(model)
@@ -234,14 +232,6 @@ def _check_model(model: Any) -> None:
     channels = len(model.config.pixel_mean)
     if channels != 3:
         raise TypeError(f"the model takes images of {channels} channels; expected 3, red, green and blue")
-
-
-def _task_of_run(folder: Path) -> str | None:
-    """What the folder of a run of training says; None for a model's own folder."""
-    path = folder / CONFIG_FILE
-    if model_folder(folder) == folder or not path.is_file():
-        return None
-    return read_json(path).get("task") or None
 
 
 def _task_of(model: SegmentationModel, task: str | None) -> str:
