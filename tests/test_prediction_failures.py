@@ -103,6 +103,14 @@ def test_the_command_with_a_data_set(photos, tmp_path):
     assert result.exit_code == 0, result.output
     categories = json.loads((tmp_path / "out" / "panoptic.json").read_text())["categories"]
     assert categories[10] == {"id": 10, "name": "brick", "isthing": 0, "color": [161, 120, 104]}
+    MaskFormer(MaskFormerConfig.preset("tiny", 10)).save_pretrained(tmp_path / "things")
+    command = ["predict", str(tmp_path / "things"), str(photos), "-o", str(tmp_path / "instances")]
+    options = ["--data", "composed:scenes", "--split", "train", "--kind", "auto", "--task", "instance"]
+    assert CliRunner().invoke(app, [*command, *options]).exit_code == 0
+    categories = json.loads((tmp_path / "instances" / "images.json").read_text())["categories"]
+    assert [category["name"] for category in categories[8:]] == ["bag", "ankle boot"]
+    result = CliRunner().invoke(app, [*command, "--data", "composed:scenes", "--overwrite"])
+    assert "info has 13 classes; the model has 10" in str(result.exception)
 
 
 def test_the_folder_of_a_run(model, photos, tmp_path):

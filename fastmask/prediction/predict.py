@@ -167,7 +167,7 @@ def predict(
     existing = [] if overwrite else outputs.existing(files)
     if existing:
         what = f"{existing[0]} exists" if len(existing) == 1 else f"{existing[0]} and {len(existing) - 1} more exist"
-        raise FileExistsError(f"{what} already; ask for overwriting, or for another folder")
+        raise FileExistsError(f"{what} already; overwrite replaces them")
     if device is not None:
         model.to(device)
     failures: list[tuple[Path, str]] = []
