@@ -1,9 +1,13 @@
-"""Models without batch norm and batches in shares, for tests that compare two processes with one."""
+"""Two processes, and models without batch norm and batches in shares that compare them with one."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +16,18 @@ from torch import Tensor, nn
 from fastmask import MaskFormer, PerPixelBaseline, Segmenter, SoundEventDetector
 from fastmask.modules import PointSampling
 
+ROOT = Path(__file__).parent.parent
 PROCESSES = 2
 CLASSES, SIDE, VOID = 3, 64, 255
+
+
+def torchrun(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a module or script in two processes on the CPU."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
+    return subprocess.run(
+        [sys.executable, *launcher, *command], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
 
 
 class Convolutions(nn.Module):

@@ -37,6 +37,7 @@ from benchmarks.ablations.query_classes import QueryClasses, SharedPair, classes
 from benchmarks.ablations.tables import difference, render, spread, summary
 from benchmarks.ablations.training import Bench
 from benchmarks.harness.results import read_results
+from fastmask.training import Trainer
 from tests.dataset_trees import blocks, write_image, write_json, write_labels
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,6 +90,7 @@ def make_rows(variant, values, metric="mIoU", **other):
         "date": "2026-01-02 03:04 UTC",
         "commit": "abc",
         "dirty": False,
+        "loss": 1.0,
     }
     return [
         shared | {"variant": asdict(variant), "seed": seed, "metrics": {metric: value}} | other
@@ -244,10 +246,10 @@ def test_from_end_to_end(tmp_path, monkeypatch, capsys):
     assert len(rows) == 8
     rows = run_main(path, seeds=1)
     assert len(rows) == 8 + 1 + 1 + 2 + 3, "5 queries, 1 layer, panoptic with 1 and 3 layers, and sound"
-    assert json.loads(path.read_text())["rows"] == rows
+    assert json.loads(path.read_text(), parse_constant=pytest.fail)["rows"] == rows
     for row in rows:
-        assert all(0 <= value <= 1 or math.isnan(value) for value in row["metrics"].values())
-        assert math.isfinite(row["loss"])
+        assert all(value is None or 0 <= value <= 1 for value in row["metrics"].values())
+        assert row["loss"] > 0
     monkeypatch.setattr(Bench, "train", lambda *_: pytest.fail("trained again"))
     capsys.readouterr()
     assert run_main(path, seeds=1) == rows
@@ -263,9 +265,9 @@ def test_from_end_to_end(tmp_path, monkeypatch, capsys):
     assert "holds here" not in text.split("#### ablation on composed:clips")[1], "one seed shows nothing"
     pictures = sorted((tmp_path / "plots").iterdir())
     assert [picture.name for picture in pictures] == [
-        "ablation-here-composed-clips-cpu-1-steps.png",
-        "ablation-here-composed-scenes-cpu-1-steps-query-classes.png",
-        "ablation-here-composed-scenes-cpu-1-steps.png",
+        "ablation-here-composed-clips-cpu.png",
+        "ablation-here-composed-scenes-cpu-query-classes.png",
+        "ablation-here-composed-scenes-cpu.png",
     ]
     assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
 
@@ -366,6 +368,22 @@ def test_report_fills_the_markers_of_the_ablation(tmp_path):
         report.main(readme, tmp_path, check=False)
         assert (render(content) in readme.read_text()) is bool(markers)
     assert "| (b) above (a), mIoU | +2.7 on ADE20K, table 2 | +0.0 ± 127.1 | 2 | no ordering shown |" in render(content)
+
+
+def test_a_run_that_diverged_is_named(bench, monkeypatch):
+    step = Trainer.step
+
+    def diverging(self, batches):
+        return step(self, batches) | {"loss": torch.tensor(math.nan)}
+
+    monkeypatch.setattr(Trainer, "step", diverging)
+    row = bench.train(Run(A, 0))
+    assert row["loss"] is None
+    rows = make_rows(A, [0.1], loss=None, case=Run(A, 0).name)
+    rows += make_rows(B, [None, 0.3])
+    text = render({"machine": {"gpu": None, "cpu": "Some Processor"}, "rows": rows})
+    assert "Diverged: per-pixel, 0 queries, 0 layers, semantic, seed 0." in text
+    assert "| (b) per-pixel+ | 13 | 3 | semantic | 1.23 M | 1 | 30.0 |" in text
 
 
 def test_committed_tables_are_those_of_the_committed_numbers():

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastmask import MaskFormer, MaskFormerConfig, PerPixelBaseline, Targets
+from fastmask.integrations.checkpoints import to_hugging_face_maskformer, to_original_maskformer
 from fastmask.models import build_backbone, known_backbones
 from fastmask.models.backbone import describe_backbone, feature_maps
 from fastmask.models.efficientnet import NAME, EfficientNetLite0
@@ -96,6 +97,14 @@ def test_a_model_survives_a_folder_without_the_package(tmp_path, monkeypatch):
     with torch.no_grad():
         for value, expected in zip(loaded(images).values(), model(images).values(), strict=True):
             assert isinstance(value, list) or torch.equal(value, expected)
+
+
+def test_other_formats_have_no_place_for_it():
+    model = MaskFormer(**SMALL, backbone=NAME)
+    with pytest.raises(ValueError, match="backbone is 'efficientnet-lite0'; expected a ResNet or a Swin"):
+        to_hugging_face_maskformer(model)
+    with pytest.raises(ValueError, match=r"the format has no names for backbone\.stem\.conv\.weight, .* and \d+ more"):
+        to_original_maskformer(model)
 
 
 def test_a_training_step_of_the_preset_lowers_the_loss():

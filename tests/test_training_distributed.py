@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from fastmask.training import distributed
-from tests.shared_batches import CASES, PROCESSES
+from tests.shared_batches import CASES, PROCESSES, ROOT, torchrun
 from tests.two_processes import MICRO_BATCHES, NAMES, RECOMPUTED, STEPS, gradients, loss_of, optimizer_of, train
 
-ROOT = Path(__file__).parent.parent
 # Where the losses are computed in float32 the order of their sums shows; elsewhere all is float64.
 FLOAT32 = ("sound", "points")
 
 every_strategy = pytest.mark.parametrize("strategy", distributed.STRATEGIES)
-
-
-def torchrun(*command, **environment):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
-    return subprocess.run(
-        [sys.executable, *launcher, *command], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
 
 
 @pytest.fixture(scope="module")

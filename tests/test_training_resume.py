@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -36,21 +37,25 @@ def uninterrupted(config, tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def stop_after(monkeypatch):
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch):
+    """Pictures take longer than these runs."""
+    monkeypatch.setattr("fastmask.training.train.draw_curves", lambda *_: None)
+
+
+@contextmanager
+def signal_in_step(step, number=signal.SIGINT):
     """A signal arrives in the middle of a step."""
+    take_step = Trainer.step
 
-    def arrange(step, number=signal.SIGINT):
-        take_step = Trainer.step
+    def interrupted(trainer, batches):
+        if trainer.steps == step - 1:
+            os.kill(os.getpid(), number)
+        return take_step(trainer, batches)
 
-        def interrupted(trainer, batches):
-            if trainer.steps == step - 1:
-                os.kill(os.getpid(), number)
-            return take_step(trainer, batches)
-
-        monkeypatch.setattr(Trainer, "step", interrupted)
-
-    yield arrange
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "step", interrupted)
+        yield
 
 
 def weights(folder, name="model"):
@@ -72,28 +77,22 @@ def assert_same_run(folder, expected):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("stop", [3, 5])
-def test_interrupted_and_resumed_equals_uninterrupted(
-    config, uninterrupted, tmp_path, stop_after, monkeypatch, workers, stop
-):
+def test_interrupted_and_resumed_equals_uninterrupted(config, uninterrupted, tmp_path, workers, stop):
     config = config.replace(workers=workers)
-    stop_after(stop)
-    with pytest.raises(KeyboardInterrupt):
+    with signal_in_step(stop), pytest.raises(KeyboardInterrupt):
         train(config, tmp_path / "run")
     assert load_model(tmp_path / "run" / "model") is not None
     assert not (tmp_path / "run" / "result.json").exists()
-    monkeypatch.undo()
     result = train(None, tmp_path / "run", resume=True)
     assert_same_run(tmp_path / "run", uninterrupted)
     assert (result.folder, result.best) == (tmp_path / "run", tmp_path / "run" / "best")
 
 
-def test_sigterm_saves_too(config, tmp_path, stop_after, uninterrupted, monkeypatch):
-    stop_after(1, signal.SIGTERM)
-    with pytest.raises(SystemExit) as exit_status:
+def test_sigterm_saves_too(config, tmp_path, uninterrupted):
+    with signal_in_step(1, signal.SIGTERM), pytest.raises(SystemExit) as exit_status:
         train(config, tmp_path / "run")
     assert exit_status.value.code == 143
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    monkeypatch.undo()
     train(config, tmp_path / "run", resume=True)
     assert_same_run(tmp_path / "run", uninterrupted)
 
@@ -113,12 +112,10 @@ def test_evaluation_changes_nothing(config, uninterrupted, tmp_path):
     assert not (tmp_path / "run" / "best").exists()
 
 
-def test_accumulation_takes_the_same_samples_and_may_change(config, tmp_path, stop_after, monkeypatch):
+def test_accumulation_takes_the_same_samples_and_may_change(config, tmp_path):
     config = config.replace(accumulate=2)
-    stop_after(2)
-    with pytest.raises(KeyboardInterrupt):
+    with signal_in_step(2), pytest.raises(KeyboardInterrupt):
         train(config, tmp_path / "run")
-    monkeypatch.undo()
     result = train(config.replace(accumulate=1, log_every=1), tmp_path / "run", resume=True)
     assert result.evaluation
     assert [record["step"] for record in MetricsFile(tmp_path / "run" / "metrics.jsonl").read()] == [
@@ -183,12 +180,10 @@ def test_a_used_folder_is_refused_and_left_alone(config, uninterrupted, tmp_path
         train(None, tmp_path / "run")
 
 
-def test_a_damaged_checkpoint_is_passed_over(config, uninterrupted, tmp_path, stop_after, monkeypatch, caplog):
+def test_a_damaged_checkpoint_is_passed_over(config, uninterrupted, tmp_path, caplog):
     folder = tmp_path / "run"
-    stop_after(5)
-    with pytest.raises(KeyboardInterrupt):
+    with signal_in_step(5), pytest.raises(KeyboardInterrupt):
         train(config, folder)
-    monkeypatch.undo()
     *_, before, newest = sorted((folder / "checkpoints").iterdir())
     content = newest.read_bytes()
     newest.write_bytes(content[: len(content) // 2])

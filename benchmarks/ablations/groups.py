@@ -71,8 +71,8 @@ class Group:
             findings = sound_findings(self.base.queries, self.base.layers)
         else:
             findings = image_findings(self.base.queries, self.base.layers, self._queries(), self._layers())
-        possible = [f for f in findings if _can_differ(f)]
-        judgements = [judge(finding, self.rows) for finding in possible]
+        made = self.comparisons()
+        judgements = [judge(f, self.rows) for f in findings if f.comparison in made and _can_differ(f)]
         return [judgement for judgement in judgements if judgement.differences]
 
     def values(self, variant: Variant, metric: str) -> list[float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -121,37 +120,38 @@ def make_network(settings: Settings, variant: Variant, class_names: tuple[str, .
 def evaluate_images(
     network: MaskFormer | PerPixelBaseline, batches: DataLoader, variant: Variant, stuff: tuple[int, ...]
 ) -> tuple[dict[str, float], QueryClasses | None]:
-    """Metrics as shares of 1, and which classes each query answered for.
+    """Metrics as shares of 1, and which classes each query answered for, from one reading of the images.
 
     "mIoU", and "PQ_st": PQ with each class of an image as one segment, as the paper compares label maps. For mask
     classification the same by general inference, after "general "; and where the truth is panoptic also "PQ".
     """
     network.eval()
     num_classes = network.config.num_classes
-    rules = {"": "semantic"}
+    tasks: dict[str, dict[str, float]] = {"semantic": {}}
     queries = None
     if isinstance(network, MaskFormer):
-        rules[GENERAL] = "general"
+        tasks["general"] = {}
         queries = QueryClasses(network.config.num_queries, num_classes)
-    semantic = {prefix: SemanticMetrics(num_classes, boundary_share=None) for prefix in rules}
-    by_class = {prefix: PanopticMetrics(num_classes, range(num_classes)) for prefix in rules}
+    prefixes = dict(zip(tasks, ("", GENERAL), strict=False))
+    semantic = {rule: SemanticMetrics(num_classes, boundary_share=None) for rule in prefixes}
+    by_class = {rule: PanopticMetrics(num_classes, range(num_classes)) for rule in prefixes}
     panoptic = PanopticMetrics(num_classes, stuff)
+    if variant.task == "panoptic":
+        tasks["panoptic"] = {"threshold": PANOPTIC_THRESHOLD}
     for images, targets in batches:
         images = [image.to(network.pixel_mean.device) for image in images]
-        for prefix, rule in rules.items():
-            labels = network.predict(images, rule) if queries is not None else network.predict(images)
-            _count(semantic[prefix], by_class[prefix], labels, targets)
-        if queries is not None:
+        if queries is None:
+            results = {"semantic": network.predict(images)}
+        else:
+            results = network.predict_tasks(images, tasks)
             queries.update(network(images)["pred_logits"])
-        if variant.task == "panoptic":
-            results = network.predict(images, "panoptic", threshold=PANOPTIC_THRESHOLD)
-            for b, (ids, infos) in enumerate(results):
-                truth = targets.segments[b, : ids.shape[0], : ids.shape[1]]
-                panoptic.update((ids, infos), truth, targets.labels[b])
-    metrics = {}
-    for prefix in rules:
-        metrics[f"{prefix}mIoU"] = semantic[prefix].compute()["mIoU"]
-        metrics[f"{prefix}PQ_st"] = by_class[prefix].compute()["PQ"]
+        for rule in prefixes:
+            _count(semantic[rule], by_class[rule], results[rule], targets)
+        for b, (ids, infos) in enumerate(results.get("panoptic", ())):
+            truth = targets.segments[b, : ids.shape[0], : ids.shape[1]]
+            panoptic.update((ids, infos), truth, targets.labels[b])
+    metrics = {f"{prefix}mIoU": semantic[rule].compute()["mIoU"] for rule, prefix in prefixes.items()}
+    metrics |= {f"{prefix}PQ_st": by_class[rule].compute()["PQ"] for rule, prefix in prefixes.items()}
     if variant.task == "panoptic":
         metrics["PQ"] = panoptic.compute()["PQ"]
     return metrics, queries
@@ -172,8 +172,3 @@ def class_segments(labels: Tensor, num_classes: int) -> tuple[Tensor, list[dict[
     """A label map ``(H, W)`` as a panoptic result with a segment for each class; values beyond the classes are none."""
     found = np.unique(labels.numpy()).tolist()
     return labels, [{"id": label, "category_id": label} for label in found if label < num_classes]
-
-
-def first_batches(settings: Settings, run: Run, count: int) -> list[Any]:
-    """The first batches of a run, to time steps with."""
-    return list(islice(training_batches(settings, run, 0), count))

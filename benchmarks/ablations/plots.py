@@ -33,9 +33,11 @@ def write_plots(rows: Sequence[dict[str, Any]], folder: Path, name: str) -> list
     matplotlib.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
     groups = groups_of(rows)
-    paths = []
-    for group in groups:
-        slug = f"{group.title}-{group.settings.steps}-steps".removeprefix("ablation on ")
+    paths: list[Path] = []
+    for number, group in enumerate(groups):
+        title = group.title.removeprefix("ablation on ")
+        again = sum(other.title == group.title for other in groups[:number])
+        slug = f"{title} {again + 1}" if again else title
         start = folder / f"{name}-{re.sub(r'[^a-z0-9]+', '-', slug.lower())}"
         if panels := {name: variants for name, variants in group.comparisons().items() if name in METRICS}:
             paths.append(_plot_comparisons(group, panels, Path(f"{start}.png")))

@@ -49,13 +49,14 @@ def conditions(group: Group, machine: str) -> str:
     settings = group.settings
     unit = "seconds of sound" if group.is_sound else "pixels"
     stamps = {f"{row['commit']}{' with local changes' if row['dirty'] else ''}" for row in group.rows}
+    diverged = "; ".join(row["case"] for row in group.rows if row["loss"] is None)
     days = sorted({row["date"].split()[0] for row in group.rows})
     return (
         f"{machine}. Preset `{settings.model}`; {settings.steps} optimiser steps of {settings.batch_size} samples of "
         f"{settings.size} {unit}, learning rate {settings.learning_rate:g}, {settings.precision}; at most "
         f"{settings.val_samples} validation samples. Mean ± standard deviation over seeds, in %. All variants take the "
         f"same steps on the same samples. Trained {' to '.join(dict.fromkeys([days[0], days[-1]]))} at "
-        f"{', '.join(sorted(stamps))}."
+        f"{', '.join(sorted(stamps))}.{f' Diverged: {diverged}.' if diverged else ''}"
     )
 
 

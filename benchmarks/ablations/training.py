@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -87,7 +88,8 @@ class Bench:
         Returns:
             A row of the results: "variant", "seed", "settings", "class_names", "base_layers" (of variants that do not
             vary them), "parameters" (their number), "loss" (of the last steps), "metrics", and for mask classification
-            "query_classes", the ``(N, K)`` counts of :class:`QueryClasses`.
+            "query_classes", the ``(N, K)`` counts of :class:`QueryClasses`, and "evaluated", of how many images. A loss
+            or metric that is no number is None.
         """
         settings, is_sound = self.settings_of(run), run.variant.structure in SOUND
         trainer = self.trainer(run)
@@ -107,14 +109,15 @@ class Bench:
             "class_names": list(self.sound.class_names if is_sound else self.info.class_names),
             "base_layers": (self.sound if is_sound else self.preset).decoder_layers,
             "parameters": sum(parameter.numel() for parameter in network.parameters()),
-            "loss": torch.stack(tail).mean().item(),
+            "loss": _json_number(torch.stack(tail).mean().item()),
         }
         if is_sound:
             clips = sounds.validation_clips(settings, self.workers)
-            return row | {"metrics": sounds.evaluate_clips(network, clips, self.device)}
-        held_out = images.validation_batches(settings, run.variant.task, self.workers)
-        metrics, queries = images.evaluate_images(network, held_out, run.variant, self.stuff)
-        row["metrics"] = metrics
+            metrics, queries = sounds.evaluate_clips(network, clips, self.device), None
+        else:
+            held_out = images.validation_batches(settings, run.variant.task, self.workers)
+            metrics, queries = images.evaluate_images(network, held_out, run.variant, self.stuff)
+        row["metrics"] = {name: _json_number(value) for name, value in metrics.items()}
         if queries is not None:
             row |= {"query_classes": queries.counts.tolist(), "evaluated": queries.images}
         return row
@@ -140,3 +143,8 @@ class Bench:
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def _json_number(value: float) -> float | None:
+    """JSON knows no nan and no infinity."""
+    return value if math.isfinite(value) else None

@@ -41,7 +41,7 @@ def evaluate(
     max_side: Annotated[
         int | None, typer.Option(min=1, help="The limit of the longer side, with --short-side.")
     ] = None,
-    window: Annotated[int | None, typer.Option(min=1, help="Predict in square windows of this side.")] = None,
+    window: Annotated[int | None, typer.Option(min=0, help="Predict in square windows of this side.")] = None,
     stride: Annotated[int | None, typer.Option(min=1, help="From one window to the next; the window's side.")] = None,
     scales: Annotated[str, typer.Option(help="Average over these scales, such as 0.75,1,1.25.")] = "1",
     flip: Annotated[bool, typer.Option("--flip", help="Average with the mirror image.")] = False,

@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from fastmask.cli.bench import bench
 from fastmask.cli.convert import convert
 from fastmask.cli.evaluate import evaluate
 from fastmask.cli.info import info
@@ -21,6 +22,7 @@ app = typer.Typer(
 app.command()(train)
 app.command()(evaluate)
 app.command()(predict)
+app.command()(bench)
 app.command()(convert)
 app.command()(info)
 

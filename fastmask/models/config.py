@@ -157,5 +157,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "pixel_decoder_dim": 64,
         "decoder_layers": 3,
         "feedforward_dim": 512,
+        "dropout": 0.0,
     },
 }

@@ -69,8 +69,8 @@ class Interruption:
 
 
 def outlive_signals(_: int = 0) -> None:
-    """The ``worker_init_fn`` of a ``DataLoader``. Its processes receive the signals that are meant for the one that they
-    work for; they stay for as long as that may need them, and say nothing.
+    """The ``worker_init_fn`` of a ``DataLoader``. Workers receive the signals that are meant for the process that they
+    work for, and stay, silently, for as long as that may need them.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
