@@ -165,7 +165,7 @@ def predict(
     existing = [] if overwrite else outputs.existing(files)
     if existing:
         what = f"{existing[0]} exists" if len(existing) == 1 else f"{existing[0]} and {len(existing) - 1} more exist"
-        raise FileExistsError(f"{what} already; ask for overwriting, or for another folder")
+        raise FileExistsError(f"{what} already; overwrite replaces them")
     if device is not None:
         model.to(device)
     failures: list[tuple[Path, str]] = []
@@ -193,10 +193,13 @@ def _batches(
             failures.append((file.path, str(error).removeprefix(f"{file.path}: ")))
             bar.advance()
             continue
-        if batch and (len(batch) == batch_size or batch[0][1].shape != image.shape):
+        if batch and batch[0][1].shape != image.shape:
             yield batch
             batch = []
         batch.append((file, image))
+        if len(batch) == batch_size:
+            yield batch
+            batch = []
     if batch:
         yield batch
 
@@ -254,10 +257,14 @@ def _class_info(model: SegmentationModel, info: DatasetInfo | None, palette: Pal
         info = DatasetInfo(names, stuff_classes=getattr(config, "stuff_classes", ()), ignore_index=void)
     elif info.num_classes != num_classes:
         raise ValueError(f"info has {info.num_classes} classes; the model has {num_classes}")
-    if palette is not None and len(palette) != num_classes:
-        raise ValueError(f"palette has {len(palette)} colours; the model has {num_classes} classes")
-    colours = palette or info.palette or distinct_colours(num_classes)
-    return replace(info, palette=tuple(map(tuple, colours)), ignore_index=void_label(num_classes))
+    colours = palette if palette is not None else info.palette or distinct_colours(num_classes)
+    if len(colours) != num_classes:
+        raise ValueError(f"palette has {len(colours)} colours; the model has {num_classes} classes")
+    colours = tuple(tuple(int(channel) for channel in colour) for colour in colours)
+    for colour in colours:
+        if len(colour) != 3 or not all(0 <= channel <= 255 for channel in colour):
+            raise ValueError(f"palette holds {colour}; expected three values in 0..255")
+    return replace(info, palette=colours, ignore_index=void_label(num_classes))
 
 
 def _views(
