@@ -8,6 +8,7 @@ import typer
 
 from fastmask.cli.convert import convert
 from fastmask.cli.evaluate import evaluate
+from fastmask.cli.export import export
 from fastmask.cli.info import info
 from fastmask.cli.predict import predict
 
@@ -20,6 +21,7 @@ app = typer.Typer(
 app.command()(evaluate)
 app.command()(predict)
 app.command()(convert)
+app.command()(export)
 app.command()(info)
 
 
