@@ -13,7 +13,7 @@ import torch
 import benchmarks
 from benchmarks.harness.machine import Work
 
-NO_OPERATIONS = ("inputs", "networks", "report", "run")  # every other file in benchmarks/ is one
+NO_OPERATIONS = ("ablation", "inputs", "networks", "report", "run")  # every other file in benchmarks/ is one
 
 
 class Unavailable(Exception):

@@ -19,13 +19,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from fastmask.cli._evaluation import evaluate
-from fastmask.cli._pictures import contact_sheet, plot_losses, side_by_side
-from fastmask.cli._versus import compare_criteria
+from fastmask.cli._losses import plot_losses
+from fastmask.cli.bench import table
 from fastmask.cli.pretrain import WEIGHTS
-from fastmask.data import CLASS_NAMES, PALETTE, STUFF_LABELS, ComposedScenes, collate_scenes
+from fastmask.data import CLASS_NAMES, PALETTE, STUFF_LABELS, ComposedScenes, SceneDataset, collate_scenes
 from fastmask.models import MaskFormer, MaskFormerConfig
+from fastmask.prediction import contact_sheet, side_by_side
 from fastmask.targets import Targets
+from fastmask.training import evaluate
+from fastmask.training.benchmark import benchmark
 
 LEARNING_RATE = 1e-3
 # Shares of the learning rate: the backbone has learned already, and the transformer is the part that diverges first.
@@ -64,14 +66,21 @@ def demo(
     model.save_pretrained(output / "model")
 
     scenes = ComposedScenes("val", length=val_scenes, size=(size, size))
-    held_out = DataLoader(scenes, batch_size=batch_size, collate_fn=collate_scenes)
-    metrics = evaluate(model, tqdm(held_out, desc="evaluating"), threshold=THRESHOLD)
+    evaluation = evaluate(
+        model,
+        SceneDataset("val", length=val_scenes, size=(size, size)),
+        batch_size=batch_size,
+        options={"panoptic": {"threshold": THRESHOLD}},
+        boundary_share=None,
+        progress=True,
+    )
     draw(model, scenes, output / "scenes.png")
     print(f"\non {val_scenes} held-out scenes after {len(history)} steps:")
-    for name, value in metrics.items():
-        print(f"  {name:<12}{100 * value:6.1f} %")
+    for name in ("mIoU", "PQ", "SQ", "RQ"):
+        print(f"  {name:<12}{100 * evaluation.numbers[name]:6.1f} %")
     print(f"\npictures: {output}/scenes.png, {output}/loss.png; model: {output}/model\n")
-    print(compare_criteria(model, *next(batches(train_scenes, batch_size, seed + 1))))
+    print("the criterion on this model's predictions, forward and backward:\n")
+    print(table(benchmark(model, *next(batches(train_scenes, batch_size, seed + 1)), ["criterion"], seconds=4)))
 
 
 def make_model() -> MaskFormer:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastmask.data.pictures import decode_picture
 from fastmask.data.sample import Sample, SegmentationDataset
 from fastmask.data.tasks import segment_dtype
 
@@ -65,7 +66,7 @@ class FileDataset(SegmentationDataset):
 
     def read_image(self, index: int) -> Tensor:
         """``(3, H, W)`` uint8. Not turned by an EXIF orientation, because truths are drawn on the stored pixels."""
-        return reading(self.entries[index].image, _decode_image)
+        return reading(self.entries[index].image, decode_picture)
 
     def read_truth(self, index: int) -> dict[str, Tensor]:
         """The fields of a sample that hold its truth."""
@@ -155,12 +156,6 @@ def reading(path: Path, read: Callable[[Path], T]) -> T:
 def read_labels(path: Path) -> np.ndarray:
     """``(H, W)`` non-negative integers of a label map of one channel, as stored: a palette is not applied."""
     return reading(path, _decode_labels)
-
-
-def _decode_image(path: Path) -> Tensor:
-    with Image.open(path) as image:
-        pixels = np.array(image.convert("RGB"))
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
 def _decode_labels(path: Path) -> np.ndarray:

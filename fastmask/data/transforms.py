@@ -32,6 +32,22 @@ class Compose:
 
 
 @dataclass(frozen=True)
+class Sometimes:
+    """Applies a transform with some probability.
+
+    Args:
+        transform: to apply.
+        probability: 0..1.
+    """
+
+    transform: Transform
+    probability: float = 0.5
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        return self.transform(sample, rng) if rng.random() < self.probability else sample
+
+
+@dataclass(frozen=True)
 class ResizeShortSide:
     """Resizes to a random length of the shorter side; the longer side follows, up to a limit.
 
@@ -106,6 +122,23 @@ class RandomCrop:
 
 
 @dataclass(frozen=True)
+class RandomSizeCrop:
+    """Crops a random part of a random size; a side that is smaller than the least stays as it is.
+
+    Args:
+        least: of height and width, in pixels.
+        greatest: of both.
+    """
+
+    least: int
+    greatest: int
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        height, width = (int(rng.integers(min(side, self.least), min(side, self.greatest) + 1)) for side in sample.size)
+        return RandomCrop((height, width))(sample, rng)
+
+
+@dataclass(frozen=True)
 class RandomFlip:
     """Mirrors left and right."""
 
@@ -164,14 +197,16 @@ def semantic_augmentation(
     *,
     short_side: int = 512,
     max_side: int = 2048,
+    scales: tuple[float, float] = (0.5, 2.0),
     max_category_share: float = 1.0,
 ) -> Compose:
     """What MaskFormer and Segmenter train semantic segmentation with.
 
-    The shorter side is 0.5 to 2 times ``short_side`` in steps of 0.1; then crop, colour and flip. MaskFormer takes
+    The shorter side is ``scales`` times ``short_side`` in steps of 0.1; then crop, colour and flip. MaskFormer takes
     these defaults for ADE20K, (512, 1024), 1024 and 4096 for Cityscapes; Segmenter limits a class to 0.75 of a crop.
     """
-    sides = tuple(short_side * tenths // 10 for tenths in range(5, 21))
+    least, greatest = (round(10 * scale) for scale in scales)
+    sides = tuple(short_side * tenths // 10 for tenths in range(least, greatest + 1))
     crop_step = RandomCrop(crop, max_category_share)
     return Compose((ResizeShortSide(sides, max_side), crop_step, ColourJitter(), RandomFlip()))
 
@@ -179,6 +214,20 @@ def semantic_augmentation(
 def jitter_augmentation(size: tuple[int, int] = (1024, 1024), scales: tuple[float, float] = (0.1, 2.0)) -> Compose:
     """Large-scale jitter, with which Mask2Former trains panoptic and instance segmentation: flip, scale and crop."""
     return Compose((RandomFlip(), ResizeJitter(size, scales), RandomCrop(size)))
+
+
+def detr_augmentation(
+    *, short_side: int = 800, max_side: int = 1333, scales: tuple[float, float] = (0.6, 1.0)
+) -> Compose:
+    """What DETR (Carion et al. 2020, arXiv:2005.12872, appendix A.4) and MaskFormer train on COCO with.
+
+    Flip; half of the time a crop of 384 to 600 pixels a side, out of the image with a shorter side of 400, 500 or 600;
+    then a shorter side of ``scales`` times ``short_side`` in steps of 32 pixels.
+    """
+    least, greatest = (round(scale * short_side) for scale in scales)
+    crop = Compose((ResizeShortSide((400, 500, 600)), RandomSizeCrop(384, 600)))
+    sides = tuple(range(least, greatest + 1, 32))
+    return Compose((RandomFlip(), Sometimes(crop), ResizeShortSide(sides, max_side)))
 
 
 def resized(sample: Sample, size: Sequence[int]) -> Sample:

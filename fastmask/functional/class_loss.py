@@ -36,6 +36,20 @@ def class_loss(
         ValueError: shapes, devices or labels that do not fit.
         TypeError: logits that are not floating point, or an assignment that is not int64.
     """
+    loss, weight = class_loss_terms(class_logits, targets, assignment, eos_coef=eos_coef, class_weights=class_weights)
+    return loss / weight
+
+
+def class_loss_terms(
+    class_logits: Tensor,
+    targets: Targets,
+    assignment: Tensor,
+    *,
+    eos_coef: float = 0.1,
+    class_weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The two sums whose quotient :func:`class_loss` is, ``(...)`` each, for who divides by those of other processes;
+    arguments and errors are the same."""
     check_class_logits(class_logits, targets)
     num_queries, num_classes = class_logits.shape[-2], class_logits.shape[-1] - 1
     check_assignment(assignment, tuple(class_logits.shape[:-3]), num_queries, targets)
@@ -49,7 +63,7 @@ def class_loss(
     classes = query_classes(targets.labels, assignment, num_queries, num_classes)
     nll = -class_logits.to(dtype).log_softmax(-1).gather(-1, classes[..., None]).squeeze(-1)
     weights = class_weights.to(dtype)[classes]
-    return (weights * nll).sum((-2, -1)) / weights.sum((-2, -1))
+    return (weights * nll).sum((-2, -1)), weights.sum((-2, -1))
 
 
 def query_classes(labels: Tensor, assignment: Tensor, num_queries: int, num_classes: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from fastmask.targets import Targets
 
@@ -31,6 +31,15 @@ def check_binary(name: str, masks: Tensor) -> None:
 def sizes_of(mask_labels: Sequence[Tensor]) -> list[tuple[int, int]]:
     """(H_b, W_b) of each image's masks."""
     return [tuple(masks.shape[-2:]) for masks in mask_labels]
+
+
+def average_num_masks(targets: Targets) -> Tensor:
+    """Targets of an average process's batch, at least 1: what the original repositories divide mask losses by."""
+    num_masks = targets.counts.sum().float()
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(num_masks)
+        num_masks = num_masks / distributed.get_world_size()
+    return num_masks.clamp(min=1)
 
 
 def cost_of_images(

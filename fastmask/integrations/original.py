@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from fastmask import modules
-from fastmask.integrations._labels import check_binary, sizes_of
+from fastmask.integrations._labels import average_num_masks, check_binary, sizes_of
 from fastmask.integrations._patching import original_class
 from fastmask.integrations._points import PointLoss, PointMatcher
-from fastmask.modules.criterion import LOSSES, global_num_masks
+from fastmask.modules.criterion import LOSSES
 from fastmask.modules.matcher import index_pairs
 from fastmask.targets import Targets
 
@@ -92,6 +92,10 @@ class SetCriterion(modules.SetCriterion):
         _check_targets(targets)
         return super().forward(outputs, targets)
 
+    def normalisers(self, weight: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
+        """As the original has them: classes by the queries of each process, masks by the average process's targets."""
+        return weight, average_num_masks(targets)
+
 
 class PointHungarianMatcher(PointMatcher, nn.Module):
     """Mask2Former's matcher, by fastmask's kernels."""
@@ -117,7 +121,7 @@ class PointSetCriterion(PointLoss, nn.Module):
         padded = Targets.from_list(targets, num_classes=self.num_classes, device=layers[0][0].device)
         counts = [len(target["labels"]) for target in targets]
         masks, dices, loss_ce = self.losses_at_points(layers, padded, counts, sizes, with_masks="masks" in self.losses)
-        num_masks = global_num_masks(padded)
+        num_masks = average_num_masks(padded)
         named = {}
         for i, ce in enumerate(loss_ce):
             suffix = f"_{i - 1}" if i > 0 else ""

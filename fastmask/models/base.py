@@ -32,6 +32,8 @@ class PretrainedModel(nn.Module):
     config_class: ClassVar[type[ModelConfig]]
     # Prefixes of the weights whose shapes follow the number of classes.
     class_weights: ClassVar[tuple[str, ...]]
+    # Prefixes of the weights that usually start pretrained, which recipes may give a learning rate of their own.
+    backbone_weights: ClassVar[tuple[str, ...]] = ()
     # Prefixes of buffers that follow from the configuration and are not saved.
     unsaved: ClassVar[tuple[str, ...]] = ()
 
@@ -152,6 +154,7 @@ class PixelDecoderModel(SegmentationModel):
     """
 
     config_class: ClassVar[type[PixelDecoderConfig]]
+    backbone_weights = ("backbone.",)
     config: PixelDecoderConfig
 
     def __init__(

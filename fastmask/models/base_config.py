@@ -1,39 +1,33 @@
-"""What the configurations of all networks share: plain data that is checked, replaced, and kept as JSON."""
+"""What all configurations share, as plain data that is checked, replaced and kept as JSON; then what networks share."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
-Config = TypeVar("Config", bound="ModelConfig")
+from fastmask.models import efficientnet
+
+Config = TypeVar("Config", bound="PlainConfig")
 
 CUSTOM_BACKBONE = "custom"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-class ModelConfig:
-    """Base of the frozen dataclasses that networks are built from. It checks the types of all fields, and the values of
-    those that every network has.
+class PlainConfig:
+    """Base of frozen dataclasses of plain data. It checks the types of all fields, and keeps them as JSON. A field that
+    is such a dataclass itself has been checked already.
     """
-
-    num_classes: int
-    class_names: tuple[str, ...]
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            object.__setattr__(self, f.name, _checked(f.name, f.type, getattr(self, f.name)))
-        self.require_at_least(1, "num_classes")
-        require(
-            len(self.class_names) in (0, self.num_classes),
-            "class_names",
-            f"{len(self.class_names)} names",
-            f"{self.num_classes} (num_classes) or none",
-        )
+            value = getattr(self, f.name)
+            if not isinstance(value, PlainConfig):
+                object.__setattr__(self, f.name, _checked(f.name, f.type, value))
 
     def require_at_least(self, least: int, *names: str) -> None:
         """Refuses fields of these names that are smaller.
@@ -43,15 +37,6 @@ class ModelConfig:
         """
         for name in names:
             require(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
-
-    def require_outside_classes(self, name: str) -> None:
-        """Refuses a field that should mark the absence of a class and is a class.
-
-        Raises:
-            ValueError: it lies in ``0..K-1``.
-        """
-        value = getattr(self, name)
-        require(not 0 <= value < self.num_classes, name, value, f"outside of the classes 0..{self.num_classes - 1}")
 
     def replace(self: Config, **changes: Any) -> Config:
         """The same configuration with some fields changed."""
@@ -68,8 +53,9 @@ class ModelConfig:
         Raises:
             ValueError: keys that are unknown or missing; the message names them.
         """
-        names = [f.name for f in fields(cls)]
-        unknown, missing = sorted(set(values) - set(names)), [] if "num_classes" in values else ["num_classes"]
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        required = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+        missing = [name for name in required if name not in values]
         problems = [f"unknown keys {', '.join(unknown)}"] if unknown else []
         problems += [f"missing keys {', '.join(missing)}"] if missing else []
         if problems:
@@ -88,12 +74,7 @@ class ModelConfig:
             FileNotFoundError: no such file.
             ValueError: the file is not JSON, or its keys are not those of a configuration; the message names the file.
         """
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not a JSON file: {error}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} holds a {type(values).__name__}; expected a configuration's keys")
+        values = read_json(path)
         try:
             return cls.from_dict(values)
         except (TypeError, ValueError) as error:
@@ -101,15 +82,55 @@ class ModelConfig:
 
     @classmethod
     def _from_preset(
-        cls: type[Config],
-        presets: Mapping[str, Mapping[str, Any]],
-        name: str,
-        num_classes: int,
-        overrides: Mapping[str, Any],
+        cls: type[Config], presets: Mapping[str, Mapping[str, Any]], name: str, overrides: Mapping[str, Any]
     ) -> Config:
         if name not in presets:
             raise ValueError(f"unknown preset {name!r}; known are {', '.join(presets)}")
-        return cls(**{"num_classes": num_classes, **presets[name], **overrides})
+        return cls(**{**presets[name], **overrides})
+
+
+class ModelConfig(PlainConfig):
+    """Base of the frozen dataclasses that networks are built from. Kept as JSON, they say which network is theirs."""
+
+    # The network's name: "type" in the JSON.
+    model_type: ClassVar[str]
+
+    num_classes: int
+    class_names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_at_least(1, "num_classes")
+        require(
+            len(self.class_names) in (0, self.num_classes),
+            "class_names",
+            f"{len(self.class_names)} names",
+            f"{self.num_classes} (num_classes) or none",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The network's "type", and every field as JSON knows them: tuples become lists."""
+        return {"type": self.model_type, **super().to_dict()}
+
+    @classmethod
+    def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
+        """The inverse of :meth:`to_dict`. The type, and a field with a default, may be missing.
+
+        Raises:
+            ValueError: another network's type, or keys that are unknown or missing; the message names them.
+        """
+        kind = values.get("type", cls.model_type)
+        require(kind == cls.model_type, "type", repr(kind), f"{cls.model_type!r}, as for every {cls.__name__}")
+        return super().from_dict({name: value for name, value in values.items() if name != "type"})
+
+    def require_outside_classes(self, name: str) -> None:
+        """Refuses a field that should mark the absence of a class and is a class.
+
+        Raises:
+            ValueError: it lies in ``0..K-1``.
+        """
+        value = getattr(self, name)
+        require(not 0 <= value < self.num_classes, name, value, f"outside of the classes 0..{self.num_classes - 1}")
 
 
 class ImageModelConfig(ModelConfig):
@@ -145,6 +166,9 @@ class PixelDecoderConfig(ImageModelConfig):
     size_divisibility: int
 
     def __post_init__(self) -> None:
+        for name, values in pixel_statistics(self.backbone).items():
+            if not getattr(self, name):
+                object.__setattr__(self, name, values)
         super().__post_init__()
         self.require_at_least(1, "hidden_dim", "mask_dim", "pixel_decoder_dim", "decoder_layers", "num_heads")
         self.require_at_least(1, "feedforward_dim", "size_divisibility")
@@ -154,6 +178,29 @@ class PixelDecoderConfig(ImageModelConfig):
         multiple = math.lcm(4, self.num_heads)
         for name in ["hidden_dim", *(["pixel_decoder_dim"] if self.encoder_layers else [])]:
             require(getattr(self, name) % multiple == 0, name, getattr(self, name), f"a multiple of {multiple}")
+
+
+def pixel_statistics(backbone: str) -> dict[str, tuple[float, ...]]:
+    """The pixel statistics of a backbone's pretrained weights: ImageNet's, or those of EfficientNet-lite0."""
+    if backbone == efficientnet.NAME:
+        return {"pixel_mean": efficientnet.PIXEL_MEAN, "pixel_std": efficientnet.PIXEL_STD}
+    return {"pixel_mean": IMAGENET_MEAN, "pixel_std": IMAGENET_STD}
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """What a configuration's file holds.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is not JSON, or no object; the message names it.
+    """
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a JSON file: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}; expected a configuration's keys")
+    return values
 
 
 def require(holds: bool, name: str, value: Any, expected: str) -> None:

@@ -16,23 +16,29 @@ WEIGHTS_FILE = "model.safetensors"
 def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], None]]) -> None:
     """Writes several files of a folder so that an interruption leaves what was there before: each under a temporary
     name first, and only when all are complete are they renamed.
+
+    Args:
+        folder: is made if it does not exist, and so are folders in it.
+        writers: by a file's path in the folder, what writes it to the path that it is given.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    suffix = f".{uuid.uuid4().hex}.tmp"
+    token = uuid.uuid4().hex
+    # Not the file's own name with something added, which may be too long for a name.
+    temporaries = {name: (folder / name).with_name(f".{token}-{i}.tmp") for i, name in enumerate(writers)}
     try:
         for name, write in writers.items():
-            temporary = folder / (name + suffix)
+            temporary = temporaries[name]
+            temporary.parent.mkdir(parents=True, exist_ok=True)
             temporary.touch()
             mode = temporary.stat().st_mode
             write(temporary)
             temporary.chmod(mode)  # safetensors makes its files readable by their owner only
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
-        for name in writers:
-            os.replace(folder / (name + suffix), folder / name)
+        for name, temporary in temporaries.items():
+            os.replace(temporary, folder / name)
     finally:
-        for name in writers:
-            (folder / (name + suffix)).unlink(missing_ok=True)
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)
 
 
 def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:

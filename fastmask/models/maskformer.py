@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +35,8 @@ class MaskFormer(PixelDecoderModel):
         backbone: a name, as in the configuration; or a module that returns a list or tuple of maps at the strides 4,
             8, 16 and 32, from fine to coarse (with a configuration, only a module).
         backbone_channels: the channels of these maps; by default the module's attribute ``channels``.
-        pretrained_backbone: a folder or hub id from which ``transformers`` reads the backbone.
+        pretrained_backbone: a folder or hub id from which ``transformers`` reads the backbone; "imagenet" for
+            EfficientNet-lite0, whose weights are a package.
         options: fields of the configuration.
 
     Raises:
@@ -145,24 +146,49 @@ class MaskFormer(PixelDecoderModel):
             ValueError: an unknown task, sizes that do not fit the images, or windows, scales or mirror images that
                 are out of range or asked for in another task than "semantic".
         """
-        if task not in TASKS:
-            raise ValueError(f"unknown task {task!r}; expected one of {', '.join(TASKS)}")
+        _check_tasks([task])
         views = EvaluationViews(window, tuple(scales), flip, view_batch)
-        if not views.single and task != "semantic":
+        if views.single:
+            return self.predict_tasks(images, {task: options}, sizes)[task]
+        if task != "semantic":
             raise ValueError(f'window, scales and flip go with task "semantic", got {task!r}')
         batch = self._batch(images)
         sizes = check_sizes(sizes, batch.sizes)
+        images = (pixels[:, :h, :w] for pixels, (h, w) in zip(batch.pixels, batch.sizes, strict=True))
         with self._evaluating():
-            if not views.single:
-                images = (pixels[:, :h, :w] for pixels, (h, w) in zip(batch.pixels, batch.sizes, strict=True))
-                return [
-                    merge_views(views.of(image, size, self._predict_views), size, **options)
-                    for image, size in zip(images, sizes, strict=True)
-                ]
+            return [
+                merge_views(views.of(image, size, self._predict_views), size, **options)
+                for image, size in zip(images, sizes, strict=True)
+            ]
+
+    @torch.inference_mode()
+    def predict_tasks(
+        self,
+        images: Images,
+        tasks: Mapping[str, Mapping[str, Any]],
+        sizes: Size | Sequence[Size] | None = None,
+    ) -> dict[str, list[Any]]:
+        """What :meth:`predict` gives for each of several tasks, from one pass of the network over whole images.
+
+        Args:
+            images, sizes: as for :meth:`predict`.
+            tasks: the options of each task, by the task's name.
+
+        Raises:
+            TypeError, ValueError: as for :meth:`predict`.
+        """
+        _check_tasks(tasks)
+        batch = self._batch(images)
+        sizes = check_sizes(sizes, batch.sizes)
+        with self._evaluating():
             class_logits, mask_embed, pixel_embed = self._predict(batch, all_layers=False)
-        if task in ("panoptic", "instance"):
-            options.setdefault("stuff_classes", self.config.stuff_classes)
-        return infer(task, class_logits[-1], (mask_embed[-1], pixel_embed), batch, sizes, **options)
+        results = {}
+        for task, options in tasks.items():
+            options = dict(options)
+            if task in ("panoptic", "instance"):
+                options.setdefault("stuff_classes", self.config.stuff_classes)
+            results[task] = infer(task, class_logits[-1], (mask_embed[-1], pixel_embed), batch, sizes, **options)
+        return results
 
     def _predict_views(self, pixels: Tensor) -> tuple[Tensor, Tensor, Size]:
         """Of ``pixels (n, C, H, W)``: class logits ``(n, N, K+1)``, mask logits ``(n, N, h, w)``, padded size."""
@@ -196,6 +222,12 @@ class MaskFormer(PixelDecoderModel):
         weights = self.criterion.weight_dict
         losses = self.criterion(outputs, targets)
         return {name: value * weights[name] for name, value in losses.items() if name in weights}
+
+
+def _check_tasks(tasks: Iterable[str]) -> None:
+    for task in tasks:
+        if task not in TASKS:
+            raise ValueError(f"unknown task {task!r}; expected one of {', '.join(TASKS)}")
 
 
 def _make_criterion(config: MaskFormerConfig) -> SetCriterion:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy, interpolate
 
 from fastmask.functional._checks import check_choice
 from fastmask.models.images import ImageBatch, Size, fit_targets, pad_plane
+from fastmask.modules.processes import across_processes
 from fastmask.targets import Targets
 
 PixelTargets = Tensor | Targets | Sequence[Tensor] | Sequence[Mapping[str, Tensor]]
@@ -65,19 +66,34 @@ def fit_class_map(targets: PixelTargets, images: ImageBatch, num_classes: int, i
 
 
 def per_pixel_loss(logits: Tensor, classes: Tensor, ignore_index: int) -> Tensor:
-    """Cross-entropy of bilinearly upsampled logits, averaged over the pixels that have a class; 0 if none has.
+    """The loss of one layer; see :func:`per_pixel_losses`.
 
     Args:
         logits: ``(B, K, h, w)`` floating point.
+        classes, ignore_index: as for :func:`per_pixel_losses`.
+    """
+    return per_pixel_losses([logits], classes, ignore_index)[0]
+
+
+def per_pixel_losses(layers: Iterable[Tensor], classes: Tensor, ignore_index: int) -> list[Tensor]:
+    """Cross-entropy of bilinearly upsampled logits, averaged over the pixels that have a class; 0 if none has.
+
+    With several processes the average is over the pixels of all: see :func:`across_processes`.
+
+    Args:
+        layers: logits of each, ``(B, K, h, w)`` floating point.
         classes: ``(B, H, W)`` int64 in ``0..K-1`` or ``ignore_index``.
         ignore_index: the class of pixels that do not count.
 
     Returns:
-        a scalar, float32 (float64 for such logits).
+        a scalar for each layer, float32 (float64 for such logits).
     """
-    logits = upsample(logits.to(torch.promote_types(logits.dtype, torch.float32)), tuple(classes.shape[1:]))
-    total = cross_entropy(logits, classes, ignore_index=ignore_index, reduction="sum")
-    return total / (classes != ignore_index).sum().clamp(min=1)
+    (num_pixels,) = across_processes([(classes != ignore_index).sum()], least=(1,))
+    losses = []
+    for logits in layers:
+        logits = upsample(logits.to(torch.promote_types(logits.dtype, torch.float32)), tuple(classes.shape[1:]))
+        losses.append(cross_entropy(logits, classes, ignore_index=ignore_index, reduction="sum") / num_pixels)
+    return losses
 
 
 def pixel_results(logits: Tensor, size: Size, output: str) -> Tensor:

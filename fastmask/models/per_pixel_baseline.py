@@ -11,10 +11,17 @@ from torch import Tensor, nn
 
 from fastmask.functional import mask_products
 from fastmask.models.base import Images, PixelDecoderModel
-from fastmask.models.base_config import IMAGENET_MEAN, IMAGENET_STD, PixelDecoderConfig
+from fastmask.models.base_config import PixelDecoderConfig
 from fastmask.models.images import ImageBatch, Size
 from fastmask.models.inference import check_sizes
-from fastmask.models.per_pixel import PixelTargets, check_output, fit_class_map, per_pixel_loss, pixel_results, upsample
+from fastmask.models.per_pixel import (
+    PixelTargets,
+    check_output,
+    fit_class_map,
+    per_pixel_losses,
+    pixel_results,
+    upsample,
+)
 from fastmask.modules.predictor import TransformerPredictor
 
 
@@ -40,13 +47,15 @@ class PerPixelBaselineConfig(PixelDecoderConfig):
         ignore_index: the class of pixels that do not count, outside ``0..K-1``.
         class_names: one name for each class, or empty.
         size_divisibility: images are padded at the bottom and right to a multiple of this.
-        pixel_mean: per channel, subtracted from images in 0..1.
-        pixel_std: per channel, divides what remains.
+        pixel_mean: per channel, subtracted from images in 0..1; by default what the backbone's pretrained weights want.
+        pixel_std: per channel, divides what remains; by default likewise.
 
     Raises:
         TypeError: a value of the wrong type.
         ValueError: a value out of range.
     """
+
+    model_type = "PerPixelBaseline"
 
     num_classes: int
     transformer_decoder: bool = False
@@ -64,8 +73,8 @@ class PerPixelBaselineConfig(PixelDecoderConfig):
     ignore_index: int = 255
     class_names: tuple[str, ...] = ()
     size_divisibility: int = 32
-    pixel_mean: tuple[float, ...] = IMAGENET_MEAN
-    pixel_std: tuple[float, ...] = IMAGENET_STD
+    pixel_mean: tuple[float, ...] = ()
+    pixel_std: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,7 +92,7 @@ class PerPixelBaselineConfig(PixelDecoderConfig):
         Raises:
             ValueError: an unknown name.
         """
-        return PerPixelBaselineConfig._from_preset(PRESETS, name, num_classes, overrides)
+        return PerPixelBaselineConfig._from_preset(PRESETS, name, {"num_classes": num_classes, **overrides})
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -158,10 +167,8 @@ class PerPixelBaseline(PixelDecoderModel):
         *earlier, logits = self._predict_logits(batch, all_layers=self.config.deep_supervision)
         if targets is None:
             return {"logits": logits, "aux_outputs": [{"logits": layer} for layer in earlier]}
-        losses = {"loss_ce": per_pixel_loss(logits, targets, ignore_index)}
-        return losses | {
-            f"loss_ce_{i}": per_pixel_loss(layer, targets, ignore_index) for i, layer in enumerate(earlier)
-        }
+        loss, *others = per_pixel_losses([logits, *earlier], targets, ignore_index)
+        return {"loss_ce": loss} | {f"loss_ce_{i}": other for i, other in enumerate(others)}
 
     @torch.inference_mode()
     def predict(

@@ -18,6 +18,7 @@ from fastmask.models.segmenter_config import SegmenterConfig, check_window
 from fastmask.models.vit_weights import pretrained_vit
 from fastmask.models.windows import windowed_logits
 from fastmask.modules.segmenter import LinearDecoder, MaskTransformer
+from fastmask.modules.tracing import ceil_div
 from fastmask.modules.vit import VisionTransformer
 
 
@@ -39,6 +40,7 @@ class Segmenter(SegmentationModel):
     """
 
     config_class = SegmenterConfig
+    backbone_weights = ("encoder.",)
     class_weights = ("decoder.cls_emb", "decoder.mask_norm.", "decoder.head.")
     config: SegmenterConfig
 
@@ -157,7 +159,7 @@ class Segmenter(SegmentationModel):
         """``(B, K, h, w)``: the logits of each patch of normalised images."""
         patch_size = self.config.patch_size
         rows, columns = (side // patch_size for side in batch.padded_size)
-        grids = [(-(-height // patch_size), -(-width // patch_size)) for height, width in batch.sizes]
+        grids = [(ceil_div(height, patch_size), ceil_div(width, patch_size)) for height, width in batch.sizes]
         padding = batch.padding_mask(rows, columns)
         attended = None if padding is None else ~padding.flatten(1)
         patches = self.encoder(batch.pixels, grids, attended)
@@ -167,8 +169,8 @@ class Segmenter(SegmentationModel):
         # Repeating the edge makes upsampling give the same inside an image as it would without the padding.
         return torch.cat(
             [
-                pad(logits[b : b + 1, :, :h, :w], (0, columns - w, 0, rows - h), mode="replicate")
-                for b, (h, w) in enumerate(grids)
+                pad(image_logits[None, :, :h, :w], (0, columns - w, 0, rows - h), mode="replicate")
+                for image_logits, (h, w) in zip(logits, grids, strict=True)
             ]
         )
 

@@ -47,6 +47,8 @@ class SegmenterConfig(ImageModelConfig):
         ValueError: a value out of range.
     """
 
+    model_type = "Segmenter"
+
     num_classes: int
     decoder: str = "mask"
     image_size: tuple[int, ...] = (512, 512)
@@ -107,7 +109,7 @@ class SegmenterConfig(ImageModelConfig):
         Raises:
             ValueError: an unknown name.
         """
-        return SegmenterConfig._from_preset(PRESETS, name, num_classes, overrides)
+        return SegmenterConfig._from_preset(PRESETS, name, {"num_classes": num_classes, **overrides})
 
 
 def check_window(size: int, stride: int) -> None:

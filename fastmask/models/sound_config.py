@@ -42,6 +42,8 @@ class SoundEventConfig(ModelConfig):
         ValueError: a value out of range.
     """
 
+    model_type = "SoundEventDetector"
+
     num_classes: int
     sample_rate: int = 16_000
     num_mels: int = 64
@@ -100,7 +102,7 @@ class SoundEventConfig(ModelConfig):
         Raises:
             ValueError: an unknown name.
         """
-        return SoundEventConfig._from_preset(PRESETS, name, num_classes, overrides)
+        return SoundEventConfig._from_preset(PRESETS, name, {"num_classes": num_classes, **overrides})
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -14,8 +14,8 @@ from fastmask.models.base import PretrainedModel, config_or_fields
 from fastmask.models.sound_config import SoundEventConfig
 from fastmask.models.sound_targets import SoundTargets, decode_events
 from fastmask.modules.audio import FrameEncoder, LogMel, linear_softmax
-from fastmask.modules.criterion import global_num_masks
 from fastmask.modules.predictor import TransformerPredictor
+from fastmask.modules.processes import across_processes
 
 EPSILON = 1e-7  # probabilities stay this far from 0 and 1
 
@@ -184,16 +184,16 @@ class SoundEventDetector(PretrainedModel):
         frames = frame_probabilities(presence_logits, mask_logits)
         strong = targets.strong[:, None, None].to(frames.dtype)
         activity = targets.activity.to(frames.dtype).expand_as(frames)
-        # Mean over the frames of clips with known times.
-        known = (strong.sum() * activity[0, 0].numel()).clamp(min=1)
-        loss_strong = (strong * _cross_entropy(frames, activity)).flatten(1).sum(1) / known
         presence = targets.presence.to(frames.dtype).expand_as(presence_logits)
-        loss_weak = _cross_entropy(linear_softmax(frames), presence).flatten(1).mean(1)
         masks = targets.masks()
+        # Means over the frames of clips with known times, over all clips, and over the masks.
+        known = strong.sum() * activity[0, 0].numel()
+        clips = torch.full_like(known, presence[0].numel())
+        known, clips, num_masks = across_processes([known, clips, masks.counts.sum().float()], least=(1, 1, 1))
+        loss_strong = (strong * _cross_entropy(frames, activity)).flatten(1).sum(1) / known
+        loss_weak = _cross_entropy(linear_softmax(frames), presence).flatten(1).sum(1) / clips
         assignment = masks.labels.expand(len(mask_logits), -1, -1).contiguous()
-        loss_mask, loss_dice = mask_loss(
-            mask_logits.unsqueeze(-2), masks, assignment, num_masks=global_num_masks(masks)
-        )
+        loss_mask, loss_dice = mask_loss(mask_logits.unsqueeze(-2), masks, assignment, num_masks=num_masks)
         losses = {}
         for name, values, weight in (
             ("loss_strong", loss_strong, config.strong_weight),

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
-from fastmask.functional import class_loss, mask_loss, point_mask_loss
+from fastmask.functional import mask_loss, point_mask_loss
+from fastmask.functional.class_loss import class_loss_terms
 from fastmask.modules.matcher import Matcher
 from fastmask.modules.predictions import Predictions
+from fastmask.modules.processes import across_processes
 from fastmask.targets import Targets
 
 LOSSES = ("labels", "masks")
@@ -30,6 +32,12 @@ class SetCriterion(nn.Module):
 
     Every decoder layer has a matching of its own. The signature, the losses and their names are those of the original
     repository; on the device, nothing is read back to the host.
+
+    With several processes (an initialised ``torch.distributed``) all losses are normalised over all of them, so that
+    the average of losses and gradients that data-parallel training takes is exactly that of one process with the joined
+    batch. All processes must call the criterion together. The original normalises masks so, but with at least one
+    target a process instead of one altogether, and classes by the queries of each process alone: its classification
+    loss, averaged over processes, is another wherever they have unequally many targets.
 
     Args:
         num_classes: K, without "no object".
@@ -120,12 +128,15 @@ class SetCriterion(nn.Module):
         """The losses of all layers of ``predictions``, in their order: the batched form beneath ``forward``."""
         assignment = self.matcher.match(predictions, targets, generator=generator)
         loss_ce = loss_mask = loss_dice = None
+        weight = torch.zeros(0, device=assignment.device)
         if "labels" in self.losses:
             classes = [group.class_logits for group in predictions]
             class_logits = torch.cat(classes) if len(classes) > 1 else classes[0]
-            loss_ce = class_loss(class_logits, targets, assignment, class_weights=self.empty_weight)
+            loss_ce, weight = class_loss_terms(class_logits, targets, assignment, class_weights=self.empty_weight)
+        weight, num_masks = self.normalisers(weight, targets)
+        if loss_ce is not None:
+            loss_ce = loss_ce / weight
         if "masks" in self.losses:
-            num_masks = global_num_masks(targets)
             assignments = assignment.split([group.num_layers for group in predictions])
             pairs = [
                 self.mask_losses(group, targets, matched, num_masks, generator=generator)
@@ -133,6 +144,19 @@ class SetCriterion(nn.Module):
             ]
             loss_mask, loss_dice = (torch.cat(values) for values in zip(*pairs, strict=True))
         return LayerLosses(loss_ce, loss_mask, loss_dice, assignment)
+
+    def normalisers(self, weight: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
+        """What the sums of class and mask losses are divided by.
+
+        Args:
+            weight: ``(L,)``, the sum of the weights of this process's queries in each layer.
+            targets: of this process.
+
+        Returns:
+            ``(L,)`` for classes and a scalar for masks.
+        """
+        weight, num_masks = across_processes([weight, targets.counts.sum().float()], least=(0, 1))
+        return weight, num_masks
 
     def mask_losses(
         self,
@@ -157,12 +181,3 @@ class SetCriterion(nn.Module):
             return mask_loss(mask_logits, targets, assignment, **options)
         points = self.matcher.points.uncertain(mask_logits, assignment, generator=generator, backend=self.backend)
         return point_mask_loss(mask_logits, targets, assignment, points, **options)
-
-
-def global_num_masks(targets: Targets) -> Tensor:
-    """Targets of an average rank's batch, at least 1: what the mask losses are divided by."""
-    num_masks = targets.counts.sum().float()
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.all_reduce(num_masks)
-        num_masks = num_masks / distributed.get_world_size()
-    return num_masks.clamp(min=1)

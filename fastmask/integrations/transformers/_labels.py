@@ -7,9 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastmask.integrations._labels import check_binary
+from fastmask.integrations._labels import average_num_masks, check_binary
 from fastmask.integrations._patching import fixes, original_class
-from fastmask.modules.criterion import global_num_masks
 from fastmask.targets import Targets
 
 MASKS, CLASSES = "masks_queries_logits", "class_queries_logits"
@@ -82,7 +81,7 @@ def make_targets(
 def num_masks_of(criterion: nn.Module, class_labels: Sequence[Tensor], targets: Targets) -> Tensor:
     """What the sums over pairs are divided by: as transformers has it, or as it is meant to be."""
     if fixes(criterion):
-        return global_num_masks(targets)
+        return average_num_masks(targets)
     return criterion.get_num_masks(class_labels, device=targets.device)
 
 

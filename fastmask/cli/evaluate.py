@@ -1,0 +1,138 @@
+"""``fastmask evaluate``: how good a model is on a data set."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fastmask.cli._options import numbers_of, window_of
+from fastmask.cli._tables import aligned, percent
+
+if TYPE_CHECKING:
+    from fastmask.data import SegmentationDataset
+    from fastmask.training import Evaluation
+
+SEMANTIC = ("mIoU", "fwIoU", "pixel_accuracy", "mean_accuracy", "boundary_IoU")
+PANOPTIC = ("PQ", "SQ", "RQ")
+GROUPS = {"all": "", "things": "_things", "stuff": "_stuff"}
+
+
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="The folder of a model or of a run of training.")],
+    data: Annotated[str, typer.Option(help="The data set: its folder, or composed:scenes.")],
+    split: Annotated[str, typer.Option(help="A split that the data set has.")] = "val",
+    kind: Annotated[str, typer.Option(help="The data set's layout; found out by default.")] = "auto",
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="semantic, general, panoptic or instance; repeatable. By default what the truth is made for."
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of one size to predict together.")] = 4,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda; a GPU by default if there is one.")] = "",
+    precision: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    short_side: Annotated[
+        int | None, typer.Option(min=1, help="The shorter side that the network sees, in pixels; the image's own.")
+    ] = None,
+    max_side: Annotated[
+        int | None, typer.Option(min=1, help="The limit of the longer side, with --short-side.")
+    ] = None,
+    window: Annotated[int | None, typer.Option(min=0, help="Predict in square windows of this side.")] = None,
+    stride: Annotated[int | None, typer.Option(min=1, help="From one window to the next; the window's side.")] = None,
+    scales: Annotated[str, typer.Option(help="Average over these scales, such as 0.75,1,1.25.")] = "1",
+    flip: Annotated[bool, typer.Option("--flip", help="Average with the mirror image.")] = False,
+    threshold: Annotated[float | None, typer.Option(help="Probability of a panoptic segment (0.8).")] = None,
+    overlap_threshold: Annotated[
+        float | None, typer.Option(help="Least visible share of a panoptic segment (0.8).")
+    ] = None,
+    boundary: Annotated[bool, typer.Option(help="Boundary IoU too, which takes longer.")] = True,
+    per_class: Annotated[bool, typer.Option("--per-class", help="Also print the numbers of each class.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")] = None,
+) -> None:
+    """Evaluate a model on a data set: mIoU and boundary IoU, panoptic quality, COCO's AP.
+
+    torchrun -m fastmask.cli.main evaluate ... shares the images among several processes.
+    """
+    from fastmask import training
+    from fastmask.models import load_model
+    from fastmask.models.auto import model_folder
+    from fastmask.training.distributed import cleanup, setup
+
+    folder = model_folder(model)
+    network = load_model(folder)
+    dataset = _open(data, split, kind, task, network.config.num_classes)
+    segments = {"threshold": threshold, "overlap_threshold": overlap_threshold}
+    segments = {name: value for name, value in segments.items() if value is not None}
+    processes = setup(device or None)
+    evaluation = training.evaluate(
+        network,
+        dataset,
+        task or None,
+        batch_size=batch_size,
+        workers=workers,
+        device=processes.device,
+        precision=precision,
+        window=window_of(window, stride),
+        scales=numbers_of("--scales", scales),
+        flip=flip,
+        short_side=short_side,
+        max_side=max_side,
+        options={"panoptic": segments} if segments else None,
+        boundary_share=0.02 if boundary else None,
+        progress=True,
+    )
+    if processes.is_main:
+        name = f"{type(network).__name__} of {folder}, {network.config.num_classes} classes"
+        print(f"{name}, on {evaluation.num_samples} images of {data} ({split}); all numbers in percent")
+        print(f"\n{summary(evaluation)}")
+        if per_class:
+            print(f"\n{class_table(evaluation)}")
+        if json_file is not None:
+            content = {"model": str(folder), "data": data, "split": split, **evaluation.to_dict()}
+            json_file.parent.mkdir(parents=True, exist_ok=True)
+            json_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    cleanup()
+
+
+def summary(evaluation: Evaluation) -> str:
+    """The numbers of all tasks, as tables."""
+    numbers = evaluation.numbers
+    tables = []
+    prefixes = {task: {"semantic": "", "general": "general_"}.get(task) for task in evaluation.tasks}
+    semantic = {task: prefix for task, prefix in prefixes.items() if prefix is not None}
+    if semantic:
+        names = [name for name in SEMANTIC if next(iter(semantic.values())) + name in numbers]
+        rows = [[task, *(percent(numbers[prefix + name]) for name in names)] for task, prefix in semantic.items()]
+        tables.append([["", *(name.replace("_", " ") for name in names)], *rows])
+    if "panoptic" in evaluation.tasks:
+        rows = [[name, *(percent(numbers[kind + suffix]) for kind in PANOPTIC)] for name, suffix in GROUPS.items()]
+        tables.append([["panoptic", *PANOPTIC], *rows])
+    if "instance" in evaluation.tasks:
+        for kind in ("AP", "AR"):
+            names = [name for name in numbers if name.startswith(kind)]
+            cells = [percent(numbers[name]) for name in names]
+            tables.append([["instance", *(name.replace("_", " ") for name in names)], ["", *cells]])
+    return "\n\n".join(map(aligned, tables))
+
+
+def class_table(evaluation: Evaluation) -> str:
+    """A line for each class."""
+    header = ["class", *(name.replace("_", " ") for name in evaluation.per_class)]
+    columns = [[percent(value) for value in values] for values in evaluation.per_class.values()]
+    return aligned([header, *zip(evaluation.class_names, *columns, strict=True)])
+
+
+def _open(data: str, split: str, kind: str, tasks: list[str] | None, num_classes: int) -> SegmentationDataset:
+    """The data set, with truth for the tasks; instances by their own classes, things, if the model has as many."""
+    from fastmask.data import open_dataset
+
+    if tasks == ["instance"]:
+        dataset = open_dataset(data, split, kind, "instance")
+        if dataset.info.num_classes == num_classes:
+            return dataset
+    only_semantic = tasks and set(tasks) <= {"semantic", "general"}
+    return open_dataset(data, split, kind, "semantic" if only_semantic else None)

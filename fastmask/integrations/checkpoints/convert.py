@@ -1,0 +1,126 @@
+"""Checkpoints from one format to another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from fastmask.integrations.checkpoints.files import read_weights
+from fastmask.integrations.checkpoints.hugging_face import from_hugging_face_maskformer, to_hugging_face_maskformer
+from fastmask.integrations.checkpoints.original_maskformer import (
+    from_original_maskformer,
+    infer_config,
+    to_original_maskformer,
+)
+from fastmask.integrations.checkpoints.original_segmenter import from_original_segmenter, save_original_segmenter
+from fastmask.models import MaskFormer, Segmenter, load_model
+from fastmask.models.auto import SAVED_IN_RUN
+from fastmask.models.base import PretrainedModel
+from fastmask.models.base_config import read_json
+from fastmask.models.checkpoint import CONFIG_FILE
+
+FORMATS = ("fastmask", "huggingface", "original")
+SEGMENTER_VARIANT = "variant.yml"  # stands beside the weights of an original Segmenter, and of nothing else
+
+
+def convert_checkpoint(
+    source: str | Path,
+    destination: str | Path,
+    to: str = "fastmask",
+    source_format: str | None = None,
+    *,
+    num_queries: int | None = None,
+    num_classes: int | None = None,
+    ignore_mismatched_sizes: bool = False,
+) -> PretrainedModel:
+    """Reads a MaskFormer or a Segmenter in one format and writes it in another.
+
+    Args:
+        source: a folder that fastmask or transformers saved, that of a run of training, a file of the original
+            MaskFormer's weights, or the folder of an original Segmenter's checkpoint.pth and variant.yml.
+        destination: a folder, or for a MaskFormer with ``to="original"`` a file that detectron2's checkpointer reads;
+            must not exist.
+        to: "fastmask", "huggingface" or "original".
+        source_format: the same; by default found out from the file or the folder's configuration.
+        num_queries, num_classes: of the result, if they are to differ.
+        ignore_mismatched_sizes: allow that: what depends on them starts at random, with a warning.
+
+    Returns:
+        the model in between.
+
+    Raises:
+        FileNotFoundError: no such source.
+        FileExistsError: the destination exists.
+        ValueError: an unknown format; a source that does not hold what its format says; an architecture that the format
+            has no names for.
+    """
+    source, destination = Path(source), Path(destination)
+    for name, value in (("to", to), ("source_format", source_format)):
+        if value is not None and value not in FORMATS:
+            raise ValueError(f"{name} must be one of {', '.join(FORMATS)}, got {value!r}")
+    if destination.exists():
+        raise FileExistsError(f"{destination} exists already")
+    source_format = source_format or find_format(source)
+    changes = {"num_queries": num_queries, "num_classes": num_classes}
+    model = _read(source, source_format, {k: v for k, v in changes.items() if v is not None}, ignore_mismatched_sizes)
+    _write(model, destination, to)
+    return model
+
+
+def find_format(source: Path) -> str:
+    """The format of a folder or file.
+
+    Raises:
+        FileNotFoundError: no such folder or file.
+        ValueError: a folder without a configuration, or with one that is not JSON.
+    """
+    if source.is_file():
+        return "original"
+    if not source.is_dir():
+        raise FileNotFoundError(f"no folder or file {source}")
+    if (source / SEGMENTER_VARIANT).is_file():
+        return "original"
+    path = source / CONFIG_FILE
+    if path.is_file():
+        return "huggingface" if "model_type" in read_json(path) else "fastmask"
+    if any((source / name / CONFIG_FILE).is_file() for name in SAVED_IN_RUN):
+        return "fastmask"
+    raise ValueError(f"{source} has no {CONFIG_FILE}; name its format, one of {', '.join(FORMATS)}")
+
+
+def _read(source: Path, source_format: str, changes: dict[str, int], ignore_mismatched_sizes: bool) -> PretrainedModel:
+    ignore = {"ignore_mismatched_sizes": ignore_mismatched_sizes}
+    if source_format == "huggingface":
+        return from_hugging_face_maskformer(source, **changes, **ignore)
+    folder = source if source.is_dir() else source.parent
+    is_segmenter = source_format == "original" and (folder / SEGMENTER_VARIANT).is_file()
+    if source_format == "original" and not is_segmenter:
+        return _read_original_maskformer(source, changes, ignore_mismatched_sizes)
+    if "num_queries" in changes:
+        kind = "of an original Segmenter" if is_segmenter else "of fastmask itself"
+        raise ValueError(f"num_queries cannot change in a checkpoint {kind}")
+    if is_segmenter:
+        return from_original_segmenter(source, **changes, **ignore)
+    return load_model(source, **changes, **ignore)
+
+
+def _read_original_maskformer(source: Path, changes: dict[str, int], ignore_mismatched_sizes: bool) -> MaskFormer:
+    weights = read_weights(source)
+    config = infer_config(weights, str(source)).replace(**changes)
+    return from_original_maskformer(weights, config, ignore_mismatched_sizes=ignore_mismatched_sizes)
+
+
+def _write(model: PretrainedModel, destination: Path, to: str) -> None:
+    if to == "fastmask":
+        model.save_pretrained(destination)
+    elif to == "original" and isinstance(model, Segmenter):
+        save_original_segmenter(model, destination)
+    elif not isinstance(model, MaskFormer):
+        raise ValueError(f"the format {to} has no {type(model).__name__}")
+    elif to == "huggingface":
+        to_hugging_face_maskformer(model).save_pretrained(destination)
+    else:
+        weights = to_original_maskformer(model)
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"model": weights}, destination)

@@ -1,0 +1,210 @@
+"""Networks by name: the presets of all families, and folders of saved ones whose class is found out."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fastmask.models import config, per_pixel_baseline, segmenter_config, sound_config
+from fastmask.models.base import PretrainedModel
+from fastmask.models.base_config import ModelConfig, read_json
+from fastmask.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from fastmask.models.maskformer import MaskFormer
+from fastmask.models.per_pixel_baseline import PerPixelBaseline
+from fastmask.models.segmenter import Segmenter
+from fastmask.models.sound_event_detector import SoundEventDetector
+
+MODELS: dict[str, type[PretrainedModel]] = {
+    model.config_class.model_type: model for model in (MaskFormer, Segmenter, PerPixelBaseline, SoundEventDetector)
+}
+# What a run of training leaves in its folder, the better one first.
+SAVED_IN_RUN = ("best", "model")
+DEFAULT_FAMILY = "maskformer"
+# Each family's presets by their own names; those that other families have too go by the family's name and their own.
+FAMILIES = {
+    DEFAULT_FAMILY: (MaskFormer, config.PRESETS),
+    "segmenter": (Segmenter, segmenter_config.PRESETS),
+    "per-pixel": (PerPixelBaseline, per_pixel_baseline.PRESETS),
+    "sound": (SoundEventDetector, sound_config.PRESETS),
+}
+SHARED_NAMES = ("tiny", "base")
+_PRESETS = {
+    f"{family}-{name}" if name in SHARED_NAMES else name: (model, name)
+    for family, (model, presets) in FAMILIES.items()
+    for name in presets
+}
+
+
+def preset_names() -> list[str]:
+    """The names that :func:`make_model` knows, besides "tiny" for "maskformer-tiny"."""
+    return list(_PRESETS)
+
+
+def make_config(
+    name: str,
+    num_classes: int | None = None,
+    *,
+    class_names: Sequence[str] = (),
+    stuff_classes: Sequence[int] = (),
+    **overrides: Any,
+) -> ModelConfig:
+    """The configuration of a preset of any family.
+
+    Args:
+        name: one of :func:`preset_names`, or "tiny" for "maskformer-tiny".
+        num_classes: K; as many as there are ``class_names`` by default.
+        class_names: one name for each class, or none.
+        stuff_classes: the classes that are stuff; families that do not tell things from stuff pass over them.
+        overrides: fields to set otherwise.
+
+    Raises:
+        ValueError: an unknown name (the message lists the known ones), or a value out of range.
+        TypeError: neither a number of classes nor their names, a field that the family does not have, or a value of
+            the wrong type.
+    """
+    model, own_name = _find_preset(name)
+    if num_classes is None and not class_names:
+        raise TypeError("num_classes or class_names must be given")
+    known = {f.name for f in fields(model.config_class)}
+    unknown = sorted(set(overrides) - known)
+    if unknown:
+        raise TypeError(f"a {model.__name__} has no {', '.join(unknown)}; its fields are {', '.join(sorted(known))}")
+    if "stuff_classes" in known:
+        overrides["stuff_classes"] = tuple(stuff_classes)
+    num_classes = len(class_names) if num_classes is None else num_classes
+    return model.config_class.preset(own_name, num_classes, class_names=tuple(class_names), **overrides)
+
+
+def make_model(
+    name: str,
+    num_classes: int | None = None,
+    *,
+    class_names: Sequence[str] = (),
+    stuff_classes: Sequence[int] = (),
+    **overrides: Any,
+) -> PretrainedModel:
+    """A network with random weights, by the name of a preset of any family.
+
+    Args:
+        name, num_classes, class_names, stuff_classes: as for :func:`make_config`.
+        overrides: fields of the configuration to set otherwise, and what the network's constructor takes besides:
+            ``pretrained_backbone``, and modules such as ``backbone`` or ``frame_encoder``.
+
+    Raises:
+        TypeError, ValueError: as for :func:`make_config` and the network's constructor.
+    """
+    model, _ = _find_preset(name)
+    modules = _split_modules(model, overrides)
+    config = make_config(name, num_classes, class_names=class_names, stuff_classes=stuff_classes, **overrides)
+    return model(config, **modules)
+
+
+def load_model(folder: str | Path, **options: Any) -> PretrainedModel:
+    """A network of any family from the folder that ``save_pretrained`` wrote, or from a run of training.
+
+    Args:
+        folder: as for :func:`model_folder`.
+        options: arguments of :meth:`fastmask.models.base.PretrainedModel.from_pretrained`, such as modules that the
+            network was built with.
+
+    Raises:
+        FileNotFoundError: no such folder or no network in it.
+        ValueError: a file that is unreadable, of no known network, or does not fit the others; the message names it.
+    """
+    folder = model_folder(folder)
+    return saved_type(folder).from_pretrained(folder, **options)
+
+
+def model_folder(path: str | Path) -> Path:
+    """Where the network of a folder is: in it, or for the folder of a run in its "best" or else its "model".
+
+    Raises:
+        FileNotFoundError: no such folder, or no network in it.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"no folder {path}")
+    for folder in (path, *(path / name for name in SAVED_IN_RUN)):
+        if (folder / WEIGHTS_FILE).is_file():
+            return folder
+    raise FileNotFoundError(f"{path} has no {WEIGHTS_FILE}, and neither has {' or '.join(SAVED_IN_RUN)} in it")
+
+
+def saved_type(folder: str | Path) -> type[PretrainedModel]:
+    """The class of the network that a folder holds, from its config.json. One without a "type", as earlier versions
+    wrote it, is told by its fields.
+
+    Raises:
+        FileNotFoundError: no config.json.
+        ValueError: it is not JSON, or of no known network; the message names it.
+    """
+    path = Path(folder) / CONFIG_FILE
+    values = read_json(path)
+    try:
+        return _type_of(values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def model_to_dict(model: PretrainedModel | ModelConfig) -> dict[str, Any]:
+    """A network's configuration as JSON knows it: its "type", a key of ``MODELS``, and every field."""
+    return (model if isinstance(model, ModelConfig) else model.config).to_dict()
+
+
+def config_from_dict(values: Mapping[str, Any]) -> ModelConfig:
+    """The inverse of :func:`model_to_dict`, a configuration.
+
+    Raises:
+        TypeError, ValueError: an unknown type, or keys and values that are not those of its configuration.
+    """
+    return _type_of(values).config_class.from_dict(values)
+
+
+def model_from_dict(values: Mapping[str, Any], **modules: Any) -> PretrainedModel:
+    """A network with random weights of the configuration that :func:`model_to_dict` wrote.
+
+    Args:
+        values: "type" and fields.
+        modules: what the network's constructor takes besides its configuration.
+
+    Raises:
+        TypeError, ValueError: as for :func:`config_from_dict`.
+    """
+    return _type_of(values)(config_from_dict(values), **modules)
+
+
+def _find_preset(name: str) -> tuple[type[PretrainedModel], str]:
+    full_name = f"{DEFAULT_FAMILY}-{name}" if name in SHARED_NAMES else name
+    if full_name not in _PRESETS:
+        raise ValueError(f"unknown model {name!r}; known are {', '.join(_PRESETS)}")
+    return _PRESETS[full_name]
+
+
+def _split_modules(model: type[PretrainedModel], options: dict[str, Any]) -> dict[str, Any]:
+    """Takes out what the constructor itself is given; names that are fields too, only if they are modules."""
+    of_config = {f.name for f in fields(model.config_class)}
+    of_constructor = set(inspect.signature(model).parameters) - {"config", "options"}
+    taken = [
+        name
+        for name, value in options.items()
+        if name in of_constructor and (name not in of_config or isinstance(value, nn.Module))
+    ]
+    return {name: options.pop(name) for name in taken}
+
+
+def _type_of(values: Mapping[str, Any]) -> type[PretrainedModel]:
+    if "type" in values:
+        if values["type"] not in MODELS:
+            raise ValueError(f"type is {values['type']!r}; expected one of {', '.join(MODELS)}")
+        return MODELS[values["type"]]
+    if "model_type" in values:
+        raise ValueError("this is a configuration of transformers; fastmask convert reads it")
+    for model in MODELS.values():
+        if set(values) <= {f.name for f in fields(model.config_class)}:
+            return model
+    raise ValueError(f"these are not the fields of a {' or '.join(MODELS)}, and no type says which it is")

@@ -1,0 +1,19 @@
+"""Models on images: results as files and as pictures."""
+
+from fastmask.prediction.inputs import ImageFile, find_images
+from fastmask.prediction.overlay import SegmentMap, draw_legend, draw_overlay, draw_segments
+from fastmask.prediction.predict import Predictions, predict
+from fastmask.prediction.sheets import contact_sheet, side_by_side
+
+__all__ = [
+    "ImageFile",
+    "Predictions",
+    "SegmentMap",
+    "contact_sheet",
+    "draw_legend",
+    "draw_overlay",
+    "draw_segments",
+    "find_images",
+    "predict",
+    "side_by_side",
+]

@@ -1,0 +1,93 @@
+"""Which images to predict, and what their results are called."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from fastmask.data.files import IMAGE_SUFFIXES
+
+
+class ImageFile(NamedTuple):
+    """An image to predict.
+
+    Attributes:
+        path: of its file.
+        name: what its results are called, a path of forward slashes without a suffix; no two share one.
+        file_name: the same with its suffix.
+        image_id: its number in COCO's files.
+    """
+
+    path: Path
+    name: str
+    file_name: str
+    image_id: int
+
+
+def find_images(images: str | Path | Iterable[str | Path], output: str | Path | None = None) -> list[ImageFile]:
+    """The images of files and folders, in the order given, those of a folder sorted; each file once.
+
+    A result is called as its file, or for a folder's files as the path within the folder. Where two would have one name
+    all are called by their paths from the folder that is common to all, and if that is not enough (``a.jpg`` beside
+    ``a.png``) with their suffixes. The number of an image is its name if all names are different numbers, as COCO's
+    are, and otherwise its place, from 1.
+
+    Args:
+        images: a file, a folder or several. Of a folder, the files of known suffixes at any depth count, but no hidden
+            ones. A file given by name may have any suffix.
+        output: a folder whose files are no images.
+
+    Raises:
+        FileNotFoundError: a file or folder that is not there, or no image at all.
+    """
+    given = [images] if isinstance(images, str | Path) else list(images)
+    excluded = None if output is None else Path(output).resolve()
+    found: dict[Path, str] = {}
+    for path in map(Path, given):
+        if path.is_dir():
+            for file in _files_below(path, excluded):
+                found.setdefault(file, file.relative_to(path).as_posix())
+        elif path.exists():
+            found.setdefault(path, path.name)
+        else:
+            raise FileNotFoundError(f"no image or folder {path}")
+    files = list({path.resolve(): path for path in reversed(found)}.values())[::-1]
+    if not files:
+        raise FileNotFoundError(
+            f"no image in {', '.join(map(str, given)) or 'an empty list'}; "
+            f"expected files that end with {', '.join(IMAGE_SUFFIXES)}"
+        )
+    names, file_names = _distinct_names(files, [found[path] for path in files])
+    return list(map(ImageFile, files, names, file_names, _image_ids(names)))
+
+
+def _files_below(folder: Path, excluded: Path | None) -> list[Path]:
+    files = []
+    for parent, folders, names in os.walk(folder):
+        place = Path(parent)
+        folders[:] = [n for n in folders if not n.startswith(".") and (place / n).resolve() != excluded]
+        files += [
+            place / n for n in names if not n.startswith(".") and os.path.splitext(n)[1].lower() in IMAGE_SUFFIXES
+        ]
+    return sorted(files)
+
+
+def _distinct_names(files: Sequence[Path], short: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The shortest kind of names of which no two are the same, without and with suffix."""
+    absolute = [path.absolute() for path in files]
+    common = os.path.commonpath([path.parent for path in absolute])
+    whole = [path.relative_to(common).as_posix() for path in absolute]
+    for file_names in (list(short), whole):
+        names = [os.path.splitext(name)[0] for name in file_names]
+        if len(set(names)) == len(names):
+            return names, file_names
+    return whole, whole
+
+
+def _image_ids(names: Sequence[str]) -> list[int]:
+    stems = [name.rpartition("/")[2] for name in names]
+    if all(stem.isascii() and stem.isdigit() for stem in stems) and len(set(map(int, stems))) == len(stems):
+        return list(map(int, stems))
+    return list(range(1, len(names) + 1))

@@ -1,0 +1,280 @@
+"""What is written of each prediction: label maps, ids in colours, records in COCO's formats, and overlays."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+from torch import Tensor
+
+from fastmask.data import DatasetInfo
+from fastmask.data.coco_instances import draw
+from fastmask.data.files import MAX_LABEL
+from fastmask.models.checkpoint import replace_files
+from fastmask.prediction.inputs import ImageFile
+from fastmask.prediction.overlay import SegmentMap, draw_overlay
+from fastmask.prediction.records import RecordFile
+
+LABELS, OVERLAYS, PANOPTIC = "labels", "overlays", "panoptic"
+CLASSES_FILE = "classes.json"
+IMAGES_FILE = "images.json"
+PANOPTIC_FILE = "panoptic.json"
+INSTANCES_FILE = "instances.json"
+# The folders with a picture for each image, and the files besides.
+FOLDERS = {
+    "semantic": (LABELS, OVERLAYS),
+    "general": (LABELS, OVERLAYS),
+    "panoptic": (PANOPTIC, LABELS, OVERLAYS),
+    "instance": (OVERLAYS,),
+}
+FILES = {
+    "semantic": (CLASSES_FILE,),
+    "general": (CLASSES_FILE,),
+    "panoptic": (PANOPTIC_FILE, CLASSES_FILE),
+    "instance": (INSTANCES_FILE, IMAGES_FILE),
+}
+
+# An image whose pictures are written, its (width, height), and its records.
+Written = tuple[ImageFile, tuple[int, int], list[dict[str, Any]]]
+
+
+class Outputs:
+    """The files of one call of ``predict``. A context: on leaving it, the JSON files say what was written until then.
+
+    Args:
+        folder: to write to.
+        task: "semantic", "general", "panoptic" or "instance".
+        info: the classes; ``ignore_index`` is the label of pixels without a class.
+        threshold: the score that an instance must exceed to be drawn.
+        overlays: write overlays too.
+        workers: threads that write, each an image at a time.
+
+    Attributes:
+        folders: the names of the folders with a picture for each image.
+        written: the images whose results are there.
+    """
+
+    def __init__(self, folder: Path, task: str, info: DatasetInfo, threshold: float, overlays: bool, workers: int):
+        self.folder, self.task, self.info = folder, task, info
+        self.folders = tuple(name for name in FOLDERS[task] if overlays or name != OVERLAYS)
+        self.written: list[ImageFile] = []
+        self._threshold = threshold
+        self._workers = workers
+        self._pending: deque[Future[Written]] = deque()
+        self._images: list[dict[str, Any]] = []
+        self._categories = _categories(info)
+        self._records: RecordFile | None = None
+
+    def existing(self, files: Sequence[ImageFile]) -> list[Path]:
+        """The files there already that would be written for these images."""
+        paths = [self.folder / name / f"{file.name}.png" for file in files for name in self.folders]
+        paths += [self.folder / name for name in FILES[self.task] if name != CLASSES_FILE or self._other_classes()]
+        return [path for path in paths if path.exists()]
+
+    def __enter__(self) -> Outputs:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.task == "panoptic":
+            self._records = RecordFile(self.folder / PANOPTIC_FILE, '{"annotations": [')
+        elif self.task == "instance":
+            self._records = RecordFile(self.folder / INSTANCES_FILE, "[")
+        self._pool = ThreadPoolExecutor(self._workers)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self._pool.shutdown()
+            # What one failed to write does not keep the others out of the lists.
+            errors = [future.exception() for future in self._pending if future.exception()]
+            for future in self._pending:
+                if not future.exception():
+                    self._enter(future.result())
+            if self._images:
+                self._finish()
+            if errors and kind is None:
+                raise errors[0]
+        finally:
+            if self._records is not None:
+                self._records.discard()
+
+    def write(self, file: ImageFile, image: Tensor, result: Any) -> None:
+        """Writes all that belongs to one image, each file whole or not at all; it may still be under way on return.
+
+        Args:
+            file: which image.
+            image: ``(3, H, W)`` uint8.
+            result: of the model's ``predict`` for this task; for "instance" with run lengths and boxes.
+        """
+        while len(self._pending) >= self._workers:
+            self._enter(self._pending.popleft().result())
+        self._pending.append(self._pool.submit(self._write_pictures, file, image, result))
+
+    def _write_pictures(self, file: ImageFile, image: Tensor, result: Any) -> Written:
+        photo = Image.fromarray(image.permute(1, 2, 0).numpy())
+        pictures, records = getattr(self, f"_{self.task}")(file, photo, result)
+        writers = {
+            f"{name}/{file.name}.png": partial(_save, make=make)
+            for name, make in pictures.items()
+            if name in self.folders
+        }
+        replace_files(self.folder, writers)
+        return file, photo.size, records
+
+    def _enter(self, written: Written) -> None:
+        """Lists an image whose pictures are there."""
+        file, (width, height), records = written
+        for record in records:
+            self._records.add(record)
+        self._images.append({"id": file.image_id, "file_name": file.file_name, "width": width, "height": height})
+        self.written.append(file)
+
+    def _semantic(self, file: ImageFile, photo: Image.Image, result: Tensor) -> tuple[dict, list]:
+        labels = result.cpu().numpy()
+        segments = SegmentMap.of_labels(labels, self.info.num_classes)
+        return {LABELS: partial(self._label_picture, labels), OVERLAYS: partial(self._overlay, photo, segments)}, []
+
+    _general = _semantic
+
+    def _panoptic(
+        self, file: ImageFile, photo: Image.Image, result: tuple[Tensor, Sequence[Mapping[str, Any]]]
+    ) -> tuple[dict, list]:
+        ids, infos = result[0].cpu().numpy(), result[1]
+        boxes = ndimage.find_objects(ids)
+        stuff = self.info.stuff_classes
+        record = {
+            "image_id": file.image_id,
+            "file_name": f"{file.name}.png",
+            "segments_info": [
+                {
+                    "id": info["id"],
+                    "category_id": self._category(info["category_id"]),
+                    "isthing": int(info["category_id"] not in stuff),
+                    "iscrowd": 0,
+                    "bbox": _box_of(boxes[info["id"] - 1]),
+                    "area": int(info["area"]),
+                    "score": round(float(info["score"]), 5),
+                }
+                for info in infos
+            ],
+        }
+        classes = {info["id"]: info["category_id"] for info in infos}
+        table = np.full(max(classes, default=0) + 1, self.info.ignore_index, self._label_dtype)
+        table[list(classes)] = list(classes.values())
+        pictures = {
+            PANOPTIC: partial(_id_picture, ids),
+            LABELS: lambda: self._label_picture(table[ids]),
+            OVERLAYS: partial(self._overlay, photo, SegmentMap(ids, classes)),
+        }
+        return pictures, [record]
+
+    def _instance(self, file: ImageFile, photo: Image.Image, result: Mapping[str, Any]) -> tuple[dict, list]:
+        scores, labels = result["scores"].tolist(), result["labels"].tolist()
+        codes = [{"size": rle["size"], "counts": rle["counts"].decode("ascii")} for rle in result["rle"]]
+        records = [
+            {
+                "image_id": file.image_id,
+                "category_id": self._category(label),
+                "segmentation": code,
+                "bbox": [left, top, right - left, bottom - top],
+                "score": round(score, 5),
+            }
+            for label, code, (left, top, right, bottom), score in zip(
+                labels, codes, result["boxes"].tolist(), scores, strict=True
+            )
+            if right > left
+        ]
+        drawn = (k for k, score in enumerate(scores) if score > self._threshold)
+        order = sorted(drawn, key=scores.__getitem__, reverse=True)
+        return {OVERLAYS: lambda: self._overlay(photo, _stacked(codes, labels, order, photo.size))}, records
+
+    def _overlay(self, photo: Image.Image, segments: SegmentMap) -> Image.Image:
+        return draw_overlay(photo, segments, self.info.class_names, self.info.palette)
+
+    def _label_picture(self, labels: np.ndarray) -> Image.Image:
+        return Image.fromarray(labels.astype(self._label_dtype, copy=False))
+
+    @property
+    def _label_dtype(self) -> type:
+        return np.uint8 if self.info.ignore_index <= 255 else np.uint16
+
+    def _category(self, label: int) -> int:
+        return self._categories[label]["id"]
+
+    def _finish(self) -> None:
+        """Writes the files that belong to all images."""
+        images, categories = json.dumps(self._images), json.dumps(self._categories)
+        if self.task == "panoptic":
+            self._records.finish(f'],\n"images": {images},\n"categories": {categories}}}\n')
+        elif self.task == "instance":
+            self._records.finish("]\n")
+            self._write_text(IMAGES_FILE, f'{{"images": {images},\n"categories": {categories}}}\n')
+        if CLASSES_FILE in FILES[self.task]:
+            self._write_text(CLASSES_FILE, self._classes_text())
+
+    def _write_text(self, name: str, text: str) -> None:
+        replace_files(self.folder, {name: lambda path: path.write_text(text, encoding="utf-8")})
+
+    def _classes_text(self) -> str:
+        info = self.info
+        content = {
+            "classes": info.class_names,
+            "void": info.ignore_index,
+            "stuff": [info.class_names[k] for k in info.stuff_classes],
+            "palette": info.palette,
+        }
+        return json.dumps(content, indent=1) + "\n"
+
+    def _other_classes(self) -> bool:
+        path = self.folder / CLASSES_FILE
+        return path.is_file() and path.read_text(encoding="utf-8") != self._classes_text()
+
+
+def _categories(info: DatasetInfo) -> list[dict[str, Any]]:
+    ids = range(info.num_classes) if info.category_ids is None else info.category_ids
+    return [
+        {"id": i, "name": name, "isthing": int(k not in info.stuff_classes), "color": list(colour)}
+        for k, (i, name, colour) in enumerate(zip(ids, info.class_names, info.palette, strict=True))
+    ]
+
+
+def void_label(num_classes: int) -> int:
+    """The label of pixels without a class: 255, or 65535 where 255 is a class and label maps have 16 bits.
+
+    Raises:
+        ValueError: more classes than 16 bits tell apart.
+    """
+    if num_classes > MAX_LABEL:
+        raise ValueError(f"the model has {num_classes} classes; label maps hold at most {MAX_LABEL}")
+    return 255 if num_classes <= 255 else MAX_LABEL
+
+
+def _save(path: Path, make: Callable[[], Image.Image]) -> None:
+    make().save(path, format="PNG", compress_level=3)
+
+
+def _id_picture(ids: np.ndarray) -> Image.Image:
+    """COCO's colours of ids, R + 256 G + 65536 B."""
+    return Image.fromarray(np.stack([(ids >> shift).astype(np.uint8) for shift in (0, 8, 16)], -1))
+
+
+def _box_of(place: tuple[slice, slice]) -> list[int]:
+    """[left, top, width, height]."""
+    rows, columns = place
+    return [columns.start, rows.start, columns.stop - columns.start, rows.stop - rows.start]
+
+
+def _stacked(
+    codes: Sequence[Mapping], labels: Sequence[int], order: Sequence[int], size: tuple[int, int]
+) -> SegmentMap:
+    """Masks over each other, the first of ``order`` on top, of an image of (width, height) pixels."""
+    ids = np.zeros(size[::-1], np.int32)
+    for k in reversed(order):
+        ids[draw(codes[k], size[::-1])] = k + 1
+    return SegmentMap(ids, {k + 1: labels[k] for k in order})

@@ -1,0 +1,343 @@
+"""From a model and images to files: label maps, COCO's formats and overlays."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastmask.data import DatasetInfo, ResizeShortSide, Sample
+from fastmask.data.files import reading
+from fastmask.data.json_files import read_json
+from fastmask.data.palette import distinct_colours
+from fastmask.data.pictures import decode_picture
+from fastmask.data.sample import VOID
+from fastmask.models import MaskFormer, PerPixelBaseline, Segmenter
+from fastmask.models.auto import load_model, model_folder
+from fastmask.models.base import SegmentationModel
+from fastmask.models.checkpoint import CONFIG_FILE
+from fastmask.models.inference import TASKS
+from fastmask.prediction.inputs import ImageFile, find_images
+from fastmask.prediction.outputs import FILES, Outputs, void_label
+from fastmask.prediction.overlay import Palette
+
+PRECISIONS = ("float32", "bfloat16", "float16")
+# The options of ``predict`` that only some tasks have, and their defaults.
+THRESHOLDS = {"panoptic": {"threshold": 0.8, "overlap_threshold": 0.8}, "instance": {"threshold": 0.5, "top_k": 100}}
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What :func:`predict` did.
+
+    Attributes:
+        task: that the model was asked for.
+        written: the names of the images whose results were written.
+        failures: the images that could not be read, each with the reason.
+        paths: of the folders and files that were written.
+        seconds: from the first image to the last, without loading the model.
+    """
+
+    task: str
+    written: tuple[str, ...]
+    failures: tuple[tuple[Path, str], ...]
+    paths: tuple[Path, ...]
+    seconds: float
+
+    @property
+    def images_per_second(self) -> float:
+        """Images written a second."""
+        return len(self.written) / max(self.seconds, 1e-9)
+
+
+def predict(
+    model: SegmentationModel | str | Path,
+    images: str | Path | Iterable[str | Path],
+    output: str | Path,
+    *,
+    task: str | None = None,
+    info: DatasetInfo | None = None,
+    palette: Palette | None = None,
+    batch_size: int = 1,
+    workers: int = 1,
+    device: str | torch.device | None = None,
+    precision: str = "float32",
+    short_side: int | None = None,
+    max_side: int | None = None,
+    window: int | tuple[int, int] | None = None,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    threshold: float | None = None,
+    overlap_threshold: float | None = None,
+    top_k: int | None = None,
+    overlays: bool = True,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> Predictions:
+    """Segments images and writes what was found; NAME is an image's path in its folder, without suffix.
+
+    "semantic" and "general": ``labels/NAME.png``, the class index of each pixel in 8 bits, or in 16 if there are more
+    than 255 classes; 255 (65535) is void, which "semantic" never gives. ``classes.json`` names the classes, in the form
+    that data sets of the layout "folder" have.
+
+    "panoptic": ``panoptic/NAME.png`` and ``panoptic.json`` in COCO's panoptic format, with the score of each segment
+    besides; and ``labels/NAME.png`` and ``classes.json`` as above.
+
+    "instance": ``instances.json`` in COCO's format of results, with every instance whatever its score; and
+    ``images.json``, the list of images and categories that they refer to, as pycocotools wants it.
+
+    All of them: ``overlays/NAME.png``, a picture for the eye of at most 1600 pixels a side.
+
+    Each picture appears whole or not at all. The JSON files appear at the end, also if that is an error or Ctrl-C, and
+    hold the images that were written. One batch of images is in memory at a time. A file that cannot be read does not
+    stop the others.
+
+    Args:
+        model: a network, or a folder that one was saved in (a run of training too).
+        images: a file, a folder or several; :func:`fastmask.prediction.find_images` says which files count, what their
+            results are called and which number COCO's files give them. Pictures are turned as their EXIF orientation
+            says; :func:`fastmask.data.pictures.decode_picture` says how they become RGB.
+        output: the folder to write to.
+        task: "semantic", "general", "panoptic" or "instance". By default what a run of training was for if it says so;
+            else "panoptic" of a MaskFormer that tells stuff from things, and otherwise "semantic", which is all that
+            other networks can do.
+        info: a data set's: the names, colours and stuff of the classes and the category ids of the JSON files. By
+            default names and stuff are the model's, and a category id is the index of its class.
+        palette: a colour for each class; by default the data set's or distinct ones.
+        batch_size: images of one size that are predicted together, if they follow each other.
+        workers: threads that draw and write results while the model goes on, each of which holds one more image in
+            memory.
+        device: where to predict; the model moves there. By default its own, and for a folder a GPU if there is one.
+        precision: "float32", or "bfloat16" or "float16" for autocast.
+        short_side: resize images to this shorter side for the network, in pixels: the size that it was trained with.
+            Results have the image's own size all the same. None leaves images as they are.
+        max_side: with ``short_side``, the limit of the longer side.
+        window: (size, stride) of the windows that images are predicted in, in pixels, or a size that is the stride too:
+            bounds the memory that large images need. None for whole images, and for Segmenter its configuration's.
+            MaskFormer has it for "semantic" only, and so it is with the next two.
+        scales: how much to enlarge each image; results are averaged. MaskFormer only.
+        flip: predict mirror images too. MaskFormer only.
+        threshold: "panoptic": the class probability that a segment must exceed, 0.8. "instance": the score that an
+            instance must exceed to be drawn, 0.5.
+        overlap_threshold: "panoptic": the least visible share of a segment, 0.8.
+        top_k: "instance": the most instances of an image, 100.
+        overlays: write them.
+        overwrite: replace files that are there already.
+        progress: show a bar, if tqdm is installed.
+
+    Raises:
+        FileNotFoundError: no such model, file or folder, or no image.
+        FileExistsError: a result is there already; nothing was predicted.
+        TypeError: a model that does not segment colour images.
+        ValueError: a task or option that the model does not have, an argument out of range, or an ``info`` or palette
+            of another number of classes.
+        OSError: the results cannot be written.
+    """
+    files = find_images(images, output)
+    if isinstance(model, str | Path):
+        task = task or _task_of_run(Path(model))
+        model = load_model(model)
+        device = device or ("cuda" if torch.cuda.is_available() else None)
+    _check_model(model)
+    task = _task_of(model, task)
+    info = _class_info(model, info, palette)
+    options = _views(model, task, window, scales, flip)
+    limits = _limits(task, threshold=threshold, overlap_threshold=overlap_threshold, top_k=top_k)
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r} is unknown; expected one of {', '.join(PRECISIONS)}")
+    counts = {"batch_size": batch_size, "workers": workers, "short_side": short_side, "max_side": max_side}
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if short_side is None and max_side is not None:
+        raise ValueError("max_side goes with short_side")
+    if short_side is not None and window is not None and isinstance(model, MaskFormer):
+        raise ValueError("short_side does not go with window, whose results have the size that the network sees")
+    resize = None if short_side is None else ResizeShortSide((short_side,), max_side)
+    if isinstance(model, MaskFormer):
+        options |= {"task": task, **_task_options(task, info, limits)}
+
+    outputs = Outputs(Path(output), task, info, limits.get("threshold", 0.0), overlays, workers)
+    existing = [] if overwrite else outputs.existing(files)
+    if existing:
+        what = f"{existing[0]} exists" if len(existing) == 1 else f"{existing[0]} and {len(existing) - 1} more exist"
+        raise FileExistsError(f"{what} already; ask for overwriting, or for another folder")
+    if device is not None:
+        model.to(device)
+    failures: list[tuple[Path, str]] = []
+    start = time.perf_counter()
+    with outputs, _Bar(len(files), progress) as bar:
+        for batch in _batches(files, failures, bar, batch_size):
+            for (file, image), result in zip(batch, _run(model, batch, resize, precision, options), strict=True):
+                outputs.write(file, image, result)
+                bar.advance()
+    seconds = time.perf_counter() - start
+    names = (*outputs.folders, *FILES[task]) if outputs.written else ()
+    paths = tuple(Path(output) / name for name in names)
+    return Predictions(task, tuple(file.name for file in outputs.written), tuple(failures), paths, seconds)
+
+
+def _batches(
+    files: Sequence[ImageFile], failures: list[tuple[Path, str]], bar: _Bar, batch_size: int
+) -> Iterator[list[tuple[ImageFile, Tensor]]]:
+    """Images ``(3, H, W)`` uint8 of one size that follow each other; what cannot be read goes to ``failures``."""
+    batch: list[tuple[ImageFile, Tensor]] = []
+    for file in files:
+        try:
+            image = reading(file.path, lambda path: decode_picture(path, upright=True))
+        except ValueError as error:
+            failures.append((file.path, str(error).removeprefix(f"{file.path}: ")))
+            bar.advance()
+            continue
+        if batch and (len(batch) == batch_size or batch[0][1].shape != image.shape):
+            yield batch
+            batch = []
+        batch.append((file, image))
+    if batch:
+        yield batch
+
+
+def _run(
+    model: SegmentationModel,
+    batch: Sequence[tuple[ImageFile, Tensor]],
+    resize: ResizeShortSide | None,
+    precision: str,
+    options: dict[str, Any],
+) -> list[Any]:
+    """The model's result for each image, of the image's size."""
+    sizes = [tuple(image.shape[1:]) for _, image in batch]
+    images = [image for _, image in batch]
+    if resize is not None:
+        images = [_resized(image, resize) for image in images]
+    device = model.pixel_mean.device
+    pixels = torch.stack(images).to(device).float().div_(255)
+    with torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32"):
+        return model.predict(pixels, sizes=sizes, **options)
+
+
+def _resized(image: Tensor, resize: ResizeShortSide) -> Tensor:
+    """The image as evaluation resizes it."""
+    no_labels, no_segments = torch.empty(0, dtype=torch.int64), torch.full((1, 1), VOID, dtype=torch.int16)
+    sample = Sample(image, no_labels, no_segments.expand(image.shape[1:]))
+    return resize(sample, np.random.default_rng(0)).image
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, MaskFormer | Segmenter | PerPixelBaseline):
+        raise TypeError(f"a {type(model).__name__} does not segment images")
+    channels = len(model.config.pixel_mean)
+    if channels != 3:
+        raise TypeError(f"the model takes images of {channels} channels; expected 3, red, green and blue")
+
+
+def _task_of_run(folder: Path) -> str | None:
+    """What the folder of a run of training says; None for a model's own folder."""
+    path = folder / CONFIG_FILE
+    if model_folder(folder) == folder or not path.is_file():
+        return None
+    return read_json(path).get("task") or None
+
+
+def _task_of(model: SegmentationModel, task: str | None) -> str:
+    if task is None:
+        return "panoptic" if getattr(model.config, "stuff_classes", ()) else "semantic"
+    if task not in TASKS:
+        raise ValueError(f"task={task!r} is unknown; expected one of {', '.join(TASKS)}")
+    if task != "semantic" and not isinstance(model, MaskFormer):
+        raise ValueError(f"task={task!r}: a {type(model).__name__} does semantic segmentation only")
+    return task
+
+
+def _class_info(model: SegmentationModel, info: DatasetInfo | None, palette: Palette | None) -> DatasetInfo:
+    """Names, stuff, colours, category ids and void of the model's classes."""
+    config = model.config
+    num_classes = config.num_classes
+    if info is None:
+        names = config.class_names or tuple(f"class {k}" for k in range(num_classes))
+        void = void_label(num_classes)
+        info = DatasetInfo(names, stuff_classes=getattr(config, "stuff_classes", ()), ignore_index=void)
+    elif info.num_classes != num_classes:
+        raise ValueError(f"info has {info.num_classes} classes; the model has {num_classes}")
+    if palette is not None and len(palette) != num_classes:
+        raise ValueError(f"palette has {len(palette)} colours; the model has {num_classes} classes")
+    colours = palette or info.palette or distinct_colours(num_classes)
+    return replace(info, palette=tuple(map(tuple, colours)), ignore_index=void_label(num_classes))
+
+
+def _views(
+    model: SegmentationModel,
+    task: str,
+    window: int | tuple[int, int] | None,
+    scales: Sequence[float],
+    flip: bool,
+) -> dict[str, Any]:
+    """Those of the arguments that differ from the model's defaults, if the model has them."""
+    views: dict[str, Any] = {}
+    if window is not None:
+        views["window"] = (window, window) if isinstance(window, int) and isinstance(model, MaskFormer) else window
+    if tuple(scales) != (1.0,):
+        views["scales"] = tuple(scales)
+    if flip:
+        views["flip"] = True
+    if views and isinstance(model, MaskFormer) and task != "semantic":
+        raise ValueError(f"{', '.join(views)} goes with the task 'semantic' only, got {task!r}")
+    known = {MaskFormer: ("window", "scales", "flip"), Segmenter: ("window",), PerPixelBaseline: ()}
+    unknown = set(views) - set(next(names for kind, names in known.items() if isinstance(model, kind)))
+    if unknown:
+        raise ValueError(f"a {type(model).__name__} does not predict with {', '.join(sorted(unknown))}")
+    return views
+
+
+def _limits(task: str, **given: float | None) -> dict[str, Any]:
+    """The task's thresholds, its defaults where none were given."""
+    limits = dict(THRESHOLDS.get(task, {}))
+    for name, value in given.items():
+        if value is None:
+            continue
+        if name not in limits:
+            raise ValueError(f"{name} does not go with the task {task!r}")
+        if name != "top_k" and not 0 <= value <= 1:
+            raise ValueError(f"{name} must lie in 0..1, got {value}")
+        limits[name] = value
+    return limits
+
+
+def _task_options(task: str, info: DatasetInfo, limits: dict[str, Any]) -> dict[str, Any]:
+    """Further arguments of MaskFormer's ``predict``."""
+    if task == "general":
+        return {"ignore_index": info.ignore_index}
+    if task == "panoptic":
+        return {"stuff_classes": info.stuff_classes, **limits}
+    if task == "instance":
+        return {"stuff_classes": info.stuff_classes, "output": "rle", "boxes": True, "top_k": limits["top_k"]}
+    return {}
+
+
+class _Bar:
+    """A progress bar, if it is wanted and tqdm is there."""
+
+    def __init__(self, total: int, shown: bool):
+        self._bar = None
+        if shown:
+            try:
+                from tqdm import tqdm
+            except ImportError:
+                return
+            self._bar = tqdm(total=total, desc="predicting", unit="image", disable=None)
+
+    def advance(self) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()

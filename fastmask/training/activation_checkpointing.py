@@ -1,0 +1,76 @@
+"""Memory for time: activations inside a network's blocks are computed again for backward instead of kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from fastmask.training.blocks import blocks
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def checkpoint_activations(model: Model) -> Model:
+    """Makes each transformer layer, ViT block and backbone block keep its inputs alone for backward (Chen et al.,
+    arXiv:1604.06174), in place: about a forward pass more time, and the peak of one block instead of all.
+
+    Losses and gradients stay the same: random numbers are drawn again from the same state, so that dropout and
+    stochastic depth leave out the same, and the running statistics of batch norm are updated once. Names of weights,
+    and everything without gradients, stay as they are. Call it before :func:`fastmask.training.distributed.wrap`.
+
+    Args:
+        model: one of our models, or any module that contains our transformers or a backbone with lists of blocks.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: nothing in it can be recomputed.
+    """
+    found = [block for block in blocks(model) if not _recomputes(block)]
+    for block in found:
+        inner = vars(block).get("forward") or partial(type(block).forward, block)
+        # A partial of the block rather than a closure, so that a copy of the model calls its own block.
+        block.forward = partial(_recomputed, block, inner)
+    if not found and not any(map(_recomputes, blocks(model))):
+        raise ValueError(f"{type(model).__name__} has no transformer layers and no backbone with lists of blocks")
+    return model
+
+
+def _recomputes(block: nn.Module) -> bool:
+    forward = vars(block).get("forward")
+    return isinstance(forward, partial) and forward.func is _recomputed
+
+
+def _recomputed(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    options = {}
+    if norms := [module for module in block.modules() if isinstance(module, _BatchNorm)]:
+        options["context_fn"] = partial(_contexts, norms)
+    return checkpoint(forward, *args, use_reentrant=False, **options, **kwargs)
+
+
+def _contexts(norms: list[_BatchNorm]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Around the forward pass, and around its repetition."""
+    return nullcontext(), _still(norms)
+
+
+@contextmanager
+def _still(norms: list[_BatchNorm]) -> Iterator[None]:
+    """Batch norms that normalise as they do, but whose running statistics stay."""
+    kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    try:
+        for norm in norms:
+            norm.momentum, norm.num_batches_tracked = 0.0, None
+        yield
+    finally:
+        for norm, momentum, batches in kept:
+            norm.momentum, norm.num_batches_tracked = momentum, batches

@@ -1,0 +1,111 @@
+"""Checkpoints on disk: each whole or not there at all, and read only if it is whole."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+KEPT = 2  # so that there is one to fall back to when the newest is damaged
+NAME = re.compile(r"step-(\d+)\.pt")
+TEMPORARY = ".tmp"
+
+logger = logging.getLogger(__name__)
+
+
+def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
+    """Writes a checkpoint and deletes all but the latest two. A process that is killed at any moment, a full disk or a
+    failing machine leaves those that were there before.
+
+    Args:
+        folder: is made if it does not exist.
+        step: the number of steps that were taken.
+        state: of tensors, numbers, strings, lists, tuples and dicts.
+
+    Raises:
+        OSError: the file cannot be written; the message names it, the reason, and what is there to resume from.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{step:08d}.pt"
+    temporary = path.with_name(path.name + TEMPORARY)
+    try:
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(folder)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        kept = _checkpoints(folder)
+        there = f"{kept[-1]} is there to resume from" if kept else "there is no earlier checkpoint"
+        raise OSError(f"cannot write {path}: {_reason(error)}; {there}") from error
+    for old in _checkpoints(folder)[:-KEPT]:
+        old.unlink()
+    return path
+
+
+def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that is whole, on the CPU; None if there is none at all.
+
+    Each tensor is compared with the check sum that was written with it. A damaged file is passed over with a warning.
+
+    Raises:
+        ValueError: every checkpoint is damaged; the message names them.
+    """
+    paths = _checkpoints(folder)
+    for path in reversed(paths):
+        fault = _fault(path)
+        if fault is None:
+            return path, torch.load(path, map_location="cpu", weights_only=True)
+        logger.warning("%s is damaged (%s); trying the one before", path, fault)
+    if paths:
+        raise ValueError(f"every checkpoint is damaged: {', '.join(map(str, paths))}")
+    return None
+
+
+def remove_temporary(folder: Path) -> None:
+    """Deletes what killed processes left half-written in a folder."""
+    for path in folder.glob(f"*{TEMPORARY}"):
+        path.unlink()
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """From the oldest to the newest."""
+    found = [(int(match[1]), path) for path in folder.glob("*") if (match := NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def _fault(path: Path) -> str | None:
+    """What is wrong with a file; None if it is whole. ``torch.load`` itself reads changed bytes without complaint."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            changed = archive.testzip()
+    except (zipfile.BadZipFile, EOFError) as error:
+        return str(error)
+    return None if changed is None else f"{changed} is not what was written"
+
+
+def _reason(error: BaseException) -> str:
+    """The system's words: torch reports a failed write as an inconsistency that follows from it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__context__
+    return str(error)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a new name in a folder last."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

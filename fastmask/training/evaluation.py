@@ -1,0 +1,351 @@
+"""How good a model is on a data set: the metrics of the tasks that both know."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fastmask.data.sample import DatasetInfo, Sample
+from fastmask.data.transforms import ResizeShortSide
+from fastmask.metrics import InstanceMetrics, PanopticMetrics, SemanticMetrics, SoundEventMetrics
+from fastmask.metrics.base import Metrics
+from fastmask.models.base import PretrainedModel
+from fastmask.models.maskformer import MaskFormer
+from fastmask.models.sound_event_detector import SoundEventDetector
+from fastmask.training.distributed import together, whole
+from fastmask.training.interruption import outlive_signals
+from fastmask.training.trainer import PRECISIONS
+
+# What the truth of each kind of data set serves, and of that what is evaluated by default.
+SERVED = {
+    "semantic": ("semantic", "general"),
+    "panoptic": ("semantic", "general", "panoptic", "instance"),
+    "instance": ("instance",),
+}
+DEFAULTS = {"semantic": ("semantic",), "panoptic": ("semantic", "panoptic"), "instance": ("instance",)}
+EVENTS = "events"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What :func:`evaluate` found.
+
+    Attributes:
+        numbers: by name, as shares of 1; nan where there was nothing to be found. Those of the task "general" begin
+            with "general_", since they have the names of "semantic".
+        per_class: the numbers of each class by name, lists in the order of ``class_names``.
+        class_names: of the data set.
+        tasks: what was evaluated.
+        num_samples: images or clips, of all processes together.
+    """
+
+    numbers: dict[str, float]
+    per_class: dict[str, list[float]]
+    class_names: tuple[str, ...]
+    tasks: tuple[str, ...]
+    num_samples: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as JSON knows it: nan becomes None."""
+        return {
+            "tasks": list(self.tasks),
+            "num_samples": self.num_samples,
+            "numbers": {name: _json_number(value) for name, value in self.numbers.items()},
+            "class_names": list(self.class_names),
+            "per_class": {name: [_json_number(value) for value in row] for name, row in self.per_class.items()},
+        }
+
+
+def evaluate(
+    model: PretrainedModel,
+    dataset: Dataset,
+    tasks: Iterable[str] | None = None,
+    *,
+    batch_size: int = 4,
+    workers: int = 0,
+    device: str | torch.device | None = None,
+    precision: str = "float32",
+    window: tuple[int, int] | None = None,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    short_side: int | None = None,
+    max_side: int | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    boundary_share: float | None = 0.02,
+    progress: bool = False,
+) -> Evaluation:
+    """Predicts every sample of a data set and counts how well that fits the truth, at the truth's own size.
+
+    Images of one size that follow each other are predicted together, others alone, so that a result depends on its
+    image only. One batch is in memory at a time, and for "instance" the run lengths of all masks.
+
+    Where ``torch.distributed`` is initialised, process r of W takes the samples r, r + W, ..., and each returns the
+    numbers of all.
+
+    Args:
+        model: in whatever mode; the mode stays. What :func:`fastmask.training.distributed.wrap` returns may be given.
+        dataset: with ``info``, as :func:`fastmask.data.open_dataset` gives; for :class:`fastmask.SoundEventDetector`
+            one of :class:`fastmask.data.Clip`.
+        tasks: of "semantic", "general" (semantic maps by hard assignment, MaskFormer only), "panoptic" and "instance";
+            for sound "events". By default what the truth was opened for and the model can do; for panoptic truth
+            "semantic" and "panoptic".
+        batch_size: samples to read, and at most to predict, at a time.
+        workers: processes that read samples.
+        device: where to predict; the model moves there. Its own by default.
+        precision: "float32", or "bfloat16" or "float16" for autocast.
+        window: (size, stride) of the windows in which images are predicted, as for the model's ``predict``; None for
+            whole images, and for Segmenter those of its configuration. Of a MaskFormer only "semantic" has windows,
+            scales and mirror images.
+        scales: how much to enlarge each image, and ``flip``: predict mirror images too; MaskFormer averages all views.
+        short_side: resize images to this shorter side before they are predicted, in pixels; the results have the
+            truth's size all the same. None leaves images as they are.
+        max_side: with ``short_side``, the limit of the longer side.
+        options: by task further arguments of the model's ``predict``, such as {"panoptic": {"threshold": 0.5}}.
+        boundary_share: of :class:`fastmask.metrics.SemanticMetrics`; None leaves out boundary IoU, which is slow.
+        progress: show a bar, in the first process, if tqdm is installed.
+
+    Returns:
+        The numbers of :class:`fastmask.metrics.SemanticMetrics` ("mIoU", ...), ``PanopticMetrics`` ("PQ", ...),
+        ``InstanceMetrics`` ("AP", ...) or ``SoundEventMetrics`` ("F1", ...). Void pixels and crowd regions count as
+        these say; stuff is what the data set calls stuff.
+
+    Raises:
+        ValueError: a model of another number of classes than the data set, a task or option that model or truth do not
+            have, or an argument out of range.
+        ImportError: "instance" without pycocotools.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r} is unknown; expected one of {', '.join(PRECISIONS)}")
+    if max_side is not None and short_side is None:
+        raise ValueError("max_side goes with short_side")
+    model = whole(model)
+    views = _views(model, window, scales, flip)
+    if isinstance(model, SoundEventDetector):
+        evaluator = _ClipEvaluator(model, dataset, tasks, options or {})
+        if views or short_side is not None:
+            raise ValueError("window, scales, flip and short_side are of images; the model hears sounds")
+    else:
+        evaluator = _ImageEvaluator(model, dataset, tasks, options or {}, views, boundary_share)
+    if device is not None:
+        model.to(device)
+    device = next(model.parameters()).device
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if together() else (0, 1)
+    resize = None if short_side is None else ResizeShortSide((short_side,), max_side)
+    loader = DataLoader(
+        _Share(dataset, range(rank, len(dataset), world_size), resize),
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=_as_list,
+        worker_init_fn=outlive_signals,
+        generator=torch.Generator(),  # the default one draws from the random state of training
+    )
+    for batch in _with_bar(loader, progress and rank == 0):
+        for group in _by_shape(batch):
+            indices, inputs, samples = zip(*group, strict=True)
+            inputs = torch.stack(inputs).to(device)
+            with torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "float32"):
+                results = evaluator.predict(inputs, samples)
+            for i, (index, sample) in enumerate(zip(indices, samples, strict=True)):
+                for task, of_task in results.items():
+                    evaluator.add(task, index, sample, of_task[i])
+    numbers: dict[str, float] = {}
+    per_class: dict[str, list[float]] = {}
+    for task, metrics in evaluator.metrics.items():
+        prefix = "general_" if task == "general" else ""
+        metrics = metrics.synced()
+        numbers |= {prefix + name: value for name, value in metrics.compute().items()}
+        per_class |= {prefix + name: values for name, values in metrics.per_class().items()}
+    return Evaluation(numbers, per_class, evaluator.class_names, tuple(evaluator.metrics), len(dataset))
+
+
+def served_tasks(model: PretrainedModel, info: DatasetInfo) -> tuple[str, ...]:
+    """The tasks that a model of images can do and a data set has the truth for."""
+    return tuple(task for task in SERVED[info.task] if task == "semantic" or isinstance(model, MaskFormer))
+
+
+class _ImageEvaluator:
+    """Results of images, and what they are compared with."""
+
+    def __init__(
+        self,
+        model: PretrainedModel,
+        dataset: Dataset,
+        tasks: Iterable[str] | None,
+        options: Mapping[str, Mapping[str, Any]],
+        views: Mapping[str, Any],
+        boundary_share: float | None,
+    ):
+        self.model, self.info, self.views = model, dataset.info, views
+        _check_classes(model, self.info)
+        served = served_tasks(model, self.info)
+        wanted = [task for task in DEFAULTS[self.info.task] if task in served] if tasks is None else list(tasks)
+        names = f"{type(model).__name__} and {self.info.task} truth"
+        if not wanted:
+            raise ValueError(f"{names} have no task in common")
+        _check_known("tasks", wanted, served, names)
+        _check_known("options", options, wanted, "this evaluation")
+        if views and isinstance(model, MaskFormer) and "semantic" not in wanted:
+            raise ValueError(f"{', '.join(views)}: only the task 'semantic' has these, got {', '.join(wanted)}")
+        self.class_names = self.info.class_names
+        self.metrics: dict[str, Metrics] = {task: self._metrics_of(task, boundary_share) for task in wanted}
+        self.options = {task: self._own_options(task) | dict(options.get(task, {})) for task in wanted}
+
+    def predict(self, inputs: Tensor, samples: Sequence[Sample]) -> dict[str, list[Any]]:
+        """Results by task, one for each of the images ``(B, 3, H, W)`` uint8."""
+        images = inputs.float().div_(255)
+        sizes = [sample.size for sample in samples]
+        if not isinstance(self.model, MaskFormer):
+            return {"semantic": self.model.predict(images, sizes, **self.views, **self.options["semantic"])}
+        results = {}
+        of_image = dict(self.options)
+        if self.views:
+            results["semantic"] = self.model.predict(
+                images, "semantic", sizes, **self.views, **of_image.pop("semantic")
+            )
+        if of_image:
+            results |= self.model.predict_tasks(images, of_image, sizes)
+        return results
+
+    def add(self, task: str, index: int, sample: Sample, result: Any) -> None:
+        metrics = self.metrics[task]
+        if isinstance(metrics, SemanticMetrics):
+            metrics.update(result.cpu(), sample.class_map(self.info.ignore_index))
+        elif isinstance(metrics, PanopticMetrics):
+            metrics.update(result, sample.segments, sample.labels, sample.crowd)
+        else:
+            metrics.update(f"{index:09d}", result, *_instances(sample, self.info))
+
+    def _metrics_of(self, task: str, boundary_share: float | None) -> Metrics:
+        info = self.info
+        if task == "panoptic":
+            return PanopticMetrics(info.num_classes, info.stuff_classes)
+        if task == "instance":
+            return InstanceMetrics(info.num_classes)
+        return SemanticMetrics(info.num_classes, ignore_index=info.ignore_index, boundary_share=boundary_share)
+
+    def _own_options(self, task: str) -> dict[str, Any]:
+        if task in ("panoptic", "instance"):
+            return {"stuff_classes": self.info.stuff_classes}
+        # A label that is no class, whatever the data set's void is.
+        return {"ignore_index": self.info.num_classes} if task == "general" else {}
+
+
+class _ClipEvaluator:
+    """Results of sound clips, and what they are compared with."""
+
+    def __init__(
+        self,
+        model: SoundEventDetector,
+        dataset: Dataset,
+        tasks: Iterable[str] | None,
+        options: Mapping[str, Mapping[str, Any]],
+    ):
+        _check_known("tasks", [] if tasks is None else tasks, (EVENTS,), type(model).__name__)
+        _check_known("options", options, (EVENTS,), type(model).__name__)
+        config = model.config
+        self.model, self.options = model, options.get(EVENTS, {})
+        self.class_names = config.class_names or tuple(map(str, range(config.num_classes)))
+        self.metrics: dict[str, Metrics] = {EVENTS: SoundEventMetrics(config.num_classes)}
+
+    def predict(self, inputs: Tensor, samples: Sequence[Any]) -> dict[str, list[Any]]:
+        return {EVENTS: [result["events"] for result in self.model.predict(inputs, **self.options)]}
+
+    def add(self, task: str, index: int, sample: Any, result: Any) -> None:
+        truth = {"labels": sample.labels, "onsets": sample.onsets, "offsets": sample.offsets}
+        self.metrics[task].update(result, truth)
+
+
+class _Share(Dataset):
+    """A process's share of a data set: (index, what the model is given, the sample)."""
+
+    def __init__(self, dataset: Dataset, indices: range, resize: ResizeShortSide | None):
+        self.dataset, self.indices, self.resize = dataset, indices, resize
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, i: int) -> tuple[int, Tensor, Any]:
+        index = self.indices[i]
+        sample = self.dataset[index]
+        if hasattr(sample, "waveform"):
+            return index, sample.waveform, sample
+        if self.resize is None:
+            return index, sample.image, sample
+        alone = Sample(sample.image, sample.labels[:0], masks=torch.zeros((0, *sample.size), dtype=torch.bool))
+        return index, self.resize(alone, np.random.default_rng(0)).image, sample
+
+
+def _instances(sample: Sample, info: DatasetInfo) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Masks, labels, crowd flags and areas of the things."""
+    if sample.masks is not None:
+        return sample.masks, sample.labels, sample.crowd, sample.areas
+    stuff = set(info.stuff_classes)
+    indices = torch.tensor(
+        [m for m, label in enumerate(sample.labels.tolist()) if label not in stuff], dtype=torch.long
+    )
+    crowd, areas = (None if values is None else values[indices] for values in (sample.crowd, sample.areas))
+    return sample.segments == indices[:, None, None], sample.labels[indices], crowd, areas
+
+
+def _check_classes(model: PretrainedModel, info: DatasetInfo) -> None:
+    if model.config.num_classes != info.num_classes:
+        raise ValueError(f"the model has {model.config.num_classes} classes, the data set {info.num_classes}")
+    names = model.config.class_names
+    wrong = [i for i, (own, other) in enumerate(zip(names, info.class_names, strict=False)) if own != other]
+    if wrong:
+        warnings.warn(
+            f"{len(wrong)} classes have other names in the data set than in the model, the first {wrong[0]}: "
+            f"{info.class_names[wrong[0]]!r} and {names[wrong[0]]!r}",
+            stacklevel=4,
+        )
+
+
+def _views(
+    model: PretrainedModel, window: tuple[int, int] | None, scales: Sequence[float], flip: bool
+) -> dict[str, Any]:
+    """Those of the arguments that say something, if the model has them."""
+    given = {"window": window, "scales": tuple(scales), "flip": flip}
+    views = {name: value for name, value in given.items() if value not in (None, (1.0,), False)}
+    known = {"MaskFormer": tuple(given), "Segmenter": ("window",)}.get(model.config.model_type, ())
+    _check_known("arguments", views, known, type(model).__name__)
+    return views
+
+
+def _check_known(what: str, names: Iterable[str], known: Sequence[str], whose: str) -> None:
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"{whose}: unknown {what} {', '.join(unknown)}; known are {', '.join(known) or 'none'}")
+
+
+def _by_shape(batch: Sequence[tuple[int, Tensor, Any]]) -> list[list[tuple[int, Tensor, Any]]]:
+    groups: dict[tuple[int, ...], list[tuple[int, Tensor, Any]]] = {}
+    for item in batch:
+        groups.setdefault(tuple(item[1].shape), []).append(item)
+    return list(groups.values())
+
+
+def _with_bar(loader: DataLoader, shown: bool) -> Iterable[list[tuple[int, Tensor, Any]]]:
+    if not shown:
+        return loader
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return loader
+    return tqdm(loader, desc="evaluating")
+
+
+def _as_list(items: list[Any]) -> list[Any]:
+    return items
+
+
+def _json_number(value: float) -> float | None:
+    return None if math.isnan(value) else value

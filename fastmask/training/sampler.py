@@ -1,0 +1,75 @@
+"""Which samples a training step reads: decided by the seed and the step, not by the processes that read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+
+class StepSampler(Sampler[list[tuple[int, int]]]):
+    """The micro-batches of one process, for the steps ``start..stop-1``: the ``batch_sampler`` of a ``DataLoader``.
+
+    The epochs, each in an order that depends on ``(seed, epoch)`` alone, form one endless sequence. Step s takes its
+    ``batch_size`` samples from ``s * batch_size`` on, whatever the number of processes and of micro-batches, so that a
+    step may reach over the end of an epoch. Micro-batch a of all processes together takes the a-th part of these.
+
+    Args:
+        length: samples in the data set.
+        batch_size: samples of a step, of all processes and micro-batches together.
+        seed: of the order; not negative.
+        start: the first step.
+        stop: the step after the last.
+        rank: of this process.
+        world_size: the number of processes.
+        accumulate: micro-batches of a step.
+
+    Raises:
+        ValueError: no samples, or a batch that processes and micro-batches cannot share evenly.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        start: int,
+        stop: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulate: int = 1,
+    ):
+        if length < 1:
+            raise ValueError("the data set has no samples")
+        if batch_size % (world_size * accumulate):
+            raise ValueError(
+                f"batch_size is {batch_size}; expected a multiple of {world_size * accumulate}: "
+                f"{world_size} processes with {accumulate} micro-batches each (accumulate)"
+            )
+        self.length = length
+        self.batch_size = batch_size
+        self.seed = seed
+        self.steps = range(start, stop)
+        self.rank = rank
+        self.world_size = world_size
+        self.accumulate = accumulate
+
+    def __len__(self) -> int:
+        return len(self.steps) * self.accumulate
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        """Each micro-batch as a list of ``(epoch, index)``."""
+        size = self.batch_size // (self.world_size * self.accumulate)
+        current, order = -1, np.empty(0, np.int64)
+        for step in self.steps:
+            for micro in range(self.accumulate):
+                first = step * self.batch_size + (micro * self.world_size + self.rank) * size
+                batch = []
+                for position in range(first, first + size):
+                    epoch, place = divmod(position, self.length)
+                    if epoch != current:
+                        current, order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.length)
+                    batch.append((epoch, int(order[place])))
+                yield batch

@@ -1,0 +1,141 @@
+"""One optimiser step: what it computes, in which precision, and how it continues."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fastmask import MaskFormer, MaskFormerConfig
+from fastmask.data import CLASS_NAMES, ComposedScenes, collate_scenes
+from fastmask.training.recipe import Recipe
+from fastmask.training.trainer import Trainer, by_kind
+
+SCENES = ComposedScenes("train", size=(64, 64))
+
+
+def make_recipe(**fields) -> Recipe:
+    return Recipe(**{"steps": 20, "batch_size": 4, "warmup_steps": 0, "learning_rate": 1e-3, **fields})
+
+
+def make_model(seed: int = 0, dropout: float = 0.1) -> MaskFormer:
+    torch.manual_seed(seed)
+    return MaskFormer(MaskFormerConfig.preset("tiny", len(CLASS_NAMES), decoder_layers=2, dropout=dropout))
+
+
+def scenes(start: int, count: int = 2):
+    return collate_scenes([SCENES[i] for i in range(start, start + count)])
+
+
+class Linear(nn.Module):
+    """A model of the trainer's contract whose losses are easy to follow."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, inputs, targets):
+        error = self.layer(inputs) - targets
+        return {"loss_a": error.pow(2).mean(), "loss_b_0": error.abs().mean(), "loss_b": 2 * error.abs().mean()}
+
+
+def linear_batches(count: int, seed: int = 1, scale: float = 1.0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (scale * torch.randn(5, 3, generator=generator), torch.randn(5, 2, generator=generator)) for _ in range(count)
+    ]
+
+
+def test_a_step_is_the_optimiser_s_step_on_the_mean_gradient_of_the_micro_batches():
+    recipe = make_recipe(optimizer="sgd", momentum=0.0, weight_decay=0.0, learning_rate=0.1, clip_norm=0.05)
+    model = Linear()
+    expected = copy.deepcopy(model)
+    batches = linear_batches(3)
+    trainer = Trainer(model, recipe, accumulate=3)
+    losses = trainer.step(batches)
+
+    by_hand = [expected(*batch) for batch in batches]
+    (sum(sum(one.values()) for one in by_hand) / 3).backward()
+    norm = nn.utils.clip_grad_norm_(expected.parameters(), recipe.clip_norm)
+    with torch.no_grad():
+        for parameter in expected.parameters():
+            parameter -= 0.1 * parameter.grad
+    for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(losses["gradient_norm"], norm)
+    for name in ("loss_a", "loss_b"):
+        mean = sum(by_kind(one)[name] for one in by_hand) / 3
+        torch.testing.assert_close(losses[name], mean.detach())
+    torch.testing.assert_close(losses["loss"], losses["loss_a"] + losses["loss_b"])
+    assert not any(value.requires_grad for value in losses.values())
+    assert trainer.steps == 1
+
+
+def test_losses_of_all_decoder_layers_are_summed_by_kind():
+    model = make_model()
+    trainer = Trainer(model, make_recipe())
+    losses = trainer.step([scenes(0)])
+    assert set(losses) == {"loss", "loss_ce", "loss_mask", "loss_dice", "gradient_norm"}
+    parts = losses["loss_ce"] + losses["loss_mask"] + losses["loss_dice"]
+    torch.testing.assert_close(losses["loss"], parts)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_learns_as_single_precision_does(precision):
+    curves = {}
+    for name in ("float32", precision):
+        trainer = Trainer(make_model(dropout=0.0), make_recipe(), precision=name)
+        if name == "float16":  # not so high that the first steps are skipped
+            trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 64.0})
+        curves[name] = torch.stack([trainer.step([scenes(2 * step)])["loss"] for step in range(4)])
+        assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+    assert not torch.equal(curves[precision], curves["float32"])
+    torch.testing.assert_close(curves[precision], curves["float32"], rtol=0.1, atol=0)
+
+
+@pytest.mark.filterwarnings("error")
+def test_gradients_that_overflow_float16_skip_the_step_and_lower_the_scale():
+    model = Linear()
+    before = copy.deepcopy(model.state_dict())
+    trainer = Trainer(model, make_recipe(), precision="float16")
+    scale = trainer.scaler.get_scale()
+    trainer.step(linear_batches(1, scale=1e4))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert trainer.scaler.get_scale() == scale / 2
+    state = trainer.state_dict()
+    other = Trainer(Linear(), make_recipe(), precision="float16")
+    other.load_state_dict(state)
+    assert other.scaler.get_scale() == scale / 2
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_trainer_continues_from_a_state_bit_for_bit(optimizer, tmp_path):
+    recipe = make_recipe(optimizer=optimizer, warmup_steps=3)
+    through = Trainer(make_model(), recipe, accumulate=2)
+    for step in range(2):
+        through.step([scenes(4 * step), scenes(4 * step + 2)])
+    torch.save({"trainer": through.state_dict(), "random": torch.get_rng_state()}, tmp_path / "state.pt")
+    expected = [through.step([scenes(4 * step), scenes(4 * step + 2)]) for step in (2, 3)]
+
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    resumed = Trainer(make_model(seed=1), recipe, accumulate=2)
+    resumed.load_state_dict(state["trainer"])
+    torch.set_rng_state(state["random"])
+    assert resumed.steps == 2
+    for step, losses in zip((2, 3), expected, strict=True):
+        again = resumed.step([scenes(4 * step), scenes(4 * step + 2)])
+        assert all(torch.equal(again[name], losses[name]) for name in losses)
+    for name, value in through.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], value), name
+    assert resumed.schedule.get_last_lr() == through.schedule.get_last_lr()
+
+
+def test_wrong_arguments_are_named():
+    with pytest.raises(ValueError, match=r"precision='half' is unknown; expected one of float32, bfloat16, float16"):
+        Trainer(Linear(), make_recipe(), precision="half")
+    with pytest.raises(ValueError, match="accumulate must be at least 1, got 0"):
+        Trainer(Linear(), make_recipe(), accumulate=0)
+    with pytest.raises(ValueError, match=r"batches has 1 micro-batches; expected 2 \(accumulate\)"):
+        Trainer(Linear(), make_recipe(), accumulate=2).step(linear_batches(1))
