@@ -28,6 +28,7 @@ class Clock:
     """Splits the time of a call into parts. On CUDA it waits for the device when the seconds are read, not before."""
 
     def __init__(self, device: torch.device):
+        self._device = device
         self._on_gpu = device.type == "cuda"
         if self._on_gpu:
             torch.cuda.synchronize(device)
@@ -53,7 +54,7 @@ class Clock:
         if not self._on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
 
@@ -146,11 +147,11 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> tuple[Any, dic
     """
     gc.collect()
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         result = call()
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
         return result, {"allocator": torch.cuda.max_memory_allocated(device) - before, "resident": None}
     _return_free_pages()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.gpu import __main__ as script
-from benchmarks.gpu import sanitize
+from benchmarks.gpu import sanitize, tune
 from benchmarks.gpu.measure import rows_of
 from benchmarks.gpu.processes import run_limited
 from benchmarks.gpu.profile import parse
 from benchmarks.gpu.summary import TARGETS, write_summary
 from benchmarks.harness.registry import load_operations
+from benchmarks.harness.timing import Plan
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {"memory": 0.1, "special functions": 0.2, "matrix products": 0.0}
@@ -201,6 +205,28 @@ def test_a_stage_that_fails_or_has_no_time_is_listed_last(tmp_path, monkeypatch,
     assert lines[-2].startswith("FAILED waits: out of time after")
     outcomes = [stage["outcome"] for stage in json.loads((tmp_path / "stages.json").read_text())["stages"]]
     assert outcomes == ["failed", "failed", "skipped", "out of time", "out of time"]
+
+
+def test_tuning_tries_fields_that_exist_and_leaves_nothing_changed():
+    for tuning in tune.TUNINGS.values():
+        module, name = tuning.configs
+        configs = getattr(importlib.import_module(f"fastmask.kernels.{module}"), name)
+        before = repr(configs)
+        for variant in tuning.variants:
+            with tuning.using(variant):
+                assert repr(configs) != before, variant
+            assert repr(configs) == before
+        assert any(tuning.case == case.name for case in load_operations()[tuning.operation].cases)
+
+
+def test_tuning_times_what_is_right_and_leaves_out_the_rest(capsys, monkeypatch):
+    plan = Plan(rounds=1, least_rounds=1, seconds=0.0, sample_seconds=0.0)
+    tuning = replace(tune.TUNINGS["mask_cost"], variants=({"num_stages": 1},))
+    times = tune.run(tuning, "quick", torch.device("cpu"), plan)
+    assert sorted(name for _, name in times) == ["as it is", "num_stages=1"]
+    monkeypatch.setattr(tune, "attempt", lambda judge: "too many registers")
+    assert tune.run(tuning, "quick", torch.device("cpu"), plan) == []
+    assert "left out: num_stages=1: too many registers" in capsys.readouterr().out
 
 
 def test_only_the_devices_own_architecture_is_built(tmp_path, monkeypatch):

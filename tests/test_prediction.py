@@ -344,6 +344,7 @@ def test_wrong_arguments(model, photos, tmp_path):
         "window, flip goes with the task 'semantic' only": {"window": 20, "flip": True},
         "info has 2 classes; the model has 5": {"info": DatasetInfo(("a", "b"))},
         "palette has 1 colours; the model has 5": {"palette": [(0, 0, 0)]},
+        r"palette holds \(0, 300, 0\)": {"palette": np.full((5, 3), (0, 300, 0))},
     }
     for message, options in wrong.items():
         with pytest.raises(ValueError, match=message):

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from fastmask import MaskFormer, MaskFormerConfig
 from fastmask.cli.main import app, main
-from fastmask.prediction import outputs, predict
+from fastmask.prediction import outputs, predict, run
 
 COMMAND = [sys.executable, "-m", "fastmask.cli.main", "predict"]
 ROOT = Path(__file__).parent.parent
@@ -51,8 +51,8 @@ def write_photo(path, rng):
     Image.fromarray(rng.integers(0, 256, (40, 50, 3)).astype(np.uint8)).save(path)
 
 
-def run(monkeypatch, *arguments):
-    """The exit code of ``fastmask predict``."""
+def exit_code(monkeypatch, *arguments):
+    """Of ``fastmask predict``."""
     monkeypatch.setattr(sys, "argv", ["fastmask", "predict", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
         main()
@@ -103,6 +103,14 @@ def test_the_command_with_a_data_set(photos, tmp_path):
     assert result.exit_code == 0, result.output
     categories = json.loads((tmp_path / "out" / "panoptic.json").read_text())["categories"]
     assert categories[10] == {"id": 10, "name": "brick", "isthing": 0, "color": [161, 120, 104]}
+    MaskFormer(MaskFormerConfig.preset("tiny", 10)).save_pretrained(tmp_path / "things")
+    command = ["predict", str(tmp_path / "things"), str(photos), "-o", str(tmp_path / "instances")]
+    options = ["--data", "composed:scenes", "--split", "train", "--kind", "auto", "--task", "instance"]
+    assert CliRunner().invoke(app, [*command, *options]).exit_code == 0
+    categories = json.loads((tmp_path / "instances" / "images.json").read_text())["categories"]
+    assert [category["name"] for category in categories[8:]] == ["bag", "ankle boot"]
+    result = CliRunner().invoke(app, [*command, "--data", "composed:scenes", "--overwrite"])
+    assert "info has 13 classes; the model has 10" in str(result.exception)
 
 
 def test_the_folder_of_a_run(model, photos, tmp_path):
@@ -119,7 +127,7 @@ def test_broken_images_among_good_ones(folder, photos, tmp_path, monkeypatch, ca
     (photos / "d.jpg").write_text("no picture")
     (photos / "f.png").write_bytes(b"")
     out = tmp_path / "out"
-    assert run(monkeypatch, folder, photos, "-o", out) == 1
+    assert exit_code(monkeypatch, folder, photos, "-o", out) == 1
     said = capsys.readouterr()
     assert "panoptic: 3 images" in said.out
     summary, *lines = said.err.splitlines()
@@ -164,7 +172,7 @@ def test_lists_of_other_images_are_not_overwritten(model, photos, tmp_path):
 def test_nowhere_to_write(folder, photos, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("in the way")
     for output in (tmp_path / "file", tmp_path / "file" / "out", Path("/proc/out")):
-        assert run(monkeypatch, folder, photos / "a.jpg", "-o", output) == 1
+        assert exit_code(monkeypatch, folder, photos / "a.jpg", "-o", output) == 1
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("fastmask: ") and str(output) in line
 
@@ -224,8 +232,7 @@ def test_a_few_images_are_in_memory(model, photos, tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     for i in range(10):
         write_photo(photos / f"more-{i}.jpg", rng)
-    module = sys.modules["fastmask.prediction.predict"]
-    decode, images, alive = module.decode_picture, [], []
+    decode, images, alive = run.decode_picture, [], []
 
     def counted(path, **options):
         image = decode(path, **options)
@@ -233,6 +240,6 @@ def test_a_few_images_are_in_memory(model, photos, tmp_path, monkeypatch):
         alive.append(sum(image() is not None for image in images))
         return image
 
-    monkeypatch.setattr(module, "decode_picture", counted)
+    monkeypatch.setattr(run, "decode_picture", counted)
     predict(model, photos, tmp_path / "out")
     assert len(alive) == 15 and max(alive) <= 4

@@ -50,6 +50,13 @@ def test_equal_names_do_not_collide(tmp_path):
     assert named(tmp_path / "y") == {"a.jpg": "a.jpg", "b.jpg": "b.jpg", "b.png": "b.png"}
 
 
+def test_names_do_not_lead_out_of_the_folder(tmp_path):
+    touch(tmp_path, "x/a.jpg", "y/a.jpg")
+    roundabout = tmp_path / "x" / ".." / "y" / "a.jpg"
+    assert list(named([roundabout, tmp_path / "x" / "a.jpg", tmp_path / "y" / "a.jpg"])) == ["y/a", "x/a"]
+    assert list(named([tmp_path / "y" / ".." / "x", roundabout])) == ["x/a", "y/a"]
+
+
 def test_names_that_are_odd(tmp_path, monkeypatch):
     names = ["Übersicht & Co.jpg", "日本 語.png", "a'b\"c.jpg", "100%.jpg", "-x.jpg", "two..dots.jpg", "ends in .jpg"]
     touch(tmp_path, *names)

@@ -18,6 +18,7 @@ from benchmarks.ablations.tables import METRICS
 COLORS = ("#2a6f97", "#e07a5f", "#81b29a")
 LABELS = {"PQ_st": "PQ$^{St}$"}
 PLOTTED_PAIRS = 12
+SEED_OFFSET = 0.07  # of the points of single seeds beside the mean
 
 
 def write_plots(rows: Sequence[dict[str, Any]], folder: Path, name: str) -> list[Path]:
@@ -88,7 +89,7 @@ def _plot_metric(axis: Any, group: Group, variants: Sequence[Variant], metric: s
         [x for x, _ in places], means, spreads, fmt="o", color=color, capsize=3, label=LABELS.get(metric, metric)
     )
     for x, values in places:
-        axis.plot([x] * len(values), values, ".", color=color, alpha=0.4, markersize=4)
+        axis.plot([x + SEED_OFFSET] * len(values), values, ".", color=color, alpha=0.5, markersize=4)
 
 
 def _tick(comparison: str, variant: Variant) -> str:
@@ -128,6 +129,8 @@ def _plot_queries(group: Group, variants: Sequence[Variant], path: Path) -> Path
             )
         for axis in row:
             axis.tick_params(labelsize=7)
+            if axis is not row[2]:
+                axis.yaxis.get_major_locator().set_params(integer=True)
             axis.spines[["top", "right"]].set_visible(False)
     titles = "classes of each query (all seeds), sorted", "queries by their number of classes", "images of shared pairs"
     for axis, title in zip(axes[0], titles, strict=True):

@@ -137,7 +137,7 @@ def queries_section(group: Group, variants: Sequence[Variant]) -> str:
             ]
         )
         if variant.queries in (group.base.queries, max(v.queries for v in variants)):
-            pairs.append(pairs_line(group, variant, counts, images, seeds))
+            pairs.append(pairs_line(group, variant, counts, images))
     header = ["queries", "seeds", "classes of a query: least – median – most", "of no class", "of one", "of several"]
     intro = (
         "**which classes each query answers for**\n\n"
@@ -148,7 +148,7 @@ def queries_section(group: Group, variants: Sequence[Variant]) -> str:
     return f"{intro}\n\n{markdown(header, rows)}\n\n" + "  \n".join(pairs)
 
 
-def pairs_line(group: Group, variant: Variant, counts: Sequence[Sequence[int]], images: int, seeds: int) -> str:
+def pairs_line(group: Group, variant: Variant, counts: Sequence[Sequence[int]], images: int) -> str:
     """The classes that share queries most often, in words."""
     found = shared_pairs(counts)
     where = f"{variant.queries} queries"
@@ -162,7 +162,7 @@ def pairs_line(group: Group, variant: Variant, counts: Sequence[Sequence[int]], 
     )
     return (
         f"With {where} the pairs that share a query most often, of {len(found)} (how many of {len(counts)} queries; in "
-        f"how many images at least, of {images} for each of {seeds} seeds): {listed}."
+        f"how many images at least, of {images} for each seed): {listed}."
     )
 
 

@@ -148,10 +148,10 @@ def plots(run: Run, seconds: float) -> Command:
 
 
 STAGES = (
-    Stage("build", 70, build, architecture),
+    Stage("build", 60, build, architecture),
     Stage("environment", 20, environment),
-    Stage("tests", 150, tests),
-    Stage("sanitizer", 70, sanitizer),
+    Stage("tests", 170, tests),
+    Stage("sanitizer", 60, sanitizer),
     Stage("benchmarks", 90, kernel_benchmarks),
     Stage("end to end", 60, end_to_end),
     Stage("counters", 40, counters, optional=True),

@@ -75,7 +75,7 @@ def main() -> int:
         why = "for GPUs" if options.device == "cpu" else "not on the PATH"
         print(f"compute-sanitizer is {why}: the operators ran without it")
         return 0
-    workers = max(1, min(12, (os.cpu_count() or 2) - 2))
+    workers = max(1, min(14, (os.cpu_count() or 2) - 2))
     passed = unfinished = 0
     jobs = [(tool, name) for tool in TOOLS for name in names]
     with ThreadPoolExecutor(workers) as pool:

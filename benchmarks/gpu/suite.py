@@ -128,7 +128,7 @@ def report(processes: Sequence[Process]) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run the GPU tests, split over processes.")
-    parser.add_argument("--shards", type=int, default=max(1, min(12, (os.cpu_count() or 2) - 2)))
+    parser.add_argument("--shards", type=int, default=max(1, min(14, (os.cpu_count() or 2) - 2)))
     parser.add_argument("--seconds", type=float, default=150.0, help="after which what is left does not run")
     parser.add_argument("--folder", type=Path, required=True, help="for the logs; emptied of earlier ones")
     parser.add_argument("--marker", default="cuda", help="pytest's -m")

@@ -9,6 +9,7 @@ import typer
 from fastmask.cli.bench import bench
 from fastmask.cli.convert import convert
 from fastmask.cli.evaluate import evaluate
+from fastmask.cli.export import export
 from fastmask.cli.info import info
 from fastmask.cli.predict import predict
 from fastmask.cli.train import train
@@ -24,6 +25,7 @@ app.command()(evaluate)
 app.command()(predict)
 app.command()(bench)
 app.command()(convert)
+app.command()(export)
 app.command()(info)
 
 

@@ -94,10 +94,9 @@ def _class_info(data: str, split: str, kind: str, task: str, model: Path) -> Dat
     from fastmask.models.checkpoint import CONFIG_FILE
 
     info = open_dataset(data, split, kind).info
-    folder = model_folder(model)
-    if (
-        task == "instance"
-        and info.num_classes != saved_type(folder).config_class.load(folder / CONFIG_FILE).num_classes
-    ):
-        return open_dataset(data, split, kind, "instance").info
+    if task == "instance":
+        folder = model_folder(model)
+        num_classes = saved_type(folder).config_class.load(folder / CONFIG_FILE).num_classes
+        if info.num_classes != num_classes:
+            return open_dataset(data, split, kind, "instance").info
     return info

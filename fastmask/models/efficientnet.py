@@ -77,7 +77,7 @@ class EfficientNetLite0(nn.Module):
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """``(B, 3, H, W)`` to maps ``(B, channels[i], ceil(H / s), ceil(W / s))`` at the strides s = 4, 8, 16, 32."""
-        # A fifth less time for a training step of a MaskFormer on a CPU.
+        # Channels last: a MaskFormer's training step takes a seventh less time on a CPU.
         maps = self.stem(pixels.contiguous(memory_format=torch.channels_last))
         results = []
         for i, block in enumerate(self.blocks):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fastmask.functional._tracing import ceil_div
 from fastmask.models.base import Images, SegmentationModel, config_or_fields
 from fastmask.models.images import ImageBatch, Size, pad_images
 from fastmask.models.inference import check_sizes
@@ -18,7 +19,6 @@ from fastmask.models.segmenter_config import SegmenterConfig, check_window
 from fastmask.models.vit_weights import pretrained_vit
 from fastmask.models.windows import windowed_logits
 from fastmask.modules.segmenter import LinearDecoder, MaskTransformer
-from fastmask.modules.tracing import ceil_div
 from fastmask.modules.vit import VisionTransformer
 
 
@@ -149,6 +149,18 @@ class Segmenter(SegmentationModel):
                 pixel_results(image_logits[None], image_size, output)[0]
                 for image_logits, image_size in zip(logits, sizes, strict=True)
             ]
+
+    def final_logits(self, images: Tensor) -> tuple[Tensor, Size]:
+        """The prediction for whole images.
+
+        Args:
+            images: ``(B, C, H, W)`` in 0..1.
+
+        Returns:
+            logits ``(B, K, h, w)``, one for each patch, and the (height, width) of the padded input that they cover.
+        """
+        batch = self._batch(images)
+        return self._patch_logits(batch), batch.padded_size
 
     def _batch(self, images: Images) -> ImageBatch:
         """Normalised images, padded to multiples of the patch size."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -62,8 +62,11 @@ def benchmark(
         greatest between the losses of both.
 
     Raises:
+        TypeError: a model of something else than images.
         ValueError: a subject that the model does not have, or an unknown precision.
     """
+    if not isinstance(model, SegmentationModel):
+        raise TypeError(f"model must be a network that segments images, got {type(model).__name__}")
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r} is unknown; expected one of {', '.join(PRECISIONS)}")
     known = SUBJECTS if isinstance(model, MaskFormer) else ("training", "semantic")
@@ -163,21 +166,22 @@ def _training_step(model: SegmentationModel, images: Tensor, targets: Targets) -
     optimizer.step()  # makes its state, which is no step's own memory
     optimizer.zero_grad(set_to_none=True)
 
+    has_criterion = isinstance(model, MaskFormer)
+
     def call(clock: Clock, backend: str) -> None:
-        hook = None
-        if isinstance(model, MaskFormer):
+        hook = nullcontext()  # or one that ends "forward" where the criterion begins
+        if has_criterion:
             hook = model.criterion.register_forward_pre_hook(lambda *_: clock.mark("forward"))
         model.train()
-        losses = model(images, targets)
-        clock.mark("forward" if hook is None else "criterion")
+        with hook:
+            losses = model(images, targets)
+        clock.mark("criterion" if has_criterion else "forward")
         sum(losses.values()).backward()
         clock.mark("backward")
         clip_gradients(model, recipe.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         clock.mark("optimiser")
-        if hook is not None:
-            hook.remove()
 
     return call
 

@@ -14,14 +14,12 @@ from torch import Tensor
 
 from fastmask.data import DatasetInfo, ResizeShortSide, Sample
 from fastmask.data.files import reading
-from fastmask.data.json_files import read_json
 from fastmask.data.palette import distinct_colours
 from fastmask.data.pictures import decode_picture
 from fastmask.data.sample import VOID
 from fastmask.models import MaskFormer, PerPixelBaseline, Segmenter
-from fastmask.models.auto import load_model, model_folder
+from fastmask.models.auto import load_model, task_of_run
 from fastmask.models.base import SegmentationModel
-from fastmask.models.checkpoint import CONFIG_FILE
 from fastmask.models.inference import TASKS
 from fastmask.prediction.inputs import ImageFile, find_images
 from fastmask.prediction.outputs import FILES, Outputs, void_label
@@ -141,7 +139,7 @@ def predict(
     """
     files = find_images(images, output)
     if isinstance(model, str | Path):
-        task = task or _task_of_run(Path(model))
+        task = task or task_of_run(model)
         model = load_model(model)
         device = device or ("cuda" if torch.cuda.is_available() else None)
     _check_model(model)
@@ -167,7 +165,7 @@ def predict(
     existing = [] if overwrite else outputs.existing(files)
     if existing:
         what = f"{existing[0]} exists" if len(existing) == 1 else f"{existing[0]} and {len(existing) - 1} more exist"
-        raise FileExistsError(f"{what} already; ask for overwriting, or for another folder")
+        raise FileExistsError(f"{what} already; overwrite replaces them")
     if device is not None:
         model.to(device)
     failures: list[tuple[Path, str]] = []
@@ -195,10 +193,13 @@ def _batches(
             failures.append((file.path, str(error).removeprefix(f"{file.path}: ")))
             bar.advance()
             continue
-        if batch and (len(batch) == batch_size or batch[0][1].shape != image.shape):
+        if batch and batch[0][1].shape != image.shape:
             yield batch
             batch = []
         batch.append((file, image))
+        if len(batch) == batch_size:
+            yield batch
+            batch = []
     if batch:
         yield batch
 
@@ -236,14 +237,6 @@ def _check_model(model: Any) -> None:
         raise TypeError(f"the model takes images of {channels} channels; expected 3, red, green and blue")
 
 
-def _task_of_run(folder: Path) -> str | None:
-    """What the folder of a run of training says; None for a model's own folder."""
-    path = folder / CONFIG_FILE
-    if model_folder(folder) == folder or not path.is_file():
-        return None
-    return read_json(path).get("task") or None
-
-
 def _task_of(model: SegmentationModel, task: str | None) -> str:
     if task is None:
         return "panoptic" if getattr(model.config, "stuff_classes", ()) else "semantic"
@@ -264,10 +257,14 @@ def _class_info(model: SegmentationModel, info: DatasetInfo | None, palette: Pal
         info = DatasetInfo(names, stuff_classes=getattr(config, "stuff_classes", ()), ignore_index=void)
     elif info.num_classes != num_classes:
         raise ValueError(f"info has {info.num_classes} classes; the model has {num_classes}")
-    if palette is not None and len(palette) != num_classes:
-        raise ValueError(f"palette has {len(palette)} colours; the model has {num_classes} classes")
-    colours = palette or info.palette or distinct_colours(num_classes)
-    return replace(info, palette=tuple(map(tuple, colours)), ignore_index=void_label(num_classes))
+    colours = palette if palette is not None else info.palette or distinct_colours(num_classes)
+    if len(colours) != num_classes:
+        raise ValueError(f"palette has {len(colours)} colours; the model has {num_classes} classes")
+    colours = tuple(tuple(int(channel) for channel in colour) for colour in colours)
+    for colour in colours:
+        if len(colour) != 3 or not all(0 <= channel <= 255 for channel in colour):
+            raise ValueError(f"palette holds {colour}; expected three values in 0..255")
+    return replace(info, palette=colours, ignore_index=void_label(num_classes))
 
 
 def _views(
