@@ -127,12 +127,11 @@ def evaluate_images(
     """
     network.eval()
     num_classes = network.config.num_classes
-    tasks: dict[str, dict[str, float]] = {"semantic": {}}
-    queries = None
+    prefixes, queries = {"semantic": ""}, None
     if isinstance(network, MaskFormer):
-        tasks["general"] = {}
+        prefixes["general"] = GENERAL
         queries = QueryClasses(network.config.num_queries, num_classes)
-    prefixes = dict(zip(tasks, ("", GENERAL), strict=False))
+    tasks: dict[str, dict[str, float]] = {rule: {} for rule in prefixes}
     semantic = {rule: SemanticMetrics(num_classes, boundary_share=None) for rule in prefixes}
     by_class = {rule: PanopticMetrics(num_classes, range(num_classes)) for rule in prefixes}
     panoptic = PanopticMetrics(num_classes, stuff)
