@@ -176,11 +176,15 @@ def _trace(module: torch.nn.Module, example: Tensor, names: dict[int, str]) -> E
     # One kernel of attention throughout: each lays its result out in memory in its own way, which views of it follow.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         try:
-            return torch.export.export(module, (example,), dynamic_shapes=(dict.fromkeys(names, Dim.DYNAMIC),))
+            program = torch.export.export(module, (example,), dynamic_shapes=(dict.fromkeys(names, Dim.DYNAMIC),))
         except Exception as error:
             if not names:
                 raise
             raise _not_open(names, error) from error
+    # Questions that Python asked of dtypes, which torch.compile refuses.
+    program.graph.eliminate_dead_code()
+    program.graph_module.recompile()
+    return program
 
 
 def _check_other_sizes(program: ExportedProgram, inputs: list[Tensor], names: dict[int, str]) -> None:
