@@ -6,8 +6,10 @@ import sys
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from fastmask import __version__
+from fastmask.cli.main import app
 from fastmask.export import export_onnx, export_program, export_pt2
 from fastmask.functional import panoptic_inference
 from tests.exporting import (
@@ -188,3 +190,30 @@ def test_files_are_not_overwritten_unasked(tmp_path):
     with pytest.raises(ValueError, match="task of a MaskFormer"):
         export_pt2(model, path, overwrite=True, task="events")
     assert path.read_text() == "kept" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_command_exports_a_saved_network(tmp_path):
+    model = maskformer()
+    model.save_pretrained(tmp_path / "saved")
+    arguments = ["export", str(tmp_path / "saved"), str(tmp_path / "model.pt2"), "--size", "45", "70", "--batch", "1"]
+    result = CliRunner().invoke(app, [*arguments, "--kernels"], catch_exceptions=False)
+    assert result.exit_code == 0 and "model.pt2" in result.output
+    program = torch.export.load(tmp_path / "model.pt2")
+    assert "fastmask.semantic_inference.default" in own_operators(program)
+    images = torch.rand(1, 3, *SIZE)
+    assert_same_labels(program.module()(images)["labels"], model, images)
+    with pytest.raises(FileExistsError):
+        CliRunner().invoke(app, arguments, catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("output", "options", "message"),
+    [
+        ("model.bin", [], "must end with .onnx or .pt2"),
+        ("model.onnx", ["--kernels"], "an ONNX file holds standard operators only"),
+        ("model.onnx", ["--size", "64", "64", "--samples", "8000"], "give one of them"),
+    ],
+)
+def test_the_command_refuses_options_that_do_not_fit(output, options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        CliRunner().invoke(app, ["export", str(tmp_path), str(tmp_path / output), *options], catch_exceptions=False)
