@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -36,19 +35,10 @@ class Linear(nn.Module):
     def __init__(self):
         super().__init__()
         self.layer = nn.Linear(3, 2)
-        self.synchronised = []
-        self.sync = True
 
     def forward(self, inputs, targets):
-        self.synchronised.append(self.sync)
         error = self.layer(inputs) - targets
         return {"loss_a": error.pow(2).mean(), "loss_b_0": error.abs().mean(), "loss_b": 2 * error.abs().mean()}
-
-    @contextmanager
-    def no_sync(self):
-        self.sync = False
-        yield
-        self.sync = True
 
 
 def linear_batches(count: int, seed: int = 1, scale: float = 1.0):
@@ -81,12 +71,6 @@ def test_a_step_is_the_optimiser_s_step_on_the_mean_gradient_of_the_micro_batche
     torch.testing.assert_close(losses["loss"], losses["loss_a"] + losses["loss_b"])
     assert not any(value.requires_grad for value in losses.values())
     assert trainer.steps == 1
-
-
-def test_processes_exchange_gradients_with_the_last_micro_batch_only():
-    model = Linear()
-    Trainer(model, make_recipe(), accumulate=3).step(linear_batches(3))
-    assert model.synchronised == [False, False, True]
 
 
 def test_losses_of_all_decoder_layers_are_summed_by_kind():

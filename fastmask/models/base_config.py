@@ -19,11 +19,15 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class PlainConfig:
-    """Base of frozen dataclasses of plain data. It checks the types of all fields, and keeps them as JSON."""
+    """Base of frozen dataclasses of plain data. It checks the types of all fields, and keeps them as JSON. A field that
+    is such a dataclass itself has been checked already.
+    """
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            object.__setattr__(self, f.name, _checked(f.name, f.type, getattr(self, f.name)))
+            value = getattr(self, f.name)
+            if not isinstance(value, PlainConfig):
+                object.__setattr__(self, f.name, _checked(f.name, f.type, value))
 
     def require_at_least(self, least: int, *names: str) -> None:
         """Refuses fields of these names that are smaller.

@@ -1,5 +1,6 @@
-"""Training: recipes, optimisers and schedules."""
+"""Training: recipes and optimisers, the step, whole runs, and evaluation."""
 
+from fastmask.training.config import TrainingConfig, make_training_config
 from fastmask.training.evaluation import Evaluation, evaluate
 from fastmask.training.optimizer import (
     clip_gradients,
@@ -9,16 +10,21 @@ from fastmask.training.optimizer import (
     parameter_groups,
 )
 from fastmask.training.recipe import Recipe
+from fastmask.training.train import TrainingResult, train
 from fastmask.training.trainer import Trainer
 
 __all__ = [
     "Evaluation",
     "Recipe",
     "Trainer",
+    "TrainingConfig",
+    "TrainingResult",
     "clip_gradients",
     "evaluate",
     "learning_rate_factor",
     "make_optimizer",
     "make_schedule",
+    "make_training_config",
     "parameter_groups",
+    "train",
 ]

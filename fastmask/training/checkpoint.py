@@ -8,6 +8,7 @@ import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -61,9 +62,9 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """
     paths = _checkpoints(folder)
     for path in reversed(paths):
-        fault = _fault(path)
-        if fault is None:
-            return path, torch.load(path, map_location="cpu", weights_only=True)
+        state, fault = _read(path)
+        if state is not None:
+            return path, state
         logger.warning("%s is damaged (%s); trying the one before", path, fault)
     if paths:
         raise ValueError(f"every checkpoint is damaged: {', '.join(map(str, paths))}")
@@ -71,8 +72,8 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def remove_temporary(folder: Path) -> None:
-    """Deletes what killed processes left half-written in a folder and the folders in it."""
-    for path in folder.rglob(f"*{TEMPORARY}"):
+    """Deletes what killed processes left half-written in a folder."""
+    for path in folder.glob(f"*{TEMPORARY}"):
         path.unlink()
 
 
@@ -82,14 +83,17 @@ def _checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def _fault(path: Path) -> str | None:
-    """What is wrong with a file; None if it is whole. ``torch.load`` itself reads changed bytes without complaint."""
+def _read(path: Path) -> tuple[dict[str, Any] | None, str]:
+    """What a file holds, or None and what is wrong with it."""
     try:
+        # torch.load would read changed bytes without complaint.
         with zipfile.ZipFile(path) as archive:
             changed = archive.testzip()
-    except (zipfile.BadZipFile, EOFError) as error:
-        return str(error)
-    return None if changed is None else f"{changed} is not what was written"
+        if changed is not None:
+            return None, f"{changed} is not what was written"
+        return torch.load(path, map_location="cpu", weights_only=True), ""
+    except (zipfile.BadZipFile, EOFError, UnpicklingError, RuntimeError) as error:
+        return None, str(error).partition("\n")[0]
 
 
 def _reason(error: BaseException) -> str:

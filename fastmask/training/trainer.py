@@ -5,12 +5,19 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastmask.training.distributed import (
+    accumulating,
+    load_model_state,
+    load_optimizer_state,
+    model_state,
+    optimizer_state,
+)
 from fastmask.training.optimizer import clip_gradients, make_optimizer, make_schedule
 from fastmask.training.recipe import Recipe
 
@@ -68,7 +75,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         totals: dict[str, Tensor] = {}
         for i, (inputs, targets) in enumerate(batches):
-            with self._gradients_shared(i == len(batches) - 1):
+            # Processes exchange gradients in the last backward pass alone.
+            with nullcontext() if i == len(batches) - 1 else accumulating(self.model):
                 losses = self._losses(to_device(inputs, self.device), to_device(targets, self.device))
                 loss = sum(losses.values()) / self.accumulate
                 self.scaler.scale(loss).backward()
@@ -86,19 +94,25 @@ class Trainer:
         return totals
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a trainer of the same model and recipe needs to continue."""
+        """Everything that a trainer of the same model and recipe needs to continue, on the CPU, for any strategy and
+        number of processes. All processes must ask for it; it is whole in process 0.
+        """
         return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": model_state(self.model),
+            "optimizer": optimizer_state(self.model, self.optimizer),
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
             "steps": self.steps,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from :meth:`state_dict`."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        """Continues from :meth:`state_dict`, which every process must have.
+
+        Raises:
+            RuntimeError, ValueError: the state is of another model or recipe.
+        """
+        load_model_state(self.model, state["model"])
+        load_optimizer_state(self.model, self.optimizer, state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
         self.steps = state["steps"]
@@ -106,14 +120,6 @@ class Trainer:
     def _losses(self, inputs: Any, targets: Any) -> dict[str, Tensor]:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             return self.model(inputs, targets)
-
-    def _gradients_shared(self, share: bool) -> AbstractContextManager[None]:
-        """Processes exchange gradients in the backward pass of a step's last micro-batch alone."""
-        if hasattr(self.model, "set_requires_gradient_sync"):  # FSDP
-            self.model.set_requires_gradient_sync(share)
-        elif hasattr(self.model, "no_sync") and not share:  # DDP
-            return self.model.no_sync()
-        return nullcontext()
 
 
 def by_kind(losses: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,57 @@
+"""A run in one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+COLOURS = ("#1a56c4", "#ef5350", "#26a67b", "#7e57c2", "#f59f1a")
+
+
+def draw_curves(records: Sequence[Mapping[str, Any]], path: Path, measured: Sequence[str]) -> None:
+    """Writes a picture of the losses and of what was measured in evaluation, over steps.
+
+    Args:
+        records: the lines of metrics.jsonl.
+        path: the picture to write.
+        measured: which of the evaluation's numbers, such as "mIoU".
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    training = [record for record in records if "loss" in record]
+    evaluations = [record for record in records if "evaluation" in record]
+    figure = Figure(figsize=(10.5, 4), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    kinds = ["loss", *sorted({name for record in training for name in record if name.startswith("loss_")})]
+    for i, kind in enumerate(kinds):
+        _plot(left, [(record["step"], record.get(kind)) for record in training], kind, i)
+    for i, name in enumerate(measured):
+        points = [(record["step"], record["evaluation"].get(name)) for record in evaluations]
+        _plot(right, [(step, None if value is None else 100 * value) for step, value in points], name, i, marker="o")
+    left.set_title("training", loc="left", fontweight="bold")
+    right.set_title("evaluation, %", loc="left", fontweight="bold")
+    for axes in (left, right):
+        axes.set_xlabel("step")
+        axes.set_ylim(bottom=0)
+        axes.grid(axis="y", color="#e3e6ea", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.lines:
+            axes.legend(frameon=False)
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, format=path.suffix.removeprefix("."))
+    temporary.replace(path)
+
+
+def _plot(axes: Any, points: Sequence[tuple[int, float | None]], label: str, i: int, marker: str = "") -> None:
+    points = [(step, value) for step, value in points if value is not None]
+    if points:
+        axes.plot(
+            *zip(*points, strict=True), color=COLOURS[i % len(COLOURS)], linewidth=1.8, label=label, marker=marker
+        )

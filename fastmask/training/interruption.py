@@ -1,0 +1,76 @@
+"""Ctrl-C and SIGTERM as a wish to stop, which training grants after the step."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from types import FrameType
+
+from fastmask.training.distributed import together
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Within this time a second signal is the same wish: torchrun passes on what the terminal has sent to all processes.
+SAME_WISH = 2.0  # seconds
+GRACE = 30  # seconds, as torchrun has it
+
+
+class Interruption:
+    """Inside ``with``, the first SIGINT or SIGTERM is noted and the second ends the process as it always would.
+
+    Outside of the main thread, which alone receives signals, it does nothing.
+
+    Args:
+        notice: written to stderr at the first signal; "" for nothing.
+
+    Attributes:
+        signal: the one that came, or None.
+    """
+
+    def __init__(self, notice: str = ""):
+        self.signal: int | None = None
+        self._notice = notice
+        self._before: dict[int, object] = {}
+        self._came = 0.0
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def end(self) -> None:
+        """Ends the program in the manner of the signal that came, after everything is saved.
+
+        Raises:
+            KeyboardInterrupt: of SIGINT.
+            SystemExit: of SIGTERM.
+        """
+        if self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + signal.SIGTERM)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if self.signal is None:
+            self.signal, self._came = number, time.monotonic()
+            if self._notice:
+                os.write(2, f"\n{self._notice}\n".encode())  # print and logging may be what the signal interrupts
+            if not together():
+                # The second one does not even wait for the operator that runs.
+                for each in SIGNALS:
+                    signal.signal(each, signal.SIG_DFL)
+        elif time.monotonic() - self._came > SAME_WISH:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+
+def outlive_signals(_: int = 0) -> None:
+    """The ``worker_init_fn`` of a ``DataLoader``. Workers receive the signals that are meant for the process that they
+    work for, and stay, silently, for as long as that may need them.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))

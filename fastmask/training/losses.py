@@ -1,0 +1,67 @@
+"""The losses of the latest steps: they stay on the device, and are read all at once when somebody looks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from fastmask.training.distributed import together
+
+NORM = "gradient_norm"
+
+
+class LossRecord:
+    """What :meth:`fastmask.training.Trainer.step` returned, step by step, averaged over the processes.
+
+    Args:
+        steps: how many steps were taken before.
+        values: of the last of these, to begin with.
+        may_overflow: a gradient that is not finite is no error, as in float16.
+    """
+
+    def __init__(self, steps: int = 0, values: list[dict[str, float]] | None = None, *, may_overflow: bool = False):
+        self.values = list(values or [])
+        self._steps = steps
+        self._unread: list[Mapping[str, Tensor]] = []
+        self._may_overflow = may_overflow
+
+    def append(self, losses: Mapping[str, Tensor]) -> None:
+        """Adds a step. Nothing waits for the device."""
+        self._unread.append(losses)
+        self._steps += 1
+
+    def read(self) -> None:
+        """Brings the losses of the steps since the last call into ``values``. Every process must ask for it.
+
+        Raises:
+            FloatingPointError: a loss or gradient is not finite; the message names the first such step and its losses.
+        """
+        if not self._unread:
+            return
+        names = list(self._unread[0])
+        table = torch.stack([torch.stack([losses[name].double() for name in names]) for losses in self._unread])
+        if together():
+            dist.all_reduce(table)
+            table /= dist.get_world_size()
+        rows = [dict(zip(names, row, strict=True)) for row in table.tolist()]
+        first = self._steps - len(rows) + 1
+        self._unread.clear()
+        for step, row in enumerate(rows, first):
+            checked = [value for name, value in row.items() if name != NORM or not self._may_overflow]
+            if not all(map(math.isfinite, checked)):
+                numbers = ", ".join(f"{name} {value:g}" for name, value in row.items())
+                raise FloatingPointError(f"training has diverged: at step {step}, {numbers}")
+        self.values += rows
+
+    def take_mean(self) -> dict[str, float]:
+        """The mean over the steps that were read, which are then forgotten; of gradients, over the finite ones."""
+        rows, self.values = self.values, []
+        means = {}
+        for name in rows[0] if rows else ():
+            column = [row[name] for row in rows if math.isfinite(row[name])]
+            means[name] = sum(column) / len(column) if column else math.nan
+        return means

@@ -1,0 +1,148 @@
+"""The folder of a run of training: what is where, and what it takes to begin or continue in it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastmask.models.checkpoint import CONFIG_FILE
+from fastmask.training.checkpoint import remove_temporary
+from fastmask.training.config import TrainingConfig
+
+
+class RunFolder:
+    """The files of a run.
+
+    Attributes:
+        root: the folder.
+        config: config.json, the :class:`TrainingConfig` that reproduces the run.
+        checkpoints: a folder of what the run can be continued from.
+        model: a folder with the latest network, as of the end or of an interruption.
+        best: a folder with the network that did best in evaluation, and with ``score``.
+        score: the evaluation of ``best``, and its step.
+        metrics: metrics.jsonl, a line for each time that something was measured.
+        result: result.json, written when everything is done.
+        log, curves, tensorboard: for the eye.
+    """
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root)
+        self.config = self.root / CONFIG_FILE
+        self.checkpoints = self.root / "checkpoints"
+        self.model = self.root / "model"
+        self.best = self.root / "best"
+        self.score = self.best / "evaluation.json"
+        self.metrics = self.root / "metrics.jsonl"
+        self.result = self.root / "result.json"
+        self.log = self.root / "log.txt"
+        self.curves = self.root / "curves.png"
+        self.tensorboard = self.root / "tensorboard"
+
+    def check_unused(self) -> None:
+        """Refuses a folder that has something in it.
+
+        Raises:
+            FileExistsError: it has, or is a file.
+        """
+        if self.root.is_dir() and not any(self.root.iterdir()):
+            return
+        if self.config.is_file():
+            raise FileExistsError(f"{self.root} holds a run already; --resume continues it")
+        if self.root.exists():
+            raise FileExistsError(f"{self.root} exists already and is not empty; choose another folder")
+
+    def create(self, config: TrainingConfig) -> None:
+        """Makes the folder, with the configuration in it."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        write_json(self.config, config.to_dict())
+
+    def reopen(self, config: TrainingConfig | None) -> TrainingConfig:
+        """The configuration to continue with; what killed processes left half-written is deleted.
+
+        Args:
+            config: of the continuation; None for the run's own.
+
+        Raises:
+            FileNotFoundError: there is no run in this folder.
+            ValueError: the configuration describes another run; the message names the fields that differ.
+        """
+        if not self.config.is_file():
+            raise FileNotFoundError(f"{self.root} has no run to resume: there is no {CONFIG_FILE}")
+        own = TrainingConfig.load(self.config)
+        config = own if config is None else config
+        changed = config.fixed_differences(own)
+        if changed:
+            raise ValueError(
+                f"{self.root} was trained with another configuration; it differs in {', '.join(changed)}. "
+                "Resume without these, or train into another folder"
+            )
+        return config
+
+    def clean(self) -> None:
+        """Deletes what killed processes left half-written."""
+        for folder in (self.root, self.checkpoints, self.model, self.best):
+            remove_temporary(folder)
+
+    def best_score(self) -> float:
+        """Of the network in ``best``; minus infinity if there is none."""
+        return read_json(self.score).get("score", -math.inf)
+
+
+class MetricsFile:
+    """A file of JSON lines, each with the "step" after which it was measured.
+
+    Args:
+        path: of the file, which need not exist.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def read(self) -> list[dict[str, Any]]:
+        """Every record, without a last line that a killed process left unfinished."""
+        if not self.path.is_file():
+            return []
+        lines = self.path.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines[:-1]]
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Adds a line; what is not finite becomes null."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_finite(record)) + "\n")
+
+    def cut(self, step: int) -> None:
+        """Deletes the records of later steps."""
+        if self.path.is_file():
+            kept = [json.dumps(record) + "\n" for record in self.read() if record["step"] <= step]
+            _replace(self.path, "".join(kept))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What :func:`write_json` wrote; empty if there is no such file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes a JSON file, whole or not at all; what is not finite becomes null."""
+    _replace(path, json.dumps(_finite(values), indent=2) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

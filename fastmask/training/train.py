@@ -1,0 +1,383 @@
+"""A whole run of training in a folder: from the data set to saved networks, to be interrupted and continued."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import distributed as dist
+from torch.utils.data import DataLoader
+
+from fastmask.data import Augmented, Compose, SegmentationDataset, check_dataset, collate, open_dataset
+from fastmask.metrics import InstanceMetrics
+from fastmask.models.auto import load_model, model_from_dict
+from fastmask.models.base import PretrainedModel
+from fastmask.training.activation_checkpointing import checkpoint_activations
+from fastmask.training.checkpoint import load_newest, save_checkpoint
+from fastmask.training.config import TrainingConfig
+from fastmask.training.curves import draw_curves
+from fastmask.training.distributed import Processes, any_process, cleanup, setup, together, whole, wrap
+from fastmask.training.evaluation import evaluate
+from fastmask.training.interruption import Interruption, outlive_signals
+from fastmask.training.losses import LossRecord
+from fastmask.training.main_process import in_main
+from fastmask.training.random_state import random_state, random_state_kept, seed_all, set_random_state
+from fastmask.training.run_folder import MetricsFile, RunFolder, read_json, write_json
+from fastmask.training.run_log import INSTALL, RunLog
+from fastmask.training.sampler import StepSampler
+from fastmask.training.trainer import Trainer
+
+# What tells which network is best, by the data set's task; and what the curves show.
+SCORES = {"semantic": "mIoU", "panoptic": "PQ", "instance": "AP"}
+EVALUATION_BATCH = 4
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """Where a finished run has left what, and how good it is.
+
+    Attributes:
+        folder: of the run.
+        model: the folder of the network as it is at the end.
+        best: the folder of the one that did best in evaluation; None without evaluation.
+        evaluation: the numbers of ``model``, as shares of 1; empty without evaluation.
+        best_evaluation: the same of ``best``.
+        best_step: when that was.
+    """
+
+    folder: Path
+    model: Path
+    best: Path | None
+    evaluation: dict[str, float | None]
+    best_evaluation: dict[str, float | None]
+    best_step: int | None
+
+
+def train(
+    config: TrainingConfig | None,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    device: str | torch.device | None = None,
+) -> TrainingResult:
+    """Trains a network on a data set, in this process or together with those that ``torchrun`` has started.
+
+    Ctrl-C or SIGTERM finishes the step, saves, and ends the program; once more ends it at once. A run that is resumed
+    goes on with the samples, the optimiser and the random numbers that it would have had without the interruption: on a
+    CPU, and with the same number of processes, its weights are the same to the bit.
+
+    Args:
+        config: of the run; None, with ``resume``, for the one that it was begun with. Only fields of
+            ``fastmask.training.config.CHANGEABLE`` may differ from that.
+        output: the run's folder. It gets config.json, checkpoints, ``model`` (the latest network), ``best`` (by mIoU,
+            PQ or AP), log.txt, metrics.jsonl, curves.png, scalars for TensorBoard and, at the end, result.json. With
+            processes on several machines all must see it.
+        resume: continue the run in this folder, with as many processes as may share the batch evenly.
+        device: "cpu" or "cuda"; CUDA by default where there is any.
+
+    Raises:
+        FileExistsError: the folder is not empty, without ``resume``.
+        FileNotFoundError: no data set or split; with ``resume``, no run.
+        ValueError: broken files in the data set, each named; classes that differ between splits, data set and network;
+            another configuration than that of the run to resume; no checkpoint of it is whole.
+        FloatingPointError: a loss is not finite. The checkpoints are from before.
+        OSError: a file cannot be written. The checkpoints from before are whole.
+        KeyboardInterrupt, SystemExit: after Ctrl-C and SIGTERM, with everything saved.
+    """
+    if config is None and not resume:
+        raise TypeError("config is needed to begin a run")
+    had_group = together()
+    processes = setup(device)
+    folder = RunFolder(output)
+    with RunLog(processes.is_main) as log:
+        if resume:
+            config = in_main(lambda: folder.reopen(config))
+        else:
+            in_main(folder.check_unused)
+        if resume and folder.result.is_file():
+            log.say(f"this run has finished: {folder.model}")
+        else:
+            _Run(config, folder, log, processes, resume).complete()
+        result = in_main(partial(_result, folder))
+    if not had_group:
+        cleanup()
+    return result
+
+
+class _Run:
+    """A run in progress.
+
+    Args:
+        config: of the run.
+        folder: is created unless it is continued.
+        log: that it writes to.
+        processes: of which this one takes its share.
+        resume: the run was begun before.
+    """
+
+    def __init__(self, config: TrainingConfig, folder: RunFolder, log: RunLog, processes: Processes, resume: bool):
+        self.config, self.folder, self.log, self.processes = config, folder, log, processes
+        self.train_set, self.val_set = self._open_data(quick=resume)
+        self.score = SCORES[self.train_set.info.task]
+        state = load_newest(folder.checkpoints) if resume else None
+        seed_all(config.seed)
+        model = _start_model(config) if state is None else model_from_dict(state[1]["model"])
+        name, self.model_config = type(model).__name__, model.config
+        if config.activation_checkpointing:
+            checkpoint_activations(model)
+        model = wrap(model.to(processes.device).train(), config.strategy)
+        self.trainer = Trainer(model, config.recipe, precision=config.precision, accumulate=config.accumulate)
+        seed_all(int(np.random.SeedSequence([config.seed, processes.rank]).generate_state(1)[0]))
+        values: list[dict[str, float]] = []
+        if state is not None:
+            values = self._restore(state[1])
+        # Whatever can be wrong has been found by now.
+        loader = self._loader()
+        self.losses = LossRecord(self.trainer.steps, values, may_overflow=config.precision == "float16")
+        if not resume:
+            in_main(lambda: folder.create(config))
+        elif processes.is_main:
+            folder.clean()
+        log.open(folder, self.trainer.steps, config.recipe.steps)
+        self.evaluated = in_main(self._last_evaluation)
+        self.data = self._step_batches(loader)
+        self._say_what_begins(name, None if state is None else state[0])
+        self._seconds, self._timed = 0.0, 0
+
+    def complete(self) -> None:
+        """Takes the steps that are left, and writes the results.
+
+        Raises:
+            KeyboardInterrupt, SystemExit: after an interruption, with everything saved.
+        """
+        once_more = "stopping after this step; once more to stop at once, without saving"
+        with Interruption(once_more if self.processes.is_main else "") as interruption, closing(self.data):
+            finished = self._take_steps(interruption)
+        self._save_model(self.folder.model)
+        if not finished:
+            self.log.say(
+                f"stopped at step {self.trainer.steps}; fastmask train --resume -o {self.folder.root} continues"
+            )
+            interruption.end()
+        in_main(self._write_result)
+        best = f", the best {self.folder.best}" if self.folder.score.is_file() else ""
+        self.log.say(f"finished: the network is in {self.folder.model}{best}, curves in {self.folder.curves}")
+
+    def _open_data(self, *, quick: bool) -> tuple[SegmentationDataset, SegmentationDataset | None]:
+        config = self.config
+        splits = [config.train_split, *([config.val_split] if config.val_split else [])]
+        sets = [open_dataset(config.data, split, config.kind, config.task or None) for split in splits]
+        self.log.say(f"checking {' + '.join(str(len(each)) for each in sets)} samples of {config.data}")
+        in_main(lambda: _check_files(sets, quick))
+        info, model = sets[0].info, config.model
+        for each in sets[1:]:
+            if (each.info.class_names, each.info.stuff_classes) != (info.class_names, info.stuff_classes):
+                raise ValueError(f"the classes of split {each.split!r} are not those of split {sets[0].split!r}")
+        if model.num_classes != info.num_classes or model.class_names not in ((), info.class_names):
+            raise ValueError(f"the classes of model are not the {info.num_classes} classes of {config.data}")
+        if info.task == "instance" and len(sets) > 1:
+            InstanceMetrics(info.num_classes)  # tells now, not after hours, if a package is missing
+        return sets[0], sets[1] if len(sets) > 1 else None
+
+    def _loader(self) -> DataLoader:
+        config, processes = self.config, self.processes
+        transform = config.recipe.transform() or Compose(())
+        sampler = StepSampler(
+            len(self.train_set),
+            config.recipe.batch_size,
+            config.seed,
+            self.trainer.steps,
+            config.recipe.steps,
+            rank=processes.rank,
+            world_size=processes.world_size,
+            accumulate=config.accumulate,
+        )
+        return DataLoader(
+            Augmented(self.train_set, transform, config.seed),
+            batch_sampler=sampler,
+            collate_fn=collate,
+            num_workers=config.workers,
+            worker_init_fn=outlive_signals,
+            pin_memory=processes.device.type == "cuda",
+            generator=torch.Generator(),  # the default one would draw from the random state of training
+        )
+
+    def _step_batches(self, loader: DataLoader) -> Iterator[list[Any]]:
+        micro_batches = iter(loader)
+        for _ in range(self.trainer.steps, self.config.recipe.steps):
+            yield [next(micro_batches) for _ in range(self.config.accumulate)]
+
+    def _take_steps(self, interruption: Interruption) -> bool:
+        """Whether all steps were taken, without an interruption."""
+        config, trainer = self.config, self.trainer
+        if self._evaluation_is_due():
+            self._evaluate()
+        while trainer.steps < config.recipe.steps:
+            start = time.perf_counter()
+            rates = {group["name"]: group["lr"] for group in trainer.optimizer.param_groups}
+            self.losses.append(trainer.step(next(self.data)))
+            self._timed += 1
+            stop = any_process(interruption.signal is not None)
+            last = trainer.steps == config.recipe.steps
+            report, evaluation = trainer.steps % config.log_every == 0 or last, self._evaluation_is_due()
+            save = stop or last or evaluation or trainer.steps % config.checkpoint_every == 0
+            if report or save:
+                self.losses.read()
+            self._seconds += time.perf_counter() - start
+            self.log.advance()
+            if report:
+                self._report(rates)
+            if save:
+                self._save_checkpoint()
+            if evaluation and not stop:
+                self._evaluate()
+                stop = any_process(interruption.signal is not None) and not last
+            if stop:
+                return False
+        return True
+
+    def _report(self, learning_rates: dict[str, float]) -> None:
+        trainer, device = self.trainer, self.processes.device
+        if device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(device) / 2**30
+        else:
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        extra = {
+            "learning_rates": learning_rates,
+            "images_per_second": self._timed * self.config.recipe.batch_size / self._seconds,
+            "memory": memory,
+        }
+        self._seconds, self._timed = 0.0, 0
+        self.log.training(trainer.steps, self.config.recipe.steps, self.losses.take_mean(), extra)
+
+    def _evaluation_is_due(self) -> bool:
+        step, every = self.trainer.steps, self.config.eval_every
+        if self.val_set is None or step == self.evaluated:
+            return False
+        return step == self.config.recipe.steps or (every > 0 and step > 0 and step % every == 0)
+
+    def _evaluate(self) -> None:
+        model, step = whole(self.trainer.model), self.trainer.steps
+        with random_state_kept():
+            found = evaluate(
+                model,
+                self.val_set,
+                batch_size=min(EVALUATION_BATCH, self.config.recipe.batch_size),
+                workers=self.config.workers,
+                precision=self.config.precision,
+                boundary_share=None,
+            )
+        per_class = {
+            name: dict(zip(found.class_names, values, strict=True)) for name, values in found.per_class.items()
+        }
+        score = found.numbers.get(self.score, found.numbers.get("mIoU"))
+        if in_main(lambda: score > self.folder.best_score()):
+            self._save_model(self.folder.best, model)
+            in_main(lambda: write_json(self.folder.score, {"step": step, "score": score, "evaluation": found.numbers}))
+        # The record comes last: an evaluation that was killed before is done again.
+        self.log.evaluation(step, found.numbers, per_class)
+        self.evaluated = step
+        if step < self.config.recipe.steps:  # at the end they are drawn in any case
+            in_main(self._draw_curves)
+
+    def _draw_curves(self) -> None:
+        try:
+            draw_curves(MetricsFile(self.folder.metrics).read(), self.folder.curves, SCORES.values())
+        except ImportError:
+            self.log.say(f"no {self.folder.curves.name}: {INSTALL}")
+
+    def _save_checkpoint(self) -> None:
+        trainer, random = self.trainer, [random_state()]
+        if together():
+            random = [None] * self.processes.world_size
+            dist.all_gather_object(random, random_state())
+        state = {
+            "model": self.model_config.to_dict(),
+            "trainer": trainer.state_dict(),
+            "random": random,
+            "losses": self.losses.values,
+        }
+        in_main(lambda: save_checkpoint(self.folder.checkpoints, trainer.steps, state))
+
+    def _restore(self, state: dict[str, Any]) -> list[dict[str, float]]:
+        self.trainer.load_state_dict(state["trainer"])
+        rank, steps = self.processes.rank, self.trainer.steps
+        if rank < len(state["random"]):
+            set_random_state(state["random"][rank])
+        else:
+            seed_all(int(np.random.SeedSequence([self.config.seed, rank, steps]).generate_state(1)[0]))
+        return state["losses"]
+
+    def _save_model(self, folder: Path, model: PretrainedModel | None = None) -> None:
+        model = whole(self.trainer.model) if model is None else model
+        in_main(lambda: model.save_pretrained(folder))
+
+    def _last_evaluation(self) -> int:
+        steps = [record["step"] for record in MetricsFile(self.folder.metrics).read() if "evaluation" in record]
+        return max(steps, default=0)
+
+    def _write_result(self) -> None:
+        self._draw_curves()
+        records = [record for record in MetricsFile(self.folder.metrics).read() if "evaluation" in record]
+        write_json(
+            self.folder.result,
+            {"steps": self.trainer.steps, "evaluation": records[-1]["evaluation"] if records else {}},
+        )
+
+    def _say_what_begins(self, name: str, checkpoint: Path | None) -> None:
+        config, processes = self.config, self.processes
+        parameters = sum(parameter.numel() for parameter in self.trainer.model.parameters()) / 1e6
+        self.log.say(
+            f"{name} with {parameters:.2f} million parameters; batches of {config.recipe.batch_size} "
+            f"from {len(self.train_set)} samples, {config.precision}; {processes.world_size} x {processes.device}"
+        )
+        if checkpoint is not None:
+            self.log.say(f"continuing from {checkpoint}")
+
+
+def _check_files(sets: Sequence[SegmentationDataset], quick: bool) -> None:
+    """Names the broken files of all sets at once."""
+    faults = [fault for each in sets if (fault := _faults(each, quick))]
+    if faults:
+        raise ValueError("\n".join(faults))
+
+
+def _faults(dataset: SegmentationDataset, quick: bool) -> str:
+    try:
+        check_dataset(dataset, full=not quick)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _start_model(config: TrainingConfig) -> PretrainedModel:
+    """The network before the first step."""
+    modules = {"pretrained_backbone": config.pretrained_backbone} if config.pretrained_backbone else {}
+    model = model_from_dict(config.model.to_dict(), **modules)
+    if config.pretrained:
+        start = load_model(config.pretrained, num_classes=config.model.num_classes, ignore_mismatched_sizes=True)
+        try:
+            model.load_state_dict(start.state_dict())
+        except RuntimeError as error:
+            raise ValueError(f"pretrained {config.pretrained} does not fit the model: {error}") from error
+    return model
+
+
+def _result(folder: RunFolder) -> TrainingResult:
+    result, score = read_json(folder.result), read_json(folder.score)
+    return TrainingResult(
+        folder.root,
+        folder.model,
+        folder.best if score else None,
+        result["evaluation"],
+        score.get("evaluation", {}),
+        score.get("step"),
+    )
