@@ -97,7 +97,13 @@ def test_images_of_any_size_and_number(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "make", [lambda: maskformer(masked_attention=True, decoder_layers=3), segmenter, per_pixel], ids=str
+    "make",
+    [
+        lambda: maskformer(masked_attention=True, decoder_layers=3),
+        lambda: maskformer(backbone="efficientnet-lite0"),
+        segmenter,
+        per_pixel,
+    ],
 )
 def test_other_networks_with_images_of_any_size(make, tmp_path):
     model = make()
