@@ -41,12 +41,9 @@ format: $(VENV)/.installed ## apply the style
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-# Uses the Python and the CUDA build of torch that are installed, and no network.
-gpu: ## on a CUDA machine: build against its torch, run the GPU tests and benchmarks
-	$(PYTHON) -m pip install --no-deps --no-build-isolation --editable .
-	$(PYTHON) -c "import fastmask; fastmask.show_config()"
-	timeout 180 $(PYTHON) -m pytest -m cuda
-	timeout 240 $(PYTHON) benchmarks/run.py --device cuda
+# Uses the Python and the CUDA build of torch that are installed, and no network. ARGS: see python -m benchmarks.gpu -h.
+gpu: ## on a CUDA machine: build, run the GPU tests, memory checker and benchmarks, sum up; nine minutes
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 clean: ## remove everything that was built; keeps .venv
 	rm -rf build dist out *.egg-info fastmask/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -1,4 +1,7 @@
-"""Renders the result files into the README's tables: ``python benchmarks/report.py``; ``--check`` only compares."""
+"""Renders the result files into the README's tables: ``python benchmarks/report.py``; ``--check`` only compares.
+
+Files of ``benchmarks/ablation.py`` have markers of their own, which a README may do without.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ if __name__ == "__main__":
 
 import typer
 
+from benchmarks.ablations.tables import render as render_ablation
 from benchmarks.harness.machine import ROOT
 from benchmarks.harness.registry import load_operations
 from benchmarks.harness.results import read_results
@@ -20,6 +24,7 @@ from benchmarks.harness.tables import markdown_table, rows_by
 
 LONG_TABLE = 40  # rows beyond which a table is folded
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+ABLATION_BEGIN, ABLATION_END = "<!-- ablation:begin -->", "<!-- ablation:end -->"
 
 
 def render(results: Mapping[str, Any], titles: Mapping[str, str]) -> str:
@@ -61,17 +66,17 @@ def measured(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"Measured {'; '.join(runs)}."
 
 
-def replace_between(text: str, tables: str) -> str:
+def replace_between(text: str, tables: str, begin: str = BEGIN, end: str = END) -> str:
     """``text`` with ``tables`` between the two markers.
 
     Raises:
         ValueError: the markers are missing, repeated or in the wrong order.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"expected {BEGIN} and then {END}, once each")
-    head, rest = text.split(BEGIN)
-    tail = rest.split(END)[1]
-    return f"{head}{BEGIN}\n{tables}\n{END}{tail}"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"expected {begin} and then {end}, once each")
+    head, rest = text.split(begin)
+    tail = rest.split(end)[1]
+    return f"{head}{begin}\n{tables}\n{end}{tail}"
 
 
 def main(
@@ -80,7 +85,8 @@ def main(
     check: Annotated[bool, typer.Option("--check", help="Write nothing; exit with 1 if the tables differ.")] = False,
 ) -> None:
     """Writes the tables of all result files between the markers."""
-    files = sorted(results.glob("*.json"))
+    files = sorted(path for path in results.glob("*.json") if not path.name.startswith("ablation-"))
+    ablations = sorted(results.glob("ablation-*.json"))
     if not files:
         raise typer.BadParameter(f"{results} holds no result files; run benchmarks/run.py first")
     titles = {name: operation.title for name, operation in load_operations().items()}
@@ -89,6 +95,9 @@ def main(
     text = readme.read_text()
     try:
         new = replace_between(text, "\n\n".join(render(read_results(path), titles) for path in files))
+        if ABLATION_BEGIN in text:
+            tables = "\n\n".join(render_ablation(read_results(path)) for path in ablations)
+            new = replace_between(new, tables, ABLATION_BEGIN, ABLATION_END)
     except ValueError as error:
         raise typer.BadParameter(f"{readme}: {error}") from error
     if new == text:
@@ -98,7 +107,7 @@ def main(
         raise typer.Exit(1)
     else:
         readme.write_text(new)
-        print(f"wrote {len(files)} result file(s) into {readme}")
+        print(f"wrote {len(files) + len(ablations)} result file(s) into {readme}")
 
 
 if __name__ == "__main__":

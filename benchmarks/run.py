@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated
@@ -49,6 +50,7 @@ def main(
     case: Annotated[list[str], typer.Option(help="Case, whatever its suite; repeatable.")] = [],  # noqa: B006
     dtype: Annotated[list[str], typer.Option(help="Of the logits; repeatable.")] = [],  # noqa: B006
     provider: Annotated[list[str], typer.Option(help="Provider; repeatable. All by default.")] = [],  # noqa: B006
+    compiled: Annotated[bool, typer.Option(help="Also providers that take minutes to compile.")] = True,
     rounds: Annotated[int | None, typer.Option(help="Rounds of each provider.")] = None,
     seconds: Annotated[float | None, typer.Option(help="Time budget of a case; 2 or 3 rounds are the least.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of PyTorch.")] = None,
@@ -80,7 +82,9 @@ def main(
         warm_up_seconds=plan.warm_up_seconds,
     )
     folder = TRIALS if suite == "quick" else RESULTS
-    rows, path = run(chosen, torch.device(device), plan, provider, folder, output)
+    names = {p.name for operation, *_ in chosen for p in operation.providers if compiled or not p.compiles}
+    providers = names & set(provider) if provider else names
+    rows, path = run(chosen, torch.device(device), plan, providers, folder, output)
     if plots:
         from benchmarks.harness.plots import write_plots
 
@@ -97,7 +101,7 @@ def run(
     chosen: list[tuple[Operation, Case, str]],
     device: torch.device,
     plan: Plan,
-    providers: list[str],
+    providers: Collection[str],
     folder: Path,
     output: Path | None,
 ) -> tuple[list[Row], Path]:
@@ -121,7 +125,7 @@ def run(
     with tqdm(total=len(chosen), unit="case") as bar:
         for operation, case, dtype in chosen:
             bar.set_description(f"{operation.name}: {case.name}, {dtype}")
-            subset = [p for p in operation.providers if not providers or p.name in providers]
+            subset = [p for p in operation.providers if p.name in providers]
             new = measure_case(
                 operation, case, dtype, device, rates, plan, providers=subset, progress=bar.set_postfix_str
             )

@@ -76,6 +76,38 @@ def _reciprocal(x):
 
 
 @triton.jit
+def _log2(x):
+    """log2(x) to 2^-22, absolute, for x in [1, 2]: the special-function unit's own."""
+    if INTERPRETED:
+        result = tl.log2(x)
+    else:
+        result = tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return result
+
+
+@triton.jit
+def _focal_of_magnitude(a, gamma, SQUARE: tl.constexpr):
+    """For a >= 0: sigmoid(a), sigmoid(-a), and the focal terms of a logit a, without alpha and over log(2): of
+    foreground, sigmoid(-a)^gamma softplus(-a) / log(2), and of background, sigmoid(a)^gamma softplus(a) / log(2).
+
+    Three special functions and 8 other instructions for gamma = 2; with the polynomial of ``_sigmoid_of_magnitude``
+    they would be two and 17. The logarithm's error of 2^-22 is no part of small terms as it would be of
+    softplus alone: sigmoid(-a)^gamma weighs it.
+    """
+    a = a * 1.44269502
+    e = tl.exp2(-a)
+    large = _reciprocal(1.0 + e)
+    small = e * large
+    right = _log2(1.0 + e)
+    wrong = a + right
+    if SQUARE:
+        return large, small, right * (small * small), wrong * (large * large)
+    return large, small, right * tl.exp2(wrong * -gamma), wrong * tl.exp2(right * -gamma)
+
+
+@triton.jit
 def _sigmoid_of_magnitude(a, RELATIVE: tl.constexpr):
     """sigmoid(a), sigmoid(-a) and softplus(-a) for a >= 0; softplus(a) is a + softplus(-a).
 

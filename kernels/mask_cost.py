@@ -4,9 +4,9 @@ The first brings targets to the grid of the logits, a bit each, once for all lay
 third adds the splits of the pixels in their order. Where the time of the second goes, at B=16, L=6, N=100, 128 x 128
 bf16 logits and M=20 (157 M logits: 315 MB, 75 us at 4.2 TB/s; 168 M with the padding of L * N = 600 rows to 640):
 
-- special functions: two a logit, an exponential and a reciprocal, 75 us on 132 SMs at 16 lanes a clock. That the
-  logarithm is a polynomial keeps a third away, 38 us;
-- instructions: 46 a logit in the machine code for sm_90, 230 us at 128 lanes a clock: issue slots are what binds;
+- special functions: three a logit, exponential, reciprocal and logarithm, 113 us on 132 SMs at 16 lanes a clock. A
+  polynomial in the logarithm's place would take 38 us from them and add 40 us of instructions;
+- instructions: 38 a logit in the machine code for sm_90, 190 us at 128 lanes a clock: issue slots are what binds;
 - tensor cores: three products with 0/1 targets padded to 32, each of two tf32 parts, 64 GFLOP, 130 us at the peak of
   tf32, beside the other instructions. The parts high + low hold 22 bits of a float32, and the targets are exact. fp16
   parts would halve that, but end at 65504 and cost one instruction more for each value, where instructions bind.
@@ -24,7 +24,7 @@ from torch import Tensor
 from fastmask.kernels._common import (
     COMPILER_OPTIONS,
     _counted,
-    _power,
+    _focal_of_magnitude,
     _sigmoid_of_magnitude,
     pick_config,
     power_of_two,
@@ -162,18 +162,17 @@ def _mask_cost_fwd_kernel(
 
         negative = x < 0.0
         magnitude = tl.abs(x)
-        large, small, softplus = _sigmoid_of_magnitude(magnitude, RELATIVE=False)
-        right = softplus
-        wrong = magnitude + softplus
         if FOCAL:
-            right *= _power(small, wrong, gamma, SQUARE)
-            wrong *= _power(large, softplus, gamma, SQUARE)
+            large, small, right, wrong = _focal_of_magnitude(magnitude, gamma, SQUARE)
+        else:
+            large, small, right = _sigmoid_of_magnitude(magnitude, RELATIVE=False)
+            wrong = magnitude + right
         probability += _pair_sums(tl.where(negative, small, large), t)
         foreground = _pair_sums(tl.where(negative, wrong, right), t)
         background = _pair_sums(tl.where(negative, right, wrong), not_t)
         if FOCAL:
-            loss += alpha * foreground
-            loss += (1.0 - alpha) * background
+            loss += (alpha * 0.693147181) * foreground
+            loss += ((1.0 - alpha) * 0.693147181) * background
         else:
             loss += foreground
             loss += background

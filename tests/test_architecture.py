@@ -28,7 +28,7 @@ ALLOWED = {
     "models": {*LEAVES, "ops", "functional", "modules"},
     "integrations": {*LEAVES, "ops", "functional", "modules", "models"},
     "metrics": {*LEAVES},
-    "training": {*LEAVES, "ops", "functional", "modules", "models", "data", "metrics"},
+    "training": {*LEAVES, "ops", "functional", "modules", "models", "data", "metrics", "measure"},
     "prediction": {*LEAVES, "models", "data"},
     "export": {*LEAVES, "ops", "functional", "modules", "models"},
     "cli": {*LEAVES, *("ops functional modules models data metrics training prediction export".split())}

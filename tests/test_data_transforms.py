@@ -14,11 +14,14 @@ from fastmask.data import (
     Compose,
     RandomCrop,
     RandomFlip,
+    RandomSizeCrop,
     ResizeJitter,
     ResizeShortSide,
     Sample,
     SceneDataset,
+    Sometimes,
     collate,
+    detr_augmentation,
     jitter_augmentation,
     open_dataset,
     semantic_augmentation,
@@ -49,6 +52,7 @@ def as_masks(sample):
 
 GEOMETRY = {
     "crop": RandomCrop((17, 23)),
+    "crop of any size": RandomSizeCrop(17, 45),
     "flip": RandomFlip(1.0),
     "resize by whole steps": ResizeShortSide((80,)),
     "several": Compose((ResizeShortSide((40, 120)), RandomCrop((30, 31)), RandomFlip())),
@@ -147,6 +151,25 @@ def test_an_image_smaller_than_the_crop_stays():
     sample = tell_tale(40, 60)
     assert RandomCrop((100, 30))(sample, rng()).size == (40, 30)
     assert RandomCrop((100, 100))(sample, rng()).size == (40, 60)
+
+
+def test_crops_of_any_size_keep_within_their_limits_and_the_image():
+    sizes = [RandomSizeCrop(20, 50)(tell_tale(40, 60), rng(seed)).size for seed in range(200)]
+    assert {h for h, _ in sizes} == set(range(20, 41)) and {w for _, w in sizes} == set(range(20, 51))
+    assert {RandomSizeCrop(50, 70)(tell_tale(40, 60), rng(seed)).size[0] for seed in range(5)} == {40}
+
+
+def test_sometimes_is_when_the_first_number_is_small_enough():
+    crop = RandomCrop((10, 10))
+    for seed in range(40):
+        changed = Sometimes(crop, 0.25)(tell_tale(), rng(seed)).size == (10, 10)
+        assert changed == (rng(seed).random() < 0.25)
+
+
+def test_detrs_augmentation_has_its_sides():
+    sizes = [detr_augmentation()(tell_tale(120, 160), rng(seed)).size for seed in range(12)]
+    assert {min(size) for size in sizes} <= set(range(480, 801, 32)) and len(set(sizes)) > 6
+    assert max(detr_augmentation()(tell_tale(60, 200), rng(1)).size) == 1333
 
 
 def test_colour_changes_the_image_alone_and_within_its_limits():

@@ -18,6 +18,7 @@ from fastmask.models.auto import (
     model_to_dict,
     preset_names,
     saved_type,
+    task_of_run,
 )
 
 TINY = {
@@ -108,6 +109,15 @@ def test_the_folder_of_a_run_holds_its_best_network_or_its_last(tmp_path):
     assert model_folder(str(tmp_path)) == tmp_path / "best"
     assert model_folder(tmp_path / "model") == tmp_path / "model"
     assert isinstance(load_model(tmp_path), MaskFormer)
+
+
+def test_a_run_says_what_it_was_for(tmp_path):
+    make_model("segmenter-tiny", 2).save_pretrained(tmp_path / "model")
+    assert task_of_run(tmp_path) is None
+    (tmp_path / "config.json").write_text('{"task": "semantic"}')
+    assert task_of_run(str(tmp_path)) == "semantic" and task_of_run(tmp_path / "model") is None
+    (tmp_path / "config.json").write_text('{"task": ""}')
+    assert task_of_run(tmp_path) is None
 
 
 def test_errors_name_the_file(tmp_path):

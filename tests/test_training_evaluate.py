@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import weakref
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from fastmask.data import ComposedClips, DatasetInfo, Sample, SceneDataset, Segm
 from fastmask.metrics import InstanceMetrics, PanopticMetrics, SemanticMetrics, SoundEventMetrics
 from fastmask.models import MaskFormer, PerPixelBaseline, Segmenter, make_model
 from fastmask.training import evaluate
+from fastmask.training.distributed import wrap
 
 VOID = -1
 # Two stripes of things, stuff below and a corner of void; a car that is crowd.
@@ -320,8 +322,12 @@ def test_sound_events():
     assert found.tasks == ("events",) and len(found.per_class["F1"]) == len(found.class_names) == 7
     with pytest.raises(ValueError, match="SoundEventDetector: unknown tasks semantic; known are events"):
         evaluate(model, clips, ["semantic"])
-    with pytest.raises(ValueError, match="the model hears sounds"):
+    with pytest.raises(ValueError, match="SoundEventDetector hears sounds"):
         evaluate(model, clips, short_side=3)
+    with pytest.raises(ValueError, match="hears sounds; the data set has images"):
+        evaluate(model, Pictures())
+    with pytest.raises(TypeError, match="dataset must have a DatasetInfo"):
+        evaluate(oracle(), clips)
 
 
 def test_wrong_arguments_are_named():
@@ -357,15 +363,16 @@ def test_other_class_names_are_warned_of():
 
 def work(rank, path):
     dist.init_process_group("gloo", init_method=f"file://{path}/meeting", rank=rank, world_size=2)
-    (path / f"{rank}.pickle").write_bytes(pickle.dumps(of_all_kinds()))
+    # Processes that share the weights evaluate whole copies, since each has other images.
+    (path / f"{rank}.pickle").write_bytes(pickle.dumps(of_all_kinds(partial(wrap, strategy="fsdp"))))
     dist.destroy_process_group()
 
 
-def of_all_kinds():
+def of_all_kinds(wrapped=lambda model: model):
     data = SceneDataset("val", length=5, size=(32, 32))
     model = real_model(stuff_classes=data.info.stuff_classes)
     options = {"panoptic": {"threshold": 0.05}}
-    return evaluate(model, data, ["semantic", "panoptic", "instance"], batch_size=1, options=options)
+    return evaluate(wrapped(model), data, ["semantic", "panoptic", "instance"], batch_size=1, options=options)
 
 
 def test_two_processes_equal_one(tmp_path):

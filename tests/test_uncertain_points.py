@@ -18,12 +18,17 @@ def draw(*arguments, seed=7, **options):
     return uncertain_points(*arguments, generator=torch.Generator().manual_seed(seed), **options)
 
 
+def seed_of(generator_seed=7):
+    """What ``uncertain_points`` draws from a generator of the CPU."""
+    return torch.randint(2**63 - 1, (1,), generator=torch.Generator().manual_seed(generator_seed))
+
+
 def check_choice(
-    points, mask_logits, assignment, num_points, seed=7, oversample_ratio=3.0, importance_sample_ratio=0.75
+    points, mask_logits, assignment, num_points, oversample_ratio=3.0, importance_sample_ratio=0.75, stream_seed=None
 ):
     """Candidates and others are those of the reference's stream, and no candidate left out is clearly less certain."""
     candidates, uncertain = int(oversample_ratio * num_points), int(importance_sample_ratio * num_points)
-    seed = torch.randint(2**63 - 1, (1,), generator=torch.Generator().manual_seed(seed))
+    seed = seed_of() if stream_seed is None else stream_seed
     stream = reference.random_points(seed, assignment.numel(), candidates + num_points - uncertain)
     matched = assignment.flatten() >= 0
     assert points.shape == (*assignment.shape, num_points, 2)
@@ -69,8 +74,7 @@ def test_every_simd_level_and_dtype_gives_the_points_of_the_reference(level, dty
 def test_ties_go_to_the_earlier_candidates():
     mask_logits = torch.zeros(1, 1, 1, 8, 8)
     points = draw(mask_logits, torch.zeros(1, 1, 1, dtype=torch.int64), 40)
-    seed = torch.randint(2**63 - 1, (1,), generator=torch.Generator().manual_seed(7))
-    stream = reference.random_points(seed, 1, 130)
+    stream = reference.random_points(seed_of(), 1, 130)
     assert torch.equal(points[0, 0, 0], torch.cat([stream[0, :30], stream[0, 120:]]))
 
 

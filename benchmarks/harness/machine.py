@@ -48,13 +48,17 @@ class Rates:
 
     def floor(self, work: Work) -> tuple[float, str]:
         """(seconds, name of the resource that takes them): no implementation of ``work`` is faster on this machine."""
-        times = {
+        times = self.floors(work)
+        bound = max(times, key=times.__getitem__)
+        return times[bound], bound
+
+    def floors(self, work: Work) -> dict[str, float]:
+        """Seconds that each resource takes at least."""
+        return {
             "memory": work.bytes / self.bytes,
             "special functions": work.specials / self.specials,
             "matrix products": work.flops / self.flops,
         }
-        bound = max(times, key=times.__getitem__)
-        return times[bound], bound
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -13,7 +13,7 @@ import torch
 import benchmarks
 from benchmarks.harness.machine import Work
 
-NO_OPERATIONS = ("inputs", "report", "run")  # every other file in benchmarks/ is one
+NO_OPERATIONS = ("ablation", "inputs", "networks", "report", "run")  # every other file in benchmarks/ is one
 
 
 class Unavailable(Exception):
@@ -56,6 +56,7 @@ class Provider:
         error_factor: how many times the reference's own rounding error it may be off; 2 is the library's budget. Peers
             that evaluate the same formula less carefully state a larger one.
         compiles: whether its first call compiles, so that neither its time nor its memory says anything.
+        keeps_memory: whether its first call takes the memory that later ones use, so that it alone shows how much.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Provider:
     result: Callable[[Any, Any], Any] = lambda raw, inputs: raw
     error_factor: float = 2.0
     compiles: bool = False
+    keeps_memory: bool = False
 
 
 @dataclass(frozen=True)

@@ -38,15 +38,18 @@ def measure_case(
 
     Returns:
         Rows with "op", "case", "dtype", "device", "provider" and "status"; "reason" unless ok; else median_ms, p20_ms,
-        p80_ms, rounds; memory_bytes by kind; floor_ms, floor_of and times_floor; and, where the baseline ran, baseline,
-        speedup, speedup_p20, speedup_p80 and speedup_rounds. A provider that is not "ok" was never timed.
+        p80_ms, rounds; memory_bytes by kind; floor_ms, floor_of, floors_ms by resource and times_floor; and, where the
+        baseline ran, baseline, speedup, speedup_p20, speedup_p80 and speedup_rounds. A provider that is not "ok" was
+        never timed.
     """
     timer = timer or make_timer(device)
     progress("inputs")
     inputs = operation.make_inputs(case.sizes, getattr(torch, dtype), device)
     progress("oracle")
     oracle = operation.oracle(inputs)
-    floor_seconds, floor_of = rates.floor(operation.work(inputs))
+    least = operation.work(inputs)
+    floor_seconds, floor_of = rates.floor(least)
+    floors = {name: seconds * 1e3 for name, seconds in rates.floors(least).items()}
 
     rows: dict[str, Row] = {}
     calls, estimates = {}, {}
@@ -73,7 +76,7 @@ def measure_case(
     samples = interleave(calls, estimates, timer, plan, on_sample=lambda name: progress(f"times {name}"))
     for name, values in samples.items():
         rows[name] |= summary(values)
-        rows[name] |= {"floor_ms": floor_seconds * 1e3, "floor_of": floor_of}
+        rows[name] |= {"floor_ms": floor_seconds * 1e3, "floor_of": floor_of, "floors_ms": floors}
         rows[name]["times_floor"] = rows[name]["median_ms"] / rows[name]["floor_ms"]
         if operation.baseline in samples:
             rows[name] |= {"baseline": operation.baseline, **speedup(values, samples[operation.baseline])}
@@ -95,6 +98,7 @@ def _first_calls(
     if reason is None:
         start = time.perf_counter()
         if seconds < SLOW_SECONDS or provider.compiles:
-            _, memory = peak_memory(call, device)
+            _, again = peak_memory(call, device)
+            memory = memory if provider.keeps_memory else again
             seconds = time.perf_counter() - start
     return seconds, memory, reason

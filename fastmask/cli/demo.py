@@ -19,13 +19,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from fastmask.cli._pictures import contact_sheet, plot_losses, side_by_side
-from fastmask.cli._versus import compare_criteria
+from fastmask.cli._losses import plot_losses
+from fastmask.cli.bench import table
 from fastmask.cli.pretrain import WEIGHTS
 from fastmask.data import CLASS_NAMES, PALETTE, STUFF_LABELS, ComposedScenes, SceneDataset, collate_scenes
 from fastmask.models import MaskFormer, MaskFormerConfig
+from fastmask.prediction import contact_sheet, side_by_side
 from fastmask.targets import Targets
 from fastmask.training import evaluate
+from fastmask.training.benchmark import benchmark
 
 LEARNING_RATE = 1e-3
 # Shares of the learning rate: the backbone has learned already, and the transformer is the part that diverges first.
@@ -77,7 +79,8 @@ def demo(
     for name in ("mIoU", "PQ", "SQ", "RQ"):
         print(f"  {name:<12}{100 * evaluation.numbers[name]:6.1f} %")
     print(f"\npictures: {output}/scenes.png, {output}/loss.png; model: {output}/model\n")
-    print(compare_criteria(model, *next(batches(train_scenes, batch_size, seed + 1))))
+    print("the criterion on this model's predictions, forward and backward:\n")
+    print(table(benchmark(model, *next(batches(train_scenes, batch_size, seed + 1)), ["criterion"], seconds=4)))
 
 
 def make_model() -> MaskFormer:

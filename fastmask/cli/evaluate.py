@@ -27,9 +27,7 @@ def evaluate(
     kind: Annotated[str, typer.Option(help="The data set's layout; found out by default.")] = "auto",
     task: Annotated[
         list[str] | None,
-        typer.Option(
-            help="semantic, general, panoptic or instance; repeatable. By default what the truth is made for."
-        ),
+        typer.Option(help="semantic, general, panoptic or instance; repeatable. That of the run or of the truth."),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images of one size to predict together.")] = 4,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 0,
@@ -41,7 +39,7 @@ def evaluate(
     max_side: Annotated[
         int | None, typer.Option(min=1, help="The limit of the longer side, with --short-side.")
     ] = None,
-    window: Annotated[int | None, typer.Option(min=1, help="Predict in square windows of this side.")] = None,
+    window: Annotated[int | None, typer.Option(min=0, help="Predict in square windows of this side.")] = None,
     stride: Annotated[int | None, typer.Option(min=1, help="From one window to the next; the window's side.")] = None,
     scales: Annotated[str, typer.Option(help="Average over these scales, such as 0.75,1,1.25.")] = "1",
     flip: Annotated[bool, typer.Option("--flip", help="Average with the mirror image.")] = False,
@@ -59,12 +57,12 @@ def evaluate(
     """
     from fastmask import training
     from fastmask.models import load_model
-    from fastmask.models.auto import model_folder
+    from fastmask.models.auto import model_folder, task_of_run
     from fastmask.training.distributed import cleanup, setup
 
     folder = model_folder(model)
     network = load_model(folder)
-    dataset = _open(data, split, kind, task, network.config.num_classes)
+    dataset = _open(data, split, kind, task, task_of_run(model), network.config.num_classes)
     segments = {"threshold": threshold, "overlap_threshold": overlap_threshold}
     segments = {name: value for name, value in segments.items() if value is not None}
     processes = setup(device or None)
@@ -126,13 +124,17 @@ def class_table(evaluation: Evaluation) -> str:
     return aligned([header, *zip(evaluation.class_names, *columns, strict=True)])
 
 
-def _open(data: str, split: str, kind: str, tasks: list[str] | None, num_classes: int) -> SegmentationDataset:
-    """The data set, with truth for the tasks; instances by their own classes, things, if the model has as many."""
+def _open(
+    data: str, split: str, kind: str, tasks: list[str] | None, task_of_run: str | None, num_classes: int
+) -> SegmentationDataset:
+    """The data set with truth for the tasks, by default for that of the run. Instances have their own classes, things,
+    if the model has as many, or else those of the whole truth.
+    """
     from fastmask.data import open_dataset
 
     if tasks == ["instance"]:
         dataset = open_dataset(data, split, kind, "instance")
-        if dataset.info.num_classes == num_classes:
-            return dataset
-    only_semantic = tasks and set(tasks) <= {"semantic", "general"}
-    return open_dataset(data, split, kind, "semantic" if only_semantic else None)
+        return dataset if dataset.info.num_classes == num_classes else open_dataset(data, split, kind)
+    if tasks:
+        return open_dataset(data, split, kind, "semantic" if set(tasks) <= {"semantic", "general"} else None)
+    return open_dataset(data, split, kind, task_of_run)

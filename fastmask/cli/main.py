@@ -6,8 +6,10 @@ import sys
 
 import typer
 
+from fastmask.cli.bench import bench
 from fastmask.cli.convert import convert
 from fastmask.cli.evaluate import evaluate
+from fastmask.cli.export import export
 from fastmask.cli.info import info
 from fastmask.cli.predict import predict
 from fastmask.cli.train import train
@@ -21,7 +23,9 @@ app = typer.Typer(
 app.command()(train)
 app.command()(evaluate)
 app.command()(predict)
+app.command()(bench)
 app.command()(convert)
+app.command()(export)
 app.command()(info)
 
 

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from fastmask.cli._options import numbers_of, window_of
+
+if TYPE_CHECKING:
+    from fastmask.data import DatasetInfo
 
 
 def predict(
@@ -14,12 +19,13 @@ def predict(
     images: Annotated[list[Path], typer.Argument(help="Images, and folders of images.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write to.")],
     task: Annotated[
-        str, typer.Option(help="semantic, general, panoptic or instance; by default panoptic if the model has stuff.")
+        str, typer.Option(help="semantic, general, panoptic or instance; by default what the model was made for.")
     ] = "",
     data: Annotated[
         str, typer.Option(help="A data set, whose names, colours and category ids the results are to have.")
     ] = "",
     split: Annotated[str, typer.Option(help="A split that the data set has.")] = "val",
+    kind: Annotated[str, typer.Option(help="The data set's layout; found out by default.")] = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Images of one size to predict together.")] = 1,
     workers: Annotated[int, typer.Option(min=1, help="Threads that draw and write results.")] = 1,
     device: Annotated[str, typer.Option(help="Such as cuda:1; a GPU by default if there is one.")] = "",
@@ -47,22 +53,21 @@ def predict(
     Images that cannot be read are named at the end, and the exit code is 1; the others are written all the same.
     """
     from fastmask import prediction
-    from fastmask.data import open_dataset
 
     result = prediction.predict(
         model,
         images,
         output,
         task=task or None,
-        info=open_dataset(data, split).info if data else None,
+        info=_class_info(data, split, kind, task, model) if data else None,
         batch_size=batch_size,
         workers=workers,
         device=device or None,
         precision=precision,
         short_side=short_side,
         max_side=max_side,
-        window=_window(window, stride),
-        scales=_numbers(scales),
+        window=window_of(window, stride),
+        scales=numbers_of("--scales", scales),
         flip=flip,
         threshold=threshold,
         overlap_threshold=overlap_threshold,
@@ -82,16 +87,16 @@ def predict(
         raise typer.Exit(1)
 
 
-def _window(size: int | None, stride: int | None) -> int | tuple[int, int] | None:
-    if stride is None:
-        return size
-    if size is None:
-        raise ValueError("--stride goes with --window")
-    return size, stride
+def _class_info(data: str, split: str, kind: str, task: str, model: Path) -> DatasetInfo:
+    """The classes of a data set: where instances are asked for, of its things alone if the model has as many."""
+    from fastmask.data import open_dataset
+    from fastmask.models.auto import model_folder, saved_type
+    from fastmask.models.checkpoint import CONFIG_FILE
 
-
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(f"--scales is {text!r}; expected numbers and commas") from None
+    info = open_dataset(data, split, kind).info
+    if task == "instance":
+        folder = model_folder(model)
+        num_classes = saved_type(folder).config_class.load(folder / CONFIG_FILE).num_classes
+        if info.num_classes != num_classes:
+            return open_dataset(data, split, kind, "instance").info
+    return info

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastmask.functional._backend import choose_backend
 from fastmask.functional._checks import check_floating, computing_dtype
+from fastmask.functional._tracing import as_size
 from fastmask.functional.embeddings import mask_products
 from fastmask.ops._geometry import Geometry, Size
 from fastmask.ops.library import Operator
@@ -185,5 +186,4 @@ def _geometry(grid: Size, size: Size, padded_size: Size | None, valid_size: Size
     padded = grid if padded_size is None else padded_size
     if valid_size is not None and (valid_size[0] > padded[0] or valid_size[1] > padded[1]):
         raise ValueError(f"valid_size={tuple(valid_size)} does not lie within the {tuple(padded)} map")
-    as_pair = [None if value is None else (int(value[0]), int(value[1])) for value in (padded_size, valid_size, size)]
-    return Geometry(grid, *as_pair)
+    return Geometry(grid, *(None if value is None else as_size(value) for value in (padded_size, valid_size, size)))

@@ -135,6 +135,20 @@ def model_folder(path: str | Path) -> Path:
     raise FileNotFoundError(f"{path} has no {WEIGHTS_FILE}, and neither has {' or '.join(SAVED_IN_RUN)} in it")
 
 
+def task_of_run(path: str | Path) -> str | None:
+    """What the run of training in a folder was for, such as "panoptic", if its config.json says a "task"; None for a
+    network's own folder.
+
+    Raises:
+        FileNotFoundError: no such folder, or no network in it.
+        ValueError: the run's config.json is not JSON.
+    """
+    config = Path(path) / CONFIG_FILE
+    if model_folder(path) == Path(path) or not config.is_file():
+        return None
+    return read_json(config).get("task") or None
+
+
 def saved_type(folder: str | Path) -> type[PretrainedModel]:
     """The class of the network that a folder holds, from its config.json. One without a "type", as earlier versions
     wrote it, is told by its fields.

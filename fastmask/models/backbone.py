@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from fastmask.functional._tracing import ceil_div, same_size
 from fastmask.models import efficientnet, resnet_c
 
 STRIDES = (4, 8, 16, 32)
@@ -137,8 +138,8 @@ def feature_maps(backbone: nn.Module, pixels: Tensor, channels: Sequence[int]) -
     if [feature.shape[1] for feature in maps] != list(channels):
         shapes = [tuple(feature.shape) for feature in maps]
         raise ValueError(f"the backbone gives maps of shapes {shapes}; expected the channels {list(channels)}")
-    if len(maps) == len(STRIDES) and len({feature.shape[-2:] for feature in maps}) == 1:
-        sizes = [tuple(-(-side // stride) for side in pixels.shape[-2:]) for stride in STRIDES]
+    if len(maps) == len(STRIDES) and all(same_size(feature.shape[-2:], maps[0].shape[-2:]) for feature in maps):
+        sizes = [tuple(ceil_div(side, stride) for side in pixels.shape[-2:]) for stride in STRIDES]
         return [
             interpolate(feature, size=size, mode="bilinear", align_corners=False)
             for feature, size in zip(maps, sizes, strict=True)

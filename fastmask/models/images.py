@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fastmask.functional._tracing import ceil_div, known, same_size
 from fastmask.targets import Targets
 
 Size = tuple[int, int]
@@ -33,7 +34,7 @@ class ImageBatch:
     @property
     def uniform(self) -> bool:
         """All images have one size."""
-        return len(set(self.sizes)) == 1
+        return all(same_size(size, self.sizes[0]) for size in self.sizes)
 
     def zero_padding(self, pixels: Tensor) -> Tensor:
         """``pixels (B, C, H, W)`` with 0 wherever this batch has padding."""
@@ -42,7 +43,7 @@ class ImageBatch:
 
     def outside(self) -> Tensor | None:
         """``(B, H, W)`` bool, True at padding; None if there is none."""
-        if all(size == self.padded_size for size in self.sizes):
+        if all(same_size(size, self.padded_size) for size in self.sizes):
             return None
         return ~_inside(self.sizes, self.padded_size, self.pixels.device)
 
@@ -51,10 +52,10 @@ class ImageBatch:
         if no cell is, as for images of one size and cells as large as ``divisibility``.
         """
         padded_height, padded_width = self.padded_size
-        cells = [(-(-h * height // padded_height), -(-w * width // padded_width)) for h, w in self.sizes]
-        if all(cell == (height, width) for cell in cells):
+        cells = [(_cells(h, padded_height, height), _cells(w, padded_width, width)) for h, w in self.sizes]
+        if all(same_size(cell, (height, width)) for cell in cells):
             return None
-        return ~_inside(cells, (height, width), self.pixels.device)
+        return ~_inside(cells, (height, width), self.pixels.device).expand(self.pixels.shape[0], -1, -1)
 
 
 def pad_images(images: Tensor | Sequence[Tensor], divisibility: int, channels: int = 3) -> ImageBatch:
@@ -73,7 +74,8 @@ def pad_images(images: Tensor | Sequence[Tensor], divisibility: int, channels: i
         if images.dim() != 4 or images.shape[1] != channels:
             raise ValueError(f"images has shape {tuple(images.shape)}; expected (B, {channels}, H, W)")
         _check_image("images", images)
-        sizes = [(images.shape[-2], images.shape[-1])] * images.shape[0]
+        count = images.shape[0] if isinstance(images.shape[0], int) else 1
+        sizes = [(images.shape[-2], images.shape[-1])] * count
     else:
         if not isinstance(images, list | tuple):
             raise TypeError(f"images must be a tensor or a list of tensors, got {type(images).__name__}")
@@ -88,7 +90,7 @@ def pad_images(images: Tensor | Sequence[Tensor], divisibility: int, channels: i
         sizes = [(image.shape[-2], image.shape[-1]) for image in images]
     if len(sizes) == 0:
         raise ValueError("images is empty; expected at least one image")
-    height, width = (-(-max(side) // divisibility) * divisibility for side in zip(*sizes, strict=True))
+    height, width = (ceil_div(max(side), divisibility) * divisibility for side in zip(*sizes, strict=True))
     if isinstance(images, Tensor):
         pixels = pad_plane(images, (height, width))
     else:
@@ -156,15 +158,23 @@ def _fit_batch(targets: Targets, images: ImageBatch, num_classes: int) -> Target
     return replace(targets, masks=masks, valid=inside)
 
 
+def _cells(length: int, padded_length: int, count: int) -> int:
+    """How many of the ``count`` cells along a side begin within its first ``length`` pixels."""
+    if known(padded_length % count == 0):  # shorter, so that tracing sees when it is all of them
+        return ceil_div(length, padded_length // count)
+    return ceil_div(length * count, padded_length)
+
+
 def _inside(sizes: Sequence[Size], canvas: Size, device: torch.device) -> Tensor:
     """``(B, *canvas)`` bool: True in the top left corner of each size. Built without a copy from the host."""
-    return torch.stack([pad_plane(torch.ones(size, dtype=torch.bool, device=device), canvas, False) for size in sizes])
+    rows, columns = (torch.arange(side, device=device) for side in canvas)
+    return torch.stack([(rows < height)[:, None] & (columns < width) for height, width in sizes])
 
 
 def pad_plane(tensor: Tensor, size: Size, value: float | bool = 0) -> Tensor:
     """Fills up the last two dimensions at the bottom and right."""
     bottom, right = size[0] - tensor.shape[-2], size[1] - tensor.shape[-1]
-    if bottom == right == 0:
+    if known(bottom == 0) and known(right == 0):
         return tensor
     return pad(tensor, (0, right, 0, bottom), value=value)
 

@@ -157,7 +157,7 @@ class MaskFormer(PixelDecoderModel):
         images = (pixels[:, :h, :w] for pixels, (h, w) in zip(batch.pixels, batch.sizes, strict=True))
         with self._evaluating():
             return [
-                merge_views(views.of(image, size, self._predict_views), size, **options)
+                merge_views(views.of(image, size, self.final_logits), size, **options)
                 for image, size in zip(images, sizes, strict=True)
             ]
 
@@ -190,9 +190,17 @@ class MaskFormer(PixelDecoderModel):
             results[task] = infer(task, class_logits[-1], (mask_embed[-1], pixel_embed), batch, sizes, **options)
         return results
 
-    def _predict_views(self, pixels: Tensor) -> tuple[Tensor, Tensor, Size]:
-        """Of ``pixels (n, C, H, W)``: class logits ``(n, N, K+1)``, mask logits ``(n, N, h, w)``, padded size."""
-        batch = self._batch(pixels)
+    def final_logits(self, images: Tensor) -> tuple[Tensor, Tensor, Size]:
+        """The predictions of the last decoder layer alone.
+
+        Args:
+            images: ``(B, C, H, W)`` in 0..1.
+
+        Returns:
+            class logits ``(B, N, K+1)``, mask logits ``(B, N, h, w)``, and the (height, width) of the padded input that
+            these cover.
+        """
+        batch = self._batch(images)
         class_logits, mask_embed, pixel_embed = self._predict(batch, all_layers=False)
         return class_logits[-1], mask_products(mask_embed[-1], pixel_embed), batch.padded_size
 

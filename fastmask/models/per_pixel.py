@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, interpolate
 
 from fastmask.functional._checks import check_choice
+from fastmask.functional._tracing import same_size
 from fastmask.models.images import ImageBatch, Size, fit_targets, pad_plane
 from fastmask.modules.processes import across_processes
 from fastmask.targets import Targets
@@ -123,7 +124,7 @@ def check_output(output: str) -> None:
 
 def upsample(maps: Tensor, size: Size) -> Tensor:
     """``maps (B, C, h, w)`` resized bilinearly (align_corners=False) unless they have that size."""
-    if tuple(maps.shape[-2:]) == tuple(size):
+    if same_size(maps.shape[-2:], size):
         return maps
     return interpolate(maps, size=size, mode="bilinear", align_corners=False)
 

@@ -200,6 +200,18 @@ class PerPixelBaseline(PixelDecoderModel):
             results.append(pixel_results(padded[..., :height, :width], size, output)[0])
         return results
 
+    def final_logits(self, images: Tensor) -> tuple[Tensor, Size]:
+        """The prediction of the last layer alone.
+
+        Args:
+            images: ``(B, C, H, W)`` in 0..1.
+
+        Returns:
+            logits ``(B, K, h, w)``, and the (height, width) of the padded input that they cover.
+        """
+        batch = self._batch(images)
+        return self._predict_logits(batch, all_layers=False)[-1], batch.padded_size
+
     def _predict_logits(self, batch: ImageBatch, *, all_layers: bool) -> Sequence[Tensor]:
         """``(B, K, h, w)`` of each layer that predicts, the last layer last."""
         pixel_embed, memory, padding_mask = self._embed_pixels(batch)

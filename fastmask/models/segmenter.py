@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fastmask.functional._tracing import ceil_div
 from fastmask.models.base import Images, SegmentationModel, config_or_fields
 from fastmask.models.images import ImageBatch, Size, pad_images
 from fastmask.models.inference import check_sizes
@@ -149,6 +150,18 @@ class Segmenter(SegmentationModel):
                 for image_logits, image_size in zip(logits, sizes, strict=True)
             ]
 
+    def final_logits(self, images: Tensor) -> tuple[Tensor, Size]:
+        """The prediction for whole images.
+
+        Args:
+            images: ``(B, C, H, W)`` in 0..1.
+
+        Returns:
+            logits ``(B, K, h, w)``, one for each patch, and the (height, width) of the padded input that they cover.
+        """
+        batch = self._batch(images)
+        return self._patch_logits(batch), batch.padded_size
+
     def _batch(self, images: Images) -> ImageBatch:
         """Normalised images, padded to multiples of the patch size."""
         batch = pad_images(images, self.config.patch_size, len(self.config.pixel_mean))
@@ -158,7 +171,7 @@ class Segmenter(SegmentationModel):
         """``(B, K, h, w)``: the logits of each patch of normalised images."""
         patch_size = self.config.patch_size
         rows, columns = (side // patch_size for side in batch.padded_size)
-        grids = [(-(-height // patch_size), -(-width // patch_size)) for height, width in batch.sizes]
+        grids = [(ceil_div(height, patch_size), ceil_div(width, patch_size)) for height, width in batch.sizes]
         padding = batch.padding_mask(rows, columns)
         attended = None if padding is None else ~padding.flatten(1)
         patches = self.encoder(batch.pixels, grids, attended)
@@ -168,8 +181,8 @@ class Segmenter(SegmentationModel):
         # Repeating the edge makes upsampling give the same inside an image as it would without the padding.
         return torch.cat(
             [
-                pad(logits[b : b + 1, :, :h, :w], (0, columns - w, 0, rows - h), mode="replicate")
-                for b, (h, w) in enumerate(grids)
+                pad(image_logits[None, :, :h, :w], (0, columns - w, 0, rows - h), mode="replicate")
+                for image_logits, (h, w) in zip(logits, grids, strict=True)
             ]
         )
 

@@ -148,8 +148,7 @@ class SoundEventDetector(PretrainedModel):
         """
         median_seconds = self.config.median_seconds if median_seconds is None else median_seconds
         with self._evaluating():
-            presence_logits, mask_logits = self._predict_logits(waveforms, all_layers=False)
-        frames = frame_probabilities(presence_logits[-1], mask_logits[-1])
+            frames = frame_probabilities(*self.final_logits(waveforms))
         return [
             {
                 "events": decode_events(
@@ -160,6 +159,13 @@ class SoundEventDetector(PretrainedModel):
             }
             for clip in frames
         ]
+
+    def final_logits(self, waveforms: Tensor) -> tuple[Tensor, Tensor]:
+        """The predictions of the last decoder layer alone: ``(B, S)`` to ``(B, K)`` logits of presence and
+        ``(B, K, T)`` of when.
+        """
+        presence_logits, mask_logits = self._predict_logits(waveforms, all_layers=False)
+        return presence_logits[-1], mask_logits[-1]
 
     def _predict_logits(self, waveforms: Tensor, *, all_layers: bool) -> tuple[Tensor, Tensor]:
         """``presence_logits (L, B, K)`` and ``mask_logits (L, B, K, T)``."""

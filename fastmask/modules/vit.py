@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, scaled_dot_product_attention
 
+from fastmask.functional._tracing import same_size
+
 INIT_STD = 0.02
 
 
@@ -184,20 +186,21 @@ class VisionTransformer(nn.Module):
 
     def _positions(self, grids: list[tuple[int, int]], padded: tuple[int, int]) -> Tensor:
         """``(B or 1, S, dim)``: each image's position embeddings, 0 at padding."""
-        learned = self.pos_embed[:, self.num_extra :]
-        distinct = dict.fromkeys(grids)
-        for grid in distinct:
-            positions = resize_positions(learned, self.grid_size, grid).unflatten(1, grid)
-            below, beside = padded[0] - grid[0], padded[1] - grid[1]
-            distinct[grid] = nn.functional.pad(positions, (0, 0, 0, beside, 0, below)).flatten(1, 2)
-        if len(distinct) == 1:
-            return distinct[grids[0]]
+        if all(same_size(grid, grids[0]) for grid in grids):
+            return self._padded_positions(grids[0], padded)
+        distinct = {grid: self._padded_positions(grid, padded) for grid in dict.fromkeys(grids)}
         return torch.cat([distinct[grid] for grid in grids])
+
+    def _padded_positions(self, grid: tuple[int, int], padded: tuple[int, int]) -> Tensor:
+        """``(1, S, dim)``: the position embeddings of one grid, 0 at padding."""
+        positions = resize_positions(self.pos_embed[:, self.num_extra :], self.grid_size, grid).unflatten(1, grid)
+        below, beside = padded[0] - grid[0], padded[1] - grid[1]
+        return nn.functional.pad(positions, (0, 0, 0, beside, 0, below)).flatten(1, 2)
 
 
 def resize_positions(positions: Tensor, from_grid: tuple[int, int], to_grid: tuple[int, int]) -> Tensor:
     """Position embeddings ``(1, rows * columns, dim)`` of one grid of patches, resized bilinearly to another."""
-    if tuple(from_grid) == tuple(to_grid):
+    if same_size(from_grid, to_grid):
         return positions
     planes = positions.transpose(1, 2).unflatten(2, from_grid)
     return interpolate(planes, size=to_grid, mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)

@@ -9,7 +9,10 @@ Size = tuple[int, int]
 
 # The last arguments of each operator. It is given the rows [in_top, in_top + mask_logits.shape[-2]) of the grid and
 # makes the rows [out_top, out_top + out_rows) of the result.
-GEOMETRY = "int[] grid, int[]? padded_size, int[]? valid_size, int[] size, int in_top, int out_top, int out_rows"
+GEOMETRY = (
+    "SymInt[] grid, SymInt[]? padded_size, SymInt[]? valid_size, SymInt[] size, SymInt in_top, SymInt out_top, "
+    "SymInt out_rows"
+)
 
 # Logits beyond these bounds, also infinite ones, are read as the bound, and NaN as the lower one: arithmetic on them
 # stays finite, a query never wins where it reads a NaN, and other pixels and queries do not notice.

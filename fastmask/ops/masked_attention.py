@@ -24,8 +24,8 @@ OPERATOR = Operator("masked_attention", native=("cpu",), triton=True)
 TRITON_MAX_HEAD_DIM = 128  # channels; C++ takes any
 
 _ARGUMENTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? mask_logits, Tensor? key_padding_mask, int grid_height, int grid_width, "
-    "int num_heads, float scale, float dropout_p, Tensor? seed"
+    "Tensor q, Tensor k, Tensor v, Tensor? mask_logits, Tensor? key_padding_mask, SymInt grid_height, "
+    "SymInt grid_width, int num_heads, float scale, float dropout_p, Tensor? seed"
 )
 torch.library.define("fastmask::masked_attention", f"({_ARGUMENTS}) -> (Tensor, Tensor)")
 torch.library.define(

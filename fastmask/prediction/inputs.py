@@ -44,22 +44,23 @@ def find_images(images: str | Path | Iterable[str | Path], output: str | Path | 
     """
     given = [images] if isinstance(images, str | Path) else list(images)
     excluded = None if output is None else Path(output).resolve()
-    found: dict[Path, str] = {}
+    # By their absolute paths, which hold no "..": names must not lead out of the output folder.
+    found: dict[str, tuple[Path, str]] = {}
     for path in map(Path, given):
         if path.is_dir():
             for file in _files_below(path, excluded):
-                found.setdefault(file, file.relative_to(path).as_posix())
+                found.setdefault(os.path.abspath(file), (file, file.relative_to(path).as_posix()))
         elif path.exists():
-            found.setdefault(path, path.name)
+            found.setdefault(os.path.abspath(path), (path, path.name))
         else:
             raise FileNotFoundError(f"no image or folder {path}")
-    files = list({path.resolve(): path for path in reversed(found)}.values())[::-1]
-    if not files:
+    if not found:
         raise FileNotFoundError(
             f"no image in {', '.join(map(str, given)) or 'an empty list'}; "
             f"expected files that end with {', '.join(IMAGE_SUFFIXES)}"
         )
-    names, file_names = _distinct_names(files, [found[path] for path in files])
+    files, short = zip(*found.values(), strict=True)
+    names, file_names = _distinct_names(list(found), short)
     return list(map(ImageFile, files, names, file_names, _image_ids(names)))
 
 
@@ -74,11 +75,15 @@ def _files_below(folder: Path, excluded: Path | None) -> list[Path]:
     return sorted(files)
 
 
-def _distinct_names(files: Sequence[Path], short: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The shortest kind of names of which no two are the same, without and with suffix."""
-    absolute = [path.absolute() for path in files]
-    common = os.path.commonpath([path.parent for path in absolute])
-    whole = [path.relative_to(common).as_posix() for path in absolute]
+def _distinct_names(files: Sequence[str], short: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The shortest kind of names of which no two are the same, without and with suffix.
+
+    Args:
+        files: absolute paths.
+        short: their names within what was given.
+    """
+    common = os.path.commonpath([os.path.dirname(path) for path in files])
+    whole = [Path(path).relative_to(common).as_posix() for path in files]
     for file_names in (list(short), whole):
         names = [os.path.splitext(name)[0] for name in file_names]
         if len(set(names)) == len(names):

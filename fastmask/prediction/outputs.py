@@ -165,7 +165,7 @@ class Outputs:
             ],
         }
         classes = {info["id"]: info["category_id"] for info in infos}
-        table = np.full(max(classes, default=0) + 1, self.info.ignore_index, np.int64)
+        table = np.full(max(classes, default=0) + 1, self.info.ignore_index, self._label_dtype)
         table[list(classes)] = list(classes.values())
         pictures = {
             PANOPTIC: partial(_id_picture, ids),
@@ -198,7 +198,11 @@ class Outputs:
         return draw_overlay(photo, segments, self.info.class_names, self.info.palette)
 
     def _label_picture(self, labels: np.ndarray) -> Image.Image:
-        return Image.fromarray(labels.astype(np.uint8 if self.info.ignore_index <= 255 else np.uint16))
+        return Image.fromarray(labels.astype(self._label_dtype, copy=False))
+
+    @property
+    def _label_dtype(self) -> type:
+        return np.uint8 if self.info.ignore_index <= 255 else np.uint16
 
     def _category(self, label: int) -> int:
         return self._categories[label]["id"]
@@ -257,7 +261,7 @@ def _save(path: Path, make: Callable[[], Image.Image]) -> None:
 
 def _id_picture(ids: np.ndarray) -> Image.Image:
     """COCO's colours of ids, R + 256 G + 65536 B."""
-    return Image.fromarray(np.stack([ids & 255, ids >> 8 & 255, ids >> 16], -1).astype(np.uint8))
+    return Image.fromarray(np.stack([(ids >> shift).astype(np.uint8) for shift in (0, 8, 16)], -1))
 
 
 def _box_of(place: tuple[slice, slice]) -> list[int]:

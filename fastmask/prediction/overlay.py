@@ -30,7 +30,7 @@ class SegmentMap(NamedTuple):
     """The segments of a picture.
 
     Attributes:
-        ids: ``(H, W)`` integers.
+        ids: ``(H, W)`` integers; those of segments within a range that a table has room for, as COCO's 24 bits are.
         classes: the class of each id that is a segment; other pixels are unlabelled.
     """
 
@@ -39,9 +39,8 @@ class SegmentMap(NamedTuple):
 
     @staticmethod
     def of_labels(labels: np.ndarray, num_classes: int) -> SegmentMap:
-        """Of a label map: a segment for each class that occurs."""
-        present = np.bincount(labels.ravel(), minlength=num_classes)[:num_classes].nonzero()[0].tolist()
-        return SegmentMap(labels, dict(zip(present, present, strict=True)))
+        """Of a label map: a segment for each class."""
+        return SegmentMap(labels, {label: label for label in range(num_classes)})
 
     def resized(self, size: tuple[int, int]) -> SegmentMap:
         """The same segments on another grid of (width, height), each pixel as its nearest."""
@@ -55,9 +54,12 @@ class SegmentMap(NamedTuple):
         known = np.array(list(self.classes), np.int64)
         if len(known) == 0:
             return np.zeros(self.ids.shape, np.int32)
-        order = np.argsort(known)
-        places = order[np.searchsorted(known[order], self.ids).clip(max=len(known) - 1)]
-        return np.where(known[places] == self.ids, places, len(known)).astype(np.int32)
+        first, beyond = known.min(), np.ptp(known) + 1
+        table = np.full(beyond + 1, len(known), np.int32)
+        table[known - first] = np.arange(len(known))
+        places = self.ids.astype(np.int64) - first
+        places[(places < 0) | (places > beyond)] = beyond
+        return table[places]
 
 
 def draw_overlay(photo: Image.Image, segments: SegmentMap, names: Sequence[str], palette: Palette) -> Image.Image:
@@ -206,7 +208,7 @@ def _write_names(panel: Image.Image, indices: np.ndarray, classes: Sequence[int]
             break
         name = names[classes[owner]]
         text_width = font.getlength(name)
-        if thickness[k] * min(scale) < 0.3 * text_width:
+        if thickness[k] * min(scale) < 0.36 * text_width:
             continue
         if owner in named and areas[k] < LARGE_REGION * indices.size:
             continue

@@ -48,6 +48,8 @@ def resize_nearest(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _resize(maps: Tensor, size: tuple[int, int], **options: object) -> Tensor:
+    if tuple(maps.shape[-2:]) == tuple(size):
+        return maps
     planes = maps.reshape(-1, 1, *maps.shape[-2:])
     return F.interpolate(planes, size=tuple(size), **options).reshape(*maps.shape[:-2], *size)
 

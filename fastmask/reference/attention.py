@@ -66,7 +66,7 @@ def masked_attention(
     if mask_logits is not None:
         check_shape("mask_logits", mask_logits, (batch_size, num_queries, -1, -1))
         foreground = present & (resize_bilinear(mask_logits.detach(), grid).flatten(2) >= 0)
-        attended = torch.where(foreground.any(-1, keepdim=True), foreground, present)
+        attended = foreground | (present & ~foreground.any(-1, keepdim=True))
 
     q, k, v = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))  # [B, heads, N or S, E / heads]
     scores = scale * q @ k.transpose(-2, -1)

@@ -18,7 +18,9 @@ from torch import distributed as dist
 from fastmask.training.blocks import blocks
 
 STRATEGIES = ("ddp", "fsdp")
-TIMEOUT = timedelta(minutes=10)  # of a collective that another process does not join
+# How long a process waits for another that does not come: process 0 may have every file of a data set to check. The
+# failure of a process ends the others at once, through torchrun or the closed connection.
+TIMEOUT = timedelta(hours=2)
 _PLAIN = "_fastmask_plain"
 
 
@@ -150,7 +152,9 @@ def whole(model: nn.Module) -> nn.Module:
         buffer = buffer.clone()
         dist.broadcast(buffer, 0)
         _assign(plain, name, buffer)
-    return plain.train(model.training)
+    for ours, theirs in zip(plain.modules(), model.modules(), strict=True):
+        ours.training = theirs.training
+    return plain
 
 
 @contextmanager
@@ -220,11 +224,17 @@ def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, sta
         raise ValueError("the optimiser's parameter groups hold other parameters than those of the state")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     indices = {names[parameter]: i for i, parameter in enumerate(parameters)}
+
+    def own(value: Any, parameter: Tensor) -> Any:
+        value = _placed(value, parameter)
+        # The optimiser keeps what it is given and changes it in place; a share is a view of the whole.
+        return value.clone() if isinstance(value, Tensor) else value
+
     # As optimizer.state_dict() has it: parameters by number.
     optimizer.load_state_dict(
         {
             "state": {
-                indices[name]: {key: _placed(value, parameters[indices[name]]) for key, value in values.items()}
+                indices[name]: {key: own(value, parameters[indices[name]]) for key, value in values.items()}
                 for name, values in state["state"].items()
             },
             "param_groups": [

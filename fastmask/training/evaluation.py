@@ -111,7 +111,7 @@ def evaluate(
         max_side: with ``short_side``, the limit of the longer side.
         options: by task further arguments of the model's ``predict``, such as {"panoptic": {"threshold": 0.5}}.
         boundary_share: of :class:`fastmask.metrics.SemanticMetrics`; None leaves out boundary IoU, which is slow.
-        progress: show a bar, in the first process.
+        progress: show a bar, in the first process, if tqdm is installed.
 
     Returns:
         The numbers of :class:`fastmask.metrics.SemanticMetrics` ("mIoU", ...), ``PanopticMetrics`` ("PQ", ...),
@@ -119,9 +119,10 @@ def evaluate(
         these say; stuff is what the data set calls stuff.
 
     Raises:
+        TypeError: a data set that does not say its classes.
         ValueError: a model of another number of classes than the data set, a task or option that model or truth do not
             have, or an argument out of range.
-        ImportError: "instance" without pycocotools, or ``progress`` without tqdm.
+        ImportError: "instance" without pycocotools.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r} is unknown; expected one of {', '.join(PRECISIONS)}")
@@ -132,7 +133,7 @@ def evaluate(
     if isinstance(model, SoundEventDetector):
         evaluator = _ClipEvaluator(model, dataset, tasks, options or {})
         if views or short_side is not None:
-            raise ValueError("window, scales, flip and short_side are of images; the model hears sounds")
+            raise ValueError(f"window, scales, flip and short_side are of images; {type(model).__name__} hears sounds")
     else:
         evaluator = _ImageEvaluator(model, dataset, tasks, options or {}, views, boundary_share)
     if device is not None:
@@ -184,6 +185,8 @@ class _ImageEvaluator:
         views: Mapping[str, Any],
         boundary_share: float | None,
     ):
+        if not isinstance(getattr(dataset, "info", None), DatasetInfo):
+            raise TypeError(f"dataset must have a DatasetInfo as its info, as open_dataset gives; got {dataset!r}")
         self.model, self.info, self.views = model, dataset.info, views
         _check_classes(model, self.info)
         served = served_tasks(model, self.info)
@@ -249,6 +252,8 @@ class _ClipEvaluator:
         tasks: Iterable[str] | None,
         options: Mapping[str, Mapping[str, Any]],
     ):
+        if hasattr(dataset, "info"):
+            raise ValueError(f"{type(model).__name__} hears sounds; the data set has images")
         _check_known("tasks", [] if tasks is None else tasks, (EVENTS,), type(model).__name__)
         _check_known("options", options, (EVENTS,), type(model).__name__)
         config = model.config
@@ -338,8 +343,8 @@ def _with_bar(loader: DataLoader, shown: bool) -> Iterable[list[tuple[int, Tenso
         return loader
     try:
         from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError("progress bars need tqdm: pip install 'fastmask-kernels[train]'") from error
+    except ImportError:
+        return loader
     return tqdm(loader, desc="evaluating")
 
 

@@ -132,14 +132,15 @@ class Recipe(PlainConfig):
 
     @staticmethod
     def preset(name: str, **overrides: Any) -> Recipe:
-        """A recipe by name: one of the papers', for their data sets, batch sizes and numbers of steps. All values are
-        those of the authors' configuration files.
+        """A recipe by name: one of the papers', with its data set, batch size, number of steps and the other values of
+        the authors' configuration files; or "finetune", for a few hundred images and a pretrained backbone.
 
         Args:
             name: "maskformer-" and "ade20k", "ade20k-swin" (tiny and small), "ade20k-swin-640" (base and large),
                 "ade20k-full", "ade20k-panoptic", "cityscapes", "mapillary", "coco-stuff-10k", "coco-panoptic" or
                 "coco-panoptic-swin"; "segmenter-" and "ade20k", "pascal-context" or "cityscapes"; "mask2former-" and
-                "ade20k", "ade20k-640" (panoptic, instance, and large backbones), "cityscapes", "mapillary" or "coco".
+                "ade20k", "ade20k-640" (panoptic, instance, and large backbones), "cityscapes", "mapillary" or "coco";
+                "finetune".
             overrides: fields to set otherwise.
 
         Raises:
@@ -226,5 +227,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         "augmentation": "jitter",
         "crop": (1024, 1024),
         "scales": (0.1, 2.0),
+    },
+    # Our own, by short trials on CamVid with a pretrained EfficientNet-lite0 and one CPU core.
+    "finetune": {
+        "learning_rate": 1e-3,
+        "weight_decay": 0.05,
+        "backbone_multiplier": 0.5,
+        "warmup_steps": 100,
+        "steps": 2000,
+        "batch_size": 4,
+        "crop": (256, 320),
+        "short_side": 360,
+        "scales": (0.6, 1.5),
+        "max_category_share": 0.75,
     },
 }

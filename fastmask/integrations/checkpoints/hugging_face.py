@@ -183,8 +183,9 @@ def hugging_face_config_of(model: MaskFormer) -> Any:
     import transformers
 
     config = model.config
-    backbone = model.backbone.config.to_dict()
-    model_type = backbone.pop("model_type")
+    backbone_config = getattr(model.backbone, "config", None)
+    backbone = {} if backbone_config is None else backbone_config.to_dict()
+    model_type = backbone.pop("model_type", None)
     if model_type not in ("resnet", "swin") or config.backbone == "resnet-c":
         raise ValueError(f"backbone is {config.backbone!r}; expected a ResNet or a Swin of transformers")
     decoder = transformers.DetrConfig(

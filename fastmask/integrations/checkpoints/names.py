@@ -57,7 +57,8 @@ def groups_of(own_names: Iterable[str], rules: Sequence[Rule]) -> list[Group]:
         else:
             unknown.append(name)
     if unknown:
-        raise ValueError(f"the format has no names for {', '.join(unknown)}")
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        raise ValueError(f"the format has no names for {', '.join(unknown[:5])}{more}")
     return groups
 
 

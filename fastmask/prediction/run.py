@@ -16,8 +16,9 @@ from fastmask.data import DatasetInfo, ResizeShortSide, Sample
 from fastmask.data.files import reading
 from fastmask.data.palette import distinct_colours
 from fastmask.data.pictures import decode_picture
+from fastmask.data.sample import VOID
 from fastmask.models import MaskFormer, PerPixelBaseline, Segmenter
-from fastmask.models.auto import load_model
+from fastmask.models.auto import load_model, task_of_run
 from fastmask.models.base import SegmentationModel
 from fastmask.models.inference import TASKS
 from fastmask.prediction.inputs import ImageFile, find_images
@@ -101,8 +102,9 @@ def predict(
             results are called and which number COCO's files give them. Pictures are turned as their EXIF orientation
             says; :func:`fastmask.data.pictures.decode_picture` says how they become RGB.
         output: the folder to write to.
-        task: "semantic", "general", "panoptic" or "instance". By default "panoptic" of a MaskFormer that tells stuff
-            from things, and otherwise "semantic", which is all that other networks can do.
+        task: "semantic", "general", "panoptic" or "instance". By default what a run of training was for if it says so;
+            else "panoptic" of a MaskFormer that tells stuff from things, and otherwise "semantic", which is all that
+            other networks can do.
         info: a data set's: the names, colours and stuff of the classes and the category ids of the JSON files. By
             default names and stuff are the model's, and a category id is the index of its class.
         palette: a colour for each class; by default the data set's or distinct ones.
@@ -136,7 +138,8 @@ def predict(
         OSError: the results cannot be written.
     """
     files = find_images(images, output)
-    if not isinstance(model, SegmentationModel):
+    if isinstance(model, str | Path):
+        task = task or task_of_run(model)
         model = load_model(model)
         device = device or ("cuda" if torch.cuda.is_available() else None)
     _check_model(model)
@@ -161,8 +164,8 @@ def predict(
     outputs = Outputs(Path(output), task, info, limits.get("threshold", 0.0), overlays, workers)
     existing = [] if overwrite else outputs.existing(files)
     if existing:
-        more = f" and {len(existing) - 1} more" if len(existing) > 1 else ""
-        raise FileExistsError(f"{existing[0]}{more} exists already; ask for overwriting, or for another folder")
+        what = f"{existing[0]} exists" if len(existing) == 1 else f"{existing[0]} and {len(existing) - 1} more exist"
+        raise FileExistsError(f"{what} already; overwrite replaces them")
     if device is not None:
         model.to(device)
     failures: list[tuple[Path, str]] = []
@@ -190,10 +193,13 @@ def _batches(
             failures.append((file.path, str(error).removeprefix(f"{file.path}: ")))
             bar.advance()
             continue
-        if batch and (len(batch) == batch_size or batch[0][1].shape != image.shape):
+        if batch and batch[0][1].shape != image.shape:
             yield batch
             batch = []
         batch.append((file, image))
+        if len(batch) == batch_size:
+            yield batch
+            batch = []
     if batch:
         yield batch
 
@@ -209,12 +215,18 @@ def _run(
     sizes = [tuple(image.shape[1:]) for _, image in batch]
     images = [image for _, image in batch]
     if resize is not None:
-        samples = [Sample(image, torch.empty(0, dtype=torch.int64)) for image in images]
-        images = [resize(sample, np.random.default_rng(0)).image for sample in samples]
+        images = [_resized(image, resize) for image in images]
     device = model.pixel_mean.device
     pixels = torch.stack(images).to(device).float().div_(255)
     with torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32"):
         return model.predict(pixels, sizes=sizes, **options)
+
+
+def _resized(image: Tensor, resize: ResizeShortSide) -> Tensor:
+    """The image as evaluation resizes it."""
+    no_labels, no_segments = torch.empty(0, dtype=torch.int64), torch.full((1, 1), VOID, dtype=torch.int16)
+    sample = Sample(image, no_labels, no_segments.expand(image.shape[1:]))
+    return resize(sample, np.random.default_rng(0)).image
 
 
 def _check_model(model: Any) -> None:
@@ -245,10 +257,14 @@ def _class_info(model: SegmentationModel, info: DatasetInfo | None, palette: Pal
         info = DatasetInfo(names, stuff_classes=getattr(config, "stuff_classes", ()), ignore_index=void)
     elif info.num_classes != num_classes:
         raise ValueError(f"info has {info.num_classes} classes; the model has {num_classes}")
-    if palette is not None and len(palette) != num_classes:
-        raise ValueError(f"palette has {len(palette)} colours; the model has {num_classes} classes")
-    colours = palette or info.palette or distinct_colours(num_classes)
-    return replace(info, palette=tuple(map(tuple, colours)), ignore_index=void_label(num_classes))
+    colours = palette if palette is not None else info.palette or distinct_colours(num_classes)
+    if len(colours) != num_classes:
+        raise ValueError(f"palette has {len(colours)} colours; the model has {num_classes} classes")
+    colours = tuple(tuple(int(channel) for channel in colour) for colour in colours)
+    for colour in colours:
+        if len(colour) != 3 or not all(0 <= channel <= 255 for channel in colour):
+            raise ValueError(f"palette holds {colour}; expected three values in 0..255")
+    return replace(info, palette=colours, ignore_index=void_label(num_classes))
 
 
 def _views(

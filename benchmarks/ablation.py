@@ -1,0 +1,162 @@
+"""Reproduces the papers' findings in small: ``python benchmarks/ablation.py --help``.
+
+Trains structures (a) per-pixel, (b) per-pixel+, (c) masks with fixed and (d) with bipartite matching, several numbers
+of queries and of decoder layers, and (e) sound events, with equal steps, batches, samples and seeds; compares the two
+rules of semantic inference; and says, by an interval over the seeds, which of the papers' orderings the runs show.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Annotated
+
+if __name__ == "__main__":
+    # So that `python benchmarks/ablation.py` finds the package, and the folder's own files shadow no other module.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch
+import typer
+from tqdm import tqdm
+
+from benchmarks.ablations.images import SCENES
+from benchmarks.ablations.plan import COMPARISONS, LAYERS, QUERIES, Run, Settings, plan
+from benchmarks.ablations.sounds import CLIPS
+from benchmarks.ablations.training import Bench
+from benchmarks.harness.machine import ROOT, commit, default_name, describe_machine
+from benchmarks.harness.results import read_results, write_results
+
+RESULTS = ROOT / "benchmarks" / "results"
+SOUND_MODEL = "tiny"
+CLIP_SECONDS = 2
+
+
+def main(
+    data: Annotated[str, typer.Option(help='"composed:scenes", or the folder of a data set.')] = SCENES,
+    only: Annotated[list[str], typer.Option(help=f"{', '.join(COMPARISONS)}; repeatable. All by default.")] = [],  # noqa: B006
+    model: Annotated[str, typer.Option(help="Preset of MaskFormer that gives what is not compared.")] = "tiny",
+    pretrained: Annotated[str, typer.Option(help="Weights of its backbone, for transformers; not for tiny.")] = "",
+    steps: Annotated[int | None, typer.Option(min=1, help="Of the optimiser, in each run.")] = None,
+    minutes: Annotated[float, typer.Option(help="Without --steps: for all runs together, as the slowest needs.")] = 40,
+    seeds: Annotated[int, typer.Option(min=1, help="0, 1, ...; more may be added later.")] = 3,
+    size: Annotated[int, typer.Option(min=32, help="Of scenes and crops, and short side of images, in pixels.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples in a step.")] = 8,
+    learning_rate: Annotated[float, typer.Option(help="At its peak.")] = 1e-3,
+    val_samples: Annotated[int, typer.Option(min=1, help="Of the validation split, at most.")] = 256,
+    queries: Annotated[list[int], typer.Option(help="Numbers to compare; repeatable.")] = list(QUERIES),  # noqa: B006
+    layers: Annotated[list[int], typer.Option(help="Numbers to compare; repeatable.")] = list(LAYERS),  # noqa: B006
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    precision: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read samples.")] = 0,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of PyTorch.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Result file; by default one for each machine.")] = None,
+) -> None:
+    """Trains what is not in the result file yet, and writes the file, its tables (.md) and its plots.
+
+    Each finished run is kept as it ends. The same command continues after an interruption; more seeds or comparisons
+    add to what is there, with the steps that it was trained with.
+    """
+    if device not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"device must be cpu or cuda, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("device is cuda, but torch finds no CUDA device")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    images = Settings(data, model, pretrained, size, val_samples, batch_size, steps or 1, learning_rate, precision)
+    sound = replace(images, data=CLIPS, model=SOUND_MODEL, pretrained="", size=CLIP_SECONDS)
+    try:
+        bench = Bench(images, sound, torch.device(device), workers)
+        runs = plan(bench.comparisons(queries, layers), only, seeds)
+    except (ValueError, FileNotFoundError) as error:
+        raise typer.BadParameter(str(error)) from error
+    path = output or RESULTS / f"ablation-{default_name(describe_machine(bench.device))}.json"
+    if steps is None:
+        bench = bench.with_steps(earlier_steps(bench, path, minutes) or bench.affordable_steps(runs, minutes))
+    print(f"{len(runs)} runs of {bench.image_settings.steps} steps; {len(pending(bench, runs, path))} to do")
+    try:
+        train(bench, runs, path, None if steps else minutes)
+    except KeyboardInterrupt:
+        print(f"\nstopped; the same command continues from the finished runs in {path}")
+        if path.exists():
+            report(path)
+        raise typer.Exit(130) from None
+    report(path)
+
+
+def pending(bench: Bench, runs: Sequence[Run], path: Path) -> list[Run]:
+    """The runs that the result file does not have with these settings on this kind of device."""
+    done = [(row["op"], row["case"], row["device"], row["settings"]) for row in read_results(path)["rows"]]
+    wanted = [
+        (operation(bench.settings_of(run)), run.name, bench.device.type, asdict(bench.settings_of(run))) for run in runs
+    ]
+    return [run for run, key in zip(runs, wanted, strict=True) if key not in done]
+
+
+def earlier_steps(bench: Bench, path: Path, minutes: float) -> int | None:
+    """The steps that a budget gave when it was first measured, if the result file has runs of this budget."""
+    for row in read_results(path)["rows"]:
+        for settings in (bench.image_settings, bench.sound_settings):
+            same = row["settings"] | {"steps": 0} == asdict(settings) | {"steps": 0}
+            if same and row["minutes"] == minutes and row["device"] == bench.device.type:
+                return row["settings"]["steps"]
+    return None
+
+
+def train(
+    bench: Bench, runs: Sequence[Run], path: Path, minutes: float | None, finished: Callable[[Run], None] | None = None
+) -> None:
+    """Trains what is pending and merges each run's row into the result file as it ends.
+
+    Args:
+        bench: the settings.
+        runs: in order.
+        path: of the result file.
+        minutes: the budget that the steps come from, if they come from one.
+        finished: told each run that ended.
+    """
+    head, dirty = commit()
+    with tqdm(total=len(runs), unit="run") as bar:
+        todo = pending(bench, runs, path)
+        bar.update(len(runs) - len(todo))
+        for run in todo:
+            bar.set_description(run.name)
+            row = bench.train(run, lambda step, loss: bar.set_postfix(step=step, loss=f"{loss:.2f}"))
+            settings = bench.settings_of(run)
+            key = {"op": operation(settings), "case": run.name, "dtype": settings.precision}
+            info = {
+                "machine": describe_machine(bench.device),
+                "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+                "commit": head,
+                "dirty": dirty,
+                "argv": sys.argv[1:],
+            }
+            write_results(path, info, [key | {"device": bench.device.type, "minutes": minutes} | row])
+            bar.update()
+            if finished:
+                finished(run)
+
+
+def report(path: Path) -> None:
+    """Writes the tables and plots of a result file beside it."""
+    from benchmarks.ablations.plots import write_plots
+    from benchmarks.ablations.tables import render
+
+    results = read_results(path)
+    text = render(results)
+    path.with_suffix(".md").write_text(text + "\n")
+    print(f"\n{text}\n")
+    for plot in write_plots(results["rows"], path.parent / "plots", path.stem):
+        print(f"plot: {plot}")
+    print(f"results: {path}\ntables: {path.with_suffix('.md')}")
+
+
+def operation(settings: Settings) -> str:
+    """What the rows of a data set are filed under: its name, not where it lies."""
+    return f"ablation on {settings.data if settings.composed else Path(settings.data).resolve().name}"
+
+
+if __name__ == "__main__":
+    typer.run(main)

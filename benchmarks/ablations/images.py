@@ -1,0 +1,174 @@
+"""Structures (a) to (d) on images: the networks, the data, and one evaluation that serves every comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+from benchmarks.ablations.findings import GENERAL
+from benchmarks.ablations.plan import BIPARTITE, FIXED, PER_PIXEL, Run, Settings, Variant
+from benchmarks.ablations.query_classes import QueryClasses
+from fastmask.cli.pretrain import WEIGHTS
+from fastmask.data import (
+    Augmented,
+    Compose,
+    ResizeShortSide,
+    SceneDataset,
+    SegmentationDataset,
+    check_dataset,
+    collate,
+    open_dataset,
+)
+from fastmask.metrics import PanopticMetrics, SemanticMetrics
+from fastmask.models import MaskFormer, MaskFormerConfig, PerPixelBaseline, PerPixelBaselineConfig
+from fastmask.targets import Targets
+from fastmask.training.sampler import StepSampler
+
+SCENES = "composed:scenes"
+TINY = "tiny"  # the preset that the embedded weights fit
+CLASS_WEIGHT = 2.0  # of the demo
+NO_CLASS = 255
+# The class probability of a segment in panoptic results; low, since after a short training few classes are sure.
+PANOPTIC_THRESHOLD = 0.2
+
+
+def open_images(settings: Settings, split: str, task: str) -> SegmentationDataset:
+    """The data set of a task; scenes in the size of the settings.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`fastmask.data.open_dataset`.
+    """
+    if settings.data == SCENES:
+        return SceneDataset(split, size=(settings.size, settings.size), task=task)
+    return open_dataset(settings.data, split, task=task)
+
+
+def check_images(settings: Settings) -> None:
+    """Raises one ValueError that names every broken file of both splits; only headers are read."""
+    problems = [] if settings.composed else [_faults(open_images(settings, s, "semantic")) for s in ("train", "val")]
+    if any(problems):
+        raise ValueError("\n".join(filter(None, problems)))
+
+
+def _faults(dataset: SegmentationDataset) -> str:
+    try:
+        check_dataset(dataset, full=False)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def has_panoptic_truth(settings: Settings) -> bool:
+    """Whether the data tell things apart, so that panoptic segmentation can be learned."""
+    try:
+        open_images(settings, "train", "panoptic")
+    except ValueError:
+        return False
+    return True
+
+
+def training_batches(settings: Settings, run: Run, workers: int) -> Iterator[Any]:
+    """The batches of a run, of which the seed alone decides: all variants see the same, in the same order."""
+    dataset = open_images(settings, "train", run.variant.task)
+    augmented = Augmented(dataset, settings.recipe.transform() or Compose(()), run.seed)
+    sampler = StepSampler(len(augmented), settings.batch_size, run.seed, 0, settings.steps)
+    return iter(DataLoader(augmented, batch_sampler=sampler, collate_fn=collate, num_workers=workers))
+
+
+def validation_batches(settings: Settings, task: str, workers: int) -> DataLoader:
+    """The first images of the validation split; all but scenes are resized to the short side of the settings."""
+    dataset = open_images(settings, "val", task)
+    if not settings.composed:
+        dataset = Augmented(dataset, ResizeShortSide((settings.size,)))
+    subset = Subset(dataset, range(min(len(dataset), settings.val_samples)))
+    return DataLoader(subset, settings.batch_size, collate_fn=collate, num_workers=workers)
+
+
+def make_network(settings: Settings, variant: Variant, class_names: tuple[str, ...], stuff: tuple[int, ...]) -> Any:
+    """A network of the preset with what the variant sets; the structures are equal in everything that they share."""
+    config = MaskFormerConfig.preset(
+        settings.model,
+        len(class_names),
+        class_names=class_names,
+        stuff_classes=stuff,
+        class_weight=CLASS_WEIGHT,
+        num_queries=variant.queries or len(class_names),
+        matching="fixed" if variant.structure == FIXED else "bipartite",
+        **({"decoder_layers": variant.layers} if variant.layers else {}),
+    )
+    modules = {"pretrained_backbone": settings.pretrained} if settings.model != TINY and settings.pretrained else {}
+    if variant.structure in (FIXED, BIPARTITE):
+        network: nn.Module = MaskFormer(config, **modules)
+    else:
+        own = {f.name for f in fields(PerPixelBaselineConfig)} - {"transformer_decoder", "ignore_index"}
+        shared = {name: getattr(config, name) for name in own}
+        plus = variant.structure != PER_PIXEL
+        network = PerPixelBaseline(PerPixelBaselineConfig(transformer_decoder=plus, **shared), **modules)
+    if settings.model == TINY:
+        network.backbone.load_state_dict(load_file(WEIGHTS))
+    return network.to(memory_format=torch.channels_last)
+
+
+@torch.inference_mode()
+def evaluate_images(
+    network: MaskFormer | PerPixelBaseline, batches: DataLoader, variant: Variant, stuff: tuple[int, ...]
+) -> tuple[dict[str, float], QueryClasses | None]:
+    """Metrics as shares of 1, and which classes each query answered for, from one reading of the images.
+
+    "mIoU", and "PQ_st": PQ with each class of an image as one segment, as the paper compares label maps. For mask
+    classification the same by general inference, after "general "; and where the truth is panoptic also "PQ".
+    """
+    network.eval()
+    num_classes = network.config.num_classes
+    tasks: dict[str, dict[str, float]] = {"semantic": {}}
+    queries = None
+    if isinstance(network, MaskFormer):
+        tasks["general"] = {}
+        queries = QueryClasses(network.config.num_queries, num_classes)
+    prefixes = dict(zip(tasks, ("", GENERAL), strict=False))
+    semantic = {rule: SemanticMetrics(num_classes, boundary_share=None) for rule in prefixes}
+    by_class = {rule: PanopticMetrics(num_classes, range(num_classes)) for rule in prefixes}
+    panoptic = PanopticMetrics(num_classes, stuff)
+    if variant.task == "panoptic":
+        tasks["panoptic"] = {"threshold": PANOPTIC_THRESHOLD}
+    for images, targets in batches:
+        images = [image.to(network.pixel_mean.device) for image in images]
+        if queries is None:
+            results = {"semantic": network.predict(images)}
+        else:
+            results = network.predict_tasks(images, tasks)
+            queries.update(network(images)["pred_logits"])
+        for rule in prefixes:
+            _count(semantic[rule], by_class[rule], results[rule], targets)
+        for b, (ids, infos) in enumerate(results.get("panoptic", ())):
+            truth = targets.segments[b, : ids.shape[0], : ids.shape[1]]
+            panoptic.update((ids, infos), truth, targets.labels[b])
+    metrics = {f"{prefix}mIoU": semantic[rule].compute()["mIoU"] for rule, prefix in prefixes.items()}
+    metrics |= {f"{prefix}PQ_st": by_class[rule].compute()["PQ"] for rule, prefix in prefixes.items()}
+    if variant.task == "panoptic":
+        metrics["PQ"] = panoptic.compute()["PQ"]
+    return metrics, queries
+
+
+def _count(semantic: SemanticMetrics, by_class: PanopticMetrics, labels: list[Tensor], targets: Targets) -> None:
+    merged = targets.merged_by_class()
+    classes = merged.class_map(NO_CLASS)
+    for b, found in enumerate(labels):
+        height, width = found.shape
+        found = found.cpu()
+        semantic.update(found, classes[b, :height, :width])
+        segments = merged.segments[b, :height, :width]
+        by_class.update(class_segments(found, semantic.num_classes), segments, merged.labels[b])
+
+
+def class_segments(labels: Tensor, num_classes: int) -> tuple[Tensor, list[dict[str, int]]]:
+    """A label map ``(H, W)`` as a panoptic result with a segment for each class; values beyond the classes are none."""
+    found = np.unique(labels.numpy()).tolist()
+    return labels, [{"id": label, "category_id": label} for label in found if label < num_classes]

@@ -1,0 +1,178 @@
+"""What is trained: the variants of each comparison, and the settings that all of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from fastmask.training import Recipe
+
+COMPARISONS = ("structures", "queries", "layers", "inference", "sound")
+QUERIES = (5, 13, 25, 50, 100)
+LAYERS = (1, 3, 6)
+PER_PIXEL, PER_PIXEL_PLUS, FIXED, BIPARTITE = "per-pixel", "per-pixel+", "fixed", "bipartite"
+FRAMES, PRESENCE, NO_MASK_LOSSES = "frame-wise", "presence x mask", "presence x mask, no mask losses"
+# By the letters that the project's notes give them.
+TITLES = {
+    PER_PIXEL: "(a) per-pixel",
+    PER_PIXEL_PLUS: "(b) per-pixel+",
+    FIXED: "(c) masks, fixed matching",
+    BIPARTITE: "(d) masks, bipartite matching",
+    FRAMES: "frame-wise",
+    PRESENCE: "(e) presence × mask",
+    NO_MASK_LOSSES: "(e) without mask losses",
+}
+SOUND = (FRAMES, PRESENCE, NO_MASK_LOSSES)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all runs on one data set share: the same data, budget and optimiser.
+
+    Args:
+        data: "composed:scenes", "composed:clips" or a folder.
+        model: the preset that gives everything that no comparison varies.
+        pretrained: where ``transformers`` reads the backbone's weights; empty for random ones. "tiny" always starts
+            from the embedded weights of the demo, and sound from random ones.
+        size: of images: the side of a scene or crop, and the short side of other images, in pixels; of clips: their
+            length in seconds.
+        val_samples: the first of the validation split that are evaluated, at most.
+        batch_size: samples in a step.
+        steps: of the optimiser.
+        learning_rate: at its peak.
+        precision: as for :class:`fastmask.training.Trainer`.
+    """
+
+    data: str
+    model: str
+    pretrained: str
+    size: int
+    val_samples: int
+    batch_size: int
+    steps: int
+    learning_rate: float
+    precision: str = "float32"
+
+    @property
+    def composed(self) -> bool:
+        """Whether every sample is drawn at random already, so that it needs no augmentation."""
+        return self.data.startswith("composed:")
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """That of the demo: its backbone multiplier, weight decay, clipping and warm-up, with a poly schedule."""
+        return Recipe(
+            learning_rate=self.learning_rate,
+            weight_decay=0.05,
+            backbone_multiplier=0.3,
+            warmup_steps=self.steps // 30,
+            clip_norm=1.0,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            augmentation="none" if self.composed else "semantic",
+            crop=(self.size, self.size),
+            short_side=self.size,
+            max_side=4 * self.size,
+        )
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One network and the truth that it learns from.
+
+    Args:
+        structure: a key of ``TITLES``.
+        queries: N; for per-pixel classification with a transformer and for sound, one for each class; 0 without.
+        layers: of the transformer decoder; 0 without.
+        task: "semantic", "panoptic" or "events".
+    """
+
+    structure: str
+    queries: int
+    layers: int
+    task: str = "semantic"
+
+    @property
+    def name(self) -> str:
+        return f"{self.structure}, {self.queries} queries, {self.layers} layers, {self.task}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A variant trained once. The seed decides the weights, the order of the samples and their augmentation."""
+
+    variant: Variant
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant.name}, seed {self.seed}"
+
+
+def comparisons(
+    num_classes: int,
+    base_layers: int,
+    *,
+    panoptic: bool,
+    sound_classes: int,
+    sound_layers: int,
+    queries: Sequence[int] = QUERIES,
+    layers: Sequence[int] = LAYERS,
+) -> dict[str, list[Variant]]:
+    """The variants of each comparison.
+
+    As in the paper's table 4, all structures have as many queries as classes. The other comparisons vary one number of
+    structure (d), which they therefore share.
+
+    Args:
+        num_classes: K of the images.
+        base_layers: decoder layers where they are not varied.
+        panoptic: whether the data has panoptic truth; then the layers are compared on it too.
+        sound_classes, sound_layers: those of the sound event detector.
+        queries: the numbers to compare.
+        layers: the numbers to compare.
+    """
+    base = Variant(BIPARTITE, num_classes, base_layers)
+    structures = [
+        Variant(PER_PIXEL, 0, 0),
+        Variant(PER_PIXEL_PLUS, num_classes, base_layers),
+        Variant(FIXED, num_classes, base_layers),
+        base,
+    ]
+    tasks = ("semantic", "panoptic") if panoptic else ("semantic",)
+    return {
+        "structures": structures,
+        "queries": [Variant(BIPARTITE, number, base_layers) for number in queries],
+        "layers": [Variant(BIPARTITE, num_classes, number, task) for task in tasks for number in layers],
+        "inference": [base],
+        "sound": [
+            Variant(
+                structure,
+                0 if structure == FRAMES else sound_classes,
+                0 if structure == FRAMES else sound_layers,
+                "events",
+            )
+            for structure in SOUND
+        ],
+    }
+
+
+def plan(variants: dict[str, list[Variant]], only: Sequence[str], seeds: int) -> list[Run]:
+    """The runs of the comparisons asked for, each once: one comparison after the other, and in it seed after seed, so
+    that whatever was interrupted leaves whole comparisons and whole seeds.
+
+    Raises:
+        ValueError: an unknown comparison.
+    """
+    unknown = [name for name in only if name not in variants]
+    if unknown:
+        raise ValueError(f"no comparison {', '.join(unknown)}; there are {', '.join(variants)}")
+    runs = [
+        Run(variant, seed)
+        for name in variants
+        if name in only or not only
+        for seed in range(seeds)
+        for variant in variants[name]
+    ]
+    return list(dict.fromkeys(runs))

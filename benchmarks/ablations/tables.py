@@ -1,0 +1,186 @@
+"""The runs as Markdown: what was measured, what the papers found, and whether it shows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from statistics import mean, median, stdev
+from typing import Any
+
+from benchmarks.ablations.findings import CONFIDENCE, GENERAL, Judgement
+from benchmarks.ablations.groups import Group, groups_of
+from benchmarks.ablations.plan import BIPARTITE, TITLES, Variant
+from benchmarks.ablations.query_classes import THRESHOLD, classes_per_query, histogram, shared_pairs
+
+METRICS = {
+    "structures": ("mIoU", "PQ_st"),
+    "queries": ("mIoU", "PQ_st"),
+    "layers": ("mIoU", "PQ_st", "PQ"),
+    "sound": ("F1", "precision", "recall"),
+}
+HEADERS = {"PQ_st": "PQ<sup>St</sup>"}
+# Headers of columns that hold words; the others hold numbers.
+WORDS = {"structure", "trained on", "network", "inference", "finding", "the paper's difference", "reading"}
+MOST_PAIRS = 5
+
+
+def render(results: Mapping[str, Any]) -> str:
+    """All groups of a result file, each with its tables."""
+    machine = results["machine"]["gpu"] or results["machine"]["cpu"]
+    return "\n\n".join(render_group(group, machine) for group in groups_of(results["rows"]))
+
+
+def render_group(group: Group, machine: str) -> str:
+    """One group's tables under a heading."""
+    sections = [f"#### {group.title}", conditions(group, machine)]
+    for name, variants in group.comparisons().items():
+        title = f"**{name}**"
+        sections.append(f"{title}\n\n{inference_table(group) if name == 'inference' else table(group, name, variants)}")
+    judgements = group.judgements()
+    if judgements:
+        sections += [findings_table(judgements), summary(judgements)]
+    if answering := group.answering():
+        sections.append(queries_section(group, answering))
+    return "\n\n".join(sections)
+
+
+def conditions(group: Group, machine: str) -> str:
+    """What all runs of the group share, and when they ran."""
+    settings = group.settings
+    unit = "seconds of sound" if group.is_sound else "pixels"
+    stamps = {f"{row['commit']}{' with local changes' if row['dirty'] else ''}" for row in group.rows}
+    diverged = "; ".join(row["case"] for row in group.rows if row["loss"] is None)
+    days = sorted({row["date"].split()[0] for row in group.rows})
+    return (
+        f"{machine}. Preset `{settings.model}`; {settings.steps} optimiser steps of {settings.batch_size} samples of "
+        f"{settings.size} {unit}, learning rate {settings.learning_rate:g}, {settings.precision}; at most "
+        f"{settings.val_samples} validation samples. Mean ± standard deviation over seeds, in %. All variants take the "
+        f"same steps on the same samples. Trained {' to '.join(dict.fromkeys([days[0], days[-1]]))} at "
+        f"{', '.join(sorted(stamps))}.{f' Diverged: {diverged}.' if diverged else ''}"
+    )
+
+
+def table(group: Group, name: str, variants: Sequence[Variant]) -> str:
+    """A comparison's variants with their metrics."""
+    metrics = [metric for metric in METRICS[name] if any(group.values(v, metric) for v in variants)]
+    header = ["structure", "queries", "layers", "trained on", "parameters", "seeds"]
+    rows = []
+    for variant in variants:
+        values = [group.values(variant, metric) for metric in metrics]
+        rows.append(
+            [
+                TITLES[variant.structure],
+                str(variant.queries or "–"),
+                str(variant.layers or "–"),
+                variant.task,
+                f"{group.parameters(variant) / 1e6:.2f} M",
+                str(max(map(len, values))),
+                *map(spread, values),
+            ]
+        )
+    return markdown([*header, *(HEADERS.get(metric, metric) for metric in metrics)], rows)
+
+
+def inference_table(group: Group) -> str:
+    """Both rules on the same trained networks."""
+    rows = []
+    for rule, prefix in (("semantic", ""), ("general", GENERAL)):
+        values = [group.values(group.base, prefix + metric) for metric in METRICS["structures"]]
+        network = f"{TITLES[BIPARTITE]}, {group.base.queries} queries"
+        rows.append([network, rule, str(len(values[0])), *map(spread, values)])
+    return markdown(["network", "inference", "seeds", "mIoU", HEADERS["PQ_st"]], rows)
+
+
+def findings_table(judgements: Sequence[Judgement]) -> str:
+    """What the papers found beside what was found here."""
+    rows = []
+    for judgement in judgements:
+        finding = judgement.finding
+        metric = HEADERS.get(finding.metric.removeprefix(GENERAL), finding.metric.removeprefix(GENERAL))
+        rows.append(
+            [
+                f"{finding.claim}, {metric}",
+                finding.paper,
+                difference(judgement),
+                str(len(judgement.differences)),
+                judgement.verdict,
+            ]
+        )
+    header = ["finding", "the paper's difference", "here", "seeds", "reading"]
+    note = (
+        f"Differences in points. Here: the mean over seeds of the difference, ± half of its {CONFIDENCE:.0%} interval "
+        "(Student's t, paired by seed). An ordering is shown only where the interval leaves out 0; nothing corrects "
+        "for the number of findings."
+    )
+    return f"{markdown(header, rows)}\n\n{note}"
+
+
+def summary(judgements: Sequence[Judgement]) -> str:
+    """How many findings were read how."""
+    counts = Counter(judgement.verdict for judgement in judgements).most_common()
+    return f"Of {len(judgements)} findings: {'; '.join(f'{count} {verdict}' for verdict, count in counts)}."
+
+
+def queries_section(group: Group, variants: Sequence[Variant]) -> str:
+    """How many classes each query answers for, and which classes share queries."""
+    rows, pairs = [], []
+    for variant in variants:
+        counts, images = group.query_classes(variant)
+        per_query, bins = classes_per_query(counts), histogram(counts)
+        seeds = len(counts) // variant.queries
+        rows.append(
+            [
+                str(variant.queries),
+                str(seeds),
+                f"{min(per_query)} – {median(per_query):g} – {max(per_query)}",
+                *(f"{100 * share / len(counts):.0f} %" for share in (bins[0], bins[1], sum(bins[2:]))),
+            ]
+        )
+        if variant.queries in (group.base.queries, max(v.queries for v in variants)):
+            pairs.append(pairs_line(group, variant, counts, images))
+    header = ["queries", "seeds", "classes of a query: least – median – most", "of no class", "of one", "of several"]
+    intro = (
+        "**which classes each query answers for**\n\n"
+        "The distinct classes that a query of (d) is kept with in the validation images (most likely class not "
+        f"no-object, probability above {THRESHOLD}). The paper (section 4.4): not uniform, some queries capture more "
+        "classes than others, similar classes and unrelated ones alike."
+    )
+    return f"{intro}\n\n{markdown(header, rows)}\n\n" + "  \n".join(pairs)
+
+
+def pairs_line(group: Group, variant: Variant, counts: Sequence[Sequence[int]], images: int) -> str:
+    """The classes that share queries most often, in words."""
+    found = shared_pairs(counts)
+    where = f"{variant.queries} queries"
+    if not found:
+        return f"With {where} no query answered for two classes."
+    names = group.class_names
+    listed = "; ".join(
+        f"{names[a]} and {names[b]} ({pair.queries} quer{'y' if pair.queries == 1 else 'ies'}, {pair.images})"
+        for pair in found[:MOST_PAIRS]
+        for a, b in [pair.classes]
+    )
+    return (
+        f"With {where} the pairs that share a query most often, of {len(found)} (how many of {len(counts)} queries; in "
+        f"how many images at least, of {images} for each seed): {listed}."
+    )
+
+
+def difference(judgement: Judgement) -> str:
+    """The mean with its interval; without one where there is one seed."""
+    if len(judgement.differences) < 2:
+        return f"{judgement.mean:+.1f}"
+    return f"{judgement.mean:+.1f} ± {judgement.half_width:.1f}"
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation."""
+    if not values:
+        return "–"
+    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; columns of words stand left, those of numbers right."""
+    rule = ["---" if title in WORDS else "--:" for title in header]
+    return "\n".join([f"| {' | '.join(header)} |", f"|{'|'.join(rule)}|", *(f"| {' | '.join(row)} |" for row in rows)])

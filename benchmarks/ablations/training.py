@@ -1,0 +1,150 @@
+"""Trains and evaluates one run; how many steps fit into a budget."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from itertools import islice
+from typing import Any
+
+import torch
+
+from benchmarks.ablations import images, sounds
+from benchmarks.ablations.plan import SOUND, Run, Settings, Variant, comparisons
+from fastmask.models import MaskFormerConfig
+from fastmask.training import Trainer
+
+MEASURED_STEPS = 4
+EVALUATION_SHARE = 0.15  # of a budget of time
+TAIL = 0.1  # the last steps, as a share, over which the loss is averaged
+
+
+class Bench:
+    """What the runs of one invocation share.
+
+    Args:
+        image_settings, sound_settings: of the two kinds of runs.
+        device: where they run.
+        workers: processes that read samples.
+    """
+
+    def __init__(self, image_settings: Settings, sound_settings: Settings, device: torch.device, workers: int = 0):
+        self.image_settings = image_settings
+        self.sound_settings = sound_settings
+        self.device = device
+        self.workers = workers
+        images.check_images(image_settings)
+        self.info = images.open_images(image_settings, "train", "semantic").info
+        self.panoptic = images.has_panoptic_truth(image_settings)
+        self.preset = MaskFormerConfig.preset(image_settings.model, self.info.num_classes)
+        self.sound = sounds.sound_config(sound_settings.model)
+        self.stuff: tuple[int, ...] = ()
+        if self.panoptic:
+            self.stuff = images.open_images(image_settings, "train", "panoptic").info.stuff_classes
+
+    def with_steps(self, steps: int) -> Bench:
+        """The same with another number of steps."""
+        settings = (replace(s, steps=steps) for s in (self.image_settings, self.sound_settings))
+        return Bench(*settings, self.device, self.workers)
+
+    def comparisons(self, queries: Sequence[int], layers: Sequence[int]) -> dict[str, list[Variant]]:
+        """The variants of each comparison on these data."""
+        return comparisons(
+            self.info.num_classes,
+            self.preset.decoder_layers,
+            panoptic=self.panoptic,
+            sound_classes=self.sound.num_classes,
+            sound_layers=self.sound.decoder_layers,
+            queries=queries,
+            layers=layers,
+        )
+
+    def settings_of(self, run: Run) -> Settings:
+        return self.sound_settings if run.variant.structure in SOUND else self.image_settings
+
+    def trainer(self, run: Run) -> Trainer:
+        """A network with its first weights, ready for training."""
+        settings = self.settings_of(run)
+        torch.manual_seed(run.seed)
+        if run.variant.structure in SOUND:
+            network = sounds.make_detector(settings, run.variant)
+        else:
+            network = images.make_network(settings, run.variant, self.info.class_names, self.stuff)
+        return Trainer(network.to(self.device).train(), settings.recipe, precision=settings.precision)
+
+    def batches(self, run: Run, workers: int) -> Any:
+        is_sound = run.variant.structure in SOUND
+        return (sounds.training_clips if is_sound else images.training_batches)(self.settings_of(run), run, workers)
+
+    def train(self, run: Run, progress: Callable[[int, float], None] = lambda step, loss: None) -> dict[str, Any]:
+        """Trains and evaluates.
+
+        Args:
+            run: what to train.
+            progress: told the step and its loss, now and then.
+
+        Returns:
+            A row of the results: "variant", "seed", "settings", "class_names", "base_layers" (of variants that do not
+            vary them), "parameters" (their number), "loss" (of the last steps), "metrics", and for mask classification
+            "query_classes", the ``(N, K)`` counts of :class:`QueryClasses`, and "evaluated", of how many images. A loss
+            or metric that is no number is None.
+        """
+        settings, is_sound = self.settings_of(run), run.variant.structure in SOUND
+        trainer = self.trainer(run)
+        every = max(1, settings.steps // 50)
+        tail = []
+        for step, batch in enumerate(self.batches(run, self.workers), 1):
+            loss = trainer.step([batch])["loss"]
+            if step > settings.steps * (1 - TAIL) or step == settings.steps:
+                tail.append(loss)
+            if step % every == 0:
+                progress(step, loss.item())
+        network = trainer.model
+        row = {
+            "variant": asdict(run.variant),
+            "seed": run.seed,
+            "settings": asdict(settings),
+            "class_names": list(self.sound.class_names if is_sound else self.info.class_names),
+            "base_layers": (self.sound if is_sound else self.preset).decoder_layers,
+            "parameters": sum(parameter.numel() for parameter in network.parameters()),
+            "loss": _json_number(torch.stack(tail).mean().item()),
+        }
+        if is_sound:
+            clips = sounds.validation_clips(settings, self.workers)
+            metrics, queries = sounds.evaluate_clips(network, clips, self.device), None
+        else:
+            held_out = images.validation_batches(settings, run.variant.task, self.workers)
+            metrics, queries = images.evaluate_images(network, held_out, run.variant, self.stuff)
+        row["metrics"] = {name: _json_number(value) for name, value in metrics.items()}
+        if queries is not None:
+            row |= {"query_classes": queries.counts.tolist(), "evaluated": queries.images}
+        return row
+
+    def step_seconds(self, run: Run) -> float:
+        """Seconds of one training step with reading its samples, without the first."""
+        trainer = self.trainer(run)
+        start = 0.0
+        for number, batch in enumerate(islice(self.batches(run, 0), MEASURED_STEPS + 1)):
+            trainer.step([batch])
+            self._wait()
+            if number == 0:
+                start = time.perf_counter()
+        return (time.perf_counter() - start) / MEASURED_STEPS
+
+    def affordable_steps(self, runs: Sequence[Run], minutes: float) -> int:
+        """The one number of steps with which all runs end in time, had they all the slowest variant's steps."""
+        one_each = {run.variant: run for run in reversed(runs)}
+        timed = self.with_steps(MEASURED_STEPS + 1)
+        slowest = max(timed.step_seconds(run) for run in one_each.values())
+        return max(1, int(60 * minutes * (1 - EVALUATION_SHARE) / (len(runs) * slowest)))
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _json_number(value: float) -> float | None:
+    """JSON knows no nan and no infinity."""
+    return value if math.isfinite(value) else None

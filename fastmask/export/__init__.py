@@ -1,0 +1,26 @@
+"""Networks as programs that run without their Python code: ``torch.export`` and ONNX.
+
+A program has the weights of the network in evaluation mode, in float32, and everything from images to results:
+normalisation, padding, and resizing to the image. Its inputs and outputs by task:
+
+======== ====================== ======================================================================================
+task     inputs                 outputs
+======== ====================== ======================================================================================
+semantic images (B, C, H, W)    labels (B, H, W), as ``model.predict(images)`` gives them for whole images
+scores   images (B, C, H, W)    scores (B, K, H, W) float32, as ``model.predict(images, output="scores")`` does
+logits   images (B, C, H, W)    MaskFormer: class_logits (B, N, K+1) and mask_logits (B, N, h, w), which cover the
+                                padded image, for panoptic or instance post-processing outside; others: logits
+                                (B, K, h, w), likewise
+events   waveforms (B, S)       frame_probabilities (B, K, T) and clip_probabilities (B, K)
+======== ====================== ======================================================================================
+
+Images are float32 in 0..1, waveforms float32 at the network's sample rate. A MaskFormer's portable program holds the
+mask logits of N queries at the size of the image, N * H * W floats an image, where fastmask's own kernels hold a strip
+of them; ``portable=False`` keeps the kernels.
+"""
+
+from fastmask.export.onnx_file import OPSET, export_onnx
+from fastmask.export.program import export_program, export_pt2
+from fastmask.export.tasks import TASKS
+
+__all__ = ["OPSET", "TASKS", "export_onnx", "export_program", "export_pt2"]

@@ -1,0 +1,51 @@
+"""The files that programs are written to, and what they say of the network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from fastmask.models.base import PretrainedModel
+from fastmask.models.checkpoint import replace_files
+from fastmask.version import __version__
+
+# Fields of a configuration that whoever runs a program may need, besides the names of the classes.
+DESCRIBED = (
+    *("num_classes", "stuff_classes", "ignore_index", "pixel_mean", "pixel_std", "size_divisibility", "patch_size"),
+    *("sample_rate", "frame_seconds", "median_seconds"),
+)
+
+
+def describe(model: PretrainedModel, task: str) -> dict[str, str]:
+    """What a program's file says of its network: every value a string, lists as JSON has them."""
+    config = model.config
+    values = {name: getattr(config, name) for name in DESCRIBED if hasattr(config, name)}
+    return {
+        "fastmask_version": __version__,
+        "model": type(model).__name__,
+        "task": task,
+        "class_names": json.dumps(config.class_names, ensure_ascii=False),
+        **{name: json.dumps(value) for name, value in values.items()},
+    }
+
+
+def check_path(path: str | Path, ending: str, overwrite: bool) -> Path:
+    """The path, if it may be written.
+
+    Raises:
+        ValueError: it ends otherwise.
+        FileExistsError: it exists, and ``overwrite`` is False or it is a folder.
+    """
+    path = Path(path)
+    if path.suffix != ending:
+        raise ValueError(f"path must end with {ending}, got {str(path)!r}")
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise FileExistsError(f"{path} exists already")
+    return path
+
+
+def write_file(path: Path, write: Callable[[Path], None]) -> Path:
+    """Writes a file whole or not at all."""
+    replace_files(path.parent, {path.name: write})
+    return path

@@ -1,0 +1,127 @@
+"""Networks as ONNX files."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastmask.export.files import check_path, describe, write_file
+from fastmask.export.program import export_program, open_dims
+from fastmask.export.tasks import check_task
+from fastmask.models.base import PretrainedModel
+from fastmask.models.images import Size
+
+OPSET = 18  # the one that PyTorch's exporter writes by itself; others it converts to
+MOST_BYTES = 2**31 - 2**24  # of weights: protobuf's limit, less what the graph may take
+LOUD = ("torch.onnx", "onnxscript", "onnx_ir")
+
+
+def export_onnx(
+    model: PretrainedModel,
+    path: str | Path,
+    *,
+    task: str | None = None,
+    size: Size | int | None = None,
+    batch_size: int | None = None,
+    output_size: Size | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Writes a network as an ONNX file of opset 18, whole or not at all.
+
+    It holds standard operators only, all weights, and in float32 whatever the network's dtype. Inputs and outputs have
+    the names that :mod:`fastmask.export` lists, open dimensions the names "batch", "height", "width" and "samples".
+    ``metadata_props`` has "fastmask_version", "model", "task", "class_names" (a JSON list), and more of the
+    configuration. The network stays as it is.
+
+    A MaskFormer's labels and scores take N * H * W floats an image for its masks at the size of the image, and
+    K * H * W for the scores: 100 queries at 1024 x 2048 are 840 MB. Where that is too much, export "logits".
+
+    Args:
+        model: a network of :mod:`fastmask.models`.
+        path: ends with ".onnx".
+        task, size, batch_size, output_size: as for :func:`fastmask.export.export_program`.
+        overwrite: replace a file that exists.
+
+    Raises:
+        ImportError: onnx or onnxscript is not installed.
+        ValueError: the path ends otherwise, or the weights exceed the 2 GB that a file holds.
+        FileExistsError: it exists, and ``overwrite`` is False.
+        TypeError, ValueError: as for :func:`fastmask.export.export_program`.
+    """
+    path = check_path(path, ".onnx", overwrite)
+    for package in ("onnx", "onnxscript"):
+        _require(package)
+    task = check_task(model, task)
+    nbytes = 4 * sum(value.numel() for value in model.state_dict().values())
+    if nbytes > MOST_BYTES:
+        raise ValueError(f"the weights take {nbytes / 1e9:.1f} GB; an ONNX file holds 2 GB")
+    on_cpu = model if next(model.parameters()).device.type == "cpu" else copy.deepcopy(model).cpu()
+    program = export_program(on_cpu, task=task, size=size, batch_size=batch_size, output_size=output_size)
+    proto = _convert(program, open_dims(task, size, batch_size))
+    for key, value in describe(model, task).items():
+        proto.metadata_props.add(key=key, value=value)
+    _require("onnx").checker.check_model(proto)
+    return write_file(path, lambda temporary: temporary.write_bytes(proto.SerializeToString()))
+
+
+def _convert(program: ExportedProgram, dims: dict[int, str]) -> Any:
+    """An ``onnx.ModelProto`` of a program, its open dimensions named."""
+    example = program.example_inputs[0][0]
+    name = program.graph_signature.user_inputs[0]
+    node = next(node for node in program.graph.nodes if node.name == name)
+    symbols = {str(node.meta["val"].shape[dim]): dim_name for dim, dim_name in dims.items()}
+    outputs = list(program.call_spec.out_spec.unflatten(list(program.graph_signature.user_outputs)))
+    with _quiet(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        proto = torch.onnx.export(
+            program,
+            (example,),
+            input_names=[name],
+            output_names=outputs,
+            dynamo=True,
+            opset_version=OPSET,
+            verbose=False,
+        ).model_proto
+    _rename_dims(proto, symbols)
+    return proto
+
+
+def _rename_dims(proto: Any, names: dict[str, str]) -> None:
+    """Gives the symbols of open dimensions names that tell."""
+    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_param = re.sub(r"\w+", lambda symbol: names.get(symbol[0], symbol[0]), dim.dim_param)
+
+
+def _require(package: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ImportError(f"an ONNX file needs {package}: pip install fastmask-kernels[export]") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's notes on packages that it looks for and on constants that it does not fold."""
+    loggers = [logging.getLogger(name) for name in LOUD]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
