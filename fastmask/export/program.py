@@ -22,8 +22,8 @@ from fastmask.modules.attention import MaskedCrossAttention
 from fastmask.ops.semantic import OPERATOR
 
 METADATA_FILE = "fastmask.json"
-# Batch and sides of what open dimensions are traced with, and of what the program is run with afterwards: fewer and more,
-# multiples and not. Sides are in units of what the network pads them to a multiple of.
+# Batch and sides of what open dimensions are traced with, and of what the program is run with afterwards: fewer and
+# more, multiples and not. Sides are in units of what the network pads them to a multiple of.
 IMAGES = ((2, (4.6, 6.7)), (1, (2.1, 9.0)), (3, (7.0, 3.4)))
 CLIPS = ((2, (24.3,)), (1, (31.7,)), (3, (17.0,)))
 # They pad to whole windows, by arithmetic on the sides that takes minutes to trace and then holds for one size alone.

@@ -21,7 +21,8 @@ class ImageBatch:
 
     Args:
         pixels: ``(B, C, H, W)`` floating point, 0 at padding.
-        sizes: (height, width) of each image without its padding.
+        sizes: (height, width) of each image without its padding; one for all where ``torch.export`` leaves open how
+            many images there are.
     """
 
     pixels: Tensor
