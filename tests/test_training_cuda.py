@@ -113,6 +113,26 @@ def test_a_second_device(generator):
         assert result.device.index == 1 and torch.equal(result.cpu(), value.cpu())
 
 
+@pytest.mark.parametrize("masked_attention", [False, True])
+def test_a_whole_training_step_makes_no_host_sync(masked_attention, generator):
+    """Forward, matching, losses, backward and optimiser; tests/test_host_syncs.py shows the same without a GPU."""
+    options = {"masked_attention": masked_attention}
+    model = MaskFormer(MaskFormerConfig.preset("tiny", 5, **options)).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, capturable=True)
+    targets = random_targets((1, 2, 1, 5, 6, 1, 1, 64, 64), generator, "segments").to("cuda")
+    images = torch.rand(2, 3, 64, 64, device="cuda")
+
+    def step() -> None:
+        optimizer.zero_grad()
+        sum(model(images, targets).values()).backward()
+        optimizer.step()
+
+    step()  # compiles
+    with no_host_sync():
+        step()
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
 def test_a_cuda_graph_replays_the_whole_training_step(generator):
     """Forward, matching, losses, backward and optimiser in one graph; new images, targets and counts are copied in."""
     torch.manual_seed(0)
