@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import random
 import resource
 import time
@@ -14,13 +13,10 @@ import pytest
 import torch
 
 from fastmask.models import load_model
-from fastmask.models.auto import model_from_dict
 from fastmask.training import train
 from fastmask.training.checkpoint import load_newest, remove_temporary, save_checkpoint
 from fastmask.training.random_state import random_state, seed_all, set_random_state
-from tests.training_runs import scene_folder, tiny_config
-
-FORK = multiprocessing.get_context("fork")  # quick to start: everything is imported already
+from tests.training_runs import ForkedProcess, scene_folder, tiny_config
 
 
 def state_of(step: int, size: int = 1 << 20) -> dict:
@@ -64,18 +60,6 @@ def test_random_generators_continue_after_a_checkpoint(tmp_path):
     assert draws() == expected
 
 
-def start(call, *args):
-    """A process to be killed. It has one thread, since those of OpenMP do not survive a fork."""
-
-    def run():
-        torch.set_num_threads(1)
-        call(*args)
-
-    process = FORK.Process(target=run, daemon=True)
-    process.start()
-    return process
-
-
 def keep_saving(folder):
     remove_temporary(folder)
     newest = load_newest(folder)
@@ -89,10 +73,9 @@ def test_killed_at_any_moment_of_saving_the_newest_checkpoint_is_whole(tmp_path)
     generator = random.Random(1)
     torn, reached = 0, 0
     for _ in range(30):
-        process = start(keep_saving, tmp_path)
-        process.join(generator.uniform(0.1, 0.3))
+        process = ForkedProcess(keep_saving, tmp_path)
+        process.wait(generator.uniform(0.1, 0.3))
         process.kill()
-        process.join()
         torn += any(path.suffix == ".tmp" for path in tmp_path.iterdir())
         newest = load_newest(tmp_path)
         if newest is not None:
@@ -105,26 +88,23 @@ def test_killed_at_any_moment_of_saving_the_newest_checkpoint_is_whole(tmp_path)
 def test_a_run_that_is_killed_again_and_again_arrives_where_it_would_have(tmp_path):
     data = scene_folder(tmp_path / "data", 5, 2)
     config = tiny_config(data, 6, workers=0, log_every=3, eval_every=3, checkpoint_every=1)
-    model_from_dict(config.model.to_dict())  # imports what the processes need
     through, folder = tmp_path / "through", tmp_path / "killed"
-    start(train, config, through).join()
+    assert ForkedProcess(train, config, through).wait() == 0
     generator = random.Random(2)
     kills = 0
     while True:
-        process = start(partial(train, config, folder, resume=(folder / "config.json").exists()))
+        process = ForkedProcess(partial(train, config, folder, resume=(folder / "config.json").exists()))
         begun = set(folder.rglob("*.pt"))
-        while process.is_alive() and set(folder.rglob("*.pt")) == begun:
+        while process.running and set(folder.rglob("*.pt")) == begun:
             time.sleep(0.001)
-        process.join(generator.uniform(0, 0.15))
-        if process.exitcode is not None:
+        if (status := process.wait(generator.uniform(0, 0.15))) is not None:
             break
         kills += 1
         process.kill()
-        process.join()
         newest = load_newest(folder / "checkpoints")
         if newest is not None:
             assert newest[1]["trainer"]["steps"] == int(newest[0].stem.removeprefix("step-"))
-    assert process.exitcode == 0
+    assert status == 0
     assert kills >= 3
     ours, theirs = (load_model(path / "model").state_dict() for path in (folder, through))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

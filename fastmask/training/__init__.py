@@ -1,5 +1,6 @@
 """Training: recipes and optimisers, the step, whole runs, and evaluation."""
 
+from fastmask.training.activation_checkpointing import checkpoint_activations
 from fastmask.training.config import TrainingConfig, make_training_config
 from fastmask.training.evaluation import Evaluation, evaluate
 from fastmask.training.optimizer import (
@@ -10,7 +11,7 @@ from fastmask.training.optimizer import (
     parameter_groups,
 )
 from fastmask.training.recipe import Recipe
-from fastmask.training.train import TrainingResult, train
+from fastmask.training.run import TrainingResult, train
 from fastmask.training.trainer import Trainer
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Trainer",
     "TrainingConfig",
     "TrainingResult",
+    "checkpoint_activations",
     "clip_gradients",
     "evaluate",
     "learning_rate_factor",

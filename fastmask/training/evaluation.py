@@ -22,7 +22,7 @@ from fastmask.models.base import PretrainedModel
 from fastmask.models.maskformer import MaskFormer
 from fastmask.models.sound_event_detector import SoundEventDetector
 from fastmask.training.distributed import together, whole
-from fastmask.training.interruption import outlive_signals
+from fastmask.training.interruption import prepare_worker
 from fastmask.training.trainer import PRECISIONS
 
 # What the truth of each kind of data set serves, and of that what is evaluated by default.
@@ -146,7 +146,7 @@ def evaluate(
         batch_size=batch_size,
         num_workers=workers,
         collate_fn=_as_list,
-        worker_init_fn=outlive_signals,
+        worker_init_fn=prepare_worker,
         generator=torch.Generator(),  # the default one draws from the random state of training
     )
     for batch in _with_bar(loader, progress and rank == 0):

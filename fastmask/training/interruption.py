@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 import threading
 import time
 from types import FrameType
@@ -14,6 +16,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Within this time a second signal is the same wish: torchrun passes on what the terminal has sent to all processes.
 SAME_WISH = 2.0  # seconds
 GRACE = 30  # seconds, as torchrun has it
+PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process receives when its parent ends
 
 
 class Interruption:
@@ -55,22 +58,26 @@ class Interruption:
         raise SystemExit(128 + signal.SIGTERM)
 
     def _note(self, number: int, _: FrameType | None) -> None:
+        alone = not together()
         if self.signal is None:
             self.signal, self._came = number, time.monotonic()
-            if self._notice:
-                os.write(2, f"\n{self._notice}\n".encode())  # print and logging may be what the signal interrupts
-            if not together():
+            if alone:
                 # The second one does not even wait for the operator that runs.
                 for each in SIGNALS:
                     signal.signal(each, signal.SIG_DFL)
-        elif time.monotonic() - self._came > SAME_WISH:
+            if self._notice:
+                os.write(2, f"\n{self._notice}\n".encode())  # print and logging may be what the signal interrupts
+        elif alone or time.monotonic() - self._came > SAME_WISH:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
 
-def outlive_signals(_: int = 0) -> None:
+def prepare_worker(_: int = 0) -> None:
     """The ``worker_init_fn`` of a ``DataLoader``. Workers receive the signals that are meant for the process that they
-    work for, and stay, silently, for as long as that may need them.
+    work for: they stay, silently, for as long as that may need them, and end with it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
+    if sys.platform == "linux":
+        # A worker that notices by itself that the other is gone waits for its last batch to be read, maybe forever.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

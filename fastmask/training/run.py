@@ -26,7 +26,7 @@ from fastmask.training.config import TrainingConfig
 from fastmask.training.curves import draw_curves
 from fastmask.training.distributed import Processes, any_process, cleanup, setup, together, whole, wrap
 from fastmask.training.evaluation import evaluate
-from fastmask.training.interruption import Interruption, outlive_signals
+from fastmask.training.interruption import Interruption, prepare_worker
 from fastmask.training.losses import LossRecord
 from fastmask.training.main_process import in_main
 from fastmask.training.random_state import random_state, random_state_kept, seed_all, set_random_state
@@ -205,7 +205,7 @@ class _Run:
             batch_sampler=sampler,
             collate_fn=collate,
             num_workers=config.workers,
-            worker_init_fn=outlive_signals,
+            worker_init_fn=prepare_worker,
             pin_memory=processes.device.type == "cuda",
             generator=torch.Generator(),  # the default one would draw from the random state of training
         )
