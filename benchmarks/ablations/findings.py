@@ -143,7 +143,7 @@ def image_findings(num_classes: int, base_layers: int, queries: Sequence[int], l
         ),
         Finding(
             "layers",
-            f"(d) with {deep.layers} layers above {shallow.layers} (the paper: 6 above 1)",
+            f"(d) with {_layers(deep.layers)} above {shallow.layers} (the paper: 6 above 1)",
             "+1.5 on ADE20K, table VIII",
             deep,
             shallow,
@@ -151,7 +151,7 @@ def image_findings(num_classes: int, base_layers: int, queries: Sequence[int], l
         ),
         Finding(
             "layers",
-            f"(d) with {shallow.layers} layers above (b) with {base_layers} (the paper: 1 above 6)",
+            f"(d) with {_layers(shallow.layers)} above (b) with {base_layers} (the paper: 1 above 6)",
             "+1.1 on ADE20K, table VIII",
             shallow,
             b,
@@ -159,7 +159,7 @@ def image_findings(num_classes: int, base_layers: int, queries: Sequence[int], l
         ),
         Finding(
             "layers",
-            f"panoptic: (d) with {deep.layers} layers above {shallow.layers} (the paper: 6 above 1)",
+            f"panoptic: (d) with {_layers(deep.layers)} above {shallow.layers} (the paper: 6 above 1)",
             "+2.8 on ADE20K panoptic, table VIII",
             deep_things,
             shallow_things,
@@ -198,6 +198,10 @@ def sound_findings(sound_classes: int, sound_layers: int) -> list[Finding]:
         Finding("sound", "(e) above frame-wise", f"another measure: {other}", presence, frames, "F1"),
         Finding("sound", "(e) above (e) without mask losses", "not measured by a paper", presence, plain, "F1"),
     ]
+
+
+def _layers(number: int) -> str:
+    return "1 layer" if number == 1 else f"{number} layers"
 
 
 def _nearest(numbers: Sequence[int], wanted: int) -> int:
