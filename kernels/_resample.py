@@ -21,6 +21,9 @@ from fastmask.kernels._common import COMPILER_OPTIONS, INTERPRETED, _reciprocal
 # Queries that a program takes at a time; staged queries are padded to a multiple of it.
 BLOCK_N = 16
 
+# Above 2^-126: of a constant below that, Triton would make a float64 and compute with it.
+LEAST_NORMAL = tl.constexpr(1.2e-38)
+
 # A band's staged logits: most of them are still in the L2 cache (50 MB on Hopper) when they are read.
 STAGE_BYTES = 32 << 20
 
@@ -317,14 +320,14 @@ def _stage_kernel(
                 weight = tl.load(row_weight_ptr + ty * rows + row, mask=inside, other=0.0)
                 x = tl.fma(line, weight[None, :], x)
             x = _reciprocal(1.0 + _exp2(x * -1.44269504))
-            level = tl.log2(tl.maximum(x, 1e-38))
+            level = tl.log2(tl.maximum(x, LEAST_NORMAL))
         else:
             at = (first + row).to(tl.int64) * stride_h + column.to(tl.int64) * stride_w
             x = _within_bounds(tl.load(query_ptrs + at[None, :], mask=inside[None, :], other=0.0), KEEP_NAN)
             level = tl.minimum(x * 1.44269504, 0.0)  # sigmoid(x) <= exp(min(x, 0))
         if PEAKS:
             weight = tl.load(weight_ptr + image * padded_n + n)  # 0 where there is no query
-            peak = tl.maximum(peak, level + tl.log2(tl.maximum(weight, 1e-38))[:, None])
+            peak = tl.maximum(peak, level + tl.log2(tl.maximum(weight, LEAST_NORMAL))[:, None])
         stage_ptrs = stage_ptr + image * cells * padded_n + c[:, None] * padded_n + n[None, :]
         tl.store(stage_ptrs, tl.trans(x).to(stage_ptr.dtype.element_ty), mask=inside[:, None])
     if PEAKS:

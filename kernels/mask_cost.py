@@ -361,7 +361,7 @@ def mask_cost(
         BLOCK_C=config.pixels if block_targets < 64 else config.pixels // 2,  # sums take twice the registers
         BLOCK_M=block_targets,
         num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        num_stages=config.num_stages if block_targets < 64 else min(config.num_stages, 2),  # three spill on sm_80
         **COMPILER_OPTIONS,
     )
     add_up(config, class_logits, labels, sums, areas, cost, cost_class, cost_mask, cost_dice)

@@ -40,6 +40,7 @@ from torch import Tensor
 from fastmask.kernels._common import COMPILER_OPTIONS, INTERPRETED, _reciprocal, pick_config, power_of_two
 from fastmask.kernels._resample import (
     BLOCK_N,
+    LEAST_NORMAL,
     Band,
     _exp2,
     _interpolate,
@@ -118,7 +119,7 @@ def _semantic_classes_kernel(
         largest = tl.load(largest_ptr + image * N + n, mask=n < N, other=0.0)
         p_ptrs = probabilities_ptr + (image * N + query)[:, None] * K + classes[None, :]
         p = tl.load(p_ptrs, mask=(n < N)[:, None] & held[None, :], other=0.0)  # [BLOCK_N, BLOCK_K]
-        share = tl.where((largest > 0.0)[:, None], tl.div_rn(p, tl.maximum(largest, 1e-38)[:, None]), 0.0)
+        share = tl.where((largest > 0.0)[:, None], tl.div_rn(p, tl.maximum(largest, LEAST_NORMAL)[:, None]), 0.0)
         high = share.to(tl.float16)
         at = table + n[:, None] * width + k[None, :]
         tl.store(high_ptr + at, high, mask=(k < width)[None, :])

@@ -51,7 +51,7 @@ class Convolutions(nn.Module):
 
 
 class FrameEncoder(nn.Module):
-    """Frames of 10 ms to 16 channels."""
+    """Frames of 40 ms to 16 channels."""
 
     def __init__(self) -> None:
         super().__init__()

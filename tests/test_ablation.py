@@ -198,6 +198,16 @@ def test_a_network_that_knows_the_truth_scores_one(bench):
     assert queries is None
 
 
+@pytest.mark.parametrize("structure", [PER_PIXEL, BIPARTITE])
+def test_more_classes_than_a_byte_holds(structure):
+    names = tuple(f"class {i}" for i in range(300))
+    variant = Variant(structure, 5, 1)
+    network = images.make_network(SCENES, variant, names, ())
+    batches = list(images.validation_batches(SCENES, "semantic", 0))
+    metrics, _ = images.evaluate_images(network, batches, variant, ())
+    assert 0 <= metrics["mIoU"] <= 1
+
+
 def test_class_segments_leave_out_what_is_no_class():
     ids, infos = images.class_segments(torch.tensor([[0, 2], [255, 2]], dtype=torch.uint8), 3)
     assert ids.tolist() == [[0, 2], [255, 2]]

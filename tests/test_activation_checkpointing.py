@@ -41,6 +41,11 @@ MODELS = {
         {"Dinov2Layer", "TransformerDecoderLayer"},
         9,
     ),
+    "efficientnet": (
+        lambda: tiny(backbone="efficientnet-lite0"),
+        {"InvertedResidual", "TransformerDecoderLayer"},
+        19,
+    ),
     "segmenter": (
         lambda: Segmenter(num_classes=CLASSES, dropout=0.1, drop_path=0.3, decoder_heads=2, **VIT),
         {"Block"},

@@ -6,11 +6,13 @@ take no memory. The recorded arguments are then compiled as Triton would special
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -308,6 +310,17 @@ def test_sizes_of_one_and_many_targets(operator, shape, record, tmp_path):
     """Triton makes constants of sizes that are one, as the interpreter does not."""
     for launch in record(operator, shape, torch.float32, "masks"):
         check(launch, 80, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parent.parent / "kernels").glob("*.py")), ids=lambda path: path.stem
+)
+def test_constants_are_normal_float32(path):
+    """Of other ones Triton makes float64, up to 3.6 without turning results back: slow, or no kernel at all."""
+    numbers = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
+    limits = torch.finfo(torch.float32)
+    wrong = [x for x in numbers if isinstance(x, float) and x != 0 and not limits.tiny <= abs(x) <= limits.max]
+    assert wrong == []
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

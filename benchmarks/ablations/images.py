@@ -34,7 +34,6 @@ from fastmask.training.sampler import StepSampler
 SCENES = "composed:scenes"
 TINY = "tiny"  # the preset that the embedded weights fit
 CLASS_WEIGHT = 2.0  # of the demo
-NO_CLASS = 255
 # The class probability of a segment in panoptic results; low, since after a short training few classes are sure.
 PANOPTIC_THRESHOLD = 0.2
 
@@ -110,7 +109,8 @@ def make_network(settings: Settings, variant: Variant, class_names: tuple[str, .
         own = {f.name for f in fields(PerPixelBaselineConfig)} - {"transformer_decoder", "ignore_index"}
         shared = {name: getattr(config, name) for name in own}
         plus = variant.structure != PER_PIXEL
-        network = PerPixelBaseline(PerPixelBaselineConfig(transformer_decoder=plus, **shared), **modules)
+        shared |= {"transformer_decoder": plus, "ignore_index": void_class(config.num_classes)}
+        network = PerPixelBaseline(PerPixelBaselineConfig(**shared), **modules)
     if settings.model == TINY:
         network.backbone.load_state_dict(load_file(WEIGHTS))
     return network.to(memory_format=torch.channels_last)
@@ -127,13 +127,13 @@ def evaluate_images(
     """
     network.eval()
     num_classes = network.config.num_classes
-    tasks: dict[str, dict[str, float]] = {"semantic": {}}
-    queries = None
+    prefixes, queries = {"semantic": ""}, None
     if isinstance(network, MaskFormer):
-        tasks["general"] = {}
+        prefixes["general"] = GENERAL
         queries = QueryClasses(network.config.num_queries, num_classes)
-    prefixes = dict(zip(tasks, ("", GENERAL), strict=False))
-    semantic = {rule: SemanticMetrics(num_classes, boundary_share=None) for rule in prefixes}
+    void = void_class(num_classes)
+    tasks: dict[str, dict[str, float]] = {"semantic": {}, "general": {"ignore_index": void}}
+    semantic = {rule: SemanticMetrics(num_classes, ignore_index=void, boundary_share=None) for rule in prefixes}
     by_class = {rule: PanopticMetrics(num_classes, range(num_classes)) for rule in prefixes}
     panoptic = PanopticMetrics(num_classes, stuff)
     if variant.task == "panoptic":
@@ -159,13 +159,18 @@ def evaluate_images(
 
 def _count(semantic: SemanticMetrics, by_class: PanopticMetrics, labels: list[Tensor], targets: Targets) -> None:
     merged = targets.merged_by_class()
-    classes = merged.class_map(NO_CLASS)
+    classes = merged.class_map(semantic.ignore_index)
     for b, found in enumerate(labels):
         height, width = found.shape
         found = found.cpu()
         semantic.update(found, classes[b, :height, :width])
         segments = merged.segments[b, :height, :width]
         by_class.update(class_segments(found, semantic.num_classes), segments, merged.labels[b])
+
+
+def void_class(num_classes: int) -> int:
+    """The class of void pixels in label maps, outside of 0..K-1."""
+    return max(255, num_classes)
 
 
 def class_segments(labels: Tensor, num_classes: int) -> tuple[Tensor, list[dict[str, int]]]:

@@ -121,9 +121,9 @@ def report(processes: Sequence[Process]) -> int:
             print(f"FAILED {test}: {line['reason']}")
     if total["not run"]:
         print(f"FAILED {total['not run']} tests did not run")
-    if not collected:
-        print("FAILED no tests were collected; see the .out files")
-    return 1 if total["failed"] or total["not run"] or not collected else 0
+    if not total["passed"]:
+        print(f"FAILED none of {len(collected)} tests passed; see the .out files")
+    return 1 if total["failed"] or total["not run"] or not total["passed"] else 0
 
 
 def main() -> int:

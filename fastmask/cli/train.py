@@ -73,7 +73,7 @@ def train(
     strategy: Annotated[str | None, typer.Option(help="With torchrun: ddp or fsdp.", rich_help_panel=MACHINE)] = None,
     activation_checkpointing: Annotated[
         bool | None,
-        typer.Option(help="Less memory for a quarter more time.", rich_help_panel=MACHINE),
+        typer.Option(help="Less memory for a third to a half more time.", rich_help_panel=MACHINE),
     ] = None,
     workers: Annotated[
         int | None, typer.Option(min=0, help="Processes that read images.", rich_help_panel=MACHINE)

@@ -22,14 +22,10 @@ from fastmask.modules.attention import MaskedCrossAttention
 from fastmask.ops.semantic import OPERATOR
 
 METADATA_FILE = "fastmask.json"
-# What open dimensions are traced with, and run with afterwards: fewer and more, multiples and not.
-EXAMPLE_BATCH = 2
-OTHER_BATCHES = (1, 3)
-# The same for the sides of images and the samples of clips, in units of what they are padded to a multiple of.
-EXAMPLE_SIDES = (4.6, 6.7)
-OTHER_SIDES = ((2.1, 9.0), (7.0, 3.4))
-EXAMPLE_SAMPLES = 24.3
-OTHER_SAMPLES = (31.7, 17.0)
+# Batch and sides of what open dimensions are traced with, and of what the program is run with afterwards: fewer and more,
+# multiples and not. Sides are in units of what the network pads them to a multiple of.
+IMAGES = ((2, (4.6, 6.7)), (1, (2.1, 9.0)), (3, (7.0, 3.4)))
+CLIPS = ((2, (24.3,)), (1, (31.7,)), (3, (17.0,)))
 # They pad to whole windows, by arithmetic on the sides that takes minutes to trace and then holds for one size alone.
 FIXED_SIZE_BACKBONES = ("swin", "swinv2", "maskformer-swin", "donut-swin")
 
@@ -69,7 +65,7 @@ def export_program(
     """
     task = check_task(model, task)
     _check_sizes(task, size, batch_size, output_size)
-    _check_open(model, size, batch_size)
+    _check_open(model, task, size, batch_size)
     traced = copy.deepcopy(model).eval().float().requires_grad_(False)
     parameter = next(traced.parameters())
     backend = "reference"
@@ -79,20 +75,11 @@ def export_program(
         if isinstance(module, MaskedCrossAttention):
             module.backend = backend
 
-    def inputs(batch: int, *sides: float) -> Tensor:
-        given = (size,) if isinstance(size, int) else size
-        shape = given or [max(round(side * _unit(traced)), 1) for side in sides]
-        leading = (batch_size or batch,) if task == "events" else (batch_size or batch, len(traced.config.pixel_mean))
-        return torch.rand(*leading, *shape, device=parameter.device)
-
-    example, others = (EXAMPLE_SIDES, OTHER_SIDES)
-    if task == "events":
-        example, others = (EXAMPLE_SAMPLES,), [(samples,) for samples in OTHER_SAMPLES]
+    example, *others = _examples(traced, task, size, batch_size)
     names = open_dims(task, size, batch_size)
-    module = module_of_task(traced, task, output_size, backend).eval()
-    program = _trace(module, inputs(EXAMPLE_BATCH, *example), names)
+    program = _trace(module_of_task(traced, task, output_size, backend).eval(), example, names)
     if names:
-        _check_other_sizes(program, [inputs(b, *sides) for b, sides in zip(OTHER_BATCHES, others, strict=True)], names)
+        _check_other_sizes(program, others, names)
     return program
 
 
@@ -148,7 +135,7 @@ def _check_sizes(task: str, size: Size | int | None, batch_size: int | None, out
         raise ValueError("output_size goes with a size of the images, and with labels or scores")
 
 
-def _check_open(model: PretrainedModel, size: Size | int | None, batch_size: int | None) -> None:
+def _check_open(model: PretrainedModel, task: str, size: Size | int | None, batch_size: int | None) -> None:
     """Refuses what is known not to trace, before minutes of trying."""
     backbone = getattr(getattr(getattr(model, "backbone", None), "config", None), "model_type", None)
     if size is None and backbone in FIXED_SIZE_BACKBONES:
@@ -156,31 +143,41 @@ def _check_open(model: PretrainedModel, size: Size | int | None, batch_size: int
             f"a network with backbone {backbone!r} can be exported for images of one size only, as torch.export traces "
             "its window padding for one size; give size=(height, width)"
         )
-    if size is None and batch_size is None and not hasattr(model.config, "pixel_mean"):
+    if size is None and batch_size is None and task == "events":
         raise ValueError(
             f"a {type(model).__name__} can be exported for any number of clips or for clips of any length, not both, "
             "as torch.export traces its transformer for one of them; give size or batch_size"
         )
 
 
-def _unit(model: PretrainedModel) -> int:
-    """What the network pads the sides of its inputs to a multiple of."""
-    config = model.config
-    for name in ("size_divisibility", "patch_size", "frame_samples"):
-        if hasattr(config, name):
-            return getattr(config, name)
-    raise TypeError(f"{type(model).__name__} does not say what it pads its inputs to")
+def _examples(model: PretrainedModel, task: str, size: Size | int | None, batch_size: int | None) -> list[Tensor]:
+    """What to trace a program with, and what to run it with afterwards."""
+    config, device = model.config, next(model.parameters()).device
+    channels = () if task == "events" else (len(config.pixel_mean),)
+    multiple = next(
+        getattr(config, name) for name in ("size_divisibility", "patch_size", "frame_samples") if hasattr(config, name)
+    )
+    given = (size,) if isinstance(size, int) else size
+    examples = []
+    for batch, sides in CLIPS if task == "events" else IMAGES:
+        shape = given or [max(round(side * multiple), 1) for side in sides]
+        examples.append(torch.zeros(batch_size or batch, *channels, *shape, device=device))
+    return examples
 
 
 def _trace(module: torch.nn.Module, example: Tensor, names: dict[int, str]) -> ExportedProgram:
     # One kernel of attention throughout: each lays its result out in memory in its own way, which views of it follow.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         try:
-            return torch.export.export(module, (example,), dynamic_shapes=(dict.fromkeys(names, Dim.DYNAMIC),))
+            program = torch.export.export(module, (example,), dynamic_shapes=(dict.fromkeys(names, Dim.DYNAMIC),))
         except Exception as error:
             if not names:
                 raise
             raise _not_open(names, error) from error
+    # Questions that Python asked of dtypes, which torch.compile refuses.
+    program.graph.eliminate_dead_code()
+    program.graph_module.recompile()
+    return program
 
 
 def _check_other_sizes(program: ExportedProgram, inputs: list[Tensor], names: dict[int, str]) -> None:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from fastmask.functional._tracing import ceil_div
+
 NAME = "efficientnet-lite0"
 IMAGENET = "imagenet"
 # The weights want pixels of 0..255 minus 127, divided by 128 (the authors' efficientnet_lite_builder.py).
@@ -128,7 +130,7 @@ class ConvNorm(nn.Module):
 
 def _same_padding(side: int, kernel: int, stride: int) -> tuple[int, int]:
     """What to add before and after a side, so that the output has ceil(side / stride)."""
-    total = max(0, (-(-side // stride) - 1) * stride + kernel - side)
+    total = max(0, (ceil_div(side, stride) - 1) * stride + kernel - side)
     return total // 2, total - total // 2
 
 

@@ -1,5 +1,6 @@
 """Training: recipes and optimisers, the step, whole runs, and evaluation."""
 
+from fastmask.training.activation_checkpointing import checkpoint_activations
 from fastmask.training.config import TrainingConfig, make_training_config
 from fastmask.training.evaluation import Evaluation, evaluate
 from fastmask.training.optimizer import (
@@ -19,6 +20,7 @@ __all__ = [
     "Trainer",
     "TrainingConfig",
     "TrainingResult",
+    "checkpoint_activations",
     "clip_gradients",
     "evaluate",
     "learning_rate_factor",

@@ -6,18 +6,20 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from fastmask.models.efficientnet import InvertedResidual
 from fastmask.modules.masked_predictor import MaskedDecoderLayer
 from fastmask.modules.transformer import TransformerDecoderLayer, TransformerEncoderLayer
 from fastmask.modules.vit import Block
 
-LAYERS = (TransformerEncoderLayer, TransformerDecoderLayer, MaskedDecoderLayer, Block)
+LAYERS = (TransformerEncoderLayer, TransformerDecoderLayer, MaskedDecoderLayer, Block, InvertedResidual)
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The transformer layers of our networks and the blocks of other libraries' backbones, none inside another.
+    """The layers of our transformers and backbones and the blocks of other libraries' backbones, none inside another.
 
-    A backbone's blocks are the entries of its outermost ``nn.ModuleList`` of modules, or, where these are stages that
-    hold lists of equal layers themselves, those layers: so ``transformers`` keeps them. Stages of a ResNet are whole.
+    Another library's blocks are the entries of the outermost ``nn.ModuleList`` of its backbone, or, where these are
+    stages that hold lists of equal layers themselves, those layers: so ``transformers`` keeps them. Stages of a ResNet
+    are whole.
     """
     if isinstance(model, LAYERS):
         yield model

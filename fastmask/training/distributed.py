@@ -53,23 +53,24 @@ def setup(device: str | torch.device | None = None) -> Processes:
             local rank. Tensors on GPUs go through NCCL, those on the CPU through Gloo.
 
     Raises:
-        RuntimeError: this machine has fewer GPUs than processes, or the group cannot be formed.
+        ValueError: this machine has fewer GPUs than processes.
+        RuntimeError: the group cannot be formed.
     """
     kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+    if not together() and ("RANK" not in os.environ or "WORLD_SIZE" not in os.environ):
         return Processes(0, 1, 0, kind)
-    rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if kind.type == "cuda":
         if local_rank >= torch.cuda.device_count():
-            raise RuntimeError(
+            raise ValueError(
                 f"process {local_rank} of this machine has no GPU of its own; there are {torch.cuda.device_count()}"
             )
         kind = torch.device("cuda", local_rank)
         torch.cuda.set_device(kind)
-    if not dist.is_initialized():
+    if not together():
         # Flags and objects on the CPU go through Gloo, so that no process waits for its GPU to send them.
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind.type == "cuda" else "gloo", timeout=TIMEOUT)
-    return Processes(rank, dist.get_world_size(), local_rank, kind)
+    return Processes(dist.get_rank(), dist.get_world_size(), local_rank, kind)
 
 
 def cleanup() -> None:

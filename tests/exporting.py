@@ -1,0 +1,80 @@
+"""What the tests of exports share: networks that decide, and how results are compared."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from fastmask.models import (
+    MaskFormer,
+    MaskFormerConfig,
+    PerPixelBaseline,
+    PerPixelBaselineConfig,
+    Segmenter,
+    SegmenterConfig,
+    SoundEventConfig,
+    SoundEventDetector,
+)
+
+CLASSES = 5
+TINY = {"decoder_layers": 1, "hidden_dim": 32, "feedforward_dim": 64, "pixel_decoder_dim": 32, "mask_dim": 16}
+TINY_SWIN = {"embed_dim": 16, "depths": [1, 2, 1, 1], "num_heads": [1, 2, 4, 8], "window_size": 3}
+TINY_RESNET50 = {"embedding_size": 16, "hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 2, 1]}
+SEGMENTER = {"hidden_dim": 32, "feedforward_dim": 64, "encoder_layers": 2, "class_names": list("abcde")}
+# Scores and logits of float32 differ by this much, in terms of their largest: the sums have hundreds of terms.
+ROUNDING = 2e-5
+
+
+def maskformer(**options: object) -> MaskFormer:
+    """A MaskFormer whose queries differ in class and mask, so that results have several classes."""
+    model = MaskFormer(MaskFormerConfig.preset("tiny", CLASSES, **{"num_queries": 7, **TINY, **options}))
+    nn.init.normal_(model.predictor.class_embed.weight)
+    nn.init.normal_(model.predictor.query_embed.weight)
+    nn.init.normal_(model.pixel_decoder.mask_features.weight, std=0.1)
+    return model
+
+
+def per_pixel(**options: object) -> PerPixelBaseline:
+    model = PerPixelBaseline(PerPixelBaselineConfig.preset("tiny", CLASSES, **{**TINY, **options}))
+    nn.init.normal_(model.pixel_decoder.mask_features.weight, std=0.1)
+    return model
+
+
+def segmenter(**options: object) -> Segmenter:
+    return Segmenter(SegmenterConfig.preset("tiny", CLASSES, **{**SEGMENTER, **options}))
+
+
+def sound_detector(**options: object) -> SoundEventDetector:
+    return SoundEventDetector(SoundEventConfig.preset("tiny", CLASSES, **options))
+
+
+def own_operators(program: ExportedProgram) -> set[str]:
+    """fastmask's operators in a program."""
+    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    return {name for name in targets if name.startswith("fastmask")}
+
+
+def whole_image(model: nn.Module) -> dict[str, int]:
+    """The options with which ``predict`` takes images whole."""
+    return {"window": 0} if isinstance(model, Segmenter) else {}
+
+
+def predicted_scores(model: nn.Module, images: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+    """``(B, K, H, W)``."""
+    return torch.stack(model.predict(images, sizes=size, output="scores", **whole_image(model)))
+
+
+def assert_same_scores(actual: Tensor, expected: Tensor) -> None:
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype
+    assert float((actual - expected).abs().max()) <= ROUNDING * float(expected.abs().max())
+
+
+def assert_same_labels(labels: Tensor, model: nn.Module, images: Tensor, size: tuple[int, int] | None = None) -> None:
+    """Labels are those of ``model.predict`` wherever the two best classes differ by more than rounding."""
+    expected = torch.stack(model.predict(images, sizes=size, **whole_image(model)))
+    assert labels.shape == expected.shape and labels.dtype == expected.dtype
+    best = predicted_scores(model, images, size).topk(2, dim=1).values
+    decided = best[:, 0] - best[:, 1] > 2 * ROUNDING * float(best.max())
+    assert float(decided.float().mean()) > 0.9
+    assert torch.equal(labels[decided], expected[decided])
