@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastmask.models import load_model
+from fastmask.models import MaskFormer, MaskFormerConfig, load_model
 from fastmask.training import train
 from fastmask.training.checkpoint import load_newest, remove_temporary, save_checkpoint
 from fastmask.training.random_state import random_state, seed_all, set_random_state
@@ -158,6 +158,16 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
         save_checkpoint(tmp_path, 3, state_of(3))
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002.pt"]
     assert step_of(load_newest(tmp_path)[1]) == 2
+
+
+def test_a_full_disk_leaves_the_network_before(tmp_path):
+    model = MaskFormer(MaskFormerConfig.preset("tiny", 2))
+    model.save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with full_disk(1_000_000), pytest.raises(OSError, match="cannot write .*File too large"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_run_on_a_full_disk_ends_with_an_error_and_can_go_on(tmp_path):

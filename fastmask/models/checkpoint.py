@@ -42,11 +42,19 @@ def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], None]]) -
 
 
 def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
-    """Writes tensors as a safetensors file."""
+    """Writes tensors as a safetensors file.
+
+    Raises:
+        OSError: the file cannot be written, as on a full disk; the message names it.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
-    save_file(tensors, path, metadata={"format": "pt"})
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
