@@ -28,7 +28,7 @@ TOTAL_SECONDS = 530.0
 LEAST_SECONDS = 12.0  # a stage that has less is left out
 KERNEL_BENCHMARKS = ("mask_cost", "mask_loss", "criterion", "semantic", "masked_attention", "assign", "panoptic",
                      "instance", "point_criterion", "mask_head")  # fmt: skip
-# Those that the issues compare with compiled code, which takes a minute to compile.
+# Those whose targets are set against compiled code, which takes a minute to compile.
 COMPILED_BENCHMARKS = ("masked_attention", "mask_cost", "mask_loss", "label_maps", "training_step")
 
 

@@ -20,7 +20,7 @@ NETWORKS = ("R50, B16, 512x512", "Swin-B, B16, 512x512")
 
 @dataclass(frozen=True)
 class Target:
-    """A number that an issue asks for, on an H200.
+    """A number to reach on an H200.
 
     Args:
         measure: "times floor", "ms", "speedup" or "memory" (a share), the last two compared with ``against``.
