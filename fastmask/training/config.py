@@ -124,7 +124,7 @@ def make_training_config(
         recipe: a :class:`Recipe` or the name of one; "" for the recipe of the network's paper.
         model_fields: fields of the network's configuration to set otherwise.
         recipe_fields: fields of the recipe to set otherwise.
-        options: further fields of :class:`TrainingConfig`.
+        options: further fields of :class:`TrainingConfig`; ``task`` is the data set's own if it is not among them.
 
     Raises:
         FileNotFoundError: no data set, or no folder ``pretrained``.
@@ -153,7 +153,7 @@ def make_training_config(
     if not isinstance(recipe, Recipe):
         recipe = Recipe.preset(recipe or default_recipe(network))
     recipe = recipe.replace(**(recipe_fields or {}))
-    return TrainingConfig(str(data), network, recipe, **options)
+    return TrainingConfig(str(data), network, recipe, **{**options, "task": info.task})
 
 
 def default_recipe(model: ModelConfig) -> str:
