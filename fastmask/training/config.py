@@ -141,6 +141,7 @@ def make_training_config(
         folder = model_folder(options["pretrained"])
         network = saved_type(folder).config_class.load(folder / CONFIG_FILE)
         known = {f.name for f in fields(network)}
+        classes["ignore_index"] = info.ignore_index
         network = network.replace(
             num_classes=info.num_classes,
             **{name: value for name, value in classes.items() if name in known},
