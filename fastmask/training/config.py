@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from fastmask.data import open_dataset
+from fastmask.data.open import COMPOSED_SCENES
 from fastmask.data.sample import TASKS
 from fastmask.models.auto import config_from_dict, make_config, model_folder, saved_type
 from fastmask.models.base_config import ImageModelConfig, ModelConfig, PlainConfig, require
@@ -28,7 +30,7 @@ class TrainingConfig(PlainConfig):
     """Everything that decides a run of :func:`fastmask.training.train`, except the machine.
 
     Args:
-        data: the data set's folder, or "composed:scenes".
+        data: the data set's folder, kept as an absolute path, or "composed:scenes".
         model: the network, with the data set's classes; a configuration or what ``to_dict`` of one gives.
         recipe: optimiser, schedule, steps, batch and augmentation; a :class:`Recipe` or what its ``to_dict`` gives.
         kind: the data set's layout, see :func:`fastmask.data.open_dataset`.
@@ -36,7 +38,7 @@ class TrainingConfig(PlainConfig):
         train_split: what to train on.
         val_split: what to evaluate on; "" for no evaluation.
         pretrained: a folder with a network of the same kind to start from; weights of classes start at random where
-            their number differs. "" for none.
+            their number differs; kept as an absolute path. "" for none.
         pretrained_backbone: what the network's constructor takes by this name; "" for none.
         seed: of weights, order, augmentation and dropout; not negative.
         precision: "float32", "bfloat16" or "float16", see :class:`fastmask.training.Trainer`.
@@ -84,6 +86,9 @@ class TrainingConfig(PlainConfig):
                     raise type(error)(f"{name}: {error}") from error
         super().__post_init__()
         require(self.data != "", "data", "''", 'a folder or "composed:scenes"')
+        for name in ("data", "pretrained"):
+            if (path := getattr(self, name)) not in ("", COMPOSED_SCENES):
+                object.__setattr__(self, name, os.path.abspath(path))  # a run may be resumed from another place
         require(self.train_split != "", "train_split", "''", "the name of a split")
         segments = isinstance(self.model, ImageModelConfig)
         require(segments, "model", type(self.model).__name__, "the configuration of a network that segments images")

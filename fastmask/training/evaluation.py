@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastmask.data.sample import DatasetInfo, Sample
 from fastmask.data.transforms import ResizeShortSide
+from fastmask.device import usable_device
 from fastmask.metrics import InstanceMetrics, PanopticMetrics, SemanticMetrics, SoundEventMetrics
 from fastmask.metrics.base import Metrics
 from fastmask.models.base import PretrainedModel
@@ -137,7 +138,7 @@ def evaluate(
     else:
         evaluator = _ImageEvaluator(model, dataset, tasks, options or {}, views, boundary_share)
     if device is not None:
-        model.to(device)
+        model.to(usable_device(device))
     device = next(model.parameters()).device
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if together() else (0, 1)
     resize = None if short_side is None else ResizeShortSide((short_side,), max_side)
