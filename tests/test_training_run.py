@@ -18,6 +18,7 @@ from fastmask.training.checkpoint import load_newest
 from fastmask.training.curves import draw_curves
 from fastmask.training.losses import LossRecord
 from fastmask.training.run_folder import MetricsFile, read_json
+from tests.dataset_trees import instance_tree
 from tests.training_runs import scene_folder, tiny_config
 
 
@@ -283,3 +284,7 @@ def test_void_pixels_count_in_no_loss():
     assert per_pixel_loss(logits, classes, 255) == pytest.approx(
         per_pixel_loss(changed["mask_logits"][0, :, :2], classes, 255).item(), rel=1e-5
     )
+
+
+def test_the_configuration_names_the_task_of_the_data(tmp_path):
+    assert tiny_config(instance_tree(tmp_path), recipe={"steps": 1}).task == "instance"

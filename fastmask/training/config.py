@@ -139,6 +139,7 @@ def make_training_config(
         raise TypeError(f"a TrainingConfig has no {', '.join(unknown)}")
     split = options.get("train_split", "train")
     info = open_dataset(data, split, options.get("kind", "auto"), options.get("task") or None).info
+    options["task"] = info.task  # so that what reads the run's folder knows what it was for
     classes = {"class_names": info.class_names, "stuff_classes": info.stuff_classes}
     if model:
         network = make_config(model, **classes, **(model_fields or {}))

@@ -120,13 +120,18 @@ def evaluate(
         these say; stuff is what the data set calls stuff.
 
     Raises:
-        TypeError: a data set that does not say its classes.
+        TypeError: a data set that does not say its classes, or ``tasks`` that is one string.
         ValueError: a model of another number of classes than the data set, a task or option that model or truth do not
             have, or an argument out of range.
         ImportError: "instance" without pycocotools.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r} is unknown; expected one of {', '.join(PRECISIONS)}")
+    for name, value in (("batch_size", batch_size), ("short_side", short_side), ("max_side", max_side)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if isinstance(tasks, str):
+        raise TypeError(f"tasks must be several names, got {tasks!r}; expected [{tasks!r}]")
     if max_side is not None and short_side is None:
         raise ValueError("max_side goes with short_side")
     model = whole(model)
