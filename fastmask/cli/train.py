@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fastmask.training import TrainingConfig
 
 DATA, NETWORK, RUN, MACHINE = "Data", "Network and recipe", "Run", "Machine"
+WARMUP_PART = 10  # of the steps that --steps asks for, what warm-up takes at most
 
 
 def train(
@@ -34,7 +35,10 @@ def train(
             rich_help_panel=NETWORK,
         ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Of the optimiser.", rich_help_panel=NETWORK)] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of the optimiser; warm-up takes a tenth at most.", rich_help_panel=NETWORK),
+    ] = None,
     batch_size: Annotated[
         int | None,
         typer.Option(min=1, help="Images of a step, on all devices together.", rich_help_panel=NETWORK),
@@ -174,13 +178,17 @@ def _configuration(
             config = config.replace(model=make_training_config(config.data, model, config.recipe, **places).model)
         if recipe:
             config = config.replace(recipe=Recipe.preset(recipe))
-    config = config.replace(recipe=config.recipe.replace(**recipe_fields))
-    return _with_settings(config, settings) if settings else config
+    return _with_settings(config, recipe_fields, settings)
 
 
-def _with_settings(config: TrainingConfig, settings: Sequence[str]) -> TrainingConfig:
-    """The configuration with fields set by their paths; values are JSON, or strings where they are not."""
+def _with_settings(config: TrainingConfig, recipe_fields: Mapping[str, Any], settings: Sequence[str]) -> TrainingConfig:
+    """The configuration with fields of its recipe, and then fields by their paths, set together: what one rules out may
+    be what another allows. Values of settings are JSON, or strings where they are not.
+    """
     values = config.to_dict()
+    values["recipe"] |= recipe_fields
+    if "steps" in recipe_fields:
+        values["recipe"]["warmup_steps"] = min(config.recipe.warmup_steps, recipe_fields["steps"] // WARMUP_PART)
     for setting in settings:
         path, equals, text = setting.partition("=")
         *folders, name = path.split(".")

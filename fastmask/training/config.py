@@ -11,6 +11,7 @@ from typing import Any
 from fastmask.data import open_dataset
 from fastmask.data.open import COMPOSED_SCENES
 from fastmask.data.sample import TASKS
+from fastmask.models import efficientnet
 from fastmask.models.auto import config_from_dict, make_config, model_folder, saved_type
 from fastmask.models.base_config import ImageModelConfig, ModelConfig, PlainConfig, require
 from fastmask.models.checkpoint import CONFIG_FILE
@@ -23,6 +24,7 @@ from fastmask.training.trainer import PRECISIONS
 # micro-batches follow from how many processes there are, and so they may change with these.
 CHANGEABLE = ("accumulate", "workers", "strategy", "activation_checkpointing", "log_every", "eval_every")
 CHANGEABLE += ("checkpoint_every",)
+SMALL_BACKBONES = ("tiny", efficientnet.NAME)
 
 
 @dataclass(frozen=True)
@@ -162,12 +164,17 @@ def make_training_config(
 
 
 def default_recipe(model: ModelConfig) -> str:
-    """The name of the recipe with which a network's paper trains it on ADE20K."""
+    """The name of the recipe with which a network's paper trains it on ADE20K; "finetune" for the small networks that
+    are in no paper.
+    """
+    backbone = getattr(model, "backbone", "")
+    if backbone in SMALL_BACKBONES:
+        return "finetune"
     if isinstance(model, SegmenterConfig):
         return "segmenter-ade20k"
     if getattr(model, "masked_attention", False):
         return "mask2former-ade20k"
-    return "maskformer-ade20k-swin" if getattr(model, "backbone", "").startswith("swin") else "maskformer-ade20k"
+    return "maskformer-ade20k-swin" if backbone.startswith("swin") else "maskformer-ade20k"
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
