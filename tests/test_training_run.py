@@ -37,7 +37,7 @@ def finished(scenes, tmp_path_factory):
 def test_a_run_leaves_everything_that_it_promises(finished):
     folder = finished.folder
     names = {path.name for path in folder.iterdir()}
-    files = {"config.json", "log.txt", "metrics.jsonl", "curves.png", "result.json"}
+    files = {".lock", "config.json", "log.txt", "metrics.jsonl", "curves.png", "result.json"}
     assert names == files | {"checkpoints", "model", "best", "tensorboard"}
     model = load_model(folder)  # the best
     assert model.config.class_names == CLASS_NAMES

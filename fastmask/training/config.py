@@ -24,6 +24,7 @@ from fastmask.training.trainer import PRECISIONS
 # micro-batches follow from how many processes there are, and so they may change with these.
 CHANGEABLE = ("accumulate", "workers", "strategy", "activation_checkpointing", "log_every", "eval_every")
 CHANGEABLE += ("checkpoint_every",)
+WARMUP_PART = 10  # of the steps that are asked for, what warm-up takes at most
 SMALL_BACKBONES = ("tiny", efficientnet.NAME)
 
 
@@ -128,7 +129,7 @@ def make_training_config(
         model: a preset of :func:`fastmask.models.auto.make_config`; "" for the network in the folder ``pretrained``.
         recipe: a :class:`Recipe` or the name of one; "" for the recipe of the network's paper.
         model_fields: fields of the network's configuration to set otherwise.
-        recipe_fields: fields of the recipe to set otherwise.
+        recipe_fields: fields of the recipe to set otherwise; "steps" limit warm-up to a tenth of them.
         options: further fields of :class:`TrainingConfig`.
 
     Raises:
@@ -159,8 +160,15 @@ def make_training_config(
         raise TypeError("model must be given, or pretrained, a folder with a network")
     if not isinstance(recipe, Recipe):
         recipe = Recipe.preset(recipe or default_recipe(network))
-    recipe = recipe.replace(**(recipe_fields or {}))
+    recipe = recipe.replace(**with_short_warmup(recipe, recipe_fields or {}))
     return TrainingConfig(str(data), network, recipe, **options)
+
+
+def with_short_warmup(recipe: Recipe, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Changes to a recipe, in which "steps" alone leave a tenth of them at most to warm-up."""
+    if "steps" not in changes:
+        return dict(changes)
+    return {"warmup_steps": min(recipe.warmup_steps, changes["steps"] // WARMUP_PART), **changes}
 
 
 def default_recipe(model: ModelConfig) -> str:
