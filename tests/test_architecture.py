@@ -28,13 +28,14 @@ ALLOWED = {
     "models": {*LEAVES, "ops", "functional", "modules"},
     "integrations": {*LEAVES, "ops", "functional", "modules", "models"},
     "metrics": {*LEAVES},
-    "training": {*LEAVES, "ops", "functional", "modules", "models", "data", "metrics", "measure"},
-    "prediction": {*LEAVES, "models", "data"},
+    "training": {*LEAVES, "ops", "functional", "modules", "models", "data", "metrics", "measure", "device"},
+    "prediction": {*LEAVES, "models", "data", "device"},
     "export": {*LEAVES, "ops", "functional", "modules", "models"},
     "cli": {*LEAVES, *("ops functional modules models data metrics training prediction export".split())}
-    | {"integrations", "testing", "measure"},
+    | {"integrations", "testing", "measure", "device"},
     "testing": {*LEAVES, "ops"},
     "measure": set(),
+    "device": set(),
 }
 
 

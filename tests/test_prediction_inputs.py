@@ -41,6 +41,8 @@ def test_files_and_folders_in_the_order_given(tmp_path):
 def test_results_of_an_earlier_run_are_no_images(tmp_path):
     touch(tmp_path, "a.jpg", "out/labels/a.png", "outside/a.jpg")
     assert named(tmp_path, tmp_path / "out") == {"a": "a.jpg", "outside/a": "a.jpg"}
+    touch(tmp_path, "outside/labels/a.png", "outside/overlays/a.png")
+    assert named(tmp_path / "outside", tmp_path / "outside") == {"a": "a.jpg"}
 
 
 def test_equal_names_do_not_collide(tmp_path):

@@ -127,7 +127,9 @@ def test_train_resume_and_begin_again(scenes, tmp_path, capsys, monkeypatch):
         (["-o", "run", "--data", "SCENES", *TINY, "--task", "panoptic"], "panoptic"),
         (["-o", "run", "--data", "SCENES", *TINY, "--val-split", "test"], "test"),
         (["-o", "run", "--data", "SCENES", *TINY, "--config", "no.json"], "no.json"),
-        (["-o", "run", "--data", "SCENES", *TINY, "--pretrained", "nothing"], "no folder nothing"),
+        (["-o", "run", "--data", "SCENES", *TINY, "--pretrained", "nothing"], "/nothing"),
+        (["-o", "run", "--data", "SCENES", *TINY, "--device", "gpu"], "device='gpu' cannot be used"),
+        (["-o", "run", "--data", "SCENES", *TINY, "--device", "cuda:99"], "device='cuda:99' cannot be used"),
         (["-o", "run", "--data", "SCENES", *TINY, "--accumulate", "2", "--batch-size", "3"], "accumulate is 2"),
     ],
 )

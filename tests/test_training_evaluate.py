@@ -353,6 +353,12 @@ def test_wrong_arguments_are_named():
         evaluate(model, data, ["panoptic"], flip=True)
     with pytest.raises(ValueError, match="max_side goes with short_side"):
         evaluate(model, data, max_side=9)
+    with pytest.raises(ValueError, match="short_side must be at least 1, got 0"):
+        evaluate(model, data, short_side=0)
+    with pytest.raises(TypeError, match=r"tasks must be several names, got 'semantic'; expected \['semantic'\]"):
+        evaluate(model, data, "semantic")
+    with pytest.raises(ValueError, match="device='gpu' cannot be used"):
+        evaluate(model, data, device="gpu")
 
 
 def test_other_class_names_are_warned_of():

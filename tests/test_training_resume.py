@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from contextlib import contextmanager
 
@@ -13,9 +14,9 @@ from safetensors.torch import load_file
 
 from fastmask.models import load_model
 from fastmask.training import train
-from fastmask.training.run_folder import MetricsFile
+from fastmask.training.run_folder import MetricsFile, RunFolder
 from fastmask.training.trainer import Trainer
-from tests.training_runs import scene_folder, tiny_config
+from tests.training_runs import scene_folder, tiny_config, train_command
 
 MEASURED_ANEW = ("images_per_second", "memory")
 
@@ -191,3 +192,40 @@ def test_a_damaged_checkpoint_is_passed_over(config, uninterrupted, tmp_path, ca
     assert f"{newest} is damaged" in caplog.text
     assert f"continuing from {before}" in caplog.text
     assert_same_run(folder, uninterrupted)
+
+
+def test_resumed_from_another_place_and_with_other_data(scenes, tmp_path, monkeypatch):
+    data = shutil.copytree(scenes, tmp_path / "zwei Szenen, größer")
+    monkeypatch.chdir(tmp_path)
+    config = tiny_config(data.name, steps=2, workers=0, val_split="", checkpoint_every=1)
+    train(config, "run")
+    for path in (tmp_path / "run/result.json", tmp_path / "run/checkpoints/step-00000002.pt"):
+        path.unlink()
+    monkeypatch.chdir("/")
+    for kind in ("images", "annotations"):
+        (data / kind / "train/000.png").rename(tmp_path / f"{kind}.png")
+    with pytest.raises(ValueError, match="has 6 samples to train on; the run began with 7"):
+        train(None, tmp_path / "run", resume=True)
+    for kind in ("images", "annotations"):
+        (tmp_path / f"{kind}.png").rename(data / kind / "train/000.png")
+    train(None, tmp_path / "run", resume=True)
+
+
+def test_two_processes_do_not_train_in_one_folder(config, uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    (tmp_path / "run/result.json").unlink()
+    held = RunFolder(tmp_path / "run")
+    held.lock()
+    other = train_command("-o", tmp_path / "run", "--resume", "--device", "cpu")
+    other.read_until("is in use: another process trains in it")
+    assert other.wait(60) == 1
+    held.close()
+    train(None, tmp_path / "run", resume=True, device="cpu")
+
+
+def test_a_run_that_began_meanwhile_is_left_alone(config, uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    before = (tmp_path / "run/config.json").read_bytes()
+    with pytest.raises(FileExistsError, match="begun meanwhile"):
+        RunFolder(tmp_path / "run").create(config.replace(seed=5))
+    assert (tmp_path / "run/config.json").read_bytes() == before

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from fastmask.data import CLASS_NAMES, STUFF_LABELS, open_dataset
-from fastmask.models import MaskFormer, load_model
-from fastmask.training import TrainingConfig, make_training_config, train
+from fastmask.models import MaskFormer, load_model, make_model
+from fastmask.models.per_pixel import per_pixel_loss
+from fastmask.targets import Targets
+from fastmask.training import Recipe, TrainingConfig, make_training_config, train
 from fastmask.training.checkpoint import load_newest
 from fastmask.training.curves import draw_curves
 from fastmask.training.losses import LossRecord
-from fastmask.training.run_folder import MetricsFile
+from fastmask.training.run_folder import MetricsFile, read_json
+from tests.dataset_trees import instance_tree
 from tests.training_runs import scene_folder, tiny_config
 
 
@@ -33,7 +37,7 @@ def finished(scenes, tmp_path_factory):
 def test_a_run_leaves_everything_that_it_promises(finished):
     folder = finished.folder
     names = {path.name for path in folder.iterdir()}
-    files = {"config.json", "log.txt", "metrics.jsonl", "curves.png", "result.json"}
+    files = {".lock", "config.json", "log.txt", "metrics.jsonl", "curves.png", "result.json"}
     assert names == files | {"checkpoints", "model", "best", "tensorboard"}
     model = load_model(folder)  # the best
     assert model.config.class_names == CLASS_NAMES
@@ -246,3 +250,48 @@ def test_a_wrong_configuration_is_told_by_field(scenes, change, message):
     values = tiny_config(scenes).to_dict()
     with pytest.raises((ValueError, TypeError), match=message):
         TrainingConfig.from_dict({**values, **change})
+
+
+@pytest.mark.parametrize("model", ["tiny", "segmenter-tiny", "per-pixel-tiny"])
+def test_more_classes_than_a_byte_holds(tmp_path, model):
+    for split in ("train", "val"):
+        for folder in ("images", "annotations"):
+            (tmp_path / "data" / folder / split).mkdir(parents=True)
+        rng = np.random.default_rng(0)
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(tmp_path / f"data/images/{split}/a.png")
+        labels = rng.choice(np.array([0, 255, 299, 65535], np.uint16), (64, 64))
+        Image.fromarray(labels).save(tmp_path / f"data/annotations/{split}/a.png")
+    (tmp_path / "data/classes.json").write_text(json.dumps([f"class {k}" for k in range(300)]))
+    recipe = Recipe(steps=1, batch_size=2, crop=(64, 64), short_side=64)
+    train(make_training_config(tmp_path / "data", model, recipe, workers=0), tmp_path / "run", device="cpu")
+    result = read_json(tmp_path / "run/result.json")
+    assert 0 <= result["evaluation"]["pixel_accuracy"] <= 1
+
+
+def test_void_pixels_count_in_no_loss():
+    """What a network says where nothing is labelled changes no loss; of MaskFormer only with the authors' rule."""
+    segments = torch.tensor([0, 1]).repeat_interleave(16).expand(32, 32).clone()
+    segments[:16] = 255
+    targets = Targets.from_segments(segments[None].to(torch.uint8), [torch.tensor([1, 0])], void=255)
+    outputs = {"class_logits": torch.randn(3, 1, 25, 3), "mask_logits": torch.randn(3, 1, 25, 8, 8)}
+    changed = {**outputs, "mask_logits": outputs["mask_logits"].clone()}
+    changed["mask_logits"][..., :3, :] += 5 * torch.randn(3, 1, 25, 3, 8)  # row 3 reaches labelled pixels
+    for ignore in (True, False):
+        criterion = make_model("tiny", 2, ignore_void=ignore).criterion
+        before, after = (sum(criterion(each, targets).values()).item() for each in (outputs, changed))
+        assert (before == pytest.approx(after, rel=1e-5)) == ignore
+    logits = outputs["mask_logits"][0, :, :2]
+    classes = targets.class_map(255)
+    assert per_pixel_loss(logits, classes, 255) == pytest.approx(
+        per_pixel_loss(changed["mask_logits"][0, :, :2], classes, 255).item(), rel=1e-5
+    )
+
+
+def test_runs_of_maskformer_leave_void_out_unless_told_otherwise():
+    assert tiny_config().model.ignore_void
+    config = make_training_config("composed:scenes", "tiny", model_fields={"ignore_void": False})
+    assert not config.model.ignore_void
+
+
+def test_the_configuration_names_the_task_of_the_data(tmp_path):
+    assert tiny_config(instance_tree(tmp_path), recipe={"steps": 1}).task == "instance"

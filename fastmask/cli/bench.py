@@ -46,6 +46,7 @@ def bench(
     import torch
 
     from fastmask import __version__
+    from fastmask.device import usable_device
     from fastmask.models import load_model, make_model
     from fastmask.training.benchmark import benchmark, random_batch
 
@@ -56,7 +57,7 @@ def bench(
     else:
         torch.manual_seed(0)
         network = make_model(model, classes or DEFAULT_CLASSES)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     images, truth = random_batch(network.config.num_classes, size, batch_size, targets)
     rows = benchmark(
         network.to(where),

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from fastmask.training import TrainingConfig
 
 DATA, NETWORK, RUN, MACHINE = "Data", "Network and recipe", "Run", "Machine"
-WARMUP_PART = 10  # of the steps that --steps asks for, what warm-up takes at most
 
 
 def train(
@@ -205,10 +204,10 @@ def _with_settings(config: TrainingConfig, recipe_fields: Mapping[str, Any], set
     """The configuration with fields of its recipe, and then fields by their paths, set together: what one rules out may
     be what another allows. Values of settings are JSON, or strings where they are not.
     """
+    from fastmask.training.config import with_short_warmup
+
     values = config.to_dict()
-    values["recipe"] |= recipe_fields
-    if "steps" in recipe_fields:
-        values["recipe"]["warmup_steps"] = min(config.recipe.warmup_steps, recipe_fields["steps"] // WARMUP_PART)
+    values["recipe"] |= with_short_warmup(config.recipe, recipe_fields)
     for setting in settings:
         path, equals, text = setting.partition("=")
         *folders, name = path.split(".")

@@ -33,9 +33,10 @@ def matches(root: Path) -> bool:
 def open_folder(root: Path, split: str, task: str | None = None) -> LabelMapDataset:
     """Images and label maps of the same names, with a list of classes; CamVid comes in this form.
 
-    ``classes.json`` is a list of class names, or {"classes": [...], "void": a value or a list of values (255),
-    "stuff": [names], "palette": [[r, g, b], ...]}, of which only "classes" must be there. A pixel of a label map, a PNG
-    of one channel, holds the index of its class or a void value. Folders within the folders may have any names.
+    ``classes.json`` is a list of class names, or {"classes": [...], "void": a value or a list of values, "stuff":
+    [names], "palette": [[r, g, b], ...]}, of which only "classes" must be there. A pixel of a label map, a PNG of one
+    channel, holds the index of its class or a void value: 255 by default, 65535 beyond 255 classes. Folders within the
+    folders may have any names.
 
     Args:
         root: has ``images``, ``annotations`` and ``classes.json``.
@@ -61,7 +62,8 @@ def _read_classes(path: Path) -> tuple[DatasetInfo, np.ndarray]:
     unknown = set(content) - {"classes", "void", "stuff", "palette"}
     if unknown:
         raise ValueError(f'{path}: unknown key {sorted(unknown)[0]!r}; expected "classes", "void", "stuff", "palette"')
-    void = content.get("void", VOID_VALUE)
+    ignore_index = VOID_VALUE if len(names) <= VOID_VALUE else MAX_LABEL
+    void = content.get("void", ignore_index)
     void = void if isinstance(void, list) else [void]
     if not all(isinstance(value, int) and len(names) <= value <= MAX_LABEL for value in void):
         raise ValueError(f'{path}: "void" is {void}; expected values in {len(names)}..{MAX_LABEL}, which are no class')
@@ -74,7 +76,6 @@ def _read_classes(path: Path) -> tuple[DatasetInfo, np.ndarray]:
             distinct_colours(len(names)) if palette is None else tuple((int(r), int(g), int(b)) for r, g, b in palette)
         )
         stuff_classes = tuple(map(names.index, stuff))
-        ignore_index = VOID_VALUE if len(names) <= VOID_VALUE else MAX_LABEL
         info = DatasetInfo(tuple(names), "semantic", stuff_classes, colours, ignore_index)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error

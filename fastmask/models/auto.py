@@ -25,6 +25,7 @@ MODELS: dict[str, type[PretrainedModel]] = {
 # What a run of training leaves in its folder, the better one first.
 SAVED_IN_RUN = ("best", "model")
 DEFAULT_FAMILY = "maskformer"
+LARGEST_BYTE = 255
 # Each family's presets by their own names; those that other families have too go by the family's name and their own.
 FAMILIES = {
     DEFAULT_FAMILY: (MaskFormer, config.PRESETS),
@@ -77,6 +78,8 @@ def make_config(
     if "stuff_classes" in known:
         overrides["stuff_classes"] = tuple(stuff_classes)
     num_classes = len(class_names) if num_classes is None else num_classes
+    if "ignore_index" in known and num_classes > LARGEST_BYTE:
+        overrides.setdefault("ignore_index", -1)  # the default, 255, is a class
     return model.config_class.preset(own_name, num_classes, class_names=tuple(class_names), **overrides)
 
 

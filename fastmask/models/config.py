@@ -45,6 +45,8 @@ class MaskFormerConfig(PixelDecoderConfig):
         dice_cost: weight of the dice term in the matching cost.
         focal_alpha: alpha of the focal loss and cost.
         focal_gamma: gamma of the focal loss and cost.
+        ignore_void: unlabelled pixels, and the padding of images, count in no mask loss and no matching cost; otherwise
+            they are background of every mask, as in the authors' code. :mod:`fastmask.training` sets it.
         stuff_classes: the classes whose regions panoptic inference merges; all others are things.
         class_names: one name for each class, or empty.
         size_divisibility: images are padded at the bottom and right to a multiple of this.
@@ -82,6 +84,7 @@ class MaskFormerConfig(PixelDecoderConfig):
     dice_cost: float = 1.0
     focal_alpha: float = 0.25
     focal_gamma: float = 2.0
+    ignore_void: bool = False
     stuff_classes: tuple[int, ...] = ()
     class_names: tuple[str, ...] = ()
     size_divisibility: int = 32

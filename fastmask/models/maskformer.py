@@ -252,7 +252,7 @@ def _make_criterion(config: MaskFormerConfig) -> SetCriterion:
 
 
 def _make_matcher(config: MaskFormerConfig) -> Matcher:
-    focal = {"alpha": config.focal_alpha, "gamma": config.focal_gamma}
+    terms = {"alpha": config.focal_alpha, "gamma": config.focal_gamma, "ignore_void": config.ignore_void}
     if config.matching == "fixed":
-        return FixedMatcher(**focal)
-    return HungarianMatcher(config.class_cost, config.mask_cost, config.dice_cost, **focal)
+        return FixedMatcher(**terms)
+    return HungarianMatcher(config.class_cost, config.mask_cost, config.dice_cost, **terms)

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from fastmask.data.files import IMAGE_SUFFIXES
 
+RESULT_FOLDERS = ("labels", "overlays", "panoptic")
+
 
 class ImageFile(NamedTuple):
     """An image to predict.
@@ -37,13 +39,14 @@ def find_images(images: str | Path | Iterable[str | Path], output: str | Path | 
     Args:
         images: a file, a folder or several. Of a folder, the files of known suffixes at any depth count, but no hidden
             ones. A file given by name may have any suffix.
-        output: a folder whose files are no images.
+        output: a folder whose files are no images; if it is one of the given folders or around them, only what stands
+            in its ``RESULT_FOLDERS`` is none.
 
     Raises:
         FileNotFoundError: a file or folder that is not there, or no image at all.
     """
     given = [images] if isinstance(images, str | Path) else list(images)
-    excluded = None if output is None else Path(output).resolve()
+    excluded = set() if output is None else {Path(output, name).resolve() for name in ("", *RESULT_FOLDERS)}
     # By their absolute paths, which hold no "..": names must not lead out of the output folder.
     found: dict[str, tuple[Path, str]] = {}
     for path in map(Path, given):
@@ -64,11 +67,11 @@ def find_images(images: str | Path | Iterable[str | Path], output: str | Path | 
     return list(map(ImageFile, files, names, file_names, _image_ids(names)))
 
 
-def _files_below(folder: Path, excluded: Path | None) -> list[Path]:
+def _files_below(folder: Path, excluded: set[Path]) -> list[Path]:
     files = []
     for parent, folders, names in os.walk(folder):
         place = Path(parent)
-        folders[:] = [n for n in folders if not n.startswith(".") and (place / n).resolve() != excluded]
+        folders[:] = [n for n in folders if not n.startswith(".") and (place / n).resolve() not in excluded]
         files += [
             place / n for n in names if not n.startswith(".") and os.path.splitext(n)[1].lower() in IMAGE_SUFFIXES
         ]

@@ -19,11 +19,11 @@ from fastmask.data import DatasetInfo
 from fastmask.data.coco_instances import draw
 from fastmask.data.files import MAX_LABEL
 from fastmask.models.checkpoint import replace_files
-from fastmask.prediction.inputs import ImageFile
+from fastmask.prediction.inputs import RESULT_FOLDERS, ImageFile
 from fastmask.prediction.overlay import SegmentMap, draw_overlay
 from fastmask.prediction.records import RecordFile
 
-LABELS, OVERLAYS, PANOPTIC = "labels", "overlays", "panoptic"
+LABELS, OVERLAYS, PANOPTIC = RESULT_FOLDERS
 CLASSES_FILE = "classes.json"
 IMAGES_FILE = "images.json"
 PANOPTIC_FILE = "panoptic.json"

@@ -17,6 +17,7 @@ from fastmask.data.files import reading
 from fastmask.data.palette import distinct_colours
 from fastmask.data.pictures import decode_picture
 from fastmask.data.sample import VOID
+from fastmask.device import usable_device
 from fastmask.models import MaskFormer, PerPixelBaseline, Segmenter
 from fastmask.models.auto import load_model, task_of_run
 from fastmask.models.base import SegmentationModel
@@ -167,7 +168,7 @@ def predict(
         what = f"{existing[0]} exists" if len(existing) == 1 else f"{existing[0]} and {len(existing) - 1} more exist"
         raise FileExistsError(f"{what} already; overwrite replaces them")
     if device is not None:
-        model.to(device)
+        model.to(usable_device(device))
     failures: list[tuple[Path, str]] = []
     start = time.perf_counter()
     with outputs, _Bar(len(files), progress) as bar:

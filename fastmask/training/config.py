@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from fastmask.data import open_dataset
+from fastmask.data.open import COMPOSED_SCENES
 from fastmask.data.sample import TASKS
 from fastmask.models import efficientnet
 from fastmask.models.auto import config_from_dict, make_config, model_folder, saved_type
 from fastmask.models.base_config import ImageModelConfig, ModelConfig, PlainConfig, require
 from fastmask.models.checkpoint import CONFIG_FILE
+from fastmask.models.config import MaskFormerConfig
 from fastmask.models.segmenter_config import SegmenterConfig
 from fastmask.training.distributed import STRATEGIES
 from fastmask.training.recipe import Recipe
@@ -22,6 +25,7 @@ from fastmask.training.trainer import PRECISIONS
 # micro-batches follow from how many processes there are, and so they may change with these.
 CHANGEABLE = ("accumulate", "workers", "strategy", "activation_checkpointing", "log_every", "eval_every")
 CHANGEABLE += ("checkpoint_every",)
+WARMUP_PART = 10  # of the steps that are asked for, what warm-up takes at most
 SMALL_BACKBONES = ("tiny", efficientnet.NAME)
 
 
@@ -30,7 +34,7 @@ class TrainingConfig(PlainConfig):
     """Everything that decides a run of :func:`fastmask.training.train`, except the machine.
 
     Args:
-        data: the data set's folder, or "composed:scenes".
+        data: the data set's folder, kept as an absolute path, or "composed:scenes".
         model: the network, with the data set's classes; a configuration or what ``to_dict`` of one gives.
         recipe: optimiser, schedule, steps, batch and augmentation; a :class:`Recipe` or what its ``to_dict`` gives.
         kind: the data set's layout, see :func:`fastmask.data.open_dataset`.
@@ -38,7 +42,7 @@ class TrainingConfig(PlainConfig):
         train_split: what to train on.
         val_split: what to evaluate on; "" for no evaluation.
         pretrained: a folder with a network of the same kind to start from; weights of classes start at random where
-            their number differs. "" for none.
+            their number differs; kept as an absolute path. "" for none.
         pretrained_backbone: what the network's constructor takes by this name; "" for none.
         seed: of weights, order, augmentation and dropout; not negative.
         precision: "float32", "bfloat16" or "float16", see :class:`fastmask.training.Trainer`.
@@ -86,6 +90,9 @@ class TrainingConfig(PlainConfig):
                     raise type(error)(f"{name}: {error}") from error
         super().__post_init__()
         require(self.data != "", "data", "''", 'a folder or "composed:scenes"')
+        for name in ("data", "pretrained"):
+            if (path := getattr(self, name)) not in ("", COMPOSED_SCENES):
+                object.__setattr__(self, name, os.path.abspath(path))  # a run may be resumed from another place
         require(self.train_split != "", "train_split", "''", "the name of a split")
         segments = isinstance(self.model, ImageModelConfig)
         require(segments, "model", type(self.model).__name__, "the configuration of a network that segments images")
@@ -116,14 +123,16 @@ def make_training_config(
     recipe_fields: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> TrainingConfig:
-    """A configuration from a data set, whose classes become the network's, and from the names of presets.
+    """A configuration from a data set, whose classes become the network's, and from the names of presets. Pixels
+    without a label count in no loss; MaskFormer's authors have them as background of every mask, for which
+    ``model_fields`` is {"ignore_void": False}.
 
     Args:
         data: as for :class:`TrainingConfig`.
         model: a preset of :func:`fastmask.models.auto.make_config`; "" for the network in the folder ``pretrained``.
         recipe: a :class:`Recipe` or the name of one; "" for the recipe of the network's paper.
         model_fields: fields of the network's configuration to set otherwise.
-        recipe_fields: fields of the recipe to set otherwise.
+        recipe_fields: fields of the recipe to set otherwise; "steps" limit warm-up to a tenth of them.
         options: further fields of :class:`TrainingConfig`; ``task`` is the data set's own if it is not among them.
 
     Raises:
@@ -136,6 +145,7 @@ def make_training_config(
         raise TypeError(f"a TrainingConfig has no {', '.join(unknown)}")
     split = options.get("train_split", "train")
     info = open_dataset(data, split, options.get("kind", "auto"), options.get("task") or None).info
+    options["task"] = info.task  # so that what reads the run's folder knows what it was for
     classes = {"class_names": info.class_names, "stuff_classes": info.stuff_classes}
     if model:
         network = make_config(model, **classes, **(model_fields or {}))
@@ -143,6 +153,7 @@ def make_training_config(
         folder = model_folder(options["pretrained"])
         network = saved_type(folder).config_class.load(folder / CONFIG_FILE)
         known = {f.name for f in fields(network)}
+        classes["ignore_index"] = info.ignore_index
         network = network.replace(
             num_classes=info.num_classes,
             **{name: value for name, value in classes.items() if name in known},
@@ -150,10 +161,19 @@ def make_training_config(
         )
     else:
         raise TypeError("model must be given, or pretrained, a folder with a network")
+    if isinstance(network, MaskFormerConfig) and "ignore_void" not in (model_fields or {}):
+        network = network.replace(ignore_void=True)  # what is not labelled teaches nothing
     if not isinstance(recipe, Recipe):
         recipe = Recipe.preset(recipe or default_recipe(network))
-    recipe = recipe.replace(**(recipe_fields or {}))
-    return TrainingConfig(str(data), network, recipe, **{**options, "task": info.task})
+    recipe = recipe.replace(**with_short_warmup(recipe, recipe_fields or {}))
+    return TrainingConfig(str(data), network, recipe, **options)
+
+
+def with_short_warmup(recipe: Recipe, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Changes to a recipe, in which "steps" alone leave a tenth of them at most to warm-up."""
+    if "steps" not in changes:
+        return dict(changes)
+    return {"warmup_steps": min(recipe.warmup_steps, changes["steps"] // WARMUP_PART), **changes}
 
 
 def default_recipe(model: ModelConfig) -> str:

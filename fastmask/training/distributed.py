@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from fastmask.device import usable_device
 from fastmask.training.blocks import blocks
 
 STRATEGIES = ("ddp", "fsdp")
@@ -53,10 +54,10 @@ def setup(device: str | torch.device | None = None) -> Processes:
             local rank. Tensors on GPUs go through NCCL, those on the CPU through Gloo.
 
     Raises:
-        ValueError: this machine has fewer GPUs than processes.
+        ValueError: this machine has no such device, or fewer GPUs than processes.
         RuntimeError: the group cannot be formed.
     """
-    kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    kind = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if not together() and ("RANK" not in os.environ or "WORLD_SIZE" not in os.environ):
         return Processes(0, 1, 0, kind)
     local_rank = int(os.environ.get("LOCAL_RANK", 0))

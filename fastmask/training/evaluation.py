@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastmask.data.sample import DatasetInfo, Sample
 from fastmask.data.transforms import ResizeShortSide
+from fastmask.device import usable_device
 from fastmask.metrics import InstanceMetrics, PanopticMetrics, SemanticMetrics, SoundEventMetrics
 from fastmask.metrics.base import Metrics
 from fastmask.models.base import PretrainedModel
@@ -119,13 +120,18 @@ def evaluate(
         these say; stuff is what the data set calls stuff.
 
     Raises:
-        TypeError: a data set that does not say its classes.
+        TypeError: a data set that does not say its classes, or ``tasks`` that is one string.
         ValueError: a model of another number of classes than the data set, a task or option that model or truth do not
             have, or an argument out of range.
         ImportError: "instance" without pycocotools.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r} is unknown; expected one of {', '.join(PRECISIONS)}")
+    for name, value in (("batch_size", batch_size), ("short_side", short_side), ("max_side", max_side)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if isinstance(tasks, str):
+        raise TypeError(f"tasks must be several names, got {tasks!r}; expected [{tasks!r}]")
     if max_side is not None and short_side is None:
         raise ValueError("max_side goes with short_side")
     model = whole(model)
@@ -137,7 +143,7 @@ def evaluate(
     else:
         evaluator = _ImageEvaluator(model, dataset, tasks, options or {}, views, boundary_share)
     if device is not None:
-        model.to(device)
+        model.to(usable_device(device))
     device = next(model.parameters()).device
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if together() else (0, 1)
     resize = None if short_side is None else ResizeShortSide((short_side,), max_side)

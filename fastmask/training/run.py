@@ -84,10 +84,10 @@ def train(
         device: "cpu" or "cuda"; CUDA by default where there is any.
 
     Raises:
-        FileExistsError: the folder is not empty, without ``resume``.
+        FileExistsError: the folder is not empty, without ``resume``; another process trains in it.
         FileNotFoundError: no data set or split; with ``resume``, no run.
         ValueError: broken files in the data set, each named; classes that differ between splits, data set and network;
-            another configuration than that of the run to resume; no checkpoint of it is whole.
+            another configuration or number of samples than that of the run to resume; no checkpoint of it is whole.
         FloatingPointError: a loss is not finite. The checkpoints are from before.
         OSError: a file cannot be written. The checkpoints from before are whole.
         KeyboardInterrupt, SystemExit: after Ctrl-C and SIGTERM, with everything saved.
@@ -97,7 +97,7 @@ def train(
     had_group = together()
     processes = setup(device)
     folder = RunFolder(output)
-    with RunLog(processes.is_main) as log:
+    with RunLog(processes.is_main) as log, closing(folder):
         if resume:
             config = in_main(lambda: folder.reopen(config))
         else:
@@ -105,6 +105,8 @@ def train(
         if resume and folder.result.is_file():
             log.say(f"this run has finished: {folder.model}")
         else:
+            if resume:
+                in_main(folder.lock)
             _Run(config, folder, log, processes, resume).complete()
         result = in_main(partial(_result, folder))
     if not had_group:
@@ -304,10 +306,16 @@ class _Run:
             "trainer": trainer.state_dict(),
             "random": random,
             "losses": self.losses.values,
+            "samples": len(self.train_set),
         }
         in_main(lambda: save_checkpoint(self.folder.checkpoints, trainer.steps, state))
 
     def _restore(self, state: dict[str, Any]) -> list[dict[str, float]]:
+        samples = state.get("samples", len(self.train_set))
+        if samples != len(self.train_set):
+            raise ValueError(
+                f"{self.config.data} has {len(self.train_set)} samples to train on; the run began with {samples}"
+            )
         self.trainer.load_state_dict(state["trainer"])
         rank, steps = self.processes.rank, self.trainer.steps
         if rank < len(state["random"]):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fastmask.models.checkpoint import CONFIG_FILE
 from fastmask.training.checkpoint import remove_temporary
@@ -28,6 +29,8 @@ class RunFolder:
         result: result.json, written when everything is done.
         log, curves, tensorboard: for the eye.
     """
+
+    _lock: BinaryIO | None = None
 
     def __init__(self, root: str | Path):
         self.root = Path(root)
@@ -56,8 +59,15 @@ class RunFolder:
             raise FileExistsError(f"{self.root} exists already and is not empty; choose another folder")
 
     def create(self, config: TrainingConfig) -> None:
-        """Makes the folder, with the configuration in it."""
+        """Makes the folder, with the configuration in it.
+
+        Raises:
+            FileExistsError: another process has begun a run in it.
+        """
         self.root.mkdir(parents=True, exist_ok=True)
+        self.lock()
+        if self.config.is_file():
+            raise FileExistsError(f"{self.root} holds a run already, which has begun meanwhile")
         write_json(self.config, config.to_dict())
 
     def reopen(self, config: TrainingConfig | None) -> TrainingConfig:
@@ -81,6 +91,29 @@ class RunFolder:
                 "Resume without these, or train into another folder"
             )
         return config
+
+    def lock(self) -> None:
+        """Keeps other processes from training in this folder for as long as this one lives, or until ``close``.
+
+        Raises:
+            FileExistsError: another process trains in it.
+        """
+        # Of all kinds of lock this one is not inherited by the processes that read data, which may live a bit longer.
+        file = (self.root / ".lock").open("ab")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.close()
+            raise FileExistsError(f"{self.root} is in use: another process trains in it") from None
+        except OSError:
+            pass  # a file system without locks
+        self._lock = file
+
+    def close(self) -> None:
+        """Lets others train in this folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def clean(self) -> None:
         """Deletes what killed processes left half-written."""
