@@ -20,15 +20,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.processes import run_limited
+from benchmarks.gpu.processes import ROOT, run_limited
 from benchmarks.gpu.summary import END_TO_END, read_json, write_summary
 
-ROOT = Path(__file__).resolve().parents[2]
 TOTAL_SECONDS = 530.0
 LEAST_SECONDS = 12.0  # a stage that has less is left out
 KERNEL_BENCHMARKS = ("mask_cost", "mask_loss", "criterion", "semantic", "masked_attention", "assign", "panoptic",
                      "instance", "point_criterion", "mask_head")  # fmt: skip
-# Those that the issues compare with compiled code, which takes a minute to compile.
+# Those with a target against compiled code, which takes a minute to compile.
 COMPILED_BENCHMARKS = ("masked_attention", "mask_cost", "mask_loss", "label_maps", "training_step")
 
 
