@@ -126,7 +126,7 @@ def benchmarks(run: Run, seconds: float, operations: Sequence[str], *options: st
 
 
 def kernel_benchmarks(run: Run, seconds: float) -> Command:
-    operations = ("mask_cost", "assign") if run.quick else KERNEL_BENCHMARKS
+    operations = ("assign",) if run.quick else KERNEL_BENCHMARKS
     return benchmarks(run, seconds, operations, "--budget", "0.1" if run.quick else "1.5", "--no-compiled")
 
 
