@@ -66,12 +66,26 @@ def test_options_become_the_configuration(scenes, tmp_path, asked):
         ("maskformer-r50", "maskformer-ade20k"),
         ("maskformer-swin-tiny", "maskformer-ade20k-swin"),
         ("segmenter-tiny", "segmenter-ade20k"),
+        ("tiny", "finetune"),
+        ("maskformer-efficientnet-lite0", "finetune"),
     ],
 )
 def test_every_network_has_the_recipe_of_its_paper(scenes, tmp_path, asked, model, preset):
     invoke("--data", scenes, "-o", tmp_path, "--model", model)
     invoke("--data", scenes, "-o", tmp_path, "--model", model, "--recipe", "maskformer-cityscapes")
     assert [call[0].recipe for call in asked] == [Recipe.preset(preset), Recipe.preset("maskformer-cityscapes")]
+
+
+def test_a_short_run_has_a_short_warmup_unless_it_is_set(scenes, tmp_path, asked):
+    options = ["--data", scenes, "-o", tmp_path, "--model", "maskformer-swin-tiny"]
+    invoke(*options, "--steps", "100")
+    invoke(*options, "--steps", "100", "--set", "recipe.warmup_steps=30")
+    invoke(*options, "--steps", "90000")
+    assert [(call[0].recipe.steps, call[0].recipe.warmup_steps) for call in asked] == [
+        (100, 10),
+        (100, 30),
+        (90_000, 1500),
+    ]
 
 
 def test_options_override_a_file(scenes, tmp_path, asked):

@@ -153,10 +153,11 @@ def test_other_networks(scenes, tmp_path, model):
         scenes,
         model,
         model_fields=fields,
-        recipe_fields={"steps": 2, "batch_size": 2, "crop": (32, 32), "short_side": 64},
+        recipe_fields={"steps": 2, "warmup_steps": 0, "batch_size": 2, "crop": (32, 32), "short_side": 64},
         workers=0,
     )
     assert config.recipe.optimizer == ("sgd" if model == "segmenter-tiny" else "adamw")
+    assert config.task == "semantic"
     assert "mIoU" in train(config, tmp_path / "run").evaluation
 
 

@@ -36,9 +36,11 @@ def bench(
 ) -> None:
     """Time a model on this machine, with fastmask's kernels and with the PyTorch reference in turn.
 
-    A training step with its parts, and predictions from images to results, on noise with random targets. Memory is what
-    PyTorch's allocator handed out; the JSON file also has the growth of the process. Single operators against the
-    field's other implementations are measured by benchmarks/run.py of the repository.
+    A training step with its parts, and predictions from images to results, on
+    noise with random targets. Memory is what PyTorch's allocator handed out;
+    the JSON file also has the growth of the process. Single operators against
+    the field's other implementations are measured by benchmarks/run.py of the
+    repository.
     """
     import sys
 

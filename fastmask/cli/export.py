@@ -30,7 +30,12 @@ def export(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")] = False,
 ) -> None:
-    """Export a model, from images to labels, to run without its Python code."""
+    """Export a model, from images to labels, to run without its Python code.
+
+    The program takes RGB images as float32 (B, 3, H, W) in 0..1, normalises and
+    pads them itself, and gives labels (B, H, W). An ONNX file holds standard
+    operators only and names the classes in its metadata.
+    """
     from fastmask.export import export_onnx, export_pt2
     from fastmask.models import load_model
 

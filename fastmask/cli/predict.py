@@ -32,7 +32,10 @@ def predict(
     images: Annotated[list[Path], typer.Argument(help="Images, and folders of images.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write to.")],
     task: Annotated[
-        str, typer.Option(help="semantic, general, panoptic or instance; by default what the model was made for.")
+        str,
+        typer.Option(
+            help="semantic, general (each pixel to one query), panoptic or instance; by default what the run was for."
+        ),
     ] = "",
     data: Annotated[
         str, typer.Option(help="A data set, whose names, colours and category ids the results are to have.")

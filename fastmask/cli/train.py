@@ -13,19 +13,30 @@ if TYPE_CHECKING:
     from fastmask.training import TrainingConfig
 
 DATA, NETWORK, RUN, MACHINE = "Data", "Network and recipe", "Run", "Machine"
+WARMUP_PART = 10  # of the steps that --steps asks for, what warm-up takes at most
 
 
 def train(
     output: Annotated[Path, typer.Option("--output", "-o", help="The run's folder.", rich_help_panel=RUN)],
-    data: Annotated[str, typer.Option(help="The data set: its folder, or composed:scenes.", rich_help_panel=DATA)] = "",
+    data: Annotated[
+        str,
+        typer.Option(help="The data set: its folder, or composed:scenes. Needed to begin a run.", rich_help_panel=DATA),
+    ] = "",
     model: Annotated[
-        str, typer.Option(help="A network by name, such as maskformer-swin-tiny.", rich_help_panel=NETWORK)
+        str,
+        typer.Option(
+            help="A network by name, such as maskformer-swin-tiny; an unknown one lists all.", rich_help_panel=NETWORK
+        ),
     ] = "",
     recipe: Annotated[
-        str, typer.Option(help="A recipe by name; that of the network's paper.", rich_help_panel=NETWORK)
+        str,
+        typer.Option(
+            help="A recipe by name; an unknown one lists all. By default that of the network's paper, or finetune.",
+            rich_help_panel=NETWORK,
+        ),
     ] = "",
     pretrained: Annotated[
-        str | None, typer.Option(help="The folder of a network to start from.", rich_help_panel=NETWORK)
+        str | None, typer.Option(help="The folder of a network to start from, or of a run.", rich_help_panel=NETWORK)
     ] = None,
     pretrained_backbone: Annotated[
         str | None,
@@ -34,15 +45,22 @@ def train(
             rich_help_panel=NETWORK,
         ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Of the optimiser.", rich_help_panel=NETWORK)] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Of the optimiser, by default as the recipe says; warm-up takes a tenth at most.",
+            rich_help_panel=NETWORK,
+        ),
+    ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Images of a step, on all devices together.", rich_help_panel=NETWORK),
+        typer.Option(min=1, help="Images of a step, on all devices together; the recipe's.", rich_help_panel=NETWORK),
     ] = None,
-    lr: Annotated[float | None, typer.Option(help="The learning rate.", rich_help_panel=NETWORK)] = None,
+    lr: Annotated[float | None, typer.Option(help="The learning rate; the recipe's.", rich_help_panel=NETWORK)] = None,
     crop: Annotated[
         tuple[int, int] | None,
-        typer.Option(help="Height and width of training images, in pixels.", rich_help_panel=NETWORK),
+        typer.Option(help="Height and width of training images, in pixels; the recipe's.", rich_help_panel=NETWORK),
     ] = None,
     short_side: Annotated[
         int | None,
@@ -52,7 +70,7 @@ def train(
     ] = None,
     task: Annotated[
         str | None,
-        typer.Option(help="semantic, panoptic or instance; the data set's own.", rich_help_panel=DATA),
+        typer.Option(help="semantic, panoptic or instance; by default the data set's own.", rich_help_panel=DATA),
     ] = None,
     kind: Annotated[
         str | None, typer.Option(help="The data set's layout; found out by default.", rich_help_panel=DATA)
@@ -62,31 +80,37 @@ def train(
         str | None, typer.Option(help='What to evaluate on (val); "" for nothing.', rich_help_panel=DATA)
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Of weights, order, augmentation.", rich_help_panel=RUN)
+        int | None, typer.Option(min=0, help="Of weights, order and augmentation (0).", rich_help_panel=RUN)
     ] = None,
     precision: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16.", rich_help_panel=MACHINE)
+        str | None, typer.Option(help="float32 (the default), bfloat16 or float16.", rich_help_panel=MACHINE)
     ] = None,
     accumulate: Annotated[
-        int | None, typer.Option(min=1, help="Parts of a step's batch, one after the other.", rich_help_panel=MACHINE)
+        int | None,
+        typer.Option(min=1, help="Parts of a step's batch, one after the other (1).", rich_help_panel=MACHINE),
     ] = None,
-    strategy: Annotated[str | None, typer.Option(help="With torchrun: ddp or fsdp.", rich_help_panel=MACHINE)] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help="With torchrun: ddp (the default) or fsdp.", rich_help_panel=MACHINE)
+    ] = None,
     activation_checkpointing: Annotated[
         bool | None,
         typer.Option(help="Less memory for a third to a half more time.", rich_help_panel=MACHINE),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=0, help="Processes that read images.", rich_help_panel=MACHINE)
+        int | None, typer.Option(min=0, help="Processes that read images (2).", rich_help_panel=MACHINE)
     ] = None,
     device: Annotated[
-        str, typer.Option(help="cpu or cuda; a GPU by default if there is one.", rich_help_panel=MACHINE)
+        str, typer.Option(help="Such as cpu; a GPU by default if there is one.", rich_help_panel=MACHINE)
     ] = "",
-    log_every: Annotated[int | None, typer.Option(min=1, help="Steps between two lines.", rich_help_panel=RUN)] = None,
+    log_every: Annotated[
+        int | None, typer.Option(min=1, help="Steps between two lines of the log (20).", rich_help_panel=RUN)
+    ] = None,
     eval_every: Annotated[
-        int | None, typer.Option(min=0, help="Steps between two evaluations; 0 for the end alone.", rich_help_panel=RUN)
+        int | None,
+        typer.Option(min=0, help="Steps between two evaluations (1000); 0 for the end alone.", rich_help_panel=RUN),
     ] = None,
     checkpoint_every: Annotated[
-        int | None, typer.Option(min=1, help="Steps between two checkpoints.", rich_help_panel=RUN)
+        int | None, typer.Option(min=1, help="Steps between two checkpoints (500).", rich_help_panel=RUN)
     ] = None,
     config: Annotated[
         Path | None,
@@ -174,13 +198,17 @@ def _configuration(
             config = config.replace(model=make_training_config(config.data, model, config.recipe, **places).model)
         if recipe:
             config = config.replace(recipe=Recipe.preset(recipe))
-    config = config.replace(recipe=config.recipe.replace(**recipe_fields))
-    return _with_settings(config, settings) if settings else config
+    return _with_settings(config, recipe_fields, settings)
 
 
-def _with_settings(config: TrainingConfig, settings: Sequence[str]) -> TrainingConfig:
-    """The configuration with fields set by their paths; values are JSON, or strings where they are not."""
+def _with_settings(config: TrainingConfig, recipe_fields: Mapping[str, Any], settings: Sequence[str]) -> TrainingConfig:
+    """The configuration with fields of its recipe, and then fields by their paths, set together: what one rules out may
+    be what another allows. Values of settings are JSON, or strings where they are not.
+    """
     values = config.to_dict()
+    values["recipe"] |= recipe_fields
+    if "steps" in recipe_fields:
+        values["recipe"]["warmup_steps"] = min(config.recipe.warmup_steps, recipe_fields["steps"] // WARMUP_PART)
     for setting in settings:
         path, equals, text = setting.partition("=")
         *folders, name = path.split(".")

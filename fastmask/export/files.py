@@ -39,5 +39,6 @@ def check_path(path: str | Path, ending: str, overwrite: bool) -> Path:
     if path.suffix != ending:
         raise ValueError(f"path must end with {ending}, got {str(path)!r}")
     if path.is_dir() or (path.exists() and not overwrite):
-        raise FileExistsError(f"{path} exists already")
+        hint = "" if path.is_dir() else "; overwrite replaces it"
+        raise FileExistsError(f"{path} exists already{hint}")
     return path

@@ -40,10 +40,11 @@ def export_onnx(
 ) -> Path:
     """Writes a network as an ONNX file of opset 18, whole or not at all.
 
-    It holds standard operators only, all weights, and in float32 whatever the network's dtype. Inputs and outputs have
-    the names that :mod:`fastmask.export` lists, open dimensions the names "batch", "height", "width" and "samples".
-    ``metadata_props`` has "fastmask_version", "model", "task", "class_names" (a JSON list), and more of the
-    configuration. The network stays as it is.
+    Its images are float32 in 0..1; one that is given 0..255 answers all the same, with wrong labels. It holds standard
+    operators only, all weights, and in float32 whatever the network's dtype. Inputs and outputs have the names that
+    :mod:`fastmask.export` lists, open dimensions the names "batch", "height", "width" and "samples". ``metadata_props``
+    has "fastmask_version", "model", "task", "class_names" (a JSON list), and more of the configuration. The network
+    stays as it is.
 
     A MaskFormer's labels and scores take N * H * W floats an image for its masks at the size of the image, and
     K * H * W for the scores: 100 queries at 1024 x 2048 are 840 MB. Where that is too much, export "logits".

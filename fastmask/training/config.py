@@ -9,6 +9,7 @@ from typing import Any
 
 from fastmask.data import open_dataset
 from fastmask.data.sample import TASKS
+from fastmask.models import efficientnet
 from fastmask.models.auto import config_from_dict, load_config, make_config
 from fastmask.models.base_config import ImageModelConfig, ModelConfig, PlainConfig, require
 from fastmask.models.precision import PRECISIONS
@@ -20,6 +21,7 @@ from fastmask.training.recipe import Recipe
 # micro-batches follow from how many processes there are, and so they may change with these.
 CHANGEABLE = ("accumulate", "workers", "strategy", "activation_checkpointing", "log_every", "eval_every")
 CHANGEABLE += ("checkpoint_every",)
+SMALL_BACKBONES = ("tiny", efficientnet.NAME)
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def make_training_config(
         recipe: a :class:`Recipe` or the name of one; "" for the recipe of the network's paper.
         model_fields: fields of the network's configuration to set otherwise.
         recipe_fields: fields of the recipe to set otherwise.
-        options: further fields of :class:`TrainingConfig`.
+        options: further fields of :class:`TrainingConfig`; ``task`` is the data set's own if it is not among them.
 
     Raises:
         FileNotFoundError: no data set, or no folder ``pretrained``.
@@ -149,16 +151,21 @@ def make_training_config(
     if not isinstance(recipe, Recipe):
         recipe = Recipe.preset(recipe or default_recipe(network))
     recipe = recipe.replace(**(recipe_fields or {}))
-    return TrainingConfig(str(data), network, recipe, **options)
+    return TrainingConfig(str(data), network, recipe, **{**options, "task": info.task})
 
 
 def default_recipe(model: ModelConfig) -> str:
-    """The name of the recipe with which a network's paper trains it on ADE20K."""
+    """The name of the recipe with which a network's paper trains it on ADE20K; "finetune" for the small networks that
+    are in no paper.
+    """
+    backbone = getattr(model, "backbone", "")
+    if backbone in SMALL_BACKBONES:
+        return "finetune"
     if isinstance(model, SegmenterConfig):
         return "segmenter-ade20k"
     if getattr(model, "masked_attention", False):
         return "mask2former-ade20k"
-    return "maskformer-ade20k-swin" if getattr(model, "backbone", "").startswith("swin") else "maskformer-ade20k"
+    return "maskformer-ade20k-swin" if backbone.startswith("swin") else "maskformer-ade20k"
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -24,6 +24,7 @@ def draw_curves(records: Sequence[Mapping[str, Any]], path: Path, measured: Sequ
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     training = [record for record in records if "loss" in record]
     evaluations = [record for record in records if "evaluation" in record]
@@ -40,6 +41,8 @@ def draw_curves(records: Sequence[Mapping[str, Any]], path: Path, measured: Sequ
     right.set_title("evaluation, %", loc="left", fontweight="bold")
     for axes in (left, right):
         axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
         axes.grid(axis="y", color="#e3e6ea", linewidth=0.8)
         axes.set_axisbelow(True)
@@ -52,6 +55,7 @@ def draw_curves(records: Sequence[Mapping[str, Any]], path: Path, measured: Sequ
 def _plot(axes: Any, points: Sequence[tuple[int, float | None]], label: str, i: int, marker: str = "") -> None:
     points = [(step, value) for step, value in points if value is not None]
     if points:
+        marker = marker or ("o" if len(points) == 1 else "")  # a line of one point does not show
         axes.plot(
             *zip(*points, strict=True), color=COLOURS[i % len(COLOURS)], linewidth=1.8, label=label, marker=marker
         )
