@@ -17,6 +17,7 @@ from fastmask.models import (
     SoundEventDetector,
 )
 
+SIZE = (45, 70)  # no multiples of what any network pads to
 CLASSES = 5
 TINY = {"decoder_layers": 1, "hidden_dim": 32, "feedforward_dim": 64, "pixel_decoder_dim": 32, "mask_dim": 16}
 TINY_SWIN = {"embed_dim": 16, "depths": [1, 2, 1, 1], "num_heads": [1, 2, 4, 8], "window_size": 3}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from fastmask import MaskFormer, PerPixelBaseline, Segmenter, SoundEventDetector
 from fastmask.modules import PointSampling
+from tests.training_runs import ForkedProcess
 
 ROOT = Path(__file__).parent.parent
 PROCESSES = 2
@@ -28,6 +30,23 @@ def torchrun(*command: str, **environment: str) -> subprocess.CompletedProcess[s
     return subprocess.run(
         [sys.executable, *launcher, *command], cwd=ROOT, env=environment, capture_output=True, text=True
     )
+
+
+def fork_together(call: Callable, *args: object) -> None:
+    """Calls something in two processes on the CPU that know of each other as those of torchrun do, with everything
+    imported already.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    processes = [ForkedProcess(_call_as, rank, port, call, args) for rank in range(PROCESSES)]
+    said = [process.stderr.read() for process in processes]
+    assert [process.wait(60) for process in processes] == [0] * PROCESSES, "\n".join(said)
+
+
+def _call_as(rank: int, port: int, call: Callable, args: tuple) -> None:
+    group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": PROCESSES, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in group.items()})
+    call(*args)
 
 
 class Convolutions(nn.Module):

@@ -14,6 +14,7 @@ from fastmask.export import export_onnx, export_program, export_pt2
 from fastmask.functional import panoptic_inference
 from tests.exporting import (
     CLASSES,
+    SIZE,
     TINY_SWIN,
     assert_same_labels,
     assert_same_scores,
@@ -24,8 +25,6 @@ from tests.exporting import (
     segmenter,
     sound_detector,
 )
-
-SIZE = (45, 70)  # no multiples of what any network pads to
 
 
 @pytest.fixture(autouse=True)
@@ -130,7 +129,7 @@ assert ("fastmask" in sys.modules) == {expected}
 def test_a_saved_program_runs_in_a_process_of_its_own(portable, tmp_path):
     """Without fastmask if it is portable."""
     model = maskformer(class_names=list("abcde"))
-    path = export_pt2(model, tmp_path / "out" / "model.pt2", size=SIZE, portable=portable)
+    path = export_pt2(model, tmp_path / "out" / "model.pt2", size=SIZE, batch_size=3, portable=portable)
     assert [file.name for file in path.parent.iterdir()] == ["model.pt2"]
     images = torch.rand(3, 3, *SIZE)
     torch.save(images, tmp_path / "images.pt")

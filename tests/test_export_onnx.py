@@ -10,6 +10,7 @@ from fastmask import __version__
 from fastmask.export import OPSET, export_onnx, onnx_file
 from tests.exporting import (
     CLASSES,
+    SIZE,
     TINY_RESNET50,
     TINY_SWIN,
     assert_same_labels,
@@ -24,8 +25,6 @@ from tests.exporting import (
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
-
-SIZE = (45, 70)  # no multiples of what any network pads to
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ from fastmask.export.tasks import module_of_task
 from fastmask.models import MaskFormer, MaskFormerConfig
 from tests.exporting import (
     CLASSES,
+    SIZE,
     TINY,
     assert_same_labels,
     assert_same_scores,
@@ -15,8 +16,6 @@ from tests.exporting import (
     own_operators,
     segmenter,
 )
-
-SIZE = (45, 70)  # no multiples of what any network pads to
 
 
 @pytest.fixture(autouse=True)

@@ -6,11 +6,11 @@ import pickle
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from fastmask.data import open_dataset
 from fastmask.metrics import InstanceMetrics, PanopticMetrics, SemanticMetrics, SoundEventMetrics
+from fastmask.training.distributed import cleanup, setup
+from tests.shared_batches import fork_together
 
 pytest.importorskip("pycocotools")
 NUM_IMAGES = 5
@@ -39,19 +39,19 @@ def metrics_of(indices):
     return every
 
 
-def work(rank, path):
-    dist.init_process_group("gloo", init_method=f"file://{path}/meeting", rank=rank, world_size=2)
+def work(path):
+    rank = setup("cpu").rank
     # One process has four images and the other one.
     metrics = metrics_of(range(1, NUM_IMAGES) if rank == 0 else [0])
     results = [one.synced().compute() for one in metrics]
     again = [one.synced().compute() for one in metrics]
     (path / f"{rank}.pickle").write_bytes(pickle.dumps((results, again)))
-    dist.destroy_process_group()
+    cleanup()
 
 
 def test_two_processes_equal_one(tmp_path):
     expected = [one.compute() for one in metrics_of(range(NUM_IMAGES))]
-    mp.spawn(work, (tmp_path,), nprocs=2)
+    fork_together(work, tmp_path)
     for rank in range(2):
         for results in pickle.loads((tmp_path / f"{rank}.pickle").read_bytes()):
             for numbers, alone in zip(results, expected, strict=True):

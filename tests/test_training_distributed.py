@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fastmask.training import distributed
-from tests.shared_batches import CASES, PROCESSES, ROOT, torchrun
+from tests import two_processes
+from tests.shared_batches import CASES, PROCESSES, ROOT, fork_together, torchrun
 from tests.test_patch_original import make_criterion, random_inputs
 from tests.two_processes import (
     MICRO_BATCHES,
@@ -32,8 +33,7 @@ every_strategy = pytest.mark.parametrize("strategy", distributed.STRATEGIES)
 def seen(tmp_path_factory):
     """What each process saw."""
     folder = tmp_path_factory.mktemp("processes")
-    done = torchrun("-m", "tests.two_processes", str(folder))
-    assert done.returncode == 0, done.stderr
+    fork_together(two_processes.main, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
 
 

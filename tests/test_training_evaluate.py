@@ -10,15 +10,14 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from fastmask.data import ComposedClips, DatasetInfo, Sample, SceneDataset, SegmentationDataset, collate_clips
 from fastmask.metrics import InstanceMetrics, PanopticMetrics, SemanticMetrics, SoundEventMetrics
 from fastmask.models import MaskFormer, PerPixelBaseline, Segmenter, make_model
 from fastmask.training import evaluate
-from fastmask.training.distributed import wrap
+from fastmask.training.distributed import cleanup, setup, wrap
+from tests.shared_batches import fork_together
 
 VOID = -1
 # Two stripes of things, stuff below and a corner of void; a car that is crowd.
@@ -367,11 +366,11 @@ def test_other_class_names_are_warned_of():
     assert isinstance(oracle(kind=PixelOracle), PerPixelBaseline) and not isinstance(oracle(), Segmenter)
 
 
-def work(rank, path):
-    dist.init_process_group("gloo", init_method=f"file://{path}/meeting", rank=rank, world_size=2)
+def work(path):
+    rank = setup("cpu").rank
     # Processes that share the weights evaluate whole copies, since each has other images.
     (path / f"{rank}.pickle").write_bytes(pickle.dumps(of_all_kinds(partial(wrap, strategy="fsdp"))))
-    dist.destroy_process_group()
+    cleanup()
 
 
 def of_all_kinds(wrapped=lambda model: model):
@@ -383,7 +382,7 @@ def of_all_kinds(wrapped=lambda model: model):
 
 def test_two_processes_equal_one(tmp_path):
     pytest.importorskip("pycocotools")
-    mp.spawn(work, (tmp_path,), nprocs=2)
+    fork_together(work, tmp_path)
     alone = of_all_kinds()
     for rank in range(2):
         found = pickle.loads((tmp_path / f"{rank}.pickle").read_bytes())

@@ -288,8 +288,9 @@ def test_void_pixels_count_in_no_loss():
 
 
 def test_runs_of_maskformer_leave_void_out_unless_told_otherwise():
-    assert tiny_config().model.ignore_void
-    config = make_training_config("composed:scenes", "tiny", model_fields={"ignore_void": False})
+    scenes = "composed:scenes"
+    assert make_training_config(scenes, "tiny").model.ignore_void
+    config = make_training_config(scenes, "tiny", model_fields={"ignore_void": False})
     assert not config.model.ignore_void
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import multiprocessing
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 from fastmask.data import CLASS_NAMES, STUFF_CLASSES, ComposedScenes
+from fastmask.models import make_model
 from fastmask.training import Recipe, TrainingConfig, make_training_config
 
 SIZE = (64, 64)
@@ -54,6 +56,11 @@ def tiny_config(data: Path | str, steps: int = 6, **options) -> TrainingConfig:
     return make_training_config(data, options.pop("model", "tiny"), recipe, model_fields=fields, **options)
 
 
+@functools.cache
+def _import_what_models_take() -> None:
+    make_model("tiny", 2)
+
+
 class ForkedProcess:
     """A process in a group of its own that is quick to start, since everything is imported already.
 
@@ -66,9 +73,7 @@ class ForkedProcess:
     """
 
     def __init__(self, call: Callable, *args: object):
-        from fastmask.models import MaskFormer, MaskFormerConfig
-
-        MaskFormer(MaskFormerConfig.preset("tiny", 2))  # imports what building one takes
+        _import_what_models_take()
         reading, writing = os.pipe()
         self._process = multiprocessing.get_context("fork").Process(target=self._run, args=(writing, call, *args))
         self._process.start()

@@ -1,8 +1,7 @@
-"""What each of two processes does for test_training_distributed.py, and saves in the folder on the command line."""
+"""What each of two processes does for test_training_distributed.py, and saves in a folder."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -27,7 +26,6 @@ MICRO_BATCHES = ("uneven", "one without targets", "fewer targets than processes"
 
 
 def main(folder: Path) -> None:
-    torch.set_num_threads(1)
     processes = distributed.setup("cpu")
     rank = processes.rank
     assert (processes.world_size, processes.local_rank, processes.is_main) == (PROCESSES, rank, rank == 0)
@@ -144,7 +142,3 @@ def statistics(rank, strategy):
     model(torch.full((2, 2), float(rank)))
     saved = distributed.model_state(model)
     return {name: value.detach() for name, value in distributed.whole(model).state_dict().items()}, saved
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -11,6 +11,7 @@ from benchmarks.ablations.findings import CONFIDENCE, GENERAL, Judgement
 from benchmarks.ablations.groups import Group, groups_of
 from benchmarks.ablations.plan import BIPARTITE, TITLES, Variant
 from benchmarks.ablations.query_classes import THRESHOLD, classes_per_query, histogram, shared_pairs
+from benchmarks.harness.tables import markdown_lines
 
 METRICS = {
     "structures": ("mIoU", "PQ_st"),
@@ -181,6 +182,5 @@ def spread(values: Sequence[float]) -> str:
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; columns of words stand left, those of numbers right."""
-    rule = ["---" if title in WORDS else "--:" for title in header]
-    return "\n".join([f"| {' | '.join(header)} |", f"|{'|'.join(rule)}|", *(f"| {' | '.join(row)} |" for row in rows)])
+    """A table in which columns of words stand left and those of numbers right."""
+    return "\n".join(markdown_lines(header, rows, WORDS))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -15,6 +14,7 @@ from benchmarks.ablations import images, sounds
 from benchmarks.ablations.plan import SOUND, Run, Settings, Variant, comparisons
 from fastmask.models import MaskFormerConfig
 from fastmask.training import Trainer
+from fastmask.training.json_files import finite
 
 MEASURED_STEPS = 4
 EVALUATION_SHARE = 0.15  # of a budget of time
@@ -109,7 +109,7 @@ class Bench:
             "class_names": list(self.sound.class_names if is_sound else self.info.class_names),
             "base_layers": (self.sound if is_sound else self.preset).decoder_layers,
             "parameters": sum(parameter.numel() for parameter in network.parameters()),
-            "loss": _json_number(torch.stack(tail).mean().item()),
+            "loss": finite(torch.stack(tail).mean().item()),
         }
         if is_sound:
             clips = sounds.validation_clips(settings, self.workers)
@@ -117,7 +117,7 @@ class Bench:
         else:
             held_out = images.validation_batches(settings, run.variant.task, self.workers)
             metrics, queries = images.evaluate_images(network, held_out, run.variant, self.stuff)
-        row["metrics"] = {name: _json_number(value) for name, value in metrics.items()}
+        row["metrics"] = finite(metrics)
         if queries is not None:
             row |= {"query_classes": queries.counts.tolist(), "evaluated": queries.images}
         return row
@@ -143,8 +143,3 @@ class Bench:
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-def _json_number(value: float) -> float | None:
-    """JSON knows no nan and no infinity."""
-    return value if math.isfinite(value) else None

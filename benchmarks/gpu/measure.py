@@ -10,10 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.gpu.processes import run_limited
+from benchmarks.gpu.processes import ROOT, run_limited
 from benchmarks.gpu.summary import read_json
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def rows_of(results: Path, operation: str) -> list[object]:

@@ -15,10 +15,9 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.gpu.processes import run_limited
+from benchmarks.gpu.processes import ROOT, run_limited
 
-ROOT = Path(__file__).resolve().parents[2]
-# (operation, case, dtype): those that targets are set for come first.
+# (operation, case, dtype): those with a target in the summary come first.
 CASES = (
     ("mask_cost", "B16 L6 M20, segment map", "bfloat16"),
     ("mask_loss", "B16 L6 M20, segment map", "bfloat16"),

@@ -16,9 +16,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.gpu.processes import run_limited
+from benchmarks.gpu.processes import ROOT, run_limited
 
-ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ("memcheck", "racecheck")
 ERROR_STATUS = 99
 # No caching, so that each tensor is an allocation with bounds of its own.

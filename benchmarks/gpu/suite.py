@@ -18,10 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.processes import stop
+from benchmarks.gpu.processes import ROOT, stop
 from benchmarks.gpu.shard import read_log
 
-ROOT = Path(__file__).resolve().parents[2]
 OUTCOMES = ("passed", "failed", "skipped", "not run")
 HUNG_SECONDS = 120.0  # without a line in the log
 # A core for each process; and no plugins, which the tests do not need and which may be missing.

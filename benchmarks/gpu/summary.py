@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.tables import number, rows_by
+from benchmarks.harness.tables import markdown_lines, number, rows_by
 
 Row = dict[str, Any]
 RESOURCES = ("memory", "special functions", "matrix products")
@@ -96,11 +96,6 @@ def timed(results: Mapping[str, Any]) -> list[Row]:
     return [row for row in results.get("rows", []) if row["status"] == "ok"]
 
 
-def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
-    rule = "|".join("---" if i == 0 else "--:" for i in range(len(header)))
-    return [f"| {' | '.join(header)} |", f"|{rule}|", *(f"| {' | '.join(line)} |" for line in lines)]
-
-
 def rooflines(rows: Sequence[Row]) -> list[str]:
     """A line for each of fastmask's own kernels: measured time, each floor, which binds, and the share achieved."""
     lines = []
@@ -112,7 +107,7 @@ def rooflines(rows: Sequence[Row]) -> list[str]:
         lines.append([f"{row['op']}: {row['case']}, {row['dtype']}", row["provider"], measured, *floors,
                       row["floor_of"], share])  # fmt: skip
     header = ("kernel", "provider", "measured µs", *(f"{name} µs" for name in RESOURCES), "binds", "achieved")
-    return ["## Rooflines", "", *table(header, lines)] if lines else []
+    return ["## Rooflines", "", *markdown_lines(header, lines)] if lines else []
 
 
 def targets(rows: Sequence[Row]) -> list[str]:
@@ -123,7 +118,7 @@ def targets(rows: Sequence[Row]) -> list[str]:
         outcome = "not measured" if value is None else "met" if target.met(value) else "**missed**"
         shown = "–" if value is None else number(value)
         lines.append([f"{target.op}: {target.case}", target.words(), shown, outcome])
-    return ["## Targets", "", *table(("operation", "target", "measured", ""), lines)]
+    return ["## Targets", "", *markdown_lines(("operation", "target", "measured", ""), lines)]
 
 
 def end_to_end(rows: Sequence[Row]) -> list[str]:
@@ -137,7 +132,7 @@ def end_to_end(rows: Sequence[Row]) -> list[str]:
             lines.append([f"{row['op']}: {row['case']}", row["provider"], number(row["median_ms"]), rate,
                           "–" if memory is None else number(memory / 1e9), speedup])  # fmt: skip
     header = ("network", "provider", "ms", "images/s", "peak GB", "× vs transformers")
-    return ["## End to end", "", *table(header, lines)] if lines else []
+    return ["## End to end", "", *markdown_lines(header, lines)] if lines else []
 
 
 def counters(kernels: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
@@ -148,7 +143,7 @@ def counters(kernels: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[s
         for case, kernel, values in found
     ]
     header = ("case", "kernel", *(name.replace("_", " ") for name in names))
-    return ["## Counters (ncu)", "", *table(header, lines)] if lines else []
+    return ["## Counters (ncu)", "", *markdown_lines(header, lines)] if lines else []
 
 
 def failed_rows(results: Mapping[str, Any]) -> list[str]:
@@ -189,7 +184,7 @@ def write_summary(path: Path, folder: Path, results: Path | None, stages: Sequen
         [stage["name"], stage["outcome"], f"{stage['seconds']:.0f}", stage["note"].replace("|", "/")]
         for stage in stages
     ]
-    lines += ["", "## Stages", "", *table(("stage", "outcome", "seconds", ""), stage_lines)]
+    lines += ["", "## Stages", "", *markdown_lines(("stage", "outcome", "seconds", ""), stage_lines)]
     for section in (targets(rows), rooflines(rows), end_to_end(rows), counters(read_json(folder / "kernels.json"))):
         lines += ["", *section] if section else []
     lines += ["", "## Failures", "", *([f"- {line}" for line in failures] or ["None."])]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 Row = dict[str, Any]
@@ -14,6 +14,13 @@ def rows_by(rows: Sequence[Row], *names: str) -> dict[tuple[Any, ...], list[Row]
     for row in rows:
         groups.setdefault(tuple(row[name] for name in names), []).append(row)
     return groups
+
+
+def markdown_lines(header: Sequence[str], lines: Sequence[Sequence[str]], words: Collection[str] = ()) -> list[str]:
+    """The lines of a Markdown table. Columns with these headers, and by default the first, stand left, others right."""
+    left = words or header[:1]
+    rule = "|".join("---" if title in left else "--:" for title in header)
+    return [f"| {' | '.join(header)} |", f"|{rule}|", *(f"| {' | '.join(line)} |" for line in lines)]
 
 
 def markdown_table(rows: Sequence[Row]) -> str:

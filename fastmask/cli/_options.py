@@ -1,6 +1,23 @@
-"""What several subcommands read from their options."""
+"""Options that several subcommands have, and how they are read."""
 
 from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Split = Annotated[str, typer.Option(help="A split that the data set has.")]
+Kind = Annotated[str, typer.Option(help="The data set's layout; found out by default.")]
+Precision = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+ShortSide = Annotated[
+    int | None, typer.Option(min=1, help="The shorter side that the network sees, in pixels; the image's own.")
+]
+MaxSide = Annotated[int | None, typer.Option(min=1, help="The limit of the longer side, with --short-side.")]
+Window = Annotated[int | None, typer.Option(min=0, help="Predict in square windows of this side.")]
+Stride = Annotated[int | None, typer.Option(min=1, help="From one window to the next; the window's side.")]
+Scales = Annotated[str, typer.Option(help="Average over these scales, such as 0.75,1,1.25.")]
+Flip = Annotated[bool, typer.Option("--flip", help="Average with the mirror image.")]
+OverlapThreshold = Annotated[float | None, typer.Option(help="Least visible share of a panoptic segment (0.8).")]
 
 
 def window_of(size: int | None, stride: int | None) -> tuple[int, int] | None:

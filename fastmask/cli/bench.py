@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fastmask.cli._options import Precision
 from fastmask.cli._tables import aligned
 
 DEFAULT_CLASSES = 150
@@ -29,7 +30,7 @@ def bench(
         typer.Option(help="criterion, training, semantic, panoptic or instance; repeatable. All by default."),
     ] = None,
     device: Annotated[str, typer.Option(help="Such as cuda:1; a GPU by default if there is one.")] = "",
-    precision: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    precision: Precision = "float32",
     seconds: Annotated[float, typer.Option(help="For each subject, fastmask and the reference together.")] = 10.0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")] = None,
 ) -> None:

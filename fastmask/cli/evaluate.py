@@ -8,7 +8,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastmask.cli._options import numbers_of, window_of
+from fastmask.cli._options import (
+    Flip,
+    Kind,
+    MaxSide,
+    OverlapThreshold,
+    Precision,
+    Scales,
+    ShortSide,
+    Split,
+    Stride,
+    Window,
+    numbers_of,
+    window_of,
+)
 from fastmask.cli._tables import aligned, percent
 
 if TYPE_CHECKING:
@@ -23,8 +36,8 @@ GROUPS = {"all": "", "things": "_things", "stuff": "_stuff"}
 def evaluate(
     model: Annotated[Path, typer.Argument(help="The folder of a model or of a run of training.")],
     data: Annotated[str, typer.Option(help="The data set: its folder, or composed:scenes.")],
-    split: Annotated[str, typer.Option(help="A split that the data set has.")] = "val",
-    kind: Annotated[str, typer.Option(help="The data set's layout; found out by default.")] = "auto",
+    split: Split = "val",
+    kind: Kind = "auto",
     task: Annotated[
         list[str] | None,
         typer.Option(help="semantic, general, panoptic or instance; repeatable. That of the run or of the truth."),
@@ -32,21 +45,15 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Images of one size to predict together.")] = 4,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda; a GPU by default if there is one.")] = "",
-    precision: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    short_side: Annotated[
-        int | None, typer.Option(min=1, help="The shorter side that the network sees, in pixels; the image's own.")
-    ] = None,
-    max_side: Annotated[
-        int | None, typer.Option(min=1, help="The limit of the longer side, with --short-side.")
-    ] = None,
-    window: Annotated[int | None, typer.Option(min=0, help="Predict in square windows of this side.")] = None,
-    stride: Annotated[int | None, typer.Option(min=1, help="From one window to the next; the window's side.")] = None,
-    scales: Annotated[str, typer.Option(help="Average over these scales, such as 0.75,1,1.25.")] = "1",
-    flip: Annotated[bool, typer.Option("--flip", help="Average with the mirror image.")] = False,
+    precision: Precision = "float32",
+    short_side: ShortSide = None,
+    max_side: MaxSide = None,
+    window: Window = None,
+    stride: Stride = None,
+    scales: Scales = "1",
+    flip: Flip = False,
     threshold: Annotated[float | None, typer.Option(help="Probability of a panoptic segment (0.8).")] = None,
-    overlap_threshold: Annotated[
-        float | None, typer.Option(help="Least visible share of a panoptic segment (0.8).")
-    ] = None,
+    overlap_threshold: OverlapThreshold = None,
     boundary: Annotated[bool, typer.Option(help="Boundary IoU too, which takes longer.")] = True,
     per_class: Annotated[bool, typer.Option("--per-class", help="Also print the numbers of each class.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")] = None,

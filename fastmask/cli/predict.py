@@ -8,7 +8,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastmask.cli._options import numbers_of, window_of
+from fastmask.cli._options import (
+    Flip,
+    Kind,
+    MaxSide,
+    OverlapThreshold,
+    Precision,
+    Scales,
+    ShortSide,
+    Split,
+    Stride,
+    Window,
+    numbers_of,
+    window_of,
+)
 
 if TYPE_CHECKING:
     from fastmask.data import DatasetInfo
@@ -27,26 +40,22 @@ def predict(
     data: Annotated[
         str, typer.Option(help="A data set, whose names, colours and category ids the results are to have.")
     ] = "",
-    split: Annotated[str, typer.Option(help="A split that the data set has.")] = "val",
-    kind: Annotated[str, typer.Option(help="The data set's layout; found out by default.")] = "auto",
+    split: Split = "val",
+    kind: Kind = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Images of one size to predict together.")] = 1,
     workers: Annotated[int, typer.Option(min=1, help="Threads that draw and write results.")] = 1,
     device: Annotated[str, typer.Option(help="Such as cuda:1; a GPU by default if there is one.")] = "",
-    precision: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    short_side: Annotated[
-        int | None, typer.Option(min=1, help="The shorter side that the network sees, in pixels; the image's own.")
-    ] = None,
-    max_side: Annotated[int | None, typer.Option(min=1, help="Limit of the longer side, with --short-side.")] = None,
-    window: Annotated[int | None, typer.Option(min=0, help="Predict in square windows of this side.")] = None,
-    stride: Annotated[int | None, typer.Option(min=1, help="From one window to the next; the window's side.")] = None,
-    scales: Annotated[str, typer.Option(help="Average over these scales, such as 0.75,1,1.25.")] = "1",
-    flip: Annotated[bool, typer.Option("--flip", help="Average with the mirror image.")] = False,
+    precision: Precision = "float32",
+    short_side: ShortSide = None,
+    max_side: MaxSide = None,
+    window: Window = None,
+    stride: Stride = None,
+    scales: Scales = "1",
+    flip: Flip = False,
     threshold: Annotated[
         float | None, typer.Option(help="Probability of a panoptic segment (0.8), score of a drawn instance (0.5).")
     ] = None,
-    overlap_threshold: Annotated[
-        float | None, typer.Option(help="Least visible share of a panoptic segment (0.8).")
-    ] = None,
+    overlap_threshold: OverlapThreshold = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="Most instances of an image (100).")] = None,
     overlays: Annotated[bool, typer.Option(help="Draw the results over the images.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that are there already.")] = False,
@@ -93,13 +102,9 @@ def predict(
 def _class_info(data: str, split: str, kind: str, task: str, model: Path) -> DatasetInfo:
     """The classes of a data set: where instances are asked for, of its things alone if the model has as many."""
     from fastmask.data import open_dataset
-    from fastmask.models.auto import model_folder, saved_type
-    from fastmask.models.checkpoint import CONFIG_FILE
+    from fastmask.models.auto import load_config
 
     info = open_dataset(data, split, kind).info
-    if task == "instance":
-        folder = model_folder(model)
-        num_classes = saved_type(folder).config_class.load(folder / CONFIG_FILE).num_classes
-        if info.num_classes != num_classes:
-            return open_dataset(data, split, kind, "instance").info
+    if task == "instance" and info.num_classes != load_config(model).num_classes:
+        return open_dataset(data, split, kind, "instance").info
     return info

@@ -1,7 +1,7 @@
 """Data sets by their real layouts, and embedded ones that need no files."""
 
 from fastmask.data.augment import Augmented
-from fastmask.data.check import check_dataset
+from fastmask.data.check import check_dataset, check_datasets
 from fastmask.data.composed import (
     CLASS_NAMES,
     EVENT_CLASSES,
@@ -60,6 +60,7 @@ __all__ = [
     "SegmentationDataset",
     "Sometimes",
     "check_dataset",
+    "check_datasets",
     "collate",
     "collate_clips",
     "collate_scenes",

@@ -60,11 +60,18 @@ class ResizeShortSide:
     max_side: int | None = None
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        height, width = sample.size
-        scale = self.sides[rng.integers(len(self.sides))] / min(height, width)
+        return resized(sample, self._new_size(sample.size, self.sides[rng.integers(len(self.sides))]))
+
+    def of_image(self, image: Tensor) -> Tensor:
+        """An image ``(3, H, W)`` uint8 that has no truth, by the first of the sides."""
+        return resized_image(image, self._new_size(image.shape[1:], self.sides[0]))
+
+    def _new_size(self, size: Sequence[int], side: int) -> tuple[int, int]:
+        scale = side / min(size)
         if self.max_side is not None:
-            scale = min(scale, self.max_side / max(height, width))
-        return resized(sample, (_rounded(height * scale), _rounded(width * scale)))
+            scale = min(scale, self.max_side / max(size))
+        height, width = size
+        return _rounded(height * scale), _rounded(width * scale)
 
 
 @dataclass(frozen=True)
@@ -241,11 +248,17 @@ def resized(sample: Sample, size: Sequence[int]) -> Sample:
     if (height, width) == sample.size:
         return sample
     rows, columns = (_nearest(*sides) for sides in zip(sample.size, (height, width), strict=True))
-    planes = [
-        Image.fromarray(plane).resize((width, height), Image.Resampling.BILINEAR) for plane in sample.image.numpy()
-    ]
-    image = torch.from_numpy(np.stack([np.array(plane) for plane in planes]))
+    image = resized_image(sample.image, (height, width))
     return _mapped(sample, lambda plane: plane[..., rows[:, None], columns], image)
+
+
+def resized_image(image: Tensor, size: Sequence[int]) -> Tensor:
+    """The image of :func:`resized`, ``(3, H, W)`` uint8."""
+    height, width = (max(1, side) for side in size)
+    if (height, width) == tuple(image.shape[1:]):
+        return image
+    planes = [Image.fromarray(plane).resize((width, height), Image.Resampling.BILINEAR) for plane in image.numpy()]
+    return torch.from_numpy(np.stack([np.array(plane) for plane in planes]))
 
 
 def _nearest(length: int, new_length: int) -> Tensor:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 from fastmask.models.base import PretrainedModel
-from fastmask.models.checkpoint import replace_files
 from fastmask.version import __version__
 
 # Fields of a configuration that whoever runs a program may need, besides the names of the classes.
@@ -43,10 +41,4 @@ def check_path(path: str | Path, ending: str, overwrite: bool) -> Path:
     if path.is_dir() or (path.exists() and not overwrite):
         hint = "" if path.is_dir() else "; overwrite replaces it"
         raise FileExistsError(f"{path} exists already{hint}")
-    return path
-
-
-def write_file(path: Path, write: Callable[[Path], None]) -> Path:
-    """Writes a file whole or not at all."""
-    replace_files(path.parent, {path.name: write})
     return path

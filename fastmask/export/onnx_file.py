@@ -16,10 +16,11 @@ import torch
 from torch.export import ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastmask.export.files import check_path, describe, write_file
+from fastmask.export.files import check_path, describe
 from fastmask.export.program import export_program, open_dims
 from fastmask.export.tasks import check_task
 from fastmask.models.base import PretrainedModel
+from fastmask.models.checkpoint import replace_file
 from fastmask.models.images import Size
 
 OPSET = 18  # the one that PyTorch's exporter writes by itself; others it converts to
@@ -73,7 +74,8 @@ def export_onnx(
     for key, value in describe(model, task).items():
         proto.metadata_props.add(key=key, value=value)
     _require("onnx").checker.check_model(proto)
-    return write_file(path, lambda temporary: temporary.write_bytes(proto.SerializeToString()))
+    replace_file(path, lambda temporary: temporary.write_bytes(proto.SerializeToString()))
+    return path
 
 
 def _convert(program: ExportedProgram, dims: dict[int, str]) -> Any:

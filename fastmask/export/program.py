@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastmask.export.files import check_path, describe, write_file
+from fastmask.export.files import check_path, describe
 from fastmask.export.tasks import check_task, module_of_task
 from fastmask.functional._backend import choose_backend
 from fastmask.models.base import PretrainedModel
+from fastmask.models.checkpoint import replace_file
 from fastmask.models.images import Size
 from fastmask.modules.attention import MaskedCrossAttention
 from fastmask.ops.semantic import OPERATOR
@@ -108,7 +109,8 @@ def export_pt2(model: PretrainedModel, path: str | Path, *, overwrite: bool = Fa
         with temporary.open("wb") as file:
             torch.export.save(program, file, extra_files=extra)
 
-    return write_file(path, write)
+    replace_file(path, write)
+    return path
 
 
 def open_dims(task: str, size: Size | int | None, batch_size: int | None) -> dict[int, str]:

@@ -138,6 +138,16 @@ def model_folder(path: str | Path) -> Path:
     raise FileNotFoundError(f"{path} has no {WEIGHTS_FILE}, and neither has {' or '.join(SAVED_IN_RUN)} in it")
 
 
+def load_config(folder: str | Path) -> ModelConfig:
+    """The configuration of the network that :func:`load_model` reads.
+
+    Raises:
+        FileNotFoundError, ValueError: as for :func:`load_model`.
+    """
+    folder = model_folder(folder)
+    return saved_type(folder).config_class.load(folder / CONFIG_FILE)
+
+
 def task_of_run(path: str | Path) -> str | None:
     """What the run of training in a folder was for, such as "panoptic", if its config.json says a "task"; None for a
     network's own folder.

@@ -13,7 +13,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
 
-def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], None]]) -> None:
+def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
     """Writes several files of a folder so that an interruption leaves what was there before: each under a temporary
     name first, and only when all are complete are they renamed.
 
@@ -39,6 +39,11 @@ def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], None]]) -
     finally:
         for temporary in temporaries.values():
             temporary.unlink(missing_ok=True)
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes one file whole or not at all, as :func:`replace_files` does."""
+    replace_files(path.parent, {path.name: write})
 
 
 def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:

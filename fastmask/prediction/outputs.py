@@ -18,7 +18,7 @@ from torch import Tensor
 from fastmask.data import DatasetInfo
 from fastmask.data.coco_instances import draw
 from fastmask.data.files import MAX_LABEL
-from fastmask.models.checkpoint import replace_files
+from fastmask.models.checkpoint import replace_file, replace_files
 from fastmask.prediction.inputs import RESULT_FOLDERS, ImageFile
 from fastmask.prediction.overlay import SegmentMap, draw_overlay
 from fastmask.prediction.records import RecordFile
@@ -219,7 +219,7 @@ class Outputs:
             self._write_text(CLASSES_FILE, self._classes_text())
 
     def _write_text(self, name: str, text: str) -> None:
-        replace_files(self.folder, {name: lambda path: path.write_text(text, encoding="utf-8")})
+        replace_file(self.folder / name, lambda path: path.write_text(text, encoding="utf-8"))
 
     def _classes_text(self) -> str:
         info = self.info

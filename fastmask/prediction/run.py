@@ -8,25 +8,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fastmask.data import DatasetInfo, ResizeShortSide, Sample
+from fastmask.data import DatasetInfo, ResizeShortSide
 from fastmask.data.files import reading
 from fastmask.data.palette import distinct_colours
 from fastmask.data.pictures import decode_picture
-from fastmask.data.sample import VOID
 from fastmask.device import usable_device
 from fastmask.models import MaskFormer, PerPixelBaseline, Segmenter
 from fastmask.models.auto import load_model, task_of_run
 from fastmask.models.base import SegmentationModel
 from fastmask.models.inference import TASKS
+from fastmask.models.precision import autocast, check_precision
 from fastmask.prediction.inputs import ImageFile, find_images
 from fastmask.prediction.outputs import FILES, Outputs, void_label
 from fastmask.prediction.overlay import Palette
 
-PRECISIONS = ("float32", "bfloat16", "float16")
 # The options of ``predict`` that only some tasks have, and their defaults.
 THRESHOLDS = {"panoptic": {"threshold": 0.8, "overlap_threshold": 0.8}, "instance": {"threshold": 0.5, "top_k": 100}}
 
@@ -148,8 +146,7 @@ def predict(
     info = _class_info(model, info, palette)
     options = _views(model, task, window, scales, flip)
     limits = _limits(task, threshold=threshold, overlap_threshold=overlap_threshold, top_k=top_k)
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision={precision!r} is unknown; expected one of {', '.join(PRECISIONS)}")
+    check_precision(precision)
     counts = {"batch_size": batch_size, "workers": workers, "short_side": short_side, "max_side": max_side}
     for name, value in counts.items():
         if value is not None and value < 1:
@@ -216,18 +213,11 @@ def _run(
     sizes = [tuple(image.shape[1:]) for _, image in batch]
     images = [image for _, image in batch]
     if resize is not None:
-        images = [_resized(image, resize) for image in images]
+        images = list(map(resize.of_image, images))
     device = model.pixel_mean.device
     pixels = torch.stack(images).to(device).float().div_(255)
-    with torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32"):
+    with autocast(device, precision):
         return model.predict(pixels, sizes=sizes, **options)
-
-
-def _resized(image: Tensor, resize: ResizeShortSide) -> Tensor:
-    """The image as evaluation resizes it."""
-    no_labels, no_segments = torch.empty(0, dtype=torch.int64), torch.full((1, 1), VOID, dtype=torch.int16)
-    sample = Sample(image, no_labels, no_segments.expand(image.shape[1:]))
-    return resize(sample, np.random.default_rng(0)).image
 
 
 def _check_model(model: Any) -> None:

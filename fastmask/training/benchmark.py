@@ -14,10 +14,10 @@ from torch import Tensor
 from fastmask.measure import Clock, Measurement, take_turns
 from fastmask.models.base import SegmentationModel
 from fastmask.models.maskformer import MaskFormer
+from fastmask.models.precision import autocast, check_precision
 from fastmask.targets import Targets
 from fastmask.training.optimizer import clip_gradients, make_optimizer
 from fastmask.training.recipe import Recipe
-from fastmask.training.trainer import PRECISIONS
 
 OWN, REFERENCE = "fastmask", "PyTorch reference"
 BACKENDS = {OWN: "auto", REFERENCE: "reference"}
@@ -67,8 +67,7 @@ def benchmark(
     """
     if not isinstance(model, SegmentationModel):
         raise TypeError(f"model must be a network that segments images, got {type(model).__name__}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision={precision!r} is unknown; expected one of {', '.join(PRECISIONS)}")
+    check_precision(precision)
     known = SUBJECTS if isinstance(model, MaskFormer) else ("training", "semantic")
     subjects = known if subjects is None else subjects
     if unknown := [subject for subject in subjects if subject not in known]:
@@ -78,7 +77,7 @@ def benchmark(
     rows = []
     for subject in subjects:
         progress(subject)
-        with _autocast(images, precision):
+        with autocast(images.device, precision):
             call = _make_call(model, images, targets, subject)
         calls = {name: partial(_run, call, model, images, precision, backend) for name, backend in backends.items()}
         found = take_turns(calls, images.device, seconds)
@@ -122,13 +121,8 @@ def random_batch(
     return images, Targets.from_segments(torch.stack(segments), labels, void=VOID)
 
 
-def _autocast(images: Tensor, precision: str) -> torch.autocast:
-    dtype = PRECISIONS[precision]
-    return torch.autocast(images.device.type, dtype, enabled=dtype is not None)
-
-
 def _run(call: Call, model: SegmentationModel, images: Tensor, precision: str, backend: str, clock: Clock) -> Any:
-    with _using(model, backend), _autocast(images, precision):
+    with _using(model, backend), autocast(images.device, precision):
         return call(clock, backend)
 
 

@@ -12,14 +12,13 @@ from fastmask.data import open_dataset
 from fastmask.data.open import COMPOSED_SCENES
 from fastmask.data.sample import TASKS
 from fastmask.models import efficientnet
-from fastmask.models.auto import config_from_dict, make_config, model_folder, saved_type
+from fastmask.models.auto import config_from_dict, load_config, make_config
 from fastmask.models.base_config import ImageModelConfig, ModelConfig, PlainConfig, require
-from fastmask.models.checkpoint import CONFIG_FILE
 from fastmask.models.config import MaskFormerConfig
+from fastmask.models.precision import PRECISIONS
 from fastmask.models.segmenter_config import SegmenterConfig
 from fastmask.training.distributed import STRATEGIES
 from fastmask.training.recipe import Recipe
-from fastmask.training.trainer import PRECISIONS
 
 # What may change between a run and its continuation: it decides how fast and how often, not what is learned. The
 # micro-batches follow from how many processes there are, and so they may change with these.
@@ -150,8 +149,7 @@ def make_training_config(
     if model:
         network = make_config(model, **classes, **(model_fields or {}))
     elif options.get("pretrained"):
-        folder = model_folder(options["pretrained"])
-        network = saved_type(folder).config_class.load(folder / CONFIG_FILE)
+        network = load_config(options["pretrained"])
         known = {f.name for f in fields(network)}
         classes["ignore_index"] = info.ignore_index
         network = network.replace(

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastmask.models.checkpoint import replace_file
+
 COLOURS = ("#1a56c4", "#ef5350", "#26a67b", "#7e57c2", "#f59f1a")
 
 
@@ -47,9 +49,7 @@ def draw_curves(records: Sequence[Mapping[str, Any]], path: Path, measured: Sequ
         axes.spines[["top", "right"]].set_visible(False)
         if axes.lines:
             axes.legend(frameon=False)
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format=path.suffix.removeprefix("."))
-    temporary.replace(path)
+    replace_file(path, lambda temporary: figure.savefig(temporary, format=path.suffix.removeprefix(".")))
 
 
 def _plot(axes: Any, points: Sequence[tuple[int, float | None]], label: str, i: int, marker: str = "") -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -21,10 +19,11 @@ from fastmask.metrics import InstanceMetrics, PanopticMetrics, SemanticMetrics, 
 from fastmask.metrics.base import Metrics
 from fastmask.models.base import PretrainedModel
 from fastmask.models.maskformer import MaskFormer
+from fastmask.models.precision import autocast, check_precision
 from fastmask.models.sound_event_detector import SoundEventDetector
 from fastmask.training.distributed import together, whole
 from fastmask.training.interruption import prepare_worker
-from fastmask.training.trainer import PRECISIONS
+from fastmask.training.json_files import finite
 
 # What the truth of each kind of data set serves, and of that what is evaluated by default.
 SERVED = {
@@ -60,9 +59,9 @@ class Evaluation:
         return {
             "tasks": list(self.tasks),
             "num_samples": self.num_samples,
-            "numbers": {name: _json_number(value) for name, value in self.numbers.items()},
+            "numbers": finite(self.numbers),
             "class_names": list(self.class_names),
-            "per_class": {name: [_json_number(value) for value in row] for name, row in self.per_class.items()},
+            "per_class": finite(self.per_class),
         }
 
 
@@ -125,8 +124,7 @@ def evaluate(
             have, or an argument out of range.
         ImportError: "instance" without pycocotools.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision={precision!r} is unknown; expected one of {', '.join(PRECISIONS)}")
+    check_precision(precision)
     for name, value in (("batch_size", batch_size), ("short_side", short_side), ("max_side", max_side)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
@@ -159,7 +157,7 @@ def evaluate(
         for group in _by_shape(batch):
             indices, inputs, samples = zip(*group, strict=True)
             inputs = torch.stack(inputs).to(device)
-            with torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "float32"):
+            with autocast(device, precision):
                 results = evaluator.predict(inputs, samples)
             for i, (index, sample) in enumerate(zip(indices, samples, strict=True)):
                 for task, of_task in results.items():
@@ -289,10 +287,7 @@ class _Share(Dataset):
         sample = self.dataset[index]
         if hasattr(sample, "waveform"):
             return index, sample.waveform, sample
-        if self.resize is None:
-            return index, sample.image, sample
-        alone = Sample(sample.image, sample.labels[:0], masks=torch.zeros((0, *sample.size), dtype=torch.bool))
-        return index, self.resize(alone, np.random.default_rng(0)).image, sample
+        return index, sample.image if self.resize is None else self.resize.of_image(sample.image), sample
 
 
 def _instances(sample: Sample, info: DatasetInfo) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -356,7 +351,3 @@ def _with_bar(loader: DataLoader, shown: bool) -> Iterable[list[tuple[int, Tenso
 
 def _as_list(items: list[Any]) -> list[Any]:
     return items
-
-
-def _json_number(value: float) -> float | None:
-    return None if math.isnan(value) else value

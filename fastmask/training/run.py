@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,7 @@ import torch
 from torch import distributed as dist
 from torch.utils.data import DataLoader
 
-from fastmask.data import Augmented, Compose, SegmentationDataset, check_dataset, collate, open_dataset
+from fastmask.data import Augmented, Compose, SegmentationDataset, check_datasets, collate, open_dataset
 from fastmask.metrics import InstanceMetrics
 from fastmask.models.auto import load_model, model_from_dict
 from fastmask.models.base import PretrainedModel
@@ -27,10 +27,11 @@ from fastmask.training.curves import draw_curves
 from fastmask.training.distributed import Processes, any_process, cleanup, setup, together, whole, wrap
 from fastmask.training.evaluation import evaluate
 from fastmask.training.interruption import Interruption, prepare_worker
+from fastmask.training.json_files import read_json, write_json
 from fastmask.training.losses import LossRecord
 from fastmask.training.main_process import in_main
 from fastmask.training.random_state import random_state, random_state_kept, seed_all, set_random_state
-from fastmask.training.run_folder import MetricsFile, RunFolder, read_json, write_json
+from fastmask.training.run_folder import MetricsFile, RunFolder
 from fastmask.training.run_log import INSTALL, RunLog
 from fastmask.training.sampler import StepSampler
 from fastmask.training.trainer import Trainer
@@ -178,7 +179,7 @@ class _Run:
         splits = [config.train_split, *([config.val_split] if config.val_split else [])]
         sets = [open_dataset(config.data, split, config.kind, config.task or None) for split in splits]
         self.log.say(f"checking {' + '.join(str(len(each)) for each in sets)} samples of {config.data}")
-        in_main(lambda: _check_files(sets, quick))
+        in_main(lambda: check_datasets(sets, full=not quick))
         info, model = sets[0].info, config.model
         for each in sets[1:]:
             if (each.info.class_names, each.info.stuff_classes) != (info.class_names, info.stuff_classes):
@@ -349,21 +350,6 @@ class _Run:
         )
         if checkpoint is not None:
             self.log.say(f"continuing from {checkpoint}")
-
-
-def _check_files(sets: Sequence[SegmentationDataset], quick: bool) -> None:
-    """Names the broken files of all sets at once."""
-    faults = [fault for each in sets if (fault := _faults(each, quick))]
-    if faults:
-        raise ValueError("\n".join(faults))
-
-
-def _faults(dataset: SegmentationDataset, quick: bool) -> str:
-    try:
-        check_dataset(dataset, full=not quick)
-    except ValueError as error:
-        return str(error)
-    return ""
 
 
 def _start_model(config: TrainingConfig) -> PretrainedModel:

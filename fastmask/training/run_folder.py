@@ -5,14 +5,14 @@ from __future__ import annotations
 import fcntl
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fastmask.models.checkpoint import CONFIG_FILE
+from fastmask.models.checkpoint import CONFIG_FILE, replace_file
 from fastmask.training.checkpoint import remove_temporary
 from fastmask.training.config import TrainingConfig
+from fastmask.training.json_files import finite, read_json, write_json
 
 
 class RunFolder:
@@ -71,7 +71,7 @@ class RunFolder:
         write_json(self.config, config.to_dict())
 
     def reopen(self, config: TrainingConfig | None) -> TrainingConfig:
-        """The configuration to continue with; what killed processes left half-written is deleted.
+        """The configuration to continue with.
 
         Args:
             config: of the continuation; None for the run's own.
@@ -145,37 +145,10 @@ class MetricsFile:
     def append(self, record: Mapping[str, Any]) -> None:
         """Adds a line; what is not finite becomes null."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(record)) + "\n")
+            file.write(json.dumps(finite(record)) + "\n")
 
     def cut(self, step: int) -> None:
         """Deletes the records of later steps."""
         if self.path.is_file():
-            kept = [json.dumps(record) + "\n" for record in self.read() if record["step"] <= step]
-            _replace(self.path, "".join(kept))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """What :func:`write_json` wrote; empty if there is no such file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes a JSON file, whole or not at all; what is not finite becomes null."""
-    _replace(path, json.dumps(_finite(values), indent=2) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+            text = "".join(json.dumps(record) + "\n" for record in self.read() if record["step"] <= step)
+            replace_file(self.path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastmask.models.precision import autocast, check_precision
 from fastmask.training.distributed import (
     accumulating,
     load_model_state,
@@ -21,7 +22,6 @@ from fastmask.training.distributed import (
 from fastmask.training.optimizer import clip_gradients, make_optimizer, make_schedule
 from fastmask.training.recipe import Recipe
 
-PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LAYER_SUFFIX = re.compile(r"_\d+$")
 
 
@@ -42,15 +42,14 @@ class Trainer:
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe, *, precision: str = "float32", accumulate: int = 1):
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision={precision!r} is unknown; expected one of {', '.join(PRECISIONS)}")
+        check_precision(precision)
         if accumulate < 1:
             raise ValueError(f"accumulate must be at least 1, got {accumulate}")
         self.model = model
         self.recipe = recipe
         self.accumulate = accumulate
         self.device = next(model.parameters()).device
-        self.dtype = PRECISIONS[precision]
+        self.precision = precision
         self.optimizer = make_optimizer(model, recipe)
         self.schedule = make_schedule(self.optimizer, recipe)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "float16")
@@ -118,7 +117,7 @@ class Trainer:
         self.steps = state["steps"]
 
     def _losses(self, inputs: Any, targets: Any) -> dict[str, Tensor]:
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+        with autocast(self.device, self.precision):
             return self.model(inputs, targets)
 
 

@@ -1,0 +1,19 @@
+"""Mixed precision by name: what training, evaluation and prediction run a network in."""
+
+from __future__ import annotations
+
+import torch
+
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def check_precision(precision: str) -> None:
+    """Raises a ValueError for an unknown name."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r} is unknown; expected one of {', '.join(PRECISIONS)}")
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """A context in which operators on the device compute in this precision; parameters stay in their own dtype."""
+    dtype = PRECISIONS[precision]
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
