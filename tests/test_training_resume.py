@@ -90,10 +90,11 @@ def test_interrupted_and_resumed_equals_uninterrupted(config, uninterrupted, tmp
 
 
 def test_sigterm_saves_too(config, tmp_path, uninterrupted):
+    before = signal.getsignal(signal.SIGTERM)
     with signal_in_step(1, signal.SIGTERM), pytest.raises(SystemExit) as exit_status:
         train(config, tmp_path / "run")
     assert exit_status.value.code == 143
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
     train(config, tmp_path / "run", resume=True)
     assert_same_run(tmp_path / "run", uninterrupted)
 

@@ -5,7 +5,7 @@ The interpreter takes milliseconds for each program, so shapes and numbers of po
 
 from __future__ import annotations
 
-import sys
+import importlib
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -112,7 +112,7 @@ def test_blocks_and_splits_of_points(generator, monkeypatch):
         ("point_mask_cost", {"programs": 64, "least_points": 32}),
         ("point_mask_loss", {"points": 16, "points_per_split": 32, "cells": 16}),
     ):
-        configs = sys.modules[f"fastmask.kernels.{name}"].CONFIGS
+        configs = importlib.import_module(f"fastmask.kernels.{name}").CONFIGS
         monkeypatch.setitem(configs, None, replace(configs[None], **small))
     check_costs(*cost_inputs(SHAPES["two layers, odd sizes"], generator, "segments"))
     check_losses(*loss_inputs(SHAPES["two layers, odd sizes"], generator, "segments"))
@@ -167,7 +167,7 @@ def test_two_runs_give_the_same_bits_whatever_was_in_memory(generator):
 def test_the_gradient_does_not_depend_on_the_order_of_the_points(generator):
     """Its sums are exact, and so it does not matter in which order a GPU's atomics arrive."""
     mask_logits, targets, assignment, points = loss_inputs(SMALL, generator, "masks")
-    kernels = sys.modules["fastmask.kernels.point_mask_loss"]
+    kernels = importlib.import_module("fastmask.kernels.point_mask_loss")
     of_targets = targets.labels, targets.masks, None, None, 255, False
     sums = kernels.point_mask_loss(mask_logits, assignment, *of_targets, points, "bce", 0.25, 2.0)[2]
     pair = torch.ones(assignment.shape)
@@ -209,7 +209,7 @@ def test_a_query_beyond_the_last_reads_nothing(generator):
     mask_logits, targets, assignment, points = loss_inputs(SMALL, generator, "segments")
     image = targets.batch_size - 1
     assignment[0, image, 0] = 1 << 40
-    kernels = sys.modules["fastmask.kernels.point_mask_loss"]
+    kernels = importlib.import_module("fastmask.kernels.point_mask_loss")
     arguments = targets.labels, None, targets.segments, None, 255, False, points, "bce", 0.25, 2.0
     for result in kernels.point_mask_loss(mask_logits, assignment, *arguments):
         assert not result[0, image, 0].any()

@@ -211,8 +211,6 @@ def main() -> int:
     else:
         for name in ("environment.json", "kernels.json"):
             (run.folder / name).unlink(missing_ok=True)
-    # An end from outside stops the stage and still writes what there is.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     failures: list[str] = []
     for i, stage in enumerate(chosen):
         later = sum(other.seconds * scale for other in chosen[i + 1 :])
@@ -232,4 +230,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    # An end from outside stops the stage and still writes what there is.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())
