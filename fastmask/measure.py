@@ -88,8 +88,8 @@ class Measurement:
         return {part: float(np.median([parts[part] for parts in self.rounds])) for part in self.rounds[0]}
 
     def ratio(self, other: Measurement) -> float:
-        """How many times as long the other call took: the median over the rounds that both were in."""
-        return float(np.median([theirs / own for own, theirs in zip(self.seconds, other.seconds, strict=False)]))
+        """How many times as long the other call took: the median over the rounds."""
+        return float(np.median([theirs / own for own, theirs in zip(self.seconds, other.seconds, strict=True)]))
 
 
 def take_turns(
@@ -97,8 +97,9 @@ def take_turns(
 ) -> dict[str, Measurement]:
     """Times several calls round by round, A B C A B C ..., so that whatever else the machine does hits all alike.
 
-    A call before that measures its memory and warms up. Each then has at least three rounds, and more until its share
-    of ``seconds`` is used up; but one only, if that takes more than half of the share.
+    A call before that measures its memory and warms up. Then there are at least three rounds, and more until
+    ``seconds`` are used up; but one only, if that takes more than half of them. All calls have the same rounds: a quick
+    call that ran on alone would find its caches warm, and look quicker than beside the other.
 
     Args:
         calls: by name; each is given a clock on which it marks its parts, the last one at its end.
@@ -120,21 +121,24 @@ def take_turns(
     gc.collect()
     gc.disable()
     try:
-        unfinished = [name for name in calls if result[name].failure is None]
-        while unfinished:
-            for name in unfinished:
+        running = {name: call for name, call in calls.items() if result[name].failure is None}
+        rounds: list[float] = []
+        while running and _needs_more(rounds, seconds):
+            for name, call in running.items():
                 clock = Clock(device)
-                calls[name](clock)
+                call(clock)
                 result[name].rounds.append(clock.seconds())
-            unfinished = [name for name in unfinished if _needs_more(result[name].seconds, share)]
+            rounds.append(sum(result[name].seconds[-1] for name in running))
     finally:
         if collecting:
             gc.enable()
     return result
 
 
-def _needs_more(rounds: list[float], share: float) -> bool:
-    return rounds[0] <= share / 2 and (len(rounds) < LEAST_ROUNDS or sum(rounds) < share)
+def _needs_more(rounds: list[float], seconds: float) -> bool:
+    if not rounds:
+        return True
+    return rounds[0] <= seconds / 2 and (len(rounds) < LEAST_ROUNDS or sum(rounds) < seconds)
 
 
 def peak_memory(call: Callable[[], Any], device: torch.device) -> tuple[Any, dict[str, int | None]]:

@@ -39,24 +39,24 @@ class Time:
         return call
 
 
-def test_calls_take_turns_until_their_share_is_used_up(monkeypatch):
+def test_calls_take_turns_until_the_time_is_used_up(monkeypatch):
     time, log = Time(monkeypatch), []
     calls = {"a": time.taking(log, "a", first=0.25, second=0.75), "b": time.taking(log, "b", all=2.0)}
     found = take_turns(calls, CPU, 10.0)
-    # Twice each for the memory; then in turn until either has had its 5 seconds.
-    assert "".join(log) == "aabb" + "ababab" + "aa"
-    assert found["a"].seconds == [1.0] * 5 and found["b"].seconds == [2.0] * 3
+    # Twice each for the memory; then in turn, the same rounds for both, for 10 seconds.
+    assert "".join(log) == "aabb" + "abababab"
+    assert found["a"].seconds == [1.0] * 4 and found["b"].seconds == [2.0] * 4
     assert found["a"].parts() == {"first": 0.25, "second": 0.75} and found["a"].result == "a"
     assert found["a"].percentiles(20, 50, 80) == [1, 1, 1]
     assert found["a"].ratio(found["b"]) == 2 and found["b"].ratio(found["a"]) == 0.5
 
 
-def test_slow_calls_are_timed_once_and_quick_ones_three_times(monkeypatch):
+@pytest.mark.parametrize(("seconds", "rounds"), [(8.0, 1), (130.0, 3), (200.0, 4)])
+def test_slow_calls_are_timed_once_and_others_three_times_or_more(monkeypatch, seconds, rounds):
     time, log = Time(monkeypatch), []
     calls = {"slow": time.taking(log, "s", all=60.0), "middle": time.taking(log, "m", all=2.0)}
-    found = take_turns(calls, CPU, 8.0)
-    assert found["slow"].seconds == [60.0] and found["middle"].seconds == [2.0] * 3
-    assert log.count("s") == 2  # its memory, and its time
+    found = take_turns(calls, CPU, seconds)
+    assert found["slow"].seconds == [60.0] * rounds and found["middle"].seconds == [2.0] * rounds
     assert found["middle"].ratio(found["slow"]) == 30
 
 

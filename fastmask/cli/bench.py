@@ -116,8 +116,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             )
         )
         lines += [("", f"  {part}", f"{ms:.1f} ms", *[""] * 5) for part, ms in row.get("parts_ms", {}).items()]
-        if row["rounds"] == 1:
-            notes.append(f"{name} with {row['backend']} is slow: measured once")
+        if row["rounds"] == 1 and first:
+            notes.append(f"{name}: slow, measured once")
         if "difference" in row:
             notes.append(f"largest difference between the losses of both: {row['difference']:.2g}")
     # The second column is text, too.
