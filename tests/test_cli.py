@@ -114,7 +114,7 @@ def test_errors_are_one_line(tmp_path):
     for (source, destination, *options), message in cases.items():
         arguments = ["convert", str(tmp_path / source), str(tmp_path / destination), *options]
         assert message in str(RUNNER.invoke(app, arguments).exception)
-    command = [sys.executable, "-m", "fastmask.cli.main", "convert", str(tmp_path / "absent"), "out"]
+    command = [sys.executable, "-m", "fastmask.cli.main", "convert", str(tmp_path / "absent"), str(tmp_path / "out")]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 1 and result.stderr.splitlines() == [
         f"fastmask: no folder or file {tmp_path / 'absent'}"
