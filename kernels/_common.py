@@ -20,15 +20,18 @@ COMPILER_OPTIONS = {"enable_fp_fusion": True}
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
+def generation(device: torch.device) -> int | None:
+    """The major version of a GPU's compute capability; None in the interpreter."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else None
+
+
 def pick_config(configs: dict[int | None, Config], device: torch.device) -> Config:
-    """The configuration for a device: by the major version of its compute capability, else that of the key None.
+    """The configuration for a device: by its generation, else that of the key None.
 
     Nothing is tuned at run time. Tuning would launch kernels while a CUDA graph is captured, could choose differently
     from run to run and so change the order of sums, and fails in the interpreter.
     """
-    if device.type != "cuda":
-        return configs[None]
-    return configs.get(torch.cuda.get_device_capability(device)[0], configs[None])
+    return configs.get(generation(device), configs[None])
 
 
 def power_of_two(size: int, least: int, most: int) -> int:

@@ -66,6 +66,29 @@ def random_assignment(shape: tuple[int, ...], targets: Targets, generator: torch
     return assignment
 
 
+def at_odd_address(x: Tensor) -> Tensor:
+    """The same values, one element after a boundary of 16 bytes, where GPUs cannot load vectors."""
+    memory = torch.empty(x.numel() + 1, dtype=x.dtype)
+    memory[1:] = x.flatten()
+    return memory[1:].view(x.shape)
+
+
+def without_labels(targets: Targets) -> Targets:
+    """The same planes, with nothing but padding for targets."""
+    labels, counts = torch.full_like(targets.labels, -1), torch.zeros_like(targets.counts)
+    return Targets(
+        labels, counts, masks=targets.masks, segments=targets.segments, valid=targets.valid, void=targets.void
+    )
+
+
+def half_void(targets: Targets, mask_logits: Tensor) -> tuple[Targets, Tensor]:
+    """Segments with void in the upper half, and NaN in the logits that reach only that."""
+    segments, mask_logits = targets.segments.clone(), mask_logits.clone()
+    segments[:, : segments.shape[-2] // 2] = targets.void
+    mask_logits[..., : mask_logits.shape[-2] // 2 - 2, :] = torch.nan
+    return Targets(targets.labels, targets.counts, segments=segments, void=targets.void), mask_logits
+
+
 def random_points(generator: torch.Generator, *leading_and_count: int) -> Tensor:
     """(..., P, 2) float32 in [0, 1); the first ones, as far as there are so many, lie on corners and borders."""
     points = torch.rand(*leading_and_count, 2, generator=generator)

@@ -1,29 +1,26 @@
-"""The Triton kernels of mask_cost against the reference in float64, on the CPU; ``tests.interpreter`` says how."""
+"""The Triton kernels of mask_cost against the reference in float64, on the CPU: interpreted or, with --compiled, as
+PTX."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
 
 from fastmask import Targets, mask_cost
-from fastmask.ops.library import triton_interpreted
 from fastmask.testing import assert_within_budget
-from tests.inputs import SHAPES, random_logits, random_targets
-from tests.interpreter import interpreted_kernels
+from tests import gpu_errors
+from tests.inputs import SHAPES, at_odd_address, half_void, random_logits, random_targets, without_labels
+
+pytestmark = pytest.mark.usefixtures("triton_kernels")
 
 FORMS = ("segments", "masks", "masks+valid")
 WEIGHTS = {"cost_class": 1.0, "cost_mask": 20.0, "cost_dice": 1.0}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+EVEN = (1, 2, 7, 3, 4, 8, 12, 32, 48)
 SMALL = (2, 2, 5, 3, 4, 7, 11, 30, 41)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _interpreted() -> Iterator[None]:
-    with interpreted_kernels():
-        yield
 
 
 def triton_cost(*arguments, **options):
@@ -36,7 +33,9 @@ def check_against_reference(class_logits, mask_logits, targets, **options):
     same_dtype = mask_cost(*rounded, targets, backend="reference", **options)
     actual = triton_cost(class_logits, mask_logits, targets, **options)
     assert actual.dtype == torch.float32
-    assert_within_budget(actual, same_dtype, exact, name="cost")
+    weights = [options.get(name, 1.0) for name in WEIGHTS]
+    gpu = gpu_errors.mask_cost(*weights, options.get("gamma", 2.0))
+    assert_within_budget(actual, same_dtype, exact, name="cost", gpu=gpu)
     return actual
 
 
@@ -57,10 +56,22 @@ def test_forms(shape, form, ignore_void, generator):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_logits(dtype, generator):
-    class_logits, mask_logits = random_logits(SMALL, generator)
-    targets = random_targets(SMALL, generator, "segments")
-    check_against_reference(class_logits.to(dtype), mask_logits.to(dtype), targets, **WEIGHTS)
+@pytest.mark.parametrize("form", FORMS)
+def test_half_precision_logits(dtype, form, generator):
+    class_logits, mask_logits = (x.to(dtype) for x in random_logits(SMALL, generator))
+    targets = random_targets(SMALL, generator, form)
+    check_against_reference(class_logits, mask_logits, targets, ignore_void=True, **WEIGHTS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_odd_addresses_void_and_padding(dtype, generator):
+    """Targets divide by the logits here: elsewhere void pixels may hold anything."""
+    class_logits, mask_logits = (x.to(dtype) for x in random_logits(EVEN, generator))
+    targets = random_targets(EVEN, generator, "segments")
+    check_against_reference(at_odd_address(class_logits), at_odd_address(mask_logits), targets, **WEIGHTS)
+    void, unknown = half_void(targets, mask_logits)
+    check_against_reference(class_logits, unknown, void, ignore_void=True, **WEIGHTS)
+    check_against_reference(class_logits, mask_logits, without_labels(targets), **WEIGHTS)
 
 
 @pytest.mark.parametrize("term", [{"mask_term": "bce"}, {"gamma": 0.0}, {"gamma": 1.5}, {"alpha": 0.0}, {"alpha": 1.0}])
@@ -96,7 +107,7 @@ def test_wide_segment_maps(dtype, generator):
 
 def test_splits_and_row_blocks(generator, monkeypatch):
     """Several blocks of rows that cross layers, and splits that end beyond the pixels."""
-    configs = sys.modules["fastmask.kernels.mask_cost"].CONFIGS
+    configs = import_module("fastmask.kernels.mask_cost").CONFIGS
     monkeypatch.setitem(configs, None, replace(configs[None], rows=16, least_pixels=128))
     shape = (3, 2, 9, 4, 5, 17, 31, 40, 50)
     class_logits, mask_logits = random_logits(shape, generator)
@@ -167,7 +178,7 @@ def test_a_label_beyond_the_classes_reads_nothing_and_costs_nan(generator):
     targets = random_targets(SMALL, generator, "segments")
     expected = triton_cost(class_logits, mask_logits, targets)
     targets.labels[1, 2] = 1 << 40
-    kernel = sys.modules["fastmask.kernels.mask_cost"].mask_cost
+    kernel = import_module("fastmask.kernels.mask_cost").mask_cost
     cost = kernel(
         class_logits, mask_logits, targets.labels, None, targets.segments, None, 255, False, 1.0, 1.0, 1.0, "focal",
         0.25, 2.0,
@@ -175,10 +186,3 @@ def test_a_label_beyond_the_classes_reads_nothing_and_costs_nan(generator):
     assert cost[:, 1, :, 2].isnan().all()
     cost[:, 1, :, 2] = expected[:, 1, :, 2]
     assert torch.equal(cost, expected)
-
-
-def test_the_interpreter_is_left_as_it_was():
-    assert triton_interpreted()
-    with interpreted_kernels():
-        pass
-    assert triton_interpreted()

@@ -1,10 +1,9 @@
-"""The Triton kernels of panoptic_inference against the reference in float64, and against the C++ operator, on the CPU;
-``tests.interpreter`` says how."""
+"""The Triton kernels of panoptic_inference against the reference in float64, and against the C++ operator, on the CPU:
+interpreted or, with --compiled, as PTX."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from importlib import import_module
 
 import pytest
@@ -13,18 +12,14 @@ import torch
 from fastmask import panoptic_inference, reference
 from fastmask.reference._common import image_logits, reads_nan, resize_bilinear
 from tests.geometries import GEOMETRIES, random_classes, random_masks, steps
-from tests.interpreter import interpreted_kernels
+from tests.inputs import at_odd_address
+
+pytestmark = pytest.mark.usefixtures("triton_kernels")
 
 RULES = ("maskformer", "mask2former", "huggingface")
 USUAL = GEOMETRIES["stride 4"]
 # Pixels this near to a tie or to the threshold may go either way.
 NEAR = 1e-5
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _interpreted() -> Iterator[None]:
-    with interpreted_kernels():
-        yield
 
 
 def inputs(sizes, generator, batch=2, queries=18, dtype=torch.float32):
@@ -86,6 +81,13 @@ def test_geometries(sizes, resize, generator):
 def test_half_precision_logits(dtype, clip, generator):
     sizes = GEOMETRIES["both steps"]
     check(*inputs(sizes, generator, queries=40, dtype=dtype), sizes, clip=clip, threshold=0.3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("resize", [False, True])
+def test_odd_addresses(resize, dtype, generator):
+    scores, mask_logits = inputs(USUAL, generator, dtype=dtype)
+    check(at_odd_address(scores), at_odd_address(mask_logits), USUAL, resize)
 
 
 @pytest.mark.parametrize("resize", [False, True])
