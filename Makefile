@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench lint format gpu clean
+.PHONY: help setup demo test test-compiled bench lint format gpu clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
 
 $(VENV)/.installed: pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -26,6 +26,13 @@ demo: setup ## train MaskFormer on the embedded scenes, evaluate it, write pictu
 
 test: setup ## run the test suite
 	$(BIN)/python -m pytest -n auto
+
+# Needs ptxvm, which executes PTX on a CPU, importable or in ../shared. ARGS: --warp-seed N, --hardware-rounding, -k ...
+CAPABILITIES ?= 80 90 100
+test-compiled: setup ## run the tests of the GPU kernels, compiled for several GPUs, in an emulator of PTX
+	@for capability in $(CAPABILITIES); do \
+		$(BIN)/python -m pytest -n auto --compiled $$capability $(ARGS) || exit 1; \
+	done
 
 bench: setup ## run the benchmarks and render the README's tables
 	$(BIN)/python benchmarks/run.py

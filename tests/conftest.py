@@ -54,9 +54,9 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests marked cuda are skipped without a GPU, slow ones unless asked for; --compiled leaves those of kernels."""
     if EMULATION in config.stash:
-        others = [item for item in items if not {"triton_kernels", "emulated"} & set(item.fixturenames)]
-        config.hook.pytest_deselected(items=others)
-        items[:] = [item for item in items if item not in others]
+        chosen = [item for item in items if {"triton_kernels", "emulated"} & set(item.fixturenames)]
+        config.hook.pytest_deselected(items=list(set(items) - set(chosen)))
+        items[:] = chosen
     for item in items:
         if item.get_closest_marker("compiled") and EMULATION not in config.stash:
             item.add_marker(pytest.mark.skip(reason="Triton's interpreter cannot run it; run with --compiled 90"))
