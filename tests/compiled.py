@@ -8,6 +8,7 @@ interpreter sees none of these, nor inline assembly, layouts and barriers.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import sys
@@ -101,10 +102,8 @@ class Emulation:
 
     def matcher(self) -> Callable[..., tuple[Tensor, ...]]:
         """(cost, counts, threads, in_shared) -> what ``fastmask::assign_duals`` returns, by ``csrc/cuda/assign.cu``."""
-        from ptxvm.cuda_assign import Matcher
-
         limit = SHARED_MEMORY.get(self.capability, MOST_SHARED_MEMORY)
-        matcher = Matcher(ROOT, self.capability, limit)
+        matcher = compiled_matcher(self.capability, limit)
 
         def solve(
             cost: Tensor, counts: Tensor | None = None, threads: int = 64, in_shared: bool = True, seed: int = 0
@@ -117,6 +116,13 @@ class Emulation:
             return tuple(outputs)
 
         return solve
+
+
+@functools.cache
+def compiled_matcher(capability: int, limit: int) -> Any:
+    from ptxvm.cuda_assign import Matcher
+
+    return Matcher(ROOT, capability, limit)
 
 
 def sound(report: Any) -> None:

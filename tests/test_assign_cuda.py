@@ -71,14 +71,8 @@ def emulation(tmp_path_factory):
 
 
 @pytest.fixture
-def emulated(request):
-    """(cost, counts, threads, in_shared, seed) -> what ``fastmask::assign_duals`` returns: by the kernel's source on
-    emulated threads or, with --compiled, by its PTX."""
-    if (machine := request.config.stash.get(EMULATION, None)) is not None:
-        if shutil.which("nvcc") is None:
-            pytest.skip("needs nvcc")
-        return machine.matcher()
-    emulation = request.getfixturevalue("emulation")
+def on_threads(emulation):
+    """(cost, counts, threads, in_shared, seed) -> what ``fastmask::assign_duals`` returns, by the kernel's source."""
 
     def solve(cost, counts=None, threads=64, in_shared=True, seed=0):
         problems, n, m = cost.shape
@@ -97,6 +91,16 @@ def emulated(request):
     return solve
 
 
+@pytest.fixture
+def emulated(request):
+    """``on_threads`` or, with --compiled, the same by the kernel's PTX."""
+    if (machine := request.config.stash.get(EMULATION, None)) is None:
+        return request.getfixturevalue("on_threads")
+    if shutil.which("nvcc") is None:
+        pytest.skip("needs nvcc")
+    return machine.matcher()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_kernel_on_emulated_threads(emulated, family):
     """The kernel's own code, its barriers and shuffles included, gives the bits of the CPU's kernel."""
@@ -107,10 +111,11 @@ def test_the_kernel_on_emulated_threads(emulated, family):
             assert same(emulated(cost, threads=threads, in_shared=in_shared, seed=seed), expected), (n, m, threads)
 
 
-def test_a_large_problem_on_emulated_threads(emulated):
+def test_a_large_problem_on_emulated_threads(on_threads):
+    """Minutes by PTX."""
     for family, shape in (("early_training", (300, 100)), ("query_bias", (100, 100)), ("integers", (150, 40))):
         cost = torch.from_numpy(make(family, *shape, 0))[None]
-        assert same(emulated(cost, threads=384), torch.ops.fastmask.assign_duals(cost, None))
+        assert same(on_threads(cost, threads=384), torch.ops.fastmask.assign_duals(cost, None))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
