@@ -81,7 +81,7 @@ class Emulation:
         from ptxvm.triton_launch import emulated
 
         common = importlib.import_module("fastmask.kernels._common")
-        run, generation, interpreted = JITFunction.run, common.generation, library.triton_interpreted
+        generation, interpreted = common.generation, library.triton_interpreted
         deterministic = torch.are_deterministic_algorithms_enabled()
         with self.rounding(), emulated(self.capability, self.options()) as reports:
             launch = JITFunction.run
@@ -90,7 +90,7 @@ class Emulation:
                 launch(kernel, *args, **kwargs)
                 sound(reports.pop())
 
-            JITFunction.run = checked
+            JITFunction.run = checked  # until ``emulated`` ends
             common.generation = lambda device: self.capability // 10
             library.triton_interpreted = lambda: True
             torch.use_deterministic_algorithms(True)
@@ -98,7 +98,7 @@ class Emulation:
                 yield
             finally:
                 torch.use_deterministic_algorithms(deterministic)
-                JITFunction.run, common.generation, library.triton_interpreted = run, generation, interpreted
+                common.generation, library.triton_interpreted = generation, interpreted
 
     def matcher(self) -> Callable[..., tuple[Tensor, ...]]:
         """(cost, counts, threads, in_shared) -> what ``fastmask::assign_duals`` returns, by ``csrc/cuda/assign.cu``."""
