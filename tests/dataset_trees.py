@@ -59,6 +59,28 @@ def ade20k_tree(root: Path) -> Path:
     return root
 
 
+def ade20k_panoptic_tree(root: Path) -> Path:
+    """The first image has two persons, a wall and void, and a sky that the persons cover; the second a wall alone."""
+    categories = [
+        {"name": "wall", "id": 0, "isthing": 0, "color": [120, 120, 120]},
+        {"name": "sky", "id": 2, "isthing": 0, "color": [6, 230, 230]},
+        {"name": "person", "id": 12, "isthing": 1, "color": [150, 5, 61]},
+    ]
+    ids = [blocks([600, 700, 0, 9], SIZES[0]), blocks([9], SIZES[1])]
+    listed = [{9: 0, 800: 2, 600: 12, 700: 12}, {9: 0}]
+    images, annotations = [], []
+    for i, size in enumerate(SIZES):
+        name = f"ADE_val_{i + 1:08d}"
+        write_image(root / f"images/validation/{name}.jpg", size, i)
+        write_ids(root / f"ade20k_panoptic_val/{name}.png", ids[i])
+        images.append({"id": name, "file_name": f"{name}.jpg", "width": size[1], "height": size[0]})
+        segments = [{"id": k, "category_id": c, "iscrowd": 0, "area": 1, "bbox": []} for k, c in listed[i].items()]
+        annotations.append({"image_id": name, "file_name": f"{name}.png", "segments_info": segments})
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    write_json(root / "ade20k_panoptic_val.json", content)
+    return root
+
+
 def cityscapes_tree(root: Path) -> Path:
     for city, frame, label_ids, instance_ids in (
         ("aachen", "aachen_000000_000019", [7, 26, 26, 4, 29, 24], [7, 26000, 26001, 4, 29000, 24]),

@@ -16,6 +16,7 @@ from fastmask.models import make_model
 from fastmask.training import evaluate
 from tests.dataset_trees import folder_tree, instance_tree, panoptic_tree
 from tests.shared_batches import fork_together
+from tests.test_data_check import edit
 
 RUNNER = CliRunner()
 
@@ -64,6 +65,31 @@ def test_prints_and_writes_what_evaluate_finds(folder, tmp_path):
     for name, row in zip(("sky", "road", "car"), rows, strict=True):
         assert [name, *map(percent, row)] in lines
     assert "MaskFormer of" in output and "2 images" in output
+
+
+def test_a_class_that_is_not_in_the_truth_stands_beside_the_numbers(folder, tmp_path):
+    """A perfect score of masks stored as 0 and 255 says nothing about the foreground."""
+    folder_tree(tmp_path / "data", values=([0, 11], [0]))
+    output = invoke(folder / "run", "--data", tmp_path / "data", "--split", "train", "--json", tmp_path / "x.json")
+    assert "not in the truth, 2 of 3 classes: road, car" in output
+    assert json.loads((tmp_path / "x.json").read_text())["absent_classes"] == ["road", "car"]
+    assert "not in the truth" not in invoke(folder / "run", "--data", folder / "data", "--split", "train")
+
+
+def test_invalid_polygons_are_skipped_on_request(tmp_path):
+    pytest.importorskip("pycocotools")
+    root = instance_tree(tmp_path / "coco")
+    edit(
+        root / "annotations/instances_train2017.json",
+        lambda c: c["annotations"][0].update(segmentation=[[1, 2, 3, 4]]),
+    )
+    torch.manual_seed(0)
+    make_model("tiny", class_names=("person", "car")).save_pretrained(tmp_path / "model")
+    arguments = [tmp_path / "model", "--data", root, "--split", "train"]
+    with pytest.raises(ValueError, match="at least three points"):
+        invoke(*arguments)
+    with pytest.warns(UserWarning, match="invalid polygons that are skipped: 1; .* left out: 1"):
+        assert "AP50" in invoke(*arguments, "--skip-invalid")
 
 
 def test_options_reach_the_evaluation(folder, tmp_path):

@@ -84,6 +84,28 @@ def test_ade20k(tmp_path):
     check_dataset(dataset)
 
 
+def test_ade20k_panoptic(tmp_path):
+    root = trees.ade20k_panoptic_tree(trees.ade20k_tree(tmp_path))
+    dataset = open_dataset(root, "val", task="panoptic")
+    assert dataset.info.class_names == ("wall", "sky", "person")
+    assert (dataset.info.stuff_classes, dataset.info.category_ids) == ((0, 1), (0, 2, 12))
+    sample = dataset[0]
+    assert sample.name == "ADE_val_00000001"
+    # Segments by id: 9, 600, 700. The sky, 800, is covered.
+    assert sample.labels.tolist() == [0, 2, 2]
+    assert sample.segments[0, ::8].tolist() == [1, 2, -1, 0]
+    assert dataset[1].labels.tolist() == [0]
+    instances = open_dataset(root, "val", task="instance")
+    assert instances.info.class_names == ("person",)
+    assert instances[0].masks.shape == (2, *trees.SIZES[0])
+    assert class_stripes(open_dataset(root, "val", "ade20k-panoptic", "semantic")) == [2, VOID, 0]
+    assert open_dataset(root, "train").info.task == "semantic", "without a task the challenge's own"
+    assert open_dataset(root, "train", task="semantic").info.num_classes == 150
+    with pytest.raises(FileNotFoundError, match=r"split 'train' has no file .*ade20k_panoptic_train.json"):
+        open_dataset(root, "train", task="panoptic")
+    check_dataset(dataset)
+
+
 def test_cityscapes(tmp_path):
     root = trees.cityscapes_tree(tmp_path)
     dataset = open_dataset(root, "train")
@@ -255,6 +277,7 @@ TREES = {
     "folder": trees.folder_tree,
     "ade20k": trees.ade20k_tree,
     "cityscapes": trees.cityscapes_tree,
+    "ade20k-panoptic": trees.ade20k_panoptic_tree,
     "coco-panoptic": trees.panoptic_tree,
     "coco-stuff": lambda root: trees.stuff_tree(root, "10k"),
 }
@@ -262,7 +285,7 @@ TREES = {
 
 @pytest.mark.parametrize("kind", TREES)
 def test_data_sets_pickle_name_their_samples_and_batch(tmp_path, kind):
-    split = "val" if kind == "coco-panoptic" else "train"
+    split = "val" if kind.endswith("panoptic") else "train"
     dataset = open_dataset(TREES[kind](tmp_path), split)
     copy = pickle.loads(pickle.dumps(dataset))
     names = [sample.name for sample in copy]
@@ -285,7 +308,9 @@ def test_wrong_paths_kinds_splits_and_tasks_are_named(tmp_path):
     root = trees.folder_tree(tmp_path / "set")
     with pytest.raises(FileNotFoundError, match="nowhere is no folder"):
         open_dataset(tmp_path / "nowhere", "train")
-    with pytest.raises(ValueError, match="has no layout that is known; expected one of folder, cityscapes"):
+    with pytest.raises(
+        ValueError, match=r"has no layout that is known; expected one of folder \(classes.json\); cityscapes"
+    ):
         open_dataset(tmp_path, "train")
     with pytest.raises(FileNotFoundError, match=f"split 'val' has no folder .*{Path('images/val')}"):
         open_dataset(root, "val")

@@ -140,8 +140,8 @@ def test_the_single_category_limit_prefers_mixed_crops():
     # Void does not count: two classes of equal share are mixed, however much void there is.
     segments = torch.full((20, 20), -1, dtype=torch.int16)
     segments[0, :2], segments[0, 2:4] = 0, 1
-    assert crop._is_mixed(segments, torch.tensor([4, 6]))
-    assert not crop._is_mixed(segments, torch.tensor([4, 4]))
+    assert crop._is_mixed(sample._replace(segments=segments, labels=torch.tensor([4, 6])))
+    assert not crop._is_mixed(sample._replace(segments=segments, labels=torch.tensor([4, 4])))
     # Without a choice the crop is taken as it is.
     alone = sample._replace(segments=torch.zeros_like(sample.segments), labels=torch.tensor([1]), crowd=None)
     assert crop(alone, rng()).size == (20, 20)

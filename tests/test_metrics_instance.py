@@ -133,6 +133,25 @@ def test_parts_add_up_and_an_image_counts_once():
     assert all(math.isnan(value) for value in InstanceMetrics(K).compute().values())
 
 
+def test_two_images_of_one_name_are_no_repetition():
+    first, second = (image for image in list(images(4))[:2])
+    metrics = metrics_of([first])
+    with pytest.raises(ValueError, match=f"{first[0]}: two images have this name"):
+        metrics.update(first[0], *second[1:])
+    with pytest.raises(ValueError, match=f"{first[0]}: two images have this name"):
+        metrics_of([first]).merge(metrics_of([(first[0], *second[1:])]))
+    assert metrics.compute() == pytest.approx(metrics_of([first]).compute(), nan_ok=True)
+
+
+def test_classes_without_a_true_object_are_absent():
+    metrics = InstanceMetrics(K)
+    assert metrics.absent() == [0, 1, 2]
+    masks = torch.ones(2, 4, 4, dtype=torch.bool)
+    found = {"masks": masks, "labels": torch.tensor([2, 2]), "scores": torch.tensor([0.5, 0.4])}
+    metrics.update("a", found, masks, torch.tensor([0, 1]), crowd=torch.tensor([False, True]))
+    assert metrics.absent() == [1, 2], "a crowd alone is nothing to be found, and a prediction is no truth"
+
+
 def test_stated_areas_decide_what_is_small():
     name, prediction, masks, labels, _ = next(image for image in images(5) if len(image[3]) > 0)
     metrics = InstanceMetrics(K)

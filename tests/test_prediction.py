@@ -21,7 +21,7 @@ from fastmask import (
     SegmenterConfig,
     SoundEventDetector,
 )
-from fastmask.data import DatasetInfo, open_dataset
+from fastmask.data import DatasetInfo, check_dataset, open_dataset
 from fastmask.data.pictures import decode_picture
 from fastmask.prediction import predict
 
@@ -136,7 +136,7 @@ def test_panoptic_reads_back_as_a_data_set(model, photos, tmp_path):
     shutil.copy(tmp_path / "out" / "panoptic.json", tmp_path / "coco" / "panoptic_val2017.json")
     dataset = open_dataset(tmp_path / "coco", "val")
     assert dataset.info.class_names == NAMES and dataset.info.stuff_classes == STUFF and len(dataset) == len(SIZES)
-    assert [fault for i in range(len(dataset)) for fault in dataset.faults(i, full=True)] == dataset.set_faults() == []
+    check_dataset(dataset)
     for i, entry in enumerate(dataset.entries):
         sample = dataset[i]
         ids, infos = truth(model, entry.image, "panoptic", threshold=0.0, overlap_threshold=0.2)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastmask.data.pictures import decode_picture
+from fastmask.data.pictures import decode_picture, picture_size
 from fastmask.prediction import find_images
 
 
@@ -133,7 +133,7 @@ def test_transparent_pixels_are_white(tmp_path):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation(tmp_path, orientation):
-    """A picture that a camera stored turned is upright when asked for, and as it was stored otherwise."""
+    """A picture that a camera stored turned is upright, and so is its size."""
     turned = {
         1: lambda x: x,
         2: lambda x: x[:, ::-1],
@@ -146,7 +146,16 @@ def test_orientation(tmp_path, orientation):
     }
     exif = Image.Exif()
     exif[0x0112] = orientation
-    Image.fromarray(COLOUR).save(tmp_path / "photo.png", exif=exif)
-    upright = decode_picture(tmp_path / "photo.png", upright=True).permute(1, 2, 0).numpy()
-    assert np.array_equal(upright, turned[orientation](COLOUR))
-    assert np.array_equal(decode_picture(tmp_path / "photo.png").permute(1, 2, 0).numpy(), COLOUR)
+    for suffix in ("png", "tiff", "webp"):
+        path = tmp_path / f"photo.{suffix}"
+        Image.fromarray(COLOUR).save(path, exif=exif, **({"lossless": True} if suffix == "webp" else {}))
+        assert np.array_equal(decode_picture(path).permute(1, 2, 0).numpy(), turned[orientation](COLOUR)), suffix
+        if suffix != "tiff":
+            assert picture_size(path) == turned[orientation](COLOUR).shape[:2], suffix
+
+
+def test_a_picture_with_damaged_exif_is_read_as_it_is_stored(tmp_path):
+    for data in (b"Exif\0\0", b"Exif\0\0rubbish", b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02"):
+        Image.fromarray(COLOUR).save(tmp_path / "photo.png", exif=data)
+        assert np.array_equal(decode_picture(tmp_path / "photo.png").permute(1, 2, 0).numpy(), COLOUR)
+        assert picture_size(tmp_path / "photo.png") == COLOUR.shape[:2]

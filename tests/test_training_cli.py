@@ -48,6 +48,7 @@ def said_to_stderr(capsys, monkeypatch, *options):
 def test_options_become_the_configuration(scenes, tmp_path, asked):
     options = ["--precision", "bfloat16", "--accumulate", "2", "--seed", "3", "--eval-every", "7", "--val-split", ""]
     options += ["--checkpoint-every", "9", "--log-every", "4", "--strategy", "fsdp", "--activation-checkpointing"]
+    options += ["--skip-invalid"]
     options += ["--lr", "0.002", "--set", "model.num_queries=7", "--set", "recipe.schedule=constant", "--device", "cpu"]
     assert invoke("--data", scenes, "-o", tmp_path / "run", *TINY, *options).exit_code == 0
     ((config, output, others),) = asked
@@ -58,6 +59,7 @@ def test_options_become_the_configuration(scenes, tmp_path, asked):
     assert (config.precision, config.accumulate, config.seed, config.workers) == ("bfloat16", 2, 3, 0)
     assert (config.eval_every, config.checkpoint_every, config.log_every) == (7, 9, 4)
     assert (config.val_split, config.strategy, config.activation_checkpointing) == ("", "fsdp", True)
+    assert config.skip_invalid
 
 
 @pytest.mark.parametrize(

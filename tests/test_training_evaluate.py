@@ -120,6 +120,27 @@ def test_a_perfect_model_scores_one_in_every_task():
     assert json.loads(json.dumps(result.to_dict()))["per_class"]["AP"][ROAD] is None
 
 
+def test_classes_that_are_not_in_the_truth_are_named():
+    pytest.importorskip("pycocotools")
+    names = ("car", "tree", "road", "bird", "snow")
+
+    class Rich(Pictures):
+        def __init__(self, task="panoptic"):
+            super().__init__(task)
+            self.info = DatasetInfo(names, task, stuff_classes=() if task == "instance" else (ROAD, 4))
+
+    model = MaskOracle(make_model("tiny", 5, class_names=names).config)
+    for tasks, absent in (
+        (["semantic"], ("bird", "snow")),
+        (["panoptic", "semantic"], ("bird", "snow")),
+        (["instance"], ("bird",)),
+        (["semantic", "instance"], ("bird", "snow")),
+    ):
+        result = evaluate(model, Rich(), tasks)
+        assert result.absent_classes == absent and result.to_dict()["absent_classes"] == list(absent)
+    assert evaluate(oracle(), Pictures()).absent_classes == ()
+
+
 def test_a_shifted_prediction_scores_what_it_scores_by_hand():
     """Of two rows of 6 pixels, CAR 3 and TREE 3 each, a shift leaves 2 of either right and one of either wrong. Below,
     ROAD has two rows of 6, less the void pixel; its pixel beside the void is now no class.

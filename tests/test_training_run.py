@@ -103,6 +103,35 @@ def test_broken_files_of_all_splits_are_named_and_nothing_is_written(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_what_the_truth_holds_is_in_the_log(tmp_path):
+    """Masks stored as 0 and 255, of which a network learns the background alone, at a perfect mIoU."""
+    data = scene_folder(tmp_path / "data", 2, 1)
+    (data / "classes.json").write_text('["bg", "fg"]')
+    for path in (data / "annotations").rglob("*.png"):
+        mask = np.zeros((64, 64), np.uint8)
+        mask[:16] = 255
+        Image.fromarray(mask).save(path)
+    train(tiny_config(data, 1, workers=0), tmp_path / "run")
+    log = (tmp_path / "run" / "log.txt").read_text()
+    for split in ("train", "val"):
+        said = f"split '{split}': 25.0 % of the pixels are void; no pixel of 1 of 2 classes: fg; only 0 (bg) and void"
+        assert said in log
+
+
+def test_invalid_polygons_are_skipped_in_every_split(tmp_path):
+    pytest.importorskip("pycocotools")
+    data = instance_tree(tmp_path / "data")
+    path = data / "annotations/instances_train2017.json"
+    content = json.loads(path.read_text())
+    content["annotations"][0]["segmentation"] = [[1, 2, 3, 4]]
+    path.write_text(json.dumps(content))
+    config = tiny_config(data, 1, workers=0, val_split="train")
+    with pytest.raises(ValueError, match="at least three points"):
+        train(config, tmp_path / "run")
+    with pytest.warns(UserWarning, match="invalid polygons that are skipped: 1"):
+        train(config.replace(skip_invalid=True), tmp_path / "run")
+
+
 def test_classes_must_be_those_of_the_data(scenes, tmp_path, monkeypatch):
     config = tiny_config(scenes)
     model = config.model.replace(num_classes=3, class_names=(), stuff_classes=())

@@ -8,6 +8,9 @@ import typer
 
 Split = Annotated[str, typer.Option(help="A split that the data set has.")]
 Kind = Annotated[str, typer.Option(help="The data set's layout; found out by default.")]
+SkipInvalid = Annotated[
+    bool, typer.Option("--skip-invalid", help="Leave out invalid polygons of COCO instances and say how many.")
+]
 Precision = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 ShortSide = Annotated[
     int | None, typer.Option(min=1, help="The shorter side that the network sees, in pixels; the image's own.")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +18,7 @@ from fastmask.cli._options import (
     Precision,
     Scales,
     ShortSide,
+    SkipInvalid,
     Split,
     Stride,
     Window,
@@ -38,6 +41,7 @@ def evaluate(
     data: Annotated[str, typer.Option(help="The data set: its folder, or composed:scenes.")],
     split: Split = "val",
     kind: Kind = "auto",
+    skip_invalid: SkipInvalid = False,
     task: Annotated[
         list[str] | None,
         typer.Option(help="semantic, general, panoptic or instance; repeatable. That of the run or of the truth."),
@@ -63,13 +67,15 @@ def evaluate(
     torchrun -m fastmask.cli.main evaluate ... shares the images among several processes.
     """
     from fastmask import training
+    from fastmask.data import open_dataset
     from fastmask.models import load_model
     from fastmask.models.auto import model_folder, task_of_run
     from fastmask.training.distributed import cleanup, setup
 
     folder = model_folder(model)
     network = load_model(folder)
-    dataset = _open(data, split, kind, task, task_of_run(model), network.config.num_classes)
+    opened = partial(open_dataset, data, split, kind, skip_invalid=skip_invalid)
+    dataset = _open(opened, task, task_of_run(model), network.config.num_classes)
     segments = {"threshold": threshold, "overlap_threshold": overlap_threshold}
     segments = {name: value for name, value in segments.items() if value is not None}
     processes = setup(device or None)
@@ -104,7 +110,7 @@ def evaluate(
 
 
 def summary(evaluation: Evaluation) -> str:
-    """The numbers of all tasks, as tables."""
+    """The numbers of all tasks, as tables, and the classes that the truth does not hold."""
     numbers = evaluation.numbers
     tables = []
     prefixes = {task: {"semantic": "", "general": "general_"}.get(task) for task in evaluation.tasks}
@@ -121,7 +127,11 @@ def summary(evaluation: Evaluation) -> str:
             names = [name for name in numbers if name.startswith(kind)]
             cells = [percent(numbers[name]) for name in names]
             tables.append([["instance", *(name.replace("_", " ") for name in names)], ["", *cells]])
-    return "\n\n".join(map(aligned, tables))
+    parts = list(map(aligned, tables))
+    absent, known = evaluation.absent_classes, evaluation.class_names
+    if absent:
+        parts.append(f"not in the truth, {len(absent)} of {len(known)} classes: {', '.join(absent)}")
+    return "\n\n".join(parts)
 
 
 def class_table(evaluation: Evaluation) -> str:
@@ -132,16 +142,17 @@ def class_table(evaluation: Evaluation) -> str:
 
 
 def _open(
-    data: str, split: str, kind: str, tasks: list[str] | None, task_of_run: str | None, num_classes: int
+    opened: Callable[..., SegmentationDataset], tasks: list[str] | None, task_of_run: str | None, num_classes: int
 ) -> SegmentationDataset:
     """The data set with truth for the tasks, by default for that of the run. Instances have their own classes, things,
     if the model has as many, or else those of the whole truth.
-    """
-    from fastmask.data import open_dataset
 
+    Args:
+        opened: opens it for a task.
+    """
     if tasks == ["instance"]:
-        dataset = open_dataset(data, split, kind, "instance")
-        return dataset if dataset.info.num_classes == num_classes else open_dataset(data, split, kind)
+        dataset = opened(task="instance")
+        return dataset if dataset.info.num_classes == num_classes else opened()
     if tasks:
-        return open_dataset(data, split, kind, "semantic" if set(tasks) <= {"semantic", "general"} else None)
-    return open_dataset(data, split, kind, task_of_run)
+        return opened(task="semantic" if set(tasks) <= {"semantic", "general"} else None)
+    return opened(task=task_of_run)

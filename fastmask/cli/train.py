@@ -74,6 +74,14 @@ def train(
     kind: Annotated[
         str | None, typer.Option(help="The data set's layout; found out by default.", rich_help_panel=DATA)
     ] = None,
+    skip_invalid: Annotated[
+        bool | None,
+        typer.Option(
+            "--skip-invalid",
+            help="Leave out invalid polygons of COCO instances and say how many.",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
     train_split: Annotated[str | None, typer.Option(help="What to train on (train).", rich_help_panel=DATA)] = None,
     val_split: Annotated[
         str | None, typer.Option(help='What to evaluate on (val); "" for nothing.', rich_help_panel=DATA)
@@ -138,6 +146,7 @@ def train(
     fields = {
         "task": task,
         "kind": kind,
+        "skip_invalid": skip_invalid,
         "train_split": train_split,
         "val_split": val_split,
         "pretrained": pretrained,
@@ -193,7 +202,7 @@ def _configuration(
     else:
         config = TrainingConfig.load(source).replace(**({"data": data} if data else {}), **fields)
         if model:
-            places = {name: getattr(config, name) for name in ("kind", "task", "train_split")}
+            places = {name: getattr(config, name) for name in ("kind", "task", "skip_invalid", "train_split")}
             config = config.replace(model=make_training_config(config.data, model, config.recipe, **places).model)
         if recipe:
             config = config.replace(recipe=Recipe.preset(recipe))

@@ -1,4 +1,7 @@
-"""ADE20K SceneParsing: ``images`` and ``annotations``, each with ``training`` and ``validation``."""
+"""ADE20K SceneParsing: ``images`` and ``annotations``, each with ``training`` and ``validation``.
+
+The panoptic form has ``ade20k_panoptic_train.json`` and ``ade20k_panoptic_val.json`` beside them.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fastmask.data.files import LabelMapDataset, folder_of, list_files, only_semantic, paired
+from fastmask.data.coco_panoptic import PanopticDataset
+from fastmask.data.files import LabelMapDataset, file_of, folder_of, list_files, only_semantic, paired
 from fastmask.data.palette import distinct_colours
 from fastmask.data.sample import DatasetInfo
 
@@ -55,3 +59,22 @@ def open_ade20k(root: Path, split: str, task: str | None = None) -> LabelMapData
     dataset = LabelMapDataset(split, *paired(images, truths), np.arange(-1, len(CLASS_NAMES)))
     dataset.info = INFO
     return dataset
+
+
+def matches_panoptic(root: Path) -> bool:
+    """The folder has the panoptic layout."""
+    return next(root.glob("ade20k_panoptic_*.json"), None) is not None
+
+
+def open_ade20k_panoptic(root: Path, split: str, task: str | None = None) -> PanopticDataset:
+    """The same 150 classes, 100 of them things: ``ade20k_panoptic_SPLIT.json`` and a folder of the same name, which
+    ``prepare_ade20k_pan_seg.py`` of MaskFormer and Mask2Former makes of the challenge's label maps and instances.
+
+    Args:
+        root: the folder ``ADEChallengeData2016``.
+        split: "train" or "val".
+        task: "panoptic" by default, "semantic" or "instance".
+    """
+    path = file_of(split, [root / f"ade20k_panoptic_{split}.json"])
+    images = folder_of(split, [root / "images" / FOLDERS.get(split, split)])
+    return PanopticDataset(split, path, images, folder_of(split, [path.with_suffix("")]), task)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+from torch import Tensor
 
-from fastmask.data.sample import DatasetInfo, Sample, SegmentationDataset
+from fastmask.data.sample import DatasetInfo, Findings, Sample, SegmentationDataset
 from fastmask.data.transforms import Transform
 
 
@@ -52,8 +53,11 @@ class Augmented(SegmentationDataset):
         i = range(len(self))[i]
         return self.transform(self.dataset[i], np.random.default_rng([self.seed, epoch, i]))
 
-    def faults(self, index: int, full: bool) -> list[str]:
-        return self.dataset.faults(index, full)
+    def inspect(self, index: int, full: bool) -> Findings:
+        return self.dataset.inspect(index, full)
 
     def set_faults(self) -> list[str]:
         return self.dataset.set_faults()
+
+    def likely_cause(self, pixels: Tensor) -> str:
+        return self.dataset.likely_cause(pixels)

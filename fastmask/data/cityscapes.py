@@ -76,10 +76,10 @@ class _CityscapesPanoptic(FileDataset):
 
     def __init__(self, split: str, entries: list, faults: list[str], task: str):
         super().__init__(split, entries, faults)
-        self.info, self._as_task = task_view(INFO, task)
+        self.info, self._view = task_view(INFO, task)
 
-    def __getitem__(self, index: int) -> Sample:
-        return self._as_task(super().__getitem__(index))
+    def as_task(self, sample: Sample) -> Sample:
+        return self._view(sample)
 
     def read_truth(self, index: int) -> dict[str, Tensor]:
         path = self.entries[index].truth

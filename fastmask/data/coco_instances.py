@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmask.data.files import Entry, FileDataset, Size, folder_of
-from fastmask.data.json_files import read_coco
+from fastmask.data.coco_files import FLAG, ID, INTEGER, entry_name, image_folder, read_coco
+from fastmask.data.files import Entry, FileDataset, Size, file_of
+from fastmask.data.json_files import Rule, field_faults, is_integer, is_number, shown
 from fastmask.data.palette import distinct_colours
 from fastmask.data.sample import DatasetInfo
 
-NEEDED = {
-    "images": ("id", "file_name", "height", "width"),
-    "annotations": ("id", "image_id", "category_id"),
-    "categories": ("id", "name"),
+GREATEST_AREA = 2.0**63
+FARTHEST = 10**6  # of a polygon's coordinates, in pixels: the memory to draw it grows with them
+ANNOTATION = {
+    "id": ID,
+    "image_id": ID,
+    "category_id": INTEGER,
+    "iscrowd": FLAG._replace(optional=True),
+    "area": Rule(lambda value: is_number(value, 0, GREATEST_AREA), "a number, 0 or more", optional=True),
 }
 
 
@@ -33,6 +39,8 @@ def annotation_files(root: Path, split: str) -> list[Path]:
 
 def matches(root: Path) -> bool:
     """The folder has this layout."""
+    if next(root.glob("annotations/instances_*.json"), None):
+        return True
     return any(path.is_file() for split in ("train", "val", "test") for path in annotation_files(root, split))
 
 
@@ -47,6 +55,8 @@ class CocoInstances(FileDataset):
         root: of ``annotations``.
         split: as in the file's name.
         task: "instance".
+        skip_invalid: leave out polygons that are none (fewer than three points, or not of finite numbers), and
+            annotations that have no other. A warning counts them. Otherwise they are faults.
 
     Raises:
         FileNotFoundError: no JSON file, or no folder of images.
@@ -54,45 +64,45 @@ class CocoInstances(FileDataset):
         ValueError: the JSON is not what it should be.
     """
 
-    def __init__(self, root: Path, split: str, task: str | None = None):
+    truth_is_picture = False
+
+    def __init__(self, root: Path, split: str, task: str | None = None, skip_invalid: bool = False):
         if task not in (None, "instance"):
             raise ValueError(f"task={task!r}: COCO's instances have truth for the task instance only")
         _mask_coder()
-        candidates = annotation_files(root, split)
-        path = next((path for path in candidates if path.is_file()), None)
-        if path is None:
-            raise FileNotFoundError(f"split {split!r} has no file {' or '.join(map(str, candidates))}")
-        content = read_coco(path, NEEDED)
-        names = (f"{split}2017", split, f"images/{split}2017", f"images/{split}", "images")
-        folder = folder_of(split, [root / name for name in names])
-        categories = sorted(content["categories"], key=lambda category: category["id"])
-        self._class_of = {category["id"]: label for label, category in enumerate(categories)}
+        coco = read_coco(file_of(split, annotation_files(root, split)))
+        folder = image_folder(root, split)
+        self._class_of = coco.class_of
         self.info = DatasetInfo(
-            tuple(category["name"] for category in categories),
+            tuple(category["name"] for category in coco.categories.values()),
             "instance",
-            palette=distinct_colours(len(categories)),
-            category_ids=tuple(self._class_of),
+            palette=distinct_colours(len(coco.categories)),
+            category_ids=tuple(coco.categories),
         )
-        images = {image["id"]: image for image in content["images"]}
-        self._annotations: list[list[dict[str, Any]]] = [[] for _ in images]
-        place = {image_id: index for index, image_id in enumerate(images)}
-        faults = []
-        for annotation in content["annotations"]:
-            index = place.get(annotation["image_id"])
-            if index is None:
-                faults.append(f"{path}: annotation {annotation['id']} is of image {annotation['image_id']}, not listed")
-            else:
-                self._annotations[index].append(annotation)
-        self._sizes = [(image["height"], image["width"]) for image in images.values()]
+        self._sizes = [(image["height"], image["width"]) for image in coco.images.values()]
         entries = [
-            Entry(Path(image["file_name"]).with_suffix("").as_posix(), folder / image["file_name"], path)
-            for image in images.values()
+            Entry(name, folder / image["file_name"], coco.path)
+            for name, image in zip(coco.image_names(), coco.images.values(), strict=True)
         ]
-        super().__init__(split, entries, faults)
+        super().__init__(split, entries, coco.faults)
+        places = {image_id: index for index, image_id in enumerate(coco.images)}
+        # Of each image: the places of its annotations in the file, and the annotations.
+        self._annotations: list[list[tuple[int, dict[str, Any]]]] = [[] for _ in entries]
+        skipped = _skip_invalid(coco.annotations, coco.path) if skip_invalid else set()
+        for place, annotation in enumerate(coco.annotations):
+            if place in skipped:
+                continue
+            image_id = annotation.get("image_id") if isinstance(annotation, dict) else None
+            if ID.holds(image_id) and image_id in places:
+                self._annotations[places[image_id]].append((place, annotation))
+                continue
+            name = f"{coco.path}: {entry_name('annotations', place, annotation)}"
+            self._set_faults += [f"{name}: {fault}" for fault in field_faults(annotation, ANNOTATION)]
+            if ID.holds(image_id) and image_id not in coco.rejected:
+                self._set_faults.append(f"{name} is of image {image_id}, which is not listed")
 
     def read_truth(self, index: int) -> dict[str, Tensor]:
-        self.truth_header(index)
-        annotations, size = self._annotations[index], self._sizes[index]
+        size, annotations = self._sizes[index], [annotation for _, annotation in self._annotations[index]]
         masks = np.zeros((len(annotations), *size), bool)
         for mask, annotation in zip(masks, annotations, strict=True):
             mask[:] = draw(annotation["segmentation"], size)
@@ -107,18 +117,42 @@ class CocoInstances(FileDataset):
             truth["areas"] = torch.tensor([annotation["area"] for annotation in annotations], dtype=torch.float32)
         return truth
 
+    def annotation_faults(self, index: int) -> list[str]:
+        entry, faults = self.entries[index], []
+        for place, annotation in self._annotations[index]:
+            wrong = field_faults(annotation, ANNOTATION)
+            category = annotation.get("category_id")
+            if is_integer(category) and category not in self._class_of:
+                wrong.append(f"unknown category {category}")
+            if fault := segmentation_fault(annotation.get("segmentation"), self._sizes[index]):
+                wrong.append(fault)
+            name = entry_name("annotations", place, annotation)
+            faults += [f"{entry.truth}: {name} of {entry.image.name}: {fault}" for fault in wrong]
+        return faults
+
     def truth_header(self, index: int) -> Size:
-        for annotation in self._annotations[index]:
-            if annotation["category_id"] not in self._class_of:
-                raise ValueError(f"{self._name(index, annotation)}: unknown category {annotation['category_id']}")
-            fault = segmentation_fault(annotation.get("segmentation"), self._sizes[index])
-            if fault:
-                raise ValueError(f"{self._name(index, annotation)}: {fault}")
         return self._sizes[index]
 
-    def _name(self, index: int, annotation: dict[str, Any]) -> str:
-        entry = self.entries[index]
-        return f"{entry.truth}: annotation {annotation['id']} of {entry.image.name}"
+
+def _skip_invalid(annotations: list[Any], path: Path) -> set[int]:
+    """Takes invalid polygons out of annotations; returns the places of those that have no other."""
+    polygons, places = 0, set()
+    for place, annotation in enumerate(annotations):
+        segmentation = annotation.get("segmentation") if isinstance(annotation, dict) else None
+        if not isinstance(segmentation, list):
+            continue
+        valid = [polygon for polygon in segmentation if polygon_fault(polygon) is None]
+        polygons += len(segmentation) - len(valid)
+        annotation["segmentation"] = valid
+        if not valid:
+            places.add(place)
+    if polygons or places:
+        warnings.warn(
+            f"{path}: invalid polygons that are skipped: {polygons}; "
+            f"annotations that have no other and are left out: {len(places)}",
+            stacklevel=4,
+        )
+    return places
 
 
 def segmentation_fault(segmentation: Any, size: Size) -> str | None:
@@ -131,22 +165,26 @@ def segmentation_fault(segmentation: Any, size: Size) -> str | None:
     if isinstance(segmentation, list):
         if not segmentation:
             return "no polygon"
-        for polygon in segmentation:
-            if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
-                return "a polygon must be a list of x, y of at least three points"
-            if not all(isinstance(value, int | float) and np.isfinite(value) for value in polygon):
-                return "a polygon holds something else than finite numbers"
-        return None
+        return next(filter(None, map(polygon_fault, segmentation)), None)
     if not isinstance(segmentation, dict) or "counts" not in segmentation or "size" not in segmentation:
-        return f"no segmentation; expected polygons, or a dict of size and counts; got {segmentation!r}"[:200]
-    if list(segmentation["size"]) != list(size):
-        return f"run lengths of size {segmentation['size']}; the image has {list(size)}"
+        return f"no segmentation; expected polygons, or an object of size and counts; got {shown(segmentation)}"
+    if segmentation["size"] != list(size):
+        return f"run lengths of size {shown(segmentation['size'])}; the image has {list(size)}"
     counts = segmentation["counts"]
     if not isinstance(counts, list | str):
         return f"counts are of type {type(counts).__name__}; expected a list or a string"
     lengths = run_lengths(counts)
-    if not all(isinstance(length, int) and length >= 0 for length in lengths) or sum(lengths) != size[0] * size[1]:
+    if not all(is_integer(length) and length >= 0 for length in lengths) or sum(lengths) != size[0] * size[1]:
         return f"run lengths that do not add up to {size[0]} x {size[1]} pixels"
+    return None
+
+
+def polygon_fault(polygon: Any) -> str | None:
+    """What is wrong with a polygon ``[x0, y0, x1, y1, ...]``."""
+    if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
+        return "a polygon must be a list of x, y of at least three points"
+    if not all(is_number(value, -FARTHEST, FARTHEST) for value in polygon):
+        return f"a polygon holds something else than finite numbers up to {FARTHEST}"
     return None
 
 

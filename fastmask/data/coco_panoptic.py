@@ -10,40 +10,69 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastmask.data.files import Entry, FileDataset, Size, folder_of, reading
-from fastmask.data.json_files import read_coco
+from fastmask.data.coco_files import CATEGORY, FILE, FLAG, ID, INTEGER, image_folder, read_coco
+from fastmask.data.files import Entry, FileDataset, Size, file_of, folder_of, reading
+from fastmask.data.json_files import Rule, field_faults, is_integer
 from fastmask.data.palette import distinct_colours
 from fastmask.data.sample import DatasetInfo, Sample
 from fastmask.data.tasks import segment_dtype, task_view
 
-NEEDED = {
-    "images": ("id", "file_name", "height", "width"),
-    "annotations": ("image_id", "file_name", "segments_info"),
-    "categories": ("id", "name", "isthing"),
-}
 VOID_ID = 0
+GREATEST_ID = 2**24 - 1
+ANNOTATION = {
+    "image_id": ID,
+    "file_name": FILE,
+    "segments_info": Rule(lambda value: isinstance(value, list), "a list"),
+}
+SEGMENT = {
+    "id": Rule(lambda value: is_integer(value) and VOID_ID < value <= GREATEST_ID, f"1..{GREATEST_ID}"),
+    "category_id": INTEGER,
+    "iscrowd": FLAG._replace(optional=True),
+}
 
 
 def annotation_files(root: Path, split: str) -> list[Path]:
     """Where the JSON file may be."""
-    return [root / "annotations" / f"panoptic_{split}2017.json", root / f"panoptic_{split}2017.json"]
+    names = (f"panoptic_{split}2017.json", f"panoptic_{split}.json")
+    return [folder / name for folder in (root / "annotations", root) for name in names]
 
 
 def matches(root: Path) -> bool:
     """The folder has this layout."""
-    return any(path.is_file() for split in ("train", "val") for path in annotation_files(root, split))
+    return any(next(folder.glob("panoptic_*.json"), None) for folder in (root / "annotations", root))
 
 
-class CocoPanoptic(FileDataset):
+def open_coco_panoptic(root: Path, split: str, task: str | None = None) -> PanopticDataset:
     """COCO panoptic segmentation, in the layout in which it is published.
 
-    ``annotations/panoptic_SPLIT2017.json`` lists {"id", "category_id", "iscrowd"} of each segment; the folder of the
-    same name has for each image a PNG in which the id of a pixel is R + 256 G + 65536 B, and 0 is void. Both may lie in
-    the root as well. Images are in ``SPLIT2017`` or ``images/SPLIT2017``.
+    ``annotations/panoptic_SPLIT2017.json`` or ``annotations/panoptic_SPLIT.json``, with a folder of the same name, both
+    of which may lie in the root as well. Images are in ``SPLIT2017`` or ``SPLIT``, or in one of these within
+    ``images``, or in ``images``.
 
     Args:
         root: of ``annotations``.
-        split: "train" or "val".
+        split: as in the file's name.
+        task: "panoptic" by default, "semantic" or "instance".
+
+    Raises:
+        FileNotFoundError, ValueError: as for :class:`PanopticDataset`.
+    """
+    path = file_of(split, annotation_files(root, split))
+    maps = folder_of(split, [path.with_suffix(""), root / path.stem])
+    return PanopticDataset(split, path, image_folder(root, split), maps, task)
+
+
+class PanopticDataset(FileDataset):
+    """Panoptic truth in COCO's format.
+
+    A JSON file lists {"id", "category_id", "iscrowd"} of each segment; for each image there is a PNG in which the id of
+    a pixel is R + 256 G + 65536 B, and 0 is void.
+
+    Args:
+        split: its name.
+        path: of the JSON file.
+        images: the folder of images.
+        maps: the folder of ids.
         task: "panoptic" by default, "semantic" or "instance".
 
     Raises:
@@ -51,45 +80,56 @@ class CocoPanoptic(FileDataset):
         ValueError: the JSON is not what it should be.
     """
 
-    def __init__(self, root: Path, split: str, task: str | None = None):
-        candidates = annotation_files(root, split)
-        path = next((path for path in candidates if path.is_file()), None)
-        if path is None:
-            raise FileNotFoundError(f"split {split!r} has no file {' or '.join(map(str, candidates))}")
-        content = read_coco(path, NEEDED)
-        images = folder_of(split, [root / f"{split}2017", root / "images" / f"{split}2017"])
-        maps = folder_of(split, [path.with_suffix(""), root / path.stem])
-        categories = sorted(content["categories"], key=lambda category: category["id"])
-        self._class_of = {category["id"]: label for label, category in enumerate(categories)}
+    def __init__(self, split: str, path: Path, images: Path, maps: Path, task: str | None = None):
+        coco = read_coco(path, {**CATEGORY, "isthing": FLAG})
+        categories = coco.categories.values()
+        self._class_of = coco.class_of
         info = DatasetInfo(
             tuple(category["name"] for category in categories),
             "panoptic",
             tuple(label for label, category in enumerate(categories) if not category["isthing"]),
             distinct_colours(len(categories)),
-            category_ids=tuple(self._class_of),
+            category_ids=tuple(coco.categories),
         )
-        self.info, self._as_task = task_view(info, task)
-        files = {image["id"]: image for image in content["images"]}
-        annotations = {annotation["image_id"]: annotation for annotation in content["annotations"]}
-        shared = [image_id for image_id in files if image_id in annotations]
-        faults = [
-            f'{path}: image {i} ("{files[i]["file_name"]}") has no annotation' for i in files if i not in annotations
-        ]
-        faults += [f"{path}: an annotation is of image {i}, which is not listed" for i in annotations if i not in files]
-        entries = [
-            Entry(Path(files[i]["file_name"]).stem, images / files[i]["file_name"], maps / annotations[i]["file_name"])
-            for i in shared
-        ]
+        self.info, self._view = task_view(info, task)
+        self._path = path
+        faults = list(coco.faults)
+        of_image: dict[Any, list[dict[str, Any]]] = {}
+        rejected = set()
+        for place, annotation in enumerate(coco.annotations):
+            image_id = annotation.get("image_id") if isinstance(annotation, dict) else None
+            wrong = field_faults(annotation, ANNOTATION)
+            name = f"annotation of image {image_id}" if ID.holds(image_id) else f'"annotations"[{place}]'
+            faults += [f"{path}: {name}: {fault}" for fault in wrong]
+            if not ID.holds(image_id):
+                continue
+            if wrong:
+                rejected.add(image_id)
+            elif image_id in coco.images:
+                of_image.setdefault(image_id, []).append(annotation)
+            elif image_id not in coco.rejected:
+                faults.append(f"{path}: an annotation is of image {image_id}, which is not listed")
+        entries: list[Entry] = []
+        self._segments: list[list[Any]] = []
+        self._sizes: list[Size] = []
+        for name, (image_id, image) in zip(coco.image_names(), coco.images.items(), strict=True):
+            annotations = of_image.get(image_id, [])
+            if len(annotations) == 1 and image_id not in rejected:
+                (annotation,) = annotations
+                entries.append(Entry(name, images / image["file_name"], maps / annotation["file_name"]))
+                self._segments.append(annotation["segments_info"])
+                self._sizes.append((image["height"], image["width"]))
+            elif image_id not in rejected:
+                count = f"{len(annotations)} annotations; expected one" if annotations else "no annotation"
+                faults.append(f'{path}: image {image_id} ("{image["file_name"]}") has {count}')
         super().__init__(split, entries, faults)
-        self._segments = [annotations[i]["segments_info"] for i in shared]
-        self._sizes = [(files[i]["height"], files[i]["width"]) for i in shared]
 
-    def __getitem__(self, index: int) -> Sample:
-        return self._as_task(super().__getitem__(index))
+    def as_task(self, sample: Sample) -> Sample:
+        return self._view(sample)
 
     def read_truth(self, index: int) -> dict[str, Tensor]:
         path = self.entries[index].truth
-        listed = sorted(self._checked_segments(index), key=lambda segment: segment["id"])
+        listed = sorted(self._segments[index], key=lambda segment: segment["id"])
         ids = np.array([VOID_ID, *(segment["id"] for segment in listed)], np.int32)
         values = reading(path, _decode_ids)
         places = np.searchsorted(ids, values).clip(max=len(ids) - 1)
@@ -97,10 +137,6 @@ class CocoPanoptic(FileDataset):
         if unknown.size:
             shown = ", ".join(map(str, np.unique(unknown)[:5]))
             raise ValueError(f"{path}: id {shown} at {unknown.size} pixels is not in segments_info")
-        absent = ids[np.bincount(places.ravel(), minlength=len(ids)) == 0]
-        absent = absent[absent != VOID_ID]
-        if absent.size:
-            raise ValueError(f"{path}: id {', '.join(map(str, absent[:5]))} of segments_info has no pixel")
         truth = {
             "labels": torch.tensor([self._class_of[segment["category_id"]] for segment in listed], dtype=torch.int64),
             "segments": torch.from_numpy(places - 1).to(segment_dtype(len(listed))),
@@ -109,28 +145,30 @@ class CocoPanoptic(FileDataset):
             truth["crowd"] = torch.tensor([bool(segment.get("iscrowd")) for segment in listed])
         return truth
 
+    def annotation_faults(self, index: int) -> list[str]:
+        faults, seen = [], set()
+        for place, segment in enumerate(self._segments[index]):
+            wrong = field_faults(segment, SEGMENT)
+            segment = segment if isinstance(segment, dict) else {}
+            segment_id, category = segment.get("id"), segment.get("category_id")
+            if is_integer(category) and category not in self._class_of:
+                wrong.append(f"unknown category {category}")
+            if ID.holds(segment_id):
+                name = f"segment {segment_id}"
+                if segment_id in seen:
+                    wrong.append("the id is listed twice")
+                seen.add(segment_id)
+            else:
+                name = f'"segments_info"[{place}]'
+            faults += [f"{self._path}: {name} of {self.entries[index].truth.name}: {fault}" for fault in wrong]
+        return faults
+
     def truth_header(self, index: int) -> Size:
-        self._checked_segments(index)
         size, listed = super().truth_header(index), self._sizes[index]
         if size != listed:
             path = self.entries[index].truth
             raise ValueError(f"{path}: {size[0]} x {size[1]} pixels, but the JSON says {listed[0]} x {listed[1]}")
         return size
-
-    def _checked_segments(self, index: int) -> list[dict[str, Any]]:
-        path, segments = self.entries[index].truth, self._segments[index]
-        ids = []
-        for segment in segments:
-            if not isinstance(segment, dict) or not isinstance(segment.get("id"), int) or "category_id" not in segment:
-                raise ValueError(f"{path}: segments_info holds {segment}; expected id and category_id")
-            if not VOID_ID < segment["id"] < 2**24:
-                raise ValueError(f"{path}: segments_info holds id {segment['id']}; expected 1..{2**24 - 1}")
-            if segment["category_id"] not in self._class_of:
-                raise ValueError(f"{path}: segment {segment['id']} is of the unknown category {segment['category_id']}")
-            ids.append(segment["id"])
-        if len(set(ids)) < len(ids):
-            raise ValueError(f"{path}: segments_info lists an id twice")
-        return segments
 
 
 def _decode_ids(path: Path) -> np.ndarray:

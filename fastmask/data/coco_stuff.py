@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastmask.data.files import INVALID, LabelMapDataset, folder_of, list_files, only_semantic, paired
+from fastmask.data.files import INVALID, LabelMapDataset, files_below, folder_of, list_files, only_semantic, paired
 from fastmask.data.palette import distinct_colours
 from fastmask.data.sample import DatasetInfo
 
@@ -53,9 +53,7 @@ def matches(root: Path) -> bool:
         root / "stuffthingmaps",
         *(root / "annotations" / f"{s}{y}" for s in ("train", "val", "test") for y in (2017, 2014)),
     ]
-    return any(
-        next(folder.glob("*.png"), None) or next(folder.glob("*/*.png"), None) for folder in folders if folder.is_dir()
-    )
+    return any(next(files_below(folder, (".png",)), None) for folder in folders)
 
 
 def open_coco_stuff(root: Path, split: str, task: str | None = None) -> LabelMapDataset:

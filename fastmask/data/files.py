@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -13,13 +14,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastmask.data.pictures import decode_picture
-from fastmask.data.sample import Sample, SegmentationDataset
+from fastmask.data.pictures import decode_picture, picture_size
+from fastmask.data.sample import Findings, Sample, SegmentationDataset
 from fastmask.data.tasks import segment_dtype
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 LABEL_MODES = ("L", "P", "1", "I", "I;16", "I;16L", "I;16B")
 MAX_LABEL = 2**16 - 1  # pictures of 32 bits may hold more, for which no table has room
+WHITE = 255  # of a mask that is stored as black and white
 INVALID = -2  # in a table of classes: values that a label map must not hold
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 Size = tuple[int, int]
@@ -37,11 +39,15 @@ class Entry(NamedTuple):
 class FileDataset(SegmentationDataset):
     """A data set that reads an image and its truth from files; what layouts have in common.
 
+    Annotations that draw no pixel are left out of samples, as the papers' data mappers do it.
+
     Attributes:
         entries: its files.
+        truth_is_picture: otherwise an annotation says how large the truth is, and may say anything.
     """
 
     entries: Sequence[Entry]
+    truth_is_picture = True
 
     def __init__(self, split: str, entries: Sequence[Entry], set_faults: Sequence[str] = ()):
         self.split = split
@@ -58,46 +64,73 @@ class FileDataset(SegmentationDataset):
             IndexError: no such sample.
             ValueError: its files are broken; the message names them.
         """
-        image, truth = self.read_image(index), self.read_truth(index)
-        fault = self._size_fault(index, _size(image), truth_size(truth))
-        if fault:
-            raise ValueError(fault)
-        return Sample(image, name=self.entries[index].name, **truth)
+        image = self.read_image(index)
+        faults = self.annotation_faults(index)
+        if faults:
+            raise ValueError("\n".join(faults))
+        truth = self.read_truth(index)
+        if _size(image) != truth_size(truth):
+            raise ValueError(self._size_fault(index, _size(image), truth_size(truth)))
+        return self.as_task(self._sample(index, image, truth).without_empty())
 
     def read_image(self, index: int) -> Tensor:
-        """``(3, H, W)`` uint8. Not turned by an EXIF orientation, because truths are drawn on the stored pixels."""
+        """``(3, H, W)`` uint8, upright."""
         return reading(self.entries[index].image, decode_picture)
 
     def read_truth(self, index: int) -> dict[str, Tensor]:
-        """The fields of a sample that hold its truth."""
+        """The fields of a sample that hold its truth; only where ``annotation_faults`` finds nothing."""
         raise NotImplementedError
 
+    def as_task(self, sample: Sample) -> Sample:
+        """The sample as the task has it that the data set was opened for."""
+        return sample
+
+    def annotation_faults(self, index: int) -> list[str]:
+        """What is wrong in the annotation itself, without its picture."""
+        return []
+
     def truth_header(self, index: int) -> Size:
-        """(H, W) of the truth, without decoding it; raises ValueError where the annotation is wrong in itself."""
+        """(H, W) of the truth, without decoding it."""
         return reading(self.entries[index].truth, _header_size)
 
-    def faults(self, index: int, full: bool) -> list[str]:
-        def truth() -> Size:
-            size = self.truth_header(index)
-            return truth_size(self.read_truth(index)) if full else size
-
-        def image() -> Size:
-            return _size(self.read_image(index)) if full else reading(self.entries[index].image, _header_size)
-
-        sizes, faults = zip(*map(_attempt, (image, truth)), strict=True)
-        found = [fault for fault in faults if fault]
-        if None not in sizes and (fault := self._size_fault(index, *sizes)):
-            found.append(fault)
-        return found
+    def inspect(self, index: int, full: bool) -> Findings:
+        picture = self.entries[index].image
+        faults = self.annotation_faults(index)
+        readable = not faults
+        if full:
+            image = _attempt(lambda: self.read_image(index), faults)
+            size = None if image is None else _size(image)
+        else:
+            image, size = None, _attempt(lambda: reading(picture, picture_size), faults)
+        header = _attempt(lambda: self.truth_header(index), faults)
+        if not full and None not in (size, header) and size != header:
+            # The header may not tell how the picture is turned.
+            size = _attempt(lambda: _size(self.read_image(index)), faults)
+        fits = None not in (size, header) and size == header
+        if None not in (size, header) and not fits:
+            faults.append(self._size_fault(index, size, header))
+        if not full or not readable or header is None or not (fits or self.truth_is_picture):
+            return Findings(tuple(faults))
+        truth = _attempt(lambda: self.read_truth(index), faults)
+        if faults:
+            return Findings(tuple(faults))
+        sample = self._sample(index, image, truth)
+        kept = sample.without_empty()
+        pixels = self.as_task(kept).pixels_of_classes(self.info.num_classes)
+        return Findings(pixels=pixels, empty=len(sample.labels) - len(kept.labels))
 
     def set_faults(self) -> list[str]:
         return self._set_faults
 
-    def _size_fault(self, index: int, image: Size, truth: Size) -> str | None:
-        if image == truth:
-            return None
+    def _sample(self, index: int, image: Tensor, truth: Mapping[str, Tensor]) -> Sample:
+        return Sample(image, name=self.entries[index].name, **truth)
+
+    def _size_fault(self, index: int, image: Size, truth: Size) -> str:
         entry = self.entries[index]
-        return f"{entry.image}: {image[0]} x {image[1]} pixels, but {entry.truth} has {truth[0]} x {truth[1]}"
+        fault = f"{entry.image}: {image[0]} x {image[1]} pixels, but {entry.truth} has {truth[0]} x {truth[1]}"
+        if image == truth[::-1] and reading(entry.image, _header_size) != reading(entry.image, picture_size):
+            fault += "; EXIF turns this image, and its truth is to be drawn on what it shows upright"
+        return fault
 
 
 class LabelMapDataset(FileDataset):
@@ -128,18 +161,29 @@ class LabelMapDataset(FileDataset):
         dtype = np.int16 if segment_dtype(len(labels)) == torch.int16 else np.int32
         return {"labels": torch.from_numpy(labels), "segments": torch.from_numpy(segments.astype(dtype)[values])}
 
+    def likely_cause(self, pixels: Tensor) -> str:
+        white = self._classes[WHITE] if len(self._classes) > WHITE else INVALID
+        found = pixels > 0
+        if (self._classes[0], white) != (0, -1) or not found[0] or not found[-1] or found[1:-1].any():
+            return ""
+        return (
+            f"only 0 ({self.info.class_names[0]}) and void occur, as in masks of 0 and {WHITE}: {WHITE} is void here, "
+            "and the second class is 1"
+        )
+
     def _expected(self) -> str:
         known = (self._classes != INVALID).nonzero()[0]
         runs = np.split(known, (np.diff(known) > 1).nonzero()[0] + 1)
         return "expected " + ", ".join(f"{run[0]}..{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
-def _attempt(read: Callable[[], Size]) -> tuple[Size | None, str | None]:
-    """What ``read`` returns, or what it complains about."""
+def _attempt(read: Callable[[], T], faults: list[str]) -> T | None:
+    """What ``read`` returns; None if it complains, which goes to ``faults``."""
     try:
-        return read(), None
+        return read()
     except ValueError as error:
-        return None, str(error)
+        faults.append(str(error))
+        return None
 
 
 def reading(path: Path, read: Callable[[Path], T]) -> T:
@@ -185,15 +229,32 @@ def truth_size(truth: Mapping[str, Any]) -> Size:
     return _size(truth["segments"] if "segments" in truth else truth["masks"])
 
 
-def list_files(folder: Path, suffixes: Iterable[str], ending: str = "") -> dict[str, Path]:
-    """The files below a folder, by their path within it less suffix and ``ending``; others are left out.
+def files_below(folder: Path, suffixes: Collection[str], excluded: Collection[Path] = ()) -> Iterator[Path]:
+    """The files of a folder at any depth, in no order; hidden files and folders, which begin with a dot, are none.
+
+    Args:
+        folder: to look into.
+        suffixes: that files must have, in lower case.
+        excluded: resolved paths of folders to pass over.
+    """
+    for parent, folders, names in os.walk(folder):
+        place = Path(parent)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if excluded:
+            folders[:] = [name for name in folders if (place / name).resolve() not in excluded]
+        for name in names:
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes:
+                yield place / name
+
+
+def list_files(folder: Path, suffixes: Collection[str], ending: str = "") -> dict[str, Path]:
+    """The :func:`files_below` a folder, by their path within it less suffix and ``ending``; others are left out.
 
     Raises:
         ValueError: two files have one name.
     """
-    suffixes = tuple(suffixes)
     found: dict[str, Path] = {}
-    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes):
+    for path in sorted(files_below(folder, suffixes)):
         name = path.relative_to(folder).with_suffix("").as_posix()
         if not name.endswith(ending):
             continue
@@ -218,6 +279,15 @@ def folder_of(split: str, candidates: Iterable[Path]) -> Path:
         if folder.is_dir():
             return folder
     raise FileNotFoundError(f"split {split!r} has no folder {' or '.join(map(str, candidates))}")
+
+
+def file_of(split: str, candidates: Iterable[Path]) -> Path:
+    """The first file that is there."""
+    candidates = list(candidates)
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f"split {split!r} has no file {' or '.join(map(str, candidates))}")
 
 
 def only_semantic(task: str | None, kind: str) -> None:

@@ -68,7 +68,7 @@ def _read_classes(path: Path) -> tuple[DatasetInfo, np.ndarray]:
     if not all(isinstance(value, int) and len(names) <= value <= MAX_LABEL for value in void):
         raise ValueError(f'{path}: "void" is {void}; expected values in {len(names)}..{MAX_LABEL}, which are no class')
     stuff = content.get("stuff", [])
-    if not isinstance(stuff, list) or not set(stuff) <= set(names):
+    if not isinstance(stuff, list) or not all(name in names for name in stuff):
         raise ValueError(f'{path}: "stuff" is {stuff}; expected names of classes')
     palette = content.get("palette")
     try:

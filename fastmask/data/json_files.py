@@ -1,44 +1,69 @@
-"""JSON files of annotations."""
+"""JSON files of annotations, and rules for what their fields hold."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+MAX_SHOWN = 60  # characters of a wrong value
+
+
+class Rule(NamedTuple):
+    """What a field may hold.
+
+    Attributes:
+        holds: whether a value is right.
+        expected: the same in words.
+        optional: the field may be left out.
+    """
+
+    holds: Callable[[Any], bool]
+    expected: str
+    optional: bool = False
 
 
 def read_json(path: Path) -> Any:
-    """The content of a file.
+    """The content of a file in UTF-8, with or without a byte order mark.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: it is no JSON; the message names it.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing") from None
     except ValueError as error:
         raise ValueError(f"{path}: no readable JSON: {error}") from error
 
 
-def read_coco(path: Path, needed: dict[str, tuple[str, ...]]) -> dict[str, list[dict[str, Any]]]:
-    """COCO's lists of annotations.
+def field_faults(entry: Any, rules: Mapping[str, Rule]) -> list[str]:
+    """What is wrong with the fields of an entry, each fault in words."""
+    if not isinstance(entry, dict):
+        return [f"{shown(entry)}; expected an object"]
+    faults = []
+    for key, rule in rules.items():
+        if key not in entry:
+            if not rule.optional:
+                faults.append(f'no "{key}"')
+        elif not rule.holds(entry[key]):
+            faults.append(f'"{key}" is {shown(entry[key])}; expected {rule.expected}')
+    return faults
 
-    Args:
-        path: of the file.
-        needed: the lists that it must have, and what each of their entries must have.
 
-    Raises:
-        FileNotFoundError, ValueError: as for :func:`read_json`; a list or key is missing.
-    """
-    content = read_json(path)
-    for name, keys in needed.items():
-        entries = content.get(name) if isinstance(content, dict) else None
-        if not isinstance(entries, list):
-            raise ValueError(f'{path}: no list "{name}"')
-        for k, entry in enumerate(entries):
-            missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
-            if missing:
-                raise ValueError(f'{path}: "{name}"[{k}] has no "{missing[0]}"')
-    return content
+def shown(value: Any) -> str:
+    """A value as JSON has it, cut if it is long."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
+def is_integer(value: Any) -> bool:
+    """``value`` is an integer of JSON, which knows true and false besides."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any, least: float, greatest: float) -> bool:
+    """``value`` is a number within limits; NaN is within none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= greatest

@@ -2,43 +2,91 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from fastmask.data import ade20k, cityscapes, coco_instances, coco_panoptic, coco_stuff, folder
 from fastmask.data.composed.dataset import SceneDataset
 from fastmask.data.sample import TASKS, SegmentationDataset
 
 COMPOSED_SCENES = "composed:scenes"
-# How each layout is recognised and opened, and the tasks that it serves.
+
+
+class Layout(NamedTuple):
+    """A layout of folders.
+
+    Attributes:
+        matches: whether a folder has it.
+        evidence: by what that is seen.
+        open: opens a split of a folder for a task.
+        tasks: that it has truth for.
+        has_polygons: ``open`` takes ``skip_invalid``.
+    """
+
+    matches: Callable[[Path], bool]
+    evidence: str
+    open: Callable[..., SegmentationDataset]
+    tasks: tuple[str, ...] = ("semantic",)
+    has_polygons: bool = False
+
+
 LAYOUTS = {
-    "folder": (folder.matches, folder.open_folder, ("semantic",)),
-    "cityscapes": (cityscapes.matches, cityscapes.open_cityscapes, TASKS),
-    "ade20k": (ade20k.matches, ade20k.open_ade20k, ("semantic",)),
-    "coco-panoptic": (coco_panoptic.matches, coco_panoptic.CocoPanoptic, TASKS),
-    "coco-instances": (coco_instances.matches, coco_instances.CocoInstances, ("instance",)),
-    "coco-stuff": (coco_stuff.matches, coco_stuff.open_coco_stuff, ("semantic",)),
+    "folder": Layout(folder.matches, "classes.json", folder.open_folder),
+    "cityscapes": Layout(cityscapes.matches, "leftImg8bit and gtFine", cityscapes.open_cityscapes, TASKS),
+    "ade20k": Layout(ade20k.matches, "annotations/training or annotations/validation", ade20k.open_ade20k),
+    "ade20k-panoptic": Layout(
+        ade20k.matches_panoptic, "ade20k_panoptic_SPLIT.json", ade20k.open_ade20k_panoptic, TASKS
+    ),
+    "coco-panoptic": Layout(
+        coco_panoptic.matches,
+        "panoptic_SPLIT2017.json or panoptic_SPLIT.json, in annotations or beside it",
+        coco_panoptic.open_coco_panoptic,
+        TASKS,
+    ),
+    "coco-instances": Layout(
+        coco_instances.matches,
+        "annotations/instances_SPLIT2017.json, annotations/instances_SPLIT.json or annotations/SPLIT.json",
+        coco_instances.CocoInstances,
+        ("instance",),
+        has_polygons=True,
+    ),
+    "coco-stuff": Layout(
+        coco_stuff.matches,
+        "label maps in stuffthingmaps, annotations/SPLIT2017, annotations/SPLIT2014 or annotations_detectron2",
+        coco_stuff.open_coco_stuff,
+    ),
 }
 
 
-def open_dataset(path: str | Path, split: str, kind: str = "auto", task: str | None = None) -> SegmentationDataset:
+def open_dataset(
+    path: str | Path, split: str, kind: str = "auto", task: str | None = None, *, skip_invalid: bool = False
+) -> SegmentationDataset:
     """The data set at a path.
+
+    Files and folders whose names begin with a dot are no part of it. Images are turned as their EXIF orientation says;
+    label maps have none.
 
     Args:
         path: its folder, or "composed:scenes" for the scenes that come with the package.
         split: "train", "val", or another that the data set has.
-        kind: its layout, one of "folder", "cityscapes", "ade20k", "coco-panoptic", "coco-instances" and "coco-stuff";
-            "auto" finds it out. Where a folder of COCO has several at once, a layout made for the task comes first, and
-            without a task the first of this list.
+        kind: its layout, one of "folder", "cityscapes", "ade20k", "ade20k-panoptic", "coco-panoptic", "coco-instances"
+            and "coco-stuff"; "auto" finds it out. Where a folder of ADE20K or COCO has several at once, a layout made
+            for the task comes first, and without a task the first of this list.
         task: "semantic", "panoptic" or "instance"; the data set's own by default. Panoptic truth serves all three.
+        skip_invalid: of "coco-instances": leave out polygons that are none, with a warning that counts them, instead of
+            calling them faults.
 
     Raises:
         FileNotFoundError: no such folder, no such split in it, or nothing in the split.
-        ValueError: an unknown kind, layout or task, a task that the data set has no truth for, or a JSON file that
-            cannot be read.
+        ValueError: an unknown kind, layout or task, a task that the data set has no truth for, ``skip_invalid`` of a
+            layout without polygons, or a JSON file that cannot be read.
     """
     if task not in (None, *TASKS):
         raise ValueError(f"task={task!r} is unknown; expected one of {', '.join(TASKS)}")
     if str(path) == COMPOSED_SCENES:
+        if skip_invalid:
+            raise ValueError(f"skip_invalid: {COMPOSED_SCENES} has no polygons")
         return SceneDataset(split, task=task)
     root = Path(path)
     if not root.is_dir():
@@ -47,15 +95,19 @@ def open_dataset(path: str | Path, split: str, kind: str = "auto", task: str | N
         kind = _layout_of(root, task)
     if kind not in LAYOUTS:
         raise ValueError(f"kind={kind!r} is unknown; expected auto or one of {', '.join(LAYOUTS)}")
-    dataset = LAYOUTS[kind][1](root, split, task)
+    if skip_invalid and not LAYOUTS[kind].has_polygons:
+        raise ValueError(f"skip_invalid: the layout {kind} of {root} has no polygons")
+    options = {"skip_invalid": True} if skip_invalid else {}
+    dataset = LAYOUTS[kind].open(root, split, task, **options)
     if len(dataset) == 0 and not dataset.set_faults():
         raise FileNotFoundError(f"{root}: nothing in split {split!r} of layout {kind}")
     return dataset
 
 
 def _layout_of(root: Path, task: str | None) -> str:
-    found = [kind for kind, (matches, _, _) in LAYOUTS.items() if matches(root)]
+    found = [kind for kind, layout in LAYOUTS.items() if layout.matches(root)]
     if not found:
-        raise ValueError(f"{root} has no layout that is known; expected one of {', '.join(LAYOUTS)}")
-    serving = [kind for kind in found if task in LAYOUTS[kind][2]]
-    return min(serving, key=lambda kind: len(LAYOUTS[kind][2])) if serving else found[0]
+        tried = "; ".join(f"{kind} ({layout.evidence})" for kind, layout in LAYOUTS.items())
+        raise ValueError(f"{root} has no layout that is known; expected one of {tried}")
+    serving = [kind for kind in found if task in LAYOUTS[kind].tasks]
+    return min(serving, key=lambda kind: len(LAYOUTS[kind].tasks)) if serving else found[0]

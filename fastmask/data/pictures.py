@@ -6,31 +6,59 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
 
 WIDE_MODES = ("I", "I;16", "I;16L", "I;16B", "F")
+# What makes a picture upright, by its EXIF orientation.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange height and width
 
 
-def decode_picture(path: Path, *, upright: bool = False) -> Tensor:
-    """``(3, H, W)`` uint8 RGB of a file's first frame.
+def decode_picture(path: Path) -> Tensor:
+    """``(3, H, W)`` uint8 RGB of a file's first frame, turned as its EXIF orientation says.
 
     Grey, palette and CMYK become RGB; what is transparent becomes white; 16 bits become 8 by dropping the lower half,
     and floating point in 0..1 is scaled. Colour profiles are not applied.
 
     Args:
         path: a file that Pillow reads.
-        upright: turn the picture as its EXIF orientation says.
 
     Raises:
         ValueError: values that no known scale brings to 8 bits.
         OSError and others of ``fastmask.data.files.UNREADABLE``: the file is missing or broken.
     """
     with Image.open(path) as image:
-        if upright:
-            ImageOps.exif_transpose(image, in_place=True)
-        pixels = np.array(_rgb(image))
+        image.load()  # the orientation may stand behind the pixels
+        turn = TURNS.get(_orientation(image))
+        pixels = np.array(_rgb(image if turn is None else image.transpose(turn)))
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """(H, W) of :func:`decode_picture`, as far as a file's header tells: the orientation of a PNG may stand behind its
+    pixels, and Pillow may give a TIFF's size as if it were turned already.
+    """
+    with Image.open(path) as image:
+        sideways = _orientation(image) in SIDEWAYS
+        return (image.width, image.height) if sideways else (image.height, image.width)
+
+
+def _orientation(image: Image.Image) -> object:
+    """What EXIF says, as far as it was read; None where it says nothing or is damaged."""
+    try:
+        # Not image.getexif(), which decodes a PNG in search of it.
+        return Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+    except Exception:  # Pillow raises errors of many kinds for damaged EXIF, which other readers pass over
+        return None
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -31,7 +31,8 @@ class Sample(NamedTuple):
             pixels are void), and no fault of a prediction that falls into it. None if there is none.
         areas: ``(M,)`` float32, the areas in pixels that the annotation states, by which COCO's AP sorts objects into
             small, medium and large. None if it states none, or after the image was resized or cropped.
-        name: of the image within its data set; no two share one.
+        name: of the image within its data set: its path in the folder of images, without suffix unless two would have
+            one name. No two share one.
     """
 
     image: Tensor
@@ -53,6 +54,47 @@ class Sample(NamedTuple):
             raise ValueError(f"{self.name}: instances have no class map; open the data set for another task")
         # Void, -1, reads the last entry.
         return torch.cat([self.labels, self.labels.new_tensor([ignore_index])])[self.segments.long()]
+
+    def pixels_of_segments(self) -> Tensor:
+        """``(M,)`` int64, the pixels of each segment or mask."""
+        if self.segments is None:
+            return self.masks.flatten(1).sum(1)
+        return torch.bincount(self.segments.flatten() - VOID, minlength=len(self.labels) + 1)[1:]
+
+    def pixels_of_classes(self, num_classes: int) -> Tensor:
+        """``(K+1,)`` int64, the pixels of each class, and at last those at void: 0 where ``masks`` is given."""
+        pixels = self.labels.new_zeros(num_classes + 1).index_add_(0, self.labels, self.pixels_of_segments())
+        if self.segments is not None:
+            pixels[num_classes] = self.segments.numel() - pixels.sum()
+        return pixels
+
+    def without_empty(self) -> Sample:
+        """The sample without the segments or masks that have no pixel, which are no targets."""
+        kept = self.pixels_of_segments() > 0
+        if kept.all():
+            return self
+        if self.segments is None:
+            planes = {"masks": self.masks[kept]}
+        else:
+            index = torch.where(kept, kept.cumsum(0) - 1, VOID)
+            index = torch.cat([index, index.new_tensor([VOID])]).to(self.segments.dtype)
+            planes = {"segments": index[self.segments.long()]}
+        crowd, areas = (None if values is None else values[kept] for values in (self.crowd, self.areas))
+        return self._replace(labels=self.labels[kept], crowd=crowd, areas=areas, **planes)
+
+
+class Findings(NamedTuple):
+    """What a look at the files of a sample found.
+
+    Attributes:
+        faults: what is broken, each with the file's name.
+        pixels: ``(K+1,)`` int64, of each class and at last of void; None if they were not counted.
+        empty: how many annotations draw no pixel and are left out.
+    """
+
+    faults: tuple[str, ...] = ()
+    pixels: Tensor | None = None
+    empty: int = 0
 
 
 @dataclass(frozen=True)
@@ -117,18 +159,29 @@ class SegmentationDataset(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         raise NotImplementedError
 
-    def faults(self, index: int, full: bool) -> list[str]:
-        """What is broken in the files of sample ``index``, each with the file's name; see ``check_dataset``.
+    def inspect(self, index: int, full: bool) -> Findings:
+        """Looks at the files of sample ``index``; see ``check_dataset``.
 
         Args:
             index: 0..len-1.
             full: decode image and truth, rather than read their headers only.
         """
-        return []
+        return Findings()
 
     def set_faults(self) -> list[str]:
         """What is broken in the set as a whole, as files without a partner are."""
         return []
+
+    def likely_cause(self, pixels: Tensor) -> str:
+        """Why classes may have no pixel.
+
+        Args:
+            pixels: ``(K+1,)`` of the whole set, as in :class:`Findings`.
+
+        Returns:
+            A sentence; empty if there is none to say.
+        """
+        return ""
 
 
 def collate(samples: Sequence[Sample]) -> tuple[Tensor | list[Tensor], Targets]:

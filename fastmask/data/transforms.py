@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastmask.data.sample import VOID, Sample
+from fastmask.data.sample import Sample
 
 Transform = Callable[[Sample, np.random.Generator], Sample]
 
@@ -118,13 +118,12 @@ class RandomCrop:
             top = int(rng.integers(sample.size[0] - height + 1))
             left = int(rng.integers(sample.size[1] - width + 1))
             window = slice(top, top + height), slice(left, left + width)
-            if not limited or self._is_mixed(sample.segments[window], sample.labels):
+            if not limited or self._is_mixed(sample._replace(segments=sample.segments[window])):
                 break
         return _mapped(sample, lambda plane: plane[(..., *window)].contiguous())
 
-    def _is_mixed(self, segments: Tensor, labels: Tensor) -> bool:
-        pixels = _pixels_of_segments(segments, len(labels))
-        by_class = torch.bincount(labels, weights=pixels.double())
+    def _is_mixed(self, sample: Sample) -> bool:
+        by_class = torch.bincount(sample.labels, weights=sample.pixels_of_segments().double())
         return int((by_class > 0).sum()) > 1 and bool(by_class.max() < self.max_category_share * by_class.sum())
 
 
@@ -268,25 +267,9 @@ def _nearest(length: int, new_length: int) -> Tensor:
 
 def _mapped(sample: Sample, change: Callable[[Tensor], Tensor], image: Tensor | None = None) -> Sample:
     """A sample whose planes are changed, without the segments that lost their last pixel."""
+    segments, masks = (None if planes is None else change(planes) for planes in (sample.segments, sample.masks))
     image = change(sample.image) if image is None else image
-    if sample.segments is not None:
-        segments = change(sample.segments)
-        kept = _pixels_of_segments(segments, len(sample.labels)) > 0
-        if not kept.all():
-            lookup = torch.where(kept, kept.cumsum(0) - 1, VOID)
-            lookup = torch.cat([lookup, lookup.new_tensor([VOID])]).to(segments.dtype)
-            segments = lookup[segments.long()]
-        changed = {"segments": segments}
-    else:
-        masks = change(sample.masks)
-        kept = masks.flatten(1).any(1)
-        changed = {"masks": masks[kept]}
-    crowd = None if sample.crowd is None else sample.crowd[kept]
-    return sample._replace(image=image, labels=sample.labels[kept], crowd=crowd, areas=None, **changed)
-
-
-def _pixels_of_segments(segments: Tensor, num_segments: int) -> Tensor:
-    return torch.bincount(segments.flatten() - VOID, minlength=num_segments + 1)[1:]
+    return sample._replace(image=image, segments=segments, masks=masks, areas=None).without_empty()
 
 
 def _rounded(length: float) -> int:

@@ -28,6 +28,10 @@ class Metrics:
         """For each kind of number a list over the classes; nan for classes without any pixel, segment or event."""
         raise NotImplementedError
 
+    def absent(self) -> list[int]:
+        """The classes without any pixel, segment or event in the truth, crowd regions aside."""
+        raise NotImplementedError
+
     def merge(self: MetricsT, other: MetricsT) -> MetricsT:
         """Adds the counts of other metrics of the same kind to these, and returns these."""
         if type(other) is not type(self) or other._settings() != self._settings():

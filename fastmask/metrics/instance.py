@@ -32,7 +32,7 @@ class InstanceMetrics(Metrics):
     """COCO mask AP and AR, computed by pycocotools.
 
     Masks are kept run-length encoded until ``compute``. An image that is given twice, here or in metrics that are
-    merged, counts once.
+    merged, counts once; two images of one name are an error, if their truths differ.
 
     Args:
         num_classes: K.
@@ -68,7 +68,7 @@ class InstanceMetrics(Metrics):
             areas: ``(M,)`` by which objects are small, medium or large; those of the masks by default.
 
         Raises:
-            ValueError: shapes that do not fit, or a class out of range.
+            ValueError: shapes that do not fit, a class out of range, or a name that another image has.
         """
         found_masks, found_labels, scores = (prediction[key].cpu() for key in ("masks", "labels", "scores"))
         for what, these, those in (("masks", masks, labels), ("prediction", found_masks, found_labels)):
@@ -92,7 +92,7 @@ class InstanceMetrics(Metrics):
         found = _records(found_masks, found_labels)
         for record, score in zip(found, scores.tolist(), strict=True):
             record.update(score=score, iscrowd=0)
-        self._images[name] = {"truth": truth, "found": found, "size": tuple(masks.shape[-2:])}
+        self._keep(name, {"truth": truth, "found": found, "size": tuple(masks.shape[-2:])})
 
     def compute(self) -> dict[str, float]:
         """COCO's twelve numbers: "AP" (mean over IoU 0.50:0.05:0.95), "AP50", "AP75", AP by size, AR by detections (1,
@@ -109,6 +109,11 @@ class InstanceMetrics(Metrics):
             return {"AP": [float("nan")] * self.num_classes}
         precision = self._evaluate().eval["precision"][..., 0, -1]  # [IoU, recall, K], all sizes, most detections
         return {"AP": [mean(of_class, of_class >= 0) for of_class in np.moveaxis(precision, 2, 0)]}
+
+    def absent(self) -> list[int]:
+        records = (record for image in self._images.values() for record in image["truth"])
+        present = {record["category_id"] for record in records if not record["iscrowd"]}
+        return [label for label in range(self.num_classes) if label not in present]
 
     def _evaluate(self) -> Any:
         coco = _pycocotools()
@@ -137,7 +142,14 @@ class InstanceMetrics(Metrics):
         return (self.num_classes,)
 
     def _add(self, other: InstanceMetrics) -> None:
-        self._images.update(other._images)
+        for name, image in other._images.items():
+            self._keep(name, image)
+
+    def _keep(self, name: str, image: dict[str, Any]) -> None:
+        known = self._images.get(name, image)
+        if (known["size"], known["truth"]) != (image["size"], image["truth"]):
+            raise ValueError(f"{name}: two images have this name; expected one name for each, such as its path")
+        self._images[name] = image
 
 
 def _records(masks: Tensor, labels: Tensor) -> list[dict[str, Any]]:

@@ -106,6 +106,10 @@ class PanopticMetrics(Metrics):
         quality = np.where((hits == 0) & (whole > 0), 0.0, share(iou, hits))
         return {"PQ": share(iou, whole).tolist(), "SQ": quality.tolist(), "RQ": share(hits, whole).tolist()}
 
+    def absent(self) -> list[int]:
+        _, hits, _, missed = self._counts.T
+        return np.flatnonzero(hits + missed == 0).tolist()
+
     def _settings(self) -> tuple:
         return self.num_classes, self.stuff_classes
 

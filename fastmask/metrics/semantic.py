@@ -116,6 +116,9 @@ class SemanticMetrics(Metrics):
             result["boundary_IoU"] = share(both, truth + found - both).tolist()
         return result
 
+    def absent(self) -> list[int]:
+        return np.flatnonzero(self._confusion.sum(1) == 0).tolist()
+
     @property
     def confusion(self) -> np.ndarray:
         """``(K, K+1)`` int64, pixels by class of the truth (row) and of the prediction; column K is no class."""

@@ -105,6 +105,9 @@ class SoundEventMetrics(Metrics):
         numbers = {"F1": share(2 * hits, found + true), "precision": share(hits, found), "recall": share(hits, true)}
         return {name: values.tolist() for name, values in numbers.items()}
 
+    def absent(self) -> list[int]:
+        return np.flatnonzero(self._counts[:, 2] == 0).tolist()
+
     def _settings(self) -> tuple:
         return self.num_classes, self.onset_collar, self.offset_collar, self.offset_share
 

@@ -195,7 +195,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
         ValueError: the file is not JSON, or no object; the message names it.
     """
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a JSON file: {error}") from error
     if not isinstance(values, dict):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fastmask.data.files import IMAGE_SUFFIXES
+from fastmask.data.files import IMAGE_SUFFIXES, files_below
 
 RESULT_FOLDERS = ("labels", "overlays", "panoptic")
 
@@ -51,7 +51,7 @@ def find_images(images: str | Path | Iterable[str | Path], output: str | Path | 
     found: dict[str, tuple[Path, str]] = {}
     for path in map(Path, given):
         if path.is_dir():
-            for file in _files_below(path, excluded):
+            for file in sorted(files_below(path, IMAGE_SUFFIXES, excluded)):
                 found.setdefault(os.path.abspath(file), (file, file.relative_to(path).as_posix()))
         elif path.exists():
             found.setdefault(os.path.abspath(path), (path, path.name))
@@ -65,17 +65,6 @@ def find_images(images: str | Path | Iterable[str | Path], output: str | Path | 
     files, short = zip(*found.values(), strict=True)
     names, file_names = _distinct_names(list(found), short)
     return list(map(ImageFile, files, names, file_names, _image_ids(names)))
-
-
-def _files_below(folder: Path, excluded: set[Path]) -> list[Path]:
-    files = []
-    for parent, folders, names in os.walk(folder):
-        place = Path(parent)
-        folders[:] = [n for n in folders if not n.startswith(".") and (place / n).resolve() not in excluded]
-        files += [
-            place / n for n in names if not n.startswith(".") and os.path.splitext(n)[1].lower() in IMAGE_SUFFIXES
-        ]
-    return sorted(files)
 
 
 def _distinct_names(files: Sequence[str], short: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -186,7 +186,7 @@ def _batches(
     batch: list[tuple[ImageFile, Tensor]] = []
     for file in files:
         try:
-            image = reading(file.path, lambda path: decode_picture(path, upright=True))
+            image = reading(file.path, decode_picture)
         except ValueError as error:
             failures.append((file.path, str(error).removeprefix(f"{file.path}: ")))
             bar.advance()

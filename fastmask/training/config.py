@@ -38,6 +38,7 @@ class TrainingConfig(PlainConfig):
         recipe: optimiser, schedule, steps, batch and augmentation; a :class:`Recipe` or what its ``to_dict`` gives.
         kind: the data set's layout, see :func:`fastmask.data.open_dataset`.
         task: "semantic", "panoptic" or "instance"; "" for the data set's own.
+        skip_invalid: leave out invalid polygons, see :func:`fastmask.data.open_dataset`.
         train_split: what to train on.
         val_split: what to evaluate on; "" for no evaluation.
         pretrained: a folder with a network of the same kind to start from; weights of classes start at random where
@@ -63,6 +64,7 @@ class TrainingConfig(PlainConfig):
     recipe: Recipe = field(default_factory=Recipe)
     kind: str = "auto"
     task: str = ""
+    skip_invalid: bool = False
     train_split: str = "train"
     val_split: str = "val"
     pretrained: str = ""
@@ -143,7 +145,8 @@ def make_training_config(
     if unknown:
         raise TypeError(f"a TrainingConfig has no {', '.join(unknown)}")
     split = options.get("train_split", "train")
-    info = open_dataset(data, split, options.get("kind", "auto"), options.get("task") or None).info
+    skip = options.get("skip_invalid", False)
+    info = open_dataset(data, split, options.get("kind", "auto"), options.get("task") or None, skip_invalid=skip).info
     options["task"] = info.task  # so that what reads the run's folder knows what it was for
     classes = {"class_names": info.class_names, "stuff_classes": info.stuff_classes}
     if model:

@@ -46,6 +46,8 @@ class Evaluation:
         class_names: of the data set.
         tasks: what was evaluated.
         num_samples: images or clips, of all processes together.
+        absent_classes: the names of those that the truth of no task holds; what "mIoU" and other means say of them
+            depends on the prediction alone. Stuff is not missed where the truth is of things.
     """
 
     numbers: dict[str, float]
@@ -53,6 +55,7 @@ class Evaluation:
     class_names: tuple[str, ...]
     tasks: tuple[str, ...]
     num_samples: int
+    absent_classes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON knows it: nan becomes None."""
@@ -62,6 +65,7 @@ class Evaluation:
             "numbers": finite(self.numbers),
             "class_names": list(self.class_names),
             "per_class": finite(self.per_class),
+            "absent_classes": list(self.absent_classes),
         }
 
 
@@ -164,12 +168,16 @@ def evaluate(
                     evaluator.add(task, index, sample, of_task[i])
     numbers: dict[str, float] = {}
     per_class: dict[str, list[float]] = {}
+    absent = set(evaluator.expected_classes)
     for task, metrics in evaluator.metrics.items():
         prefix = "general_" if task == "general" else ""
         metrics = metrics.synced()
         numbers |= {prefix + name: value for name, value in metrics.compute().items()}
         per_class |= {prefix + name: values for name, values in metrics.per_class().items()}
-    return Evaluation(numbers, per_class, evaluator.class_names, tuple(evaluator.metrics), len(dataset))
+        absent.intersection_update(metrics.absent())
+    names = evaluator.class_names
+    absent_names = tuple(names[label] for label in sorted(absent))
+    return Evaluation(numbers, per_class, names, tuple(evaluator.metrics), len(dataset), absent_names)
 
 
 def served_tasks(model: PretrainedModel, info: DatasetInfo) -> tuple[str, ...]:
@@ -203,6 +211,8 @@ class _ImageEvaluator:
         if views and isinstance(model, MaskFormer) and "semantic" not in wanted:
             raise ValueError(f"{', '.join(views)}: only the task 'semantic' has these, got {', '.join(wanted)}")
         self.class_names = self.info.class_names
+        # Those that the truth may hold: stuff is in no truth of instances.
+        self.expected_classes = self.info.thing_classes if set(wanted) == {"instance"} else range(self.info.num_classes)
         self.metrics: dict[str, Metrics] = {task: self._metrics_of(task, boundary_share) for task in wanted}
         self.options = {task: self._own_options(task) | dict(options.get(task, {})) for task in wanted}
 
@@ -263,6 +273,7 @@ class _ClipEvaluator:
         config = model.config
         self.model, self.options = model, options.get(EVENTS, {})
         self.class_names = config.class_names or tuple(map(str, range(config.num_classes)))
+        self.expected_classes = range(config.num_classes)
         self.metrics: dict[str, Metrics] = {EVENTS: SoundEventMetrics(config.num_classes)}
 
     def predict(self, inputs: Tensor, samples: Sequence[Any]) -> dict[str, list[Any]]:

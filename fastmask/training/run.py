@@ -177,9 +177,12 @@ class _Run:
     def _open_data(self, *, quick: bool) -> tuple[SegmentationDataset, SegmentationDataset | None]:
         config = self.config
         splits = [config.train_split, *([config.val_split] if config.val_split else [])]
-        sets = [open_dataset(config.data, split, config.kind, config.task or None) for split in splits]
+        sets = [
+            open_dataset(config.data, split, config.kind, config.task or None, skip_invalid=config.skip_invalid)
+            for split in splits
+        ]
         self.log.say(f"checking {' + '.join(str(len(each)) for each in sets)} samples of {config.data}")
-        in_main(lambda: check_datasets(sets, full=not quick))
+        self.notes = in_main(lambda: check_datasets(sets, full=not quick))
         info, model = sets[0].info, config.model
         for each in sets[1:]:
             if (each.info.class_names, each.info.stuff_classes) != (info.class_names, info.stuff_classes):
@@ -348,6 +351,8 @@ class _Run:
             f"{name} with {parameters:.2f} million parameters; batches of {config.recipe.batch_size} "
             f"from {len(self.train_set)} samples, {config.precision}; {processes.world_size} x {processes.device}"
         )
+        for note in self.notes:
+            self.log.say(note)
         if checkpoint is not None:
             self.log.say(f"continuing from {checkpoint}")
 
