@@ -12,6 +12,7 @@ from fastmask import training
 from fastmask.cli.main import app, main
 from fastmask.models import load_model
 from fastmask.training import Recipe, TrainingConfig
+from tests.dataset_trees import instance_tree
 from tests.training_runs import scene_folder
 
 TINY = ("--model", "tiny", "--steps", "2", "--batch-size", "2", "--crop", "32", "48", "--workers", "0")
@@ -48,7 +49,6 @@ def said_to_stderr(capsys, monkeypatch, *options):
 def test_options_become_the_configuration(scenes, tmp_path, asked):
     options = ["--precision", "bfloat16", "--accumulate", "2", "--seed", "3", "--eval-every", "7", "--val-split", ""]
     options += ["--checkpoint-every", "9", "--log-every", "4", "--strategy", "fsdp", "--activation-checkpointing"]
-    options += ["--skip-invalid"]
     options += ["--lr", "0.002", "--set", "model.num_queries=7", "--set", "recipe.schedule=constant", "--device", "cpu"]
     assert invoke("--data", scenes, "-o", tmp_path / "run", *TINY, *options).exit_code == 0
     ((config, output, others),) = asked
@@ -59,7 +59,6 @@ def test_options_become_the_configuration(scenes, tmp_path, asked):
     assert (config.precision, config.accumulate, config.seed, config.workers) == ("bfloat16", 2, 3, 0)
     assert (config.eval_every, config.checkpoint_every, config.log_every) == (7, 9, 4)
     assert (config.val_split, config.strategy, config.activation_checkpointing) == ("", "fsdp", True)
-    assert config.skip_invalid
 
 
 @pytest.mark.parametrize(
@@ -141,6 +140,14 @@ def test_wrong_options_end_with_one_line(scenes, tmp_path, capsys, monkeypatch, 
     assert message in said
     assert said.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_invalid_polygons_are_skipped_if_asked(tmp_path, asked):
+    pytest.importorskip("pycocotools")
+    data = instance_tree(tmp_path / "data")
+    for options in ([], ["--skip-invalid"]):
+        assert invoke("--data", data, "-o", tmp_path / "run", *TINY, *options).exit_code == 0
+    assert [config.skip_invalid for config, _, _ in asked] == [False, True]
 
 
 def test_settings_reach_fields_within_options_of_a_backbone(scenes, tmp_path, asked):

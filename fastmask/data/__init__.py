@@ -19,7 +19,7 @@ from fastmask.data.composed import (
 )
 from fastmask.data.composed.dataset import SceneDataset
 from fastmask.data.open import open_dataset
-from fastmask.data.sample import DatasetInfo, Sample, SegmentationDataset, collate
+from fastmask.data.sample import DatasetInfo, Findings, Sample, SegmentationDataset, collate
 from fastmask.data.transforms import (
     ColourJitter,
     Compose,
@@ -49,6 +49,7 @@ __all__ = [
     "ComposedClips",
     "ComposedScenes",
     "DatasetInfo",
+    "Findings",
     "RandomCrop",
     "RandomFlip",
     "RandomSizeCrop",
