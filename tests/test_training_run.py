@@ -138,11 +138,11 @@ def test_classes_must_be_those_of_the_data(scenes, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="classes of model are not the 13 classes"):
         train(config.replace(model=model), tmp_path / "run")
 
-    def other_classes_in_val(data, split, *options):
+    def other_classes_in_val(data, split, *options, **more):
         other = scene_folder(tmp_path / split, 1, 1)
         if split == "val":
             (other / "classes.json").write_text(json.dumps([*CLASS_NAMES, "hat"]))
-        return open_dataset(other, split, *options)
+        return open_dataset(other, split, *options, **more)
 
     monkeypatch.setattr("fastmask.training.run.open_dataset", other_classes_in_val)
     with pytest.raises(ValueError, match="classes of split 'val' are not those of split 'train'"):
