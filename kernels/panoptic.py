@@ -152,7 +152,7 @@ def panoptic_winners(
     if batch == 0 or queries == 0:
         return winner, areas, nan_logits
     config = pick_config(CONFIGS, mask_logits.device)
-    order = (~keep).to(torch.uint8).argsort(dim=-1, stable=True)
+    order = keep.logical_not().to(torch.uint8).argsort(dim=-1, stable=True)
     placed_scores = scores.gather(1, order)
     kept = keep.sum(-1, dtype=torch.int32)
     threshold = mask_threshold

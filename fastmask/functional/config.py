@@ -6,7 +6,7 @@ import importlib.util
 
 import torch
 
-from fastmask.functional._backend import _automatic
+from fastmask.functional._backend import automatic
 from fastmask.ops import OPERATORS
 from fastmask.ops.library import EXTENSION_ERROR, unavailable_reason
 from fastmask.version import __version__
@@ -35,7 +35,7 @@ def show_config() -> str:
                 for backend in ("native", "triton")
                 if (reason := unavailable_reason(operator, backend, probe)) is not None
             ]
-            lines.append(f"  {operator.name:<18} {_automatic(operator, probe):<10} {'; '.join(others)}".rstrip())
+            lines.append(f"  {operator.name:<18} {automatic(operator, probe):<10} {'; '.join(others)}".rstrip())
     text = "\n".join(lines)
     print(text)
     return text

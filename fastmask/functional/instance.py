@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from fastmask.functional._checks import check_choice
 from fastmask.functional._inference import MaskSource, belong_to, prepare
-from fastmask.ops.instance import OPERATOR, call
+from fastmask.ops.instance import OPERATOR
 from fastmask.ops.library import EXTENSION_ERROR
 
 RULES = ("mask2former", "huggingface")
@@ -160,7 +160,7 @@ def _run_bands(
 
     bands = []
     for band in masks.bands():
-        *sums, nan_logits = call(backend, band.mask_logits, queries, packed, *band.geometry)
+        *sums, nan_logits = OPERATOR(backend, band.mask_logits, queries, packed, *band.geometry)
         repeated = F.pad(band.repeated_nan_logits(), (0, 1))  # none of padding
         nan_logits = nan_logits - repeated.gather(1, queries.where(queries >= 0, kept.shape[1]))
         bands.append((*sums, nan_logits))

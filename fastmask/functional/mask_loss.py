@@ -13,7 +13,7 @@ from fastmask.functional._checks import (
     computing_dtype,
     stack_layers,
 )
-from fastmask.ops.mask_loss import OPERATOR, call
+from fastmask.ops.mask_loss import OPERATOR
 from fastmask.targets import Targets
 
 
@@ -81,7 +81,7 @@ def mask_loss(
             valid=targets.valid_pixels() if ignore_void else None,
         )
     else:
-        pair_mask, pair_dice, _ = call(
+        pair_mask, pair_dice, _ = OPERATOR(
             backend,
             stack_layers(mask_logits, 4),
             stack_layers(assignment, 2),

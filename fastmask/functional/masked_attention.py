@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastmask.functional._backend import choose_backend
 from fastmask.functional._checks import check_floating, computing_dtype
-from fastmask.ops.masked_attention import OPERATOR, TRITON_MAX_HEAD_DIM, call
+from fastmask.ops.masked_attention import OPERATOR, TRITON_MAX_HEAD_DIM
 
 
 def masked_attention(
@@ -90,7 +90,7 @@ def masked_attention(
     seed = None
     if dropout_p > 0:
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device)
-    out, _ = call(backend, q, k, v, mask_logits, key_padding_mask, *grid, num_heads, scale, dropout_p, seed)
+    out, _ = OPERATOR(backend, q, k, v, mask_logits, key_padding_mask, *grid, num_heads, scale, dropout_p, seed)
     return out
 
 

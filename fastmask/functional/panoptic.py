@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastmask.functional._checks import check_choice
 from fastmask.functional._inference import MaskSource, belong_to, prepare
-from fastmask.ops.panoptic import OPERATOR, call
+from fastmask.ops.panoptic import OPERATOR
 
 RULES = ("maskformer", "mask2former", "huggingface", "huggingface-exact")
 
@@ -156,7 +156,7 @@ def pixel_winners(
     options = (resize_probabilities, clip_to_mask, mask_threshold)
     winners, areas, nan_logits = [], 0, 0
     for band in masks.bands():
-        winner, band_areas, nan = call(backend, scores, band.mask_logits, *options, *band.geometry)
+        winner, band_areas, nan = OPERATOR(backend, scores, band.mask_logits, *options, *band.geometry)
         winners.append(winner)
         areas, nan_logits = areas + band_areas, nan_logits + nan - (scores > 0) * band.repeated_nan_logits()
     return winners[0] if len(winners) == 1 else torch.cat(winners, 1), areas, nan_logits

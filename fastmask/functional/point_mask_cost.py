@@ -15,7 +15,7 @@ from fastmask.functional._checks import (
     computing_dtype,
     stack_layers,
 )
-from fastmask.ops.point_mask_cost import OPERATOR, call
+from fastmask.ops.point_mask_cost import OPERATOR
 from fastmask.targets import Targets
 
 
@@ -93,7 +93,7 @@ def point_mask_cost(
             gamma=gamma,
             valid=targets.valid_pixels() if ignore_void else None,
         )
-    cost = call(
+    cost = OPERATOR(
         backend,
         stack_layers(class_logits, 3),
         stack_layers(mask_logits, 4),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastmask.functional._checks import check_choice
 from fastmask.functional._inference import MaskSource, prepare
-from fastmask.ops.semantic import OPERATOR, call
+from fastmask.ops.semantic import OPERATOR
 from fastmask.targets import label_dtype
 
 ORDERS = ("masks", "scores")
@@ -94,7 +94,7 @@ def _run_bands(
     """The operator's results, the bands put together; NaN logits of rows that two bands read are counted once."""
     bands = []
     for band in masks.bands():
-        *maps, nan_logits = call(backend, probabilities, band.mask_logits, order, output, details, *band.geometry)
+        *maps, nan_logits = OPERATOR(backend, probabilities, band.mask_logits, order, output, details, *band.geometry)
         if band.repeated:
             nan_logits = nan_logits - band.repeated_nan_logits()
         bands.append((*maps, nan_logits))

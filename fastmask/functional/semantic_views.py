@@ -11,7 +11,7 @@ from torch import Tensor
 from fastmask.functional._checks import check_choice
 from fastmask.functional._inference import Band, MaskSource, prepare
 from fastmask.functional.semantic import ORDERS, OUTPUTS
-from fastmask.ops.semantic import OPERATOR, call
+from fastmask.ops.semantic import OPERATOR
 from fastmask.targets import label_dtype
 
 # Scores that exist at a time: of a band of the result's rows, and as many again of one view of it.
@@ -131,7 +131,7 @@ class _Scores:
             scores = self.whole[:, top:end]
         else:
             band = _rows_of(self.masks, top, end)
-            scores = call(
+            scores = OPERATOR(
                 self.backend, self.probabilities, band.mask_logits, self.order, "scores", False, *band.geometry
             )[0][0]
         return scores.flip(-1) if self.view.mirrored else scores

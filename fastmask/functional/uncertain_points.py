@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastmask.functional._backend import choose_backend
 from fastmask.functional._checks import check_assigned_queries, check_mask_planes, check_point_sampling, stack_layers
-from fastmask.ops.uncertain_points import OPERATOR, call
+from fastmask.ops.uncertain_points import OPERATOR
 
 
 @torch.no_grad()
@@ -67,7 +67,7 @@ def uncertain_points(
         candidates, others = drawn.split([num_candidates, num_points - num_uncertain], dim=-2)
         chosen = reference.uncertain_points(mask_logits, assignment, candidates, num_uncertain)
         return torch.cat([chosen, others.masked_fill((assignment < 0)[..., None, None], 0)], -2)
-    points = call(
+    points = OPERATOR(
         backend,
         stack_layers(mask_logits, 4),
         stack_layers(assignment, 2),

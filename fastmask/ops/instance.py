@@ -24,7 +24,6 @@ masks one after the other, ``(T,)`` uint8; and ``(R + 1,)`` int64, where each be
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,17 +31,8 @@ from torch import Tensor
 from fastmask.ops._geometry import GEOMETRY
 from fastmask.ops.library import Operator
 
-OPERATOR = Operator("instance_masks", native=("cpu",), triton=True)
 
-torch.library.define(
-    "fastmask::instance_masks",
-    f"(Tensor mask_logits, Tensor queries, bool packed, {GEOMETRY}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-torch.library.define("fastmask::rle_encode", "(Tensor masks, int width) -> (Tensor, Tensor)")
-
-
-@torch.library.register_fake("fastmask::instance_masks")
-def _(
+def _fake(
     mask_logits: Tensor,
     queries: Tensor,
     packed: bool,
@@ -64,23 +54,22 @@ def _(
     )
 
 
-@torch.library.register_fake("fastmask::rle_encode")
-def _(masks: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def _fake_rle(masks: Tensor, width: int) -> tuple[Tensor, Tensor]:
     length = torch.library.get_ctx().new_dynamic_size()
     return masks.new_empty(length, dtype=torch.uint8), masks.new_empty(masks.shape[0] + 1, dtype=torch.int64)
 
 
-def _triton(*arguments: Any) -> tuple[Tensor, ...]:
-    from fastmask.kernels.instance import instance_masks
-
-    return instance_masks(*arguments)
-
-
-torch.library.impl("fastmask::instance_masks", "cuda", _triton)
-
-
-def call(backend: str, mask_logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """Runs the operator on the backend chosen; Triton runs CPU tensors through its interpreter."""
-    interpret = backend == "triton" and mask_logits.device.type == "cpu"
-    run = _triton if interpret else torch.ops.fastmask.instance_masks
-    return run(mask_logits, *arguments)
+OPERATOR = Operator(
+    "instance_masks",
+    f"(Tensor mask_logits, Tensor queries, bool packed, {GEOMETRY}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake,
+    native=("cpu",),
+    triton="instance",
+)
+RLE_ENCODE = Operator(
+    "rle_encode",
+    "(Tensor masks, int width) -> (Tensor, Tensor)",
+    _fake_rle,
+    native=("cpu",),
+    dtypes=(torch.bool, torch.uint8),
+)

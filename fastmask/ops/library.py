@@ -6,29 +6,18 @@ Importing this module loads ``libfastmask.so``. Where that fails, the operators 
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 EXTENSION = Path(__file__).parent.parent / "libfastmask.so"
-
-
-@dataclass(frozen=True)
-class Operator:
-    """Which kernels an operator has.
-
-    Args:
-        name: as in ``torch.ops.fastmask``.
-        native: device types that the C++/CUDA extension serves.
-        triton: whether a Triton kernel serves CUDA tensors.
-        dtypes: of the tensors that the kernels read; arithmetic is float32 whichever it is.
-    """
-
-    name: str
-    native: tuple[str, ...] = ()
-    triton: bool = False
-    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+LEAST_CAPABILITY = (8, 0)  # of a GPU: bfloat16 in tensor cores, asynchronous copies, reductions of a warp
 
 
 def _load_extension() -> str | None:
@@ -45,6 +34,100 @@ def _load_extension() -> str | None:
 EXTENSION_ERROR = _load_extension()
 
 
+@dataclass(frozen=True)
+class Gradient:
+    """How an operator is differentiated with respect to its first arguments.
+
+    Args:
+        operator: returns their gradients.
+        save: of the context of ``torch.autograd.Function``, the inputs and the outputs of the forward operator.
+        arguments: of the context and the gradients of the forward operator's outputs: what ``operator`` is called with.
+    """
+
+    operator: Operator
+    save: Callable[[Any, tuple[Any, ...], Any], None]
+    arguments: Callable[..., tuple[Any, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class Operator:
+    """Registers ``fastmask::name`` and says which kernels it has; calling it runs them.
+
+    Args:
+        name: of the operator.
+        schema: its arguments and results, as ``torch.library`` writes them.
+        fake: its fake kernel: shapes, strides and dtypes of the results.
+        native: device types that the C++/CUDA extension serves.
+        triton: the module of ``fastmask.kernels`` whose function ``name`` launches Triton kernels for CUDA tensors.
+        dtypes: of the tensors that the kernels read; arithmetic is float32 whichever it is.
+        gradient: None if it has none.
+    """
+
+    name: str
+    schema: str
+    fake: Callable[..., Any]
+    native: tuple[str, ...] = ()
+    triton: str | None = None
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    gradient: Gradient | None = None
+
+    def __post_init__(self) -> None:
+        name = f"fastmask::{self.name}"
+        torch.library.define(name, self.schema)
+        torch.library.register_fake(name, self.fake)
+        if self.gradient is not None:
+            torch.library.register_autograd(name, self._backward, setup_context=self.gradient.save)
+        if self.triton is not None:
+            torch.library.impl(name, "cuda", self.on_tensors_device)
+
+    def __call__(self, backend: str, *arguments: Any) -> Any:
+        """Runs the operator on the backend chosen, which is not the reference.
+
+        The dispatcher has C++ for CPU tensors. Their Triton kernels, which Triton's interpreter runs, are called past
+        it.
+        """
+        if backend != "triton" or arguments[0].device.type != "cpu":
+            return getattr(torch.ops.fastmask, self.name)(*arguments)
+        return self.launch(*arguments) if self.gradient is None else _PastDispatcher.apply(self, *arguments)
+
+    def launch(self, *arguments: Any) -> Any:
+        """Launches the Triton kernels on the current device."""
+        return getattr(importlib.import_module(f"fastmask.kernels.{self.triton}"), self.name)(*arguments)
+
+    def on_tensors_device(self, *arguments: Any) -> Any:
+        """Triton launches on the current device, which the dispatcher does not set for kernels written in Python."""
+        with torch.cuda.device(next(x.device for x in arguments if isinstance(x, Tensor))):
+            return self.launch(*arguments)
+
+    def _backward(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        run = getattr(torch.ops.fastmask, self.gradient.operator.name)
+        return self.padded(run(*self.gradient.arguments(ctx, *grads)))
+
+    def padded(self, gradients: Tensor | tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+        """Gradients of the first arguments, and None for each of the others."""
+        first = (gradients,) if isinstance(gradients, Tensor) else gradients
+        inputs = len(getattr(torch.ops.fastmask, self.name).default._schema.arguments)
+        return *first, *[None] * (inputs - len(first))
+
+
+class _PastDispatcher(torch.autograd.Function):
+    """The Triton kernels of an operator, and of its gradient, on CPU tensors."""
+
+    @staticmethod
+    def forward(operator: Operator, *arguments: Any) -> Any:
+        return operator.launch(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.operator, *arguments = inputs
+        ctx.operator.gradient.save(ctx, tuple(arguments), output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        gradient = ctx.operator.gradient
+        return None, *ctx.operator.padded(gradient.operator.launch(*gradient.arguments(ctx, *grads)))
+
+
 def triton_interpreted() -> bool:
     """Whether Triton kernels run on CPU tensors, through the interpreter (TRITON_INTERPRET=1)."""
     try:
@@ -54,7 +137,7 @@ def triton_interpreted() -> bool:
     return bool(knobs.runtime.interpret)
 
 
-def unavailable_reason(operator: Operator, backend: str, tensor: torch.Tensor) -> str | None:
+def unavailable_reason(operator: Operator, backend: str, tensor: Tensor) -> str | None:
     """Why ``backend`` cannot run ``operator`` on tensors like this one; None if it can."""
     device = tensor.device.type
     if backend == "native":
@@ -62,13 +145,46 @@ def unavailable_reason(operator: Operator, backend: str, tensor: torch.Tensor) -
             return f"{operator.name} has no C++/CUDA kernel for {device} tensors"
         if EXTENSION_ERROR is not None:
             return EXTENSION_ERROR
+        if not _registered(operator.name, device):
+            return f"{EXTENSION.name} was built without {device.upper()} (nvcc was not found, or left out)"
     elif backend == "triton":
-        if not operator.triton:
+        if operator.triton is None:
             return f"{operator.name} has no Triton kernel"
         if device != "cuda" and not triton_interpreted():
             return f"Triton kernels run on CUDA tensors, got a {device} tensor"
-    if backend != "reference" and tensor.dtype not in operator.dtypes:
-        return f"the kernels of {operator.name} do not read {str(tensor.dtype).removeprefix('torch.')}"
+        if not TRITON_INSTALLED:
+            return "triton is not installed"
+    if backend != "reference":
+        if tensor.dtype not in operator.dtypes:
+            return f"the kernels of {operator.name} do not read {str(tensor.dtype).removeprefix('torch.')}"
+        if device == "cuda":
+            return gpu_reason(tensor.device.index)
+    return None
+
+
+def _constant_in_traces(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What torch.compiler.assume_constant_result does, without the import of torch._dynamo."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@_constant_in_traces
+def _registered(name: str, device: str) -> bool:
+    """Whether the dispatcher has a kernel."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"fastmask::{name}", device.upper())
+
+
+@_constant_in_traces
+def gpu_reason(index: int | None) -> str | None:
+    """Why the kernels cannot run on a GPU; None if they can, or if there is no GPU and only a trace is made."""
+    if torch.version.hip is not None:
+        return "this is a ROCm build of PyTorch; the kernels are for NVIDIA GPUs"
+    if not torch.cuda.is_initialized():
+        return None
+    capability = torch.cuda.get_device_capability(index)
+    if capability < LEAST_CAPABILITY:
+        has, needed = (".".join(map(str, version)) for version in (capability, LEAST_CAPABILITY))
+        return f"{torch.cuda.get_device_name(index)} has compute capability {has}; the kernels need {needed} or more"
     return None
 
 

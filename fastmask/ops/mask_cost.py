@@ -2,41 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fastmask.ops.library import Operator
 
-OPERATOR = Operator("mask_cost", native=("cpu",), triton=True)
 
-torch.library.define(
-    "fastmask::mask_cost",
-    "(Tensor class_logits, Tensor mask_logits, Tensor labels, Tensor? masks, Tensor? segments, Tensor? valid, "
-    "int void_value, bool ignore_void, float cost_class, float cost_mask, float cost_dice, str mask_term, "
-    "float alpha, float gamma) -> Tensor",
-)
-
-
-@torch.library.register_fake("fastmask::mask_cost")
-def _(class_logits: Tensor, mask_logits: Tensor, labels: Tensor, *_: object) -> Tensor:
+def fake_cost(class_logits: Tensor, mask_logits: Tensor, labels: Tensor, *_: object) -> Tensor:
     return mask_logits.new_empty((*mask_logits.shape[:3], labels.shape[1]), dtype=torch.float32)
 
 
-def _triton(*arguments: Any) -> Tensor:
-    from fastmask.kernels.mask_cost import mask_cost
-
-    return mask_cost(*arguments)
-
-
-torch.library.impl("fastmask::mask_cost", "cuda", _triton)
-
-
-def call(backend: str, class_logits: Tensor, *arguments: Any) -> Tensor:
-    """Runs the operator on the backend chosen.
-
-    The dispatcher has C++ for CPU tensors; their Triton kernels, which the interpreter runs, are called past it.
-    """
-    run = _triton if backend == "triton" and class_logits.device.type == "cpu" else torch.ops.fastmask.mask_cost
-    return run(class_logits, *arguments)
+OPERATOR = Operator(
+    "mask_cost",
+    "(Tensor class_logits, Tensor mask_logits, Tensor labels, Tensor? masks, Tensor? segments, Tensor? valid, "
+    "int void_value, bool ignore_void, float cost_class, float cost_mask, float cost_dice, str mask_term, "
+    "float alpha, float gamma) -> Tensor",
+    fake_cost,
+    native=("cpu",),
+    triton="mask_cost",
+)

@@ -11,34 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmask.ops.library import Operator
+from fastmask.ops.library import Gradient, Operator
 
-OPERATOR = Operator("mask_loss", native=("cpu",), triton=True)
-
-_TARGET_ARGUMENTS = (
+_ARGUMENTS = (
     "Tensor mask_logits, Tensor assignment, Tensor labels, Tensor? masks, Tensor? segments, Tensor? valid, "
     "int void_value, bool ignore_void, str mask_term, float alpha, float gamma"
 )
-torch.library.define("fastmask::mask_loss", f"({_TARGET_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
-torch.library.define(
-    "fastmask::mask_loss_backward", f"(Tensor grad_mask, Tensor grad_dice, Tensor sums, {_TARGET_ARGUMENTS}) -> Tensor"
-)
 
 
-@torch.library.register_fake("fastmask::mask_loss")
-def _(mask_logits: Tensor, assignment: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+def fake_losses(mask_logits: Tensor, assignment: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     pairs = mask_logits.new_empty(assignment.shape, dtype=torch.float32)
     return pairs, torch.empty_like(pairs), pairs.new_empty((*assignment.shape, 4))
 
 
-@torch.library.register_fake("fastmask::mask_loss_backward")
-def _(grad_mask: Tensor, grad_dice: Tensor, sums: Tensor, mask_logits: Tensor, *_: object) -> Tensor:
+def fake_gradient(grad_mask: Tensor, grad_dice: Tensor, sums: Tensor, mask_logits: Tensor, *_: object) -> Tensor:
     h, w = mask_logits.shape[-2:]
     contiguous_planes = (w == 1 or mask_logits.stride(-1) == 1) and (h == 1 or mask_logits.stride(-2) == w)
     return torch.empty_like(mask_logits if contiguous_planes else mask_logits.contiguous())
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     mask_logits, assignment, labels, masks, segments, valid, *options = inputs
     sums = output[2]
     ctx.mark_non_differentiable(sums)
@@ -46,48 +38,22 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.options = options
 
 
-def _backward(ctx: Any, grad_mask: Tensor, grad_dice: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    grad = torch.ops.fastmask.mask_loss_backward(grad_mask, grad_dice, *ctx.saved_tensors, *ctx.options)
-    return grad, *[None] * 10
+def _backward_arguments(ctx: Any, grad_mask: Tensor, grad_dice: Tensor, _: Tensor | None) -> tuple[Any, ...]:
+    return grad_mask, grad_dice, *ctx.saved_tensors, *ctx.options
 
 
-torch.library.register_autograd("fastmask::mask_loss", _backward, setup_context=_setup_context)
-
-
-def _triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from fastmask.kernels.mask_loss import mask_loss
-
-    return mask_loss(*arguments)
-
-
-torch.library.impl("fastmask::mask_loss", "cuda", _triton)
-
-
-def _triton_backward(*arguments: Any) -> Tensor:
-    from fastmask.kernels.mask_loss_backward import mask_loss_backward
-
-    return mask_loss_backward(*arguments)
-
-
-torch.library.impl("fastmask::mask_loss_backward", "cuda", _triton_backward)
-
-
-class _InterpretedMaskLoss(torch.autograd.Function):
-    """The Triton kernels on CPU tensors, past the dispatcher, which has C++ for them."""
-
-    @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return _triton(*arguments)
-
-    setup_context = staticmethod(_setup_context)
-
-    @staticmethod
-    def backward(ctx: Any, grad_mask: Tensor, grad_dice: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _triton_backward(grad_mask, grad_dice, *ctx.saved_tensors, *ctx.options), *[None] * 10
-
-
-def call(backend: str, mask_logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs the operator on the backend chosen; Triton runs CPU tensors through its interpreter."""
-    interpret = backend == "triton" and mask_logits.device.type == "cpu"
-    run = _InterpretedMaskLoss.apply if interpret else torch.ops.fastmask.mask_loss
-    return run(mask_logits, *arguments)
+BACKWARD = Operator(
+    "mask_loss_backward",
+    f"(Tensor grad_mask, Tensor grad_dice, Tensor sums, {_ARGUMENTS}) -> Tensor",
+    fake_gradient,
+    native=("cpu",),
+    triton="mask_loss_backward",
+)
+OPERATOR = Operator(
+    "mask_loss",
+    f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+    fake_losses,
+    native=("cpu",),
+    triton="mask_loss",
+    gradient=Gradient(BACKWARD, _save, _backward_arguments),
+)

@@ -18,24 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmask.ops.library import Operator
+from fastmask.ops.library import Gradient, Operator
 
-OPERATOR = Operator("masked_attention", native=("cpu",), triton=True)
 TRITON_MAX_HEAD_DIM = 128  # channels; C++ takes any
 
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? mask_logits, Tensor? key_padding_mask, SymInt grid_height, "
     "SymInt grid_width, int num_heads, float scale, float dropout_p, Tensor? seed"
 )
-torch.library.define("fastmask::masked_attention", f"({_ARGUMENTS}) -> (Tensor, Tensor)")
-torch.library.define(
-    "fastmask::masked_attention_backward",
-    f"(Tensor grad_out, Tensor out, Tensor logsumexp, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
-)
 
 
-@torch.library.register_fake("fastmask::masked_attention")
-def _(
+def _fake(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -51,14 +44,13 @@ def _(
     return q.new_empty(q.shape), q.new_empty((batch_size, num_heads, num_queries), dtype=dtype)
 
 
-@torch.library.register_fake("fastmask::masked_attention_backward")
-def _(
+def _fake_backward(
     grad_out: Tensor, out: Tensor, logsumexp: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, mask_logits, key_padding_mask, *options, seed = inputs
     out, logsumexp = output
     ctx.mark_non_differentiable(logsumexp)
@@ -66,53 +58,23 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.options = options
 
 
-def _saved(ctx: Any) -> tuple[Any, ...]:
-    """``out``, ``logsumexp`` and the forward operator's arguments."""
+def _backward_arguments(ctx: Any, grad_out: Tensor, _: Tensor | None) -> tuple[Any, ...]:
     *tensors, seed = ctx.saved_tensors
-    return (*tensors, *ctx.options, seed)
+    return grad_out, *tensors, *ctx.options, seed
 
 
-def _backward(ctx: Any, grad_out: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    return *torch.ops.fastmask.masked_attention_backward(grad_out, *_saved(ctx)), *[None] * 8
-
-
-torch.library.register_autograd("fastmask::masked_attention", _backward, setup_context=_setup_context)
-
-
-def _triton(*arguments: Any) -> tuple[Tensor, Tensor]:
-    from fastmask.kernels.masked_attention import masked_attention
-
-    return masked_attention(*arguments)
-
-
-torch.library.impl("fastmask::masked_attention", "cuda", _triton)
-
-
-def _triton_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from fastmask.kernels.masked_attention_backward import masked_attention_backward
-
-    return masked_attention_backward(*arguments)
-
-
-torch.library.impl("fastmask::masked_attention_backward", "cuda", _triton_backward)
-
-
-class _InterpretedMaskedAttention(torch.autograd.Function):
-    """The Triton kernels on CPU tensors, past the dispatcher, which has C++ for them."""
-
-    @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-        return _triton(*arguments)
-
-    setup_context = staticmethod(_setup_context)
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_triton_backward(grad_out, *_saved(ctx)), *[None] * 8
-
-
-def call(backend: str, q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """Runs the operator on the backend chosen; Triton runs CPU tensors through its interpreter."""
-    interpret = backend == "triton" and q.device.type == "cpu"
-    run = _InterpretedMaskedAttention.apply if interpret else torch.ops.fastmask.masked_attention
-    return run(q, *arguments)
+BACKWARD = Operator(
+    "masked_attention_backward",
+    f"(Tensor grad_out, Tensor out, Tensor logsumexp, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+    _fake_backward,
+    native=("cpu",),
+    triton="masked_attention_backward",
+)
+OPERATOR = Operator(
+    "masked_attention",
+    f"({_ARGUMENTS}) -> (Tensor, Tensor)",
+    _fake,
+    native=("cpu",),
+    triton="masked_attention",
+    gradient=Gradient(BACKWARD, _save, _backward_arguments),
+)

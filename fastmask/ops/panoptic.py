@@ -18,7 +18,6 @@ Returns of the operator:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,17 +25,8 @@ from torch import Tensor
 from fastmask.ops._geometry import GEOMETRY
 from fastmask.ops.library import Operator
 
-OPERATOR = Operator("panoptic_winners", native=("cpu",), triton=True)
 
-torch.library.define(
-    "fastmask::panoptic_winners",
-    "(Tensor scores, Tensor mask_logits, bool resize_probabilities, bool clip_to_mask, float mask_threshold, "
-    f"{GEOMETRY}) -> (Tensor, Tensor, Tensor)",
-)
-
-
-@torch.library.register_fake("fastmask::panoptic_winners")
-def _(
+def _fake(
     scores: Tensor,
     mask_logits: Tensor,
     resize_probabilities: bool,
@@ -58,17 +48,11 @@ def _(
     )
 
 
-def _triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from fastmask.kernels.panoptic import panoptic_winners
-
-    return panoptic_winners(*arguments)
-
-
-torch.library.impl("fastmask::panoptic_winners", "cuda", _triton)
-
-
-def call(backend: str, scores: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs the operator on the backend chosen; Triton runs CPU tensors through its interpreter."""
-    interpret = backend == "triton" and scores.device.type == "cpu"
-    run = _triton if interpret else torch.ops.fastmask.panoptic_winners
-    return run(scores, *arguments)
+OPERATOR = Operator(
+    "panoptic_winners",
+    "(Tensor scores, Tensor mask_logits, bool resize_probabilities, bool clip_to_mask, float mask_threshold, "
+    f"{GEOMETRY}) -> (Tensor, Tensor, Tensor)",
+    _fake,
+    native=("cpu",),
+    triton="panoptic",
+)

@@ -1,8 +1,10 @@
-"""``fastmask::semantic_inference``: class labels or scores of pixels, from class probabilities and mask logits."""
+"""``fastmask::semantic_inference``: class labels or scores of pixels, from class probabilities and mask logits.
+
+It returns labels or scores, the winning score, the winning score minus that of the runner-up, and the number of NaN
+logits of each query; the two in the middle are empty without ``details``.
+"""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,19 +13,8 @@ from fastmask.ops._geometry import GEOMETRY
 from fastmask.ops.library import Operator
 from fastmask.targets import label_dtype
 
-OPERATOR = Operator("semantic_inference", native=("cpu",), triton=True)
 
-# (labels or scores, winning score, winning minus runner-up score, NaN logits of each query); the two in the middle are
-# empty without `details`.
-torch.library.define(
-    "fastmask::semantic_inference",
-    f"(Tensor probabilities, Tensor mask_logits, str order, str output, bool details, {GEOMETRY}) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-)
-
-
-@torch.library.register_fake("fastmask::semantic_inference")
-def _(
+def _fake(
     probabilities: Tensor,
     mask_logits: Tensor,
     order: str,
@@ -47,23 +38,14 @@ def _(
     return result, score, torch.empty_like(score), mask_logits.new_empty((batch_size, num_queries), dtype=torch.int32)
 
 
-def _triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from fastmask.kernels.semantic import semantic_inference
-
-    return semantic_inference(*arguments)
-
-
-torch.library.impl("fastmask::semantic_inference", "cuda", _triton)
-
-
-def call(backend: str, probabilities: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Runs the operator on the backend chosen.
-
-    The dispatcher has C++ for CPU tensors; their Triton kernels, which the interpreter runs, are called past it.
-    """
-    interpret = backend == "triton" and probabilities.device.type == "cpu"
-    return (_triton if interpret else torch.ops.fastmask.semantic_inference)(probabilities, *arguments)
-
+OPERATOR = Operator(
+    "semantic_inference",
+    f"(Tensor probabilities, Tensor mask_logits, str order, str output, bool details, {GEOMETRY}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _fake,
+    native=("cpu",),
+    triton="semantic",
+)
 
 torch.library.define("fastmask::_set_query_skipping", "(bool on) -> bool")
 
