@@ -266,11 +266,11 @@ def test_names_are_the_paths_of_the_images(tmp_path, layout, files, names):
     assert [sample.name for sample in dataset] == names
 
 
-def test_images_of_one_stem_all_count_in_ap(tmp_path):
-    """Of two images one is found and one is not. Known by the stem alone, they were one image, and AP 1."""
+@pytest.mark.parametrize("files", [("x/1.jpg", "y/1.jpg"), ("1.jpg", "1.png")])
+def test_images_of_one_stem_all_count_in_ap(tmp_path, files):
+    """Two of three squares are found, in two images. Known by the stem alone, these would be one image."""
     root = tmp_path
     square = {"category_id": 1, "iscrowd": 0, "area": 70, "segmentation": [[2, 3, 12, 3, 12, 10, 2, 10]]}
-    files = ("x/1.jpg", "y/1.jpg")
     for k, name in enumerate(files):
         trees.write_image(root / "train" / name, trees.SIZES[0], k)
     images = [{"id": k, "file_name": name, "height": 20, "width": 30} for k, name in enumerate(files)]
