@@ -39,13 +39,6 @@ def power_of_two(size: int, least: int, most: int) -> int:
     return min(max(1 << (size - 1).bit_length() if size > 1 else 1, least), most)
 
 
-def with_contiguous_planes(logits: Tensor) -> Tensor:
-    """Mask logits ``(L, B, N, h, w)`` whose planes are contiguous, wherever layers, images and queries lie."""
-    h, w = logits.shape[-2:]
-    planes = (w == 1 or logits.stride(-1) == 1) and (h == 1 or logits.stride(-2) == w)
-    return logits if planes else logits.contiguous()
-
-
 def target_arguments(
     masks: Tensor | None, segments: Tensor | None, valid: Tensor | None, void_value: int, ignore_void: bool
 ) -> dict[str, Any]:
@@ -121,6 +114,8 @@ def _sigmoid_of_magnitude(a, RELATIVE: tl.constexpr):
     Rounding a / log(2) is an error of up to a * 2^-24 relative to e, harmless in sums with terms near one. RELATIVE
     takes it back, with four instructions, for sums whose terms may all be small.
     """
+    if RELATIVE:
+        a = tl.minimum(a, 200.0, propagate_nan=tl.PropagateNan.ALL)  # e is 0 there, and infinity has no rest
     exponent = a * -1.44269502
     e = tl.exp2(exponent)
     if RELATIVE:
@@ -140,7 +135,8 @@ def _sigmoid_of_magnitude(a, RELATIVE: tl.constexpr):
 @triton.jit
 def _power(base, minus_log, gamma, SQUARE: tl.constexpr):
     """base^gamma, the weight of the focal loss, for base in (0, 1] given -log(base)."""
-    return base * base if SQUARE else tl.exp2(minus_log * (gamma * -1.4426950408889634))
+    # Bounded, so that infinity to the power of 0 is 1.
+    return base * base if SQUARE else tl.exp2(tl.minimum(minus_log, 1e30) * (gamma * -1.4426950408889634))
 
 
 @triton.jit

@@ -25,10 +25,12 @@ def _axis_taps(position, size):
 @triton.jit
 def _four_pixels(x, y, h, w, inside):
     """Of an h x w map: the position of the upper left of the four pixels around each point, which of their columns and
-    rows are on the map, and the weights of the right and the lower ones."""
+    rows are on the map and have a weight (0 * inf is NaN), and the weights of the right and the lower ones."""
     column, right = _axis_taps(x, w)
     row, lower = _axis_taps(y, h)
-    return row * w + column, column >= 0, column + 1 < w, inside & (row >= 0), inside & (row + 1 < h), right, lower
+    on_left, on_right = (column >= 0) & (right < 1.0), (column + 1 < w) & (right > 0.0)
+    on_upper, on_lower = (row >= 0) & (lower < 1.0), (row + 1 < h) & (lower > 0.0)
+    return row * w + column, on_left, on_right, inside & on_upper, inside & on_lower, right, lower
 
 
 @triton.jit

@@ -22,11 +22,20 @@ STEP_KEYS = 512  # most keys that a program resamples at a time
 
 
 @triton.jit
-def _taps(i, scale, size):
-    """PyTorch's bilinear rule with align_corners=False: where pixel i lies between, and the weight of the second."""
-    source = tl.maximum((i.to(tl.float32) + 0.5) * scale - 0.5, 0.0)
-    first = tl.minimum(source.to(tl.int32), size - 1)
-    return first, tl.minimum(first + 1, size - 1), source - first.to(tl.float32)
+def _taps(i, inputs, outputs, half_step):
+    """PyTorch's bilinear rule with align_corners=False: where output i lies between, and the weight of the second.
+
+    The position is kept as an integer, in units of half_step = 1 / (2 outputs), so that weights are 0 where they ought
+    to be. A logit without weight is not read, as 0 * inf is NaN: where one logit is the whole result, it is both taps,
+    and each has half of it.
+    """
+    position = tl.maximum((2 * i + 1) * inputs - outputs, 0)
+    nearest = tl.minimum((position.to(tl.float32) * half_step + 0.5).to(tl.int32), inputs - 1)
+    rest = position - nearest * (2 * outputs)
+    first = tl.where(rest < 0, nearest - 1, nearest)
+    weight = tl.where(rest < 0, rest + 2 * outputs, rest).to(tl.float32) * half_step
+    whole = (rest == 0) | (first == inputs - 1)
+    return first, tl.where(whole, first, first + 1), tl.where(whole, 0.5, weight)
 
 
 @triton.jit
@@ -51,7 +60,7 @@ def _store_queries(packed, begin, queries, byte_ptr, occupied_ptr, N, words, blo
 @triton.jit
 def _attended_keys_kernel(
     logits_ptr, stride_b, stride_n, stride_y, stride_x, padding_ptr, bits_ptr, occupied_ptr,
-    N, S, h, w, grid_width, scale_y, scale_x, groups, words, blocks,
+    N, S, h, w, grid_height, grid_width, half_step_y, half_step_x, groups, words, blocks,
     HAS_LOGITS: tl.constexpr, HAS_PADDING: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Bits and occupied blocks of four queries of one image: key s is attended to where it is not padding and the
@@ -62,8 +71,8 @@ def _attended_keys_kernel(
         bits      (B, words, N) int64, words for whole blocks
         occupied  (B, groups, blocks) uint8, blocks of BLOCK_S keys
     """
-    scale_y = tl.cast(scale_y, tl.float32)
-    scale_x = tl.cast(scale_x, tl.float32)
+    half_step_y = tl.cast(half_step_y, tl.float32)
+    half_step_x = tl.cast(half_step_x, tl.float32)
     image = (tl.program_id(0) // groups).to(tl.int64)
     query = (tl.program_id(0) % groups) * QUERIES
     byte_ptr = bits_ptr.to(tl.pointer_type(tl.uint8)) + (image * words * N + query) * 8
@@ -82,8 +91,8 @@ def _attended_keys_kernel(
         packed = tl.zeros([BLOCK_C // 8, 8], dtype=tl.int32)
         if HAS_LOGITS:
             y = s // grid_width
-            y_first, y_second, y_weight = _taps(y, scale_y, h)
-            x_first, x_second, x_weight = _taps(s - y * grid_width, scale_x, w)
+            y_first, y_second, y_weight = _taps(y, h, grid_height, half_step_y)
+            x_first, x_second, x_weight = _taps(s - y * grid_width, w, grid_width, half_step_x)
             top_left = y_first * stride_y + x_first * stride_x
             top_right = y_first * stride_y + x_second * stride_x
             bottom_left = y_second * stride_y + x_first * stride_x
@@ -195,6 +204,8 @@ def attended_keys(
     bits = like.new_empty((batch, words, rows), dtype=torch.int64)
     occupied = like.new_empty((batch, groups, blocks), dtype=torch.uint8)
     h, w = (1, 1) if mask_logits is None else mask_logits.shape[-2:]
+    if 2 * max(grid[0] * h, grid[1] * w) >= 1 << 31:
+        raise ValueError(f"mask_logits of {h} x {w} are too large for 32-bit positions on a grid of {tuple(grid)}")
     strides = (0, 0, 0, 0) if mask_logits is None else mask_logits.stride()
     _attended_keys_kernel[(batch * groups,)](
         logits_ptr=mask_logits,
@@ -209,9 +220,10 @@ def attended_keys(
         S=keys,
         h=h,
         w=w,
+        grid_height=grid[0],
         grid_width=grid[1],
-        scale_y=h / grid[0],
-        scale_x=w / grid[1],
+        half_step_y=0.5 / grid[0],
+        half_step_x=0.5 / grid[1],
         groups=groups,
         words=words,
         blocks=blocks,

@@ -29,8 +29,8 @@ from fastmask.kernels._common import (
     pick_config,
     power_of_two,
     target_arguments,
-    with_contiguous_planes,
 )
+from fastmask.kernels._layout import with_contiguous_planes
 
 
 @dataclass(frozen=True)

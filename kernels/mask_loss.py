@@ -27,8 +27,8 @@ from fastmask.kernels._common import (
     pick_config,
     power_of_two,
     target_arguments,
-    with_contiguous_planes,
 )
+from fastmask.kernels._layout import with_contiguous_planes
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,10 @@ def _row_logits(row_ptr, cell, w):
 
 @triton.jit
 def _between_rows(plane_ptr, first, second, weight, cell, w):
-    """The logits before, of and after each cell, between two rows of logits."""
+    """The logits before, of and after each cell, between two rows of logits. A row without weight is not read, as
+    0 * inf is NaN: the other one is both, with half the weight each."""
+    second = tl.where(weight == 0.0, first, second)
+    weight = tl.where(weight == 0.0, 0.5, weight)
     before_0, middle_0, after_0 = _row_logits(plane_ptr + first.to(tl.int64) * w, cell, w)
     before_1, middle_1, after_1 = _row_logits(plane_ptr + second.to(tl.int64) * w, cell, w)
     before = tl.fma(before_1, weight, before_0 * (1.0 - weight))
@@ -123,7 +126,8 @@ def _offset(start, k, cell, w, W, half_step_x):
 @triton.jit
 def _upsampled(offset, before, middle, after):
     weight = tl.abs(offset)
-    return tl.fma(tl.where(offset < 0.0, before, after), weight, middle * (1.0 - weight))
+    neighbour = tl.where(offset < 0.0, before, tl.where(offset > 0.0, after, 0.0))  # 0 * inf is NaN
+    return tl.fma(neighbour, weight, middle * (1.0 - weight))
 
 
 @triton.jit

@@ -6,12 +6,12 @@ special functions: 1.1 ms of issue slots at the sizes named there.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmask.kernels._common import pick_config, power_of_two, target_arguments, with_contiguous_planes
+from fastmask.kernels._common import pick_config, power_of_two, target_arguments
+from fastmask.kernels._layout import empty_gradient, with_contiguous_planes
 from fastmask.kernels.mask_loss import (
     CONFIGS,
     _between_rows,
@@ -198,9 +198,9 @@ def mask_loss_backward(
     alpha: float,
     gamma: float,
 ) -> Tensor:
-    """``fastmask::mask_loss_backward``: the gradient, laid out like the logits if their planes are contiguous."""
+    """``fastmask::mask_loss_backward``: the gradient; see ``empty_gradient`` for its layout."""
     mask_logits = with_contiguous_planes(mask_logits)
-    grad = torch.empty_like(mask_logits)
+    grad = empty_gradient(mask_logits)
     if grad.numel() == 0:
         return grad
     if labels.shape[1] == 0:

@@ -20,8 +20,8 @@ from fastmask.kernels._common import (
     pick_config,
     power_of_two,
     target_arguments,
-    with_contiguous_planes,
 )
+from fastmask.kernels._layout import with_contiguous_planes
 from fastmask.kernels._points import _between, _four_pixels, _pixel_share, _point_terms, _sample, _weigh
 from fastmask.kernels.mask_cost import CONFIGS as SUMS_CONFIGS
 from fastmask.kernels.mask_cost import add_up

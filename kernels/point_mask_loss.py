@@ -24,8 +24,8 @@ from fastmask.kernels._common import (
     pick_config,
     power_of_two,
     target_arguments,
-    with_contiguous_planes,
 )
+from fastmask.kernels._layout import empty_gradient, with_contiguous_planes
 from fastmask.kernels._points import _four_pixels, _point_terms, _sample, _target_at
 from fastmask.kernels.mask_loss import _mask_loss_reduce_kernel
 
@@ -307,9 +307,9 @@ def point_mask_loss_backward(
     alpha: float,
     gamma: float,
 ) -> Tensor:
-    """``fastmask::point_mask_loss_backward``: the gradient, laid out like the logits if their planes are contiguous."""
+    """``fastmask::point_mask_loss_backward``: the gradient; see ``empty_gradient`` for its layout."""
     mask_logits = with_contiguous_planes(mask_logits)
-    grad = torch.empty_like(mask_logits)
+    grad = empty_gradient(mask_logits)
     if grad.numel() == 0:
         return grad
     if labels.shape[1] == 0:

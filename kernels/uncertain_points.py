@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmask.kernels._common import COMPILER_OPTIONS, with_contiguous_planes
+from fastmask.kernels._common import COMPILER_OPTIONS
+from fastmask.kernels._layout import with_contiguous_planes
 from fastmask.kernels._points import _philox, _sample, _uniform
 
 BLOCK = 256

@@ -87,15 +87,18 @@ static inline AxisTaps axis_taps(vfloat position, float size) {
   return {first, at - __builtin_convertvector(first - 1, vfloat)};
 }
 
-// Bilinear samples of a map with a border of zeros, `stride` floats from row to row.
+// Bilinear samples of a map with a border of zeros, `stride` floats from row to row. Pixels without weight are not
+// read, as 0 * inf is NaN: those after a position on a pixel, and those before one beyond the map.
 static inline vfloat sample(const float* bordered, int32_t stride, AxisTaps columns, AxisTaps rows) {
   const vint index = rows.first * stride + columns.first;
   vfloat a, b, c, d;
   gather_pairs(bordered, index, a, b);
   gather_pairs(bordered, index + stride, c, d);
-  const vfloat upper = fma(b, columns.weight, a * (1.0f - columns.weight));
-  const vfloat lower = fma(d, columns.weight, c * (1.0f - columns.weight));
-  return fma(lower, rows.weight, upper * (1.0f - rows.weight));
+  const vint left = columns.weight < 1.0f, right = columns.weight > 0.0f;
+  const vint above = rows.weight < 1.0f, below = rows.weight > 0.0f;
+  const vfloat upper = fma(masked(right, b), columns.weight, masked(left, a) * (1.0f - columns.weight));
+  const vfloat lower = fma(masked(right, d), columns.weight, masked(left, c) * (1.0f - columns.weight));
+  return fma(masked(below, lower), rows.weight, masked(above, upper) * (1.0f - rows.weight));
 }
 
 // Copies a map of h x w logits into a border of zeros; `out` holds bordered_size(h, w) floats.

@@ -71,10 +71,11 @@ struct Terms {
 template <bool kFocal, bool kSquare>
 inline Terms terms_at(const PointTaps& taps, const float* upper, const float* lower, MaskTerm term) {
   const int64_t at = static_cast<int64_t>(taps.column) * kLanes;
-  vfloat x = load(upper + at) * taps.weights[0];
-  x = fma(load(upper + at + kLanes), splat(taps.weights[1]), x);
-  x = fma(load(lower + at), splat(taps.weights[2]), x);
-  x = fma(load(lower + at + kLanes), splat(taps.weights[3]), x);
+  const float* corners[4] = {upper + at, upper + at + kLanes, lower + at, lower + at + kLanes};
+  vfloat x = {};
+  for (int i = 0; i < 4; ++i) {
+    if (taps.weights[i] != 0.0f) x = fma(load(corners[i]), splat(taps.weights[i]), x);  // 0 * inf is NaN
+  }
   const Sigmoid s = sigmoid(x);
   Terms terms{s.p, s.softplus_neg, s.softplus_pos};
   if (kFocal) {

@@ -92,8 +92,6 @@ inline PixelTaps pixel_taps(vfloat x, vfloat y, const ImageTargets& targets) {
   return taps;
 }
 
-inline vfloat masked(vint mask, vfloat v) { return mask ? v : vfloat{}; }
-
 struct Shares {
   vfloat target;  // t, the share of the target's pixels
   vfloat weight;  // v, 1 less the share of void pixels

@@ -247,10 +247,10 @@ static inline vfloat logistic(vfloat x) {
   return x < -87.0f ? vfloat{} : p;
 }
 
-// base^gamma, the focal loss's weight, for base in (0, 1], given -log(base) >= 0.
+// base^gamma, the focal loss's weight, for base in [0, 1], given -log(base) >= 0: bounded, so that 0^0 is 1.
 template <bool kSquare>
 static inline vfloat focal_power(vfloat base, vfloat minus_log, float gamma) {
-  return kSquare ? base * base : exp_neg(minus_log * gamma);
+  return kSquare ? base * base : exp_neg(minimum(splat(1e30f), minus_log) * gamma);
 }
 
 // Reads `count` logits from element `offset` on as float32; the rest up to a multiple of 16 becomes 0.

@@ -1,12 +1,11 @@
 #include "ops/assign.h"
 
 #include "ops/assign_serial.h"
+#include "ops/parallel.h"
 #include "scratch.h"
 
 namespace fastmask {
 namespace {
-
-using torch::stable::parallel_for;
 
 AssignSolution solve(const Tensor& cost, const std::optional<Tensor>& counts, bool with_duals, int64_t serial_seed) {
   const AssignBatch batch(cost, counts);

@@ -26,15 +26,15 @@ class Geometry {
         out_rows_(out_rows) {
     STD_TORCH_CHECK(valid_[0] <= padded_[0] && valid_[1] <= padded_[1], "valid_size must lie within padded_size");
     STD_TORCH_CHECK(grid_[1] == w, "mask_logits must have the columns of grid, ", grid_[1], ", got ", w);
-    STD_TORCH_CHECK(in_top >= 0 && rows >= 1 && in_top + rows <= grid_[0],
+    STD_TORCH_CHECK(in_top >= 0 && rows >= 1 && rows <= grid_[0] - in_top,
                     "in_top and the rows of mask_logits must lie "
                     "within grid");
-    STD_TORCH_CHECK(out_top >= 0 && out_rows >= 1 && out_top + out_rows <= size_[0],
+    STD_TORCH_CHECK(out_top >= 0 && out_rows >= 1 && out_rows <= size_[0] - out_top,
                     "out_top and out_rows must lie within size");
-    const AxisTaps taps = this->rows();
-    STD_TORCH_CHECK(taps.first() >= 0 && taps.end() <= rows, "the rows ", out_top, "..", out_top + out_rows,
-                    " of the result read the rows ", in_top + taps.first(), "..", in_top + taps.end(),
-                    " of grid; mask_logits has ", in_top, "..", in_top + rows);
+    const int64_t first = rows_at(out_top, 1).first(), end = rows_at(out_top + out_rows - 1, 1).end();
+    STD_TORCH_CHECK(first >= in_top && end <= in_top + rows, "the rows ", out_top, "..", out_top + out_rows,
+                    " of the result read the rows ", first, "..", end, " of grid; mask_logits has ", in_top, "..",
+                    in_top + rows);
   }
 
   int64_t out_rows() const { return out_rows_; }
@@ -42,7 +42,7 @@ class Geometry {
 
   // Both steps at once, of the band's rows and of all columns. Indices of rows count from in_top.
   AxisTaps rows() const {
-    AxisTaps taps(grid_[0], padded_[0], valid_[0], size_[0], out_top_, out_rows_);
+    AxisTaps taps = rows_at(out_top_, out_rows_);
     taps.count_from(in_top_);
     return taps;
   }
@@ -71,6 +71,11 @@ class Geometry {
     STD_TORCH_CHECK(size.size() == 2 && size[0] >= 1 && size[1] >= 1, name, " must be two sizes of at least 1");
     STD_TORCH_CHECK(size[0] < INT32_MAX && size[1] < INT32_MAX, name, " must be less than 2^31");
     return size;
+  }
+
+  // Rows [begin, begin + count) of the result, both steps at once, from those of the grid.
+  AxisTaps rows_at(int64_t begin, int64_t count) const {
+    return {grid_[0], padded_[0], valid_[0], size_[0], begin, count};
   }
 
   Sizes grid_, padded_, valid_, size_;

@@ -5,13 +5,12 @@
 #include <vector>
 
 #include "cpu/count_nan.h"
+#include "ops/parallel.h"
 #include "ops/planes.h"
 #include "rle.h"
 
 namespace fastmask {
 namespace {
-
-using torch::stable::parallel_for;
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> instance_masks(Tensor mask_logits, Tensor queries, bool packed,
                                                                   Sizes grid, OptionalSizes padded_size,
@@ -101,9 +100,10 @@ std::tuple<Tensor, Tensor> rle_encode(Tensor masks, int64_t width) {
   STD_TORCH_CHECK(masks.dim() == 3 && (packed || masks.scalar_type() == ScalarType::Bool),
                   "masks must be (R, H, W) bool or (R, H, ceil(W / 8)) uint8");
   const int64_t count = masks.size(0), height = masks.size(1), row_bytes = masks.size(2);
-  STD_TORCH_CHECK(width >= 1 && height >= 1 && row_bytes == (packed ? (width + 7) / 8 : width), "masks has rows of ",
-                  row_bytes, " bytes, which does not fit the width ", width);
-  STD_TORCH_CHECK(width <= INT32_MAX && height <= INT32_MAX, "masks must have sides of less than 2^31");
+  STD_TORCH_CHECK(width >= 1 && height >= 1 && width <= INT32_MAX && height <= INT32_MAX,
+                  "masks must have sides of 1 to 2^31 - 1, got ", height, " x ", width);
+  STD_TORCH_CHECK(row_bytes == (packed ? (width + 7) / 8 : width), "masks has rows of ", row_bytes,
+                  " bytes, which does not fit the width ", width);
   const uint8_t* data = static_cast<const uint8_t*>(masks.data_ptr());
   std::vector<std::string> encoded(count);
   parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {

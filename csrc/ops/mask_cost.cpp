@@ -1,12 +1,11 @@
 #include "cpu/mask_cost.h"
 
+#include "ops/parallel.h"
 #include "ops/tensors.h"
 #include "scratch.h"
 
 namespace fastmask {
 namespace {
-
-using torch::stable::parallel_for;
 
 Tensor mask_cost(Tensor class_logits, Tensor mask_logits, Tensor labels, std::optional<Tensor> masks,
                  std::optional<Tensor> segments, std::optional<Tensor> valid, int64_t void_value, bool ignore_void,

@@ -5,12 +5,11 @@
 
 #include "ops/interpolation_table.h"
 #include "ops/matched_pairs.h"
+#include "ops/parallel.h"
 #include "scratch.h"
 
 namespace fastmask {
 namespace {
-
-using torch::stable::parallel_for;
 
 // Matched pairs, and where each pixel of the targets reads the logits.
 struct UpsampledPairs : MatchedPairs {

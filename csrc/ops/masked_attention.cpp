@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "ops/interpolation_table.h"
+#include "ops/parallel.h"
 #include "ops/tensors.h"
 #include "scratch.h"
 
@@ -11,8 +12,6 @@ namespace fastmask {
 namespace {
 
 using torch::stable::get_num_threads;
-using torch::stable::parallel_for;
-
 // A tensor (B, rows, E) whose last dimension is contiguous.
 Tensor with_contiguous_rows(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.dim() == 3, name, " must have three dimensions");
@@ -38,14 +37,13 @@ class Attention {
         heads_(num_heads),
         scale_(static_cast<float>(scale)),
         dropout_(static_cast<float>(dropout)),
-        dtype_(logit_dtype(q, "q")),
-        rows_(mask_logits.has_value() ? mask_logits->size(2) : 0, mask_logits.has_value() ? grid_height : 0),
-        columns_(mask_logits.has_value() ? mask_logits->size(3) : 0, mask_logits.has_value() ? grid_width : 0) {
+        dtype_(logit_dtype(q, "q")) {
     STD_TORCH_CHECK(grid_height > 0 && grid_width > 0, "the grid must have at least one key");
     STD_TORCH_CHECK(num_heads > 0 && q.size(2) > 0 && q.size(2) % num_heads == 0, "num_heads=", num_heads,
                     " does not divide the ", q.size(2), " channels of q");
     for (const Tensor* tensor : {&k_, &v_}) {
-      STD_TORCH_CHECK(tensor->size(0) == batch() && tensor->size(1) == keys() && tensor->size(2) == channels(),
+      STD_TORCH_CHECK(tensor->size(0) == batch() && tensor->size(2) == channels() && tensor->size(1) < INT32_MAX &&
+                          tensor->size(1) % grid_width == 0 && tensor->size(1) / grid_width == grid_height,
                       "k and v must be (B, S, E) for the B and E of q and the S keys of the grid");
       STD_TORCH_CHECK(tensor->scalar_type() == q.scalar_type(), "q, k and v must have one dtype");
     }
@@ -129,6 +127,8 @@ class Attention {
     const bool planes = (w == 1 || logits.stride(3) == 1) && (h == 1 || logits.stride(2) == w);
     mask_ = planes ? logits : torch::stable::contiguous(logits);
     mask_dtype_ = logit_dtype(logits, "mask_logits");
+    rows_ = InterpolationTable(h, height_);
+    columns_ = InterpolationTable(w, width_);
   }
 
   Tensor q_, k_, v_, mask_, padding_;

@@ -8,6 +8,7 @@
 
 #include "cpu/mask_loss.h"
 #include "huge_pages.h"
+#include "ops/parallel.h"
 #include "ops/tensors.h"
 
 namespace fastmask {
@@ -76,9 +77,24 @@ class PairGradients {
   Tensor mask_, dice_, sums_;
 };
 
-// Zeros, laid out like the logits, so that the gradient goes on through the model without a copy.
+// Zeros with contiguous planes, whose layers, images and queries lie in the order of the logits', so that the gradient
+// goes on through the model without a copy. Logits may overlap in memory, the gradient does not. As
+// kernels/_layout.py has it.
 inline Tensor zero_gradient(const MaskLogits& logits) {
-  Tensor grad = torch::stable::empty_like(logits.tensor());
+  const Tensor& like = logits.tensor();
+  int64_t sizes[5], strides[5] = {0, 0, 0, logits.w(), 1}, step = logits.h() * logits.w();
+  for (int d = 0; d < 5; ++d) sizes[d] = like.size(d);
+  int order[3] = {2, 1, 0};
+  std::stable_sort(order, order + 3, [&](int a, int b) { return like.stride(a) < like.stride(b); });
+  for (const int d : order) {
+    strides[d] = step;
+    step *= std::max<int64_t>(sizes[d], 1);
+  }
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(5, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor grad(handle);
   advise_huge_pages(grad.data_ptr(), grad.numel() * static_cast<int64_t>(grad.element_size()));
   torch::stable::zero_(grad);
   return grad;
@@ -93,7 +109,7 @@ void for_matched_rows(const MatchedPairs& pairs, const Tensor& grad_logits, Make
   const int64_t queries = pairs.logits.queries(), pixels = pairs.logits.h() * pairs.logits.w();
   const int64_t max_targets = pairs.targets.max_targets();
   const auto store_kernel = FASTMASK_SELECT(store_row);
-  torch::stable::parallel_for(0, pairs.logits.rows(), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, pairs.logits.rows(), 1, [&](int64_t begin, int64_t end) {
     auto add = make_adder();
     std::vector<float> grad(pixels);
     for (int64_t row = begin; row < end; ++row) {

@@ -6,12 +6,11 @@
 #include <vector>
 
 #include "cpu/count_nan.h"
+#include "ops/parallel.h"
 #include "ops/planes.h"
 
 namespace fastmask {
 namespace {
-
-using torch::stable::parallel_for;
 
 // The queries of one image that have a score.
 struct ImageQueries {

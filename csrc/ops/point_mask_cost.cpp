@@ -2,13 +2,12 @@
 
 #include <algorithm>
 
+#include "ops/parallel.h"
 #include "ops/tensors.h"
 #include "scratch.h"
 
 namespace fastmask {
 namespace {
-
-using torch::stable::parallel_for;
 
 Tensor point_mask_cost(Tensor class_logits, Tensor mask_logits, Tensor labels, std::optional<Tensor> masks,
                        std::optional<Tensor> segments, std::optional<Tensor> valid, int64_t void_value,

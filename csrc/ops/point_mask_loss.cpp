@@ -4,12 +4,11 @@
 #include <tuple>
 
 #include "ops/matched_pairs.h"
+#include "ops/parallel.h"
 #include "scratch.h"
 
 namespace fastmask {
 namespace {
-
-using torch::stable::parallel_for;
 
 struct PointPairs : MatchedPairs {
   Tensor points;

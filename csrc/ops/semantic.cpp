@@ -6,13 +6,12 @@
 #include <tuple>
 
 #include "ops/geometry.h"
+#include "ops/parallel.h"
 #include "ops/tensors.h"
 #include "scratch.h"
 
 namespace fastmask {
 namespace {
-
-using torch::stable::parallel_for;
 
 constexpr int64_t kBandRows = 32;  // of pixels at most, for one thread at a time
 constexpr int64_t kBands = 16;     // at least, where that leaves kFewRows to each

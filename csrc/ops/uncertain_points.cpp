@@ -1,12 +1,11 @@
 #include "cpu/uncertain_points.h"
 
 #include "ops/matched_pairs.h"
+#include "ops/parallel.h"
 #include "scratch.h"
 
 namespace fastmask {
 namespace {
-
-using torch::stable::parallel_for;
 
 Tensor uncertain_points(Tensor mask_logits, Tensor assignment, Tensor seed, int64_t num_points, int64_t num_candidates,
                         int64_t num_uncertain) {

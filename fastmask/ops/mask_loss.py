@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmask.kernels._layout import empty_gradient
 from fastmask.ops.library import Gradient, Operator
 
 _ARGUMENTS = (
@@ -25,9 +26,7 @@ def fake_losses(mask_logits: Tensor, assignment: Tensor, *_: object) -> tuple[Te
 
 
 def fake_gradient(grad_mask: Tensor, grad_dice: Tensor, sums: Tensor, mask_logits: Tensor, *_: object) -> Tensor:
-    h, w = mask_logits.shape[-2:]
-    contiguous_planes = (w == 1 or mask_logits.stride(-1) == 1) and (h == 1 or mask_logits.stride(-2) == w)
-    return torch.empty_like(mask_logits if contiguous_planes else mask_logits.contiguous())
+    return empty_gradient(mask_logits)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

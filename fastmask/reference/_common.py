@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ MASK_TERMS = ("focal", "bce")
 
 # Mask logits beyond this count as this, so that infinite ones leave no NaN behind.
 LOGIT_BOUND = 1e30
+
+# Of a resized map: less than any weight, and more than what rounding in float64 leaves of one that ought to be 0.
+LEAST_SHARE = 1e-12
 
 
 def check_choice(name: str, value: str, choices: Collection[str]) -> None:
@@ -54,21 +57,51 @@ def _resize(maps: Tensor, size: tuple[int, int], **options: object) -> Tensor:
     return F.interpolate(planes, size=tuple(size), **options).reshape(*maps.shape[:-2], *size)
 
 
+def resize_logits(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """As ``resize_bilinear``, for logits that may be infinite or NaN; see ``read_what_has_weight``."""
+    return read_what_has_weight(lambda maps: resize_bilinear(maps, size), logits, LEAST_SHARE)
+
+
+def read_what_has_weight(resample: Callable[[Tensor], Tensor], logits: Tensor, least: float = 0.0) -> Tensor:
+    """``resample``, a weighted mean, of logits of which some may be infinite or NaN: those without weight are not read.
+
+    PyTorch's own functions multiply them by 0, which is NaN; a pixel that falls on a logit has such a neighbour, and so
+    has one beyond the last logit.
+
+    Args:
+        least: a weight in float64 that exceeds it is one; one below it is what rounding left of 0.
+    """
+    if logits.isfinite().all():
+        return resample(logits)
+    result = resample(logits.nan_to_num(nan=0, posinf=0, neginf=0))
+    for value, found in ((torch.inf, logits.isposinf()), (-torch.inf, logits.isneginf()), (torch.nan, logits.isnan())):
+        result = torch.where(resample(found.double()) > least, result + value, result)
+    return result
+
+
 def mask_terms(logits: Tensor, mask_term: str, alpha: float, gamma: float) -> tuple[Tensor, Tensor]:
     """The loss of each logit x if its pixel is foreground, and if it is background.
 
     "focal": alpha (1 - p)^gamma softplus(-x) and (1 - alpha) p^gamma softplus(x), p = sigmoid(x)
     (RetinaNet, arXiv:1708.02002, equation 5). "bce": softplus(-x) and softplus(x).
 
+    The one is the other of -x, but for alpha.
+    """
+    return foreground_term(logits, mask_term, alpha, gamma), foreground_term(-logits, mask_term, 1 - alpha, gamma)
+
+
+def foreground_term(logits: Tensor, mask_term: str, alpha: float | Tensor, gamma: float) -> Tensor:
+    """alpha (1 - p)^gamma softplus(-x) for "focal", softplus(-x) for "bce".
+
     softplus(x) is written -logsigmoid(-x) and 1 - p is sigmoid(-x): both keep their relative precision in the tails,
     which ``F.softplus`` (linear beyond 20) and the subtraction do not.
     """
-    foreground = -F.logsigmoid(logits)
-    background = -F.logsigmoid(-logits)
-    if mask_term == "focal":
-        foreground = alpha * torch.sigmoid(-logits) ** gamma * foreground
-        background = (1 - alpha) * torch.sigmoid(logits) ** gamma * background
-    return foreground, background
+    cross_entropy = -F.logsigmoid(logits)
+    if mask_term == "bce":
+        return cross_entropy
+    # Not quite 0, where a power below 1 has an infinite derivative: the cross-entropy is 0 there.
+    opposite = torch.sigmoid(-logits).clamp(min=torch.finfo(logits.dtype).tiny)
+    return alpha * opposite**gamma * cross_entropy
 
 
 def image_logits(

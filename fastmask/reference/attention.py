@@ -24,10 +24,11 @@ def masked_attention(
     """softmax(M + scale q k^T) v in each head, M = 0 where a query's mask is foreground and -inf elsewhere.
 
     Mask2Former (arXiv:2112.01527), equations 2 and 3. Foreground is sigmoid(up(mask_logits)) >= 0.5, which is
-    up(mask_logits) >= 0, up being the bilinear resampling (align_corners=False) to the grid of the keys; NaN is
-    background. A query without any foreground among the keys that are not padding attends to all of those. The mask is
-    shared by all heads and carries no gradient. Keys marked as padding are never attended to, whatever they hold; where
-    all keys are padding the output is 0.
+    up(mask_logits) >= 0, up being the bilinear resampling (align_corners=False) to the grid of the keys. A key that
+    reads a NaN or -inf is background, else one that reads +inf is foreground; logits without weight are not read. A
+    query without any foreground among the keys that are not padding attends to all of those. The mask is shared by all
+    heads and carries no gradient. Keys marked as padding are never attended to, whatever they hold; where all keys are
+    padding the output is 0.
 
     Args:
         q: ``(B, N, E)`` float, projected queries; head i owns channels ``i * E/num_heads`` onward.
@@ -65,7 +66,10 @@ def masked_attention(
     attended = present
     if mask_logits is not None:
         check_shape("mask_logits", mask_logits, (batch_size, num_queries, -1, -1))
-        foreground = present & (resize_bilinear(mask_logits.detach(), grid).flatten(2) >= 0)
+        # Any share of the lower bound exceeds all of the upper one, and that all other logits; 0 times either is 0.
+        mask_logits = mask_logits.detach().to(torch.promote_types(mask_logits.dtype, torch.float32))
+        bounded = mask_logits.nan_to_num(nan=-1e38, neginf=-1e38, posinf=1e25)
+        foreground = present & (resize_bilinear(bounded, grid).flatten(2) >= 0)
         attended = foreground | (present & ~foreground.any(-1, keepdim=True))
 
     q, k, v = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))  # [B, heads, N or S, E / heads]

@@ -22,7 +22,7 @@ def general_inference(
 
     MaskFormer (arXiv:2107.06278), section 3.4, "general inference" for semantic segmentation: queries whose most likely
     class is "no object" take no part, and segments of one class are merged. Ties take the lowest query; a query never
-    wins where it reads a NaN.
+    wins where it reads a NaN, and one with a NaN class logit nowhere.
 
     Args:
         class_logits: ``(B, N, K+1)`` float, or ``(N, K+1)`` for one image.
@@ -39,7 +39,8 @@ def general_inference(
     scores, classes = class_logits.softmax(-1).max(-1)
     nan = reads_nan(mask_logits, padded_size, valid_size, size)
     masks = resize_bilinear(image_logits(mask_logits, padded_size, valid_size), size).sigmoid()
-    weighted = (scores[..., None, None] * masks).masked_fill(nan | (classes == num_classes)[..., None, None], -1)
+    takes_part = (classes != num_classes) & (scores > 0)  # NaN is not above 0
+    weighted = (scores[..., None, None] * masks).masked_fill(nan | ~takes_part[..., None, None], -1)
     labels = classes.new_full((batch_size, *size), ignore_index)
     if num_queries > 0:
         best, winner = weighted.max(1)

@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmask.reference._common import MASK_TERMS, check_choice, check_focal, check_shape, mask_terms, resize_bilinear
+from fastmask.reference._common import (
+    MASK_TERMS,
+    check_choice,
+    check_focal,
+    check_shape,
+    foreground_term,
+    resize_logits,
+)
 
 
 def mask_loss(
@@ -60,12 +67,12 @@ def mask_loss(
     index = assignment.clamp(min=0)[..., None, None]
     # Filled before anything else: a NaN of the query that stands in for "none" must not reach its gradient.
     matched = torch.take_along_dim(mask_logits, index, dim=-3).masked_fill(unmatched[..., None, None], 0)
-    x = resize_bilinear(matched, (height, width)).masked_fill(~counted, 0)  # [..., B, M, H, W]
+    x = resize_logits(matched, (height, width)).masked_fill(~counted, 0)  # [..., B, M, H, W]
     p = torch.sigmoid(x) * counted
     t = masks.bool() & counted
 
-    foreground, background = mask_terms(x, mask_term, alpha, gamma)
-    per_pixel = torch.where(t, foreground, background) * counted
+    # One term for both kinds of pixel, of -x in the background: not even 0 times the other reaches a gradient.
+    per_pixel = foreground_term(torch.where(t, x, -x), mask_term, torch.where(t, alpha, 1 - alpha), gamma) * counted
     pair_mask = _sum_pixels(per_pixel) / _sum_pixels(counted).clamp(min=1)
     pair_dice = 1 - (2 * _sum_pixels(p * t) + 1) / (_sum_pixels(p) + _sum_pixels(t) + 1)
     return pair_mask.masked_fill(unmatched, 0), pair_dice.masked_fill(unmatched, 0)

@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastmask.reference._common import MASK_TERMS, check_choice, check_focal, check_shape, mask_terms
+from fastmask.reference._common import (
+    MASK_TERMS,
+    check_choice,
+    check_focal,
+    check_shape,
+    mask_terms,
+    read_what_has_weight,
+)
 
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -22,7 +29,8 @@ def sample_points(maps: Tensor, points: Tensor) -> Tensor:
 
     The point (x, y) lies at column x w - 1/2 and row y h - 1/2 of the pixels' centres and takes the bilinear mean of
     the four around it; pixels beyond the map are 0, so that a point on the border takes half of the pixel beside it
-    (``grid_sample`` with align_corners=False and padding_mode="zeros").
+    (``grid_sample`` with align_corners=False and padding_mode="zeros"). Pixels without weight are not read, where
+    ``grid_sample`` multiplies infinity and NaN by 0.
 
     Args:
         maps: ``(..., h, w)`` float.
@@ -31,6 +39,10 @@ def sample_points(maps: Tensor, points: Tensor) -> Tensor:
     Returns:
         ``(..., P)`` in the dtype of the maps.
     """
+    return read_what_has_weight(lambda planes: _grid_sample(planes, points), maps)
+
+
+def _grid_sample(maps: Tensor, points: Tensor) -> Tensor:
     planes = maps.reshape(-1, 1, *maps.shape[-2:])
     grid = 2 * points.to(maps.dtype).reshape(-1, 1, points.shape[-2], 2) - 1
     return F.grid_sample(planes, grid, align_corners=False).reshape(*maps.shape[:-2], points.shape[-2])

@@ -1,0 +1,25 @@
+"""Where mask logits, and their gradient, lie in memory. PyTorch alone: the operators' fake kernels use it as well."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def with_contiguous_planes(logits: Tensor) -> Tensor:
+    """Mask logits ``(L, B, N, h, w)`` whose planes are contiguous, wherever layers, images and queries lie."""
+    h, w = logits.shape[-2:]
+    planes = (w == 1 or logits.stride(-1) == 1) and (h == 1 or logits.stride(-2) == w)
+    return logits if planes else logits.contiguous()
+
+
+def empty_gradient(mask_logits: Tensor) -> Tensor:
+    """Memory for the gradient of mask logits ``(L, B, N, h, w)``: contiguous planes, whose layers, images and queries
+    lie in the order of the logits', so that it goes on through the model without a copy. Logits may overlap in memory,
+    their gradient does not. As csrc/ops/matched_pairs.h has it."""
+    mask_logits = with_contiguous_planes(mask_logits)
+    h, w = mask_logits.shape[-2:]
+    strides, step = [0, 0, 0, w, 1], h * w
+    for d in sorted((2, 1, 0), key=mask_logits.stride):
+        strides[d] = step
+        step *= max(mask_logits.shape[d], 1)
+    return mask_logits.new_empty_strided(mask_logits.shape, strides)
