@@ -184,7 +184,6 @@ def test_the_very_keys_are_attended_to(grid, size, dtype, block, generator):
 def test_zero_is_foreground_and_nan_is_background():
     mask_logits = torch.tensor([[[[0.0, -0.0, -1.0, torch.nan]]], [[[torch.nan] * 4]], [[[1.0, -1.0, -3.0, 1.0]]]])
     bits, _ = attended_keys(mask_logits, None, (1, 4), 32)
-    # A neighbour that is NaN makes NaN of a key that it has no weight for, as in PyTorch.
     assert bits.flatten(1).tolist() == [[True, True, False, False], [True] * 4, [True, False, False, True]]
     halved, _ = attended_keys(mask_logits[2:], None, (1, 2), 32)
     assert halved.flatten().tolist() == [True, False]  # (1 - 1) / 2 is foreground, (-3 + 1) / 2 is not

@@ -8,6 +8,7 @@
 #include "ops/parallel.h"
 #include "ops/planes.h"
 #include "rle.h"
+#include "scratch.h"
 
 namespace fastmask {
 namespace {
@@ -55,7 +56,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> instance_masks(Tensor mask_lo
   const auto tile_kernel = FASTMASK_SELECT(instance_tile);
   const auto nan_kernel = FASTMASK_SELECT(count_nan);
   parallel_for(0, batch * picks, 1, [&](int64_t begin, int64_t end) {
-    Scratch scratch(instance_scratch(sizes));
+    AlignedFloats scratch(instance_scratch(sizes));
     for (int64_t i = begin; i < end; ++i) {
       const MaskRows mask{mask_data + i * mask_bytes, row_bytes, packed};
       if (first[i] < 0) memset(mask.data, 0, mask_bytes);

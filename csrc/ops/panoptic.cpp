@@ -8,6 +8,7 @@
 #include "cpu/count_nan.h"
 #include "ops/parallel.h"
 #include "ops/planes.h"
+#include "scratch.h"
 
 namespace fastmask {
 namespace {
@@ -72,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor> panoptic_winners(Tensor scores, Tensor mask_l
                           static_cast<float>(std::log(mask_threshold / (1.0 - mask_threshold)))};
   const auto tile_kernel = FASTMASK_SELECT(panoptic_tile);
   parallel_for(0, batch * plans.bands(), 1, [&](int64_t begin, int64_t end) {
-    Scratch scratch(panoptic_scratch(sizes, most_kept));
+    AlignedFloats scratch(panoptic_scratch(sizes, most_kept));
     std::vector<PanopticAreas> tile_areas;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / plans.bands(), band = i % plans.bands();

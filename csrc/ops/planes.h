@@ -43,17 +43,4 @@ inline TilePlans tile_plans(const Geometry& geometry, bool probabilities) {
           geometry.valid_columns(0, geometry.valid_width()).view()};
 }
 
-// Scratch memory that begins where a cache line does.
-class Scratch {
- public:
-  explicit Scratch(int64_t floats) : memory_(floats + 16) {}
-  float* data() {
-    const uintptr_t address = reinterpret_cast<uintptr_t>(memory_.data());
-    return reinterpret_cast<float*>((address + 63) / 64 * 64);
-  }
-
- private:
-  std::vector<float> memory_;
-};
-
 }  // namespace fastmask

@@ -27,8 +27,9 @@ def masked_attention(
 
     Mask2Former (arXiv:2112.01527), equations 2 and 3. The mask logits are resampled bilinearly (align_corners=False)
     inside the kernel, once for all heads; sigmoid(x) >= 0.5 is x >= 0. A query without any foreground among the keys
-    that are not padding attends to all of those; padded keys are never attended to, whatever they hold; NaN mask
-    logits are background. No mask, and nothing of size N * S, is stored. Arithmetic is float32.
+    that are not padding attends to all of those; padded keys are never attended to, whatever they hold. A key that
+    reads a NaN or -inf mask logit is background, else one that reads +inf is foreground; a logit without weight is not
+    read. No mask, and nothing of size N * S, is stored. Arithmetic is float32.
 
     Args:
         q: ``(B, N, E)`` float, projected queries; head i owns channels ``i * E / num_heads`` onward. N may be 0.
