@@ -2,17 +2,33 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
 #include <memory>
+#include <new>
 
 namespace fastmask {
+
+class OutOfMemory : public std::bad_alloc {
+ public:
+  explicit OutOfMemory(int64_t bytes) {
+    snprintf(message_, sizeof message_, "a thread needs %lld bytes of scratch memory, more than there are",
+             static_cast<long long>(bytes));
+  }
+  const char* what() const noexcept override { return message_; }
+
+ private:
+  char message_[96];
+};
 
 class Scratch {
  public:
   // At least `bytes`, at a 64-byte boundary, with arbitrary contents; valid until the next call.
   char* reserve(int64_t bytes) {
     if (bytes > size_) {
-      memory_.reset(new char[bytes + kAlignment]);
+      char* memory = new (std::nothrow) char[bytes + kAlignment];
+      if (memory == nullptr) throw OutOfMemory(bytes);
+      memory_.reset(memory);
       size_ = bytes;
     }
     const uintptr_t address = reinterpret_cast<uintptr_t>(memory_.get());

@@ -75,10 +75,6 @@ def test_fake_kernels(operator, layout, generator):
     pair_mask, pair_dice, sums = getattr(torch.ops.fastmask, operator)(*arguments)
     backward = getattr(torch.ops.fastmask, f"{operator}_backward").default
     torch.library.opcheck(backward, (pair_mask, pair_dice, sums, *arguments), test_utils="test_faketensor")
-    # On a GPU the kernels ask for the same memory.
-    from fastmask.kernels._layout import empty_gradient
-
     gradient = backward(pair_mask, pair_dice, sums, *arguments)
-    assert empty_gradient(mask_logits.to("meta")).stride() == gradient.stride()
     order = sorted(range(3), key=lambda d: (mask_logits.stride(d), -d))
     assert order == sorted(range(3), key=lambda d: (gradient.stride(d), -d)) or not gradient[..., 0, 0].stride()

@@ -108,12 +108,18 @@ try:
     torch.ops.fastmask.uncertain_points(logits, assignment, torch.tensor([0]), 4, 1 << 28, 4)
 except Exception as error:
     print(type(error).__name__, error)
+try:
+    rows = 2**31 - 2
+    logits_and_geometry = torch.zeros(1, 1, 1, 1), "masks", "labels", False, [1, 1], None, None, [rows, 1], 0, 0, rows
+    torch.ops.fastmask.semantic_inference(torch.ones(1, 1, 2), *logits_and_geometry)
+except Exception as error:
+    print(type(error).__name__, error)
 points = torch.ops.fastmask.uncertain_points(logits, assignment, torch.tensor([0]), 4, 64, 4)
 print(points.shape[-2])
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    error, points = run.stdout.strip().splitlines()
-    assert "memory" in error.lower() or "bad_alloc" in error
-    assert "API call failed" not in error
+    error, result, points = run.stdout.strip().splitlines()
+    assert error.startswith("MemoryError a thread needs ")
+    assert "cannot make a result of shape (1, 2147483646, 1): not enough memory" in result
     assert points == "4"

@@ -88,7 +88,7 @@ AssignSolution solve(Tensor cost, std::optional<Tensor> counts, bool with_duals)
   const AssignPlan plan = assign_cuda_plan(launch.largest, shared_limit);
   STD_TORCH_CHECK(plan.fits, "cost has ", batch.queries, " queries and ", batch.targets,
                   " targets; this GPU's shared memory takes about 1000 of each");
-  Tensor scratch = torch::stable::new_empty(cost, {batch.problems * plan.scratch_bytes}, ScalarType::Byte);
+  Tensor scratch = empty_result(cost, {batch.problems * plan.scratch_bytes}, ScalarType::Byte);
   launch.scratch = static_cast<char*>(scratch.data_ptr());
   launch.scratch_bytes = plan.scratch_bytes;
   launch.costs_in_shared = plan.costs_in_shared;

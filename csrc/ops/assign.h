@@ -92,7 +92,7 @@ struct AssignSolution {
     const auto new_tensor = [&](std::vector<int64_t> trailing, ScalarType type) {
       std::vector<int64_t> sizes = batch.leading;
       sizes.insert(sizes.end(), trailing.begin(), trailing.end());
-      return torch::stable::new_empty(batch.cost, sizes, type);
+      return empty_result(batch.cost, sizes, type);
     };
     assignment = new_tensor({batch.targets}, ScalarType::Long);
     broken = new_tensor({}, ScalarType::Int);

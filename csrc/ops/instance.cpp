@@ -39,12 +39,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> instance_masks(Tensor mask_lo
   }
 
   const int64_t row_bytes = packed ? (width + 7) / 8 : width, mask_bytes = out_rows * row_bytes;
-  Tensor masks = torch::stable::new_empty(queries, {batch, picks, out_rows, row_bytes},
-                                          packed ? ScalarType::Byte : ScalarType::Bool);
-  Tensor foreground = torch::stable::new_empty(queries, {batch, picks}, ScalarType::Float);
-  Tensor area = torch::stable::new_empty(queries, {batch, picks}, ScalarType::Int);
-  Tensor boxes = torch::stable::new_empty(queries, {batch, picks, 4}, ScalarType::Int);
-  Tensor nan_logits = torch::stable::new_empty(queries, {batch, picks}, ScalarType::Int);
+  Tensor masks =
+      empty_result(queries, {batch, picks, out_rows, row_bytes}, packed ? ScalarType::Byte : ScalarType::Bool);
+  Tensor foreground = empty_result(queries, {batch, picks}, ScalarType::Float);
+  Tensor area = empty_result(queries, {batch, picks}, ScalarType::Int);
+  Tensor boxes = empty_result(queries, {batch, picks, 4}, ScalarType::Int);
+  Tensor nan_logits = empty_result(queries, {batch, picks}, ScalarType::Int);
   uint8_t* mask_data = static_cast<uint8_t*>(masks.data_ptr());
   float* foreground_data = static_cast<float*>(foreground.data_ptr());
   int32_t* area_data = static_cast<int32_t*>(area.data_ptr());
@@ -113,11 +113,11 @@ std::tuple<Tensor, Tensor> rle_encode(Tensor masks, int64_t width) {
       encoder.encode({data + r * height * row_bytes, height, width, row_bytes, packed}, encoded[r]);
     }
   });
-  Tensor offsets = torch::stable::new_empty(masks, {count + 1}, ScalarType::Long);
+  Tensor offsets = empty_result(masks, {count + 1}, ScalarType::Long);
   int64_t* offset = static_cast<int64_t*>(offsets.data_ptr());
   offset[0] = 0;
   for (int64_t r = 0; r < count; ++r) offset[r + 1] = offset[r] + static_cast<int64_t>(encoded[r].size());
-  Tensor counts = torch::stable::new_empty(masks, {offset[count]}, ScalarType::Byte);
+  Tensor counts = empty_result(masks, {offset[count]}, ScalarType::Byte);
   char* out = static_cast<char*>(counts.data_ptr());
   for (int64_t r = 0; r < count; ++r) memcpy(out + offset[r], encoded[r].data(), encoded[r].size());
   return {counts, offsets};

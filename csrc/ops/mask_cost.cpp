@@ -36,8 +36,7 @@ Tensor mask_cost(Tensor class_logits, Tensor mask_logits, Tensor labels, std::op
     for (int64_t b = begin; b < end; ++b) coverage[b] = make_coverage(targets.image(b), logits.h(), logits.w());
   });
 
-  Tensor cost =
-      torch::stable::new_empty(mask_logits, {logits.layers(), batch, queries, max_targets}, ScalarType::Float);
+  Tensor cost = empty_result(mask_logits, {logits.layers(), batch, queries, max_targets}, ScalarType::Float);
   float* cost_data = static_cast<float*>(cost.data_ptr());
   const void* class_data = class_logits.data_ptr();
   const int64_t pixels = logits.h() * logits.w();

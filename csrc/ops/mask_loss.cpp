@@ -30,9 +30,9 @@ std::tuple<Tensor, Tensor, Tensor> mask_loss(Tensor mask_logits, Tensor assignme
                              term_name, alpha, gamma);
   const int64_t max_targets = pairs.targets.max_targets();
   const int64_t layers = pairs.logits.layers(), batch = pairs.logits.batch();
-  Tensor pair_mask = torch::stable::new_zeros(mask_logits, {layers, batch, max_targets}, ScalarType::Float);
-  Tensor pair_dice = torch::stable::new_zeros(mask_logits, {layers, batch, max_targets}, ScalarType::Float);
-  Tensor sums = torch::stable::new_zeros(mask_logits, {layers, batch, max_targets, 4}, ScalarType::Float);
+  Tensor pair_mask = zero_result(mask_logits, {layers, batch, max_targets}, ScalarType::Float);
+  Tensor pair_dice = zero_result(mask_logits, {layers, batch, max_targets}, ScalarType::Float);
+  Tensor sums = zero_result(mask_logits, {layers, batch, max_targets, 4}, ScalarType::Float);
   float* mask_data = static_cast<float*>(pair_mask.data_ptr());
   float* dice_data = static_cast<float*>(pair_dice.data_ptr());
   float* sums_data = static_cast<float*>(sums.data_ptr());

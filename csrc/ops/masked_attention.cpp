@@ -158,8 +158,8 @@ std::tuple<Tensor, Tensor> masked_attention(Tensor q, Tensor k, Tensor v, std::o
   const Attention attention(q, k, v, mask_logits, key_padding_mask, grid_height, grid_width, num_heads, scale, dropout,
                             seed);
   const int64_t queries = attention.queries();
-  Tensor out = torch::stable::new_empty(q, {attention.batch(), queries, attention.channels()});
-  Tensor logsumexp = torch::stable::new_empty(q, {attention.batch(), num_heads, queries}, ScalarType::Double);
+  Tensor out = empty_result(q, {attention.batch(), queries, attention.channels()}, q.scalar_type());
+  Tensor logsumexp = empty_result(q, {attention.batch(), num_heads, queries}, ScalarType::Double);
   double* logsumexp_data = static_cast<double*>(logsumexp.data_ptr());
   const QueryBlocks blocks(queries);
   if (blocks.count == 0) return {out, logsumexp};
@@ -192,9 +192,9 @@ std::tuple<Tensor, Tensor, Tensor> masked_attention_backward(Tensor grad_out, Te
   STD_TORCH_CHECK(logsumexp.scalar_type() == ScalarType::Double && logsumexp.numel() == batch * num_heads * queries,
                   "logsumexp must be (B, heads, N) float64");
   const double* logsumexp_data = static_cast<const double*>(logsumexp.data_ptr());
-  Tensor grad_q = torch::stable::new_empty(q, {batch, queries, channels});
-  Tensor grad_k = torch::stable::new_zeros(k, {batch, attention.keys(), channels}, ScalarType::Float);
-  Tensor grad_v = torch::stable::new_zeros(v, {batch, attention.keys(), channels}, ScalarType::Float);
+  Tensor grad_q = empty_result(q, {batch, queries, channels}, q.scalar_type());
+  Tensor grad_k = zero_result(k, {batch, attention.keys(), channels}, ScalarType::Float);
+  Tensor grad_v = zero_result(v, {batch, attention.keys(), channels}, ScalarType::Float);
   const QueryBlocks blocks(queries);
   const auto kernel = FASTMASK_SELECT(masked_attention_backward);
   // A head's keys are written by one thread, for one block of queries after the other: the same sums whatever the

@@ -93,7 +93,9 @@ inline Tensor zero_gradient(const MaskLogits& logits) {
   int32_t dtype;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(5, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  STD_TORCH_CHECK(aoti_torch_empty_strided(5, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle) ==
+                      AOTI_TORCH_SUCCESS,
+                  "cannot make the gradient of mask_logits: not enough memory");
   Tensor grad(handle);
   advise_huge_pages(grad.data_ptr(), grad.numel() * static_cast<int64_t>(grad.element_size()));
   torch::stable::zero_(grad);

@@ -40,9 +40,9 @@ std::tuple<Tensor, Tensor, Tensor> panoptic_winners(Tensor scores, Tensor mask_l
   const int64_t width = geometry.width();
   STD_TORCH_CHECK(out_rows * width <= INT32_MAX, "out_rows x W must be less than 2^31 pixels");
 
-  Tensor winner = torch::stable::new_empty(scores, {batch, out_rows, width}, ScalarType::Int);
-  Tensor areas = torch::stable::new_zeros(scores, {batch, queries, 3}, ScalarType::Int);
-  Tensor nan_logits = torch::stable::new_zeros(scores, {batch, queries}, ScalarType::Int);
+  Tensor winner = empty_result(scores, {batch, out_rows, width}, ScalarType::Int);
+  Tensor areas = zero_result(scores, {batch, queries, 3}, ScalarType::Int);
+  Tensor nan_logits = zero_result(scores, {batch, queries}, ScalarType::Int);
   const float* score_data = static_cast<const float*>(scores.data_ptr());
   int32_t* winner_data = static_cast<int32_t*>(winner.data_ptr());
   int32_t* area_data = static_cast<int32_t*>(areas.data_ptr());

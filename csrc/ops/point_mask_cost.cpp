@@ -45,7 +45,7 @@ Tensor point_mask_cost(Tensor class_logits, Tensor mask_logits, Tensor labels, s
     }
   });
 
-  Tensor cost = torch::stable::new_empty(mask_logits, {layers, batch, queries, max_targets}, ScalarType::Float);
+  Tensor cost = empty_result(mask_logits, {layers, batch, queries, max_targets}, ScalarType::Float);
   float* cost_data = static_cast<float*>(cost.data_ptr());
   const void* class_data = class_logits.data_ptr();
   const int64_t lanes = FASTMASK_SELECT(point_mask_cost_lanes)();

@@ -210,13 +210,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> semantic_inference(Tensor probabiliti
   const int64_t classes = probabilities.size(2), width = geometry.width();
 
   const bool labels = output == "labels";
-  Tensor result = labels ? torch::stable::new_empty(mask_logits, {batch, out_rows, width}, label_type(classes))
-                         : torch::stable::new_empty(mask_logits, {batch, classes, out_rows, width}, ScalarType::Float);
+  Tensor result = labels ? empty_result(mask_logits, {batch, out_rows, width}, label_type(classes))
+                         : empty_result(mask_logits, {batch, classes, out_rows, width}, ScalarType::Float);
   std::vector<int64_t> detail_shape{0};
   if (details) detail_shape = {batch, out_rows, width};
-  Tensor score = torch::stable::new_empty(mask_logits, detail_shape, ScalarType::Float);
-  Tensor margin = torch::stable::new_empty(mask_logits, detail_shape, ScalarType::Float);
-  Tensor nan_logits = torch::stable::new_zeros(mask_logits, {batch, queries}, ScalarType::Int);
+  Tensor score = empty_result(mask_logits, detail_shape, ScalarType::Float);
+  Tensor margin = empty_result(mask_logits, detail_shape, ScalarType::Float);
+  Tensor nan_logits = zero_result(mask_logits, {batch, queries}, ScalarType::Int);
 
   const AxisTaps rows = geometry.rows(), columns = geometry.columns();
   const bool skip = order == "masks" && labels && !details && queries > 1 && classes <= kMostClassesToSkip &&

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <exception>
 #include <optional>
 #include <string>
 #include <vector>
@@ -17,6 +18,27 @@ namespace fastmask {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// A new tensor on the device of another. PyTorch's interface in C says of a failure only that there was one.
+template <typename Make>
+Tensor new_result(const Make& make, const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  try {
+    return make(like, sizes, dtype);
+  } catch (const std::exception&) {
+    std::string shape;
+    for (const int64_t size : sizes) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
+    STD_TORCH_CHECK(false, "cannot make a result of shape (", shape,
+                    "): not enough memory, or more than can be counted");
+  }
+}
+
+inline Tensor empty_result(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  return new_result([](auto&&... x) { return torch::stable::new_empty(x...); }, like, sizes, dtype);
+}
+
+inline Tensor zero_result(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  return new_result([](auto&&... x) { return torch::stable::new_zeros(x...); }, like, sizes, dtype);
+}
 
 inline Dtype logit_dtype(const Tensor& logits, const char* name) {
   switch (logits.scalar_type()) {

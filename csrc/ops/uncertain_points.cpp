@@ -23,8 +23,8 @@ Tensor uncertain_points(Tensor mask_logits, Tensor assignment, Tensor seed, int6
                   " pixels or more are not supported");
   const PointCounts counts{num_points, num_candidates, num_uncertain};
 
-  Tensor points = torch::stable::new_empty(mask_logits, {logits.layers(), logits.batch(), max_targets, num_points, 2},
-                                           ScalarType::Float);
+  Tensor points =
+      empty_result(mask_logits, {logits.layers(), logits.batch(), max_targets, num_points, 2}, ScalarType::Float);
   float* data = static_cast<float*>(points.data_ptr());
   advise_huge_pages(data, points.numel() * static_cast<int64_t>(sizeof(float)));
   const auto* query_data = static_cast<const int64_t*>(queries.data_ptr());

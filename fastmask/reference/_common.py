@@ -71,7 +71,7 @@ def read_what_has_weight(resample: Callable[[Tensor], Tensor], logits: Tensor, l
     Args:
         least: a weight in float64 that exceeds it is one; one below it is what rounding left of 0.
     """
-    if logits.isfinite().all():
+    if not torch.compiler.is_compiling() and logits.isfinite().all():
         return resample(logits)
     result = resample(logits.nan_to_num(nan=0, posinf=0, neginf=0))
     for value, found in ((torch.inf, logits.isposinf()), (-torch.inf, logits.isneginf()), (torch.nan, logits.isnan())):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastmask.reference._common import check_shape, resize_bilinear
+from fastmask.reference._common import check_shape, resize_logits
 
 
 def masked_attention(
@@ -66,10 +66,7 @@ def masked_attention(
     attended = present
     if mask_logits is not None:
         check_shape("mask_logits", mask_logits, (batch_size, num_queries, -1, -1))
-        # Any share of the lower bound exceeds all of the upper one, and that all other logits; 0 times either is 0.
-        mask_logits = mask_logits.detach().to(torch.promote_types(mask_logits.dtype, torch.float32))
-        bounded = mask_logits.nan_to_num(nan=-1e38, neginf=-1e38, posinf=1e25)
-        foreground = present & (resize_bilinear(bounded, grid).flatten(2) >= 0)
+        foreground = present & (resize_logits(mask_logits.detach(), grid).flatten(2) >= 0)
         attended = foreground | (present & ~foreground.any(-1, keepdim=True))
 
     q, k, v = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))  # [B, heads, N or S, E / heads]
