@@ -25,8 +25,8 @@ def general_inference(
     """Each pixel goes to the query i that maximises p_i(c_i) m_i[h, w], and gets its most likely class c_i.
 
     MaskFormer (arXiv:2107.06278), section 3.4, "general inference" for semantic segmentation: queries whose most likely
-    class is "no object" take no part, and segments of one class are merged. ``fastmask.semantic_inference`` is the
-    paper's other rule, which sums over queries instead.
+    class is "no object" take no part, nor do those with a NaN class logit, and segments of one class are merged.
+    ``fastmask.semantic_inference`` is the paper's other rule, which sums over queries instead.
 
     Args:
         class_logits: ``(B, N, K+1)`` floating point; the last class is "no object".

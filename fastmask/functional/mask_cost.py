@@ -44,6 +44,8 @@ def mask_cost(
       arXiv:2112.01527);
     - dice term: 1 - (2 sum p T + 1) / (sum p + sum T + 1) (V-Net, arXiv:1606.04797).
 
+    A query with a NaN logit costs NaN, one with an infinite logit may; ``assign`` takes such pairs last.
+
     Args:
         class_logits: ``(..., B, N, K+1)`` floating point; the last class is "no object".
         mask_logits: ``(..., B, N, h, w)`` floating point. Any leading dimensions, usually L decoder layers, or none.

@@ -39,7 +39,8 @@ def mask_loss(
       (RetinaNet, arXiv:1708.02002, equation 5), or of -log p_t for ``mask_term="bce"``;
     - dice: 1 - (2 sum p t + 1) / (sum p + sum t + 1) (V-Net, arXiv:1606.04797; MaskFormer, arXiv:2107.06278).
 
-    Nothing of size H * W is stored, neither forward nor for backward.
+    Nothing of size H * W is stored, neither forward nor for backward. A logit without weight in a pixel is not read.
+    NaN reaches the losses of its own pair alone; an infinite logit on its pixel's right side costs nothing.
 
     Args:
         mask_logits: ``(..., B, N, h, w)`` floating point; any leading dimensions, usually L decoder layers, or none.

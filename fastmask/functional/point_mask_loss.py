@@ -43,7 +43,8 @@ def point_mask_loss(
       alpha (1-p)^gamma softplus(-x) and (1-alpha) p^gamma softplus(x) (RetinaNet, arXiv:1708.02002, equation 5);
     - dice: 1 - (2 sum p t + 1) / (sum v p + sum t + 1) (V-Net, arXiv:1606.04797).
 
-    Nothing of size H * W is stored, and no logits are gathered, neither forward nor for backward.
+    Nothing of size H * W is stored, and no logits are gathered, neither forward nor for backward. A logit without
+    weight in a point is not read; an infinite one or NaN beside a point that counts reaches its pair's losses alone.
 
     Args:
         mask_logits: ``(..., B, N, h, w)`` floating point; any leading dimensions, usually L decoder layers, or none.
