@@ -1,14 +1,15 @@
 // Scratch memory of a thread, kept from call to call: a small problem costs less than fresh memory would.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
-#include <cstring>
 #include <memory>
 #include <new>
 
 namespace fastmask {
 
+// Becomes a MemoryError of Python.
 class OutOfMemory : public std::bad_alloc {
  public:
   explicit OutOfMemory(int64_t bytes) {
@@ -54,7 +55,7 @@ class Scratch {
 class AlignedFloats {
  public:
   explicit AlignedFloats(int64_t count) : data_(reinterpret_cast<float*>(memory_.reserve(count * kBytes))) {
-    memset(data_, 0, static_cast<size_t>(count * kBytes));
+    std::fill_n(data_, count, 0.0f);
   }
 
   float* data() { return data_; }

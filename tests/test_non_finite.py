@@ -392,3 +392,15 @@ def test_assignment(value, generator):
         assert matching[1, 2] >= 0
         pairs = cost[0].gather(0, matching[:1]).sum()
         assert torch.equal(pairs, cost[0].gather(0, fastmask.reference.assign(cost[:1])).sum())
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF], ids=str)
+def test_class_loss(value, generator):
+    pairs = Pairs(PIXELS["smaller"], generator)
+    pairs.class_logits[0, 0, 1, 2] = value
+    actual = fastmask.class_loss(pairs.class_logits, pairs.targets, pairs.assignment)
+    same, exact = (
+        fastmask.reference.class_loss(pairs.class_logits.to(dtype), pairs.targets.labels, pairs.assignment)
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert_within_budget(actual, same, exact)

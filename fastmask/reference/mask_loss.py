@@ -72,7 +72,8 @@ def mask_loss(
     t = masks.bool() & counted
 
     # One term for both kinds of pixel, of -x in the background: not even 0 times the other reaches a gradient.
-    per_pixel = foreground_term(torch.where(t, x, -x), mask_term, torch.where(t, alpha, 1 - alpha), gamma) * counted
+    alphas = torch.where(t, x.new_tensor(alpha), x.new_tensor(1 - alpha))
+    per_pixel = foreground_term(torch.where(t, x, -x), mask_term, alphas, gamma) * counted
     pair_mask = _sum_pixels(per_pixel) / _sum_pixels(counted).clamp(min=1)
     pair_dice = 1 - (2 * _sum_pixels(p * t) + 1) / (_sum_pixels(p) + _sum_pixels(t) + 1)
     return pair_mask.masked_fill(unmatched, 0), pair_dice.masked_fill(unmatched, 0)
