@@ -13,6 +13,11 @@ from torch.nn.utils.rnn import pad_sequence
 PADDING_LABEL = -1
 SEGMENT_DTYPES = (torch.uint8, torch.int16, torch.int32)
 MASK_DTYPES = (torch.uint8, torch.bool)
+# int64 holds the values of all of these, but not those of uint64.
+CLASS_DTYPES = (
+    *(torch.uint8, torch.uint16, torch.uint32),
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+)
 
 
 @dataclass(frozen=True)
@@ -26,11 +31,11 @@ class Targets:
         labels: ``(B, M)`` int64, the class of each target in ``0..K-1``; -1 pads images with fewer targets.
             The targets of an image come first, its padding last.
         counts: ``(B,)`` int64, how many targets each image has.
-        masks: ``(B, M, H, W)`` uint8 or bool, 1 where the pixel belongs to the target; may overlap.
+        masks: ``(B, M, H, W)`` uint8 or bool, nonzero where the pixel belongs to the target; may overlap.
         segments: ``(B, H, W)`` uint8, int16 or int32, the index ``0..M-1`` of the target that owns the pixel.
             ``void`` marks an unlabelled pixel; any other value is background, which belongs to no target.
         valid: ``(B, H, W)`` bool, False at unlabelled pixels; only with ``masks`` (a segment map has ``void``).
-        void: the value of unlabelled pixels in ``segments``.
+        void: the value of unlabelled pixels in ``segments``; one that their dtype does not hold marks none.
 
     Raises:
         TypeError: a tensor has the wrong dtype.
@@ -106,10 +111,19 @@ class Targets:
     def valid_pixels(self) -> Tensor:
         """``(B, H, W)`` bool: False at unlabelled pixels."""
         if self.segments is not None:
-            return self.segments != self.void
+            return self.segments.long() != self.void  # widened: void may be a value that the dtype does not hold
         if self.valid is not None:
             return self.valid
         return torch.ones((self.batch_size, *self.size), dtype=torch.bool, device=self.device)
+
+    def with_void_value(self) -> Targets:
+        """The same targets in a segment map whose dtype holds ``void``."""
+        limits = torch.iinfo(self.segments.dtype)
+        if limits.min <= self.void <= limits.max:
+            return self
+        segments = self.segments.int()
+        owned = (segments >= 0) & (segments < self.num_targets)
+        return replace(self, segments=segments.masked_fill(~owned, -2), void=-1)
 
     def merged_by_class(self) -> Targets:
         """The same pixels with one target for each class of an image, as semantic segmentation has them.
@@ -178,16 +192,19 @@ class Targets:
         """Pads a list of ``{"labels", "masks"}`` dicts, one an image, as the original repository passes them.
 
         Args:
-            targets: each has ``labels (M_b,)`` of any integer dtype and ``masks (M_b, H_b, W_b)``, binary, of any
-                dtype. An image without objects has ``M_b = 0``.
+            targets: each has ``labels (M_b,)`` of any integer dtype and ``masks (M_b, H_b, W_b)`` of any dtype: bool,
+                integers, of which any but 0 is foreground (as 255 in files), or floating point that is 0 or 1. An image
+                without objects has ``M_b = 0``.
             num_classes: K; when given, labels that lie on the CPU are checked against ``0..K-1``.
             size: (H, W) to pad to, at the bottom and right; the largest mask of the batch by default. Pixels
                 added by padding belong to no target and are not ``valid``.
             device: where to put the result; by default where the labels are.
 
         Raises:
-            ValueError: an empty list, a missing key, labels and masks that differ in number, a label out of range, or
-                a mask larger than ``size``.
+            TypeError: masks of complex numbers.
+            ValueError: an empty list, a missing key, labels and masks that differ in number, a label out of range, a
+                mask larger than ``size``, or floating-point masks that hold something other than 0 and 1 (on a GPU a
+                device-side assertion, so that the host need not wait).
         """
         if len(targets) == 0:
             raise ValueError("targets is an empty list; expected one dict for each image")
@@ -206,7 +223,8 @@ class Targets:
         masks = torch.zeros((len(targets), labels.shape[1], height, width), dtype=torch.uint8, device=device)
         for b, target in enumerate(targets):
             image_masks = target["masks"]
-            masks[b, : image_masks.shape[0], : heights[b], : widths[b]] = image_masks.to(device)
+            owned = foreground(f'targets[{b}]["masks"]', image_masks)
+            masks[b, : image_masks.shape[0], : heights[b], : widths[b]] = owned.to(device)
         valid = None
         if min(heights) < height or min(widths) < width:
             valid = torch.stack(
@@ -226,27 +244,22 @@ class Targets:
         Args:
             segmentation: ``(B, H, W)`` integer class of each pixel in ``0..K-1``, or ``ignore_index``.
             num_classes: K.
-            ignore_index: the class of unlabelled pixels; they become void.
+            ignore_index: the class of unlabelled pixels, which become void; none if the dtype does not hold it.
             max_targets: M of the result; ``num_classes`` by default, so that no host sync is needed to count. Classes
                 beyond the first ``max_targets`` of an image become background.
 
         Raises:
+            TypeError: no tensor, or one that does not hold integers.
             ValueError: a wrong shape, or (for CPU tensors) a class outside ``0..K-1`` that is not ``ignore_index``.
         """
-        if segmentation.dim() != 3:
-            raise ValueError(f"segmentation must be (B, H, W), got {tuple(segmentation.shape)}")
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-        ignored = segmentation == ignore_index
+        check_class_map("segmentation", segmentation, 3, num_classes, ignore_index)
+        # Widened before it is compared: for bytes PyTorch would compare with 156 for -100.
         classes = segmentation.long()
-        if segmentation.device.type == "cpu":
-            wrong = ~ignored & ((classes < 0) | (classes >= num_classes))
-            if wrong.any():
-                value = int(classes[wrong][0])
-                raise ValueError(f"segmentation holds class {value}; expected 0..{num_classes - 1} or {ignore_index}")
         batch_size = segmentation.shape[0]
         num_targets = num_classes if max_targets is None else max_targets
-        slots = classes.masked_fill(ignored, num_classes)
+        slots = classes.masked_fill(classes == ignore_index, num_classes)
         present = torch.zeros(batch_size, num_classes + 1, dtype=torch.int64, device=segmentation.device)
         present.scatter_(1, slots.flatten(1), 1)
         present = present[:, :num_classes]
@@ -291,6 +304,67 @@ def label_dtype(num_classes: int) -> torch.dtype:
     if num_classes <= 2**8:
         return torch.uint8
     return torch.int16 if num_classes <= 2**15 else torch.int32
+
+
+def check_class_map(name: str, classes: Tensor, dim: int, num_classes: int, ignore_index: int) -> None:
+    """Refuses what is no map of classes.
+
+    Args:
+        name: what errors call the map.
+        classes: ``(H, W)`` or ``(B, H, W)``, as ``dim`` says; integers in ``0..K-1`` or ``ignore_index``.
+        num_classes: K.
+
+    Raises:
+        TypeError: no tensor, or one that does not hold integers.
+        ValueError: a wrong shape, or (for CPU tensors) a class outside ``0..K-1`` that is not ``ignore_index``.
+    """
+    shape = {2: "(H, W)", 3: "(B, H, W)"}[dim]
+    if not isinstance(classes, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape {shape}, got {type(classes).__name__}")
+    if classes.dtype not in CLASS_DTYPES:
+        raise TypeError(f"{name} must hold integer classes, got {classes.dtype}")
+    if classes.dim() != dim:
+        raise ValueError(f"{name} has shape {tuple(classes.shape)}; expected {shape}")
+    # Reading values on a GPU would make the host wait for it; there those that use them as indices refuse them.
+    if classes.device.type == "cpu" and not torch.compiler.is_compiling():
+        classes = classes.long()
+        wrong = (classes != ignore_index) & ((classes < 0) | (classes >= num_classes))
+        if wrong.any():
+            value = int(classes[wrong][0])
+            raise ValueError(f"{name} holds class {value}; expected 0..{num_classes - 1} or {ignore_index}")
+
+
+def foreground(name: str, masks: Tensor) -> Tensor:
+    """Masks as bool. Of integers any value but 0 is foreground; floating point must be 0 or 1, as its values in between
+    may mean anything.
+
+    Raises:
+        TypeError, ValueError: as for :func:`check_binary`, of masks that are not integers.
+    """
+    if masks.is_floating_point() or masks.is_complex():
+        check_binary(name, masks)
+    return masks != 0
+
+
+def check_binary(name: str, masks: Tensor) -> None:
+    """Masks of 0 and 1: kernels read one bit a pixel, so anything in between would be lost.
+
+    On a GPU the check does not wait: a failure shows as a device-side assertion.
+
+    Raises:
+        TypeError: complex numbers.
+        ValueError: ``masks``, called ``name``, lie on the CPU and hold something other than 0 and 1.
+    """
+    if masks.dtype == torch.bool:
+        return
+    if masks.is_complex():
+        raise TypeError(f"{name} must hold 0 and 1, got {masks.dtype}")
+    binary = ((masks == 0) | (masks == 1)).all()
+    if masks.device.type != "cpu":
+        torch._assert_async(binary, f"{name} must hold 0 and 1 only")
+    elif not torch.compiler.is_compiling() and not binary:
+        value = masks[(masks != 0) & (masks != 1)][0].item()
+        raise ValueError(f"{name} holds {value}; expected binary masks, 0 and 1 only")
 
 
 def _segment_dtype(num_targets: int) -> tuple[torch.dtype, int]:

@@ -93,11 +93,11 @@ def segment_targets() -> Targets:
     return Targets(labels, torch.zeros(2, dtype=torch.int64, device=DEVICE), segments=segments)
 
 
-def listed_targets(*sizes: tuple[int, int]) -> list[dict[str, Tensor]]:
+def listed_targets(*sizes: tuple[int, int], dtype: torch.dtype) -> list[dict[str, Tensor]]:
     return [
         {
             "labels": torch.zeros(count, dtype=torch.int64, device=DEVICE),
-            "masks": torch.zeros(count, *size, dtype=torch.bool, device=DEVICE),
+            "masks": torch.zeros(count, *size, dtype=dtype, device=DEVICE),
         }
         for count, size in enumerate(sizes, start=2)
     ]
@@ -137,11 +137,12 @@ def test_a_training_step_on_class_maps(model):
     check(lambda: train(model, torch.rand(2, 3, SIDE, SIDE, device=DEVICE), classes))
 
 
-def test_images_and_masks_of_several_sizes():
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+def test_images_and_masks_of_several_sizes(dtype):
     """Targets as the original repository passes them, already on the device."""
     model = MODELS["tiny"]().to(DEVICE).train()
     images = [torch.rand(3, SIDE, SIDE, device=DEVICE), torch.rand(3, 50, 41, device=DEVICE)]
-    check(lambda: train(model, images, listed_targets((SIDE, SIDE), (50, 41))))
+    check(lambda: train(model, images, listed_targets((SIDE, SIDE), (50, 41), dtype=dtype)))
 
 
 @pytest.mark.parametrize("name", ["tiny", "swin"])

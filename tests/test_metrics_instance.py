@@ -161,6 +161,33 @@ def test_stated_areas_decide_what_is_small():
     assert math.isnan(numbers["AP_large"])
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32])
+def test_masks_of_any_dtype_mean_the_same(dtype):
+    several = list(images(3, count=3))
+    foreground = {torch.uint8: 255, torch.int64: 256, torch.float32: 1.0}[dtype]
+    converted = [
+        (
+            name,
+            {**prediction, "masks": prediction["masks"] * torch.tensor(foreground, dtype=dtype)},
+            masks * torch.tensor(foreground, dtype=dtype),
+            *rest,
+        )
+        for name, prediction, masks, *rest in several
+    ]
+    assert metrics_of(converted).compute() == metrics_of(several).compute()
+
+
+@pytest.mark.parametrize("which", ["masks", "prediction"])
+def test_masks_that_are_not_binary_are_named(which):
+    name, prediction, masks, labels, _ = next(images(3))
+    if which == "masks":
+        masks = masks * 0.999
+    else:
+        prediction = {**prediction, "masks": prediction["masks"] * 0.999}
+    with pytest.raises(ValueError, match=f"{name}: {which} holds 0.99"):
+        InstanceMetrics(K).update(name, prediction, masks, labels)
+
+
 def test_a_missing_pycocotools_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
     with pytest.raises(ImportError, match=r"pip install 'fastmask-kernels\[coco\]'"):

@@ -134,6 +134,18 @@ def test_batches_and_merged_parts_give_the_same_counts():
     assert all(math.isnan(value) for value in SemanticMetrics(K).compute().values())
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16])
+def test_an_ignore_index_beyond_the_dtype_matches_no_class(dtype):
+    metrics = SemanticMetrics(171, ignore_index=-100)
+    target = torch.full((4, 4), 156).to(dtype)
+    metrics.update(target, target)
+    assert metrics.confusion[156, 156] == 16 and metrics.confusion.sum() == 16
+    with pytest.raises(ValueError, match=r"target holds class 156; expected 0\.\.9 or -100"):
+        SemanticMetrics(10, ignore_index=-100).update(target, target)
+    with pytest.raises(TypeError, match="prediction must hold integers, got torch.uint64"):
+        metrics.update(torch.zeros(4, 4, dtype=torch.uint64), target)
+
+
 def test_wrong_arguments_are_named():
     classes = torch.zeros(4, 4, dtype=torch.int64)
     with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):

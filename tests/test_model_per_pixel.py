@@ -108,6 +108,20 @@ def test_wrong_class_maps_are_named(targets, error, message):
         fit_class_map(targets, image_batch((40, 33), (40, 33)), CLASSES, IGNORED)
 
 
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64])
+def test_an_ignore_index_beyond_the_dtype_matches_no_class(dtype, listed):
+    batch = image_batch((40, 33), (40, 33))
+    ignore_index = -100 if dtype == torch.uint8 else 156 - 2**16
+    targets = torch.full((2, 40, 33), 156, dtype=dtype)
+    targets = list(targets) if listed else targets
+    classes = fit_class_map(targets, batch, 171, ignore_index)
+    assert (classes[:, :40, :33] == 156).all()
+    assert (classes[:, 40:] == ignore_index).all() and (classes[..., 33:] == ignore_index).all()
+    with pytest.raises(ValueError, match=r"holds class 156; expected 0\.\.2 or -100"):
+        fit_class_map(targets, batch, 3, -100)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_the_loss_is_the_mean_over_pixels_that_count(dtype):
     logits, classes = torch.randn(2, CLASSES, 5, 7, dtype=dtype), class_map(2, 20, 28)

@@ -64,6 +64,84 @@ def test_from_segmentation_of_many_classes_takes_a_wider_dtype():
     assert torch.equal(targets.segments[0], segmentation[0].short())
 
 
+@pytest.mark.parametrize(
+    ("dtype", "value", "ignore_index"),
+    [
+        (torch.uint8, 156, -100),
+        (torch.uint8, 4, 260),
+        (torch.int8, -1, 255),
+        (torch.int16, -1, 2**16 - 1),
+        (torch.uint16, 156, -100),
+        (torch.int32, 4, 2**32 + 4),
+    ],
+)
+def test_an_ignore_index_beyond_the_dtype_matches_no_class(dtype, value, ignore_index):
+    segmentation = torch.full((1, 4, 4), value).to(dtype)
+    if value < 0:
+        with pytest.raises(ValueError, match=rf"holds class {value}; expected 0\.\.170 or {ignore_index}"):
+            Targets.from_segmentation(segmentation, 171, ignore_index=ignore_index)
+        return
+    targets = Targets.from_segmentation(segmentation, 171, ignore_index=ignore_index)
+    assert targets.counts.tolist() == [1] and targets.labels[0, 0] == value
+    assert targets.dense_masks()[0, 0].all() and targets.valid_pixels().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64])
+def test_a_class_out_of_range_is_named_whatever_the_dtype(dtype):
+    segmentation = torch.full((1, 4, 4), 255).to(dtype)
+    with pytest.raises(ValueError, match=r"segmentation holds class 255; expected 0\.\.9 or -1"):
+        Targets.from_segmentation(segmentation, 10, ignore_index=-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bool, torch.complex64, torch.uint64])
+def test_from_segmentation_takes_integers_only(dtype):
+    with pytest.raises(TypeError, match=f"segmentation must hold integer classes, got {dtype}"):
+        Targets.from_segmentation(torch.zeros(1, 4, 4, dtype=dtype), 3)
+    with pytest.raises(TypeError, match="segmentation must be a tensor"):
+        Targets.from_segmentation([[[0]]], 3)
+
+
+MASK_VALUES = {
+    torch.bool: (0, 1),
+    torch.uint8: (0, 1, 2, 128, 255),
+    torch.int8: (0, 1, -1, -128),
+    torch.int16: (0, 1, 256, -1, -256),
+    torch.uint16: (0, 1, 256, 2**16 - 256),
+    torch.int32: (0, 1, 256, 2**16, -1),
+    torch.int64: (0, 1, 256, 2**32, -(2**32)),
+    torch.float16: (0.0, -0.0, 1.0),
+    torch.float32: (0.0, -0.0, 1.0),
+    torch.float64: (0.0, -0.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("dtype", MASK_VALUES)
+def test_any_integer_but_zero_is_foreground(dtype):
+    values = MASK_VALUES[dtype]
+    masks = torch.tensor(values).to(dtype).expand(2, 3, -1)
+    targets = Targets.from_list([{"labels": torch.tensor([0, 1]), "masks": masks}])
+    expected = torch.tensor([value != 0 for value in values]).expand(2, 3, -1)
+    assert torch.equal(targets.masks[0].bool(), expected)
+    assert torch.equal(targets.masks[0], expected.byte())
+
+
+@pytest.mark.parametrize("value", [0.999, 0.5, 1e-30, 2.0, 255.0, -1.0, float("nan"), float("inf")])
+def test_masks_between_the_two_are_refused(value):
+    masks = torch.tensor([[[0.0, 1.0, value]]], dtype=torch.float64)
+    images = [
+        {"labels": torch.tensor([0]), "masks": masks.round()[..., :2]},
+        {"labels": torch.tensor([0]), "masks": masks},
+    ]
+    with pytest.raises(ValueError, match=rf'targets\[1\]\["masks"\] holds {value}; expected binary masks'):
+        Targets.from_list(images)
+
+
+def test_masks_of_complex_numbers_are_refused():
+    images = [{"labels": torch.tensor([0]), "masks": torch.ones(1, 2, 2, dtype=torch.complex64)}]
+    with pytest.raises(TypeError, match=r'targets\[0\]\["masks"\] must hold 0 and 1, got torch.complex64'):
+        Targets.from_list(images)
+
+
 def test_from_segments():
     segments = torch.tensor([[[0, 1], [255, 254]]], dtype=torch.uint8)
     targets = Targets.from_segments(segments, [torch.tensor([7, 8])])

@@ -33,7 +33,7 @@ def general_inference(
         mask_logits: ``(B, N, h, w)`` floating point; or a pair of ``mask_embed (B, N, C)`` and ``pixel_embed
             (B, C, h, w)``, whose product over C they are.
         size: (H, W) of the result, in pixels.
-        ignore_index: the label of pixels that no query wins, at least 0.
+        ignore_index: the label of pixels that no query wins, in ``0..2^31-1``.
         padded_size, valid_size: as in ``semantic_inference``.
         backend: "auto", "reference", "native" or "triton".
 
@@ -45,8 +45,8 @@ def general_inference(
         TypeError: logits that are not floating point.
         RuntimeError: the backend asked for cannot run.
     """
-    if ignore_index < 0:
-        raise ValueError(f"ignore_index must be at least 0, got {ignore_index}")
+    if not 0 <= ignore_index < 2**31:
+        raise ValueError(f"ignore_index must be at least 0 and fit in int32, got {ignore_index}")
     masks, backend, dtype = prepare(OPERATOR, class_logits, mask_logits, size, padded_size, valid_size, backend)
     if backend == "reference":
         from fastmask import reference

@@ -10,24 +10,6 @@ from torch import Tensor, distributed
 from fastmask.targets import Targets
 
 
-def check_binary(name: str, masks: Tensor) -> None:
-    """The kernels read one bit a pixel, so anything between 0 and 1 would be lost.
-
-    On a GPU the check does not wait: a failure shows as a device-side assertion.
-
-    Raises:
-        ValueError: ``masks``, called ``name``, lie on the CPU and hold something other than 0 and 1.
-    """
-    if masks.dtype == torch.bool:
-        return
-    binary = ((masks == 0) | (masks == 1)).all()
-    if masks.device.type != "cpu":
-        torch._assert_async(binary, f"{name} must hold 0 and 1 only")
-    elif not torch.compiler.is_compiling() and not binary:
-        value = masks[(masks != 0) & (masks != 1)][0].item()
-        raise ValueError(f"{name} holds {value}; fastmask takes binary masks, 0 and 1, only")
-
-
 def sizes_of(mask_labels: Sequence[Tensor]) -> list[tuple[int, int]]:
     """(H_b, W_b) of each image's masks."""
     return [tuple(masks.shape[-2:]) for masks in mask_labels]

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from fastmask import modules
-from fastmask.integrations._labels import average_num_masks, check_binary, sizes_of
+from fastmask.integrations._labels import average_num_masks, sizes_of
 from fastmask.integrations._patching import original_class
 from fastmask.integrations._points import PointLoss, PointMatcher
 from fastmask.modules.criterion import LOSSES
 from fastmask.modules.matcher import index_pairs
-from fastmask.targets import Targets
+from fastmask.targets import Targets, check_binary
 
 MATCHER, CRITERION = "HungarianMatcher", "SetCriterion"
 LOSS_METHODS = {"loss_labels", "loss_masks"}

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from fastmask.metrics.base import Metrics, checked_classes, mean
+from fastmask.targets import foreground
 
 SUMMARY = (
     "AP",
@@ -62,13 +63,15 @@ class InstanceMetrics(Metrics):
             name: of the image; an image is known by it.
             prediction: {"scores" ``(R,)``, "labels" ``(R,)``, "masks" ``(R, H, W)`` bool}, as ``MaskFormer.predict``
                 gives them; the 100 best of each class count.
-            masks: ``(M, H, W)`` bool, the true ones.
+            masks: ``(M, H, W)`` bool, the true ones. Here and in the prediction, of integers any but 0 is foreground,
+                and floating point must be 0 or 1.
             labels: ``(M,)`` classes in 0..K-1.
             crowd: ``(M,)`` bool, which masks are crowd regions.
             areas: ``(M,)`` by which objects are small, medium or large; those of the masks by default.
 
         Raises:
-            ValueError: shapes that do not fit, a class out of range, or a name that another image has.
+            ValueError: shapes that do not fit, a class out of range, masks that are not binary, or a name that another
+                image has.
         """
         found_masks, found_labels, scores = (prediction[key].cpu() for key in ("masks", "labels", "scores"))
         for what, these, those in (("masks", masks, labels), ("prediction", found_masks, found_labels)):
@@ -83,13 +86,13 @@ class InstanceMetrics(Metrics):
             raise ValueError(
                 f"{name}: prediction is {tuple(found_masks.shape[-2:])} pixels, masks {tuple(masks.shape[-2:])}"
             )
-        truth = _records(masks, labels)
+        truth = _records(f"{name}: masks", masks, labels)
         for record, is_crowd in zip(truth, [0] * len(truth) if crowd is None else crowd.tolist(), strict=True):
             record["iscrowd"] = int(is_crowd)
         if areas is not None:
             for record, area in zip(truth, areas.tolist(), strict=True):
                 record["area"] = area
-        found = _records(found_masks, found_labels)
+        found = _records(f"{name}: prediction", found_masks, found_labels)
         for record, score in zip(found, scores.tolist(), strict=True):
             record.update(score=score, iscrowd=0)
         self._keep(name, {"truth": truth, "found": found, "size": tuple(masks.shape[-2:])})
@@ -152,11 +155,11 @@ class InstanceMetrics(Metrics):
         self._images[name] = image
 
 
-def _records(masks: Tensor, labels: Tensor) -> list[dict[str, Any]]:
-    """An annotation for each mask."""
+def _records(name: str, masks: Tensor, labels: Tensor) -> list[dict[str, Any]]:
+    """An annotation for each of the ``masks``, which errors call ``name``."""
     from pycocotools import mask as coder
 
-    planes = np.asfortranarray(masks.cpu().numpy().astype(np.uint8).transpose(1, 2, 0))
+    planes = np.asfortranarray(foreground(name, masks.cpu()).numpy().view(np.uint8).transpose(1, 2, 0))
     encoded = coder.encode(planes)
     return [
         {"segmentation": rle, "area": float(area), "category_id": label}

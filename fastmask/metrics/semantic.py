@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmask.metrics.base import Metrics, checked_classes, mean, share
+from fastmask.targets import CLASS_DTYPES
 
 
 class SemanticMetrics(Metrics):
@@ -58,7 +59,7 @@ class SemanticMetrics(Metrics):
             ValueError: shapes that differ, or a class out of range in the target.
         """
         for name, tensor in (("prediction", prediction), ("target", target)):
-            if tensor.is_floating_point() or tensor.dtype == torch.bool:
+            if tensor.dtype not in CLASS_DTYPES:
                 raise TypeError(f"{name} must hold integers, got {tensor.dtype}")
         if prediction.shape != target.shape or target.dim() < 2:
             raise ValueError(

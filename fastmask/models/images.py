@@ -149,6 +149,7 @@ def _fit_batch(targets: Targets, images: ImageBatch, num_classes: int) -> Target
         return targets
     inside = _inside(images.sizes, images.padded_size, images.pixels.device)
     if targets.segments is not None:
+        targets = targets.with_void_value()
         segments = pad_plane(targets.segments, images.padded_size, targets.void)
         return replace(targets, segments=segments.masked_fill(~inside, targets.void))
     masks = pad_plane(targets.masks, images.padded_size)

@@ -12,7 +12,7 @@ from fastmask.functional._checks import check_choice
 from fastmask.functional._tracing import same_size
 from fastmask.models.images import ImageBatch, Size, fit_targets, pad_plane
 from fastmask.modules.processes import across_processes
-from fastmask.targets import Targets
+from fastmask.targets import Targets, check_class_map
 
 PixelTargets = Tensor | Targets | Sequence[Tensor] | Sequence[Mapping[str, Tensor]]
 OUTPUTS = ("labels", "scores")
@@ -38,7 +38,7 @@ def fit_class_map(targets: PixelTargets, images: ImageBatch, num_classes: int, i
             ``0..K-1``.
     """
     if isinstance(targets, Tensor):
-        _check_map("targets", targets, 3, num_classes, ignore_index)
+        check_class_map("targets", targets, 3, num_classes, ignore_index)
         largest = tuple(max(side) for side in zip(*images.sizes, strict=True))
         if len(targets) != len(images.sizes):
             raise ValueError(f"targets has {len(targets)} images; the model got {len(images.sizes)}")
@@ -55,7 +55,7 @@ def fit_class_map(targets: PixelTargets, images: ImageBatch, num_classes: int, i
         if len(targets) != len(images.sizes):
             raise ValueError(f"targets has {len(targets)} images; the model got {len(images.sizes)}")
         for b, (target, size) in enumerate(zip(targets, images.sizes, strict=True)):
-            _check_map(f"targets[{b}]", target, 2, num_classes, ignore_index)
+            check_class_map(f"targets[{b}]", target, 2, num_classes, ignore_index)
             if tuple(target.shape) != size:
                 height, width = target.shape
                 raise ValueError(f"targets[{b}] is {height} x {width} pixels; its image is {size[0]} x {size[1]}")
@@ -127,19 +127,3 @@ def upsample(maps: Tensor, size: Size) -> Tensor:
     if same_size(maps.shape[-2:], size):
         return maps
     return interpolate(maps, size=size, mode="bilinear", align_corners=False)
-
-
-def _check_map(name: str, classes: Tensor, dim: int, num_classes: int, ignore_index: int) -> None:
-    shape = {2: "(H, W)", 3: "(B, H, W)"}[dim]
-    if not isinstance(classes, Tensor):
-        raise TypeError(f"{name} must be a tensor of shape {shape}, got {type(classes).__name__}")
-    if classes.is_floating_point() or classes.is_complex() or classes.dtype == torch.bool:
-        raise TypeError(f"{name} must hold integer classes, got {classes.dtype}")
-    if classes.dim() != dim:
-        raise ValueError(f"{name} has shape {tuple(classes.shape)}; expected {shape}")
-    # Reading values on a GPU would make the host wait for it; there the loss itself refuses them.
-    if classes.device.type == "cpu" and not torch.compiler.is_compiling():
-        wrong = (classes != ignore_index) & ((classes < 0) | (classes >= num_classes))
-        if wrong.any():
-            value = int(classes[wrong][0])
-            raise ValueError(f"{name} holds class {value}; expected 0..{num_classes - 1} or {ignore_index}")

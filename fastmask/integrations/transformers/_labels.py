@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastmask.integrations._labels import average_num_masks, check_binary
+from fastmask.integrations._labels import average_num_masks
 from fastmask.integrations._patching import fixes, original_class
-from fastmask.targets import Targets
+from fastmask.targets import Targets, check_binary
 
 MASKS, CLASSES = "masks_queries_logits", "class_queries_logits"
 
