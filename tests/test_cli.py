@@ -108,7 +108,7 @@ def test_errors_are_one_line(tmp_path):
     cases = {
         ("absent", "out"): "no folder or file",
         ("model", "model"): "exists already",
-        ("empty", "out"): "has no config.json",
+        ("empty", "out"): "holds nothing; expected config.json and model.safetensors",
         ("model", "out", "--to", "onnx"): "to must be one of",
     }
     for (source, destination, *options), message in cases.items():

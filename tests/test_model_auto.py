@@ -132,7 +132,8 @@ def test_errors_name_the_file(tmp_path):
         "[]": "holds a list",
         '{"num_classes": 3, "layers": 2}': "not the fields of a MaskFormer or",
         '{"type": "Yolo"}': "type is 'Yolo'; expected one of",
-        '{"model_type": "maskformer"}': "fastmask convert reads it",
+        '{"model_type": "maskformer"}': "of model type 'maskformer'; fastmask convert reads",
+        '{"model_type": "vit"}': "of model type 'vit'; fastmask convert reads those of 'maskformer'",
         '{"type": "MaskFormer", "layers": 2}': "unknown keys layers; missing keys num_classes",
     }.items():
         path.write_text(text)

@@ -20,6 +20,9 @@ def convert(
     ignore_mismatched_sizes: Annotated[
         bool, typer.Option(help="Start weights at random that depend on other numbers than the source's.")
     ] = False,
+    prefix: Annotated[
+        str, typer.Option(help='What wrappers put before the names of weights: "module." (DDP), "model." (Lightning).')
+    ] = "",
 ) -> None:
     """Convert a MaskFormer (or Segmenter) between fastmask, Hugging Face and the original repository."""
     from fastmask.integrations.checkpoints import convert_checkpoint
@@ -32,6 +35,7 @@ def convert(
         num_queries=num_queries or None,
         num_classes=num_classes or None,
         ignore_mismatched_sizes=ignore_mismatched_sizes,
+        prefix=prefix,
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     name, num_classes = type(model).__name__, model.config.num_classes

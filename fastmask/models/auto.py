@@ -13,7 +13,7 @@ from torch import nn
 from fastmask.models import config, per_pixel_baseline, segmenter_config, sound_config
 from fastmask.models.base import PretrainedModel
 from fastmask.models.base_config import ModelConfig, read_json
-from fastmask.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from fastmask.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE, listed
 from fastmask.models.maskformer import MaskFormer
 from fastmask.models.per_pixel_baseline import PerPixelBaseline
 from fastmask.models.segmenter import Segmenter
@@ -135,7 +135,11 @@ def model_folder(path: str | Path) -> Path:
     for folder in (path, *(path / name for name in SAVED_IN_RUN)):
         if (folder / WEIGHTS_FILE).is_file():
             return folder
-    raise FileNotFoundError(f"{path} has no {WEIGHTS_FILE}, and neither has {' or '.join(SAVED_IN_RUN)} in it")
+    content = sorted(file.name for file in path.iterdir())
+    raise FileNotFoundError(
+        f"{path} has no {WEIGHTS_FILE}, and neither has {' or '.join(SAVED_IN_RUN)} in it; it holds "
+        f"{listed(content) or 'nothing'}"
+    )
 
 
 def load_config(folder: str | Path) -> ModelConfig:
@@ -230,7 +234,10 @@ def _type_of(values: Mapping[str, Any]) -> type[PretrainedModel]:
             raise ValueError(f"type is {values['type']!r}; expected one of {', '.join(MODELS)}")
         return MODELS[values["type"]]
     if "model_type" in values:
-        raise ValueError("this is a configuration of transformers; fastmask convert reads it")
+        raise ValueError(
+            f"this is a configuration of transformers, of model type {values['model_type']!r}; fastmask convert reads "
+            "those of 'maskformer'"
+        )
     for model in MODELS.values():
         if set(values) <= {f.name for f in fields(model.config_class)}:
             return model

@@ -16,6 +16,7 @@ from fastmask.models.backbone import backbone_channels as channels_of
 from fastmask.models.backbone import build_backbone, describe_backbone, feature_maps
 from fastmask.models.base_config import CUSTOM_BACKBONE, ImageModelConfig, ModelConfig, PixelDecoderConfig
 from fastmask.models.images import ImageBatch, pad_images
+from fastmask.models.pixel_range import DEVIATIONS, PIXEL_RANGE
 from fastmask.modules.pixel_decoder import PixelDecoder
 
 Images = Tensor | Sequence[Tensor]
@@ -59,6 +60,7 @@ class PretrainedModel(nn.Module):
         *,
         num_classes: int | None = None,
         ignore_mismatched_sizes: bool = False,
+        prefix: str = "",
         **modules: Any,
     ) -> Model:
         """A model from what :meth:`save_pretrained` wrote, on the CPU, in float32 and training mode.
@@ -68,6 +70,8 @@ class PretrainedModel(nn.Module):
             num_classes: K of the new model, if it is to differ from the saved one's.
             ignore_mismatched_sizes: allow that: weights that belong to classes start at random, with a warning that
                 names them, and class names and stuff classes start empty.
+            prefix: what the names of the weights have before them, as "module." if DistributedDataParallel wrapped the
+                model; other weights are left out.
             modules: what the model was built with besides its configuration: ``backbone``, the module of a model that
                 was saved with a custom backbone, and ``backbone_channels``.
 
@@ -90,7 +94,7 @@ class PretrainedModel(nn.Module):
             of_classes = {name: () for name in ("class_names", "stuff_classes") if hasattr(config, name)}
             config = config.replace(num_classes=num_classes, **of_classes)
         path = folder / checkpoint.WEIGHTS_FILE
-        weights = checkpoint.load_weights(path)
+        weights = checkpoint.without_prefix(checkpoint.load_weights(path), prefix, str(path))
         model = cls(config, **modules)
         own = model.weights()
         mismatched = checkpoint.check_keys(own, weights, path)
@@ -107,6 +111,20 @@ class PretrainedModel(nn.Module):
             weights = {name: tensor for name, tensor in weights.items() if name not in mismatched}
         model.load_state_dict(weights, strict=False)
         return model
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As PyTorch's own.
+
+        Raises:
+            RuntimeError: keys or shapes differ; of names that a wrapper of the model put a prefix before, the message
+                says how to strip it.
+        """
+        if strict and (prefix := checkpoint.wrapping_prefix(self.state_dict(), state_dict)):
+            raise RuntimeError(
+                f"the names in state_dict begin with {prefix!r}, as a wrapper of the {type(self).__name__} has them; "
+                f"{{name.removeprefix({prefix!r}): value for name, value in state_dict.items()}} strips it"
+            )
+        return super().load_state_dict(state_dict, strict, assign)
 
     def weights(self) -> dict[str, Tensor]:
         """The state dict without buffers that follow from the configuration."""
@@ -140,6 +158,14 @@ class SegmentationModel(PretrainedModel):
         super().__init__(config)
         self.register_buffer("pixel_mean", torch.tensor(config.pixel_mean)[:, None, None], persistent=False)
         self.register_buffer("pixel_std", torch.tensor(config.pixel_std)[:, None, None], persistent=False)
+
+    def _pad(self, images: Images, divisibility: int) -> ImageBatch:
+        """Images in one batch, whose sides are multiples of ``divisibility``."""
+        config = self.config
+        batch = pad_images(images, divisibility, len(config.pixel_mean))
+        limit = max(mean + DEVIATIONS * std for mean, std in zip(config.pixel_mean, config.pixel_std, strict=True))
+        PIXEL_RANGE.check(batch.pixels, limit)
+        return batch
 
     def _normalise(self, batch: ImageBatch) -> Tensor:
         """Pixels of mean 0 and deviation 1, in the model's dtype; padding stays 0, as in the original."""
@@ -216,7 +242,7 @@ class PixelDecoderModel(SegmentationModel):
         }
 
     def _batch(self, images: Images) -> ImageBatch:
-        return pad_images(images, self.config.size_divisibility, len(self.config.pixel_mean))
+        return self._pad(images, self.config.size_divisibility)
 
     def _features(self, batch: ImageBatch) -> tuple[list[Tensor], Tensor | None]:
         """The backbone's maps, and the mask of padding of the coarsest."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import uuid
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
 from torch import Tensor
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+SHOWN_NAMES = 5
 
 
 def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
@@ -80,6 +83,52 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
 
 
+def without_prefix(weights: Mapping[str, Tensor], prefix: str, source: str) -> dict[str, Tensor]:
+    """The weights whose names begin with a prefix, by the rest of their names; all for "".
+
+    Raises:
+        ValueError: there are none.
+    """
+    own = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    if weights and not own:
+        raise ValueError(f"{source} has no name that begins with {prefix!r}; it has {listed(weights)}")
+    return own
+
+
+def wrapping_prefix(expected: Iterable[str], found: Iterable[str]) -> str:
+    """What most of the ``expected`` names have before them where they are ``found``; "" if there is no such prefix.
+
+    Wrappers put it there, such as "module." of DistributedDataParallel, "_orig_mod." of torch.compile, or "model." of a
+    module of Lightning.
+    """
+    expected, counts = set(expected), Counter()
+    for name in found:
+        starts = (0, *(match.end() for match in re.finditer(r"\.", name)))
+        counts.update(name[:start] for start in starts if name[start:] in expected)
+    prefix, count = max(counts.items(), key=lambda item: item[1], default=("", 0))
+    return prefix if 2 * count > len(expected) else ""
+
+
+def key_problems(expected: Collection[str], found: Collection[str]) -> str:
+    """What is wrong with the names of weights: those that are missing and unexpected, or the prefix that all have;
+    "" if nothing is.
+    """
+    if prefix := wrapping_prefix(expected, found):
+        return (
+            f"its names begin with {prefix!r}, as a wrapper of the model has them; prefix={prefix!r} strips it, and so "
+            f"does fastmask convert --prefix {prefix}"
+        )
+    problems = {"missing": sorted(set(expected) - set(found)), "unexpected": sorted(set(found) - set(expected))}
+    return "; ".join(f"{kind} keys: {listed(names)}" for kind, names in problems.items() if names)
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+    return ", ".join(names[:SHOWN_NAMES]) + more
+
+
 def check_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], path: Path) -> list[str]:
     """Compares the weights that a model needs with those that a file has.
 
@@ -87,11 +136,8 @@ def check_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], path
         the names whose shapes differ.
 
     Raises:
-        ValueError: names that are missing or unexpected; the message lists them.
+        ValueError: names that are missing, unexpected or behind a prefix; the message says which.
     """
-    missing, unexpected = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-    problems = [f"missing keys: {', '.join(missing)}"] if missing else []
-    problems += [f"unexpected keys: {', '.join(unexpected)}"] if unexpected else []
-    if problems:
-        raise ValueError(f"{path} does not fit the model; {'; '.join(problems)}")
+    if problems := key_problems(expected, found):
+        raise ValueError(f"{path} does not fit the model; {problems}")
     return [name for name in expected if expected[name].shape != found[name].shape]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from fastmask.integrations.checkpoints.files import read_weights
+from fastmask.integrations.checkpoints.files import SUFFIXES, read_weights
 from fastmask.integrations.checkpoints.hugging_face import from_hugging_face_maskformer, to_hugging_face_maskformer
 from fastmask.integrations.checkpoints.original_maskformer import (
     from_original_maskformer,
@@ -18,7 +19,7 @@ from fastmask.models import MaskFormer, Segmenter, load_model
 from fastmask.models.auto import SAVED_IN_RUN
 from fastmask.models.base import PretrainedModel
 from fastmask.models.base_config import read_json
-from fastmask.models.checkpoint import CONFIG_FILE
+from fastmask.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE, listed
 
 FORMATS = ("fastmask", "huggingface", "original")
 SEGMENTER_VARIANT = "variant.yml"  # stands beside the weights of an original Segmenter, and of nothing else
@@ -33,6 +34,7 @@ def convert_checkpoint(
     num_queries: int | None = None,
     num_classes: int | None = None,
     ignore_mismatched_sizes: bool = False,
+    prefix: str = "",
 ) -> PretrainedModel:
     """Reads a MaskFormer or a Segmenter in one format and writes it in another.
 
@@ -45,6 +47,8 @@ def convert_checkpoint(
         source_format: the same; by default found out from the file or the folder's configuration.
         num_queries, num_classes: of the result, if they are to differ.
         ignore_mismatched_sizes: allow that: what depends on them starts at random, with a warning.
+        prefix: what the names of the source's weights have before them, as "module." if DistributedDataParallel wrapped
+            the model, or "model." in a module of Lightning; other weights are left out.
 
     Returns:
         the model in between.
@@ -63,7 +67,8 @@ def convert_checkpoint(
         raise FileExistsError(f"{destination} exists already")
     source_format = source_format or find_format(source)
     changes = {"num_queries": num_queries, "num_classes": num_classes}
-    model = _read(source, source_format, {k: v for k, v in changes.items() if v is not None}, ignore_mismatched_sizes)
+    options = {"ignore_mismatched_sizes": ignore_mismatched_sizes, "prefix": prefix}
+    model = _read(source, source_format, {k: v for k, v in changes.items() if v is not None}, options)
     _write(model, destination, to)
     return model
 
@@ -73,9 +78,12 @@ def find_format(source: Path) -> str:
 
     Raises:
         FileNotFoundError: no such folder or file.
-        ValueError: a folder without a configuration, or with one that is not JSON.
+        ValueError: a folder that holds nothing of a known format, a file out of a model's folder, or a configuration
+            that is not JSON.
     """
     if source.is_file():
+        if source.suffix in (".safetensors", ".bin") and (source.parent / CONFIG_FILE).is_file():
+            raise ValueError(f"{source} stands beside a {CONFIG_FILE}; give their folder, {source.parent}")
         return "original"
     if not source.is_dir():
         raise FileNotFoundError(f"no folder or file {source}")
@@ -86,27 +94,33 @@ def find_format(source: Path) -> str:
         return "huggingface" if "model_type" in read_json(path) else "fastmask"
     if any((source / name / CONFIG_FILE).is_file() for name in SAVED_IN_RUN):
         return "fastmask"
-    raise ValueError(f"{source} has no {CONFIG_FILE}; name its format, one of {', '.join(FORMATS)}")
+    content = sorted(path.name for path in source.iterdir())
+    raise ValueError(
+        f"{source} holds {listed(content) or 'nothing'}; expected {CONFIG_FILE} and {WEIGHTS_FILE} (of fastmask, or of "
+        f"a MaskFormer of transformers), {SEGMENTER_VARIANT} and checkpoint.pth (of an original Segmenter), or instead "
+        f"of the folder the file of an original MaskFormer's weights ({', '.join(SUFFIXES)})"
+    )
 
 
-def _read(source: Path, source_format: str, changes: dict[str, int], ignore_mismatched_sizes: bool) -> PretrainedModel:
-    ignore = {"ignore_mismatched_sizes": ignore_mismatched_sizes}
+def _read(source: Path, source_format: str, changes: dict[str, int], options: dict[str, Any]) -> PretrainedModel:
     if source_format == "huggingface":
-        return from_hugging_face_maskformer(source, **changes, **ignore)
+        return from_hugging_face_maskformer(source, **changes, **options)
     folder = source if source.is_dir() else source.parent
     is_segmenter = source_format == "original" and (folder / SEGMENTER_VARIANT).is_file()
     if source_format == "original" and not is_segmenter:
-        return _read_original_maskformer(source, changes, ignore_mismatched_sizes)
+        return _read_original_maskformer(source, changes, **options)
     if "num_queries" in changes:
         kind = "of an original Segmenter" if is_segmenter else "of fastmask itself"
         raise ValueError(f"num_queries cannot change in a checkpoint {kind}")
     if is_segmenter:
-        return from_original_segmenter(source, **changes, **ignore)
-    return load_model(source, **changes, **ignore)
+        return from_original_segmenter(source, **changes, **options)
+    return load_model(source, **changes, **options)
 
 
-def _read_original_maskformer(source: Path, changes: dict[str, int], ignore_mismatched_sizes: bool) -> MaskFormer:
-    weights = read_weights(source)
+def _read_original_maskformer(
+    source: Path, changes: dict[str, int], ignore_mismatched_sizes: bool, prefix: str
+) -> MaskFormer:
+    weights = read_weights(source, prefix)
     config = infer_config(weights, str(source)).replace(**changes)
     return from_original_maskformer(weights, config, ignore_mismatched_sizes=ignore_mismatched_sizes)
 

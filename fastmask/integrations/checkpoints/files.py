@@ -12,24 +12,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmask.models.checkpoint import load_weights
+from fastmask.models.checkpoint import load_weights, without_prefix
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".pkl")
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The weights in a file of safetensors (``.safetensors``), PyTorch (``.pth``, ``.pt``, ``.bin``) or detectron2
-    (``.pkl``), without the dict "model" or "state_dict" that may hold them.
+def read_weights(path: str | Path, prefix: str = "") -> dict[str, Tensor]:
+    """The weights in a file of safetensors (``.safetensors``), PyTorch (``.pth``, ``.pt``, ``.bin``), Lightning
+    (``.ckpt``) or detectron2 (``.pkl``), without the dict "model" or "state_dict" that may hold them.
+
+    Args:
+        path: of the file.
+        prefix: what the names have before them, as "module." if DistributedDataParallel wrapped the model, or "model."
+            in a module of Lightning; other weights are left out.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file of another kind, one that is truncated, or one that holds more than arrays.
+        ValueError: a file of another kind, one that is truncated, one that holds more than arrays, or one without a
+            name that begins with ``prefix``.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")
     if path.suffix == ".safetensors":
-        return load_weights(path)
-    if path.suffix not in (".pth", ".pt", ".bin", ".pkl"):
-        raise ValueError(f"{path} is no .safetensors, .pth, .pt, .bin or .pkl file")
+        return without_prefix(load_weights(path), prefix, str(path))
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path} is no {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file")
     try:
         content = _unpickle_arrays(path) if path.suffix == ".pkl" else torch.load(path, "cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError, UnicodeDecodeError, ImportError, AttributeError) as error:
@@ -44,7 +52,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         if not isinstance(value, Tensor | np.ndarray):
             raise ValueError(f"{path} holds {name} of type {type(value).__name__}; expected an array")
         weights[name] = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
-    return weights
+    return without_prefix(weights, prefix, str(path))
 
 
 def _unpickle_arrays(path: Path) -> Any:

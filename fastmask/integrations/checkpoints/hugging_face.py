@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,14 +11,21 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fastmask.integrations.checkpoints.backbones import NOT_LEARNED, hugging_face_swin
+from fastmask.integrations.checkpoints.files import read_weights
 from fastmask.integrations.checkpoints.names import Rule, rename, to_foreign, to_own
 from fastmask.models.backbone import describe_backbone
+from fastmask.models.base_config import read_json
+from fastmask.models.checkpoint import CONFIG_FILE, key_problems, listed, wrapping_prefix
 from fastmask.models.config import MaskFormerConfig
 from fastmask.models.maskformer import MaskFormer
 
 if TYPE_CHECKING:
     from transformers import MaskFormerForInstanceSegmentation
 
+WEIGHTS_FILES = (
+    *("model.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
 ENCODER = "model.pixel_level_module.encoder."
 PIXEL_DECODER = "model.pixel_level_module.decoder"
 TRANSFORMER = "model.transformer_module"
@@ -37,6 +45,7 @@ def from_hugging_face_maskformer(
     num_queries: int | None = None,
     num_classes: int | None = None,
     ignore_mismatched_sizes: bool = False,
+    prefix: str = "",
 ) -> MaskFormer:
     """A model of ours that computes what Hugging Face's ``MaskFormerForInstanceSegmentation`` does.
 
@@ -44,20 +53,22 @@ def from_hugging_face_maskformer(
         source: a folder with config.json and the weights, as transformers v4 or v5 writes it; or the model itself.
         num_queries, num_classes: of the new model, if they are to differ.
         ignore_mismatched_sizes: allow that: query embeddings and class head then start at random, with a warning.
+        prefix: what the names of a folder's weights have before them, as for
+            :func:`~fastmask.integrations.checkpoints.files.read_weights`.
 
     Returns:
         the model, on the CPU, in float32 and training mode, with the class names of ``source``.
 
     Raises:
-        FileNotFoundError: no such folder.
-        ValueError: another architecture, keys that are missing or unexpected, shapes or numbers that differ.
+        FileNotFoundError: no such folder, or no configuration or weights in it.
+        ValueError: a file that cannot be read, another architecture, keys that are missing or unexpected, shapes or
+            numbers that differ.
     """
     if isinstance(source, str | Path):
-        weights, config = _read_folder(Path(source))
+        weights, config = _read_folder(Path(source), prefix)
     else:
         weights, config = source.state_dict(), source.config
-    if config.model_type != "maskformer":
-        raise ValueError(f"{_name(source)} is of model type {config.model_type!r}; expected 'maskformer'")
+        _check_type(_name(source), config.to_dict())
     own_config = own_config_of(config)
     changes = {"num_queries": num_queries, "num_classes": num_classes}
     changes = {name: value for name, value in changes.items() if value not in (None, getattr(own_config, name))}
@@ -226,21 +237,63 @@ def _backbone_of(config: Any) -> tuple[str, dict[str, Any]]:
     return name, options
 
 
-def _read_folder(folder: Path) -> tuple[dict[str, Tensor], Any]:
+def _read_folder(folder: Path, prefix: str) -> tuple[dict[str, Tensor], Any]:
     """Weights and configuration, read by transformers itself, whatever its version wrote."""
-    from transformers import MaskFormerForInstanceSegmentation
+    from transformers import MaskFormerConfig, MaskFormerForInstanceSegmentation
 
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}")
-    model, outcome = MaskFormerForInstanceSegmentation.from_pretrained(
-        folder, local_files_only=True, output_loading_info=True
+    _check_type(str(folder), read_json(folder / CONFIG_FILE))
+    files = [folder / name for name in WEIGHTS_FILES if (folder / name).is_file()]
+    if not files:
+        raise FileNotFoundError(
+            f"{folder} has the configuration of a MaskFormer of transformers and no weights; it holds "
+            f"{listed(sorted(path.name for path in folder.iterdir()))}; expected {' or '.join(WEIGHTS_FILES[::2])}"
+        )
+    path, options = folder, {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    if prefix:
+        if files[0].suffix == ".json":
+            raise ValueError(f"{folder} has its weights in several files; prefix goes with one")
+        path, options["state_dict"] = None, read_weights(files[0], prefix)
+        options["config"] = MaskFormerConfig.from_pretrained(folder)
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # what it reports of keys is in the errors below
+    try:
+        model, outcome = MaskFormerForInstanceSegmentation.from_pretrained(path, **options)
+    except Exception as error:  # of safetensors, pickle, zip files and of transformers itself
+        raise ValueError(f"{folder} could not be read: {str(error).strip().partition(chr(10))[0]}") from error
+    finally:
+        logger.setLevel(level)
+    missing, unexpected = (
+        {name for name in outcome[f"{kind}_keys"] if not re.fullmatch(IGNORED, name)}
+        for kind in ("missing", "unexpected")
     )
-    problems = {name: sorted(keys) for name, keys in outcome.items() if name.endswith("keys") and keys}
-    problems = {name: [key for key in keys if not re.fullmatch(IGNORED, str(key))] for name, keys in problems.items()}
-    problems = {name: keys for name, keys in problems.items() if keys}
+    problems = []
+    if missing or unexpected:
+        # transformers itself tries names without "model.", so that what it misses does not show a prefix.
+        names = () if prefix or files[0].suffix == ".json" else read_weights(files[0])
+        own, names = ({newer_name(name) for name in each} for each in (model.state_dict(), names))
+        problems.append(key_problems(*((own, names) if wrapping_prefix(own, names) else (missing, unexpected))))
+    if wrong := sorted(
+        f"{name} of shape {tuple(found)} for {tuple(own)}" for name, found, own in outcome["mismatched_keys"]
+    ):
+        problems.append(f"it has {listed(wrong)}")
     if problems:
-        raise ValueError(f"{folder} does not fit the model; " + "; ".join(f"{k}: {v}" for k, v in problems.items()))
+        raise ValueError(f"{folder} does not fit the model; {'; '.join(problems)}")
     return model.state_dict(), model.config
+
+
+def _check_type(name: str, config: Mapping[str, Any]) -> None:
+    """Refuses the configuration of another architecture of transformers than MaskFormer."""
+    if "model_type" not in config:
+        raise ValueError(f"{name} has no model_type in its {CONFIG_FILE}; expected a MaskFormer of transformers")
+    if config["model_type"] != "maskformer":
+        classes = f" ({', '.join(config['architectures'])})" if config.get("architectures") else ""
+        raise ValueError(
+            f"{name} is of model type {config['model_type']!r}{classes}; of transformers' models fastmask reads "
+            "'maskformer' (MaskFormerForInstanceSegmentation)"
+        )
 
 
 def _name(source: Any) -> str:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastmask.models.checkpoint import key_problems, listed
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -57,8 +59,7 @@ def groups_of(own_names: Iterable[str], rules: Sequence[Rule]) -> list[Group]:
         else:
             unknown.append(name)
     if unknown:
-        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-        raise ValueError(f"the format has no names for {', '.join(unknown[:5])}{more}")
+        raise ValueError(f"the format has no names for {listed(unknown)}")
     return groups
 
 
@@ -92,16 +93,14 @@ def to_own(
         source: what the errors call the foreign weights.
 
     Raises:
-        ValueError: foreign names that are missing or unexpected, or shapes that differ; the message lists them.
+        ValueError: foreign names that are missing, unexpected or behind a prefix, or shapes that differ; the message
+            says which.
     """
     groups = groups_of(own, rules)
     expected = {name for group in groups for name in group.foreign}
-    missing = sorted(expected - set(weights))
-    unexpected = sorted(name for name in set(weights) - expected if not re.fullmatch(ignored, name))
-    problems = [f"missing keys: {', '.join(missing)}"] if missing else []
-    problems += [f"unexpected keys: {', '.join(unexpected)}"] if unexpected else []
-    if problems:
-        raise ValueError(f"{source} does not fit the model; {'; '.join(problems)}")
+    found = {name for name in weights if name in expected or not re.fullmatch(ignored, name)}
+    if problems := key_problems(expected, found):
+        raise ValueError(f"{source} does not fit the model; {problems}")
     result, kept, wrong = dict(own), [], []
     for group in groups:
         if not group.foreign:

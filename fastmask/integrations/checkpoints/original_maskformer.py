@@ -13,6 +13,7 @@ from torch import Tensor
 from fastmask.integrations.checkpoints.backbones import NOT_LEARNED, detectron2_resnet, microsoft_swin
 from fastmask.integrations.checkpoints.files import read_weights
 from fastmask.integrations.checkpoints.names import Rule, rename, to_foreign, to_own
+from fastmask.models.checkpoint import key_problems, listed, without_prefix, wrapping_prefix
 from fastmask.models.config import MaskFormerConfig
 from fastmask.models.maskformer import MaskFormer
 
@@ -29,6 +30,7 @@ def from_original_maskformer(
     config: MaskFormerConfig | None = None,
     *,
     ignore_mismatched_sizes: bool = False,
+    prefix: str = "",
 ) -> MaskFormer:
     """A model of ours with the weights of the original repository's MaskFormer.
 
@@ -39,6 +41,7 @@ def from_original_maskformer(
             paper, none of which the weights tell.
         ignore_mismatched_sizes: let query embeddings and class head start at random, with a warning, where ``config``
             has another number of queries or classes.
+        prefix: as for :func:`~fastmask.integrations.checkpoints.files.read_weights`.
 
     Returns:
         the model, on the CPU, in float32 and training mode.
@@ -49,7 +52,10 @@ def from_original_maskformer(
             shapes that differ. The message names them.
     """
     source = "the checkpoint" if isinstance(checkpoint, Mapping) else str(checkpoint)
-    weights = _upgraded(checkpoint if isinstance(checkpoint, Mapping) else read_weights(checkpoint))
+    if isinstance(checkpoint, Mapping):
+        weights = _upgraded(without_prefix(checkpoint, prefix, source))
+    else:
+        weights = _upgraded(read_weights(checkpoint, prefix))
     model = MaskFormer(config or infer_config(weights, source))
     replaceable = BY_COUNTS if ignore_mismatched_sizes else ""
     own = to_own(weights, model.weights(), rules_of(model), ignored=IGNORED, replaceable=replaceable, source=source)
@@ -91,7 +97,9 @@ def infer_config(weights: Mapping[str, Tensor], source: str = "the checkpoint") 
 
     def shape(name: str) -> tuple[int, ...]:
         if name not in weights:
-            raise ValueError(f"{source} has no {name}; expected the weights of the original MaskFormer")
+            parts = dict.fromkeys(".".join(other.split(".")[:2]) for other in weights)
+            problem = key_problems([name], weights) if wrapping_prefix([name], weights) else f"it has {listed(parts)}"
+            raise ValueError(f"{source} has no {name}; expected the weights of the original MaskFormer; {problem}")
         return tuple(weights[name].shape)
 
     def count(pattern: str) -> int:

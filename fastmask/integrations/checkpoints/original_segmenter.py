@@ -33,7 +33,11 @@ OPTIONAL = ("backbone", "distilled", "dropout", "drop_path_rate")
 
 
 def from_original_segmenter(
-    path: str | Path, *, num_classes: int | None = None, ignore_mismatched_sizes: bool = False
+    path: str | Path,
+    *,
+    num_classes: int | None = None,
+    ignore_mismatched_sizes: bool = False,
+    prefix: str = "",
 ) -> Segmenter:
     """A model of ours with the weights of the authors' Segmenter.
 
@@ -45,6 +49,7 @@ def from_original_segmenter(
             values is unpickled, and nothing but plain values is read from YAML.
         num_classes: K of the model, if it is to differ from the checkpoint's.
         ignore_mismatched_sizes: allow that: weights that belong to classes start at random, with a warning.
+        prefix: as for :func:`~fastmask.integrations.checkpoints.files.read_weights`.
 
     Returns:
         the model, on the CPU, in float32 and training mode.
@@ -60,7 +65,7 @@ def from_original_segmenter(
     config = _read_variant(path.with_name(VARIANT_FILE))
     if num_classes is not None:
         config = config.replace(num_classes=num_classes)
-    weights = read_weights(path)
+    weights = read_weights(path, prefix)
     model = Segmenter(config)
     replaceable = BY_CLASSES if ignore_mismatched_sizes else ""
     own = to_own(weights, model.weights(), RULES, ignored=IMAGENET_HEADS, replaceable=replaceable, source=str(path))
