@@ -11,6 +11,7 @@ from PIL import Image
 
 from fastmask.data import CLASS_NAMES, STUFF_LABELS, open_dataset
 from fastmask.models import MaskFormer, load_model, make_model
+from fastmask.models.auto import make_config
 from fastmask.models.per_pixel import per_pixel_loss
 from fastmask.targets import Targets
 from fastmask.training import Recipe, TrainingConfig, make_training_config, train
@@ -18,7 +19,7 @@ from fastmask.training.checkpoint import load_newest
 from fastmask.training.curves import draw_curves
 from fastmask.training.losses import LossRecord
 from fastmask.training.run_folder import MetricsFile, read_json
-from tests.dataset_trees import instance_tree
+from tests.dataset_trees import instance_tree, panoptic_tree
 from tests.training_runs import scene_folder, tiny_config
 
 
@@ -321,6 +322,57 @@ def test_runs_of_maskformer_leave_void_out_unless_told_otherwise():
     assert make_training_config(scenes, "tiny").model.ignore_void
     config = make_training_config(scenes, "tiny", model_fields={"ignore_void": False})
     assert not config.model.ignore_void
+
+
+def stuff_only(root):
+    """Panoptic truth of which every class is stuff."""
+    path = panoptic_tree(root) / "annotations/panoptic_val2017.json"
+    content = json.loads(path.read_text())
+    for category in content["categories"]:
+        category["isthing"] = 0
+    path.write_text(json.dumps(content))
+    return root
+
+
+def test_instances_of_data_without_things_are_refused(tmp_path):
+    split = {"train_split": "val", "recipe": {"steps": 1}}
+    with pytest.raises(
+        ValueError, match=r"task='instance': the data set has no things, as all of its 3 classes are stuff"
+    ):
+        tiny_config(stuff_only(tmp_path), task="instance", **split)
+    assert tiny_config(tmp_path, **split).task == "panoptic"
+    assert tiny_config(tmp_path, task="semantic", **split).task == "semantic"
+
+
+def test_data_without_classes_is_refused(tmp_path):
+    path = instance_tree(tmp_path) / "annotations/instances_train2017.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "annotations": [], "categories": []}))
+    with pytest.raises(ValueError, match=rf"{tmp_path} has no class for the task 'instance'"):
+        tiny_config(tmp_path, recipe={"steps": 1})
+
+
+@pytest.mark.parametrize(("model", "name"), [("segmenter-tiny", "Segmenter"), ("per-pixel-tiny", "PerPixelBaseline")])
+def test_a_network_is_not_trained_for_a_task_that_it_cannot_do(tmp_path, model, name):
+    where = {"train_split": "val", "val_split": ""}
+    for task in ("panoptic", "instance"):
+        with pytest.raises(ValueError, match=f"task='{task}': a {name} does semantic segmentation only"):
+            make_training_config(panoptic_tree(tmp_path / "panoptic"), model, task=task, **where)
+    # What panoptic truth is taken for unless a task is asked for.
+    config = make_training_config(tmp_path / "panoptic", model, **where)
+    assert config.task == "semantic"
+    with pytest.raises(ValueError, match=f"task='instance': a {name} does semantic segmentation only"):
+        TrainingConfig.from_dict({**config.to_dict(), "task": "instance"})
+    instances = instance_tree(tmp_path / "instances")
+    with pytest.raises(ValueError, match=f"task='instance': a {name} does semantic segmentation only"):
+        make_training_config(instances, model)
+    classes = open_dataset(instances, "train").info.class_names
+    config = TrainingConfig(
+        str(instances), make_config(model, class_names=classes), config.recipe, val_split="", workers=0
+    )
+    with pytest.raises(ValueError, match=f"task='instance': a {name} does semantic segmentation only"):
+        train(config, tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_configuration_names_the_task_of_the_data(tmp_path):

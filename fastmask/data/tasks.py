@@ -44,12 +44,20 @@ def task_view(info: DatasetInfo, task: str | None) -> tuple[DatasetInfo, Callabl
 
     Returns:
         The classes, and a function that pickles.
+
+    Raises:
+        ValueError: instances are asked for, and no class is a thing.
     """
     if task in (None, "panoptic"):
         return info, _panoptic
     if task == "semantic":
         return replace(info, task=task), partial(_semantic, num_classes=info.num_classes)
     things = info.thing_classes
+    if not things:
+        raise ValueError(
+            f"task={task!r}: the data set has no things, as all of its {info.num_classes} classes are stuff; "
+            "expected the task 'semantic' or 'panoptic'"
+        )
 
     def of_things(values: tuple | None) -> tuple | None:
         return None if values is None else tuple(values[label] for label in things)

@@ -37,7 +37,8 @@ class TrainingConfig(PlainConfig):
         model: the network, with the data set's classes; a configuration or what ``to_dict`` of one gives.
         recipe: optimiser, schedule, steps, batch and augmentation; a :class:`Recipe` or what its ``to_dict`` gives.
         kind: the data set's layout, see :func:`fastmask.data.open_dataset`.
-        task: "semantic", "panoptic" or "instance"; "" for the data set's own.
+        task: "semantic", "panoptic" or "instance", of which networks other than MaskFormer have the first alone; "" for
+            the data set's own.
         skip_invalid: leave out invalid polygons, see :func:`fastmask.data.open_dataset`.
         train_split: what to train on.
         val_split: what to evaluate on; "" for no evaluation.
@@ -97,6 +98,7 @@ class TrainingConfig(PlainConfig):
         require(self.train_split != "", "train_split", "''", "the name of a split")
         segments = isinstance(self.model, ImageModelConfig)
         require(segments, "model", type(self.model).__name__, "the configuration of a network that segments images")
+        check_task(self.model, self.task)
         for name, choices in (("precision", PRECISIONS), ("strategy", STRATEGIES), ("task", ("", *TASKS))):
             value = getattr(self, name)
             require(value in choices, name, repr(value), f"one of {', '.join(map(repr, choices))}")
@@ -134,12 +136,13 @@ def make_training_config(
         recipe: a :class:`Recipe` or the name of one; "" for the recipe of the network's paper.
         model_fields: fields of the network's configuration to set otherwise.
         recipe_fields: fields of the recipe to set otherwise; "steps" limit warm-up to a tenth of them.
-        options: further fields of :class:`TrainingConfig`; ``task`` is the data set's own if it is not among them.
+        options: further fields of :class:`TrainingConfig`; ``task`` is the data set's own if it is not among them, or
+            "semantic" if that is panoptic and the network does semantic segmentation only.
 
     Raises:
         FileNotFoundError: no data set, or no folder ``pretrained``.
         TypeError: an unknown field, or neither a model nor ``pretrained``.
-        ValueError: an unknown preset, or a value out of range.
+        ValueError: an unknown preset, a value out of range, or a task that network or data set do not have.
     """
     unknown = sorted(set(options) - {f.name for f in fields(TrainingConfig)})
     if unknown:
@@ -147,7 +150,8 @@ def make_training_config(
     split = options.get("train_split", "train")
     skip = options.get("skip_invalid", False)
     info = open_dataset(data, split, options.get("kind", "auto"), options.get("task") or None, skip_invalid=skip).info
-    options["task"] = info.task  # so that what reads the run's folder knows what it was for
+    if info.num_classes == 0:
+        raise ValueError(f"{data} has no class for the task {info.task!r}")
     classes = {"class_names": info.class_names, "stuff_classes": info.stuff_classes}
     if model:
         network = make_config(model, **classes, **(model_fields or {}))
@@ -164,10 +168,25 @@ def make_training_config(
         raise TypeError("model must be given, or pretrained, a folder with a network")
     if isinstance(network, MaskFormerConfig) and "ignore_void" not in (model_fields or {}):
         network = network.replace(ignore_void=True)  # what is not labelled teaches nothing
+    if info.task == "panoptic" and not options.get("task") and not isinstance(network, MaskFormerConfig):
+        options["task"] = "semantic"  # which panoptic truth holds
+    else:
+        check_task(network, info.task)
+        options["task"] = info.task  # so that what reads the run's folder knows what it was for
     if not isinstance(recipe, Recipe):
         recipe = Recipe.preset(recipe or default_recipe(network))
     recipe = recipe.replace(**with_short_warmup(recipe, recipe_fields or {}))
     return TrainingConfig(str(data), network, recipe, **options)
+
+
+def check_task(network: ModelConfig, task: str) -> None:
+    """Refuses what a network cannot learn.
+
+    Raises:
+        ValueError: instances or panoptic segments for a network that gives each pixel a class and no more.
+    """
+    if task not in ("", "semantic") and not isinstance(network, MaskFormerConfig):
+        raise ValueError(f"task={task!r}: a {network.model_type} does semantic segmentation only")
 
 
 def with_short_warmup(recipe: Recipe, changes: Mapping[str, Any]) -> dict[str, Any]:

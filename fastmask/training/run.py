@@ -22,7 +22,7 @@ from fastmask.models.auto import load_model, model_from_dict
 from fastmask.models.base import PretrainedModel
 from fastmask.training.activation_checkpointing import checkpoint_activations
 from fastmask.training.checkpoint import load_newest, save_checkpoint
-from fastmask.training.config import TrainingConfig
+from fastmask.training.config import TrainingConfig, check_task
 from fastmask.training.curves import draw_curves
 from fastmask.training.distributed import Processes, any_process, cleanup, setup, together, whole, wrap
 from fastmask.training.evaluation import evaluate
@@ -189,6 +189,8 @@ class _Run:
                 raise ValueError(f"the classes of split {each.split!r} are not those of split {sets[0].split!r}")
         if model.num_classes != info.num_classes or model.class_names not in ((), info.class_names):
             raise ValueError(f"the classes of model are not the {info.num_classes} classes of {config.data}")
+        if info.task == "instance":
+            check_task(model, info.task)
         if info.task == "instance" and len(sets) > 1:
             InstanceMetrics(info.num_classes)  # tells now, not after hours, if a package is missing
         return sets[0], sets[1] if len(sets) > 1 else None
