@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -56,14 +58,14 @@ def own_operators(program: ExportedProgram) -> set[str]:
     return {name for name in targets if name.startswith("fastmask")}
 
 
-def whole_image(model: nn.Module) -> dict[str, int]:
-    """The options with which ``predict`` takes images whole."""
+def whole_images(model: nn.Module) -> dict[str, int]:
+    """The option with which ``predict`` takes images whole, as programs for images of any size do."""
     return {"window": 0} if isinstance(model, Segmenter) else {}
 
 
-def predicted_scores(model: nn.Module, images: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+def predicted_scores(model: nn.Module, images: Tensor, size: tuple[int, int] | None = None, **windows: Any) -> Tensor:
     """``(B, K, H, W)``."""
-    return torch.stack(model.predict(images, sizes=size, output="scores", **whole_image(model)))
+    return torch.stack(model.predict(images, sizes=size, output="scores", **windows))
 
 
 def assert_same_scores(actual: Tensor, expected: Tensor) -> None:
@@ -71,11 +73,13 @@ def assert_same_scores(actual: Tensor, expected: Tensor) -> None:
     assert float((actual - expected).abs().max()) <= ROUNDING * float(expected.abs().max())
 
 
-def assert_same_labels(labels: Tensor, model: nn.Module, images: Tensor, size: tuple[int, int] | None = None) -> None:
+def assert_same_labels(
+    labels: Tensor, model: nn.Module, images: Tensor, size: tuple[int, int] | None = None, **windows: Any
+) -> None:
     """Labels are those of ``model.predict`` wherever the two best classes differ by more than rounding."""
-    expected = torch.stack(model.predict(images, sizes=size, **whole_image(model)))
+    expected = torch.stack(model.predict(images, sizes=size, **windows))
     assert labels.shape == expected.shape and labels.dtype == expected.dtype
-    best = predicted_scores(model, images, size).topk(2, dim=1).values
+    best = predicted_scores(model, images, size, **windows).topk(2, dim=1).values
     decided = best[:, 0] - best[:, 1] > 2 * ROUNDING * float(best.max())
     assert float(decided.float().mean()) > 0.9
     assert torch.equal(labels[decided], expected[decided])

@@ -20,6 +20,7 @@ from tests.exporting import (
     predicted_scores,
     segmenter,
     sound_detector,
+    whole_images,
 )
 
 onnx = pytest.importorskip("onnx")
@@ -109,7 +110,7 @@ def test_other_networks_with_images_of_any_size(make, tmp_path):
     opened = session(export_onnx(model, tmp_path / "model.onnx"))
     for shape in [(1, 3, 64, 96), (3, 3, 45, 70), (2, 3, 31, 33), (1, 3, 200, 130)]:
         images = torch.rand(shape)
-        assert_same_labels(run(opened, images)["labels"], model, images)
+        assert_same_labels(run(opened, images)["labels"], model, images, **whole_images(model))
 
 
 def test_logits_and_scores(tmp_path):

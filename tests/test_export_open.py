@@ -15,6 +15,7 @@ from tests.exporting import (
     maskformer,
     own_operators,
     segmenter,
+    whole_images,
 )
 
 
@@ -83,4 +84,4 @@ def test_the_way_from_images_to_labels_compiles_in_one_graph(make):
         images = torch.rand(2, 3, *size)
         with torch.no_grad():
             labels = run(images)["labels"]
-        assert_same_labels(labels, model, images)
+        assert_same_labels(labels, model, images, **whole_images(model))

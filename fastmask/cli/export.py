@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from fastmask.cli._options import Stride, window_of
+
 
 def export(
     model: Annotated[Path, typer.Argument(help="The folder of a model or of a run of training.")],
@@ -25,6 +27,15 @@ def export(
         tuple[int, int] | None,
         typer.Option(metavar="HEIGHT WIDTH", help="Of the result, with --size; the image's by default."),
     ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Of a Segmenter, with --size: side of its windows, its own by default; 0 for whole images, which it "
+            "predicts without --size, with other labels.",
+        ),
+    ] = None,
+    stride: Stride = None,
     kernels: Annotated[
         bool, typer.Option("--kernels", help="Keep fastmask's kernels in a .pt2, which then loads with fastmask only.")
     ] = False,
@@ -34,10 +45,12 @@ def export(
 
     The program takes RGB images as float32 (B, 3, H, W) in 0..1, normalises and
     pads them itself, and gives labels (B, H, W). An ONNX file holds standard
-    operators only and names the classes in its metadata.
+    operators only and names the classes in its metadata. A Segmenter's program
+    has the windows of predict with --size; without it takes images whole, which
+    changes labels.
     """
     from fastmask.export import export_onnx, export_pt2
-    from fastmask.models import load_model
+    from fastmask.models import Segmenter, load_model
 
     if output.suffix not in (".onnx", ".pt2"):
         raise ValueError(f"OUTPUT must end with .onnx or .pt2, got {str(output)!r}")
@@ -48,12 +61,18 @@ def export(
         "size": size or samples,
         "batch_size": batch_size,
         "output_size": output_size,
+        "window": window_of(window, stride),
         "overwrite": overwrite,
     }
+    if kernels and output.suffix == ".onnx":
+        raise ValueError("--kernels goes with .pt2; an ONNX file holds standard operators only")
+    network = load_model(model)
     if output.suffix == ".onnx":
-        if kernels:
-            raise ValueError("--kernels goes with .pt2; an ONNX file holds standard operators only")
-        export_onnx(load_model(model), output, **options)
+        export_onnx(network, output, **options)
     else:
-        export_pt2(load_model(model), output, portable=not kernels, **options)
-    print(f"{output}: {output.stat().st_size / 1e6:.1f} MB")
+        export_pt2(network, output, portable=not kernels, **options)
+    how = ""
+    if isinstance(network, Segmenter) and task != "logits":
+        side, step = network.window_of(options["window"]) if size else (0, 0)
+        how = f"; predicts in windows of {side} pixels, every {step}" if side else "; predicts images whole"
+    print(f"{output}: {output.stat().st_size / 1e6:.1f} MB{how}")

@@ -6,7 +6,7 @@ normalisation, padding, and resizing to the image. Its inputs and outputs by tas
 ======== ====================== ======================================================================================
 task     inputs                 outputs
 ======== ====================== ======================================================================================
-semantic images (B, C, H, W)    labels (B, H, W), as ``model.predict(images)`` gives them for whole images
+semantic images (B, C, H, W)    labels (B, H, W), as ``model.predict(images)`` gives them
 scores   images (B, C, H, W)    scores (B, K, H, W) float32, as ``model.predict(images, output="scores")`` does
 logits   images (B, C, H, W)    MaskFormer: class_logits (B, N, K+1) and mask_logits (B, N, h, w), which cover the
                                 padded image, for panoptic or instance post-processing outside; others: logits
@@ -14,7 +14,14 @@ logits   images (B, C, H, W)    MaskFormer: class_logits (B, N, K+1) and mask_lo
 events   waveforms (B, S)       frame_probabilities (B, K, T) and clip_probabilities (B, K)
 ======== ====================== ======================================================================================
 
-Images are float32 in 0..1, waveforms float32 at the network's sample rate. A MaskFormer's portable program holds the
+Images are float32 in 0..1, waveforms float32 at the network's sample rate.
+
+A Segmenter predicts in windows, and so does its program if it is given the ``size`` of the images, all windows at once.
+Without a ``size`` the number of windows is open, and the program predicts whole images, as its "logits" do: 6 to 65 %
+of the labels then differ from those of ``predict``, unless that is given ``window=0``. A warning says so, and "window"
+in the file's metadata says which windows a program has, if any.
+
+A MaskFormer's portable program holds the
 mask logits of N queries at the size of the image, N * H * W floats an image, where fastmask's own kernels hold a strip
 of them; ``portable=False`` keeps the kernels.
 """

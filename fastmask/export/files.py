@@ -15,8 +15,9 @@ DESCRIBED = (
 )
 
 
-def describe(model: PretrainedModel, task: str) -> dict[str, str]:
-    """What a program's file says of its network: every value a string, lists as JSON has them."""
+def describe(model: PretrainedModel, task: str, window: tuple[int, int] | None) -> dict[str, str]:
+    """What a program's file says of its network: every value a string, lists as JSON has them. A program that predicts
+    in windows has their size and stride as "window"."""
     config = model.config
     values = {name: getattr(config, name) for name in DESCRIBED if hasattr(config, name)}
     return {
@@ -25,6 +26,7 @@ def describe(model: PretrainedModel, task: str) -> dict[str, str]:
         "task": task,
         "class_names": json.dumps(config.class_names, ensure_ascii=False),
         **{name: json.dumps(value) for name, value in values.items()},
+        **({} if window is None else {"window": json.dumps(window)}),
     }
 
 

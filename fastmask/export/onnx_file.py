@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastmask.export.files import check_path, describe
 from fastmask.export.program import export_program, open_dims
-from fastmask.export.tasks import check_task
+from fastmask.export.tasks import check_task, check_window
 from fastmask.models.base import PretrainedModel
 from fastmask.models.checkpoint import replace_file
 from fastmask.models.images import Size
@@ -36,6 +36,7 @@ def export_onnx(
     size: Size | int | None = None,
     batch_size: int | None = None,
     output_size: Size | None = None,
+    window: int | tuple[int, int] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Writes a network as an ONNX file of opset 18, whole or not at all.
@@ -52,7 +53,7 @@ def export_onnx(
     Args:
         model: a network of :mod:`fastmask.models`.
         path: ends with ".onnx".
-        task, size, batch_size, output_size: as for :func:`fastmask.export.export_program`.
+        task, size, batch_size, output_size, window: as for :func:`fastmask.export.export_program`.
         overwrite: replace a file that exists.
 
     Raises:
@@ -69,9 +70,11 @@ def export_onnx(
     if nbytes > MOST_BYTES:
         raise ValueError(f"the weights take {nbytes / 1e9:.1f} GB; an ONNX file holds 2 GB")
     on_cpu = model if next(model.parameters()).device.type == "cpu" else copy.deepcopy(model).cpu()
-    program = export_program(on_cpu, task=task, size=size, batch_size=batch_size, output_size=output_size)
+    program = export_program(
+        on_cpu, task=task, size=size, batch_size=batch_size, output_size=output_size, window=window
+    )
     proto = _convert(program, open_dims(task, size, batch_size))
-    for key, value in describe(model, task).items():
+    for key, value in describe(model, task, check_window(model, task, size, window)).items():
         proto.metadata_props.add(key=key, value=value)
     _require("onnx").checker.check_model(proto)
     replace_file(path, lambda temporary: temporary.write_bytes(proto.SerializeToString()))

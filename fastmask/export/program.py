@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch.export import Dim, ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastmask.export.files import check_path, describe
-from fastmask.export.tasks import check_task, module_of_task
+from fastmask.export.tasks import check_task, check_window, module_of_task
 from fastmask.functional._backend import choose_backend
 from fastmask.models.base import PretrainedModel
 from fastmask.models.checkpoint import replace_file
@@ -38,6 +39,7 @@ def export_program(
     size: Size | int | None = None,
     batch_size: int | None = None,
     output_size: Size | None = None,
+    window: int | tuple[int, int] | None = None,
     portable: bool = True,
 ) -> ExportedProgram:
     """The way of a network from images (or waveforms) to results as a program of ``torch.export``.
@@ -54,19 +56,29 @@ def export_program(
             larger than one patch each way).
         batch_size: how many images or clips there are at a time; None for any number.
         output_size: (height, width) of labels or scores; by default that of the images. Goes with ``size``.
+        window: of labels and scores of a Segmenter, (size, stride) of the windows that images are predicted in, as for
+            its ``predict``; goes with ``size``. 0 for whole images. By default the configuration's windows where there
+            is a ``size``; without one whole images, with a warning, as their labels differ from those of windows.
         portable: True for a program of PyTorch's own operators, which runs where fastmask is not installed. False to
             keep fastmask's operators, with their kernels and without N masks at full size; such a program loads after
             ``import fastmask``.
 
     Raises:
-        TypeError: not one of our networks, or sizes that are none.
-        ValueError: an unknown task, sizes below 1, or a network that cannot leave open what is None; the message says
-            what to give.
+        TypeError: not one of our networks, or sizes or a window that are none.
+        ValueError: an unknown task, sizes below 1, a window that is out of range or goes with nothing else that is
+            asked for, or a network that cannot leave open what is None; the message says what to give.
         RuntimeError: ``portable=False`` where fastmask has no kernels for the device, or they were not built.
     """
     task = check_task(model, task)
     _check_sizes(task, size, batch_size, output_size)
     _check_open(model, task, size, batch_size)
+    if window is None and size is None and (windows := check_window(model, task, (1, 1), None)):
+        warnings.warn(
+            f"the program predicts whole images, and predict windows of {windows[0]} pixels: labels differ. "
+            "size=(height, width) exports the windows; window=0 says that whole images are meant",
+            stacklevel=2,
+        )
+    window = check_window(model, task, size, window)
     traced = copy.deepcopy(model).eval().float().requires_grad_(False)
     parameter = next(traced.parameters())
     backend = "reference"
@@ -78,7 +90,7 @@ def export_program(
 
     example, *others = _examples(traced, task, size, batch_size)
     names = open_dims(task, size, batch_size)
-    program = _trace(module_of_task(traced, task, output_size, backend).eval(), example, names)
+    program = _trace(module_of_task(traced, task, output_size, backend, window).eval(), example, names)
     if names:
         _check_other_sizes(program, others, names)
     return program
@@ -103,7 +115,9 @@ def export_pt2(model: PretrainedModel, path: str | Path, *, overwrite: bool = Fa
     """
     path = check_path(path, ".pt2", overwrite)
     program = export_program(model, **options)
-    extra = {METADATA_FILE: json.dumps(describe(model, check_task(model, options.get("task"))))}
+    task = check_task(model, options.get("task"))
+    window = check_window(model, task, options.get("size"), options.get("window"))
+    extra = {METADATA_FILE: json.dumps(describe(model, task, window))}
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:

@@ -50,18 +50,27 @@ class MaskResults(nn.Module):
 
 
 class PixelResults(nn.Module):
-    """Labels or scores of a network that classifies pixels or patches; the arguments are those of
-    :class:`MaskResults`.
+    """Labels or scores of a network that classifies pixels or patches.
+
+    Args:
+        model, output, size: as for :class:`MaskResults`.
+        window: (size, stride) of the windows of a Segmenter; None for whole images.
     """
 
-    def __init__(self, model: PerPixelBaseline | Segmenter, output: str, size: Size | None) -> None:
+    def __init__(
+        self, model: PerPixelBaseline | Segmenter, output: str, size: Size | None, window: tuple[int, int] | None
+    ) -> None:
         super().__init__()
         self.model = model
         self.output = output
         self.size = size
+        self.window = window
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """``(B, C, H, W)`` to ``(B, H, W)`` or ``(B, K, H, W)``."""
+        if self.window is not None:
+            logits = self.model.window_logits(images, self.window)
+            return {self.output: pixel_results(logits, self.size or images.shape[-2:], self.output)}
         logits, padded_size = self.model.final_logits(images)
         valid_size = images.shape[-2:]
         logits = upsample(logits.float(), padded_size)
@@ -131,12 +140,44 @@ def check_task(model: PretrainedModel, task: str | None) -> str:
     return task
 
 
-def module_of_task(model: PretrainedModel, task: str, size: Size | None, backend: str) -> nn.Module:
-    """What to trace; ``task`` as :func:`check_task` gives it, the other arguments as for :class:`MaskResults`."""
+def check_window(
+    model: PretrainedModel, task: str, size: Size | int | None, window: int | tuple[int, int] | None
+) -> tuple[int, int] | None:
+    """(size, stride) of the windows to export; None for whole images.
+
+    Args:
+        model: the network.
+        task: as :func:`check_task` gives it.
+        size: of the images, if it is known.
+        window: as for :func:`fastmask.export.export_program`.
+
+    Raises:
+        TypeError: a window that is none.
+        ValueError: one that is out of range, or goes with neither the network, the task nor images of any size.
+    """
+    if not isinstance(model, Segmenter) or task not in RESULTS:
+        if window is not None:
+            raise ValueError(
+                f"window goes with labels and scores of a Segmenter; got {window!r} for {task!r} of a "
+                f"{type(model).__name__}"
+            )
+        return None
+    side, stride = model.window_of(window)
+    if side > 0 and size is None and window is not None:
+        raise ValueError(f"window={window!r} goes with a size of the images, from which the number of windows follows")
+    return (side, stride) if side > 0 and size is not None else None
+
+
+def module_of_task(
+    model: PretrainedModel, task: str, size: Size | None, backend: str, window: tuple[int, int] | None = None
+) -> nn.Module:
+    """What to trace; ``task`` as :func:`check_task` gives it, ``window`` as :func:`check_window` does, the other
+    arguments as for :class:`MaskResults`.
+    """
     if task == "events":
         return Events(model)
     if task == "logits":
         return Logits(model)
     if isinstance(model, MaskFormer):
         return MaskResults(model, RESULTS[task], size, backend)
-    return PixelResults(model, RESULTS[task], size)
+    return PixelResults(model, RESULTS[task], size, window)

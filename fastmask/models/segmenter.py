@@ -17,7 +17,7 @@ from fastmask.models.inference import check_sizes
 from fastmask.models.per_pixel import PixelTargets, check_output, fit_class_map, per_pixel_loss, pixel_results, upsample
 from fastmask.models.segmenter_config import SegmenterConfig, check_window
 from fastmask.models.vit_weights import pretrained_vit
-from fastmask.models.windows import windowed_logits
+from fastmask.models.windows import windowed_batch, windowed_logits
 from fastmask.modules.segmenter import LinearDecoder, MaskTransformer
 from fastmask.modules.vit import VisionTransformer
 
@@ -134,7 +134,7 @@ class Segmenter(SegmentationModel):
             ValueError: an unknown output, a window or batch out of range, or sizes that do not fit the images.
         """
         check_output(output)
-        size, stride = self._window(window)
+        size, stride = self.window_of(window)
         if window_batch < 1:
             raise ValueError(f"window_batch must be at least 1, got {window_batch}")
         batch = self._batch(images)
@@ -162,9 +162,32 @@ class Segmenter(SegmentationModel):
         batch = self._batch(images)
         return self._patch_logits(batch), batch.padded_size
 
+    def window_logits(self, images: Tensor, window: tuple[int, int]) -> Tensor:
+        """The prediction in windows, which is averaged where they overlap.
+
+        Args:
+            images: ``(B, C, H, W)`` in 0..1.
+            window: (size, stride) in pixels.
+
+        Returns:
+            logits ``(B, K, H, W)``; of images with a side smaller than a window, at the size of their enlargement.
+        """
+
+        def segment(windows: Tensor) -> Tensor:
+            batch = pad_images(windows, self.config.patch_size, windows.shape[1])
+            logits = self._patch_logits(batch)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            if batch.padded_size == tuple(windows.shape[-2:]):
+                return logits
+            return upsample(logits, batch.padded_size)[..., : windows.shape[-2], : windows.shape[-1]]
+
+        height, width = images.shape[-2:]
+        pixels = self._batch(images).pixels[..., :height, :width]
+        return windowed_batch(pixels, segment, *window)
+
     def _batch(self, images: Images) -> ImageBatch:
         """Normalised images, padded to multiples of the patch size."""
-        batch = pad_images(images, self.config.patch_size, len(self.config.pixel_mean))
+        batch = self._pad(images, self.config.patch_size)
         return ImageBatch(self._normalise(batch), batch.sizes)
 
     def _patch_logits(self, batch: ImageBatch) -> Tensor:
@@ -197,8 +220,12 @@ class Segmenter(SegmentationModel):
         """``(K, size, size)`` of each of the normalised windows ``(n, C, size, size)``."""
         return self._pixel_logits(pad_images(windows, self.config.patch_size, windows.shape[1]))
 
-    def _window(self, window: int | tuple[int, int] | None) -> tuple[int, int]:
-        """(size, stride) of windows."""
+    def window_of(self, window: int | tuple[int, int] | None) -> tuple[int, int]:
+        """(size, stride) of the windows that :meth:`predict` takes for its argument; a size of 0 for whole images.
+
+        Raises:
+            TypeError, ValueError: as for :meth:`predict`.
+        """
         if window is None:
             return self.config.window_size, self.config.window_stride
         try:

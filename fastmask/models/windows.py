@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ def windowed_logits(
     Yields:
         ``(K, H, W)`` float32 (float64 for such logits), of the size of the image or of its enlargement.
     """
-    images = [_enlarged(image, size) for image in images]
+    images = [_enlarged(image[None], size)[0] for image in images]
     windows = [
         (b, top, left)
         for b, image in enumerate(images)
@@ -58,6 +59,44 @@ def windowed_logits(
                 total = None
 
 
+def windowed_batch(images: Tensor, segment: Callable[[Tensor], Tensor], size: int, stride: int) -> Tensor:
+    """What :func:`windowed_logits` yields for images of one size, in operations that ``torch.export`` traces for any
+    number of images: without a loop over them, and without writing into slices. All windows are segmented at once.
+
+    Args:
+        images: ``(B, C, H, W)``, normalised; H and W are known.
+        segment: from windows ``(n, C, size, size)`` to logits ``(n, K, h, w)`` that cover them, of any size.
+        size, stride: as for :func:`windowed_logits`.
+
+    Returns:
+        ``(B, K, H, W)``, of the size of the images or of their enlargement.
+    """
+    images = _enlarged(images, size)
+    height, width = images.shape[-2:]
+    tops, lefts = window_starts(height, size, stride), window_starts(width, size, stride)
+    windows = [images[..., top : top + size, left : left + size] for top in tops for left in lefts]
+    logits = segment(torch.cat(windows)).unflatten(0, (len(windows), -1))
+    rows = [
+        _averaged([upsample(window, (size, size)) for window in row], lefts, size, -1)
+        for row in logits.unflatten(0, (len(tops), len(lefts)))
+    ]
+    return _averaged(rows, tops, size, -2)
+
+
+def _averaged(parts: Sequence[Tensor], starts: Sequence[int], size: int, dim: int) -> Tensor:
+    """Overlapping parts joined along a dimension: between two borders of parts, the mean of those that lie there."""
+    borders = sorted({*starts, *(start + size for start in starts)})
+    pieces = []
+    for begin, end in pairwise(borders):
+        there = [
+            part.narrow(dim, begin - start, end - begin)
+            for part, start in zip(parts, starts, strict=True)
+            if start <= begin and end <= start + size
+        ]
+        pieces.append(sum(there) / len(there))
+    return torch.cat(pieces, dim)
+
+
 def window_starts(length: int, size: int, stride: int) -> list[int]:
     """Where the windows along one side of an image start; the last one ends with the image."""
     return [*range(0, length - size, stride), length - size]
@@ -71,9 +110,9 @@ def _coverage(length: int, size: int, stride: int, like: Tensor) -> Tensor:
     return coverage
 
 
-def _enlarged(image: Tensor, size: int) -> Tensor:
-    height, width = image.shape[1:]
+def _enlarged(images: Tensor, size: int) -> Tensor:
+    height, width = images.shape[-2:]
     smaller = min(height, width)
     if smaller >= size:
-        return image
-    return upsample(image[None], (height * size // smaller, width * size // smaller))[0]
+        return images
+    return upsample(images, (height * size // smaller, width * size // smaller))
