@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from typer.testing import CliRunner
 
 from fastmask import MaskFormer, MaskFormerConfig, Segmenter, SegmenterConfig
+from fastmask.cli.main import app, main
 from fastmask.integrations.checkpoints import (
     convert_checkpoint,
     from_hugging_face_maskformer,
@@ -104,9 +105,8 @@ def test_convert_strips_a_prefix(form, tmp_path):
     with pytest.raises(ValueError, match=r"prefix='module\.' strips it"):
         convert_checkpoint(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    command = [sys.executable, "-m", "fastmask.cli.main", "convert", str(source), str(tmp_path / "out")]
-    result = subprocess.run([*command, "--prefix", "module."], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
+    arguments = ["convert", str(source), str(tmp_path / "out"), "--prefix", "module."]
+    assert CliRunner().invoke(app, arguments, catch_exceptions=False).exit_code == 0
     assert_same_weights(load_model(tmp_path / "out"), model)
 
 
@@ -176,12 +176,14 @@ def test_a_maskformer_without_its_heads_or_of_other_sizes_is_named(tmp_path, cap
     assert "REPORT" not in capfd.readouterr().err
 
 
-def test_a_command_ends_with_one_line(tmp_path):
+def test_a_command_ends_with_one_line(tmp_path, capfd, monkeypatch):
     folder = hugging_face_folder(tmp_path / "other", model_type="mask2former")
-    command = [sys.executable, "-m", "fastmask.cli.main", "convert", str(folder), str(tmp_path / "out")]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
-    assert result.stderr.startswith(f"fastmask: {folder} is of model type 'mask2former'")
+    capfd.readouterr()
+    monkeypatch.setattr(sys, "argv", ["fastmask", "convert", str(folder), str(tmp_path / "out")])
+    with pytest.raises(SystemExit):
+        main()
+    said = capfd.readouterr().err
+    assert said.startswith(f"fastmask: {folder} is of model type 'mask2former'") and said.count("\n") == 1
 
 
 def test_a_folder_without_weights_says_what_it_holds(tmp_path):
