@@ -36,7 +36,7 @@ def seed():
         ((70, 150), (40, 30)),  # overlaps of many kinds; windows that are no multiple of a patch
         ((64, 128), 64),  # side by side
         ((64, 64), (64, 10)),  # one window
-        ((41, 100), (41, 1)),  # as many as there are places
+        ((41, 70), (41, 9)),  # up to five on a pixel
         (SIZE, 0),
     ],
 )
