@@ -344,14 +344,6 @@ def test_instances_of_data_without_things_are_refused(tmp_path):
     assert tiny_config(tmp_path, task="semantic", **split).task == "semantic"
 
 
-def test_data_without_classes_is_refused(tmp_path):
-    path = instance_tree(tmp_path) / "annotations/instances_train2017.json"
-    content = json.loads(path.read_text())
-    path.write_text(json.dumps({**content, "annotations": [], "categories": []}))
-    with pytest.raises(ValueError, match=rf"{tmp_path} has no class for the task 'instance'"):
-        tiny_config(tmp_path, recipe={"steps": 1})
-
-
 @pytest.mark.parametrize(("model", "name"), [("segmenter-tiny", "Segmenter"), ("per-pixel-tiny", "PerPixelBaseline")])
 def test_a_network_is_not_trained_for_a_task_that_it_cannot_do(tmp_path, model, name):
     where = {"train_split": "val", "val_split": ""}

@@ -150,8 +150,6 @@ def make_training_config(
     split = options.get("train_split", "train")
     skip = options.get("skip_invalid", False)
     info = open_dataset(data, split, options.get("kind", "auto"), options.get("task") or None, skip_invalid=skip).info
-    if info.num_classes == 0:
-        raise ValueError(f"{data} has no class for the task {info.task!r}")
     classes = {"class_names": info.class_names, "stuff_classes": info.stuff_classes}
     if model:
         network = make_config(model, **classes, **(model_fields or {}))
