@@ -78,7 +78,7 @@ def caller() -> str:
 @pytest.fixture(autouse=True)
 def _kernels_for_meta_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """ "auto" takes for meta tensors the operator that it takes on a GPU."""
-    monkeypatch.setattr(_backend, "_automatic", lambda operator, _: "triton" if operator.triton else "native")
+    monkeypatch.setattr(_backend, "automatic", lambda operator, _: "triton" if operator.triton else "native")
 
 
 def check(run: Callable[[], object]) -> None:
