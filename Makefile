@@ -49,7 +49,7 @@ format: $(VENV)/.installed ## apply the style
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 # Uses the Python and the CUDA build of torch that are installed, and no network. ARGS: see python -m benchmarks.gpu -h.
-gpu: ## on a CUDA machine: build, run the GPU tests, memory checker and benchmarks, sum up; nine minutes
+gpu: ## on a CUDA machine: build, run the GPU tests and benchmarks by worth, sum up; nine minutes
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 clean: ## remove everything that was built; keeps .venv

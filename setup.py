@@ -3,7 +3,8 @@
 ``fastmask/libfastmask.so`` holds the PyTorch operators. It is written against PyTorch's stable C++ interface, so that
 one binary serves torch 2.10 and every later version. ``fastmask/_native*.so`` is the pybind11 module for what is no
 PyTorch operator. Files in ``csrc/cpu`` are compiled once for each SIMD level; the level is chosen when the library
-loads, so a wheel runs on any x86-64 (and, with the portable level alone, on any other processor).
+loads, so a wheel runs on any x86-64 (and, with the portable level alone, on any other processor). With
+``FASTMASK_PORTABLE=1`` in the environment the portable level is all there is, for a quick build.
 
 Files in ``csrc/cuda`` are compiled if nvcc is found, kernels for the architectures in the environment variable
 ``FASTMASK_CUDA_ARCHS`` ("80;86;89;90;100" by default; empty to leave the CUDA part out). They need no GPU and no CUDA
@@ -39,7 +40,8 @@ DEFAULT_CUDA_ARCHS = "80;86;89;90;100"
 
 
 def simd_levels() -> list[str]:
-    return list(SIMD_FLAGS) if platform.machine() in ("x86_64", "AMD64") else ["portable"]
+    everything = platform.machine() in ("x86_64", "AMD64") and not os.environ.get("FASTMASK_PORTABLE")
+    return list(SIMD_FLAGS) if everything else ["portable"]
 
 
 def find_nvcc() -> str | None:
@@ -93,6 +95,7 @@ def ninja_file(ops_library: Path, native_module: Path) -> str:
     build_info = f'-DFASTMASK_SIMD_LEVELS=\\"{",".join(simd_levels())}\\" -DFASTMASK_CUDA_ARCHS=\\"{",".join(archs)}\\"'
     python_flags = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
 
+    portable = ["-DFASTMASK_PORTABLE"] if simd_levels() == ["portable"] else []
     edges: list[str] = []
 
     def compile(rule: str, source: Path, flags: list[str], suffix: str = "") -> str:
@@ -112,7 +115,7 @@ def ninja_file(ops_library: Path, native_module: Path) -> str:
 
     rules = [
         "rule cxx\n"
-        f"  command = {cxx} -MMD -MF $out.d {' '.join(CXX_FLAGS)} -I{CSRC} $flags -c $in -o $out\n"
+        f"  command = {cxx} -MMD -MF $out.d {' '.join(CXX_FLAGS + portable)} -I{CSRC} $flags -c $in -o $out\n"
         "  depfile = $out.d\n  deps = gcc\n  description = CXX $out",
         f"rule link\n  command = {cxx} -shared $in -o $out $flags\n  description = LINK $out",
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -173,6 +174,12 @@ def prepare_torch_linear_assignment(inputs: Problems) -> Callable[[], Tensor]:
     if inputs.counts is not None:
         raise Unavailable("torch-linear-assignment has no ragged batches")
     cost = inputs.cost.mT.contiguous()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            batch_linear_assignment(cost[:1])
+        except RuntimeWarning as warning:  # it would time SciPy
+            raise Unavailable(str(warning)) from None
     return lambda: batch_linear_assignment(cost)
 
 

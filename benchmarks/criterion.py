@@ -9,6 +9,7 @@ from torch import Tensor
 
 from benchmarks import mask_cost, mask_loss
 from benchmarks.harness.agreement import ErrorBudget
+from benchmarks.harness.graphs import captured
 from benchmarks.harness.machine import Work
 from benchmarks.harness.providers import require_backend
 from benchmarks.harness.registry import Case, Operation, Provider
@@ -114,6 +115,11 @@ def prepare_fastmask(inputs: Inputs) -> Callable[[], Losses]:
     return stacked_call(inputs, make_criterion(inputs, "auto"))
 
 
+def prepare_graph(inputs: Inputs) -> Callable[[], Losses]:
+    """Nothing in it waits for the host, so that a graph takes all of it, the matching included."""
+    return captured(prepare_fastmask(inputs), inputs.mask_logits.device)
+
+
 def prepare_drop_in(inputs: Inputs) -> Callable[[], Losses]:
     require_kernels("mask_loss", inputs)
     return drop_in_call(inputs, make_criterion(inputs, "auto"))
@@ -161,6 +167,7 @@ OPERATION = Operation(
     cases=CASES,
     providers=(
         Provider("fastmask", prepare_fastmask, named),
+        Provider("fastmask, CUDA graph", prepare_graph, named, keeps_memory=True),
         Provider("fastmask, drop-in form", prepare_drop_in, named),
         Provider("transformers", prepare_transformers, named, error_factor=20.0),
         Provider("PyTorch reference", prepare_reference, named),

@@ -1,4 +1,4 @@
-"""A training step of transformers' MaskFormer, forward and backward, plain and patched.
+"""A training step of transformers' MaskFormer and Mask2Former, forward and backward, plain and patched.
 
 The optimizer's step is left out, as it is the same for both."""
 
@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,27 +18,42 @@ from benchmarks.harness.registry import Case, Operation, Provider
 from benchmarks.inputs import VOID, make_scene
 from fastmask import Targets, patch, unpatch
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 CLASSES = 150
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
-# The published checkpoints for ADE20K, and a model small enough to try the benchmark itself.
+# The published checkpoints for ADE20K, and models small enough to try the benchmark itself.
 SWIN_B = {
+    "family": "MaskFormer",
     "backbone": {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32], "window_size": 12},
     "decoder": {},
     "size": (512, 512),
     "targets": (20, 17),  # of each image
 }
 TRIAL = {
+    "family": "MaskFormer",
     "backbone": {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4], "window_size": 4},
     "decoder": {"d_model": 64, "num_queries": 20, "decoder_layers": 2, "decoder_ffn_dim": 64},
     "size": (128, 128),
     "targets": (5, 4),
 }
+# Mask2Former has the same backbone and targets, and 9 layers of auxiliary losses at 12,544 points.
+MASK2FORMER = SWIN_B | {"family": "Mask2Former"}
+MASK2FORMER_TRIAL = TRIAL | {
+    "family": "Mask2Former",
+    "decoder": {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "encoder_layers": 1, "decoder_layers": 3,
+                "encoder_feedforward_dim": 32, "dim_feedforward": 32, "num_attention_heads": 4, "num_queries": 20,
+                "train_num_points": 200},
+}  # fmt: skip
 CASES = (
     Case("quick", TRIAL, ("quick",)),
+    Case("quick, Mask2Former", MASK2FORMER_TRIAL, ("quick",)),
     Case("MaskFormer Swin-B, B2, 512x512, 6 auxiliary layers", SWIN_B, ("cpu", "gpu")),
+    Case("Mask2Former Swin-B, B2, 512x512", MASK2FORMER, ("gpu",)),
 )
-LOSS_TOLERANCE = 1e-5
-GRADIENT_TOLERANCE = 1e-3
+# Of the loss and of the gradients. Mask2Former chooses keys and points by thresholds, which rounding crosses.
+TOLERANCES = {"MaskFormer": (1e-5, 1e-3), "Mask2Former": (1e-3, 5e-2)}
 # Parameters whose gradients are compared: both heads, and the first layer of the backbone.
 WATCHED = ("class_predictor.weight", "mask_embedder.0.0.weight", "patch_embeddings.projection.weight")
 
@@ -47,12 +62,13 @@ WATCHED = ("class_predictor.weight", "mask_embedder.0.0.weight", "patch_embeddin
 class Inputs:
     """A model with random weights, and the keyword arguments of its training step."""
 
+    family: str
     model: nn.Module
     batch: Mapping[str, Any]
 
 
 def make_inputs(sizes: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> Inputs:
-    model = make_model(sizes["backbone"], sizes["decoder"])
+    model = MODELS[sizes["family"]](sizes["backbone"], sizes["decoder"])
     generator = torch.Generator().manual_seed(0)
     segments = torch.stack([make_scene(count, sizes["size"], generator) for count in sizes["targets"]])
     labels = [torch.randint(CLASSES, (count,), generator=generator) for count in sizes["targets"]]
@@ -62,22 +78,39 @@ def make_inputs(sizes: Mapping[str, Any], dtype: torch.dtype, device: torch.devi
         "mask_labels": [target["masks"].to(dtype) for target in targets],
         "class_labels": [target["labels"] for target in targets],
     }
-    return Inputs(model.to(device, dtype), batch)
+    return Inputs(sizes["family"], model.to(device, dtype), batch)
 
 
-def make_model(backbone: Mapping[str, Any], decoder: Mapping[str, Any]) -> nn.Module:
+def swin(options: Mapping[str, Any]) -> PretrainedConfig:
+    from transformers import SwinConfig
+
+    return SwinConfig(image_size=384, drop_path_rate=0.3, out_features=STAGES, **options)
+
+
+def make_maskformer(backbone: Mapping[str, Any], decoder: Mapping[str, Any]) -> nn.Module:
     """MaskFormer with auxiliary losses, which fail in transformers unless hidden states are asked for."""
-    from transformers import MaskFormerConfig, MaskFormerForInstanceSegmentation, SwinConfig
+    from transformers import MaskFormerConfig, MaskFormerForInstanceSegmentation
 
     torch.manual_seed(0)
     config = MaskFormerConfig(
         num_labels=CLASSES,
         use_auxiliary_loss=True,
         output_hidden_states=True,
-        backbone_config=SwinConfig(image_size=384, drop_path_rate=0.3, out_features=STAGES, **backbone),
+        backbone_config=swin(backbone),
         decoder_config={"model_type": "detr", **decoder},
     )
     return MaskFormerForInstanceSegmentation(config).train()
+
+
+def make_mask2former(backbone: Mapping[str, Any], decoder: Mapping[str, Any]) -> nn.Module:
+    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
+
+    torch.manual_seed(0)
+    config = Mask2FormerConfig(num_labels=CLASSES, backbone_config=swin(backbone), **decoder)
+    return Mask2FormerForUniversalSegmentation(config).train()
+
+
+MODELS = {"MaskFormer": make_maskformer, "Mask2Former": make_mask2former}
 
 
 def train_step(inputs: Inputs) -> dict[str, Tensor]:
@@ -91,17 +124,18 @@ def train_step(inputs: Inputs) -> dict[str, Tensor]:
 
 
 class SameStep:
-    """The patched step is right when it gives the plain one's loss to 1e-5 and its gradients to rounding, which all the
-    layers beneath have magnified."""
+    """The patched step is right when it gives the plain one's loss to a tolerance and its gradients to rounding, which
+    all the layers beneath have magnified."""
 
     def __init__(self, inputs: Inputs) -> None:
+        self.tolerances = TOLERANCES[inputs.family]
         self.expected = {name: value.clone() for name, value in train_step(inputs).items()}
 
     def disagreement(self, result: Mapping[str, Tensor], error_factor: float) -> str | None:
         if set(result) != set(self.expected):
             return f"gives {', '.join(sorted(result))}; expected {', '.join(sorted(self.expected))}"
         for name, expected in self.expected.items():
-            tolerance = LOSS_TOLERANCE if name == "loss" else GRADIENT_TOLERANCE
+            tolerance = self.tolerances[name != "loss"]
             error = float((result[name] - expected).abs().max() / expected.abs().max())
             if not error <= error_factor * tolerance:  # so that NaN fails
                 return f"{name} is off by {error:.1e} of its largest element; the tolerance is {tolerance:.0e}"
@@ -138,7 +172,7 @@ def prepare_patched(inputs: Inputs) -> Callable[[], dict[str, Tensor]]:
 
 OPERATION = Operation(
     name="hf_training_step",
-    title="Training step of transformers' MaskFormer, forward and backward, plain and patched",
+    title="Training step of transformers' MaskFormer and Mask2Former, forward and backward, plain and patched",
     cases=CASES,
     providers=(
         Provider("fastmask.patch", prepare_patched, error_factor=1.0),

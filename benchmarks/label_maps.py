@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from benchmarks.harness.graphs import captured
 from benchmarks.harness.machine import Work
 from benchmarks.harness.providers import compiled, require_backend
 from benchmarks.harness.registry import Operation, Provider
@@ -18,7 +19,6 @@ from benchmarks.networks import (
     CASES,
     Inputs,
     as_transformers,
-    captured,
     forward_flops,
     make_inputs,
     normalised,
@@ -80,7 +80,7 @@ def prepare_fastmask(inputs: Inputs) -> Callable[[], Maps]:
 
 
 def prepare_graph(inputs: Inputs) -> Callable[[], Maps]:
-    return captured(prepare_fastmask(inputs), inputs.images.device, lambda: None)
+    return captured(prepare_fastmask(inputs), inputs.images.device)
 
 
 def prepare_compiled_fastmask(inputs: Inputs) -> Callable[[], Maps]:

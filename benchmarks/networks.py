@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness.registry import Case, Unavailable
+from benchmarks.harness.registry import Case
 from benchmarks.inputs import VOID, make_scene
 from fastmask import MaskFormer, MaskFormerConfig, Targets
 
 CLASSES = 150
-GRAPH_WARM_UP = 3  # calls on a side stream before a capture, as PyTorch's notes on CUDA graphs ask for
 R50 = {"preset": "maskformer-r50", "images": 16, "size": (512, 512), "targets": 20, "options": {}}
 SWIN_B = R50 | {"preset": "maskformer-swin-base", "options": {"backbone_options": {"drop_path_rate": 0.0}}}
 TRIAL = R50 | {"preset": "tiny", "images": 2, "size": (64, 64), "targets": 4}
@@ -85,32 +84,3 @@ def forward_flops(inputs: Inputs) -> int:
 
 def weight_bytes(inputs: Inputs) -> int:
     return sum(p.nbytes for p in inputs.model.parameters())
-
-
-def captured(call: Callable[[], Any], device: torch.device, after_warm_up: Callable[[], None]) -> Callable[[], Any]:
-    """``call`` as a CUDA graph, captured at the first call, whose memory is then the graph's.
-
-    Args:
-        after_warm_up: undoes what the calls before the capture changed.
-    """
-    if device.type != "cuda":
-        raise Unavailable("CUDA graphs need a GPU")
-    graph = torch.cuda.CUDAGraph()
-    result: Any = None
-
-    def replay() -> Any:
-        nonlocal result
-        if result is None:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(GRAPH_WARM_UP):
-                    call()
-            torch.cuda.current_stream().wait_stream(side)
-            after_warm_up()
-            with torch.cuda.graph(graph):
-                result = call()
-        graph.replay()
-        return result
-
-    return replay

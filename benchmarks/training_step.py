@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.harness.graphs import captured
 from benchmarks.harness.machine import Work
 from benchmarks.harness.providers import compiled, require_backend
 from benchmarks.harness.registry import Operation, Provider
@@ -20,7 +21,6 @@ from benchmarks.networks import (
     CASES,
     Inputs,
     as_transformers,
-    captured,
     forward_flops,
     make_inputs,
     normalised,

@@ -7,7 +7,7 @@ namespace fastmask {
 namespace {
 
 SimdLevel detect() {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(FASTMASK_PORTABLE)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -18,7 +18,7 @@ const char* simd_level_name(SimdLevel level);
 
 }  // namespace fastmask
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(FASTMASK_PORTABLE)
 #define FASTMASK_KERNEL(declaration) \
   namespace portable {               \
   declaration;                       \

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
+import math
 import re
 import shutil
+import struct
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +18,11 @@ from fastmask.functional import assign
 from tests.assign_problems import FAMILIES, check_duals, check_matching, make
 from tests.conftest import EMULATION
 
-ROOT = Path(__file__).parent.parent
-CSRC = ROOT / "csrc"
+TESTS = Path(__file__).parent
+CSRC = TESTS.parent / "csrc"
+EMULATED = TESTS / "emulated_assign.cpp"
+SANITIZER = ("-O1", "-g1", "-fsanitize=thread")
+RACE = 66  # exit status of a program that ThreadSanitizer stopped
 KERNEL = CSRC / "cuda" / "assign.cu"
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 SHAPES = [(1, 1), (5, 3), (3, 5), (31, 32), (33, 33), (100, 20), (64, 64), (40, 100)]
@@ -57,38 +62,70 @@ def test_the_serial_form_with_broken_pairs_and_counts(seed):
         assert same(torch.ops.fastmask._assign_serial(cost.to(dtype), counts, seed), expected)
 
 
-@pytest.fixture(scope="session")
-def emulation(tmp_path_factory):
-    """The kernel's source, compiled for emulated CUDA threads."""
-    compiler = shutil.which("g++")
-    if compiler is None:
+def build(source, program, *flags, csrc=CSRC):
+    """Compiles a C++ program against the CUDA emulation."""
+    if (compiler := shutil.which("g++")) is None:
         pytest.skip("needs g++")
-    library = tmp_path_factory.mktemp("emulation") / "emulated_assign.so"
-    source = ROOT / "tests" / "emulated_assign.cpp"
-    flags = "-std=c++20 -O2 -fPIC -shared -ffp-contract=off -Wall -Wextra -Werror".split()
-    subprocess.run([compiler, *flags, f"-I{CSRC}", str(source), "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
+    flags = (*"-std=c++20 -ffp-contract=off -Wall -Wextra -Werror".split(), *flags, f"-I{csrc}", f"-I{TESTS}")
+    subprocess.run([compiler, *flags, "-x", "c++", str(source), "-o", str(program)], check=True)
+    return program
 
 
-@pytest.fixture
-def on_threads(emulation):
-    """(cost, counts, threads, in_shared, seed) -> what ``fastmask::assign_duals`` returns, by the kernel's source."""
+@dataclass(frozen=True)
+class Emulation:
+    """The kernel on emulated threads: ``(cost, counts)`` to what ``fastmask::assign_duals`` returns."""
 
-    def solve(cost, counts=None, threads=64, in_shared=True, seed=0):
+    command: tuple[str, ...]
+
+    def run(self, cost, counts=None, threads=64, in_shared=True, seed=0):
         problems, n, m = cost.shape
-        out = [torch.full((problems, m), 99), torch.full((problems,), 99, dtype=torch.int32)]
-        out += [torch.full((problems, side), torch.nan, dtype=torch.float64) for side in (n, m)]
-        query_stride, target_stride = cost.stride()[1:]
         assert cost.stride(0) == n * m or problems == 1
-        sizes = [ctypes.c_int64(value) for value in (query_stride, target_stride)]
-        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in out]
-        emulation.emulated_assign(
-            *(ctypes.c_void_p(cost.data_ptr()), DTYPES[cost.dtype], ctypes.c_int64(problems), n, m, *sizes),
-            *(ctypes.c_void_p(None if counts is None else counts.data_ptr()), *pointers, threads, int(in_shared), seed),
-        )
-        return tuple(out)
+        memory = torch.as_strided(cost, (cost.numel(),), (1,)).view(torch.uint8).numpy().tobytes()
+        words = (DTYPES[cost.dtype], problems, n, m, counts is not None, threads, in_shared, seed)
+        header = struct.pack("3q8i", *cost.stride()[1:], len(memory), *words)
+        batch = header + memory + (b"" if counts is None else counts.numpy().tobytes())
+        return subprocess.run(self.command, input=batch, capture_output=True, check=False)
 
-    return solve
+    def __call__(self, cost, *arguments, **options):
+        done = self.run(cost, *arguments, **options)
+        assert done.returncode == 0, done.stderr.decode()
+        problems, n, m = cost.shape
+        results, at = [], 0
+        for shape, dtype in (((m,), "i8"), ((), "i4"), ((n,), "f8"), ((m,), "f8")):
+            count = problems * math.prod(shape)
+            values = np.frombuffer(done.stdout, dtype, count, at)
+            results.append(torch.from_numpy(values.reshape(problems, *shape).copy()))
+            at += values.nbytes
+        assert at == len(done.stdout)
+        return tuple(results)
+
+
+@pytest.fixture(scope="session")
+def on_threads(tmp_path_factory):
+    program = tmp_path_factory.mktemp("emulation") / "assign"
+    return Emulation((str(build(EMULATED, program, "-O2")),))
+
+
+@pytest.fixture(scope="session")
+def sanitized(tmp_path_factory):
+    """``(folder of sources, name) -> Emulation`` that stops at the first report of ThreadSanitizer."""
+    folder = tmp_path_factory.mktemp("sanitizer")
+    probe = folder / "probe.cpp"
+    probe.write_text("int main() {}\n")
+    try:
+        command = [str(build(probe, folder / "probe", *SANITIZER))]
+    except subprocess.CalledProcessError:
+        pytest.skip("g++ has no ThreadSanitizer")
+    # Where the kernel places programs too freely for ThreadSanitizer, one without random addresses can run.
+    prefixes = ([], ["setarch", "-R"]) if shutil.which("setarch") else ([],)
+    prefix = next((p for p in prefixes if subprocess.run(p + command, check=False).returncode == 0), None)
+    assert prefix is not None, "ThreadSanitizer does not run on this kernel"
+    environment = ["env", f"TSAN_OPTIONS=halt_on_error=1 exitcode={RACE}"]
+
+    def compiled(csrc, name):
+        return Emulation((*environment, *prefix, str(build(EMULATED, folder / name, *SANITIZER, csrc=csrc))))
+
+    return compiled
 
 
 @pytest.fixture
@@ -144,13 +181,12 @@ def test_costs_near_the_ends_of_float64_on_emulated_threads(emulated):
 
 # Shared memory that a block may have, by architecture, in KiB.
 @pytest.mark.parametrize(("architecture", "limit"), [("80", 163), ("86", 99), ("89", 99), ("90", 227), ("100", 227)])
-def test_shared_memory(emulation, architecture, limit):
+def test_shared_memory(on_threads, architecture, limit):
     """1000 by 1000 runs everywhere; the costs of 300 by 100 stay on chip where a block may have 163 KiB."""
 
     def plan(queries, targets):
-        out = (ctypes.c_int64 * 3)()
-        emulation.emulated_plan(queries, targets, ctypes.c_int64(limit * 1024), out)
-        return out
+        command = [*on_threads.command, *map(str, (queries, targets, limit * 1024))]
+        return [int(word) for word in subprocess.check_output(command).split()]
 
     for shape in ((1000, 1000), (1000, 300), (300, 100), (100, 40)):
         fits, costs_in_shared, used = plan(*shape)
@@ -164,19 +200,76 @@ def test_shared_memory(emulation, architecture, limit):
 
 def test_an_emulated_block_that_hangs_is_noticed(tmp_path):
     """What the emulation is for: a barrier that some threads do not reach stops the program."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++")
     source = tmp_path / "hang.cpp"
     source.write_text(
         '#include "cuda_emulation.h"\n'
         "int main() { emulation::run_block(64, 0, [] { if (threadIdx.x < 40) __syncthreads(); }); }\n"
     )
-    program = tmp_path / "hang"
-    subprocess.run([compiler, "-std=c++20", f"-I{ROOT / 'tests'}", str(source), "-o", str(program)], check=True)
-    finished = subprocess.run([program], capture_output=True, text=True)
+    finished = subprocess.run([build(source, tmp_path / "hang")], capture_output=True, text=True)
     assert finished.returncode != 0
     assert "wait for others" in finished.stderr
+
+
+@pytest.fixture(scope="session")
+def race_checked(sanitized):
+    return sanitized(CSRC, "assign")
+
+
+def race_problems(family, seed=0):
+    """Square and with either side longer, in fixed point and refined in float64, on chip and off."""
+    for n, m in ((33, 33), (40, 12), (12, 40)):
+        yield torch.from_numpy(make(family, n, m, seed))[None], True
+        yield torch.from_numpy(make(family, n, m, seed, np.float64))[None], False
+
+
+def broken_problem():
+    """For shortest paths in float64, past objects that others own."""
+    cost = torch.from_numpy(make("query_bias", 30, 30, 0, np.float64))
+    cost[3, 4] = torch.nan
+    cost[:, 2] = torch.inf
+    return cost[None], False
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_threads_of_a_block_do_not_race(race_checked, family):
+    """By ThreadSanitizer, to which barriers order memory and shuffles do not."""
+    for seed, (cost, in_shared) in enumerate(race_problems(family)):
+        assert same(race_checked(cost, in_shared=in_shared, seed=seed), torch.ops.fastmask.assign_duals(cost, None))
+
+
+def test_the_threads_of_a_block_do_not_race_over_costs_that_are_not_finite(race_checked):
+    cost, in_shared = broken_problem()
+    assert same(race_checked(cost, in_shared=in_shared), torch.ops.fastmask.assign_duals(cost, None))
+
+
+# One for each kind of place where threads wait for each other.
+SYNCS = [
+    ("cuda/assign_group.h", "__syncwarp();  // all lanes have read the phase, which one of them may change"),
+    ("cuda/assign_group.h", "__syncwarp();  // what the lanes wrote is seen by all from here on, which shuffles alone"),
+    ("matcher/auction.h", "group.sync();"),
+    ("matcher/augment.h", "group.fence();"),
+    ("matcher/exact.h", "group.fence();"),
+]
+
+
+@pytest.mark.parametrize(("file", "sync"), SYNCS)
+def test_a_missing_barrier_is_noticed(sanitized, tmp_path, file, sync):
+    """The first of its kind in the file is taken out."""
+    csrc = shutil.copytree(CSRC, tmp_path / "csrc")
+    text = (csrc / file).read_text()
+    assert sync in text
+    (csrc / file).write_text(text.replace(sync, sync.partition(";")[2], 1))
+    emulation = sanitized(csrc, f"mutant-{SYNCS.index((file, sync))}")
+    problems = [broken_problem(), *race_problems("integers"), *race_problems("early_training")]
+    runs = (emulation.run(cost, in_shared=in_shared) for cost, in_shared in problems)
+    assert any(done.returncode == RACE and b"data race" in done.stderr for done in runs)
+
+
+def test_host_threads_with_other_sizes_do_not_disturb_each_other(tmp_path):
+    """Each GPU is asked once for all the shared memory of a block, whatever the sizes of the launches."""
+    program = build(TESTS / "assign_host_threads.cpp", tmp_path / "threads", f"-I{TESTS / 'cuda_driver'}", "-pthread")
+    printed = subprocess.check_output([program], text=True).splitlines()
+    assert sorted(printed) == [f"device 0: {227 * 1024}", f"device 1: {99 * 1024}"]
 
 
 def test_the_kernel_compiles_without_spills(tmp_path):

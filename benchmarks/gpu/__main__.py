@@ -14,21 +14,26 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.processes import ROOT, run_limited
-from benchmarks.gpu.summary import END_TO_END, read_json, write_summary
+from benchmarks.gpu.summary import NETWORKS, TRAINING, read_json, write_summary
 
 TOTAL_SECONDS = 530.0
 LEAST_SECONDS = 12.0  # a stage that has less is left out
-KERNEL_BENCHMARKS = ("mask_cost", "mask_loss", "criterion", "semantic", "masked_attention", "assign", "panoptic",
-                     "instance", "point_criterion", "mask_head")  # fmt: skip
-# Those with a target against compiled code, which takes a minute to compile.
-COMPILED_BENCHMARKS = ("masked_attention", "mask_cost", "mask_loss", "label_maps", "training_step")
+# The cases of each stage that measures, by operation, in order of worth.
+MATCHER = {"assign": ("early, 96 of 300x100", "random, 96 of 300x100", "early, 96 of 100x(5..40)",
+                      "random, 96 of 100x(5..40)")}  # fmt: skip
+MASK_OPERATORS = {"mask_cost": (TRAINING,), "mask_loss": (TRAINING,)}
+KERNELS = {"criterion": (TRAINING,), "semantic": ("B8 512x512 K150, noise",),
+           "masked_attention": ("B16 64x64, blobs", "B16 32x32, blobs", "B16 16x16, blobs")}  # fmt: skip
+PATCHED = {"hf_training_step": ("MaskFormer Swin-B, B2, 512x512, 6 auxiliary layers",
+                                "Mask2Former Swin-B, B2, 512x512")}  # fmt: skip
+OWN_NETWORKS = {"training_step": NETWORKS, "label_maps": NETWORKS}
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ class Stage:
         seconds: of the total that are its own; what earlier stages leave over comes on top.
         command: from the run and its seconds to the command, or to the reason why the stage is skipped.
         optional: whether running out of time is no failure.
+        extra: runs only where it is named.
     """
 
     name: str
@@ -78,6 +84,7 @@ class Stage:
     command: Callable[[Run, float], Command]
     environment: Callable[[Run], dict[str, str]] = lambda run: {}
     optional: bool = False
+    extra: bool = False
 
 
 def module(name: str, *arguments: object) -> list[str]:
@@ -90,52 +97,77 @@ def build(run: Run, seconds: float) -> Command:
     return [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--editable", str(ROOT)]
 
 
-def architecture(run: Run) -> dict[str, str]:
-    """The device's own alone, as each takes nvcc as long again; unset, the extension is built for all."""
+def build_for_this_gpu(run: Run) -> dict[str, str]:
+    """The device's own architecture alone, as each takes nvcc as long again, and CPU kernels of one SIMD level; a
+    third of what a build for everyone takes."""
     if run.device == "cpu" or "FASTMASK_CUDA_ARCHS" in os.environ or shutil.which("nvidia-smi") is None:
         return {}
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     answer = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
-    return {"FASTMASK_CUDA_ARCHS": ";".join(sorted({capability.replace(".", "") for capability in answer}))}
+    architectures = ";".join(sorted({capability.replace(".", "") for capability in answer}))
+    return {"FASTMASK_CUDA_ARCHS": architectures, "FASTMASK_PORTABLE": "1"}
 
 
 def environment(run: Run, seconds: float) -> Command:
     return module("environment", "--device", run.device, "--output", run.folder / "environment.json")
 
 
-def tests(run: Run, seconds: float) -> Command:
+def suite(run: Run, seconds: float, folder: Path, *files: str) -> Command:
     if find_spec("pytest") is None:
         return "pytest is not installed"
-    command = module("suite", "--seconds", seconds - 5, "--folder", run.folder)
-    if run.device == "cpu":
-        command += ["--marker", "not cuda", "--shards", "1", "tests/test_operators_cuda.py"]
-    return command
+    options = () if run.device == "cuda" else ("--marker", "not cuda", "--shards", "1")
+    return module("suite", "--seconds", seconds - 5, "--folder", folder, *options, *files)
+
+
+def smoke(run: Run, seconds: float) -> Command:
+    """Every operator in every dtype against the reference."""
+    test = "tests/test_operators_cuda.py::test_the_values_are_those_of_the_reference"
+    return suite(run, seconds, run.folder / "smoke", test)
+
+
+def battery(run: Run, seconds: float) -> Command:
+    return suite(
+        run, seconds, run.folder / "battery", *(["tests/test_operators_cuda.py"] if run.device == "cpu" else [])
+    )
 
 
 def sanitizer(run: Run, seconds: float) -> Command:
     return module("sanitize", "--device", run.device, "--seconds", seconds - 5, "--folder", run.folder / "sanitizer")
 
 
-def benchmarks(run: Run, seconds: float, operations: Sequence[str], *options: str) -> Command:
+def benchmarks(run: Run, seconds: float, cases: Mapping[str, Sequence[str]], *options: str) -> Command:
     if missing := [name for name in ("typer", "tqdm") if find_spec(name) is None]:
         return f"{' and '.join(missing)} not installed"
-    log = run.folder / f"measure-{operations[0]}.log"
+    log = run.folder / f"measure-{next(iter(cases))}.log"
     command = module("measure", "--device", run.device, "--results", run.results, "--log", log)
-    command += ["--seconds", str(seconds - 5), *(word for name in operations for word in ("--op", name)), *options]
-    return [*command, "--quick"] if run.quick else command
+    command += ["--seconds", str(seconds - 5), *(word for name in cases for word in ("--op", name))]
+    if run.quick:
+        return [*command, "--budget", "0.1", "--no-compiled", "--quick"]
+    names = dict.fromkeys(name for group in cases.values() for name in group)
+    return [*command, *options, *(word for name in names for word in ("--case", name))]
 
 
-def kernel_benchmarks(run: Run, seconds: float) -> Command:
-    operations = ("assign",) if run.quick else KERNEL_BENCHMARKS
-    return benchmarks(run, seconds, operations, "--budget", "0.1" if run.quick else "1.5", "--no-compiled")
+def matcher(run: Run, seconds: float) -> Command:
+    return benchmarks(run, seconds, MATCHER, "--budget", "2", "--no-compiled")
+
+
+def mask_operators(run: Run, seconds: float) -> Command:
+    """With torch.compile, whose compilation takes most of the time."""
+    return benchmarks(run, seconds, MASK_OPERATORS, "--budget", "3", "--dtype", "bfloat16")
+
+
+def kernels(run: Run, seconds: float) -> Command:
+    return benchmarks(run, seconds, KERNELS, "--budget", "3", "--dtype", "bfloat16", "--no-compiled")
+
+
+def patched(run: Run, seconds: float) -> Command:
+    """A training step of transformers' networks, plain and patched."""
+    return benchmarks(run, seconds, PATCHED, "--budget", "6", "--no-compiled")
 
 
 def end_to_end(run: Run, seconds: float) -> Command:
-    return benchmarks(run, seconds, END_TO_END, "--budget", "0.1" if run.quick else "6", "--no-compiled")
-
-
-def compiled(run: Run, seconds: float) -> Command:
-    return "takes minutes" if run.quick else benchmarks(run, seconds, COMPILED_BENCHMARKS, "--budget", "4")
+    """Whole networks of our own against transformers', compiled ones too; takes minutes."""
+    return benchmarks(run, seconds, OWN_NETWORKS, "--budget", "6")
 
 
 def counters(run: Run, seconds: float) -> Command:
@@ -146,16 +178,20 @@ def plots(run: Run, seconds: float) -> Command:
     return module("plots", run.results)
 
 
+# By worth: what is cut off when the time is up is worth least.
 STAGES = (
-    Stage("build", 60, build, architecture),
+    Stage("build", 40, build, build_for_this_gpu),
     Stage("environment", 20, environment),
-    Stage("tests", 170, tests),
-    Stage("sanitizer", 60, sanitizer),
-    Stage("benchmarks", 90, kernel_benchmarks),
-    Stage("end to end", 60, end_to_end),
+    Stage("smoke", 45, smoke),
+    Stage("battery", 130, battery),
+    Stage("matcher", 30, matcher),
+    Stage("mask operators", 75, mask_operators),
+    Stage("kernels", 50, kernels),
+    Stage("patched networks", 45, patched),
+    Stage("sanitizer", 45, sanitizer, optional=True),
     Stage("counters", 40, counters, optional=True),
-    Stage("plots", 15, plots),
-    Stage("compiled", 15, compiled, optional=True),
+    Stage("plots", 10, plots),
+    Stage("end to end", 120, end_to_end, extra=True),
 )
 
 
@@ -192,14 +228,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     parser.add_argument("--quick", action="store_true", help="small shapes and few tests: tries the script")
-    parser.add_argument("--stage", action="append", choices=names, default=[], help="repeatable; all by default")
+    parser.add_argument(
+        "--stage", action="append", choices=names, default=[], help="repeatable; all that fit by default"
+    )
     parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="for everything")
     parser.add_argument("--folder", type=Path, help="for logs; out/gpu by default")
     options = parser.parse_args()
     folder = options.folder or ROOT / "out" / ("gpu-quick" if options.quick else "gpu")
     run = Run(options.device, options.quick, folder.resolve())
     run.folder.mkdir(parents=True, exist_ok=True)
-    chosen = [stage for stage in STAGES if not options.stage or stage.name in options.stage]
+    chosen = [stage for stage in STAGES if (stage.name in options.stage if options.stage else not stage.extra)]
     deadline = time.monotonic() + options.seconds
     # A stage's own time is its share of the total; what it leaves, later ones may take.
     scale = options.seconds / sum(stage.seconds for stage in chosen)

@@ -53,15 +53,20 @@ class Call:
 
 
 class Draw:
-    """Random inputs of the sizes above, the same on every device."""
+    """Random inputs of the sizes above, the same on every device.
 
-    def __init__(self, device: torch.device | str, dtype: torch.dtype, seed: int) -> None:
-        self.device, self.dtype = device, dtype
+    Args:
+        exact: floating-point inputs are float64, of values rounded to ``dtype``: for the reference.
+    """
+
+    def __init__(self, device: torch.device | str, dtype: torch.dtype, seed: int, exact: bool = False) -> None:
+        self.device, self.dtype, self.exact = device, dtype, exact
         self.generator = torch.Generator().manual_seed(seed)
 
     def normal(self, *shape: int, scale: float = 3.0, grad: bool = False) -> Tensor:
         values = torch.randn(shape, generator=self.generator) * scale
-        return values.to(self.device, self.dtype).requires_grad_(grad)
+        values = values.to(self.device, self.dtype)
+        return (values.double() if self.exact else values).requires_grad_(grad)
 
     def class_logits(self, *leading: int, grad: bool = False) -> Tensor:
         return self.normal(*leading, IMAGES, QUERIES, CLASSES + 1, grad=grad)
@@ -101,7 +106,8 @@ def as_targets(labels: Tensor, counts: Tensor, *planes: Tensor) -> Targets:
 
 def with_gradients(outputs: Results, *leaves: Tensor) -> Results:
     """``outputs``, and the gradients of a weighted sum of their elements, so that no two elements have the same."""
-    total = sum((x.float() * torch.linspace(0.5, 1.5, x.numel(), device=x.device).view_as(x)).sum() for x in outputs)
+    weights = [torch.linspace(0.5, 1.5, x.numel(), device=x.device).view_as(x) for x in outputs]
+    total = sum((x * weight).sum() for x, weight in zip(outputs, weights, strict=True))
     return *(output.detach() for output in outputs), *torch.autograd.grad(total, leaves)
 
 
@@ -230,6 +236,7 @@ def make_instance(draw: Draw, packed: bool) -> Call:
     return Call((draw.mask_logits(), draw.integers(0, QUERIES, IMAGES, 9)), run)
 
 
+BELOW_PUBLIC = ("uncertain_points", "panoptic", "instance", "instance, packed")
 MAKERS: dict[str, Callable[[Draw], Call]] = {
     "mask_cost": lambda draw: make_mask_cost(draw, "segments"),
     "mask_cost, masks": lambda draw: make_mask_cost(draw, "masks"),
@@ -257,6 +264,13 @@ MAKERS: dict[str, Callable[[Draw], Call]] = {
 def make_call(name: str, device: torch.device | str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Call:
     """A call of one of ``MAKERS`` on random inputs."""
     return MAKERS[name](Draw(device, dtype, seed))
+
+
+def expected_results(name: str, dtype: torch.dtype) -> Results:
+    """Of ``make_call(name, ..., dtype)``, by the reference in float64, whose public functions take no kernel there.
+    What is called below them, or is solved exactly in float64 too, gives the CPU's results."""
+    exact = name not in BELOW_PUBLIC
+    return MAKERS[name](Draw("cpu", dtype, 0, exact))()
 
 
 def main() -> int:

@@ -32,7 +32,7 @@ def run_limited(
     with log.open("wb") as output:
         process = subprocess.Popen(
             list(command), cwd=cwd, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-            env=os.environ | dict(environment or {}),
+            env=os.environ | {"PYTHONUNBUFFERED": "1"} | dict(environment or {}),  # what was said outlives the process
         )  # fmt: skip
         try:
             return process.wait(seconds)

@@ -13,7 +13,7 @@ from benchmarks.harness.tables import markdown_lines, number, rows_by
 
 Row = dict[str, Any]
 RESOURCES = ("memory", "special functions", "matrix products")
-END_TO_END = ("training_step", "label_maps")
+END_TO_END = ("hf_training_step", "training_step", "label_maps")
 TRAINING = "B16 L6 M20, segment map"
 NETWORKS = ("R50, B16, 512x512", "Swin-B, B16, 512x512")
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/vec.h"
+#include "matcher/auction.h"
 #include "matcher/exact.h"
 #include "matcher/state.h"
 
@@ -190,7 +191,10 @@ class CpuGroup {
   void bidders_alone(const matcher::State& s, F f) const {
     bidders(s, f);
   }
-  void rejoin(const matcher::State& s, int32_t person) { s.list[rejoined_++] = person; }
+  void outbid(const matcher::State& s, int32_t person) {
+    matcher::evict<CpuGroup>(s, person);
+    s.list[rejoined_++] = person;
+  }
   bool next_round(const matcher::State& s) {
     bidders_ = 0;
     for (int32_t n = 0; n < rejoined_; ++n) {

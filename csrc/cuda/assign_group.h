@@ -63,20 +63,22 @@ class CudaGroup {
   __device__ Candidate least(int32_t n, F f) const {
     Candidate best = kNoCandidate;
     for (int32_t k = lane(); k < n; k += kWarp) best = combine<CudaGroup>(best, f(k));
+    __syncwarp();  // what the lanes wrote is seen by all from here on, which shuffles alone do not promise
     for (int step = kWarp / 2; step > 0; step /= 2) best = combine<CudaGroup>(best, shuffled(best, step));
     return best;
   }
 
   __device__ void enlist(const State&) const {}
-  __device__ void rejoin(const State&, int32_t) const {}
+  __device__ void outbid(const State&, int32_t) const {}
   __device__ void maximum(int64_t* at, int64_t value) const {
     atomicMax(reinterpret_cast<unsigned long long*>(at), static_cast<unsigned long long>(value));
   }
   template <class F>
   __device__ void bidders(const State& s, F f) const {
     for (int32_t i = thread_ / kWarp; i < s.persons; i += threads_ / kWarp) {
-      if (s.phase[i] == kBidding) f(i);
-      __syncwarp();
+      const bool bids = s.phase[i] == kBidding;
+      __syncwarp();  // all lanes have read the phase, which one of them may change
+      if (bids) f(i);
     }
   }
   template <class F>
@@ -87,7 +89,7 @@ class CudaGroup {
   }
   __device__ bool next_round(const State& s) const {
     bool any = false;
-    for (int32_t i = thread_; i < s.persons; i += threads_) any = any || s.phase[i] == kBidding;
+    for (int32_t i = thread_; i < s.persons; i += threads_) any = rejoins<CudaGroup>(s, i) || any;
     return __syncthreads_or(any) != 0;
   }
 

@@ -1,47 +1,23 @@
 #include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
 
 #include "cuda/assign.h"
 #include "ops/assign.h"
 
 // Declared by PyTorch's CUDA build, in a library that this one does not link: the same binary serves the CPU build.
 using GetStream = int32_t (*)(int32_t device, void** stream);
-using GuardHandle = void*;
-using MakeGuard = int32_t (*)(int32_t device, GuardHandle* guard);
-using DropGuard = int32_t (*)(GuardHandle guard);
 
 namespace fastmask {
 namespace {
 
-template <class F>
-F torch_cuda_function(const char* name) {
-  static void* const library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-  void* const symbol = dlsym(library != nullptr ? library : RTLD_DEFAULT, name);
-  STD_TORCH_CHECK(symbol != nullptr, "cannot run assign on a GPU: libtorch_cuda.so has no ", name);
-  return reinterpret_cast<F>(symbol);
-}
-
-// The current CUDA device, for as long as this lives.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int32_t device) {
-    static const auto make = torch_cuda_function<MakeGuard>("aoti_torch_create_cuda_guard");
-    STD_TORCH_CHECK(make(device, &guard_) == 0, "cannot make device ", device, " current");
-  }
-  ~DeviceGuard() {
-    static const auto drop = torch_cuda_function<DropGuard>("aoti_torch_delete_cuda_guard");
-    drop(guard_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  GuardHandle guard_ = nullptr;
-};
-
 void* current_stream(int32_t device) {
-  static const auto get = torch_cuda_function<GetStream>("aoti_torch_get_current_cuda_stream");
+  static void* const library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+  static void* const symbol = dlsym(library != nullptr ? library : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream");
+  STD_TORCH_CHECK(symbol != nullptr,
+                  "cannot run assign on a GPU: libtorch_cuda.so has no aoti_torch_get_current_cuda_stream");
   void* stream = nullptr;
-  STD_TORCH_CHECK(get(device, &stream) == 0, "cannot get the current stream of device ", device);
+  STD_TORCH_CHECK(reinterpret_cast<GetStream>(symbol)(device, &stream) == 0, "cannot get the current stream of device ",
+                  device);
   return stream;
 }
 
@@ -81,7 +57,7 @@ AssignSolution solve(Tensor cost, std::optional<Tensor> counts, bool with_duals)
     std::copy(batch.count_strides.begin(), batch.count_strides.end(), launch.count_strides);
   }
 
-  const DeviceGuard guard(device);
+  const torch::stable::accelerator::DeviceGuard guard(device);
   int64_t shared_limit = 0;
   const char* error = assign_cuda_shared_limit(shared_limit);
   STD_TORCH_CHECK(error == nullptr, "assign: ", error);

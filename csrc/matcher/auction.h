@@ -53,8 +53,15 @@ FASTMASK_GROUP_FN bool won(const State& s, int32_t i) {
   return s.phase[i] == kBidding && s.best_bid[s.choice[i]] == s.bid[i];
 }
 
-// The winners take their objects. An evicted person may come by again in the same pass, but its last bid is older than
-// the one that evicted it.
+// A person whose object went to another.
+template <class Group>
+FASTMASK_GROUP_FN void evict(const State& s, int32_t person) {
+  s.object[person] = kNobody;
+  s.phase[person] = ++s.evictions[person] > kMaxEvictions ? kWaiting : kBidding;
+}
+
+// The winners take their objects, and tell the group of the owners before. It evicts these at once or in next_round():
+// an evicted person that comes by in the same pass still has an older bid than the one that evicted it.
 template <class Group>
 FASTMASK_GROUP_FN void settle_bids(Group& group, const State& s) {
   group.bidders_alone(s, [&](int32_t i) {
@@ -65,10 +72,7 @@ FASTMASK_GROUP_FN void settle_bids(Group& group, const State& s) {
     s.owner[k] = i;
     s.object[i] = k;
     s.phase[i] = kAssigned;
-    if (evicted == kNobody) return;
-    s.object[evicted] = kNobody;
-    s.phase[evicted] = ++s.evictions[evicted] > kMaxEvictions ? kWaiting : kBidding;
-    group.rejoin(s, evicted);
+    if (evicted != kNobody) group.outbid(s, evicted);
   });
   group.sync();
 }

@@ -27,6 +27,14 @@ FASTMASK_GROUP_FN Candidate combine(const Candidate& a, const Candidate& b) {
   return before<Group>(a, b) ? a : b;
 }
 
+// Whether a person bids in the next round. Each person finds out by itself that its object has another owner: if the
+// winner changed the phase, it would do so while the person's own thread reads it.
+template <class Group>
+FASTMASK_GROUP_FN bool rejoins(const State& s, int32_t person) {
+  if (s.phase[person] == kAssigned && s.owner[s.object[person]] != person) evict<Group>(s, person);
+  return s.phase[person] == kBidding;
+}
+
 template <class Group>
 FASTMASK_GROUP_FN Best lane_scan(const int32_t* row, const int32_t* price, int32_t stride, int32_t lane) {
   Best best = {INT32_MAX, INT32_MAX, INT32_MAX};

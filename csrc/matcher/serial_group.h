@@ -55,7 +55,7 @@ class SerialGroup {
   }
 
   void enlist(const State&) const {}
-  void rejoin(const State&, int32_t) const {}
+  void outbid(const State&, int32_t) const {}
   void maximum(int64_t* at, int64_t value) const { *at = value > *at ? value : *at; }
   template <class F>
   void bidders(const State& s, F f) {
@@ -69,7 +69,7 @@ class SerialGroup {
   }
   bool next_round(const State& s) const {
     bool any = false;
-    for (int32_t i = 0; i < s.persons; ++i) any = any || s.phase[i] == kBidding;
+    for (int32_t i = 0; i < s.persons; ++i) any = rejoins<SerialGroup>(s, i) || any;
     return any;
   }
 
