@@ -36,7 +36,7 @@ def run_module(*arguments: object, path: Path | None = None) -> subprocess.Compl
 
 
 def test_the_cpu_form_from_end_to_end(tmp_path):
-    done = run_module("benchmarks.gpu", "--device", "cpu", "--quick", "--seconds", 300, "--folder", tmp_path)
+    done = run_module("benchmarks.gpu", "--device", "cpu", "--quick", "--seconds", 3000, "--folder", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     stages = json.loads((tmp_path / "stages.json").read_text())["stages"]
     assert {stage["name"]: stage["outcome"] for stage in stages} == {
@@ -44,7 +44,7 @@ def test_the_cpu_form_from_end_to_end(tmp_path):
     }
     notes = {stage["name"]: stage["note"] for stage in stages}
     assert "60 passed, 0 failed, 0 skipped, 0 not run" in notes["smoke"]  # 20 calls in three dtypes
-    assert "100 passed, 0 failed, 0 skipped, 0 not run" in notes["battery"]
+    assert "20 passed, 0 failed, 0 skipped, 0 not run" in notes["battery"]
     (summary,) = tmp_path.glob("*-summary.md")
     text = summary.read_text()
     for part in (

@@ -112,23 +112,25 @@ def environment(run: Run, seconds: float) -> Command:
     return module("environment", "--device", run.device, "--output", run.folder / "environment.json")
 
 
-def suite(run: Run, seconds: float, folder: Path, *files: str) -> Command:
+OPERATORS = "tests/test_operators_cuda.py"
+
+
+def suite(run: Run, seconds: float, name: str, *tests: str) -> Command:
     if find_spec("pytest") is None:
         return "pytest is not installed"
     options = () if run.device == "cuda" else ("--marker", "not cuda", "--shards", "1")
-    return module("suite", "--seconds", seconds - 5, "--folder", folder, *options, *files)
+    return module("suite", "--seconds", seconds - 5, "--folder", run.folder / name, *options, *tests)
 
 
 def smoke(run: Run, seconds: float) -> Command:
     """Every operator in every dtype against the reference."""
-    test = "tests/test_operators_cuda.py::test_the_values_are_those_of_the_reference"
-    return suite(run, seconds, run.folder / "smoke", test)
+    return suite(run, seconds, "smoke", f"{OPERATORS}::test_the_values_are_those_of_the_reference")
 
 
 def battery(run: Run, seconds: float) -> Command:
-    return suite(
-        run, seconds, run.folder / "battery", *(["tests/test_operators_cuda.py"] if run.device == "cpu" else [])
-    )
+    """On a GPU all its tests; on a CPU some others than those before."""
+    on_cpu = f"{OPERATORS}::test_results_are_written_and_the_same_each_time"
+    return suite(run, seconds, "battery", *([on_cpu] if run.device == "cpu" else []))
 
 
 def sanitizer(run: Run, seconds: float) -> Command:
@@ -138,12 +140,13 @@ def sanitizer(run: Run, seconds: float) -> Command:
 def benchmarks(run: Run, seconds: float, cases: Mapping[str, Sequence[str]], *options: str) -> Command:
     if missing := [name for name in ("typer", "tqdm") if find_spec(name) is None]:
         return f"{' and '.join(missing)} not installed"
-    log = run.folder / f"measure-{next(iter(cases))}.log"
-    command = module("measure", "--device", run.device, "--results", run.results, "--log", log)
-    command += ["--seconds", str(seconds - 5), *(word for name in cases for word in ("--op", name))]
+    first = next(iter(cases))
+    command = module("measure", "--device", run.device, "--results", run.results, "--seconds", seconds - 5)
+    command += ["--log", str(run.folder / f"measure-{first}.log")]
     if run.quick:
-        return [*command, "--budget", "0.1", "--no-compiled", "--quick"]
+        return [*command, "--op", first, "--budget", "0.1", "--no-compiled", "--quick"]
     names = dict.fromkeys(name for group in cases.values() for name in group)
+    command += [word for name in cases for word in ("--op", name)]
     return [*command, *options, *(word for name in names for word in ("--case", name))]
 
 
