@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.harness.machine import best_rates, commit, default_name, describe_machine
 from fastmask import show_config
-from fastmask.functional._backend import _automatic
+from fastmask.functional._backend import automatic
 from fastmask.ops import OPERATORS
 
 TOOLS = ("nvcc", "ptxas", "compute-sanitizer", "ncu", "cuobjdump")
@@ -65,7 +65,7 @@ def main() -> int:
     print(json.dumps(found, indent=1))
     print(f"{machine['gpu'] or machine['cpu']}, torch {torch.__version__}; missing: {', '.join(found['missing'])}")
     probe = torch.empty(0, device=device)
-    slow = [operator.name for operator in OPERATORS.values() if _automatic(operator, probe) == "reference"]
+    slow = [operator.name for operator in OPERATORS.values() if automatic(operator, probe) == "reference"]
     if slow:
         print(f"FAILED {', '.join(slow)} would run by the reference on {device.type}; see the build's log")
     return 1 if slow else 0
