@@ -17,13 +17,13 @@ from fastmask.models.images import fit_targets, pad_images
 from tests.inputs import random_assignment, random_logits, random_points, random_targets
 from tests.interpreter import interpreted_kernels
 
-SHAPE = (1, 2, 4, 3, 3, 5, 6, 11, 14)
-# Values that would be -1 (or 255) and the index of a target if they were cut down to the map's dtype, and one that no
-# register of 32 bits holds.
+SHAPE = (1, 2, 3, 3, 2, 3, 4, 6, 8)
+# What would be -1 (or 255) if it were cut down to the map's dtype; and what would be the index of a target then, in any
+# dtype up to 32 bits.
 OUTSIDE = {
-    torch.uint8: (-1, 256 + 1, 2**40 + 1),
-    torch.int16: (2**16 - 1, 2**16 + 1, -(2**15) - 1, 2**40 + 1),
-    torch.int32: (2**32 - 1, 2**32 + 1, -(2**31) - 1, 2**40 + 1),
+    torch.uint8: (-1, 2**40 + 1),
+    torch.int16: (2**16 - 1, 2**40 + 1),
+    torch.int32: (2**32 - 1, 2**40 + 1),
 }
 CASES = [(dtype, void) for dtype, voids in OUTSIDE.items() for void in voids]
 IDS = [f"{dtype}, {void}".removeprefix("torch.") for dtype, void in CASES]
@@ -78,10 +78,11 @@ def test_no_operator_takes_a_pixel_for_void(dtype, backend, generator):
 
 def test_any_byte_but_zero_is_foreground(backend, generator):
     targets = random_targets(SHAPE, generator, "masks+valid")
-    expected = results(targets, backend)
-    for value in (2, 128, 255):
-        for ours, other in zip(results(replace(targets, masks=targets.masks * value), backend), expected, strict=True):
-            assert torch.equal(ours, other), value
+    values = torch.tensor([1, 2, 128, 255], dtype=torch.uint8)
+    values = values[torch.randint(0, 4, targets.masks.shape, generator=generator)]
+    changed = replace(targets, masks=targets.masks * values)
+    for ours, expected in zip(results(changed, backend), results(targets, backend), strict=True):
+        assert torch.equal(ours, expected)
 
 
 @pytest.mark.parametrize(("dtype", "void"), CASES, ids=IDS)
