@@ -101,5 +101,7 @@ def test_bad_arguments(generator):
     class_logits, mask_logits = random_logits(generator)
     with pytest.raises(ValueError, match="ignore_index must be at least 0, got -1"):
         general_inference(class_logits, mask_logits, (4, 4), ignore_index=-1)
+    with pytest.raises(ValueError, match="ignore_index must fit in int32, got 2147483648"):
+        general_inference(class_logits, mask_logits, (4, 4), ignore_index=2**31)
     with pytest.raises(ValueError, match="size must be"):
         general_inference(class_logits, mask_logits, (0, 4))

@@ -45,8 +45,10 @@ def general_inference(
         TypeError: logits that are not floating point.
         RuntimeError: the backend asked for cannot run.
     """
-    if not 0 <= ignore_index < 2**31:
-        raise ValueError(f"ignore_index must be at least 0 and fit in int32, got {ignore_index}")
+    if ignore_index < 0:
+        raise ValueError(f"ignore_index must be at least 0, got {ignore_index}")
+    if ignore_index >= 2**31:
+        raise ValueError(f"ignore_index must fit in int32, got {ignore_index}")
     masks, backend, dtype = prepare(OPERATOR, class_logits, mask_logits, size, padded_size, valid_size, backend)
     if backend == "reference":
         from fastmask import reference
