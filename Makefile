@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-compiled bench lint format gpu clean
+.PHONY: help setup demo test test-compiled compilers sanitize bench lint format gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -33,6 +33,29 @@ test-compiled: setup ## run the tests of the GPU kernels, compiled for several G
 	@for capability in $(CAPABILITIES); do \
 		$(BIN)/python -m pytest -n auto --compiled $$capability $(ARGS) || exit 1; \
 	done
+
+# Other builds of the CPU kernels, each in a folder of its own: $(call build,FOLDER,CXX) builds one, and $(call in,FOLDER)
+# makes Python import it.
+build = FASTMASK_CUDA_ARCHS= CXX="$(2)" $(BIN)/python setup.py --quiet build --build-base build/$(1)
+in = PYTHONPATH="$$(echo $(CURDIR)/build/$(1)/lib.*):$(CURDIR)"
+
+COMPILERS ?= $(notdir $(foreach name,g++-11 g++ clang++,$(shell command -v $(name))))
+OPERATOR_TESTS := $(addprefix tests/test_,$(addsuffix .py,mask_cost point_mask_cost mask_loss point_mask_loss \
+  uncertain_points assign linear_sum_assignment masked_attention semantic panoptic instance))
+
+compilers: $(addprefix compiler-,$(COMPILERS)) ## build with each of COMPILERS that is installed and test the operators
+
+compiler-%: $(VENV)/.installed
+	$(call build,$*,$*)
+	$(call in,$*) $(BIN)/pytest --import-mode=importlib -n auto $(OPERATOR_TESTS)
+
+SANITIZERS := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -fno-omit-frame-pointer -g1
+# Python knows neither sanitizer, so they are loaded before it, and it never frees all of its memory.
+sanitize: $(VENV)/.installed ## build with AddressSanitizer and UBSan, and call every operator at random; ARGS="--seconds 600"
+	$(call build,sanitize,g++ $(SANITIZERS))
+	$(call in,sanitize) ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	  $(BIN)/python tests/fuzz_operators.py $(ARGS)
 
 bench: setup ## run the benchmarks and render the README's tables
 	$(BIN)/python benchmarks/run.py

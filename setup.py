@@ -6,18 +6,23 @@ PyTorch operator. Files in ``csrc/cpu`` are compiled once for each SIMD level; t
 loads, so a wheel runs on any x86-64 (and, with the portable level alone, on any other processor). With
 ``FASTMASK_PORTABLE=1`` in the environment the portable level is all there is, for a quick build.
 
-Files in ``csrc/cuda`` are compiled if nvcc is found, kernels for the architectures in the environment variable
-``FASTMASK_CUDA_ARCHS`` ("80;86;89;90;100" by default; empty to leave the CUDA part out). They need no GPU and no CUDA
-build of PyTorch to compile.
+``CXX`` is the command of the C++ compiler, GCC or Clang ("g++" by default); nvcc compiles its host code with it too.
+
+Files in ``csrc/cuda`` are compiled if there is an nvcc that works (in ``CUDA_HOME``, otherwise on the path), for the
+architectures in ``FASTMASK_CUDA_ARCHS`` (by default those of "80;86;89;90;100;120" that it knows; empty to leave the
+CUDA part out). They need no GPU and no CUDA build of PyTorch to compile.
 """
 
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -36,7 +41,9 @@ SIMD_FLAGS = {
         "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512 -mtune=skylake-avx512"
     ).split(),
 }
-DEFAULT_CUDA_ARCHS = "80;86;89;90;100"
+DEFAULT_CUDA_ARCHS = ["80", "86", "89", "90", "100", "120"]
+OLDEST_COMPILERS = {"Clang": ("__clang_major__", 14), "GCC": ("__GNUC__", 11)}  # Clang defines the other macro too
+LAUNCHERS = {"ccache", "sccache", "distcc", "icecc"}
 
 
 def simd_levels() -> list[str]:
@@ -44,23 +51,72 @@ def simd_levels() -> list[str]:
     return list(SIMD_FLAGS) if everything else ["portable"]
 
 
-def find_nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME")
-    return str(Path(home, "bin", "nvcc")) if home else shutil.which("nvcc")
+def note(message: str) -> None:
+    print(f"fastmask: {message}", file=sys.stderr)
 
 
-def cuda_archs() -> list[str]:
-    """The architectures to compile for; none, with a message that says why, if the CUDA part is left out."""
-    archs = [arch for arch in os.environ.get("FASTMASK_CUDA_ARCHS", DEFAULT_CUDA_ARCHS).split(";") if arch]
+def output_of(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def cxx_command() -> list[str]:
+    """The words of CXX; ends the build where they run no compiler, or one that is too old."""
+    command = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    try:
+        macros = output_of(*command, "-dM", "-E", "-x", "c++", os.devnull)
+    except (OSError, subprocess.CalledProcessError) as error:
+        sys.exit(f"fastmask: no C++ compiler: {error}; set CXX to GCC or Clang")
+    for name, (macro, oldest) in OLDEST_COMPILERS.items():
+        if version := re.search(rf"#define {macro} (\d+)", macros):
+            if int(version[1]) < oldest:
+                sys.exit(f"fastmask: {shlex.join(command)} is {name} {version[1]}, expected {oldest} or later; set CXX")
+            return command
+    sys.exit(f"fastmask: {shlex.join(command)} is neither GCC nor Clang; set CXX")
+
+
+class Cuda(NamedTuple):
+    nvcc: list[str]  # the command
+    version: str
+    archs: list[str]
+
+
+def find_cuda(cxx: list[str]) -> Cuda | None:
+    """None, with a message that says why, where the CUDA part is left out."""
+
+    def leave_out(reason: str) -> None:
+        note(f"{reason}: building without the CUDA part; CPU and Triton kernels work")
+
+    asked = os.environ.get("FASTMASK_CUDA_ARCHS")
+    archs = DEFAULT_CUDA_ARCHS if asked is None else [arch for arch in asked.split(";") if arch]
     if not archs:
-        print("fastmask: FASTMASK_CUDA_ARCHS is empty: building without the CUDA part", file=sys.stderr)
-    elif find_nvcc() is None:
-        print(
-            "fastmask: nvcc not found (set CUDA_HOME): building without the CUDA part; CPU and Triton kernels work",
-            file=sys.stderr,
+        return leave_out("FASTMASK_CUDA_ARCHS is empty")
+    home = os.environ.get("CUDA_HOME")
+    path = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
+    if path is None:
+        return leave_out(f"nvcc not found in {home}/bin (CUDA_HOME)" if home else "nvcc not found (set CUDA_HOME)")
+    host_compiler = next((word for word in cxx if Path(word).name not in LAUNCHERS), cxx[0])
+    nvcc = [path, "-ccbin", host_compiler, "-std=c++20"]
+    try:
+        version = re.search(r"release ([\d.]+)|$", output_of(path, "--version"))[1] or "unknown"
+        known = re.findall(r"compute_(\d+)", output_of(path, "--list-gpu-arch"))
+        output_of(*nvcc, "-E", "-x", "cu", os.devnull)  # refuses a host compiler that it does not know
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        return leave_out(f"{path} does not work with {host_compiler} ({said.strip()})")
+    unknown = [arch for arch in archs if re.sub("[af]$", "", arch) not in known]
+    if asked is not None and unknown:
+        sys.exit(
+            f"fastmask: FASTMASK_CUDA_ARCHS names {', '.join(unknown)}; expected some of {';'.join(known)}, which are "
+            f"the architectures of {path} (CUDA {version})"
         )
-        return []
-    return archs
+    archs = [arch for arch in archs if arch not in unknown]
+    if not archs:
+        return leave_out(f"{path} (CUDA {version}) knows none of the architectures {';'.join(DEFAULT_CUDA_ARCHS)}")
+    from torch.version import cuda as torch_cuda
+
+    if torch_cuda is not None and torch_cuda.split(".")[0] != version.split(".")[0]:
+        note(f"nvcc is of CUDA {version}, torch of CUDA {torch_cuda}: build with one of the same major version")
+    return Cuda(nvcc, version, archs)
 
 
 class NinjaBuild(build_ext):
@@ -68,7 +124,8 @@ class NinjaBuild(build_ext):
 
     def build_extensions(self) -> None:
         # Not build_temp: an editable install puts that into a new folder each time, and would compile everything again.
-        build_dir = ROOT / "build" / f"ninja-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        build_base = ROOT / self.get_finalized_command("build").build_base
+        build_dir = build_base / f"ninja-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         build_dir.mkdir(parents=True, exist_ok=True)
         outputs = {ext.name: Path(self.get_ext_fullpath(ext.name)).resolve() for ext in self.extensions}
         for output in outputs.values():
@@ -84,23 +141,36 @@ class NinjaBuild(build_ext):
         return super().get_ext_filename(fullname)
 
 
+def ninja_path(path: Path) -> str:
+    return re.sub(r"[$ :]", r"$\g<0>", str(path))
+
+
+def ninja_command(*words: str) -> str:
+    return shlex.join(words).replace("$", "$$")
+
+
 def ninja_file(ops_library: Path, native_module: Path) -> str:
     import pybind11
     from torch.utils.cpp_extension import TORCH_LIB_PATH, include_paths
 
-    cxx = os.environ.get("CXX", "g++")
+    cxx = cxx_command()
     cuda_sources = sorted((CSRC / "cuda").glob("*.cu"))
-    archs = cuda_archs() if cuda_sources else []
+    cuda = find_cuda(cxx) if cuda_sources else None
     torch_flags = [f"-isystem{path}" for path in include_paths()] + [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
-    build_info = f'-DFASTMASK_SIMD_LEVELS=\\"{",".join(simd_levels())}\\" -DFASTMASK_CUDA_ARCHS=\\"{",".join(archs)}\\"'
-    python_flags = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
+    python_flags = [
+        f"-isystem{pybind11.get_include()}",
+        f"-isystem{sysconfig.get_path('include')}",
+        f'-DFASTMASK_SIMD_LEVELS="{",".join(simd_levels())}"',
+        f'-DFASTMASK_CUDA_ARCHS="{",".join(cuda.archs if cuda else [])}"',
+        f'-DFASTMASK_CUDA_VERSION="{cuda.version if cuda else ""}"',
+    ]
 
     portable = ["-DFASTMASK_PORTABLE"] if simd_levels() == ["portable"] else []
     edges: list[str] = []
 
     def compile(rule: str, source: Path, flags: list[str], suffix: str = "") -> str:
         out = f"{source.relative_to(CSRC).with_suffix('')}{suffix}.o"
-        edges.append(f"build {out}: {rule} {source}\n  flags = {' '.join(flags)}")
+        edges.append(f"build {out}: {rule} {ninja_path(source)}\n  flags = {ninja_command(*flags)}")
         return out
 
     common = [compile("cxx", source, []) for source in sorted(CSRC.glob("*.cpp"))]
@@ -108,43 +178,54 @@ def ninja_file(ops_library: Path, native_module: Path) -> str:
         flags = [*SIMD_FLAGS[level], f"-DFASTMASK_SIMD={level}"]
         common += [compile("cxx", source, flags, f".{level}") for source in sorted((CSRC / "cpu").glob("*.cpp"))]
     objects = [compile("cxx", source, torch_flags) for source in sorted((CSRC / "ops").glob("*.cpp"))]
-    module = [compile("cxx", source, [*python_flags, build_info]) for source in sorted((CSRC / "python").glob("*.cpp"))]
-    if archs:
+    module = [compile("cxx", source, python_flags) for source in sorted((CSRC / "python").glob("*.cpp"))]
+    if cuda:
         objects += [compile("nvcc", source, [], ".cu") for source in cuda_sources]
         objects += [compile("cxx", source, torch_flags, ".host") for source in sorted((CSRC / "cuda").glob("*.cpp"))]
 
     rules = [
         "rule cxx\n"
+<<<<<<< HEAD
         f"  command = {cxx} -MMD -MF $out.d {' '.join(CXX_FLAGS + portable)} -I{CSRC} $flags -c $in -o $out\n"
+=======
+        f"  command = {ninja_command(*cxx, *CXX_FLAGS, f'-I{CSRC}')} -MMD -MF $out.d $flags -c $in -o $out\n"
+>>>>>>> 17ee5fa (Builds: GCC 11 and Clang, nvcc by what it can do, sanitizers with random calls of every operator; no signed overflow in unused lanes)
         "  depfile = $out.d\n  deps = gcc\n  description = CXX $out",
-        f"rule link\n  command = {cxx} -shared $in -o $out $flags\n  description = LINK $out",
+        f"rule link\n  command = {ninja_command(*cxx)} -shared $in -o $out $flags\n  description = LINK $out",
     ]
     linker = "link"
-    if archs:
+    if cuda:
         # Fused multiply-adds would round otherwise than the CPU's kernels (-ffp-contract=off), which CUDA's must equal.
-        gencode = " ".join(f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs)
-        gencode += f" -gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"
-        nvcc = find_nvcc()
+        flags = ["-O3", "-fmad=false", "--threads", "2", "-Xcompiler", "-fPIC,-fvisibility=hidden", f"-I{CSRC}"]
+        for arch in cuda.archs:
+            flags += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+        # A driver compiles PTX for architectures to come, from the highest one that there is.
+        highest = max(cuda.archs, key=lambda arch: int(arch.rstrip("af")))
+        flags += ["-gencode", f"arch=compute_{highest},code=compute_{highest}"]
         rules.append(
             "rule nvcc\n"
-            f"  command = {nvcc} -MD -MF $out.d -std=c++20 -O3 -fmad=false --threads 2 "
-            f"-Xcompiler -fPIC,-fvisibility=hidden {gencode} -I{CSRC} $flags -c $in -o $out\n"
+            f"  command = {ninja_command(*cuda.nvcc, *flags)} -MD -MF $out.d -c $in -o $out\n"
             "  depfile = $out.d\n  deps = gcc\n  description = NVCC $out"
         )
-        rules.append(f"rule link_cuda\n  command = {nvcc} -shared $in -o $out $flags\n  description = LINK $out")
+        rules.append(
+            f"rule link_cuda\n  command = {ninja_command(*cuda.nvcc)} -shared $in -o $out $flags\n"
+            "  description = LINK $out"
+        )
         linker = "link_cuda"
     edges.append(
-        f"build {ops_library}: {linker} {' '.join(objects + common)}\n  flags = -L{TORCH_LIB_PATH} -ltorch_cpu -lc10"
+        f"build {ninja_path(ops_library)}: {linker} {' '.join(objects + common)}\n"
+        f"  flags = {ninja_command(f'-L{TORCH_LIB_PATH}', '-ltorch_cpu', '-lc10')}"
     )
-    edges.append(f"build {native_module}: link {' '.join(module + common)}\n  flags =")
+    edges.append(f"build {ninja_path(native_module)}: link {' '.join(module + common)}\n  flags =")
     return "\n".join([*rules, *edges]) + "\n"
 
 
-setup(
-    packages=[*find_packages(include=["fastmask", "fastmask.*"]), "fastmask.kernels"],
-    package_dir={"fastmask.kernels": "kernels"},
-    package_data={"fastmask": ["py.typed"], "fastmask.data": ["assets/*"], "fastmask.cli": ["*.safetensors"]},
-    ext_modules=[Extension("fastmask.libfastmask", []), Extension("fastmask._native", [])],
-    cmdclass={"build_ext": NinjaBuild},
-    zip_safe=False,
-)
+if __name__ == "__main__":
+    setup(
+        packages=[*find_packages(include=["fastmask", "fastmask.*"]), "fastmask.kernels"],
+        package_dir={"fastmask.kernels": "kernels"},
+        package_data={"fastmask": ["py.typed"], "fastmask.data": ["assets/*"], "fastmask.cli": ["*.safetensors"]},
+        ext_modules=[Extension("fastmask.libfastmask", []), Extension("fastmask._native", [])],
+        cmdclass={"build_ext": NinjaBuild},
+        zip_safe=False,
+    )

@@ -19,6 +19,6 @@ struct Resampling {
 };
 
 // Whole rows, padded to full vectors.
-constexpr int64_t padded_row(int64_t width) { return (width + 15) / 16 * 16; }
+static constexpr int64_t padded_row(int64_t width) { return (width + 15) / 16 * 16; }
 
 }  // namespace fastmask

@@ -13,7 +13,7 @@ namespace fastmask {
 constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileColumns = 64;
 
-constexpr int64_t padded_to_vectors(int64_t count) { return (count + 15) / 16 * 16; }
+static constexpr int64_t padded_to_vectors(int64_t count) { return (count + 15) / 16 * 16; }
 
 // Outputs of one axis, each a sum over t < taps of inputs[slot[t * stride + i]] * weight[t * stride + i].
 struct AxisTile {

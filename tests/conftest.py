@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fastmask.ops.library import EXTENSION_ERROR
+from fastmask.ops.library import EXTENSION, EXTENSION_ERROR
 from tests.interpreter import interpreted_kernels
 
 # Workers of pytest-xdist have a core each: processes of many threads on the same cores slow each other down tenfold.
@@ -47,8 +47,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[EMULATION] = Emulation(capability, config.option.warp_seed, config.option.hardware_rounding)
 
 
-def pytest_report_header(config: pytest.Config) -> str | None:
-    return f"compiled: {config.stash[EMULATION]}" if EMULATION in config.stash else None
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """Which build is tested, as there may be several, and how."""
+    from fastmask import _native
+
+    header = [f"fastmask: {EXTENSION}, compiler {_native.compiler}"]
+    return [*header, f"compiled: {config.stash[EMULATION]}"] if EMULATION in config.stash else header
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

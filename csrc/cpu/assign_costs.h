@@ -2,8 +2,6 @@
 // queries by targets, with no more targets than queries), or objects side by side.
 #pragma once
 
-#include <utility>
-
 #include "cpu/assign_group.h"
 #include "matcher/costs.h"
 
@@ -41,7 +39,7 @@ static inline Doubles widen(vfloat v) {
 
 static inline Doubles widen(Doubles v) { return v; }
 
-// Rounds towards zero.
+// Rounds towards zero; what 32 bits do not hold, and NaN, becomes INT32_MIN.
 static inline vint truncate(Doubles v) {
 #if defined(__AVX512F__)
   return (vint)_mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvttpd_epi32((__m512d)v.low)),
@@ -50,8 +48,12 @@ static inline vint truncate(Doubles v) {
   return (vint)_mm256_inserti128_si256(_mm256_castsi128_si256(_mm256_cvttpd_epi32((__m256d)v.low)),
                                        _mm256_cvttpd_epi32((__m256d)v.high), 1);
 #else
-  return vint{static_cast<int32_t>(v.low[0]), static_cast<int32_t>(v.low[1]), static_cast<int32_t>(v.high[0]),
-              static_cast<int32_t>(v.high[1])};
+  const double lanes[] = {v.low[0], v.low[1], v.high[0], v.high[1]};
+  vint result;
+  for (int i = 0; i < kLanes; ++i) {
+    result[i] = lanes[i] > -0x1p31 && lanes[i] < 0x1p31 ? static_cast<int32_t>(lanes[i]) : INT32_MIN;
+  }
+  return result;
 #endif
 }
 
@@ -105,27 +107,6 @@ using Vector = typename VectorOf<T>::Type;
 template <class T>
 static inline Vector<T> load_some(const T* p, int count) {
   return count >= kLanes ? load(p) : load_first(p, count);
-}
-
-// One step of a transposition: the blocks off the diagonal of each 2 kStep x 2 kStep square change places.
-template <int kStep, int... kLane>
-static inline void swap_blocks(vint& a, vint& b, std::integer_sequence<int, kLane...>) {
-  const vint low = __builtin_shufflevector(a, b, ((kLane & kStep) == 0 ? kLane : kLanes + kLane - kStep)...);
-  b = __builtin_shufflevector(a, b, ((kLane & kStep) == 0 ? kLane + kStep : kLanes + kLane)...);
-  a = low;
-}
-
-template <int kStep>
-static inline void transpose(vint* rows) {
-  if constexpr (kStep > 0) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-      if ((i & kStep) == 0) {
-        swap_blocks<kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kLanes>{});
-      }
-    }
-    transpose<kStep / 2>(rows);
-  }
 }
 
 // The least and greatest cost of each person; false if a cost is not finite (or their sum is too large), and then
@@ -196,7 +177,7 @@ struct Plain {
   template <class V>
   vint operator()(V cost, Doubles offset, int32_t) const {
     const vint q = truncate((widen(cost) - offset) * splat(scale));
-    return q + q;
+    return wrapping_sum(q, q);
   }
 };
 
@@ -206,7 +187,7 @@ struct Reduced {
 
   vint fixed(Doubles left) const {
     const vint q = truncate(minimum(maximum(left * splat(scale) + splat(1.0), Doubles{}), splat(limit)));
-    return q + q;
+    return wrapping_sum(q, q);
   }
 
   template <class V>
@@ -243,7 +224,7 @@ static void quantise_by_column(const matcher::Costs& c, const double* offsets, c
                                : splat(matcher::kPadding);
         }
       }
-      transpose<kLanes / 2>(rows);
+      transpose(rows);
 #pragma GCC unroll 16
       for (int j = 0; j < kLanes; ++j) {
         if (j < count) store(costs + static_cast<int64_t>(i + j) * stride + k, rows[j]);

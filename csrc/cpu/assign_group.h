@@ -8,8 +8,6 @@
 
 namespace fastmask::FASTMASK_SIMD {
 
-using vuint = uint32_t __attribute__((vector_size(4 * kLanes)));
-
 static inline vint minimum(vint a, vint b) {
 #if defined(__AVX512F__)
   return (vint)_mm512_min_epi32((__m512i)a, (__m512i)b);
@@ -209,7 +207,7 @@ class CpuGroup {
     vint first = splat(INT32_MAX), second = splat(INT32_MAX), index = {};
     vint at = lane_numbers();
     for (int32_t k = 0; k < stride; k += kLanes) {
-      const vint sum = load(row + k) + load(price + k);
+      const vint sum = wrapping_sum(load(row + k), load(price + k));
       index = choose_less(sum, first, at, index);
       second = minimum(second, FASTMASK_SIMD::maximum(first, sum));
       first = minimum(first, sum);
@@ -232,11 +230,11 @@ class CpuGroup {
     const int32_t begin = from & -kLanes;
     uint32_t wanted = ~0u << (from - begin);
     for (int32_t k = begin; k < stride; k += kLanes, wanted = ~0u) {
-      const uint32_t lanes = equal_lanes(load(row + k) + load(price + k), splat(sum)) & wanted;
+      const uint32_t lanes = equal_lanes(wrapping_sum(load(row + k), load(price + k)), splat(sum)) & wanted;
       if (lanes != 0) return k + __builtin_ctz(lanes);
     }
     for (int32_t k = 0;; k += kLanes) {
-      const uint32_t lanes = equal_lanes(load(row + k) + load(price + k), splat(sum));
+      const uint32_t lanes = equal_lanes(wrapping_sum(load(row + k), load(price + k)), splat(sum));
       if (lanes != 0) return k + __builtin_ctz(lanes);
     }
   }
@@ -245,7 +243,7 @@ class CpuGroup {
                          int32_t* predecessor, int32_t stride) const {
     vint least = splat(-1), index = {}, at = lane_numbers();
     for (int32_t k = 0; k < stride; k += kLanes) {
-      const vint sum = load(row + k) + load(price + k);
+      const vint sum = wrapping_sum(load(row + k), load(price + k));
       store(distance + k, sum);
       store(predecessor + k, splat(person));
       index = choose_less_unsigned(sum, least, at, index);
@@ -259,7 +257,7 @@ class CpuGroup {
                                int32_t stride, bool& nobodys) const {
     vint goal = {};
     for (int32_t k = 0; k < stride; k += kLanes) {
-      const vint sum = load(row + k) + load(price + k);
+      const vint sum = wrapping_sum(load(row + k), load(price + k));
       goal |= (sum > 0) & ((sum & 1) - 1);
       store(distance + k, sum == 0 ? splat(matcher::kScanned) : sum);
       store(predecessor + k, splat(matcher::kNobody));
@@ -273,7 +271,7 @@ class CpuGroup {
     vint least = splat(-1), index = {}, at = lane_numbers();
     for (int32_t k = 0; k < stride; k += kLanes) {
       const vint old = load(distance + k);
-      const vint candidate = load(row + k) + (load(price + k) - splat(shift));
+      const vint candidate = wrapping_sum(load(row + k), load(price + k) - splat(shift));
       const vint now = minimum(old, candidate);
       store(distance + k, now);
 #if defined(__AVX512F__)
@@ -311,7 +309,7 @@ class CpuGroup {
         const vint cost = load(at);
         const vint half = choose_less(cost, splat(matcher::kPadding), (cost >> 1) & -2, cost);
         store(at, half);
-        total += half >> shift;
+        total = wrapping_sum(total, half >> shift);
       }
       store(sum + k, total);
     }

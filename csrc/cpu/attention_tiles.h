@@ -11,8 +11,6 @@ constexpr int kParts = kKeys / kLanes;
 // Rows whose sums stay in registers, two vectors each: AVX-512 has 32 registers, the other levels 16.
 constexpr int kGroup = kLanes == 16 ? 8 : 4;
 
-using vuint = uint32_t __attribute__((vector_size(4 * kLanes)));
-
 // Bit i is set where lane i of a mask is all ones.
 static inline uint32_t bits_of(vint lanes) {
 #if defined(__AVX512F__)
@@ -111,26 +109,11 @@ static inline void for_groups(int64_t count, const Run& run) {
 
 // columns[c][s] = rows[s][c] for kKeys rows of `stride` floats, a multiple of kLanes.
 static inline void transpose_rows(const float* rows, int64_t stride, float* columns) {
-  vint low, high;  // interleave the first, and the second, halves of two vectors
-  for (int i = 0; i < kLanes; ++i) {
-    low[i] = i / 2 + (i % 2) * kLanes;
-    high[i] = low[i] + kLanes / 2;
-  }
   for (int64_t s = 0; s < kKeys; s += kLanes) {
     for (int64_t c = 0; c < stride; c += kLanes) {
       vfloat tile[kLanes];
       for (int i = 0; i < kLanes; ++i) tile[i] = load(rows + (s + i) * stride + c);
-#pragma GCC unroll 4
-      for (int step = 1; step < kLanes; step *= 2) {
-        vfloat next[kLanes];
-#pragma GCC unroll 8
-        for (int i = 0; i < kLanes / 2; ++i) {
-          next[2 * i] = __builtin_shuffle(tile[i], tile[i + kLanes / 2], low);
-          next[2 * i + 1] = __builtin_shuffle(tile[i], tile[i + kLanes / 2], high);
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) tile[i] = next[i];
-      }
+      transpose(tile);
       for (int i = 0; i < kLanes; ++i) store(columns + (c + i) * kKeys + s, tile[i]);
     }
   }

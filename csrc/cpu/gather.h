@@ -1,43 +1,18 @@
-// Vectors gathered from anywhere, and vectors turned from rows into columns, at the SIMD level of the including file.
+// Vectors gathered from anywhere, at the SIMD level of the including file.
 #pragma once
-
-#include <utility>
 
 #include "bordered.h"
 #include "cpu/vec.h"
 
 namespace fastmask::FASTMASK_SIMD {
 
-template <int... I>
-static inline vfloat interleave_low(vfloat a, vfloat b, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(a, b, (I % 2 == 0 ? I / 2 : kLanes + I / 2)...);
-}
-
-template <int... I>
-static inline vfloat interleave_high(vfloat a, vfloat b, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(a, b, (I % 2 == 0 ? (kLanes + I) / 2 : kLanes + (kLanes + I) / 2)...);
-}
-
-// Element j of vector i becomes element i of vector j: interleaving the halves of the list, log2(kLanes) times.
-static inline void transpose(vfloat (&v)[kLanes]) {
-  constexpr auto lanes = std::make_integer_sequence<int, kLanes>();
-  for (int step = 1; step < kLanes; step *= 2) {
-    vfloat next[kLanes];
-    for (int i = 0; i < kLanes / 2; ++i) {
-      next[2 * i] = interleave_low(v[i], v[i + kLanes / 2], lanes);
-      next[2 * i + 1] = interleave_high(v[i], v[i + kLanes / 2], lanes);
-    }
-    for (int i = 0; i < kLanes; ++i) v[i] = next[i];
-  }
-}
-
 // first = base[index], second = base[index + 1]: one access for both.
 static inline void gather_pairs(const float* base, vint index, vfloat& first, vfloat& second) {
 #if defined(__AVX512F__)
   // The masked forms: gcc 12 warns of the undefined lanes of the others.
   const __m512i zero = _mm512_setzero_si512();
-  const __m256i half = (__m256i)__builtin_shufflevector(index, index, 0, 1, 2, 3, 4, 5, 6, 7);
-  const __m256i rest = (__m256i)__builtin_shufflevector(index, index, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m256i half = _mm512_castsi512_si256((__m512i)index);
+  const __m256i rest = _mm512_extracti64x4_epi64((__m512i)index, 1);
   const __m512 low = (__m512)_mm512_mask_i32gather_epi64(zero, 0xff, half, base, 4);
   const __m512 high = (__m512)_mm512_mask_i32gather_epi64(zero, 0xff, rest, base, 4);
   const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);

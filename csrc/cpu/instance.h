@@ -24,7 +24,9 @@ struct InstanceSums {
 };
 
 // Floats of scratch memory, aligned to 64 bytes.
-constexpr int64_t instance_scratch(const TileScratchSizes& tile) { return tile.total() + kTileRows * kTileColumns; }
+static constexpr int64_t instance_scratch(const TileScratchSizes& tile) {
+  return tile.total() + kTileRows * kTileColumns;
+}
 
 // Writes one tile of `mask`, which begins at the first pixel of the result, and adds to `sums`.
 FASTMASK_KERNEL(void instance_tile(const Plane& plane, const TilePlan& plan, const TileScratchSizes& sizes,

@@ -21,7 +21,7 @@ constexpr int64_t kMaskCostBlock = 1024;  // pixels whose per-pixel terms stay i
 constexpr int kMaskCostSums = 3;
 
 // Floats of scratch memory that mask_cost_row needs for `targets` targets.
-constexpr int64_t mask_cost_scratch(int64_t targets) {
+static constexpr int64_t mask_cost_scratch(int64_t targets) {
   return (1 + kMaskCostSums) * kMaskCostBlock + kMaskCostSums * kChunk * targets;
 }
 

@@ -29,8 +29,10 @@ struct MaskLossPair {
 };
 
 // Floats of scratch memory of the two kernels.
-constexpr int64_t mask_loss_scratch(int64_t width, int64_t w) { return 3 * padded_row(width) + padded_row(w); }
-constexpr int64_t mask_loss_backward_scratch(int64_t width, int64_t w) { return 5 * padded_row(width) + padded_row(w); }
+static constexpr int64_t mask_loss_scratch(int64_t width, int64_t w) { return 3 * padded_row(width) + padded_row(w); }
+static constexpr int64_t mask_loss_backward_scratch(int64_t width, int64_t w) {
+  return 5 * padded_row(width) + padded_row(w);
+}
 
 // mask_logits [h * w] from element `offset` on; `target` is the index of the pair's target.
 FASTMASK_KERNEL(MaskLossPair mask_loss_pair(const void* mask_logits, int64_t offset, Dtype dtype,

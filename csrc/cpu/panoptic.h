@@ -31,7 +31,7 @@ struct PanopticRule {
 };
 
 // Floats of scratch memory, aligned to 64 bytes.
-constexpr int64_t panoptic_scratch(const TileScratchSizes& tile, int64_t kept) {
+static constexpr int64_t panoptic_scratch(const TileScratchSizes& tile, int64_t kept) {
   return tile.total() + 4 * kTileRows * kTileColumns + 4 * padded_to_vectors(kept);
 }
 

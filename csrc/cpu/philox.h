@@ -5,8 +5,6 @@
 
 namespace fastmask::FASTMASK_SIMD {
 
-using vuint = uint32_t __attribute__((vector_size(4 * kLanes)));
-
 // Both halves of the 64-bit products a * b.
 static inline void multiply(vuint a, uint32_t b, vuint& high, vuint& low) {
 #if defined(__AVX512F__)

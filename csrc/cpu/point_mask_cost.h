@@ -15,7 +15,7 @@ namespace fastmask {
 constexpr int64_t kPointCostGroup = 16;  // most queries of a group
 
 // Floats of scratch memory that point_mask_cost_group needs.
-constexpr int64_t point_mask_cost_scratch(int64_t targets, int64_t w) {
+static constexpr int64_t point_mask_cost_scratch(int64_t targets, int64_t w) {
   const int64_t padded = (w + 15) / 16 * 16;
   return kMaskCostBlock + kPointCostGroup * (3 * padded + 4 + 9 * (targets + 1));
 }

@@ -11,7 +11,7 @@
 namespace fastmask {
 
 // Floats of scratch memory of the two kernels: the logits, and their gradient.
-constexpr int64_t point_mask_loss_scratch(int64_t h, int64_t w) { return 2 * bordered_size(h, w); }
+static constexpr int64_t point_mask_loss_scratch(int64_t h, int64_t w) { return 2 * bordered_size(h, w); }
 
 // mask_logits [h * w] from element `offset` on, points [num_points, 2]; `target` is the index of the pair's target.
 // The sums are those of MaskLossSums with the points' weights in place of the number of pixels.

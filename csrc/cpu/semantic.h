@@ -17,13 +17,13 @@ constexpr int64_t kStrip = kTapsPadding;
 constexpr int64_t kClassBlock = 6;  // classes whose sums a register block holds at most
 
 // Classes are divided into as few blocks as hold them, as equal as can be.
-constexpr int64_t class_blocks(int64_t classes) { return (classes + kClassBlock - 1) / kClassBlock; }
-constexpr int64_t class_block_size(int64_t classes, int64_t block) {
+static constexpr int64_t class_blocks(int64_t classes) { return (classes + kClassBlock - 1) / kClassBlock; }
+static constexpr int64_t class_block_size(int64_t classes, int64_t block) {
   const int64_t blocks = class_blocks(classes);
   return classes / blocks + (block < classes % blocks ? 1 : 0);
 }
 
-constexpr int64_t to_full_vectors(int64_t count) { return (count + 15) / 16 * 16; }
+static constexpr int64_t to_full_vectors(int64_t count) { return (count + 15) / 16 * 16; }
 
 // Mask logits of one image: element offset + n * query_stride + row * row_stride + column.
 struct MaskPlanes {
@@ -66,17 +66,17 @@ struct SemanticMaps {
 FASTMASK_KERNEL(void pack_logits(const MaskPlanes& planes, const Taps& columns, int64_t begin, int64_t end,
                                  int64_t count_end, const PackedLogits& packed, int32_t* nans, float* scratch))
 constexpr int64_t kPackQueries = 16;
-constexpr int64_t pack_scratch(int64_t columns) { return kPackQueries * (to_full_vectors(columns) + 32 + 17); }
+static constexpr int64_t pack_scratch(int64_t columns) { return kPackQueries * (to_full_vectors(columns) + 32 + 17); }
 
 // The rows of pixels [begin, end) of one strip. With packed.cells, queries that cannot change a label are left out
 // where that is certain; labels stay the same, bit for bit.
 FASTMASK_KERNEL(void semantic_strip(const PackedLogits& packed, const ClassTable& table, const Taps& rows,
                                     const Taps& columns, int64_t strip, int64_t begin, int64_t end,
                                     const SemanticMaps& maps, float* scratch))
-constexpr int64_t mask_strip_scratch(int64_t queries, int row_taps) {
+static constexpr int64_t mask_strip_scratch(int64_t queries, int row_taps) {
   return row_taps * (queries * kStrip + to_full_vectors(queries));
 }
-constexpr int64_t semantic_scratch(int64_t queries, int64_t classes, int row_taps) {
+static constexpr int64_t semantic_scratch(int64_t queries, int64_t classes, int row_taps) {
   return mask_strip_scratch(queries, row_taps) + 5 * to_full_vectors(queries) + 4 * to_full_vectors(classes) +
          queries * (2 * kStrip + 32);
 }
@@ -85,7 +85,7 @@ constexpr int64_t semantic_scratch(int64_t queries, int64_t classes, int row_tap
 // `columns` make, to scores[row, class, column] with columns.stride columns.
 FASTMASK_KERNEL(void semantic_grid_scores(const PackedLogits& packed, const ClassTable& table, const Taps& rows,
                                           const Taps& columns, float* scores, float* scratch))
-constexpr int64_t grid_scores_scratch(int64_t queries, int row_taps) {
+static constexpr int64_t grid_scores_scratch(int64_t queries, int row_taps) {
   return mask_strip_scratch(queries, row_taps) + queries * kStrip + to_full_vectors(queries);
 }
 
@@ -94,6 +94,6 @@ constexpr int64_t grid_scores_scratch(int64_t queries, int row_taps) {
 FASTMASK_KERNEL(void semantic_resample_scores(const float* scores, int64_t classes, int64_t grid_columns,
                                               const Taps& rows, const Taps& columns, int64_t top, int64_t left,
                                               const SemanticMaps& maps, float* scratch))
-constexpr int64_t resample_scratch(int64_t grid_columns) { return to_full_vectors(grid_columns) + 32; }
+static constexpr int64_t resample_scratch(int64_t grid_columns) { return to_full_vectors(grid_columns) + 32; }
 
 }  // namespace fastmask

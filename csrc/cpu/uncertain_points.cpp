@@ -12,11 +12,10 @@ struct Point {
   float x, y;
 };
 
-inline void store_points(Point* out, vfloat x, vfloat y) {
-  vfloat low, high;
-  constexpr auto lanes = std::make_integer_sequence<int, kLanes>();
-  low = interleave_low(x, y, lanes);
-  high = interleave_high(x, y, lanes);
+template <int... kLane>
+inline void store_points(Point* out, vfloat x, vfloat y, std::integer_sequence<int, kLane...>) {
+  const vfloat low = shuffle<(kLane / 2 + kLane % 2 * kLanes)...>(x, y);
+  const vfloat high = shuffle<(kLanes / 2 + kLane / 2 + kLane % 2 * kLanes)...>(x, y);
   memcpy(out, &low, sizeof low);
   memcpy(out + kLanes / 2, &high, sizeof high);
 }
@@ -34,7 +33,7 @@ inline void draw(uint64_t seed, uint32_t row, int64_t first, Consumer consume) {
 // Orders as |x| does, NaN before all.
 inline vint certainty(vfloat x) {
   const vint magnitude = bits(x) & splat(0x7fffffff);
-  return magnitude > splat(0x7f800000) ? vint{} : magnitude + 1;
+  return magnitude > splat(0x7f800000) ? vint{} : wrapping_sum(magnitude, splat(1));
 }
 
 // Writes the values whose keys lie in low..high to `out`, in their order; returns how many they are. `out` may be
@@ -128,7 +127,7 @@ void uncertain_points_pair(const void* mask_logits, int64_t offset, Dtype dtype,
   for (int64_t first = 0; first < drawn; first += kPointBatch) {
     const bool sampled = first < counts.candidates && counts.uncertain > 0;
     draw(seed, row, first, [&](int64_t at, vfloat x, vfloat y) {
-      store_points(stream + at, x, y);
+      store_points(stream + at, x, y, std::make_integer_sequence<int, kLanes>{});
       if (!sampled) return;
       const vint key =
           certainty(sample(map, stride, axis_taps(x, static_cast<float>(w)), axis_taps(y, static_cast<float>(h))));

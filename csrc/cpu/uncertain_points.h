@@ -17,7 +17,7 @@ struct PointCounts {
 constexpr int64_t kPointBatch = 32;  // points of 16 counters: what is drawn at a time
 
 // Floats of scratch memory that uncertain_points_pair needs.
-constexpr int64_t uncertain_points_scratch(int64_t h, int64_t w, PointCounts counts) {
+static constexpr int64_t uncertain_points_scratch(int64_t h, int64_t w, PointCounts counts) {
   const int64_t drawn = counts.candidates + counts.points - counts.uncertain;
   return bordered_size(h, w) + 4 * (drawn + kPointBatch);
 }

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -13,9 +14,11 @@
 
 #include "dtype.h"
 
-// GCC 12 warns of its own intrinsics, such as _mm512_min_epi32.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+// GCC warns of its own intrinsics, such as _mm512_min_epi32.
 #pragma GCC diagnostic ignored "-Wuninitialized"
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 
 namespace fastmask::FASTMASK_SIMD {
 
@@ -29,6 +32,7 @@ constexpr int kLanes = 4;
 
 using vfloat = float __attribute__((vector_size(4 * kLanes)));
 using vint = int32_t __attribute__((vector_size(4 * kLanes)));
+using vuint = uint32_t __attribute__((vector_size(4 * kLanes)));
 using vbyte = uint8_t __attribute__((vector_size(kLanes)));
 
 // Minus 0 changes no x, not even -0, so the compiler leaves a plain broadcast.
@@ -60,6 +64,36 @@ static inline vfloat from_bits(vint i) {
   vfloat v;
   memcpy(&v, &i, sizeof v);
   return v;
+}
+
+// Lane i is lane kLane[i] of a followed by b. GCC has the builtin of Clang from version 12 on.
+template <int... kLane, class V>
+static inline V shuffle(V a, V b) {
+#if __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(a, b, kLane...);
+#else
+  return __builtin_shuffle(a, b, vint{kLane...});
+#endif
+}
+
+// One step of a transposition: the blocks off the diagonal of each 2 kStep x 2 kStep square change places.
+template <int kStep, class V, int... kLane>
+static inline void swap_blocks(V& a, V& b, std::integer_sequence<int, kLane...>) {
+  const V low = shuffle<((kLane & kStep) == 0 ? kLane : kLanes + kLane - kStep)...>(a, b);
+  b = shuffle<((kLane & kStep) == 0 ? kLane + kStep : kLanes + kLane)...>(a, b);
+  a = low;
+}
+
+// Element j of vector i becomes element i of vector j.
+template <int kStep = kLanes / 2, class V>
+static inline void transpose(V (&v)[kLanes]) {
+  if constexpr (kStep > 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      if ((i & kStep) == 0) swap_blocks<kStep>(v[i], v[i + kStep], std::make_integer_sequence<int, kLanes>{});
+    }
+    transpose<kStep / 2>(v);
+  }
 }
 
 // a * b + c, rounded once where the level has such an instruction.
@@ -172,6 +206,14 @@ static inline vint select(uint32_t lanes, int part) {
 
 static inline vfloat masked(vint mask, vfloat v) { return mask ? v : vfloat{}; }
 
+// a + b modulo 2^32. Signed sums must not overflow, not even in a lane whose result is not used.
+static inline vint wrapping_sum(vint a, vint b) { return (vint)((vuint)a + (vuint)b); }
+
+// 2^n, given n + 1.5 * 2^23, for n in -126..127.
+static inline vfloat power_of_two(vfloat rounded) {
+  return from_bits((vint)(((vuint)bits(rounded) << 23) + (vuint)splat(int32_t{127 << 23})));
+}
+
 // exp(-a) for a >= 0: 2^n times a degree-6 minimax polynomial on [-1/2, 1/2] (relative error 2e-9 before rounding).
 // Below 2^-126 the result stays there; NaN stays NaN.
 static inline vfloat exp_neg(vfloat a) {
@@ -188,7 +230,7 @@ static inline vfloat exp_neg(vfloat a) {
   y = fma(y, fraction, splat(2.4022646891e-01f));
   y = fma(y, fraction, splat(6.9314720574e-01f));
   y = fma(y, fraction, splat(1.0f));
-  return y * from_bits((bits(rounded) << 23) + splat(int32_t{127 << 23}));
+  return y * power_of_two(rounded);
 }
 
 // What every mask term needs of a logit x, from one exponential and one division.
@@ -236,7 +278,7 @@ static inline vfloat logistic(vfloat x) {
   y = fma(y, f, splat(2.4022646891e-01f));
   y = fma(y, f, splat(6.9314720574e-01f));
   y = fma(y, f, splat(1.0f));
-  const vfloat d = fma(y, from_bits((bits(rounded) << 23) + splat(int32_t{127 << 23})), splat(1.0f));
+  const vfloat d = fma(y, power_of_two(rounded), splat(1.0f));
 #if defined(__AVX512F__)
   // A division takes 16 cycles, the estimate of 14 bits and one step of Newton's method 4.
   const vfloat estimate = (vfloat)_mm512_rcp14_ps((__m512)d);

@@ -111,6 +111,7 @@ PYBIND11_MODULE(_native, module) {
   module.doc() = "Build information of fastmask's extension, and entry points that need no PyTorch.";
   module.attr("simd_levels") = FASTMASK_SIMD_LEVELS;
   module.attr("cuda_archs") = FASTMASK_CUDA_ARCHS;
+  module.attr("cuda_version") = FASTMASK_CUDA_VERSION;
   module.attr("compiler") = __VERSION__;
   module.def("simd_level", &simd_level, "The SIMD level that this processor has.");
   module.def("linear_sum_assignment", &linear_sum_assignment, py::arg("cost_matrix"), py::arg("maximize") = false,

@@ -12,6 +12,16 @@ from fastmask.ops.library import EXTENSION_ERROR, unavailable_reason
 from fastmask.version import __version__
 
 
+def _cuda(archs: str, version: str) -> str:
+    if not archs:
+        return "none (built without nvcc or CUDA sources)"
+    built = f"{archs} (by nvcc of CUDA {version})"
+    runs = torch.version.cuda
+    if runs is not None and runs.split(".")[0] != version.split(".")[0]:
+        built += f"; torch is of CUDA {runs}: build with an nvcc of that major version"
+    return built
+
+
 def show_config() -> str:
     """Prints, and returns, what was built, which SIMD level is in use, and what ``backend="auto"`` takes for each
     operator on each device that is there."""
@@ -24,7 +34,7 @@ def show_config() -> str:
         from fastmask import _native
 
         lines.append(f"extension: SIMD {_native.simd_level()} of {_native.simd_levels}, compiler {_native.compiler}")
-        lines.append(f"CUDA architectures: {_native.cuda_archs or 'none (built without nvcc or CUDA sources)'}")
+        lines.append(f"CUDA architectures: {_cuda(_native.cuda_archs, _native.cuda_version)}")
     lines.append(f"triton: {'installed' if importlib.util.find_spec('triton') else 'not installed'}")
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         lines.append(f'backend="auto" on {device}:')
