@@ -87,7 +87,7 @@ def find_cuda(cxx: list[str]) -> Cuda | None:
         note(f"{reason}: building without the CUDA part; CPU and Triton kernels work")
 
     asked = os.environ.get("FASTMASK_CUDA_ARCHS")
-    archs = DEFAULT_CUDA_ARCHS if asked is None else [arch for arch in asked.split(";") if arch]
+    archs = DEFAULT_CUDA_ARCHS if asked is None else [arch.strip() for arch in asked.split(";") if arch.strip()]
     if not archs:
         return leave_out("FASTMASK_CUDA_ARCHS is empty")
     home = os.environ.get("CUDA_HOME")

@@ -150,7 +150,7 @@ def test_another_cuda_than_torchs_is_said(nvcc, runs, warned, monkeypatch, capsy
     ],
 )
 def test_a_compiler_too_old_is_named(macros, said, tmp_path, monkeypatch):
-    path = program(tmp_path / "old++", f"echo '{macros}'")
+    path = program(tmp_path / "old-cxx", f"echo '{macros}'")
     monkeypatch.setenv("CXX", f"{path}")
     with pytest.raises(SystemExit, match=f"{path} {said}"):
         SETUP["cxx_command"]()
