@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 
 import fastmask
+from fastmask import _native
+from fastmask.ops.library import EXTENSION
 from fastmask.testing import simd_level, simd_levels
 
 Arguments = tuple[Any, ...]
@@ -334,7 +336,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=DRAWN, help="what to call; all by default")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"fuzzing {fastmask.__file__}", flush=True)
+    print(f"fuzzing {EXTENSION}, compiler {_native.compiler}", flush=True)
     end, called, seed = time.monotonic() + options.seconds, Counter(), options.first
     while time.monotonic() < end and seed < options.first + options.rounds:
         print(f"\r{seed}", end="", flush=True)

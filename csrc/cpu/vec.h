@@ -14,10 +14,13 @@
 
 #include "dtype.h"
 
+#if defined(__clang__)
+// Vectors in arguments: no function of a level is called from another one.
+#pragma GCC diagnostic ignored "-Wpsabi"
+#else
 // GCC warns of its own intrinsics, such as _mm512_min_epi32.
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
 namespace fastmask::FASTMASK_SIMD {
