@@ -6,7 +6,8 @@ PyTorch operator. Files in ``csrc/cpu`` are compiled once for each SIMD level; t
 loads, so a wheel runs on any x86-64 (and, with the portable level alone, on any other processor). With
 ``FASTMASK_PORTABLE=1`` in the environment the portable level is all there is, for a quick build.
 
-``CXX`` is the command of the C++ compiler, GCC or Clang ("g++" by default); nvcc compiles its host code with it too.
+``CXX`` is the command of the C++ compiler, GCC or Clang ("g++" by default); nvcc compiles its host code with it too. It
+may start with a launcher ("ccache g++"), and options in it override those here ("g++ -O0 -g").
 
 Files in ``csrc/cuda`` are compiled if there is an nvcc that works (in ``CUDA_HOME``, otherwise on the path), for the
 architectures in ``FASTMASK_CUDA_ARCHS`` (by default those of "80;86;89;90;100;120" that it knows; empty to leave the
@@ -43,7 +44,6 @@ SIMD_FLAGS = {
 }
 DEFAULT_CUDA_ARCHS = ["80", "86", "89", "90", "100", "120"]
 OLDEST_COMPILERS = {"Clang": ("__clang_major__", 14), "GCC": ("__GNUC__", 11)}  # Clang defines the other macro too
-LAUNCHERS = {"ccache", "sccache", "distcc", "icecc"}
 
 
 def simd_levels() -> list[str]:
@@ -59,8 +59,8 @@ def output_of(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def cxx_command() -> list[str]:
-    """The words of CXX; ends the build where they run no compiler, or one that is too old."""
+def cxx_command() -> tuple[list[str], list[str]]:
+    """The compiler and the options of CXX; ends the build where it runs no compiler, or one that is too old."""
     command = shlex.split(os.environ.get("CXX", "")) or ["g++"]
     try:
         macros = output_of(*command, "-dM", "-E", "-x", "c++", os.devnull)
@@ -70,7 +70,8 @@ def cxx_command() -> list[str]:
         if version := re.search(rf"#define {macro} (\d+)", macros):
             if int(version[1]) < oldest:
                 sys.exit(f"fastmask: {shlex.join(command)} is {name} {version[1]}, expected {oldest} or later; set CXX")
-            return command
+            options = next((i for i, word in enumerate(command) if word.startswith("-")), len(command))
+            return command[:options], command[options:]
     sys.exit(f"fastmask: {shlex.join(command)} is neither GCC nor Clang; set CXX")
 
 
@@ -80,7 +81,7 @@ class Cuda(NamedTuple):
     archs: list[str]
 
 
-def find_cuda(cxx: list[str]) -> Cuda | None:
+def find_cuda(host_compiler: str) -> Cuda | None:
     """None, with a message that says why, where the CUDA part is left out."""
 
     def leave_out(reason: str) -> None:
@@ -94,7 +95,6 @@ def find_cuda(cxx: list[str]) -> Cuda | None:
     path = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
     if path is None:
         return leave_out(f"nvcc not found in {home}/bin (CUDA_HOME)" if home else "nvcc not found (set CUDA_HOME)")
-    host_compiler = next((word for word in cxx if Path(word).name not in LAUNCHERS), cxx[0])
     nvcc = [path, "-ccbin", host_compiler, "-std=c++20"]
     try:
         version = re.search(r"release ([\d.]+)|$", output_of(path, "--version"))[1] or "unknown"
@@ -153,9 +153,9 @@ def ninja_file(ops_library: Path, native_module: Path) -> str:
     import pybind11
     from torch.utils.cpp_extension import TORCH_LIB_PATH, include_paths
 
-    cxx = cxx_command()
+    cxx, cxx_options = cxx_command()
     cuda_sources = sorted((CSRC / "cuda").glob("*.cu"))
-    cuda = find_cuda(cxx) if cuda_sources else None
+    cuda = find_cuda(cxx[-1]) if cuda_sources else None
     torch_flags = [f"-isystem{path}" for path in include_paths()] + [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
     python_flags = [
         f"-isystem{pybind11.get_include()}",
@@ -183,15 +183,12 @@ def ninja_file(ops_library: Path, native_module: Path) -> str:
         objects += [compile("nvcc", source, [], ".cu") for source in cuda_sources]
         objects += [compile("cxx", source, torch_flags, ".host") for source in sorted((CSRC / "cuda").glob("*.cpp"))]
 
+    compile_command = ninja_command(*cxx, *CXX_FLAGS, *portable, f"-I{CSRC}", *cxx_options)
+    link_command = ninja_command(*cxx, *cxx_options, "-shared")
     rules = [
-        "rule cxx\n"
-<<<<<<< HEAD
-        f"  command = {cxx} -MMD -MF $out.d {' '.join(CXX_FLAGS + portable)} -I{CSRC} $flags -c $in -o $out\n"
-=======
-        f"  command = {ninja_command(*cxx, *CXX_FLAGS, f'-I{CSRC}')} -MMD -MF $out.d $flags -c $in -o $out\n"
->>>>>>> 17ee5fa (Builds: GCC 11 and Clang, nvcc by what it can do, sanitizers with random calls of every operator; no signed overflow in unused lanes)
+        f"rule cxx\n  command = {compile_command} -MMD -MF $out.d $flags -c $in -o $out\n"
         "  depfile = $out.d\n  deps = gcc\n  description = CXX $out",
-        f"rule link\n  command = {ninja_command(*cxx)} -shared $in -o $out $flags\n  description = LINK $out",
+        f"rule link\n  command = {link_command} $in -o $out $flags\n  description = LINK $out",
     ]
     linker = "link"
     if cuda:

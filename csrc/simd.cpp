@@ -3,14 +3,14 @@
 #include <algorithm>
 #include <atomic>
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(FASTMASK_PORTABLE)
 #include <cpuid.h>
 #endif
 
 namespace fastmask {
 namespace {
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(FASTMASK_PORTABLE)
 // Clang 14 does not know __builtin_cpu_supports("f16c").
 bool has_f16c() {
   unsigned int eax, ebx, ecx = 0, edx;
