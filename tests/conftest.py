@@ -49,10 +49,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """Which build is tested, as there may be several, and how."""
-    from fastmask import _native
+    header = []
+    if EXTENSION_ERROR is None:
+        from fastmask import _native
 
-    header = [f"fastmask: {EXTENSION}, compiler {_native.compiler}"]
-    return [*header, f"compiled: {config.stash[EMULATION]}"] if EMULATION in config.stash else header
+        header.append(f"fastmask: {EXTENSION}, compiler {_native.compiler}")
+    if EMULATION in config.stash:
+        header.append(f"compiled: {config.stash[EMULATION]}")
+    return header
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
