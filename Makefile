@@ -1,12 +1,14 @@
 # Every target does its own set-up: .venv with the pinned torch, then the extension.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# Oldest to newest; the CUDA builds of PyTorch bring one each.
+TRITONS ?= 3.6.0 3.7.1 3.8.0 3.9.0
 VENV := .venv
 BIN := $(VENV)/bin
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-compiled compilers sanitize bench lint format gpu clean
+.PHONY: help setup demo test test-compiled triton-matrix compilers sanitize bench lint format gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -57,6 +59,16 @@ sanitize: $(VENV)/.installed ## build with AddressSanitizer and UBSan, and call 
 	$(call in,sanitize) ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	  $(BIN)/python tests/fuzz_operators.py $(ARGS)
+build/triton-%: | $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $@.part "triton==$*"
+	mv $@.part $@
+
+triton-matrix: setup $(TRITONS:%=build/triton-%) ## compile the Triton kernels under each version in TRITONS
+	set -e; for version in $(TRITONS); do \
+		export PYTHONPATH=build/triton-$$version; \
+		$(BIN)/python -c "import triton; assert triton.__version__ == '$$version', triton.__file__"; \
+		$(BIN)/python -m pytest -n auto tests/test_triton_compile.py $(ARGS); \
+	done
 
 bench: setup ## run the benchmarks and render the README's tables
 	$(BIN)/python benchmarks/run.py

@@ -5,6 +5,8 @@ Arithmetic is float32 whatever the type of the logits.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +20,30 @@ Config = TypeVar("Config")
 COMPILER_OPTIONS = {"enable_fp_fusion": True}
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+# Elements of which logits' planes, or rows, may be a multiple: 16 bytes, the most that a thread loads at a time.
+UNIT = 8
+
+
+def kernel(function: Callable[..., None]) -> Any:
+    """A Triton kernel that is compiled once for all sizes.
+
+    Of every integer Triton would make a constant if it is one, and compile apart multiples of 16 and other numbers:
+    dozens of kernels over the images of a data set. What must be known of a size is a constexpr instead; see ``unit``.
+    """
+    sizes = [
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if not name.endswith("_ptr") and "constexpr" not in str(parameter.annotation)
+    ]
+    return triton.jit(function, do_not_specialize=sizes)
+
+
+def unit(*sizes: int) -> int:
+    """UNIT if all sizes are multiples of it, else 1. Kernels take such sizes in units, which a constexpr gives: what
+    they multiply by it is known to be aligned, so that loads are of 16 bytes where they can be."""
+    return UNIT if all(size % UNIT == 0 for size in sizes) else 1
 
 
 def generation(device: torch.device) -> int | None:
@@ -39,6 +65,22 @@ def power_of_two(size: int, least: int, most: int) -> int:
     return min(max(1 << (size - 1).bit_length() if size > 1 else 1, least), most)
 
 
+def with_contiguous_rows(x: Tensor) -> Tensor:
+    """``x`` whose last dimension is contiguous."""
+    return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def plane_arguments(logits: Tensor, grad: Tensor | None = None, *sizes: int) -> dict[str, Any]:
+    """The arguments by which kernels find the planes of logits ``(L, B, N, h, w)``, and of their gradient; see
+    ``_plane``. The sizes are in units too, but left to the caller."""
+    strides = dict(zip(("stride_l", "stride_b", "stride_n"), logits.stride(), strict=False))
+    if grad is not None:
+        strides |= zip(("grad_stride_l", "grad_stride_b", "grad_stride_n"), grad.stride(), strict=False)
+    size = unit(logits.shape[-2] * logits.shape[-1], *strides.values(), *sizes)
+    pointers = {"logits_ptr": logits} if grad is None else {"logits_ptr": logits, "grad_ptr": grad}
+    return pointers | {name: stride // size for name, stride in strides.items()} | {"UNIT": size}
+
+
 def target_arguments(
     masks: Tensor | None, segments: Tensor | None, valid: Tensor | None, void_value: int, ignore_void: bool
 ) -> dict[str, Any]:
@@ -57,6 +99,13 @@ def target_arguments(
         "HAS_SEGMENTS": segments is not None,
         "HAS_VOID": has_void,
     }
+
+
+@triton.jit
+def _plane(ptr, layer, image, query, stride_l, stride_b, stride_n, UNIT: tl.constexpr):
+    """Where planes of ``plane_arguments`` begin."""
+    at = layer.to(tl.int64) * stride_l + image.to(tl.int64) * stride_b + query.to(tl.int64) * stride_n
+    return ptr + at * UNIT
 
 
 @triton.jit

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmask.kernels._common import COMPILER_OPTIONS, INTERPRETED, _reciprocal
+from fastmask.kernels._common import COMPILER_OPTIONS, INTERPRETED, _reciprocal, kernel, unit
 
 # Queries that a program takes at a time; staged queries are padded to a multiple of it.
 BLOCK_N = 16
@@ -80,7 +80,7 @@ def _bilinear_taps(i, inputs, outputs):
     return first, tl.where(weight > 0.0, first + 1, first), weight
 
 
-@triton.jit
+@kernel
 def _taps_kernel(
     row_index_ptr, row_weight_ptr, column_index_ptr, column_weight_ptr,
     grid_y, padded_y, valid_y, size_y, begin_y, count_y, base_y, limit_y,
@@ -91,6 +91,8 @@ def _taps_kernel(
 
     row_index, row_weight        (TAPS_Y, count_y), indices in [0, limit_y)
     column_index, column_weight  (TAPS_X, count_x)
+
+    Tables have room for a multiple of 8 taps; those beyond the count have weight 0.
     """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     if tl.program_id(1) == 0:
@@ -102,12 +104,19 @@ def _taps_kernel(
 
 
 @triton.jit
+def _table_pitch(count):
+    """Taps of a row of a table: rows are as many as are read at a time, and aligned."""
+    return tl.cdiv(count, 8) * 8
+
+
+@triton.jit
 def _axis_taps(index_ptr, weight_ptr, i, grid, padded, valid, size, begin, count, base, limit, TAPS: tl.constexpr):
     """Weights of both steps are multiplied and rounded once. Three taps are neighbours; their shares are added up."""
     first, second, outer = _bilinear_taps(begin + i, valid, size)
     inner_first, inner_second, inner = _bilinear_taps(first, grid, padded)
     last_first, last_second, last = _bilinear_taps(second, grid, padded)
     index = (inner_first, inner_second, last_first, last_second)
+    pitch = _table_pitch(count)
     weight = ((1.0 - outer) * (1.0 - inner), (1.0 - outer) * inner, outer * (1.0 - last), outer * last)
     for tap in tl.static_range(TAPS):
         if TAPS == 4:
@@ -119,8 +128,9 @@ def _axis_taps(index_ptr, weight_ptr, i, grid, padded, valid, size, begin, count
             for part in tl.static_range(4):
                 share += tl.where(index[part] == at, weight[part], 0.0)
         at = tl.minimum(tl.maximum(tl.minimum(at, last_second) - base, 0), limit - 1)
-        tl.store(index_ptr + tap * count + i, at, mask=i < count)
-        tl.store(weight_ptr + tap * count + i, share.to(tl.float32), mask=i < count)
+        share = tl.where(i < count, share, 0.0)
+        tl.store(index_ptr + tap * pitch + i, at, mask=i < pitch)
+        tl.store(weight_ptr + tap * pitch + i, share.to(tl.float32), mask=i < pitch)
 
 
 @dataclass(frozen=True)
@@ -154,15 +164,16 @@ def make_taps(
 ) -> Taps:
     """Taps of the rows [begin, begin + count), whose inputs count from ``base`` below ``limit``, and of the columns
     [0, width)."""
-    row_index = torch.empty((rows.taps, count), dtype=torch.int32, device=device)
-    column_index = torch.empty((columns.taps, width), dtype=torch.int32, device=device)
+    pitches = triton.cdiv(count, 8) * 8, triton.cdiv(width, 8) * 8
+    row_index = torch.empty((rows.taps, pitches[0]), dtype=torch.int32, device=device)
+    column_index = torch.empty((columns.taps, pitches[1]), dtype=torch.int32, device=device)
     taps = Taps(
         row_index,
         torch.empty_like(row_index, dtype=torch.float32),
         column_index,
         torch.empty_like(column_index, dtype=torch.float32),
     )
-    _taps_kernel[(triton.cdiv(max(count, width), 128), 2)](
+    _taps_kernel[(triton.cdiv(max(pitches), 128), 2)](
         **taps.arguments(),
         grid_y=rows.grid,
         padded_y=rows.padded,
@@ -214,7 +225,7 @@ def _widen(x):
         result = x.to(tl.float32)
     else:
         result = tl.inline_asm_elementwise(
-            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=2
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=&r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=2
         )
     return result
 
@@ -228,11 +239,11 @@ def _tile_taps(
     cells = ()
     weights = ()
     for ty in tl.static_range(TAPS_Y):
-        row = tl.load(row_index_ptr + ty * count + y) * columns
-        weight = tl.load(row_weight_ptr + ty * count + y)
+        row = tl.load(row_index_ptr + ty * _table_pitch(count) + y) * columns
+        weight = tl.load(row_weight_ptr + ty * _table_pitch(count) + y)
         for tx in tl.static_range(TAPS_X):
-            cells = cells + (row + tl.load(column_index_ptr + tx * W + x),)  # noqa: RUF005 (Triton has no stars)
-            weights = weights + (weight * tl.load(column_weight_ptr + tx * W + x),)  # noqa: RUF005
+            cells = cells + (row + tl.load(column_index_ptr + tx * _table_pitch(W) + x),)  # noqa: RUF005 (Triton has no stars)
+            weights = weights + (weight * tl.load(column_weight_ptr + tx * _table_pitch(W) + x),)  # noqa: RUF005
     return cells, weights
 
 
@@ -245,30 +256,30 @@ def _interpolate(z, stage_ptr, n, offsets, weights, TAPS: tl.constexpr):
     return z
 
 
-@triton.jit
-def _nan_count_kernel(logits_ptr, stride_b, stride_n, stride_h, stride_w, count_ptr, N, w, pixels, BLOCK: tl.constexpr):
-    """count (B, N) is increased by how many of a query's logits are NaN."""
+@kernel
+def _nan_count_kernel(logits_ptr, stride_b, stride_n, count_ptr, N, pixels, UNIT: tl.constexpr, BLOCK: tl.constexpr):
+    """count (B, N) is increased by how many of a query's logits are NaN; strides and pixels are in units."""
     plane = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    at = (c // w).to(tl.int64) * stride_h + (c % w).to(tl.int64) * stride_w
-    x = tl.load(logits_ptr + plane // N * stride_b + plane % N * stride_n + at, mask=c < pixels, other=0.0)
+    plane_ptr = logits_ptr + (plane // N * stride_b + plane % N * stride_n) * UNIT
+    x = tl.load(plane_ptr + c, mask=c < pixels * UNIT, other=0.0)
     count = tl.sum((x != x).to(tl.int32), 0)
     if count > 0:
         tl.atomic_add(count_ptr + plane, count)
 
 
 def count_nans(mask_logits: Tensor) -> Tensor:
-    """``(B, N)`` int32 of ``(B, N, rows, w)``: how many logits of each query are NaN."""
+    """``(B, N)`` int32 of ``(B, N, rows, w)``, planes contiguous: how many logits of each query are NaN."""
     batch, queries, rows, w = mask_logits.shape
     count = torch.zeros((batch, queries), dtype=torch.int32, device=mask_logits.device)
     if mask_logits.numel():
+        strides = strides_in_units(mask_logits, rows * w)
         _nan_count_kernel[(batch * queries, triton.cdiv(rows * w, 4096))](
             logits_ptr=mask_logits,
-            **strides(mask_logits),
+            **strides,
             count_ptr=count,
             N=queries,
-            w=w,
-            pixels=rows * w,
+            pixels=rows * w // strides["UNIT"],
             BLOCK=4096,
             num_warps=4,
             **COMPILER_OPTIONS,
@@ -276,53 +287,59 @@ def count_nans(mask_logits: Tensor) -> Tensor:
     return count
 
 
-def strides(mask_logits: Tensor) -> dict[str, int]:
-    return dict(zip(("stride_b", "stride_n", "stride_h", "stride_w"), mask_logits.stride(), strict=True))
+def strides_in_units(mask_logits: Tensor, *sizes: int) -> dict[str, int]:
+    """Those of images and queries, in the unit that these and the sizes have."""
+    stride_b, stride_n = mask_logits.stride()[:2]
+    size = unit(stride_b, stride_n, *sizes)
+    return {"stride_b": stride_b // size, "stride_n": stride_n // size, "UNIT": size}
 
 
-@triton.jit
+@kernel
 def _stage_kernel(
-    logits_ptr, stride_b, stride_n, stride_h, stride_w, order_ptr, weight_ptr,
+    logits_ptr, stride_b, stride_n, order_ptr, weight_ptr,
     row_index_ptr, row_weight_ptr, column_index_ptr, column_weight_ptr, stage_ptr, peak_ptr,
-    N, padded_n, first, rows, columns,
+    N, blocks, w, first, rows, columns,
     TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, PROBABILITIES: tl.constexpr, PEAKS: tl.constexpr,
-    KEEP_NAN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+    KEEP_NAN: tl.constexpr, UNIT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Queries innermost, in the given order: logits within bounds, or with PROBABILITIES their sigmoid after the first
     of both bilinear steps, by the taps given.
 
-        logits  (B, N, h, w), any strides; the rows from ``first`` on, where no taps are given
-        order   (B, N), the query at each place; weight (B, padded_n), a factor of it
+        logits  (B, N, h, w), planes contiguous, strides and columns in units; the rows from ``first`` on, where no
+                taps are given
+        order   (B, N), the query at each place; weight (B, padded_n), a factor of it, padded_n = blocks * BLOCK_N
         stage   (B, rows * columns, padded_n), that of some query where there is none
         peak    (B, rows * columns), an upper bound of log2(weight * sigmoid(x)) over the queries x
     """
     image = tl.program_id(1).to(tl.int64)
+    padded_n = blocks * BLOCK_N
+    columns = columns * UNIT
     cells = rows * columns
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
     inside = c < cells
-    row = c // columns
-    column = c % columns
-    image_ptr = logits_ptr + image * stride_b
     peak = tl.full([BLOCK_N, BLOCK_C], float("-inf"), dtype=tl.float32)
     for block in range(0, padded_n, BLOCK_N):
         n = block + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         query = tl.load(order_ptr + image * N + n, mask=n < N, other=0)
-        query_ptrs = (image_ptr + query * stride_n)[:, None]  # [BLOCK_N, 1]
+        query_ptrs = (logits_ptr + (image * stride_b + query * stride_n) * UNIT)[:, None]  # [BLOCK_N, 1]
         if PROBABILITIES:
+            row = c // columns
+            column = c % columns
             x = tl.zeros([BLOCK_N, BLOCK_C], dtype=tl.float32)
             for ty in tl.static_range(TAPS_Y):
-                y = tl.load(row_index_ptr + ty * rows + row, mask=inside, other=0).to(tl.int64) * stride_h
+                y = tl.load(row_index_ptr + ty * _table_pitch(rows) + row, mask=inside, other=0).to(tl.int64) * w
                 line = tl.zeros([BLOCK_N, BLOCK_C], dtype=tl.float32)
                 for tx in tl.static_range(TAPS_X):
-                    at = y + tl.load(column_index_ptr + tx * columns + column).to(tl.int64) * stride_w
+                    at = y + tl.load(column_index_ptr + tx * _table_pitch(columns) + column)
                     value = _within_bounds(tl.load(query_ptrs + at[None, :]), KEEP_NAN)
-                    line = tl.fma(value, tl.load(column_weight_ptr + tx * columns + column)[None, :], line)
-                weight = tl.load(row_weight_ptr + ty * rows + row, mask=inside, other=0.0)
+                    weight = tl.load(column_weight_ptr + tx * _table_pitch(columns) + column)
+                    line = tl.fma(value, weight[None, :], line)
+                weight = tl.load(row_weight_ptr + ty * _table_pitch(rows) + row, mask=inside, other=0.0)
                 x = tl.fma(line, weight[None, :], x)
             x = _reciprocal(1.0 + _exp2(x * -1.44269504))
             level = tl.log2(tl.maximum(x, LEAST_NORMAL))
         else:
-            at = (first + row).to(tl.int64) * stride_h + column.to(tl.int64) * stride_w
+            at = tl.cast(first, tl.int64) * columns + c
             x = _within_bounds(tl.load(query_ptrs + at[None, :], mask=inside[None, :], other=0.0), KEEP_NAN)
             level = tl.minimum(x * 1.44269504, 0.0)  # sigmoid(x) <= exp(min(x, 0))
         if PEAKS:
@@ -380,7 +397,7 @@ def staged_bands(
     All bands share their memory: each is to be read, on the same stream, before the next is asked for.
 
     Args:
-        mask_logits: ``(B, N, rows, w)``, any strides.
+        mask_logits: ``(B, N, rows, w)``, planes contiguous.
         order: ``(B, N)`` int64, the query at each place of the stage.
         weight: ``(B, padded_n)`` float32 for peaks; None: no peaks.
         probabilities: stage the sigmoid of the valid grid, and leave the second step to the taps.
@@ -388,7 +405,7 @@ def staged_bands(
         tile_rows: of the result, to whose multiples the bands are cut.
         The other arguments are those of the operators.
     """
-    batch, queries, in_rows, _ = mask_logits.shape
+    batch, queries, in_rows, in_width = mask_logits.shape
     device = mask_logits.device
     rows, columns = axes(grid, padded_size, valid_size, size)
     padded_n = padded_queries(queries)
@@ -405,6 +422,8 @@ def staged_bands(
     reads = [(max(first, bounds[0]), min(end, bounds[1])) for first, end in reads]
     most = max(end - first for first, end in reads)
     stage = torch.empty(batch * most * width * padded_n, dtype=dtype, device=device)
+    # Taps are read one at a time, and the grid that they make may have any width.
+    strides = strides_in_units(mask_logits, 1 if probabilities else width)
     peaks = None if weight is None else torch.empty(batch * most * width, dtype=torch.float32, device=device)
     for (top, below), (first, end) in zip(pairwise(cuts), reads, strict=True):
         inner = NO_TAPS
@@ -413,17 +432,18 @@ def staged_bands(
             inner = make_taps(*steps, first, end - first, in_top, in_rows, width, device).arguments()
         _stage_kernel[(triton.cdiv((end - first) * width, 64), batch)](
             logits_ptr=mask_logits,
-            **strides(mask_logits),
+            **strides,
             order_ptr=order,
             weight_ptr=weight,
             **inner,
             stage_ptr=stage,
             peak_ptr=peaks,
             N=queries,
-            padded_n=padded_n,
+            blocks=padded_n // BLOCK_N,
+            w=in_width,
             first=first - in_top,
             rows=end - first,
-            columns=width,
+            columns=width // strides["UNIT"],
             PROBABILITIES=probabilities,
             PEAKS=weight is not None,
             KEEP_NAN=keep_nan,

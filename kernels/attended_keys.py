@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmask.kernels._common import COMPILER_OPTIONS, power_of_two
+from fastmask.kernels._common import COMPILER_OPTIONS, kernel, power_of_two, with_contiguous_rows
 
 QUERIES = tl.constexpr(4)  # of a program: a byte each of the words in which it gathers bits
 STEP_KEYS = 512  # most keys that a program resamples at a time
@@ -56,16 +56,16 @@ def _store_queries(packed, begin, queries, byte_ptr, occupied_ptr, N, words, blo
     tl.store(occupied_ptr + block, occupied.to(tl.uint8), mask=block < blocks)
 
 
-@triton.jit
+@kernel
 def _attended_keys_kernel(
-    logits_ptr, stride_b, stride_n, stride_y, stride_x, padding_ptr, bits_ptr, occupied_ptr,
+    logits_ptr, stride_b, stride_n, stride_y, padding_ptr, bits_ptr, occupied_ptr,
     N, S, h, w, grid_height, grid_width, half_step_y, half_step_x, groups, words, blocks,
     HAS_LOGITS: tl.constexpr, HAS_PADDING: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Bits and occupied blocks of four queries of one image: key s is attended to where it is not padding and the
     logits, resampled to its place, are >= 0; or, by a query for which that is nowhere so, where it is not padding.
 
-        logits    (B, N, h, w)
+        logits    (B, N, h, w), rows contiguous
         padding   (B, S) uint8
         bits      (B, words, N) int64, words for whole blocks
         occupied  (B, groups, blocks) uint8, blocks of BLOCK_S keys
@@ -92,10 +92,10 @@ def _attended_keys_kernel(
             y = s // grid_width
             y_first, y_second, y_weight = _taps(y, h, grid_height, half_step_y)
             x_first, x_second, x_weight = _taps(s - y * grid_width, w, grid_width, half_step_x)
-            top_left = y_first * stride_y + x_first * stride_x
-            top_right = y_first * stride_y + x_second * stride_x
-            bottom_left = y_second * stride_y + x_first * stride_x
-            bottom_right = y_second * stride_y + x_second * stride_x
+            top_left = y_first * stride_y + x_first
+            top_right = y_first * stride_y + x_second
+            bottom_left = y_second * stride_y + x_first
+            bottom_right = y_second * stride_y + x_second
             for i in tl.static_range(QUERIES):
                 n = tl.minimum(query + i, N - 1).to(tl.int64)
                 plane_ptr = logits_ptr + image * stride_b + n * stride_n
@@ -157,12 +157,14 @@ def _lowest_block(remaining):
 
 
 @triton.jit
-def _attends(bits_ptr, stride_bits_w, stride_bits_n, block, n, N, S, HAS_BITS: tl.constexpr, BLOCK_S: tl.constexpr):
+def _attends(
+    bits_ptr, stride_bits_w, block, n, N, S, HAS_BITS: tl.constexpr, OWN_BITS: tl.constexpr, BLOCK_S: tl.constexpr
+):
     """``[BLOCK_N, BLOCK_S]``, which keys of a block queries ``n`` attend to."""
     i = tl.arange(0, BLOCK_S)
     if HAS_BITS:
         word = tl.cast(block, tl.int64) * BLOCK_S // 64
-        word_ptrs = bits_ptr + word * stride_bits_w + n * stride_bits_n
+        word_ptrs = bits_ptr + word * stride_bits_w + (n if OWN_BITS else n * 0)
         if BLOCK_S == 32:
             bits = (tl.load(word_ptrs, mask=n < N, other=0) >> (block % 2 * 32)).to(tl.int32)[:, None]
         else:
@@ -183,8 +185,8 @@ def attended_keys(
     """The arguments by which kernels read what queries attend to; see ``_occupied_blocks`` and ``_attends``.
 
     bits ``(B, words, N)`` int64, bit i of word j being key 64 j + i; and occupied ``(B, ceil(N / 4), blocks)`` uint8,
-    whether any of four queries attends to any key of a block. Where all queries have the same keys, strides over
-    queries are 0; where they have all keys, there are no bits.
+    whether any of four queries attends to any key of a block. Where all queries have the same keys, there is one row
+    of both, and no OWN_BITS; where they have all keys, there are no bits.
 
     Args:
         mask_logits: ``(B, N, h, w)``, any strides.
@@ -194,8 +196,8 @@ def attended_keys(
         block: keys of a block, a power of two from 32 to 128.
     """
     if mask_logits is None and key_padding_mask is None:
-        names = ("bits_ptr", "stride_bits_b", "stride_bits_w", "stride_bits_n")
-        return dict.fromkeys((*names, "occupied_ptr", "stride_occupied_b", "stride_occupied_n")) | {"HAS_BITS": False}
+        names = ("bits_ptr", "stride_bits_b", "stride_bits_w", "occupied_ptr", "stride_occupied_b", "stride_occupied_n")
+        return dict.fromkeys(names) | {"HAS_BITS": False, "OWN_BITS": False}
     batch, rows = like.shape[0], 1 if mask_logits is None else like.shape[1]
     keys = grid[0] * grid[1]
     blocks, groups = triton.cdiv(keys, block), triton.cdiv(rows, QUERIES.value)
@@ -205,13 +207,14 @@ def attended_keys(
     h, w = (1, 1) if mask_logits is None else mask_logits.shape[-2:]
     if 2 * max(grid[0] * h, grid[1] * w) >= 1 << 31:
         raise ValueError(f"mask_logits of {h} x {w} are too large for 32-bit positions on a grid of {tuple(grid)}")
-    strides = (0, 0, 0, 0) if mask_logits is None else mask_logits.stride()
+    if mask_logits is not None:
+        mask_logits = with_contiguous_rows(mask_logits)
+    strides = (0, 0, 0) if mask_logits is None else mask_logits.stride()
     _attended_keys_kernel[(batch * groups,)](
         logits_ptr=mask_logits,
         stride_b=strides[0],
         stride_n=strides[1],
         stride_y=strides[2],
-        stride_x=strides[3],
         padding_ptr=None if key_padding_mask is None else key_padding_mask.contiguous().view(torch.uint8),
         bits_ptr=bits,
         occupied_ptr=occupied,
@@ -238,9 +241,9 @@ def attended_keys(
         "bits_ptr": bits,
         "stride_bits_b": words * rows,
         "stride_bits_w": rows,
-        "stride_bits_n": 1 if own else 0,
         "occupied_ptr": occupied,
         "stride_occupied_b": groups * blocks,
         "stride_occupied_n": blocks if own else 0,
         "HAS_BITS": True,
+        "OWN_BITS": own,
     }

@@ -14,8 +14,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmask.kernels._common import COMPILER_OPTIONS, _reciprocal, pick_config, power_of_two
-from fastmask.kernels._resample import _exp2, _within_bounds, axes, count_nans, make_taps, strides
+from fastmask.kernels._common import (
+    COMPILER_OPTIONS,
+    _reciprocal,
+    kernel,
+    pick_config,
+    with_contiguous_planes,
+)
+from fastmask.kernels._resample import (
+    _exp2,
+    _table_pitch,
+    _within_bounds,
+    axes,
+    count_nans,
+    make_taps,
+)
 
 
 @dataclass(frozen=True)
@@ -23,44 +36,44 @@ class InstanceConfig:
     """Tuning of the main kernel.
 
     Args:
-        groups: most groups of eight pixels of a row that a program owns, and a thread one of them.
+        groups: of eight pixels of a row that a program owns, and a thread one of them.
         rows: of the result that it owns.
     """
 
-    groups: int = 64
+    groups: int = 32
     rows: int = 32
 
 
 CONFIGS = {None: InstanceConfig()}
 
 
-@triton.jit
+@kernel
 def _instance_fwd_kernel(
-    logits_ptr, stride_b, stride_n, stride_h, stride_w, queries_ptr,
+    logits_ptr, stride_b, stride_n, queries_ptr,
     row_index_ptr, row_weight_ptr, column_index_ptr, column_weight_ptr, masks_ptr, sums_ptr, bounds_ptr,
-    N, R, H, W, groups_x, column_blocks, out_top, rows_per_program,
+    N, R, w, H, groups_x, column_blocks, out_top, rows_per_program,
     TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, PACKED: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """mask = x > 0 for some rows and columns of one query, x interpolated from its logits; NaN is not above 0.
 
-    logits   (B, N, h, w), any strides;  queries (B, R), -1 for none
-    masks    (B, R, H, W) bytes, or bits (B, R, H, groups_x) with PACKED
+    logits   (B, N, h, w), planes contiguous;  queries (B, R), -1 for none
+    masks    (B, R, H, groups_x, 8) bytes, or bits (B, R, H, groups_x) with PACKED; zero beyond the result's width
     sums     (B * R, parts), the sum of sigmoid(x) over the mask
     bounds   (B * R, parts, 5) int32: pixels of the mask, then its left, top, right and bottom
     """
     pair = tl.program_id(0).to(tl.int64)
     query = tl.load(queries_ptr + pair)
-    columns_of_program = tl.program_id(1) % column_blocks * BLOCK_G + tl.arange(0, BLOCK_G)
-    x = (columns_of_program * 8)[:, None] + tl.arange(0, 8)[None, :]  # [BLOCK_G, 8]
-    inside = x < W
-    wanted = x < tl.where((query >= 0) & (query < N), W, 0)
+    group = tl.program_id(1) % column_blocks * BLOCK_G + tl.arange(0, BLOCK_G)
+    inside = group < groups_x
+    wanted = (inside & (query >= 0) & (query < N))[:, None]
+    x = (group * 8)[:, None] + tl.arange(0, 8)[None, :]  # [BLOCK_G, 8]
     plane_ptr = logits_ptr + pair // R * stride_b + query * stride_n
     column_ptrs = ()
     column_weights = ()
     for tx in tl.static_range(TAPS_X):
-        column = tl.load(column_index_ptr + tx * W + x, mask=inside, other=0).to(tl.int64)
-        column_ptrs = column_ptrs + (plane_ptr + column * stride_w,)  # noqa: RUF005 (Triton has no stars)
-        weight = tl.load(column_weight_ptr + tx * W + x, mask=inside, other=0.0)
+        column = tl.load(column_index_ptr + tx * (groups_x * 8) + x, mask=inside[:, None], other=0)
+        column_ptrs = column_ptrs + (plane_ptr + column,)  # noqa: RUF005 (Triton has no stars)
+        weight = tl.load(column_weight_ptr + tx * (groups_x * 8) + x, mask=inside[:, None], other=0.0)
         column_weights = column_weights + (weight,)  # noqa: RUF005
 
     total = tl.zeros([BLOCK_G, 8], dtype=tl.float32)
@@ -71,20 +84,20 @@ def _instance_fwd_kernel(
     for y in range(begin, tl.minimum(begin + rows_per_program, H)):
         z = tl.zeros([BLOCK_G, 8], dtype=tl.float32)
         for ty in tl.static_range(TAPS_Y):
-            row = tl.load(row_index_ptr + ty * H + y).to(tl.int64) * stride_h
+            row = tl.load(row_index_ptr + ty * _table_pitch(H) + y).to(tl.int64) * w
             line = tl.zeros([BLOCK_G, 8], dtype=tl.float32)
             for tx in tl.static_range(TAPS_X):
                 value = _within_bounds(tl.load(column_ptrs[tx] + row, mask=wanted, other=-1.0), True)
                 line = tl.fma(value, column_weights[tx], line)
-            z = tl.fma(line, tl.load(row_weight_ptr + ty * H + y), z)
+            z = tl.fma(line, tl.load(row_weight_ptr + ty * _table_pitch(H) + y), z)
         mask = z > 0.0
         bits = mask.to(tl.int32)
+        row = (pair * H + y) * groups_x
         if PACKED:
             packed = tl.sum(bits << tl.arange(0, 8)[None, :], 1)
-            line_ptr = masks_ptr + (pair * H + y) * groups_x
-            tl.store(line_ptr + columns_of_program, packed.to(tl.uint8), mask=columns_of_program < groups_x)
+            tl.store(masks_ptr + row + group, packed.to(tl.uint8), mask=inside)
         else:
-            tl.store(masks_ptr + (pair * H + y) * W + x, bits.to(tl.uint8), mask=inside)
+            tl.store(masks_ptr + row * 8 + x, bits.to(tl.uint8), mask=inside[:, None])
         total += tl.where(mask, _reciprocal(1.0 + _exp2(z * -1.44269504)), 0.0)
         area += bits
         top = tl.minimum(top, tl.where(mask, out_top + y, 1 << 30))
@@ -101,7 +114,7 @@ def _instance_fwd_kernel(
     tl.store(bound_ptr + 4, tl.max(tl.max(bottom, 1), 0))
 
 
-@triton.jit
+@kernel
 def _instance_reduce_kernel(sums_ptr, bounds_ptr, sum_ptr, area_ptr, box_ptr, parts, BLOCK_P: tl.constexpr):
     """The parts of one mask together: foreground sum, area, and box; zeros for an empty mask."""
     pair = tl.program_id(0).to(tl.int64)
@@ -145,11 +158,14 @@ def instance_masks(
     """``fastmask::instance_masks``: masks (B, R, out_rows, W) bool or packed (B, R, out_rows, ceil(W / 8)) uint8, the
     foreground sum, area, box (left, top, right, bottom) and number of NaN logits of each."""
     device = mask_logits.device
-    chosen, height, width = queries.shape[1], out_rows, size[1]
+    height, width = out_rows, size[1]
+    mask_logits = with_contiguous_planes(mask_logits)
     count = mask_logits.shape[1]
     groups_x = triton.cdiv(width, 8)
-    shape = (*queries.shape, height, groups_x if packed else width)
-    masks = torch.empty(shape, dtype=torch.uint8 if packed else torch.bool, device=device)
+    # Rows of bytes are padded to whole groups, so that each is stored at once.
+    shape = (*queries.shape, height, groups_x if packed else 8 * groups_x)
+    rows_of_masks = torch.empty(shape, dtype=torch.uint8 if packed else torch.bool, device=device)
+    masks = rows_of_masks if packed else rows_of_masks[..., :width]
     foreground_sum = torch.empty(queries.shape, dtype=torch.float32, device=device)
     area = torch.empty(queries.shape, dtype=torch.int32, device=device)
     boxes = torch.empty((*queries.shape, 4), dtype=torch.int32, device=device)
@@ -159,8 +175,8 @@ def instance_masks(
     real = (queries >= 0) & (queries < count)
     nan_logits = torch.where(real, count_nans(mask_logits).gather(1, queries.clamp(0, count - 1)), 0)
     config = pick_config(CONFIGS, device)
-    groups = power_of_two(groups_x, 32, config.groups)
-    column_blocks = triton.cdiv(groups_x, groups)
+    stride_b, stride_n = mask_logits.stride()[:2]
+    column_blocks = triton.cdiv(groups_x, config.groups)
     parts = column_blocks * triton.cdiv(height, config.rows)
     sums = torch.empty((pairs, parts), dtype=torch.float32, device=device)
     bounds = torch.empty((pairs, parts, 5), dtype=torch.int32, device=device)
@@ -168,23 +184,24 @@ def instance_masks(
     taps = make_taps(rows, columns, out_top, height, in_top, mask_logits.shape[2], width, device)
     _instance_fwd_kernel[(pairs, parts)](
         logits_ptr=mask_logits,
-        **strides(mask_logits),
+        stride_b=stride_b,
+        stride_n=stride_n,
         queries_ptr=queries.contiguous(),
         **taps.arguments(),
-        masks_ptr=masks.view(torch.uint8),
+        masks_ptr=rows_of_masks.view(torch.uint8),
         sums_ptr=sums,
         bounds_ptr=bounds,
         N=count,
-        R=chosen,
+        R=queries.shape[1],
+        w=mask_logits.shape[3],
         H=height,
-        W=width,
         groups_x=groups_x,
         column_blocks=column_blocks,
         out_top=out_top,
         rows_per_program=config.rows,
         PACKED=packed,
-        BLOCK_G=groups,
-        num_warps=groups // 32,
+        BLOCK_G=config.groups,
+        num_warps=config.groups // 32,
         **COMPILER_OPTIONS,
     )
     _instance_reduce_kernel[(pairs,)](

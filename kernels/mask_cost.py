@@ -25,10 +25,14 @@ from fastmask.kernels._common import (
     COMPILER_OPTIONS,
     _counted,
     _focal_of_magnitude,
+    _plane,
     _sigmoid_of_magnitude,
+    kernel,
     pick_config,
+    plane_arguments,
     power_of_two,
     target_arguments,
+    with_contiguous_rows,
 )
 from fastmask.kernels._layout import with_contiguous_planes
 
@@ -71,7 +75,7 @@ def _pair_sums(values, t):
     return tl.dot(high, t, low_sums, input_precision="tf32")
 
 
-@triton.jit
+@kernel
 def _mask_cost_targets_kernel(
     target_ptr, valid_ptr, void_value, words_ptr, areas_ptr,
     B, M, h, w, H, W, scale_y, scale_x, pixels_per_split,
@@ -118,11 +122,11 @@ def _mask_cost_targets_kernel(
     tl.store(areas_ptr + (split_image * blocks + tl.program_id(1)) * BLOCK_M + bits, area.to(tl.float32))
 
 
-@triton.jit
+@kernel
 def _mask_cost_fwd_kernel(
     logits_ptr, stride_l, stride_b, stride_n, words_ptr, sums_ptr,
-    B, N, R, P, pixels_per_split, row_blocks, alpha, gamma,
-    FOCAL: tl.constexpr, SQUARE: tl.constexpr, HAS_VOID: tl.constexpr,
+    B, N, R, P, blocks_per_split, row_blocks, alpha, gamma,
+    FOCAL: tl.constexpr, SQUARE: tl.constexpr, HAS_VOID: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Sums over one split of the P = h * w pixels c, for R = L * N rows of one image and a block of its targets m:
@@ -134,7 +138,7 @@ def _mask_cost_fwd_kernel(
     equation 5), or both without their weights. T is one at every counted pixel in the last column, for sum_c p[c].
     Products with T and with 1 - T leave nothing to cancel.
 
-        logits  (L, B, N, P)
+        logits  (L, B, N, P), strides and P in units
         words   (B, blocks, P), see ``_mask_cost_targets_kernel``
         sums    (splits, 2, B, blocks, R, BLOCK_M)
     """
@@ -144,14 +148,15 @@ def _mask_cost_fwd_kernel(
     rows = (tl.program_id(0) % row_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
     image_block = image * tl.num_programs(1) + tl.program_id(1)
     bits = tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    row_ptrs = logits_ptr + image * stride_b + (rows // N).to(tl.int64) * stride_l + (rows % N).to(tl.int64) * stride_n
+    row_ptrs = _plane(logits_ptr, rows // N, image, rows % N, stride_l, stride_b, stride_n, UNIT)
+    P = P * UNIT
     word_ptrs = words_ptr + image_block * P
 
     probability = tl.zeros([BLOCK_R, BLOCK_M], dtype=tl.float32)
     loss = tl.zeros([BLOCK_R, BLOCK_M], dtype=tl.float32)
-    begin = tl.program_id(2) * pixels_per_split
-    for block in range(begin, begin + pixels_per_split, BLOCK_C):
-        c = block + tl.arange(0, BLOCK_C)  # [BLOCK_C]
+    begin = tl.program_id(2) * blocks_per_split
+    for block in range(begin, begin + blocks_per_split):
+        c = block * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
         x = tl.load(row_ptrs[:, None] + c[None, :], mask=(rows < R)[:, None] & (c < P)[None, :], other=0.0)
         x = x.to(tl.float32)
         word = tl.load(word_ptrs + c, mask=c < P, other=0)
@@ -185,16 +190,16 @@ def _mask_cost_fwd_kernel(
     tl.store(sums_ptr + (of_loss + image_block) * block_size + at, loss, mask=(rows < R)[:, None])
 
 
-@triton.jit
+@kernel
 def _mask_cost_reduce_kernel(
-    class_ptr, stride_l, stride_b, stride_n, stride_k, labels_ptr, sums_ptr, areas_ptr, cost_ptr,
+    class_ptr, stride_l, stride_b, stride_n, labels_ptr, sums_ptr, areas_ptr, cost_ptr,
     B, N, M, R, K, splits, blocks, row_blocks, cost_class, cost_mask, cost_dice,
     BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """cost = -cost_class softmax(class_logits)[label] + cost_mask sums[1] / pixels + cost_dice dice, with
     dice = 1 - (2 sum_c p T + 1) / (sum_c p + sum_c T + 1) (V-Net, arXiv:1606.04797), the splits in their order.
 
-        class_logits  (L, B, N, K), the last class being no-object
+        class_logits  (L, B, N, K), rows contiguous, the last class being no-object
         cost          (L, B, N, M); 0 where labels are -1, NaN where they are no class
     """
     image = (tl.program_id(0) // row_blocks).to(tl.int64)
@@ -203,16 +208,19 @@ def _mask_cost_reduce_kernel(
     layer = (rows // N).to(tl.int64)
     query = (rows % N).to(tl.int64)
     class_ptrs = (class_ptr + image * stride_b + layer * stride_l + query * stride_n)[:, None]  # [BLOCK_R, 1]
-    maximum = tl.full([BLOCK_R], float("-inf"), dtype=tl.float32)
+    # Reduced after the loops, not within: that is less work, and Triton up to 3.8 fails on a reduction within of as
+    # many columns as another tensor of the same layout has.
+    k = tl.arange(0, BLOCK_K)[None, :]
+    largest = tl.full([BLOCK_R, BLOCK_K], float("-inf"), dtype=tl.float32)
     for block in range(0, K, BLOCK_K):
-        k = (block + tl.arange(0, BLOCK_K))[None, :]
-        x = tl.load(class_ptrs + k.to(tl.int64) * stride_k, mask=present & (k < K), other=float("-inf"))
-        maximum = tl.maximum(maximum, tl.max(x.to(tl.float32), 1))
-    total = tl.zeros([BLOCK_R], dtype=tl.float32)
+        x = tl.load(class_ptrs + (block + k), mask=present & (block + k < K), other=float("-inf"))
+        largest = tl.maximum(largest, x.to(tl.float32))
+    maximum = tl.max(largest, 1)
+    totals = tl.zeros([BLOCK_R, BLOCK_K], dtype=tl.float32)
     for block in range(0, K, BLOCK_K):
-        k = (block + tl.arange(0, BLOCK_K))[None, :]
-        x = tl.load(class_ptrs + k.to(tl.int64) * stride_k, mask=present & (k < K), other=float("-inf")).to(tl.float32)
-        total += tl.sum(tl.exp2((x - maximum[:, None]) * 1.4426950408889634), 1)
+        x = tl.load(class_ptrs + (block + k), mask=present & (block + k < K), other=float("-inf"))
+        totals += tl.exp2((x.to(tl.float32) - maximum[:, None]) * 1.4426950408889634)
+    total = tl.sum(totals, 1)
 
     image_block = image * blocks + tl.program_id(1)
     image_blocks = tl.cast(B, tl.int64) * blocks
@@ -235,7 +243,7 @@ def _mask_cost_reduce_kernel(
         pixels += tl.load(area_ptrs + BLOCK_M - 1)
     label = tl.load(labels_ptr + image * M + m, mask=(bits < BLOCK_M - 1) & (m < M), other=-1)[None, :]  # [1, BLOCK_M]
     known = (label >= 0) & (label < K)
-    x = tl.load(class_ptrs + label * stride_k, mask=wanted & known, other=float("nan")).to(tl.float32)
+    x = tl.load(class_ptrs + label, mask=wanted & known, other=float("nan")).to(tl.float32)
     probability = tl.exp2((x - maximum[:, None]) * 1.4426950408889634) / total[:, None]
     dice = 1.0 - (2.0 * intersection + 1.0) / (all_probability[:, None] + area[None, :] + 1.0)
     cost = cost_mask * (loss / tl.maximum(pixels, 1.0)) + cost_dice * dice - cost_class * probability
@@ -259,12 +267,12 @@ def add_up(
     _, batch, queries, num_targets = cost.shape
     splits, _, _, blocks, rows, block_targets = sums.shape
     row_blocks = triton.cdiv(rows, config.reduce_rows)
+    class_logits = with_contiguous_rows(class_logits)
     _mask_cost_reduce_kernel[(batch * row_blocks, blocks)](
         class_ptr=class_logits,
         stride_l=class_logits.stride(0),
         stride_b=class_logits.stride(1),
         stride_n=class_logits.stride(2),
-        stride_k=class_logits.stride(3),
         labels_ptr=labels.contiguous(),
         sums_ptr=sums,
         areas_ptr=areas,
@@ -312,6 +320,7 @@ def mask_cost(
         return cost
     config = pick_config(CONFIGS, mask_logits.device)
     mask_logits = with_contiguous_planes(mask_logits)
+    planes = plane_arguments(mask_logits)
     targets = target_arguments(masks, segments, valid, void_value, ignore_void)
     rows, pixels = layers * queries, h * w
     block_targets = power_of_two(num_targets + 1, 16, 64)
@@ -320,6 +329,7 @@ def mask_cost(
     splits = max(1, min(splits, triton.cdiv(pixels, config.least_pixels)))
     per_split = triton.cdiv(triton.cdiv(pixels, splits), config.least_pixels) * config.least_pixels
     splits = triton.cdiv(pixels, per_split)
+    block_pixels = config.pixels if block_targets < 64 else config.pixels // 2  # sums take twice the registers
     words = labels.new_empty((batch, blocks, pixels), dtype=torch.int64 if block_targets == 64 else torch.int32)
     areas = cost.new_empty((splits, batch, blocks, block_targets))
     sums = cost.new_empty((splits, 2, batch, blocks, rows, block_targets))
@@ -340,17 +350,14 @@ def mask_cost(
         **COMPILER_OPTIONS,
     )
     _mask_cost_fwd_kernel[(batch * row_blocks, blocks, splits)](
-        logits_ptr=mask_logits,
-        stride_l=mask_logits.stride(0),
-        stride_b=mask_logits.stride(1),
-        stride_n=mask_logits.stride(2),
+        **planes,
         words_ptr=words,
         sums_ptr=sums,
         B=batch,
         N=queries,
         R=rows,
-        P=pixels,
-        pixels_per_split=per_split,
+        P=pixels // planes["UNIT"],
+        blocks_per_split=per_split // block_pixels,
         row_blocks=row_blocks,
         alpha=alpha,
         gamma=gamma,
@@ -358,7 +365,7 @@ def mask_cost(
         SQUARE=gamma == 2.0,
         HAS_VOID=targets["HAS_VOID"],
         BLOCK_R=config.rows,
-        BLOCK_C=config.pixels if block_targets < 64 else config.pixels // 2,  # sums take twice the registers
+        BLOCK_C=block_pixels,
         BLOCK_M=block_targets,
         num_warps=config.num_warps,
         num_stages=config.num_stages if block_targets < 64 else min(config.num_stages, 2),  # three spill on sm_80

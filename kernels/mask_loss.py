@@ -22,9 +22,12 @@ from torch import Tensor
 from fastmask.kernels._common import (
     COMPILER_OPTIONS,
     _counted,
+    _plane,
     _power,
     _sigmoid_of_magnitude,
+    kernel,
     pick_config,
+    plane_arguments,
     power_of_two,
     target_arguments,
 )
@@ -151,26 +154,27 @@ def _pixel_terms(x, k, inside, target_ptrs, valid_ptrs, target, void_value, alph
     return belongs, counted, p_t, q, cross_entropy, modulation
 
 
-@triton.jit
+@kernel
 def _mask_loss_fwd_kernel(
     logits_ptr, stride_l, stride_b, stride_n, assignment_ptr, labels_ptr,
     target_ptr, valid_ptr, void_value, sums_ptr,
     B, N, M, h, w, H, W, half_step_y, half_step_x, rows_per_split, chunks, alpha, gamma,
     FOCAL: tl.constexpr, SQUARE: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_VOID: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    ONE_CHUNK: tl.constexpr, UNIT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Sums over some output rows and cells of one pair, written in parts that ``_mask_loss_reduce_kernel`` adds:
     the loss, sum p t, sum p, sum t and the number of counted pixels.
 
     The loss of a pixel is alpha_t (1-p_t)^gamma (-log p_t) (RetinaNet, arXiv:1708.02002, equation 5) or -log p_t.
 
-        logits      (L, B, N, h, w)
+        logits      (L, B, N, h, w), strides and w in units
         assignment  (L, B, M), labels (B, M)
         target      (B, H, W) segments or (B, M, H, W) masks;  valid  (B, H, W)
         sums        (L * B * M, parts, 5); not written for targets without a query
     """
     alpha = tl.cast(alpha, tl.float32)
     gamma = tl.cast(gamma, tl.float32)
+    w = w * UNIT
     half_step_y = tl.cast(half_step_y, tl.float32)
     half_step_x = tl.cast(half_step_x, tl.float32)
     pair = tl.program_id(0).to(tl.int64)
@@ -179,7 +183,7 @@ def _mask_loss_fwd_kernel(
     query = tl.load(assignment_ptr + pair)
     label = tl.load(labels_ptr + image * M + target)
     if (query >= 0) & (query < N) & (label >= 0):
-        plane_ptr = logits_ptr + pair // M // B * stride_l + image * stride_b + query * stride_n
+        plane_ptr = _plane(logits_ptr, pair // M // B, image, query, stride_l, stride_b, stride_n, UNIT)
         cell = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
         start = _cell_start(cell, w, W)
         outputs = tl.where(cell < w, _cell_start(cell + 1, w, W) - start, 0)
@@ -197,7 +201,7 @@ def _mask_loss_fwd_kernel(
             )
             # A row's sums are added up first: fewer roundings at the size of the total.
             row_loss, row_intersection, row_outside = zero, zero, zero
-            for chunk in range(chunks):
+            for chunk in range(1 if ONE_CHUNK else chunks):
                 for i in tl.static_range(BLOCK_K):
                     k = chunk * BLOCK_K + i
                     x = _upsampled(_offset(start, k, cell, w, W, half_step_x), before, middle, after)
@@ -229,7 +233,7 @@ def _mask_loss_fwd_kernel(
         tl.store(part_ptr + 4, tl.sum(counted_pixels, 0).to(tl.float32))
 
 
-@triton.jit
+@kernel
 def _mask_loss_reduce_kernel(
     assignment_ptr, labels_ptr, parts_ptr, mask_ptr, dice_ptr, sums_ptr, pairs, B, N, M, parts, BLOCK_P: tl.constexpr
 ):
@@ -273,19 +277,18 @@ def launch_arguments(
     mask_term: str,
     alpha: float,
     gamma: float,
+    grad: Tensor | None = None,
 ) -> dict[str, Any]:
-    """What the kernels of forward and backward take alike. ``mask_logits`` has contiguous planes."""
+    """What the kernels of forward and backward take alike. ``mask_logits`` and ``grad`` have contiguous planes."""
     _, batch, queries, h, w = mask_logits.shape
     if max(2 * targets["H"] * h, targets["H"] * targets["W"]) >= 1 << 31:
         raise ValueError(f"targets of {targets['H']} x {targets['W']} pixels are too large for 32-bit positions")
     cells = power_of_two(w, 32, config.cells)
     outputs = triton.cdiv(targets["W"], w)  # most outputs of a cell
     block_outputs = power_of_two(outputs, 1, config.outputs)
+    planes = plane_arguments(mask_logits, grad, w)
     return {
-        "logits_ptr": mask_logits,
-        "stride_l": mask_logits.stride(0),
-        "stride_b": mask_logits.stride(1),
-        "stride_n": mask_logits.stride(2),
+        **planes,
         "assignment_ptr": assignment.contiguous(),
         "labels_ptr": labels.contiguous(),
         **targets,
@@ -293,7 +296,7 @@ def launch_arguments(
         "N": queries,
         "M": labels.shape[1],
         "h": h,
-        "w": w,
+        "w": w // planes["UNIT"],
         "half_step_y": 0.5 / targets["H"],
         "half_step_x": 0.5 / targets["W"],
         "chunks": triton.cdiv(outputs, block_outputs),
@@ -301,6 +304,7 @@ def launch_arguments(
         "gamma": gamma,
         "FOCAL": mask_term == "focal",
         "SQUARE": gamma == 2.0,
+        "ONE_CHUNK": outputs <= block_outputs,
         "BLOCK_C": cells,
         "BLOCK_K": block_outputs,
         "num_warps": max(1, cells // config.cells_per_warp),
@@ -333,7 +337,7 @@ def mask_loss(
     arguments = launch_arguments(
         config, with_contiguous_planes(mask_logits), assignment, labels, targets, mask_term, alpha, gamma
     )
-    column_blocks = triton.cdiv(arguments["w"], arguments["BLOCK_C"])
+    column_blocks = triton.cdiv(mask_logits.shape[-1], arguments["BLOCK_C"])
     height = arguments["H"]
     splits = max(1, min(config.programs // (pairs * column_blocks), triton.cdiv(height, config.least_rows)))
     rows_per_split = triton.cdiv(height, splits)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmask.kernels._common import pick_config, power_of_two, target_arguments
+from fastmask.kernels._common import _plane, kernel, pick_config, power_of_two, target_arguments
 from fastmask.kernels._layout import empty_gradient, with_contiguous_planes
 from fastmask.kernels.mask_loss import (
     CONFIGS,
@@ -45,7 +45,7 @@ def _row_gradient(
     y, before, middle, after, mask_slope, dice_outside, dice_inside, cell, start, outputs, image, target,
     target_ptr, valid_ptr, void_value, M, H, w, W, half_step_x, chunks, alpha, gamma,
     FOCAL: tl.constexpr, SQUARE: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_VOID: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    ONE_CHUNK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Sums over the outputs of each cell of output row y: gradient of the logits before, of and after the cell.
 
@@ -58,7 +58,7 @@ def _row_gradient(
     to_before = tl.zeros([BLOCK_C], dtype=tl.float32)
     to_middle = tl.zeros([BLOCK_C], dtype=tl.float32)
     to_after = tl.zeros([BLOCK_C], dtype=tl.float32)
-    for chunk in range(chunks):
+    for chunk in range(1 if ONE_CHUNK else chunks):
         for i in tl.static_range(BLOCK_K):
             k = chunk * BLOCK_K + i
             offset = _offset(start, k, cell, w, W, half_step_x)
@@ -81,13 +81,14 @@ def _row_gradient(
     return to_before, to_middle, to_after
 
 
-@triton.jit
+@kernel
 def _mask_loss_bwd_kernel(
     logits_ptr, stride_l, stride_b, stride_n, grad_ptr, grad_stride_l, grad_stride_b, grad_stride_n,
     grad_mask_ptr, grad_dice_ptr, sums_ptr, assignment_ptr, labels_ptr, target_ptr, valid_ptr, void_value,
-    B, N, M, h, w, H, W, half_step_y, half_step_x, rows_per_split, column_step, halo, chunks, alpha, gamma,
+    B, N, M, h, w, H, W, half_step_y, half_step_x, rows_per_split, chunks, alpha, gamma,
     FOCAL: tl.constexpr, SQUARE: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_VOID: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
+    ONE_CHUNK: tl.constexpr, UNIT: tl.constexpr, HALO: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Gradient of sum grad_mask mask + grad_dice dice with respect to some rows and columns of one query's logits.
 
@@ -95,7 +96,7 @@ def _mask_loss_bwd_kernel(
     registers, three for each cell; a row that no later output reaches is gathered from its cells and written. Queries
     without a target get zeros, those with several the sum in the order of the targets.
 
-        logits, grad          (L, B, N, h, w)
+        logits, grad          (L, B, N, h, w), strides and w in units
         grad_mask, grad_dice  (L, B, M);  sums  (L, B, M, 4), of forward
         assignment            (L, B, M), labels (B, M)
         target                (B, H, W) segments or (B, M, H, W) masks;  valid  (B, H, W)
@@ -104,6 +105,7 @@ def _mask_loss_bwd_kernel(
     gamma = tl.cast(gamma, tl.float32)
     half_step_y = tl.cast(half_step_y, tl.float32)
     half_step_x = tl.cast(half_step_x, tl.float32)
+    w = w * UNIT
     row = tl.program_id(0).to(tl.int64)
     query = row % N
     image = row // N % B
@@ -111,12 +113,12 @@ def _mask_loss_bwd_kernel(
     first_pair = (layer * B + image) * M
     row_begin = tl.program_id(2) * rows_per_split
     row_end = tl.minimum(row_begin + rows_per_split, h)
-    plane_ptr = logits_ptr + layer * stride_l + image * stride_b + query * stride_n
-    grad_plane_ptr = grad_ptr + layer * grad_stride_l + image * grad_stride_b + query * grad_stride_n
+    plane_ptr = _plane(logits_ptr, layer, image, query, stride_l, stride_b, stride_n, UNIT)
+    grad_plane_ptr = _plane(grad_ptr, layer, image, query, grad_stride_l, grad_stride_b, grad_stride_n, UNIT)
 
     lane = tl.arange(0, BLOCK_C)
-    cell = tl.program_id(1) * column_step - halo + lane  # [BLOCK_C]
-    owned = (lane >= halo) & (lane < column_step + halo) & (cell < w)
+    cell = tl.program_id(1) * (BLOCK_C - 2 * HALO) - HALO + lane  # [BLOCK_C]
+    owned = (lane >= HALO) & (lane < BLOCK_C - HALO) & (cell < w)
 
     m = tl.arange(0, BLOCK_M)  # [BLOCK_M]
     assigned = tl.load(assignment_ptr + first_pair + m, mask=m < M, other=-1)
@@ -172,7 +174,7 @@ def _mask_loss_bwd_kernel(
                     match_before, match_middle, match_after = _row_gradient(
                         y, before, middle, after, mask_slope, dice_outside, dice_inside, cell, start, outputs, image,
                         target, target_ptr, valid_ptr, void_value, M, H, w, W, half_step_x, chunks, alpha, gamma,
-                        FOCAL, SQUARE, HAS_SEGMENTS, HAS_VOID, BLOCK_C, BLOCK_K,
+                        FOCAL, SQUARE, HAS_SEGMENTS, HAS_VOID, ONE_CHUNK, BLOCK_C, BLOCK_K,
                     )  # fmt: skip
                     to_before += match_before
                     to_middle += match_middle
@@ -210,25 +212,19 @@ def mask_loss_backward(
         return grad.zero_()
     config = pick_config(CONFIGS, mask_logits.device)
     targets = target_arguments(masks, segments, valid, void_value, ignore_void)
-    arguments = launch_arguments(config, mask_logits, assignment, labels, targets, mask_term, alpha, gamma)
-    h, w, cells = arguments["h"], arguments["w"], arguments["BLOCK_C"]
+    arguments = launch_arguments(config, mask_logits, assignment, labels, targets, mask_term, alpha, gamma, grad)
+    h, w, cells = *mask_logits.shape[-2:], arguments["BLOCK_C"]
     halo = 0 if w <= cells else 1  # cells beyond both ends of a program's columns, whose outputs reach into them
-    column_step = cells - 2 * halo
     rows_per_split = min(config.backward_rows, h)
     _mask_loss_bwd_kernel[
-        (mask_logits[..., 0, 0].numel(), triton.cdiv(w, column_step), triton.cdiv(h, rows_per_split))
+        (mask_logits[..., 0, 0].numel(), triton.cdiv(w, cells - 2 * halo), triton.cdiv(h, rows_per_split))
     ](
         **arguments,
-        grad_ptr=grad,
-        grad_stride_l=grad.stride(0),
-        grad_stride_b=grad.stride(1),
-        grad_stride_n=grad.stride(2),
         grad_mask_ptr=grad_mask.contiguous(),
         grad_dice_ptr=grad_dice.contiguous(),
         sums_ptr=sums.contiguous(),
         rows_per_split=rows_per_split,
-        column_step=column_step,
-        halo=halo,
-        BLOCK_M=power_of_two(arguments["M"], 1, 1 << 30),
+        HALO=halo,
+        BLOCK_M=power_of_two(arguments["M"], 16, 1 << 30),
     )
     return grad

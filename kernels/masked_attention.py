@@ -21,7 +21,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmask.kernels._common import COMPILER_OPTIONS, pick_config, power_of_two
+from fastmask.kernels._common import (
+    COMPILER_OPTIONS,
+    kernel,
+    pick_config,
+    power_of_two,
+    unit,
+    with_contiguous_rows,
+)
 from fastmask.kernels.attended_keys import (
     _attends,
     _lowest_block,
@@ -80,20 +87,21 @@ def _kept(seed, row, S, s, dropout_p):
     return tl.rand(seed, row[:, None] * S + s[None, :]) >= dropout_p
 
 
-@triton.jit
+@kernel
 def _masked_attention_fwd_kernel(
     q_ptr, stride_qb, stride_qn, k_ptr, stride_kb, stride_ks, v_ptr, stride_vb, stride_vs,
-    padding_ptr, bits_ptr, stride_bits_b, stride_bits_w, stride_bits_n,
+    padding_ptr, bits_ptr, stride_bits_b, stride_bits_w,
     occupied_ptr, stride_occupied_b, stride_occupied_n, seed_ptr, out_ptr, lse_ptr,
     B, N, S, heads, query_blocks, blocks_per_split, scale, dropout_p,
-    HAS_BITS: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_BITS: tl.constexpr, OWN_BITS: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    UNIT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One head and BLOCK_N queries over one split of the keys: softmax(scale q k^T + M) v (Mask2Former,
     arXiv:2112.01527, equation 2) with the maximum and sum of the softmax as they are so far (FlashAttention-2,
     arXiv:2307.08691, algorithm 1), in powers of two.
 
-        q  (B, N, E);  k, v  (B, S, E);  padding  (B, S) uint8;  bits and occupied: see ``attended_keys``
+        q  (B, N, E);  k, v  (B, S, E), strides in units;  padding  (B, S) uint8
+        bits and occupied: see ``attended_keys``
         out  (splits, B, N, E);  lse  (splits, B, heads, N), natural, +inf for queries without any key
     """
     scale = tl.cast(scale, tl.float32)
@@ -108,7 +116,8 @@ def _masked_attention_fwd_kernel(
     i = tl.arange(0, BLOCK_S)
     d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     there = (n < N)[:, None] & (d < HEAD_DIM)[None, :]
-    q_ptr += image * stride_qb + tl.cast(first_query, tl.int64) * stride_qn + channel
+    q_ptr += (image * stride_qb + tl.cast(first_query, tl.int64) * stride_qn) * UNIT + channel
+    stride_qn = stride_qn * UNIT
     q = tl.load(q_ptr + (r[:, None] * stride_qn + d[None, :]), mask=there, other=0.0)  # [BLOCK_N, BLOCK_D]
     if q.dtype == tl.float32:
         q *= scale  # as the reference does, and with its rounding
@@ -118,8 +127,10 @@ def _masked_attention_fwd_kernel(
         q = tl.where(scale < 0.0, -q, q)
         scale = tl.maximum(tl.abs(scale), 1e-30)
     log2_scale = scale * LOG2_E
-    k_ptr += image * stride_kb + channel
-    v_ptr += image * stride_vb + channel
+    k_ptr += image * stride_kb * UNIT + channel
+    v_ptr += image * stride_vb * UNIT + channel
+    stride_ks = stride_ks * UNIT
+    stride_vs = stride_vs * UNIT
     if HAS_BITS:
         bits_ptr += image * stride_bits_b
         occupied_ptr += image * stride_occupied_b
@@ -150,7 +161,7 @@ def _masked_attention_fwd_kernel(
             start = tl.cast(block, tl.int64) * BLOCK_S
             k = tl.load(k_ptr + start * stride_ks + (i[:, None] * stride_ks + d[None, :]), mask=in_keys, other=0.0)
             v = tl.load(v_ptr + start * stride_vs + (i[:, None] * stride_vs + d[None, :]), mask=in_keys, other=0.0)
-            attended = _attends(bits_ptr, stride_bits_w, stride_bits_n, block, n, N, S, HAS_BITS, BLOCK_S)
+            attended = _attends(bits_ptr, stride_bits_w, block, n, N, S, HAS_BITS, OWN_BITS, BLOCK_S)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_N, BLOCK_S]
             scores = tl.where(attended, scores, float("-inf"))
             larger = tl.maximum(maximum, tl.max(scores, 1))
@@ -179,7 +190,7 @@ def _masked_attention_fwd_kernel(
     tl.store(lse_ptr + (split * B * heads + pair) * N + n, lse, mask=n < N)
 
 
-@triton.jit
+@kernel
 def _masked_attention_reduce_kernel(
     parts_ptr, lse_parts_ptr, out_ptr, lse_ptr, B, N, heads, query_blocks, splits,
     WEIGHTED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -251,9 +262,9 @@ def config_of_heads(
     return configs[power_of_two(2 * head_dim if dropout_p > 0.0 else head_dim, 32, 128)]
 
 
-def with_contiguous_rows(x: Tensor) -> Tensor:
+def with_near_rows(x: Tensor) -> Tensor:
     """``(B, N or S, E)`` whose rows are contiguous, and near enough for 32-bit positions within a block."""
-    return x if x.stride(-1) == 1 and x.stride(1) < 1 << 22 else x.contiguous()
+    return with_contiguous_rows(x if x.stride(1) < 1 << 22 else x.contiguous())
 
 
 def launch_arguments(
@@ -270,6 +281,7 @@ def launch_arguments(
     scale: float,
     dropout_p: float,
     seed: Tensor | None,
+    grad_out: Tensor | None = None,
 ) -> tuple[dict[str, Any], int]:
     """What the kernels of forward and backward take alike, and into how many splits the keys go."""
     batch, queries, channels = q.shape
@@ -277,17 +289,19 @@ def launch_arguments(
     blocks = triton.cdiv(keys, config.keys)
     splits = max(1, min(config.programs // programs, triton.cdiv(keys, config.least_keys)))
     blocks_per_split = triton.cdiv(blocks, splits)
-    q, k, v = (with_contiguous_rows(x) for x in (q, k, v))
+    q, k, v = (with_near_rows(x) for x in (q, k, v))
+    pointers = {"q_ptr": q, "k_ptr": k, "v_ptr": v}
+    names = [("stride_qb", "stride_qn"), ("stride_kb", "stride_ks"), ("stride_vb", "stride_vs")]
+    if grad_out is not None:
+        pointers["grad_out_ptr"] = with_near_rows(grad_out)
+        names.append(("stride_gb", "stride_gn"))
+    strides = {
+        name: x.stride(i) for x, pair in zip(pointers.values(), names, strict=True) for i, name in enumerate(pair)
+    }
+    size = unit(*strides.values())
     return {
-        "q_ptr": q,
-        "stride_qb": q.stride(0),
-        "stride_qn": q.stride(1),
-        "k_ptr": k,
-        "stride_kb": k.stride(0),
-        "stride_ks": k.stride(1),
-        "v_ptr": v,
-        "stride_vb": v.stride(0),
-        "stride_vs": v.stride(1),
+        **pointers,
+        **{name: stride // size for name, stride in strides.items()},
         "padding_ptr": None if key_padding_mask is None else key_padding_mask.contiguous().view(torch.uint8),
         **attended_keys(mask_logits, key_padding_mask, q, grid, config.keys),
         "seed_ptr": seed if dropout_p > 0.0 else None,
@@ -300,6 +314,7 @@ def launch_arguments(
         "dropout_p": dropout_p,
         "HAS_PADDING": key_padding_mask is not None,
         "HAS_DROPOUT": dropout_p > 0.0,
+        "UNIT": size,
         "HEAD_DIM": channels // num_heads,
         "BLOCK_N": block_queries,
         "BLOCK_S": config.keys,

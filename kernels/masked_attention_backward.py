@@ -13,11 +13,10 @@ issue slots; exponentials 17 us; 21 GFLOP on tensor cores 28 us. Smaller grids t
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmask.kernels._common import pick_config, power_of_two
+from fastmask.kernels._common import kernel, pick_config, power_of_two
 from fastmask.kernels.attended_keys import _attends, _lowest_block, _occupied_blocks
 from fastmask.kernels.masked_attention import (
     LOG2_E,
@@ -26,7 +25,6 @@ from fastmask.kernels.masked_attention import (
     add_splits,
     config_of_heads,
     launch_arguments,
-    with_contiguous_rows,
 )
 
 # As in forward. Products of 64 keys with queries run on warp groups; on other GPUs a warp holds whole operands.
@@ -56,15 +54,16 @@ BACKWARD_FLOAT32_CONFIGS = {
 }
 
 
-@triton.jit
+@kernel
 def _masked_attention_bwd_kernel(
     q_ptr, stride_qb, stride_qn, k_ptr, stride_kb, stride_ks, v_ptr, stride_vb, stride_vs,
     grad_out_ptr, stride_gb, stride_gn, out_ptr, lse_ptr, delta_ptr,
-    padding_ptr, bits_ptr, stride_bits_b, stride_bits_w, stride_bits_n,
+    padding_ptr, bits_ptr, stride_bits_b, stride_bits_w,
     occupied_ptr, stride_occupied_b, stride_occupied_n, seed_ptr, grad_q_ptr, grad_k_ptr, grad_v_ptr,
     B, N, S, heads, first_query, blocks_per_split, scale, dropout_p,
-    HAS_BITS: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, DELTA: tl.constexpr,
-    ADDS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_BITS: tl.constexpr, OWN_BITS: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    DELTA: tl.constexpr, ADDS: tl.constexpr,
+    UNIT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one head, from one split of the keys and BLOCK_N queries from ``first_query`` on. With the weights
     P = exp(scale q k^T - logsumexp), and P', dP' what dropout makes of P and of the gradient dO V^T of its result:
@@ -75,7 +74,7 @@ def _masked_attention_bwd_kernel(
     the very products that it is subtracted from, and of weights that sum to one, which a rounded logsumexp does not
     give: a launch with "summed" adds up rowsum(P dP') and rowsum(P), one with "known" reads them.
 
-        q, grad_out, out  (B, N, E);  k, v, grad_k, grad_v  (B, S, E);  logsumexp  (B, heads, N)
+        q, grad_out, out  (B, N, E);  k, v, grad_k, grad_v  (B, S, E);  logsumexp  (B, heads, N);  strides in units
         delta   (splits, 2, B, heads, N);  grad_q  (splits, B, N, E)
         ADDS    whether grad_k and grad_v hold the sums over earlier queries
     """
@@ -90,8 +89,10 @@ def _masked_attention_bwd_kernel(
     i = tl.arange(0, BLOCK_S)
     d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     there = (n < N)[:, None] & (d < HEAD_DIM)[None, :]
-    q_ptr += image * stride_qb + tl.cast(first_query, tl.int64) * stride_qn + channel
-    grad_out_ptr += image * stride_gb + tl.cast(first_query, tl.int64) * stride_gn + channel
+    q_ptr += (image * stride_qb + tl.cast(first_query, tl.int64) * stride_qn) * UNIT + channel
+    stride_qn = stride_qn * UNIT
+    grad_out_ptr += (image * stride_gb + tl.cast(first_query, tl.int64) * stride_gn) * UNIT + channel
+    stride_gn = stride_gn * UNIT
     # [BLOCK_N, BLOCK_D]
     q = tl.load(q_ptr + (r[:, None] * stride_qn + d[None, :]), mask=there, other=0.0)
     g = tl.load(grad_out_ptr + (r[:, None] * stride_gn + d[None, :]), mask=there, other=0.0)
@@ -112,8 +113,10 @@ def _masked_attention_bwd_kernel(
     if q.dtype == tl.float32:
         q *= scale
     lse = tl.load(lse_ptr + pair * N + n, mask=n < N, other=float("inf"))
-    k_ptr += image * stride_kb + channel
-    v_ptr += image * stride_vb + channel
+    k_ptr += image * stride_kb * UNIT + channel
+    v_ptr += image * stride_vb * UNIT + channel
+    stride_ks = stride_ks * UNIT
+    stride_vs = stride_vs * UNIT
     grad_k_ptr += image * S * channels + channel
     grad_v_ptr += image * S * channels + channel
     if HAS_BITS:
@@ -157,7 +160,7 @@ def _masked_attention_bwd_kernel(
             start = tl.cast(block, tl.int64) * BLOCK_S
             k = tl.load(k_ptr + start * stride_ks + (i[:, None] * stride_ks + d[None, :]), mask=in_keys, other=0.0)
             v = tl.load(v_ptr + start * stride_vs + (i[:, None] * stride_vs + d[None, :]), mask=in_keys, other=0.0)
-            attended = _attends(bits_ptr, stride_bits_w, stride_bits_n, block, n, N, S, HAS_BITS, BLOCK_S)
+            attended = _attends(bits_ptr, stride_bits_w, block, n, N, S, HAS_BITS, OWN_BITS, BLOCK_S)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_N, BLOCK_S]
             if q.dtype == tl.float32:
                 weights = tl.exp2((scores - lse[:, None]) * LOG2_E)
@@ -228,9 +231,8 @@ def masked_attention_backward(
     block_queries = power_of_two(queries, min(64, config.queries), config.queries)
     arguments, splits = launch_arguments(
         config, block_queries, batch * num_heads, q, k, v, mask_logits, key_padding_mask, (grid_height, grid_width),
-        num_heads, scale, dropout_p, seed,
+        num_heads, scale, dropout_p, seed, grad_out,
     )  # fmt: skip
-    grad_out = with_contiguous_rows(grad_out)
     grad_q = q.new_empty(q.shape)
     parts = grad_q if splits == 1 else grad_q.new_empty((splits, *q.shape), dtype=torch.float32)
     # Sums over several blocks of queries stay in memory until they are complete.
@@ -242,9 +244,6 @@ def masked_attention_backward(
         for step in ("summed", "known") if single else ("out",):
             _masked_attention_bwd_kernel[(batch * num_heads, splits)](
                 **arguments,
-                grad_out_ptr=grad_out,
-                stride_gb=grad_out.stride(0),
-                stride_gn=grad_out.stride(1),
                 out_ptr=out.contiguous(),
                 lse_ptr=logsumexp.contiguous(),
                 delta_ptr=delta,

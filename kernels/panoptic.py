@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmask.kernels._common import COMPILER_OPTIONS, _reciprocal, pick_config
+from fastmask.kernels._common import COMPILER_OPTIONS, _reciprocal, kernel, pick_config, with_contiguous_planes
 from fastmask.kernels._resample import BLOCK_N, _exp2, _interpolate, _tile_taps, count_nans, staged_bands
 
 
@@ -42,18 +42,18 @@ def _column_counts(inside, PIXELS: tl.constexpr, BLOCK_N: tl.constexpr):
     return tl.reshape(counts, [BLOCK_N])
 
 
-@triton.jit
+@kernel
 def _panoptic_fwd_kernel(
     stage_ptr, row_index_ptr, row_weight_ptr, column_index_ptr, column_weight_ptr,
     scores_ptr, order_ptr, kept_ptr, winner_ptr, areas_ptr,
-    N, padded_n, cells, columns, top, count, H, W, tiles_x, threshold,
+    N, blocks, cells, columns, top, count, H, W, tiles_x, threshold,
     TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, PROBABILITIES: tl.constexpr, CLIP: tl.constexpr,
     TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """winner = argmax_n scores[n] sigmoid(x[n]) over the queries kept, the lowest of equals, for one tile of pixels
     (MaskFormer, arXiv:2107.06278, section 3.4); x is interpolated from the stage, or sigmoid(x) is (PROBABILITIES).
 
-        stage   (B, cells, padded_n), NaN where logits are; taps as in ``_semantic_fwd_kernel``
+        stage   (B, cells, blocks * BLOCK_N), NaN where logits are; taps as in ``_semantic_fwd_kernel``
         scores  (B, N) and order (B, N), score and query at each place of the stage;  kept (B), how many places count
         winner  (B, H, W), -1 where nothing was kept or all is NaN; with CLIP also where the winner is not ``inside``
         areas   (B, N, 3) by place is increased by the pixels won, inside, and where ``winner`` is the query
@@ -61,6 +61,7 @@ def _panoptic_fwd_kernel(
     A pixel is inside a mask where x, or sigmoid(x), is at least ``threshold``. Probabilities below 2^-126 are 0.
     """
     threshold = tl.cast(threshold, tl.float32)
+    padded_n = blocks * BLOCK_N
     image = tl.program_id(1).to(tl.int64)
     PIXELS: tl.constexpr = TILE_Y * TILE_X
     pixel = tl.arange(0, PIXELS)  # [PIXELS]
@@ -144,7 +145,7 @@ def panoptic_winners(
     each query that was kept are NaN (B, N)."""
     batch, queries = scores.shape
     height, width = out_rows, size[1]
-    scores = scores.contiguous()
+    scores, mask_logits = scores.contiguous(), with_contiguous_planes(mask_logits)
     keep = scores > 0
     nan_logits = count_nans(mask_logits) * keep
     winner = torch.full((batch, height, width), -1, dtype=torch.int32, device=scores.device)
@@ -170,7 +171,7 @@ def panoptic_winners(
             winner_ptr=winner,
             areas_ptr=areas,
             N=queries,
-            padded_n=band.padded_n,
+            blocks=band.padded_n // BLOCK_N,
             cells=band.cells,
             columns=band.columns,
             top=band.top,

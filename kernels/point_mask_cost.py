@@ -17,7 +17,10 @@ from torch import Tensor
 
 from fastmask.kernels._common import (
     COMPILER_OPTIONS,
+    _plane,
+    kernel,
     pick_config,
+    plane_arguments,
     power_of_two,
     target_arguments,
 )
@@ -80,7 +83,7 @@ def _shares_at(target_ptr, valid_ptr, image, offset, on, targets, void_value, M,
     return _pixel_share(pixels, valid, on, of_target, targets[None, :], void_value, HAS_SEGMENTS, HAS_VOID)
 
 
-@triton.jit
+@kernel
 def _point_mask_cost_targets_kernel(
     points_ptr, target_ptr, valid_ptr, void_value, shares_ptr, areas_ptr,
     B, M, P, H, W, points_per_split,
@@ -125,11 +128,12 @@ def _point_mask_cost_targets_kernel(
     tl.store(areas_ptr + (split_image * blocks + tl.program_id(1)) * BLOCK_M + slots, area)
 
 
-@triton.jit
+@kernel
 def _point_mask_cost_fwd_kernel(
     logits_ptr, stride_l, stride_b, stride_n, points_ptr, shares_ptr, sums_ptr,
     B, N, R, P, h, w, points_per_split, row_blocks, alpha, gamma,
-    FOCAL: tl.constexpr, SQUARE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
+    FOCAL: tl.constexpr, SQUARE: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Sums over one split of the points i, for R = L * N rows of one image and a block of its targets m:
 
@@ -149,7 +153,7 @@ def _point_mask_cost_fwd_kernel(
     rows = (tl.program_id(0) % row_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
     image_block = image * tl.num_programs(1) + tl.program_id(1)
     slots = tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    row_ptrs = logits_ptr + image * stride_b + (rows // N).to(tl.int64) * stride_l + (rows % N).to(tl.int64) * stride_n
+    row_ptrs = _plane(logits_ptr, rows // N, image, rows % N, stride_l, stride_b, stride_n, UNIT)
 
     probability = tl.zeros([BLOCK_R, BLOCK_M], dtype=tl.float32)
     loss = tl.zeros([BLOCK_R, BLOCK_M], dtype=tl.float32)
@@ -237,10 +241,7 @@ def point_mask_cost(
         **COMPILER_OPTIONS,
     )
     _point_mask_cost_fwd_kernel[(batch * row_blocks, blocks, splits)](
-        logits_ptr=mask_logits,
-        stride_l=mask_logits.stride(0),
-        stride_b=mask_logits.stride(1),
-        stride_n=mask_logits.stride(2),
+        **plane_arguments(mask_logits),
         points_ptr=points,
         shares_ptr=shares,
         sums_ptr=sums,

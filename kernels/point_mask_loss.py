@@ -21,7 +21,10 @@ from torch import Tensor
 
 from fastmask.kernels._common import (
     COMPILER_OPTIONS,
+    _plane,
+    kernel,
     pick_config,
+    plane_arguments,
     power_of_two,
     target_arguments,
 )
@@ -51,13 +54,13 @@ class PointMaskLossConfig:
 CONFIGS = {None: PointMaskLossConfig()}
 
 
-@triton.jit
+@kernel
 def _point_mask_loss_fwd_kernel(
     logits_ptr, stride_l, stride_b, stride_n, assignment_ptr, labels_ptr, points_ptr,
     target_ptr, valid_ptr, void_value, sums_ptr,
     B, N, M, P, h, w, H, W, points_per_split, alpha, gamma,
     FOCAL: tl.constexpr, SQUARE: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_VOID: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Sums over some points of one pair, written in parts that ``_mask_loss_reduce_kernel`` adds: the loss
     t F+ + (v - t) F-, p t, v p, t and v (Mask2Former, arXiv:2112.01527, section 3.3).
@@ -75,7 +78,7 @@ def _point_mask_loss_fwd_kernel(
     query = tl.load(assignment_ptr + pair)
     label = tl.load(labels_ptr + image * M + target)
     if (query >= 0) & (query < N) & (label >= 0):
-        plane_ptr = logits_ptr + pair // M // B * stride_l + image * stride_b + query * stride_n
+        plane_ptr = _plane(logits_ptr, pair // M // B, image, query, stride_l, stride_b, stride_n, UNIT)
         zero = tl.zeros([BLOCK_P], dtype=tl.float32)
         losses, intersections, predictions, target_shares, weights = zero, zero, zero, zero, zero
         begin = tl.program_id(1) * points_per_split
@@ -122,13 +125,13 @@ def _pair_slopes(pair, sums_ptr, grad_mask_ptr, grad_dice_ptr, gamma, FOCAL: tl.
     return mask_slope, of_v, of_t, bound
 
 
-@triton.jit
+@kernel
 def _point_mask_loss_bwd_kernel(
     logits_ptr, stride_l, stride_b, stride_n, assignment_ptr, labels_ptr, points_ptr,
     target_ptr, valid_ptr, void_value, grad_mask_ptr, grad_dice_ptr, sums_ptr, units_ptr,
     B, N, M, P, h, w, H, W, alpha, gamma,
     FOCAL: tl.constexpr, SQUARE: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_VOID: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Adds the gradients of some points of one pair to the four logits around each, in units of 2^-40 of the bound.
 
@@ -144,7 +147,7 @@ def _point_mask_loss_bwd_kernel(
     mask_slope, of_v, of_t, bound = _pair_slopes(pair, sums_ptr, grad_mask_ptr, grad_dice_ptr, gamma, FOCAL)
     # With a bound that is infinite the whole gradient becomes NaN.
     if (query >= 0) & (query < N) & (label >= 0) & (bound > 0.0) & (bound < float("inf")):
-        plane_ptr = logits_ptr + pair // M // B * stride_l + image * stride_b + query * stride_n
+        plane_ptr = _plane(logits_ptr, pair // M // B, image, query, stride_l, stride_b, stride_n, UNIT)
         i = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)  # [BLOCK_P]
         inside = i < P
         px = tl.load(points_ptr + (pair * P + i) * 2, mask=inside, other=-1.0)
@@ -167,17 +170,18 @@ def _point_mask_loss_bwd_kernel(
         tl.atomic_add(unit_ptrs + w + 1, (lower_units * right).to(tl.int64), mask=on_lower & on_right, sem="relaxed")
 
 
-@triton.jit
+@kernel
 def _point_mask_loss_grad_kernel(
     grad_ptr, grad_stride_l, grad_stride_b, grad_stride_n, assignment_ptr, labels_ptr,
     grad_mask_ptr, grad_dice_ptr, sums_ptr, units_ptr, B, N, M, cells, gamma,
-    FOCAL: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
+    FOCAL: tl.constexpr, UNIT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one query's logits, the pairs it belongs to in their order; zero where there are none.
 
-    grad  (L, B, N, cells)
+    grad  (L, B, N, cells), strides and cells in units
     """
     gamma = tl.cast(gamma, tl.float32)
+    cells = cells * UNIT
     row = tl.program_id(0).to(tl.int64)
     query = row % N
     layer_image = row // N
@@ -196,8 +200,8 @@ def _point_mask_loss_grad_kernel(
         _, _, _, bound = _pair_slopes(pair, sums_ptr, grad_mask_ptr, grad_dice_ptr, gamma, FOCAL)
         units = tl.load(units_ptr + pair * cells + cell, mask=cell < cells, other=0)
         grad += tl.where(bound < float("inf"), units.to(tl.float32) * 9.094947017729282e-13 * bound, float("nan"))
-    at = grad_ptr + layer_image // B * grad_stride_l + image * grad_stride_b + query * grad_stride_n + cell
-    tl.store(at, grad.to(grad_ptr.dtype.element_ty), mask=cell < cells)
+    grad_plane_ptr = _plane(grad_ptr, layer_image // B, image, query, grad_stride_l, grad_stride_b, grad_stride_n, UNIT)
+    tl.store(grad_plane_ptr + cell, grad.to(grad_ptr.dtype.element_ty), mask=cell < cells)
 
 
 def launch_arguments(
@@ -218,10 +222,7 @@ def launch_arguments(
     if points.shape[3] > MOST_POINTS:
         raise ValueError(f"points has {points.shape[3]} points a pair; at most {MOST_POINTS} are supported")
     return {
-        "logits_ptr": mask_logits,
-        "stride_l": mask_logits.stride(0),
-        "stride_b": mask_logits.stride(1),
-        "stride_n": mask_logits.stride(2),
+        **plane_arguments(mask_logits),
         "assignment_ptr": assignment.contiguous(),
         "labels_ptr": labels.contiguous(),
         "points_ptr": points.contiguous(),
@@ -318,6 +319,8 @@ def point_mask_loss_backward(
     targets = target_arguments(masks, segments, valid, void_value, ignore_void)
     arguments = launch_arguments(config, mask_logits, assignment, labels, points, targets, mask_term, alpha, gamma)
     cells = arguments["h"] * arguments["w"]
+    planes = plane_arguments(mask_logits, grad)
+    del planes["logits_ptr"], planes["stride_l"], planes["stride_b"], planes["stride_n"]
     of_pairs = {
         "grad_mask_ptr": grad_mask.contiguous(),
         "grad_dice_ptr": grad_dice.contiguous(),
@@ -328,15 +331,12 @@ def point_mask_loss_backward(
         **arguments, **of_pairs
     )
     _point_mask_loss_grad_kernel[(mask_logits[..., 0, 0].numel(), triton.cdiv(cells, config.cells))](
-        grad_ptr=grad,
-        grad_stride_l=grad.stride(0),
-        grad_stride_b=grad.stride(1),
-        grad_stride_n=grad.stride(2),
+        **planes,
         **{name: arguments[name] for name in ("assignment_ptr", "labels_ptr", "B", "N", "M", "gamma", "FOCAL")},
         **of_pairs,
-        cells=cells,
+        cells=cells // planes["UNIT"],
         BLOCK_C=config.cells,
-        BLOCK_M=power_of_two(arguments["M"], 1, 1 << 30),
+        BLOCK_M=power_of_two(arguments["M"], 16, 1 << 30),
         num_warps=config.num_warps,
         **COMPILER_OPTIONS,
     )

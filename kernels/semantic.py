@@ -37,7 +37,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmask.kernels._common import COMPILER_OPTIONS, INTERPRETED, _reciprocal, pick_config, power_of_two
+from fastmask.kernels._common import (
+    COMPILER_OPTIONS,
+    INTERPRETED,
+    _reciprocal,
+    kernel,
+    pick_config,
+    power_of_two,
+    with_contiguous_planes,
+)
 from fastmask.kernels._resample import (
     BLOCK_N,
     LEAST_NORMAL,
@@ -71,8 +79,12 @@ class SemanticConfig:
     num_warps: int = 8
 
 
-# By the number of fp16 parts that each factor has.
-CONFIGS = {1: {None: SemanticConfig()}, 2: {None: SemanticConfig(tile_columns=8, num_warps=4)}}
+# By the number of fp16 parts that each factor has. On Blackwell a thread of four warps gets a whole pixel's scores from
+# tensor memory; with eight, Triton up to 3.7 fails to lay them out for the search of the best.
+CONFIGS = {
+    1: {10: SemanticConfig(num_warps=4), None: SemanticConfig()},
+    2: {None: SemanticConfig(tile_columns=8, num_warps=4)},
+}
 
 
 @triton.jit
@@ -88,17 +100,17 @@ def _to_half(x):
     return result
 
 
-@triton.jit
+@kernel
 def _semantic_classes_kernel(
     probabilities_ptr, order_ptr, largest_ptr, weight_ptr, high_ptr, low_ptr, stop_ptr, rest_ptr,
-    N, K, blocks, width, least_skipped, negligible, SKIP: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    N, K, blocks, least_skipped, negligible,
+    SKIP: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Class probabilities in the order of the stage, each query's divided by its largest, as factors of products.
 
     probabilities  (B, N, K);  order (B, N), by falling largest (B, N)
     weight         (B, blocks * BLOCK_N), the largest again, 0 where there is no query
-    high, low      (B, class blocks, blocks * BLOCK_N, width) fp16, their sum the quotient to 22 bits
+    high, low      (B, class blocks, blocks * BLOCK_N, WIDTH) fp16, their sum the quotient to 22 bits
     stop           (B), after how many blocks of queries to ask whether the rest matters; all of them for never
     rest           (B), what the rest adds to any class at most
     """
@@ -106,12 +118,12 @@ def _semantic_classes_kernel(
     class_block = tl.program_id(1)
     negligible = tl.cast(negligible, tl.float32)
     k = tl.arange(0, BLOCK_K)  # [BLOCK_K]
-    classes = class_block * width + k
-    held = (k < width) & (classes < K)
+    classes = class_block * WIDTH + k
+    held = (k < WIDTH) & (classes < K)
     suffix = tl.zeros([BLOCK_K], dtype=tl.float32)
     stop = blocks
     rest = 0.0
-    table = (image * tl.num_programs(1) + class_block) * blocks * BLOCK_N * width
+    table = (image * tl.num_programs(1) + class_block) * blocks * BLOCK_N * WIDTH
     for done in range(0, blocks):
         block = blocks - 1 - done
         n = block * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
@@ -121,10 +133,10 @@ def _semantic_classes_kernel(
         p = tl.load(p_ptrs, mask=(n < N)[:, None] & held[None, :], other=0.0)  # [BLOCK_N, BLOCK_K]
         share = tl.where((largest > 0.0)[:, None], tl.div_rn(p, tl.maximum(largest, LEAST_NORMAL)[:, None]), 0.0)
         high = share.to(tl.float16)
-        at = table + n[:, None] * width + k[None, :]
-        tl.store(high_ptr + at, high, mask=(k < width)[None, :])
+        at = table + n[:, None] * WIDTH + k[None, :]
+        tl.store(high_ptr + at, high, mask=(k < WIDTH)[None, :])
         if PARTS == 2:
-            tl.store(low_ptr + at, (share - high.to(tl.float32)).to(tl.float16), mask=(k < width)[None, :])
+            tl.store(low_ptr + at, (share - high.to(tl.float32)).to(tl.float16), mask=(k < WIDTH)[None, :])
         if class_block == 0:
             tl.store(weight_ptr + image * blocks * BLOCK_N + n, largest)
         if SKIP:
@@ -138,14 +150,14 @@ def _semantic_classes_kernel(
         tl.store(rest_ptr + image, rest)
 
 
-@triton.jit
+@kernel
 def _semantic_fwd_kernel(
     stage_ptr, peak_ptr, row_index_ptr, row_weight_ptr, column_index_ptr, column_weight_ptr,
     weight_ptr, high_ptr, low_ptr, stop_ptr, rest_ptr, result_ptr, score_ptr, margin_ptr,
-    K, blocks, class_blocks, cells, columns, top, count, H, W, tiles_x, slack,
+    K, blocks, cells, columns, top, count, H, W, tiles_x, slack,
     TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, PROBABILITIES: tl.constexpr, PARTS: tl.constexpr,
     SCORES: tl.constexpr, DETAILS: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
+    CLASS_BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     """score[k] = sum_n P[n, k] sigmoid(x[n]) for one tile of pixels, label = the lowest argmax_k score[k] (MaskFormer,
     arXiv:2107.06278, section 3.4); x is interpolated from the stage, or sigmoid(x) is (PROBABILITIES).
@@ -197,8 +209,8 @@ def _semantic_fwd_kernel(
     best = tl.full([PIXELS], -1.0, dtype=tl.float32)
     second = tl.full([PIXELS], 0.0, dtype=tl.float32)
     label = tl.zeros([PIXELS], dtype=tl.int32)
-    for class_block in range(class_blocks):
-        table = (image * class_blocks + class_block) * padded_n * WIDTH
+    for class_block in range(CLASS_BLOCKS):
+        table = (image * CLASS_BLOCKS + class_block) * padded_n * WIDTH
         scores_a = tl.zeros([PIXELS, BLOCK_A], dtype=tl.float32)
         scores_b = tl.zeros([PIXELS, BLOCK_B if BLOCK_B else 1], dtype=tl.float32)
         end = stop
@@ -333,11 +345,11 @@ def class_tables(probabilities: Tensor, parts: int, skip: bool, config: Semantic
         N=queries,
         K=classes,
         blocks=padded_n // BLOCK_N,
-        width=width,
         least_skipped=config.least_skipped,
         negligible=config.negligible,
         SKIP=skip and blocks == 1,
         PARTS=parts,
+        WIDTH=width,
         BLOCK_N=BLOCK_N,
         BLOCK_K=power_of_two(width, 16, 1 << 30),
         num_warps=4,
@@ -379,6 +391,7 @@ def semantic_inference(
         result = probabilities.new_empty(shape, dtype=label_dtype(classes))
     score = probabilities.new_empty(shape if details else 0)
     margin = torch.empty_like(score)
+    mask_logits = with_contiguous_planes(mask_logits)
     nan_logits = count_nans(mask_logits)
     if queries == 0 or batch == 0:
         return result.zero_(), score.zero_(), margin.zero_(), nan_logits
@@ -423,7 +436,6 @@ def _launch(
         margin_ptr=margin if details else None,
         K=classes,
         blocks=query_blocks,
-        class_blocks=blocks,
         cells=band.cells,
         columns=band.columns,
         top=band.top,
@@ -438,6 +450,7 @@ def _launch(
         DETAILS=details,
         TILE_Y=config.tile_rows,
         TILE_X=config.tile_columns,
+        CLASS_BLOCKS=blocks,
         BLOCK_N=BLOCK_N,
         BLOCK_A=block_a,
         BLOCK_B=block_b,

@@ -12,29 +12,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmask.kernels._common import COMPILER_OPTIONS
+from fastmask.kernels._common import COMPILER_OPTIONS, _plane, kernel, plane_arguments
 from fastmask.kernels._layout import with_contiguous_planes
 from fastmask.kernels._points import _philox, _sample, _uniform
 
 BLOCK = 256
 
 
-@triton.jit
+@kernel
 def _uncertain_points_keys_kernel(
     logits_ptr, stride_l, stride_b, stride_n, assignment_ptr, seed_ptr, keys_ptr,
-    B, N, M, h, w, candidates, BLOCK: tl.constexpr,
+    B, N, M, h, w, CANDIDATES: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """-abs(x) of each candidate i of a pair, x the logit there; 1 where x is NaN.
 
-    logits (L, B, N, h, w), assignment (L, B, M), keys (L * B * M, candidates); 0 for targets without a query
+    logits (L, B, N, h, w), assignment (L, B, M), keys (L * B * M, CANDIDATES); 0 for targets without a query
     """
     pair = tl.program_id(0).to(tl.int64)
     counter = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     first = counter // 16 * 32 + counter % 16
     query = tl.load(assignment_ptr + pair)
-    sampled = tl.where((query >= 0) & (query < N), candidates, 0)
+    sampled = tl.where((query >= 0) & (query < N), CANDIDATES, 0)
     seed = tl.load(seed_ptr)
-    plane_ptr = logits_ptr + pair // M // B * stride_l + pair // M % B * stride_b + query * stride_n
+    layer_image = pair // M
+    plane_ptr = _plane(logits_ptr, layer_image // B, layer_image % B, query, stride_l, stride_b, stride_n, UNIT)
     x_0, y_0, x_1, y_1 = _philox(seed, counter, pair)
     for half in tl.static_range(2):
         i = first + 16 * half
@@ -42,21 +43,22 @@ def _uncertain_points_keys_kernel(
         py = _uniform(y_1 if half else y_0)
         x = _sample(plane_ptr, px, py, h, w, i < sampled)
         key = tl.where(x == x, -tl.abs(x), 1.0)
-        tl.store(keys_ptr + pair * candidates + i, key, mask=i < candidates)
+        tl.store(keys_ptr + pair * CANDIDATES + i, key, mask=i < CANDIDATES)
 
 
-@triton.jit
+@kernel
 def _uncertain_points_gather_kernel(
-    assignment_ptr, seed_ptr, chosen_ptr, points_ptr, N, P, candidates, uncertain, BLOCK: tl.constexpr
-):
+    assignment_ptr, seed_ptr, chosen_ptr, points_ptr, N, P,
+    CANDIDATES: tl.constexpr, UNCERTAIN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The chosen candidates of each pair, and then points of the stream beyond the candidates.
 
-    chosen (L * B * M, uncertain), points (L * B * M, P, 2); 0 for targets without a query
+    chosen (L * B * M, UNCERTAIN), points (L * B * M, P, 2); 0 for targets without a query
     """
     pair = tl.program_id(0).to(tl.int64)
     j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    chosen = tl.load(chosen_ptr + pair * uncertain + j, mask=j < uncertain, other=0).to(tl.int32)
-    i = tl.where(j < uncertain, chosen, candidates + j - uncertain)
+    chosen = tl.load(chosen_ptr + pair * UNCERTAIN + j, mask=j < UNCERTAIN, other=0).to(tl.int32)
+    i = tl.where(j < UNCERTAIN, chosen, CANDIDATES + j - UNCERTAIN)
     query = tl.load(assignment_ptr + pair)
     matched = (query >= 0) & (query < N)
     x_0, y_0, x_1, y_1 = _philox(tl.load(seed_ptr), i // 32 * 16 + i % 16, pair)
@@ -83,10 +85,7 @@ def uncertain_points(
     if num_uncertain > 0:
         keys = points.new_empty((pairs, num_candidates))
         _uncertain_points_keys_kernel[(pairs, triton.cdiv(triton.cdiv(num_candidates, 32) * 16, BLOCK))](
-            logits_ptr=mask_logits,
-            stride_l=mask_logits.stride(0),
-            stride_b=mask_logits.stride(1),
-            stride_n=mask_logits.stride(2),
+            **plane_arguments(mask_logits),
             assignment_ptr=assignment,
             seed_ptr=seed,
             keys_ptr=keys,
@@ -95,7 +94,7 @@ def uncertain_points(
             M=assignment.shape[2],
             h=h,
             w=w,
-            candidates=num_candidates,
+            CANDIDATES=num_candidates,
             BLOCK=BLOCK,
             num_warps=4,
             **COMPILER_OPTIONS,
@@ -108,8 +107,8 @@ def uncertain_points(
         points_ptr=points,
         N=queries,
         P=num_points,
-        candidates=num_candidates,
-        uncertain=num_uncertain,
+        CANDIDATES=num_candidates,
+        UNCERTAIN=num_uncertain,
         BLOCK=BLOCK,
         num_warps=4,
         **COMPILER_OPTIONS,

@@ -9,7 +9,7 @@ Args of ``instance_masks``:
 Returns of ``instance_masks``:
     masks: ``(B, R, out_rows, W)`` bool, whether the resampled logit x exceeds 0 (NaN does not); with ``packed``,
         ``(B, R, out_rows, ceil(W / 8))`` uint8, the first pixel in the lowest bit and bits beyond W zero. Zeros for
-        padding.
+        padding. On a GPU rows of bytes are 8 * ceil(W / 8) apart.
     foreground_sum: ``(B, R)`` float32, the sum of sigmoid(x) over the mask.
     area: ``(B, R)`` int32, pixels of the mask.
     boxes: ``(B, R, 4)`` int32, (left, top, right, bottom) of the mask in pixels of the full result, right and bottom
@@ -44,9 +44,14 @@ def _fake(
     out_top: int,
     out_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    width, dtype = ((size[1] + 7) // 8, torch.uint8) if packed else (size[1], torch.bool)
+    groups = (size[1] + 7) // 8
+    if packed:
+        masks = queries.new_empty((*queries.shape, out_rows, groups), dtype=torch.uint8)
+    else:
+        pitch = 8 * groups if queries.device.type == "cuda" else size[1]
+        masks = queries.new_empty((*queries.shape, out_rows, pitch), dtype=torch.bool)[..., : size[1]]
     return (
-        queries.new_empty((*queries.shape, out_rows, width), dtype=dtype),
+        masks,
         queries.new_empty(queries.shape, dtype=torch.float32),
         queries.new_empty(queries.shape, dtype=torch.int32),
         queries.new_empty((*queries.shape, 4), dtype=torch.int32),
