@@ -65,7 +65,7 @@ def _instance_fwd_kernel(
     query = tl.load(queries_ptr + pair)
     group = tl.program_id(1) % column_blocks * BLOCK_G + tl.arange(0, BLOCK_G)
     inside = group < groups_x
-    wanted = (inside & (query >= 0) & (query < N))[:, None]
+    wanted = (group < tl.where((query >= 0) & (query < N), groups_x, 0))[:, None]
     x = (group * 8)[:, None] + tl.arange(0, 8)[None, :]  # [BLOCK_G, 8]
     plane_ptr = logits_ptr + pair // R * stride_b + query * stride_n
     column_ptrs = ()

@@ -46,7 +46,7 @@ class MaskedAttentionConfig:
     Args:
         queries: most queries of a program, a power of two.
         keys: of a block, which a program handles at a time.
-        warp_queries: queries of a warp, if there are four warps or more.
+        warp_queries: queries of a warp, if there are ``least_warps`` or more.
         programs: how many to have by splitting the keys, if there are enough of them: two for each of 132 SMs.
         least_keys: of a split.
     """
@@ -57,6 +57,7 @@ class MaskedAttentionConfig:
     num_stages: int = 2
     programs: int = 264
     least_keys: int = 256
+    least_warps: int = 4
 
 
 # By head dimension, for GPUs by the major version of their compute capability. Each spills no registers at B=16 and
@@ -319,7 +320,7 @@ def launch_arguments(
         "BLOCK_N": block_queries,
         "BLOCK_S": config.keys,
         "BLOCK_D": power_of_two(channels // num_heads, 16, 128),
-        "num_warps": max(4, block_queries // config.warp_queries),
+        "num_warps": max(config.least_warps, block_queries // config.warp_queries),
         "num_stages": config.num_stages,
         **COMPILER_OPTIONS,
     }, triton.cdiv(blocks, blocks_per_split)

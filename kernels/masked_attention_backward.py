@@ -30,7 +30,7 @@ from fastmask.kernels.masked_attention import (
 # As in forward. Products of 64 keys with queries run on warp groups; on other GPUs a warp holds whole operands.
 BACKWARD_CONFIGS = {
     9: {
-        32: MaskedAttentionConfig(queries=256, keys=64, warp_queries=32, num_stages=3),
+        32: MaskedAttentionConfig(queries=256, keys=64, warp_queries=32, num_stages=3, least_warps=8),
         64: MaskedAttentionConfig(queries=128, keys=64, warp_queries=16),
         128: MaskedAttentionConfig(queries=128, keys=32, warp_queries=16),
     },
@@ -42,7 +42,7 @@ BACKWARD_CONFIGS = {
     None: {
         32: MaskedAttentionConfig(queries=128, keys=64, warp_queries=16),
         64: MaskedAttentionConfig(queries=64, keys=32, warp_queries=8),
-        128: MaskedAttentionConfig(queries=64, keys=32, warp_queries=8),
+        128: MaskedAttentionConfig(queries=64, keys=32, warp_queries=8, num_stages=1),
     },
 }
 BACKWARD_FLOAT32_CONFIGS = {

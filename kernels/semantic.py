@@ -79,12 +79,8 @@ class SemanticConfig:
     num_warps: int = 8
 
 
-# By the number of fp16 parts that each factor has. On Blackwell a thread of four warps gets a whole pixel's scores from
-# tensor memory; with eight, Triton up to 3.7 fails to lay them out for the search of the best.
-CONFIGS = {
-    1: {10: SemanticConfig(num_warps=4), None: SemanticConfig()},
-    2: {None: SemanticConfig(tile_columns=8, num_warps=4)},
-}
+# By the number of fp16 parts that each factor has.
+CONFIGS = {1: {None: SemanticConfig()}, 2: {None: SemanticConfig(tile_columns=8, num_warps=4)}}
 
 
 @triton.jit
@@ -256,7 +252,9 @@ def _semantic_fwd_kernel(
                 rivals = tl.sum((scores_a >= near[:, None]).to(tl.int32), 1)
                 if BLOCK_B:
                     rivals += tl.sum((scores_b >= near[:, None]).to(tl.int32), 1)
-                if tl.max(rivals, 0) > 1:
+                # Over two axes, one of them of length one: so the compiler may choose another layout. Triton up to 3.7
+                # fails on sm_100 to reduce along axis 0 in one that comes from tensor memory.
+                if tl.max(rivals[:, None]) > 1:
                     end = blocks
 
         first = class_block * WIDTH

@@ -14,7 +14,6 @@ import re
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
@@ -226,10 +225,6 @@ OPERATORS: dict[str, Callable[..., None]] = {
 }
 
 
-def _pick_config(configs: dict[int | None, Any], _: torch.device, capability: int) -> Any:
-    return configs.get(capability // 10, configs[None])
-
-
 @pytest.fixture
 def record(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Launch]]:
     launches: list[Launch] = []
@@ -241,10 +236,8 @@ def record(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Launch]]:
     def launches_of(operator: str, *arguments: Any, capability: int = 90, **options: Any) -> list[Launch]:
         """By the configurations for a capability."""
         launches.clear()
-        for path in KERNEL_FILES:
-            module = importlib.import_module(f"fastmask.kernels.{path.stem}")
-            if hasattr(module, "pick_config"):
-                monkeypatch.setattr(module, "pick_config", partial(_pick_config, capability=capability))
+        common = importlib.import_module("fastmask.kernels._common")
+        monkeypatch.setattr(common, "generation", lambda _: capability // 10)
         OPERATORS[operator](*arguments, **options)
         return list(launches)
 
@@ -259,9 +252,17 @@ class Resources:
     shared: int  # bytes
 
 
-def compile_for(launch: Launch, capability: int, folder: Path) -> Resources:
+def compile_for(launch: Launch, capability: int) -> CompiledKernel:
     specialized = launch.specialized(capability)
-    compiled = triton.compile(specialized.source, target=specialized.target, options=specialized.options)
+    return triton.compile(specialized.source, target=specialized.target, options=specialized.options)
+
+
+def assembly(launch: Launch, capability: int) -> str:
+    return compile_for(launch, capability).asm["ptx"]
+
+
+def resources_of(launch: Launch, capability: int, folder: Path) -> Resources:
+    compiled = compile_for(launch, capability)
     path = folder / f"{launch.kernel.fn.__name__}.cubin"
     path.write_bytes(compiled.asm["cubin"])
     tool = triton.knobs.nvidia.cuobjdump.path
@@ -274,7 +275,7 @@ def check(launches: list[Launch], capability: int, folder: Path, spilled: int = 
     """Compiles each form of the launches once, and says of all what does not fit."""
     wrong = {}
     for launch in {launch.specialized(capability).key: launch for launch in launches}.values():
-        resources = compile_for(launch, capability, folder)
+        resources = resources_of(launch, capability, folder)
         fits = resources.shared <= SHARED_MEMORY[capability]
         fits &= resources.registers * 32 * launch.arguments.get("num_warps", 4) <= REGISTERS
         if resources.spilled > spilled or not fits:
@@ -350,6 +351,28 @@ def test_constants_are_normal_float32(path):
     limits = torch.finfo(torch.float32)
     wrong = [x for x in numbers if isinstance(x, float) and x != 0 and not limits.tiny <= abs(x) <= limits.max]
     assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("operator", "kernels"),
+    [
+        ("mask_cost", {"_mask_cost_fwd_kernel"}),
+        ("semantic_inference", {"_nan_count_kernel", "_stage_kernel", "_semantic_fwd_kernel"}),
+        ("point_mask_loss", {"_point_mask_loss_grad_kernel"}),
+        ("masked_attention", {"_masked_attention_fwd_kernel", "_masked_attention_bwd_kernel"}),
+    ],
+)
+def test_16_bytes_are_read_at_a_time(operator, kernels, record):
+    """No size is known to the compiler, but that planes and rows are aligned is."""
+    for launch in record(operator, TRAINING, torch.bfloat16, "segments", capability=80):
+        if launch.kernel.fn.__name__ in kernels:
+            assert re.search(r"ld\.global\.v4\.b32|cp\.async\.cg.*, 0x10", assembly(launch, 80)), launch.kernel
+
+
+@pytest.mark.parametrize("width", [512, 511])
+def test_masks_are_stored_8_bytes_at_a_time(width, record):
+    *_, main, _ = record("instance_inference", (*TRAINING[:8], width), torch.bfloat16, "segments")
+    assert re.search(r"st\.global\.(v2\.b32|b64|v8\.b8|v4\.b16)", assembly(main, 90))
 
 
 def keys(launches: list[Launch]) -> set[tuple[str, ...]]:

@@ -8,6 +8,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastmask import instance_inference, reference
 from fastmask.reference._common import image_logits, reads_nan, resize_bilinear
@@ -69,6 +70,19 @@ def inputs(sizes, generator, batch=1, count=5, dtype=torch.float32):
 @pytest.mark.parametrize("sizes", GEOMETRIES.values(), ids=GEOMETRIES)
 def test_geometries(sizes, generator):
     check(*inputs(sizes, generator), sizes)
+
+
+@pytest.mark.parametrize("width", [16, 33, 300])
+def test_rows_of_masks_are_padded_to_whole_groups(width, generator):
+    """Eight pixels are one store, whatever the width; fake masks have the strides of real ones."""
+    sizes = replace(USUAL, size=(20, width))
+    mask_logits, queries = inputs(sizes, generator, 2)
+    masks = check(mask_logits, queries, sizes)
+    assert masks.stride(-2) == -(-width // 8) * 8
+    with FakeTensorMode():
+        fake = [torch.empty(x.shape, dtype=x.dtype, device="cuda") for x in (mask_logits, queries)]
+        fake_masks, *_ = torch.ops.fastmask.instance_masks(*fake, False, *sizes.arguments())
+    assert fake_masks.shape == masks.shape and fake_masks.stride() == masks.stride()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
