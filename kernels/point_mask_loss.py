@@ -172,7 +172,7 @@ def _point_mask_loss_bwd_kernel(
 
 @kernel
 def _point_mask_loss_grad_kernel(
-    grad_ptr, grad_stride_l, grad_stride_b, grad_stride_n, assignment_ptr, labels_ptr,
+    grad_ptr, stride_l, stride_b, stride_n, assignment_ptr, labels_ptr,
     grad_mask_ptr, grad_dice_ptr, sums_ptr, units_ptr, B, N, M, cells, gamma,
     FOCAL: tl.constexpr, UNIT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -200,7 +200,7 @@ def _point_mask_loss_grad_kernel(
         _, _, _, bound = _pair_slopes(pair, sums_ptr, grad_mask_ptr, grad_dice_ptr, gamma, FOCAL)
         units = tl.load(units_ptr + pair * cells + cell, mask=cell < cells, other=0)
         grad += tl.where(bound < float("inf"), units.to(tl.float32) * 9.094947017729282e-13 * bound, float("nan"))
-    grad_plane_ptr = _plane(grad_ptr, layer_image // B, image, query, grad_stride_l, grad_stride_b, grad_stride_n, UNIT)
+    grad_plane_ptr = _plane(grad_ptr, layer_image // B, image, query, stride_l, stride_b, stride_n, UNIT)
     tl.store(grad_plane_ptr + cell, grad.to(grad_ptr.dtype.element_ty), mask=cell < cells)
 
 
@@ -319,8 +319,8 @@ def point_mask_loss_backward(
     targets = target_arguments(masks, segments, valid, void_value, ignore_void)
     arguments = launch_arguments(config, mask_logits, assignment, labels, points, targets, mask_term, alpha, gamma)
     cells = arguments["h"] * arguments["w"]
-    planes = plane_arguments(mask_logits, grad)
-    del planes["logits_ptr"], planes["stride_l"], planes["stride_b"], planes["stride_n"]
+    planes = plane_arguments(grad)
+    planes["grad_ptr"] = planes.pop("logits_ptr")
     of_pairs = {
         "grad_mask_ptr": grad_mask.contiguous(),
         "grad_dice_ptr": grad_dice.contiguous(),

@@ -48,7 +48,7 @@ def _fake(
     if packed:
         masks = queries.new_empty((*queries.shape, out_rows, groups), dtype=torch.uint8)
     else:
-        pitch = 8 * groups if queries.device.type == "cuda" else size[1]
+        pitch = size[1] if queries.device.type == "cpu" else 8 * groups
         masks = queries.new_empty((*queries.shape, out_rows, pitch), dtype=torch.bool)[..., : size[1]]
     return (
         masks,
