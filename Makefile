@@ -26,8 +26,9 @@ setup: $(VENV)/.installed ## create .venv, install the dependencies, build the e
 demo: setup ## train MaskFormer on the embedded scenes, evaluate it, write pictures to out/demo
 	$(BIN)/python -m fastmask.cli.demo
 
+# ARGS: pytest's options; CONTRIBUTING.md has those for a random order and for other processors.
 test: setup ## run the test suite
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto $(ARGS)
 
 # Needs ptxvm, which executes PTX on a CPU, importable or in ../shared. ARGS: --warp-seed N, --hardware-rounding, -k ...
 CAPABILITIES ?= 80 90 100

@@ -93,6 +93,15 @@ def assert_within_budget(
     assert error <= budget, f"{name} is off by {error:.3g}; the budget is {terms}"
 
 
+_best_level = SIMD_LEVELS[-1]
+
+
+def cap_simd_level(level: str) -> None:
+    """Makes ``level`` the best that this process uses, as on a processor that has none above it."""
+    global _best_level
+    _best_level = set_simd_level(level)
+
+
 def simd_levels() -> list[str]:
     """The SIMD levels of the CPU kernels that this processor can run, lowest first."""
     if EXTENSION_ERROR is not None:
@@ -109,6 +118,6 @@ def simd_levels() -> list[str]:
 def simd_level(level: str) -> Iterator[str]:
     """Runs the CPU kernels at a lower SIMD level; yields the level in use."""
     try:
-        yield set_simd_level(level)
+        yield set_simd_level(min(level, _best_level, key=SIMD_LEVELS.index))
     finally:
-        set_simd_level(SIMD_LEVELS[-1])
+        set_simd_level(_best_level)

@@ -2,24 +2,36 @@ from __future__ import annotations
 
 import os
 import random
+import zlib
 from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from fastmask.ops.library import EXTENSION, EXTENSION_ERROR
+from fastmask.ops.library import EXTENSION, EXTENSION_ERROR, SIMD_LEVELS
+from fastmask.testing import cap_simd_level, simd_levels
 from tests.interpreter import interpreted_kernels
 
-# Workers of pytest-xdist have a core each: processes of many threads on the same cores slow each other down tenfold.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+with suppress(ImportError):  # GPU machines may have no Hypothesis
+    from hypothesis import HealthCheck, settings
 
+    # No test depends on a clock: limits on the time of an example would.
+    settings.register_profile("fastmask", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+    settings.load_profile("fastmask")
 
 EMULATION = pytest.StashKey()  # tests.compiled.Emulation, where --compiled asks for it
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--simd",
+        choices=SIMD_LEVELS,
+        default=SIMD_LEVELS[-1],
+        help="run the CPU kernels as on a processor that has this level and none above",
+    )
     group = parser.getgroup("GPU code without a GPU")
     group.addoption(
         "--compiled",
@@ -36,6 +48,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if EXTENSION_ERROR is None:
+        cap_simd_level(config.getoption("simd"))
+    if config.getoption("numprocesses", None):
+        # Workers of pytest-xdist have a core each: processes of many threads on the same cores slow each other down
+        # tenfold. What reads these is loaded in the workers, and in the processes that they start.
+        os.environ["OMP_NUM_THREADS"] = os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    if config.pluginmanager.hasplugin("randomly"):
+        config.option.randomly_reset_seed = False  # to numbers that are others in each run; see _seed
     if (capability := config.getoption("--compiled")) is None:
         return
     from tests.compiled import Emulation, find_emulator
@@ -49,7 +69,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """Which build is tested, as there may be several, and how."""
-    header = []
+    pytorch = f"torch {torch.__version__} at {torch.backends.cpu.get_cpu_capability()}"
+    header = [f"SIMD levels: {', '.join(simd_levels())}; {pytorch}"]
     if EXTENSION_ERROR is None:
         from fastmask import _native
 
@@ -72,6 +93,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
         if item.get_closest_marker("slow") and "slow" not in item.config.getoption("-m"):
             item.add_marker(pytest.mark.skip(reason="takes minutes; run with -m slow"))
+
+
+def _seed(name: str) -> None:
+    """Tests and fixtures draw the same numbers in every run, whatever has run before them."""
+    seed = zlib.crc32(name.encode())
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    torch.manual_seed(seed)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> None:
+    _seed(f"{fixturedef.baseid}::{fixturedef.argname}")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> None:
+    _seed(item.nodeid)
 
 
 @pytest.fixture

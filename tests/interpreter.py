@@ -6,6 +6,10 @@ that there is no kernel for CPU tensors. So the variable's value is changed for 
 afresh in that time, and those functions of ``triton.language`` that are kernels themselves (``tl.sum``), or are called
 by such (those of ``tl.random``), are replaced by interpreted ones. Afterwards all is as before, also what the
 interpreter patches in ``triton.language`` and leaves so.
+
+The interpreter leaves ``tl.dot`` to NumPy's BLAS, which sums in an order that depends on the processor, and on where in
+a tile a row or column lies. As on a GPU, an element of a product depends here on its own row and column alone, so that
+tests may ask for equal bits of what two tilings compute.
 """
 
 from __future__ import annotations
@@ -13,9 +17,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import triton
 import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from triton.runtime.jit import JITFunction
 
 
@@ -23,15 +30,27 @@ def _kernel_modules() -> list[str]:
     return [name for name in sys.modules if name.startswith("fastmask.kernels.")]
 
 
+def _dot(_: InterpreterBuilder, a: TensorHandle, b: TensorHandle, d: TensorHandle, *precision: Any) -> TensorHandle:
+    """a @ b + d, summed from the first column of ``a`` to the last; multiplication and addition round by themselves."""
+    dtype = d.data.dtype
+    columns, rows = np.moveaxis(a.data.astype(dtype), -1, 0), np.moveaxis(b.data.astype(dtype), -2, 0)
+    total = np.zeros_like(d.data)
+    for column, row in zip(columns, rows, strict=True):
+        total += column[..., :, None] * row[..., None, :]
+    return TensorHandle(total + d.data, d.dtype.scalar)
+
+
 @contextmanager
 def interpreted_kernels() -> Iterator[None]:
     """``backend="triton"`` runs on CPU tensors here."""
-    patched = (tl, tl.core, tl.math, tl.standard, tl.tensor, tl.core.tensor_descriptor_base, tl.random)
+    language = (tl, tl.core, tl.math, tl.standard, tl.tensor, tl.core.tensor_descriptor_base, tl.random)
+    patched = (*language, InterpreterBuilder)
     before = [dict(vars(owner)) for owner in patched]
     kernels = {name: sys.modules.pop(name) for name in _kernel_modules()}
     interpret = triton.knobs.runtime.interpret
     triton.knobs.runtime.interpret = True
     try:
+        InterpreterBuilder.create_dot = _dot
         for owner in (tl, tl.random):
             for name, member in list(vars(owner).items()):
                 if isinstance(member, JITFunction):

@@ -10,7 +10,7 @@ from fastmask.cli.main import main
 from fastmask.training.trainer import Trainer
 
 STEP = 3
-PATIENCE = 20  # seconds for the signal to come back
+PATIENCE = 300  # seconds for the signal to come back
 
 
 def interrupt(take_step):

@@ -59,7 +59,7 @@ def test_all_small_shapes(seed):
             check_matching(cost, query_of, 1e-12)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     hnp.arrays(
         st.sampled_from([np.float32, np.float64]),
@@ -112,7 +112,7 @@ def test_pairs_that_are_not_finite_come_last(seed, dtype, share):
         check_broken(cost)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     hnp.arrays(
         np.float64,

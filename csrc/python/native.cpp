@@ -17,6 +17,8 @@ namespace {
 
 std::string simd_level() { return fastmask::simd_level_name(fastmask::simd_level()); }
 
+void set_simd_level(int level) { fastmask::set_simd_level(static_cast<fastmask::SimdLevel>(level)); }
+
 // As SciPy reads its argument: anything that NumPy casts to float64 without loss.
 py::array as_matrix(const py::object& cost_matrix) {
   const auto& numpy = py::detail::npy_api::get();
@@ -113,7 +115,8 @@ PYBIND11_MODULE(_native, module) {
   module.attr("cuda_archs") = FASTMASK_CUDA_ARCHS;
   module.attr("cuda_version") = FASTMASK_CUDA_VERSION;
   module.attr("compiler") = __VERSION__;
-  module.def("simd_level", &simd_level, "The SIMD level that this processor has.");
+  module.def("simd_level", &simd_level, "The SIMD level in use.");
+  module.def("set_simd_level", &set_simd_level, "For this module alone; see fastmask.ops.library.set_simd_level.");
   module.def("linear_sum_assignment", &linear_sum_assignment, py::arg("cost_matrix"), py::arg("maximize") = false,
              "SciPy's function of the same name, for what NumPy takes for a matrix.");
 }

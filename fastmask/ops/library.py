@@ -198,4 +198,9 @@ def set_simd_level(level: str) -> str:
 
     Returns the level now in use: one that the processor lacks becomes the best that it has.
     """
-    return SIMD_LEVELS[torch.ops.fastmask._set_simd_level(SIMD_LEVELS.index(level))]
+    number = SIMD_LEVELS.index(level)
+    if importlib.util.find_spec("fastmask._native") is not None:
+        from fastmask import _native
+
+        _native.set_simd_level(number)  # the module has kernels of its own
+    return SIMD_LEVELS[torch.ops.fastmask._set_simd_level(number)]
