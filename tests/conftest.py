@@ -4,7 +4,7 @@ import os
 import random
 import zlib
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -55,7 +55,7 @@ def pytest_configure(config: pytest.Config) -> None:
         # tenfold. What reads these is loaded in the workers, and in the processes that they start.
         os.environ["OMP_NUM_THREADS"] = os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     if config.pluginmanager.hasplugin("randomly"):
-        config.option.randomly_reset_seed = False  # to numbers that are others in each run; see _seed
+        config.option.randomly_reset_seed = False  # to numbers that are others in each run; see _seeded
     if (capability := config.getoption("--compiled")) is None:
         return
     from tests.compiled import Emulation, find_emulator
@@ -95,22 +95,33 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="takes minutes; run with -m slow"))
 
 
-def _seed(name: str) -> None:
-    """Tests and fixtures draw the same numbers in every run, whatever has run before them."""
+@contextmanager
+def _seeded(name: str) -> Iterator[None]:
+    """Draws here are the same in every run, whatever has run before, and leave no trace in those that follow."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     seed = zlib.crc32(name.encode())
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002
     torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])  # noqa: NPY002
+        torch.set_rng_state(before[2])
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> None:
-    _seed(f"{fixturedef.baseid}::{fixturedef.argname}")
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    with _seeded(item.nodeid):
+        return (yield)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_call(item: pytest.Item) -> None:
-    _seed(item.nodeid)
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> Iterator[None]:
+    """What tests share is seeded by its own name, not by that of the test that comes first."""
+    with nullcontext() if fixturedef.scope == "function" else _seeded(f"{fixturedef.baseid}::{fixturedef.argname}"):
+        return (yield)
 
 
 @pytest.fixture
