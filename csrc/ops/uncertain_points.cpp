@@ -25,6 +25,7 @@ Tensor uncertain_points(Tensor mask_logits, Tensor assignment, Tensor seed, int6
 
   Tensor points =
       empty_result(mask_logits, {logits.layers(), logits.batch(), max_targets, num_points, 2}, ScalarType::Float);
+  if (points.numel() == 0) return points;  // memory of no bytes has no address
   float* data = static_cast<float*>(points.data_ptr());
   advise_huge_pages(data, points.numel() * static_cast<int64_t>(sizeof(float)));
   const auto* query_data = static_cast<const int64_t*>(queries.data_ptr());
