@@ -61,6 +61,18 @@ static inline void tile_products(const float* rows, const int32_t* offsets, cons
   }
 }
 
+// The sum over c of a[c] * b[c], rounded as tile_products rounds it.
+static inline float product(const float* a, const float* b, int64_t channels) {
+  vfloat total = {};
+  for (int64_t first = 0; first < channels; first += kChain) {
+    const int64_t last = first + kChain < channels ? first + kChain : channels;
+    vfloat sum = {};
+    for (int64_t c = first; c < last; ++c) sum = fma(splat(a[c]), splat(b[c]), sum);
+    total = total + sum;
+  }
+  return total[0];
+}
+
 // out[out_offsets[g] + c] += sum over r < count of weights[g * out_step + r * row_step] * rows[offsets[r] + c], for V
 // vectors of channels c. The sum is made apart and added once, so that rounding grows with the number of tiles only.
 template <int G, int V>

@@ -7,6 +7,9 @@ namespace {
 
 constexpr float kLowest = -3.402823466e38f;
 
+// Blocks of keys are summed so many at a time, and these sums then: rounding grows with the longest chain of additions.
+constexpr int64_t kRun = 16;
+
 inline int64_t key_blocks(const AttentionImage& image) { return (image.keys + kKeys - 1) / kKeys; }
 
 // What a task keeps, cut from one piece of memory; without memory it only counts how much that is.
@@ -21,9 +24,11 @@ struct Workspace {
   int32_t* active;                 // [queries] those that attend to the block of keys
   int32_t* offsets;                // [queries] where their rows of `channels` begin
   int32_t* key_offsets;            // [kKeys]
-  float *q, *out;                  // [queries][channels]; q is scaled
+  float* q;                        // [queries][channels], scaled
+  float* out;                      // [queries][channels] of a run of blocks, and right behind it
+  float* total;                    // [queries][kLanes] the sums of its weights
+  float* sums;                     // out and total of the runs before
   float* maximum;                  // [queries] of the scores so far
-  float* total;                    // [queries][kLanes] sums of the weights so far
   float* rows;                     // [kKeys][channels] a block of keys
   float* columns;                  // [channels][kKeys] the same
   float* values;                   // [kKeys][channels]
@@ -51,9 +56,10 @@ struct Workspace {
     offsets = reinterpret_cast<int32_t*>(take(queries));
     key_offsets = reinterpret_cast<int32_t*>(take(kKeys));
     q = take(queries * channels);
-    out = take(queries * channels);
+    out = take(queries * (channels + kLanes));
+    total = out + queries * channels;
+    sums = take(queries * (channels + kLanes));
     maximum = take(queries);
-    total = take(queries * kLanes);
     rows = take(kKeys * channels);
     columns = take(kKeys * channels);
     values = take(kKeys * channels);
@@ -193,6 +199,14 @@ inline vint kept(const AttentionImage& image, int64_t head, int64_t query, int64
   return keep_lanes(image.seed, index, image.dropout);
 }
 
+// Adds a run of blocks, in the first `floats` numbers of out and total, to those before, and begins the next.
+inline void end_run(Workspace& work, int64_t floats) {
+  for (int64_t i = 0; i < floats; i += kLanes) {
+    store(work.sums + i, load(work.sums + i) + load(work.out + i));
+    store(work.out + i, vfloat{});
+  }
+}
+
 // Makes a query's scores of one block weights exp(score - maximum), relative to the maximum so far: where a score
 // exceeds it, what was summed before is scaled down.
 inline void soften(float* scores, uint32_t attended, int64_t n, Workspace& work) {
@@ -205,9 +219,12 @@ inline void soften(float* scores, uint32_t attended, int64_t n, Workspace& work)
     const float largest = largest_lane(peak);
     const vfloat factor = exp_neg(splat(largest - work.maximum[n]));
     work.maximum[n] = largest;
-    store(work.total + n * kLanes, load(work.total + n * kLanes) * factor);
-    float* row = work.out + n * work.channels;
-    for (int64_t c = 0; c < work.channels; c += kLanes) store(row + c, load(row + c) * factor);
+    for (int part = 0; part < 2; ++part) {
+      const int64_t start = part == 0 ? 0 : work.sums - work.out;
+      float *total = work.total + start + n * kLanes, *row = work.out + start + n * work.channels;
+      store(total, load(total) * factor);
+      for (int64_t c = 0; c < work.channels; c += kLanes) store(row + c, load(row + c) * factor);
+    }
   }
   vfloat total = load(work.total + n * kLanes);
   for (int part = 0; part < kParts; ++part) {
@@ -234,10 +251,12 @@ inline float kept_scale(const AttentionImage& image) {
 void forward_head(const AttentionImage& image, const AttentionForward& result, int64_t first_query, int64_t num_queries,
                   int64_t head, Workspace& work) {
   load_scaled_queries(image, head, first_query, num_queries, work);
-  memset(work.out, 0, sizeof(float) * num_queries * work.channels);
-  memset(work.total, 0, sizeof(float) * num_queries * kLanes);
+  const int64_t floats = work.total - work.out + num_queries * kLanes;
+  memset(work.out, 0, sizeof(float) * floats);
+  memset(work.sums, 0, sizeof(float) * floats);
   for (int64_t n = 0; n < num_queries; ++n) work.maximum[n] = kLowest;
   for (int64_t block = 0; block < key_blocks(image); ++block) {
+    if (block % kRun == 0) end_run(work, floats);
     const uint32_t* attended = work.attended + block * num_queries;
     const int64_t count = find_active(attended, num_queries, work);
     if (count == 0) continue;
@@ -255,11 +274,12 @@ void forward_head(const AttentionImage& image, const AttentionForward& result, i
                       work.channels);
     });
   }
+  end_run(work, floats);
   for (int64_t n = 0; n < num_queries; ++n) {
-    const double total = sum_lanes(load(work.total + n * kLanes));
+    const double total = sum_lanes(load(work.sums + (work.total - work.out) + n * kLanes));
     const bool empty = total == 0.0;
     const vfloat factor = splat(empty ? 0.0f : static_cast<float>(kept_scale(image) / total));
-    float* row = work.out + n * work.channels;
+    float* row = work.sums + n * work.channels;
     for (int64_t c = 0; c < work.channels; c += kLanes) store(row + c, load(row + c) * factor);
     store_row(image, result.out, head, first_query + n, row);
     result.logsumexp[head * image.queries + first_query + n] =
@@ -268,19 +288,28 @@ void forward_head(const AttentionImage& image, const AttentionForward& result, i
 }
 
 // Makes a query's scores of one block the weights that multiply the values, and the products of grad_out with the
-// values the gradients of the scores: weight (kept product / (1 - dropout) - delta).
-inline void differentiate(const AttentionImage& image, double logsumexp, uint32_t attended, int64_t head, int64_t query,
-                          int64_t key, float delta, float* weights, float* slopes) {
+// values the gradients of the scores: weight (kept product / (1 - dropout) - delta). delta is the mean of kept products
+// by weight. Where the block is the whole of what a query attends to, it is taken from the block: a query of few keys
+// has weights near 1, and what is left there of the product must not be the rounding of delta.
+inline void differentiate(const AttentionImage& image, double logsumexp, uint32_t attended, bool whole, int64_t head,
+                          int64_t query, int64_t key, float delta, float* weights, float* slopes) {
   const float scale = kept_scale(image);
   const float rounded = static_cast<float>(logsumexp), rest = static_cast<float>(logsumexp - rounded);
+  vfloat passed[kParts], weight[kParts], slope[kParts], total = {}, mean = {};
   for (int part = 0; part < kParts; ++part) {
-    float *weight_at = weights + part * kLanes, *slope_at = slopes + part * kLanes;
+    const int64_t at = part * kLanes;
     const vint lanes = select(attended, part);
-    const vfloat weight = masked(lanes, exp_neg((rounded - load(weight_at)) + rest));
-    vfloat passed = splat(scale);
-    if (image.dropout > 0.0f) passed = masked(kept(image, head, query, key + part * kLanes), passed);
-    store(slope_at, masked(lanes, weight * (load(slope_at) * passed - delta)));
-    store(weight_at, weight * passed);
+    weight[part] = masked(lanes, exp_neg((rounded - load(weights + at)) + rest));
+    passed[part] = splat(scale);
+    if (image.dropout > 0.0f) passed[part] = masked(kept(image, head, query, key + at), passed[part]);
+    slope[part] = masked(lanes, load(slopes + at) * passed[part]);
+    total = total + weight[part];
+    mean = fma(weight[part], slope[part], mean);
+  }
+  const vfloat center = splat(whole ? static_cast<float>(sum_lanes(mean) / sum_lanes(total)) : delta);
+  for (int part = 0; part < kParts; ++part) {
+    store(slopes + part * kLanes, masked(select(attended, part), weight[part] * (slope[part] - center)));
+    store(weights + part * kLanes, weight[part] * passed[part]);
   }
 }
 
@@ -303,15 +332,16 @@ void backward_head(const AttentionImage& image, const AttentionBackward& result,
     float *grad_row = work.grad_out + n * work.channels, *out_row = work.out + n * work.channels;
     load_row(image, result.grad_out, head, first_query + n, grad_row);
     load_row(image, result.out, head, first_query + n, out_row);
-    double delta = 0;
-    for (int64_t c = 0; c < work.channels; c += kLanes) delta += sum_lanes(load(grad_row + c) * load(out_row + c));
-    work.delta[n] = static_cast<float>(delta);
+    work.delta[n] = product(grad_row, out_row, image.head_dim);
   }
   float* grad_q = work.out;  // the output has done its part
-  memset(grad_q, 0, sizeof(float) * num_queries * work.channels);
+  const int64_t floats = num_queries * work.channels;
+  memset(grad_q, 0, sizeof(float) * floats);
+  memset(work.sums, 0, sizeof(float) * floats);
   const double* logsumexp = result.logsumexp + head * image.queries + first_query;
   for (int64_t block = 0; block < key_blocks(image); ++block) {
     const uint32_t* attended = work.attended + block * num_queries;
+    if (block % kRun == 0) end_run(work, floats);
     const int64_t count = find_active(attended, num_queries, work);
     if (count == 0) continue;
     load_keys(image, image.v, head, block, work, work.values);
@@ -324,7 +354,8 @@ void backward_head(const AttentionImage& image, const AttentionBackward& result,
       tile_products<G>(work.grad_out, work.offsets + first, work.value_columns, image.head_dim, slopes);
       for (int g = 0; g < G; ++g) {
         const int64_t n = work.active[first + g];
-        differentiate(image, logsumexp[n], attended[n], head, first_query + n, block * kKeys, work.delta[n],
+        const bool whole = work.keys[n] == __builtin_popcount(attended[n]);
+        differentiate(image, logsumexp[n], attended[n], whole, head, first_query + n, block * kKeys, work.delta[n],
                       weights + g * kKeys, slopes + g * kKeys);
         // The weight of an only key is 1 whatever its score: what differs here is rounding.
         if (work.keys[n] == 1) memset(slopes + g * kKeys, 0, sizeof(float) * kKeys);
@@ -343,8 +374,9 @@ void backward_head(const AttentionImage& image, const AttentionBackward& result,
     add_rows(image, result.grad_k, head, block, work, work.grad_rows);
     add_rows(image, result.grad_v, head, block, work, work.grad_values);
   }
+  end_run(work, floats);
   for (int64_t n = 0; n < num_queries; ++n) {
-    float* row = grad_q + n * work.channels;
+    float* row = work.sums + n * work.channels;
     for (int64_t c = 0; c < work.channels; c += kLanes) store(row + c, load(row + c) * image.scale);
     store_row(image, result.grad_q, head, first_query + n, row);
   }
