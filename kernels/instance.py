@@ -14,13 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmask.kernels._common import (
-    COMPILER_OPTIONS,
-    _reciprocal,
-    kernel,
-    pick_config,
-    with_contiguous_planes,
-)
+from fastmask.kernels._common import COMPILER_OPTIONS, _reciprocal, kernel, pick_config
+from fastmask.kernels._layout import with_contiguous_planes
 from fastmask.kernels._resample import (
     _exp2,
     _table_pitch,

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmask.kernels._common import COMPILER_OPTIONS, _reciprocal, kernel, pick_config, with_contiguous_planes
+from fastmask.kernels._common import COMPILER_OPTIONS, _reciprocal, kernel, pick_config
+from fastmask.kernels._layout import with_contiguous_planes
 from fastmask.kernels._resample import BLOCK_N, _exp2, _interpolate, _tile_taps, count_nans, staged_bands
 
 

@@ -37,15 +37,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmask.kernels._common import (
-    COMPILER_OPTIONS,
-    INTERPRETED,
-    _reciprocal,
-    kernel,
-    pick_config,
-    power_of_two,
-    with_contiguous_planes,
-)
+from fastmask.kernels._common import COMPILER_OPTIONS, INTERPRETED, _reciprocal, kernel, pick_config, power_of_two
+from fastmask.kernels._layout import with_contiguous_planes
 from fastmask.kernels._resample import (
     BLOCK_N,
     LEAST_NORMAL,
