@@ -60,7 +60,7 @@ class MaskCostConfig:
     num_stages: int = 3
 
 
-CONFIGS = {None: MaskCostConfig()}
+CONFIGS = {12: MaskCostConfig(num_stages=2), None: MaskCostConfig()}  # three stages spill there
 
 
 @triton.jit
@@ -344,7 +344,7 @@ def mask_cost(
         scale_y=targets["H"] / h,
         scale_x=targets["W"] / w,
         pixels_per_split=per_split,
-        BLOCK_C=config.target_pixels,
+        BLOCK_C=config.target_pixels if block_targets < 64 else config.target_pixels // 4,
         BLOCK_M=block_targets,
         num_warps=4,
         **COMPILER_OPTIONS,

@@ -49,6 +49,7 @@ class MaskedAttentionConfig:
         warp_queries: queries of a warp, if there are ``least_warps`` or more.
         programs: how many to have by splitting the keys, if there are enough of them: two for each of 132 SMs.
         least_keys: of a split.
+        registers: of a thread, at most. By itself ptxas spills a few where one more block then fits a multiprocessor.
     """
 
     queries: int
@@ -58,27 +59,33 @@ class MaskedAttentionConfig:
     programs: int = 264
     least_keys: int = 256
     least_warps: int = 4
+    registers: int | None = None
 
 
-# By head dimension, for GPUs by the major version of their compute capability. Each spills no registers at B=16 and
-# N=100; the general ones fit a multiprocessor with 100 KB of shared memory.
-_FORWARD = {
-    32: MaskedAttentionConfig(queries=64, keys=128, warp_queries=16, num_stages=3),
+# By head dimension, for GPUs by the major version of their compute capability. None spills registers at B=16 and N=100;
+# the general ones fit a multiprocessor with 100 KB of shared memory.
+_HALF = {
+    32: MaskedAttentionConfig(queries=64, keys=128, warp_queries=16, num_stages=3, registers=255),
     64: MaskedAttentionConfig(queries=128, keys=64, warp_queries=16, num_stages=3),
     128: MaskedAttentionConfig(queries=128, keys=64, warp_queries=16, num_stages=3),
 }
+_DROPOUT = MaskedAttentionConfig(queries=64, keys=32, warp_queries=8, registers=255)
 FORWARD_CONFIGS = {
-    9: _FORWARD,
-    10: _FORWARD,
-    None: _FORWARD | {128: MaskedAttentionConfig(queries=64, keys=32, warp_queries=16, num_stages=3)},
-}
-# Products of float32 are fused multiply-adds with operands in registers.
-FORWARD_FLOAT32_CONFIGS = {
-    None: {
-        32: MaskedAttentionConfig(queries=64, keys=32, warp_queries=8, num_stages=3),
-        64: MaskedAttentionConfig(queries=32, keys=32, warp_queries=8),
-        128: MaskedAttentionConfig(queries=32, keys=32, warp_queries=4),
-    }
+    "half": {
+        9: _HALF,
+        10: _HALF,
+        None: _HALF | {128: MaskedAttentionConfig(queries=64, keys=32, warp_queries=8, num_stages=3, registers=255)},
+    },
+    # Random numbers take registers: as many as there are weights in a block.
+    "half, dropout": {None: {32: _DROPOUT, 64: _DROPOUT, 128: _DROPOUT}},
+    # Products of float32 are fused multiply-adds with operands in registers.
+    "float32": {
+        None: {
+            32: MaskedAttentionConfig(queries=64, keys=32, warp_queries=8, num_stages=3),
+            64: MaskedAttentionConfig(queries=32, keys=32, warp_queries=8),
+            128: MaskedAttentionConfig(queries=32, keys=32, warp_queries=4),
+        }
+    },
 }
 
 
@@ -257,10 +264,10 @@ def add_splits(parts: Tensor, lse_parts: Tensor | None, out: Tensor, lse: Tensor
 
 
 def config_of_heads(
-    configs: dict[int, MaskedAttentionConfig], head_dim: int, dropout_p: float
+    configs: dict[str, dict[int | None, dict[int, MaskedAttentionConfig]]], q: Tensor, head_dim: int, dropout_p: float
 ) -> MaskedAttentionConfig:
-    """The configuration for heads of a width; random numbers take as many registers as heads twice as wide."""
-    return configs[power_of_two(2 * head_dim if dropout_p > 0.0 else head_dim, 32, 128)]
+    kind = "float32" if q.dtype == torch.float32 else "half, dropout" if dropout_p > 0.0 else "half"
+    return pick_config(configs[kind], q.device)[power_of_two(head_dim, 32, 128)]
 
 
 def with_near_rows(x: Tensor) -> Tensor:
@@ -322,6 +329,7 @@ def launch_arguments(
         "BLOCK_D": power_of_two(channels // num_heads, 16, 128),
         "num_warps": max(config.least_warps, block_queries // config.warp_queries),
         "num_stages": config.num_stages,
+        "maxnreg": config.registers,
         **COMPILER_OPTIONS,
     }, triton.cdiv(blocks, blocks_per_split)
 
@@ -347,8 +355,7 @@ def masked_attention(
         return out.zero_(), lse.fill_(float("inf"))
     if q.numel() == 0:
         return out, lse
-    configs = FORWARD_FLOAT32_CONFIGS if q.dtype == torch.float32 else FORWARD_CONFIGS
-    config = config_of_heads(pick_config(configs, q.device), channels // num_heads, dropout_p)
+    config = config_of_heads(FORWARD_CONFIGS, q, channels // num_heads, dropout_p)
     block_queries = power_of_two(queries, min(64, config.queries), config.queries)
     query_blocks = triton.cdiv(queries, block_queries)
     programs = batch * num_heads * query_blocks

@@ -16,7 +16,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from fastmask.kernels._common import kernel, pick_config, power_of_two
+from fastmask.kernels._common import kernel, power_of_two
 from fastmask.kernels.attended_keys import _attends, _lowest_block, _occupied_blocks
 from fastmask.kernels.masked_attention import (
     LOG2_E,
@@ -28,29 +28,39 @@ from fastmask.kernels.masked_attention import (
 )
 
 # As in forward. Products of 64 keys with queries run on warp groups; on other GPUs a warp holds whole operands.
+_DROPOUT = MaskedAttentionConfig(queries=64, keys=32, warp_queries=8, num_stages=1, registers=255)
 BACKWARD_CONFIGS = {
-    9: {
-        32: MaskedAttentionConfig(queries=256, keys=64, warp_queries=32, num_stages=3, least_warps=8),
-        64: MaskedAttentionConfig(queries=128, keys=64, warp_queries=16),
-        128: MaskedAttentionConfig(queries=128, keys=32, warp_queries=16),
+    "half": {
+        9: {
+            32: MaskedAttentionConfig(queries=256, keys=64, warp_queries=32, num_stages=3, least_warps=8),
+            64: MaskedAttentionConfig(queries=128, keys=64, warp_queries=16),
+            128: MaskedAttentionConfig(queries=64, keys=32, warp_queries=8),
+        },
+        10: {
+            32: MaskedAttentionConfig(queries=128, keys=64, warp_queries=16),
+            64: MaskedAttentionConfig(queries=128, keys=32, warp_queries=16),
+            128: MaskedAttentionConfig(queries=128, keys=32, warp_queries=16),
+        },
+        None: {
+            32: MaskedAttentionConfig(queries=128, keys=64, warp_queries=16),
+            64: MaskedAttentionConfig(queries=64, keys=32, warp_queries=8),
+            128: MaskedAttentionConfig(queries=64, keys=32, warp_queries=8, num_stages=1),
+        },
     },
-    10: {
-        32: MaskedAttentionConfig(queries=128, keys=64, warp_queries=16),
-        64: MaskedAttentionConfig(queries=128, keys=32, warp_queries=16),
-        128: MaskedAttentionConfig(queries=128, keys=32, warp_queries=16),
+    "half, dropout": {
+        None: {
+            32: _DROPOUT,
+            64: _DROPOUT,
+            128: MaskedAttentionConfig(queries=32, keys=32, warp_queries=4, num_stages=1, registers=255),
+        }
     },
-    None: {
-        32: MaskedAttentionConfig(queries=128, keys=64, warp_queries=16),
-        64: MaskedAttentionConfig(queries=64, keys=32, warp_queries=8),
-        128: MaskedAttentionConfig(queries=64, keys=32, warp_queries=8, num_stages=1),
+    "float32": {
+        None: {
+            32: MaskedAttentionConfig(queries=64, keys=32, warp_queries=8, num_stages=3),
+            64: MaskedAttentionConfig(queries=32, keys=32, warp_queries=4),
+            128: MaskedAttentionConfig(queries=16, keys=32, warp_queries=2),
+        }
     },
-}
-BACKWARD_FLOAT32_CONFIGS = {
-    None: {
-        32: MaskedAttentionConfig(queries=64, keys=32, warp_queries=8, num_stages=3),
-        64: MaskedAttentionConfig(queries=32, keys=32, warp_queries=4),
-        128: MaskedAttentionConfig(queries=16, keys=32, warp_queries=2),
-    }
 }
 
 
@@ -226,8 +236,7 @@ def masked_attention_backward(
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     batch, queries, channels = q.shape
-    configs = BACKWARD_FLOAT32_CONFIGS if q.dtype == torch.float32 else BACKWARD_CONFIGS
-    config = config_of_heads(pick_config(configs, q.device), channels // num_heads, dropout_p)
+    config = config_of_heads(BACKWARD_CONFIGS, q, channels // num_heads, dropout_p)
     block_queries = power_of_two(queries, min(64, config.queries), config.queries)
     arguments, splits = launch_arguments(
         config, block_queries, batch * num_heads, q, k, v, mask_logits, key_padding_mask, (grid_height, grid_width),

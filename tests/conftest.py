@@ -5,7 +5,7 @@ import random
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -14,6 +14,9 @@ import torch
 from fastmask.ops.library import EXTENSION, EXTENSION_ERROR, SIMD_LEVELS
 from fastmask.testing import cap_simd_level, simd_levels
 from tests.interpreter import interpreted_kernels
+
+if TYPE_CHECKING:
+    from tests.compiled import Emulation
 
 with suppress(ImportError):  # GPU machines may have no Hypothesis
     from hypothesis import HealthCheck, settings
@@ -56,15 +59,19 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["OMP_NUM_THREADS"] = os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     if config.pluginmanager.hasplugin("randomly"):
         config.option.randomly_reset_seed = False  # to numbers that are others in each run; see _seeded
-    if (capability := config.getoption("--compiled")) is None:
-        return
+    if config.getoption("--compiled") is not None:
+        config.stash[EMULATION] = emulation(config)
+
+
+def emulation(config: pytest.Config) -> Emulation:
+    """What --compiled asks for."""
     from tests.compiled import Emulation, find_emulator
 
     if not find_emulator():
         raise pytest.UsageError("--compiled needs ptxvm: it cannot be imported, and ../shared does not hold it")
     if config.option.warp_seed is None:
         config.option.warp_seed = random.randrange(1 << 31)  # here, as workers of pytest-xdist take it over
-    config.stash[EMULATION] = Emulation(capability, config.option.warp_seed, config.option.hardware_rounding)
+    return Emulation(config.getoption("--compiled"), config.option.warp_seed, config.option.hardware_rounding)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

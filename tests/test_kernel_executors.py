@@ -15,7 +15,7 @@ import triton.language as tl
 from fastmask.ops.library import triton_interpreted
 from fastmask.testing import SPECIAL_FUNCTION_ERROR, TENSOR_CORE_ERROR, GpuError, assert_within_budget, gpu_budget
 from tests import compiled
-from tests.conftest import pytest_configure
+from tests.conftest import emulation
 from tests.interpreter import interpreted_kernels
 
 
@@ -36,7 +36,7 @@ def test_without_the_emulator_compiled_runs_end_at_once(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     monkeypatch.setattr(compiled, "SHARED", tmp_path)
     with pytest.raises(pytest.UsageError, match=r"--compiled needs ptxvm: it cannot be imported, and \.\./shared"):
-        pytest_configure(SimpleNamespace(getoption=lambda _: 90))
+        emulation(SimpleNamespace())
 
 
 def test_an_emulator_beside_the_project_is_found(monkeypatch, tmp_path):

@@ -274,12 +274,12 @@ def resources_of(launch: Launch, capability: int, folder: Path) -> Resources:
 def check(launches: list[Launch], capability: int, folder: Path, spilled: int = 0) -> None:
     """Compiles each form of the launches once, and says of all what does not fit."""
     wrong = {}
-    for launch in {launch.specialized(capability).key: launch for launch in launches}.values():
+    for key, launch in {launch.specialized(capability).key: launch for launch in launches}.items():
         resources = resources_of(launch, capability, folder)
         fits = resources.shared <= SHARED_MEMORY[capability]
         fits &= resources.registers * 32 * launch.arguments.get("num_warps", 4) <= REGISTERS
         if resources.spilled > spilled or not fits:
-            wrong[launch.kernel.fn.__name__, launch.constants()] = resources
+            wrong[key] = resources
     assert wrong == {}
 
 
@@ -323,7 +323,8 @@ def test_sizes_of_one_and_many_targets(operator, shape, record, tmp_path):
 
 def test_targets_of_ten_times_the_logits_size(record, tmp_path):
     """A cell's outputs come in more than one chunk."""
-    check(record("mask_loss", (6, 16, 100, 151, 20, 100, 100, 1000, 1000), torch.bfloat16, "segments"), 90, tmp_path)
+    launches = record("mask_loss", (6, 16, 100, 151, 20, 100, 100, 1000, 1000), torch.bfloat16, "segments")
+    check(launches, 90, tmp_path, SPILLED)
 
 
 @pytest.mark.parametrize("capability", [90, 100])
@@ -366,7 +367,9 @@ def test_16_bytes_are_read_at_a_time(operator, kernels, record):
     """No size is known to the compiler, but that planes and rows are aligned is."""
     for launch in record(operator, TRAINING, torch.bfloat16, "segments", capability=80):
         if launch.kernel.fn.__name__ in kernels:
-            assert re.search(r"ld\.global\.v4\.b32|cp\.async\.cg.*, 0x10", assembly(launch, 80)), launch.kernel
+            assert re.search(r"ld\.global\.(v4\.b32|v2\.b64)|cp\.async\.cg.*, 0x10", assembly(launch, 80)), (
+                launch.kernel
+            )
 
 
 @pytest.mark.parametrize("width", [512, 511])

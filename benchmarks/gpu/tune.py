@@ -35,7 +35,7 @@ class Tuning:
     operation: str
     case: str
     configs: tuple[str, str]
-    keys: tuple[int | None, ...]
+    keys: tuple[int | str | None, ...]
     variants: tuple[Variant, ...]
     dtype: str = "bfloat16"
 
@@ -69,10 +69,10 @@ TUNINGS = {
         {"tile_columns": 8, "num_warps": 4}, {"tile_columns": 32}, {"tile_rows": 16}, {"num_warps": 4},
     )),
     "masked_attention": Tuning("masked_attention", "B16 64x64, blobs", ("masked_attention", "FORWARD_CONFIGS"),
-        (9, 32), ({"keys": 64}, {"queries": 128}, {"num_stages": 2}, {"num_stages": 4}, {"warp_queries": 32},
+        ("half", 9, 32), ({"keys": 64}, {"queries": 128}, {"num_stages": 2}, {"num_stages": 4}, {"warp_queries": 32},
                   {"programs": 528})),
     "masked_attention_backward": Tuning("masked_attention", "B16 64x64, blobs",
-        ("masked_attention_backward", "BACKWARD_CONFIGS"), (9, 32), (
+        ("masked_attention_backward", "BACKWARD_CONFIGS"), ("half", 9, 32), (
         {"queries": 128, "warp_queries": 16}, {"keys": 32}, {"num_stages": 2}, {"num_stages": 1}, {"programs": 528},
     )),
 }  # fmt: skip
