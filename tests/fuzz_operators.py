@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import random
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Generator
@@ -339,7 +340,8 @@ def main() -> None:
     print(f"fuzzing {EXTENSION}, compiler {_native.compiler}", flush=True)
     end, called, seed = time.monotonic() + options.seconds, Counter(), options.first
     while time.monotonic() < end and seed < options.first + options.rounds:
-        print(f"\r{seed}", end="", flush=True)
+        if sys.stdout.isatty() or seed % 1000 == 0:  # a crash says no more than that: --first and --only find the round
+            print(f"\r{seed}", end="", flush=True)
         called[run(seed, options.only)] += 1
         seed += 1
     print(
