@@ -61,7 +61,7 @@ class MaskCostConfig:
 
 
 _ONE_STAGE = MaskCostConfig(num_stages=1)
-# For sm_100 Triton 3.6 makes more stages wait for a barrier that none completes; for sm_120 more stages spill.
+# More stages for sm_100 do not end in an emulator under Triton 3.6 (no card has run them); for sm_120 three spill.
 CONFIGS = {10: _ONE_STAGE, 12: _ONE_STAGE, None: MaskCostConfig()}
 
 
@@ -346,7 +346,7 @@ def mask_cost(
         scale_y=targets["H"] / h,
         scale_x=targets["W"] / w,
         pixels_per_split=per_split,
-        BLOCK_C=config.target_pixels if block_targets < 64 else config.target_pixels // 4,
+        BLOCK_C=config.target_pixels if block_targets < 64 else config.target_pixels // 4,  # int64 words would spill
         BLOCK_M=block_targets,
         num_warps=4,
         **COMPILER_OPTIONS,

@@ -340,7 +340,7 @@ def main() -> None:
     print(f"fuzzing {EXTENSION}, compiler {_native.compiler}", flush=True)
     end, called, seed = time.monotonic() + options.seconds, Counter(), options.first
     while time.monotonic() < end and seed < options.first + options.rounds:
-        if sys.stdout.isatty() or seed % 1000 == 0:  # a crash says no more than that: --first and --only find the round
+        if sys.stdout.isatty() or seed % 1000 == 0:  # where a crash is: --first finds its round
             print(f"\r{seed}", end="", flush=True)
         called[run(seed, options.only)] += 1
         seed += 1

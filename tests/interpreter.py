@@ -6,7 +6,7 @@ that there is no kernel for CPU tensors. So the variable's value is changed for 
 afresh in that time, and those functions of ``triton.language`` that are kernels themselves (``tl.sum``), or are called
 by such (those of ``tl.random``), are replaced by interpreted ones. Afterwards all is as before, also what the
 interpreter patches in ``triton.language`` and leaves so. It would patch at each call of a kernel and of a function that
-a kernel calls, which took a quarter of the time of these tests: here it does so once.
+a kernel calls, which takes as long as much of what they compute: here it does so once.
 
 The interpreter leaves ``tl.dot`` to NumPy's BLAS, which sums in an order that depends on the processor, and on where in
 a tile a row or column lies. As on a GPU, an element of a product depends here on its own row and column alone, so that

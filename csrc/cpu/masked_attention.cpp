@@ -256,7 +256,7 @@ void forward_head(const AttentionImage& image, const AttentionForward& result, i
   memset(work.sums, 0, sizeof(float) * floats);
   for (int64_t n = 0; n < num_queries; ++n) work.maximum[n] = kLowest;
   for (int64_t block = 0; block < key_blocks(image); ++block) {
-    if (block % kRun == 0) end_run(work, floats);
+    if (block > 0 && block % kRun == 0) end_run(work, floats);
     const uint32_t* attended = work.attended + block * num_queries;
     const int64_t count = find_active(attended, num_queries, work);
     if (count == 0) continue;
@@ -341,7 +341,7 @@ void backward_head(const AttentionImage& image, const AttentionBackward& result,
   const double* logsumexp = result.logsumexp + head * image.queries + first_query;
   for (int64_t block = 0; block < key_blocks(image); ++block) {
     const uint32_t* attended = work.attended + block * num_queries;
-    if (block % kRun == 0) end_run(work, floats);
+    if (block > 0 && block % kRun == 0) end_run(work, floats);
     const int64_t count = find_active(attended, num_queries, work);
     if (count == 0) continue;
     load_keys(image, image.v, head, block, work, work.values);
