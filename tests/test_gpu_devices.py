@@ -11,6 +11,7 @@ import pytest
 import torch
 import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from triton.runtime.jit import JITFunction
 
 from fastmask.functional import _backend
@@ -97,6 +98,22 @@ class RecordingDriver:
         return self.current
 
 
+class IndexingByShape(TorchFunctionMode):
+    """Gives x[index] its shape alone: the CPU build of torch refuses it where x claims to lie on a GPU.
+
+    To set torch.Tensor.__getitem__ instead would make every later tensor of the process a sequence, set back or not:
+    torch.tensor of a list of numbers' tensors then fails.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is not torch.Tensor.__getitem__:
+            return function(*args, **kwargs or {})
+        x, index = args
+        return x.new_empty(torch.empty(x.shape, device="meta")[index].shape)
+
+
 @contextmanager
 def recorded_launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[RecordingDriver]:
     driver = RecordingDriver()
@@ -104,12 +121,6 @@ def recorded_launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[RecordingDriv
     def run(kernel: JITFunction, **_: Any) -> None:
         driver.launched_on.append((kernel.fn.__name__, triton.runtime.driver.active.get_current_device()))
 
-    def part(x: torch.Tensor, index: Any) -> torch.Tensor:
-        """x[index], which the CPU build of torch refuses where x claims to lie on a GPU."""
-        return x.new_empty(plain(torch.empty(x.shape, device="meta"), index).shape)
-
-    plain = torch.Tensor.__getitem__
-    monkeypatch.setattr(torch.Tensor, "__getitem__", part)
     for name in ("_exchange_device", "_maybe_exchange_device"):
         monkeypatch.setattr(torch.cuda, name, driver.exchange_device)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -117,7 +128,8 @@ def recorded_launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[RecordingDriv
     active = triton.runtime.driver._active
     triton.runtime.driver.set_active(driver)
     try:
-        yield driver
+        with IndexingByShape():
+            yield driver
     finally:
         triton.runtime.driver._active = active
 
