@@ -40,6 +40,14 @@ def tiny_backbone(name: str) -> SwinConfig | ResNetConfig:
     )
 
 
+def with_distinct_queries(model: nn.Module) -> nn.Module:
+    """``model`` with queries so far apart that no rounding decides which of them a target is matched with."""
+    for name, weight in model.named_parameters():
+        if name.endswith("queries_embedder.weight"):
+            nn.init.normal_(weight, std=10.0)
+    return model
+
+
 def tiny_maskformer(
     backbone: str = "swin",
     *,
@@ -52,7 +60,7 @@ def tiny_maskformer(
     for part in ("encoder", "decoder"):
         decoder |= {f"{part}_layers": 3, f"{part}_attention_heads": 2, f"{part}_ffn_dim": 32}
     torch.manual_seed(0)
-    return cls(
+    model = cls(
         MaskFormerConfig(
             num_labels=NUM_CLASSES,
             use_auxiliary_loss=auxiliary,
@@ -63,6 +71,7 @@ def tiny_maskformer(
             decoder_config={"model_type": "detr", **decoder},
         )
     )
+    return with_distinct_queries(model)
 
 
 def tiny_mask2former(backbone: str = "swin", **options: object) -> nn.Module:
@@ -94,7 +103,7 @@ def tiny_mask2former(backbone: str = "swin", **options: object) -> nn.Module:
 def tiny_oneformer() -> nn.Module:
     """A seeded model with its text encoder, in training."""
     torch.manual_seed(0)
-    return OneFormerForUniversalSegmentation(
+    model = OneFormerForUniversalSegmentation(
         OneFormerConfig(
             num_labels=NUM_CLASSES,
             is_training=True,
@@ -116,7 +125,8 @@ def tiny_oneformer() -> nn.Module:
             text_encoder_n_ctx=2,
             dropout=0.0,
         )
-    ).train()
+    )
+    return with_distinct_queries(model).train()
 
 
 def tiny_eomt() -> nn.Module:
