@@ -165,8 +165,8 @@ def _attends(
     if HAS_BITS:
         word = tl.cast(block, tl.int64) * BLOCK_S // 64
         word_ptrs = bits_ptr + word * stride_bits_w + (n if OWN_BITS else n * 0)
-        if BLOCK_S == 32:
-            bits = (tl.load(word_ptrs, mask=n < N, other=0) >> (block % 2 * 32)).to(tl.int32)[:, None]
+        if BLOCK_S <= 32:
+            bits = (tl.load(word_ptrs, mask=n < N, other=0) >> (block * BLOCK_S % 64)).to(tl.int32)[:, None]
         else:
             bits = tl.zeros([1, 1], dtype=tl.int32)
             for j in tl.static_range(BLOCK_S // 64):
@@ -193,7 +193,7 @@ def attended_keys(
         key_padding_mask: ``(B, S)`` bool, True at padding.
         like: ``(B, N, E)``, on the device of the result.
         grid: (height, width) of the keys.
-        block: keys of a block, a power of two from 32 to 128.
+        block: keys of a block, a power of two from 16 to 128.
     """
     if mask_logits is None and key_padding_mask is None:
         names = ("bits_ptr", "stride_bits_b", "stride_bits_w", "occupied_ptr", "stride_occupied_b", "stride_occupied_n")

@@ -81,7 +81,7 @@ FORWARD_CONFIGS = {
     # Products of float32 are fused multiply-adds with operands in registers.
     "float32": {
         None: {
-            32: MaskedAttentionConfig(queries=64, keys=32, warp_queries=8, num_stages=3),
+            32: MaskedAttentionConfig(queries=64, keys=32, warp_queries=8, num_stages=3, registers=255),
             64: MaskedAttentionConfig(queries=32, keys=32, warp_queries=8),
             128: MaskedAttentionConfig(queries=32, keys=32, warp_queries=4),
         }

@@ -56,9 +56,9 @@ BACKWARD_CONFIGS = {
     },
     "float32": {
         None: {
-            32: MaskedAttentionConfig(queries=64, keys=32, warp_queries=8, num_stages=3),
+            32: MaskedAttentionConfig(queries=32, keys=32, warp_queries=4),
             64: MaskedAttentionConfig(queries=32, keys=32, warp_queries=4),
-            128: MaskedAttentionConfig(queries=16, keys=32, warp_queries=2),
+            128: MaskedAttentionConfig(queries=16, keys=16, warp_queries=2, registers=255),
         }
     },
 }

@@ -83,7 +83,7 @@ class Emulation:
         common = importlib.import_module("fastmask.kernels._common")
         generation, interpreted = common.generation, library.triton_interpreted
         deterministic = torch.are_deterministic_algorithms_enabled()
-        with self.rounding(), emulated(self.capability, self.options()) as reports:
+        with self.rounding(), waiting_warps(), emulated(self.capability, self.options()) as reports:
             launch = JITFunction.run
 
             def checked(kernel: JITFunction, *args: Any, **kwargs: Any) -> None:
@@ -116,6 +116,40 @@ class Emulation:
             return tuple(outputs)
 
         return solve
+
+
+@contextmanager
+def waiting_warps() -> Iterator[None]:
+    """A warp whose mbarrier is not complete lets others run.
+
+    ptxvm would have it ask again without end: in random order one warp runs until it comes to a barrier of the block,
+    and the warp that is to complete the mbarrier never has its turn.
+    """
+    from ptxvm.machine import Machine
+
+    done, arrive, release = Machine.mbarrier_done, Machine.mbarrier_arrive, Machine._release
+    asleep = 1 << 20  # in ``waiting``, beside the numbers of the block's barriers
+
+    def mbarrier_done(machine: Any, address: Any, parity: Any, mask: Any, number: int) -> Any:
+        complete = done(machine, address, parity, mask, number)
+        machine.waiting[(True if mask is None else mask) & ~complete] = asleep
+        return complete
+
+    def mbarrier_arrive(machine: Any, address: Any, mask: Any, number: int) -> None:
+        arrive(machine, address, mask, number)
+        machine.waiting[machine.waiting == asleep] = -1
+
+    def barriers(machine: Any) -> None:
+        sleepers = machine.waiting == asleep
+        machine.waiting[sleepers] = -1
+        release(machine)
+        machine.waiting[sleepers] = asleep
+
+    Machine.mbarrier_done, Machine.mbarrier_arrive, Machine._release = mbarrier_done, mbarrier_arrive, barriers
+    try:
+        yield
+    finally:
+        Machine.mbarrier_done, Machine.mbarrier_arrive, Machine._release = done, arrive, release
 
 
 @functools.cache

@@ -306,6 +306,17 @@ def test_attention_heads_fit_every_generation(capability, head_dim, dropout_p, r
     check(launches, capability, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("capability", "head_dim"), [(80, 16), (80, 128), (90, 32), (90, 64), (120, 16), (120, 32), (120, 128)]
+)
+def test_attention_in_float32_fits_every_generation(capability, head_dim, record, tmp_path):
+    launches = record(
+        "masked_attention", (1, 16, 100, 1, 1, *TRAINING[5:]), torch.float32, "segments",
+        capability=capability, head_dim=head_dim, images=16, dropout_p=0.1,
+    )  # fmt: skip
+    check(launches, capability, tmp_path, SPILLED)
+
+
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize(
     ("dtype", "form", "options"),
