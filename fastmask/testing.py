@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastmask.ops.library import EXTENSION_ERROR, SIMD_LEVELS, set_simd_level
+from fastmask.ops._registry import EXTENSION_ERROR, SIMD_LEVELS, set_simd_level
 
 ERROR_FACTOR = 2.0
 

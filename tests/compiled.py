@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from fastmask.ops import library
+from fastmask.ops import _registry
 from fastmask.testing import SPECIAL_FUNCTION_ERROR, gpu_budget
 
 ROOT = Path(__file__).parent.parent
@@ -81,7 +81,7 @@ class Emulation:
         from ptxvm.triton_launch import emulated
 
         common = importlib.import_module("fastmask.kernels._common")
-        generation, interpreted = common.generation, library.triton_interpreted
+        generation, interpreted = common.generation, _registry.triton_interpreted
         deterministic = torch.are_deterministic_algorithms_enabled()
         with self.rounding(), waiting_warps(), emulated(self.capability, self.options()) as reports:
             launch = JITFunction.run
@@ -92,13 +92,13 @@ class Emulation:
 
             JITFunction.run = checked  # until ``emulated`` ends
             common.generation = lambda device: self.capability // 10
-            library.triton_interpreted = lambda: True
+            _registry.triton_interpreted = lambda: True
             torch.use_deterministic_algorithms(True)
             try:
                 yield
             finally:
                 torch.use_deterministic_algorithms(deterministic)
-                common.generation, library.triton_interpreted = generation, interpreted
+                common.generation, _registry.triton_interpreted = generation, interpreted
 
     def matcher(self) -> Callable[..., tuple[Tensor, ...]]:
         """(cost, counts, threads, in_shared) -> what ``fastmask::assign_duals`` returns, by ``csrc/cuda/assign.cu``."""

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastmask.ops.library import EXTENSION, EXTENSION_ERROR, SIMD_LEVELS
+from fastmask.ops._registry import EXTENSION, EXTENSION_ERROR, SIMD_LEVELS
 from fastmask.testing import cap_simd_level, simd_levels
 from tests.interpreter import interpreted_kernels
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 import fastmask
 from fastmask import _native
-from fastmask.ops.library import EXTENSION
+from fastmask.ops._registry import EXTENSION
 from fastmask.testing import simd_level, simd_levels
 
 Arguments = tuple[Any, ...]

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 import fastmask
-from fastmask.functional import _backend
-from fastmask.ops import OPERATORS, library
-from fastmask.ops.library import SIMD_LEVELS
+from fastmask.ops import OPERATORS, _registry
+from fastmask.ops._registry import SIMD_LEVELS
 from fastmask.testing import cap_simd_level, simd_level, simd_levels
 from tests.inputs import SHAPES, random_logits, random_targets
 
@@ -17,20 +16,20 @@ OPERATOR = OPERATORS["mask_cost"]
 
 @pytest.fixture
 def without_extension(monkeypatch):
-    monkeypatch.setattr(library, "EXTENSION_ERROR", "libfastmask.so was not built")
-    monkeypatch.setattr(_backend, "_warned", set())
+    monkeypatch.setattr(_registry, "EXTENSION_ERROR", "libfastmask.so was not built")
+    monkeypatch.setattr(_registry, "_warned", set())
 
 
 def test_auto_takes_the_native_kernel_on_the_cpu():
-    assert _backend.choose_backend(OPERATOR, "auto", torch.empty(1)) == "native"
+    assert _registry.choose_backend(OPERATOR, "auto", torch.empty(1)) == "native"
 
 
 def test_auto_takes_the_reference_for_float64():
-    assert _backend.choose_backend(OPERATOR, "auto", torch.empty(1, dtype=torch.float64)) == "reference"
+    assert _registry.choose_backend(OPERATOR, "auto", torch.empty(1, dtype=torch.float64)) == "reference"
 
 
 def test_auto_takes_the_reference_on_a_device_without_kernels():
-    assert _backend.choose_backend(OPERATOR, "auto", torch.empty(1, device="meta")) == "reference"
+    assert _registry.choose_backend(OPERATOR, "auto", torch.empty(1, device="meta")) == "reference"
 
 
 @pytest.mark.usefixtures("without_extension")
@@ -48,7 +47,7 @@ def test_auto_warns_once_without_the_extension(generator):
 @pytest.mark.usefixtures("without_extension")
 def test_a_backend_asked_for_by_name_never_falls_back():
     with pytest.raises(RuntimeError, match=r"backend='native' cannot run mask_cost: .*was not built"):
-        _backend.choose_backend(OPERATOR, "native", torch.empty(1))
+        _registry.choose_backend(OPERATOR, "native", torch.empty(1))
 
 
 @pytest.mark.usefixtures("without_extension")

@@ -99,8 +99,8 @@ def test_random_batches_are_what_they_say():
 def backends(monkeypatch):
     """The backends that operators were asked for, by operator."""
     seen = {}
-    for name in ("assign", "mask_cost", "mask_loss", "_inference"):
-        home = importlib.import_module(f"fastmask.functional.{name}")
+    for name in ("assign", "mask_cost", "mask_loss", "_mask_source"):
+        home = importlib.import_module(f"fastmask.ops.{name}")
         original = home.choose_backend
 
         def choose(operator, backend, tensor, original=original):

@@ -171,9 +171,9 @@ def test_what_cannot_be_exported_is_named(make, options, error, message):
 
 
 def test_kernels_that_are_missing_are_not_replaced(monkeypatch):
-    from fastmask.ops import library
+    from fastmask.ops import _registry
 
-    monkeypatch.setattr(library, "EXTENSION_ERROR", "libfastmask.so was not built")
+    monkeypatch.setattr(_registry, "EXTENSION_ERROR", "libfastmask.so was not built")
     with pytest.raises(RuntimeError, match="was not built"):
         export_program(maskformer(), size=SIZE, portable=False)
 

@@ -14,19 +14,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from triton.runtime.jit import JITFunction
 
-from fastmask.functional import _backend
-from fastmask.ops import OPERATORS, library, mask_loss, masked_attention, point_mask_loss
+from fastmask.ops import OPERATORS, _registry
+from fastmask.ops.mask_loss import MASK_LOSS_BACKWARD, POINT_MASK_LOSS_BACKWARD
+from fastmask.ops.masked_attention import MASKED_ATTENTION_BACKWARD
 
 TRITON = [
     *(operator for operator in OPERATORS.values() if operator.triton is not None),
-    *(module.BACKWARD for module in (mask_loss, masked_attention, point_mask_loss)),
+    *(MASK_LOSS_BACKWARD, POINT_MASK_LOSS_BACKWARD, MASKED_ATTENTION_BACKWARD),
 ]
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A tensor on cuda:1, of a GPU whose compute capability a test sets."""
-    monkeypatch.setattr(_backend, "_warned", set())
+    monkeypatch.setattr(_registry, "_warned", set())
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"Tesla T{index}")
     with FakeTensorMode():
@@ -36,38 +37,38 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 @pytest.mark.parametrize("name", OPERATORS)
 def test_a_gpu_that_is_too_old(name, gpu, monkeypatch):
     operator = OPERATORS[name]
-    monkeypatch.setattr(library, "_registered", lambda name, device: True)
+    monkeypatch.setattr(_registry, "_registered", lambda name, device: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     reason = r"Tesla T1 has compute capability 7\.5; the kernels need 8\.0 or more"
     with pytest.warns(RuntimeWarning, match=f"falls back to the PyTorch reference: {reason}"):
-        assert _backend.choose_backend(operator, "auto", gpu) == "reference"
+        assert _registry.choose_backend(operator, "auto", gpu) == "reference"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert _backend.choose_backend(operator, "auto", gpu) == "reference"
+        assert _registry.choose_backend(operator, "auto", gpu) == "reference"
     named = "native" if operator.triton is None else "triton"
     with pytest.raises(RuntimeError, match=f"backend='{named}' cannot run {name}: {reason}"):
-        _backend.choose_backend(operator, named, gpu)
+        _registry.choose_backend(operator, named, gpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
-    assert _backend.choose_backend(operator, "auto", gpu) == named
+    assert _registry.choose_backend(operator, "auto", gpu) == named
 
 
 def test_a_gpu_of_another_maker(gpu, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "7.1")
     with pytest.raises(RuntimeError, match="cannot run mask_cost: this is a ROCm build"):
-        _backend.choose_backend(OPERATORS["mask_cost"], "triton", gpu)
+        _registry.choose_backend(OPERATORS["mask_cost"], "triton", gpu)
 
 
 def test_triton_that_is_missing(gpu, monkeypatch):
-    monkeypatch.setattr(library, "TRITON_INSTALLED", False)
+    monkeypatch.setattr(_registry, "TRITON_INSTALLED", False)
     with pytest.warns(RuntimeWarning, match="triton is not installed"):
-        assert _backend.choose_backend(OPERATORS["mask_cost"], "auto", gpu) == "reference"
+        assert _registry.choose_backend(OPERATORS["mask_cost"], "auto", gpu) == "reference"
 
 
 def test_an_extension_without_cuda(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-    monkeypatch.setattr(library, "_registered", lambda name, device: device != "cuda")
+    monkeypatch.setattr(_registry, "_registered", lambda name, device: device != "cuda")
     with pytest.warns(RuntimeWarning, match="was built without CUDA"):
-        assert _backend.choose_backend(OPERATORS["assign"], "auto", gpu) == "reference"
+        assert _registry.choose_backend(OPERATORS["assign"], "auto", gpu) == "reference"
 
 
 def test_a_gpu_that_is_too_old_within_a_compiled_graph(monkeypatch):
@@ -78,7 +79,7 @@ def test_a_gpu_that_is_too_old_within_a_compiled_graph(monkeypatch):
 
     @torch.compile(fullgraph=True, backend="eager")
     def function(x: torch.Tensor) -> torch.Tensor:
-        return x + 1 if library.gpu_reason(x.device.index) is None else x - 1
+        return x + 1 if _registry.gpu_reason(x.device.index) is None else x - 1
 
     assert function(torch.zeros(())) == -1
 
@@ -134,7 +135,7 @@ def recorded_launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[RecordingDriv
         triton.runtime.driver._active = active
 
 
-def cuda_arguments(operator: library.Operator) -> tuple[Any, ...]:
+def cuda_arguments(operator: _registry.Operator) -> tuple[Any, ...]:
     """Arguments on cuda:1, under FakeTensorMode."""
     float32, int64 = ({"dtype": dtype, "device": "cuda:1"} for dtype in (torch.float32, torch.int64))
     pairs = torch.empty(1, 2, 3, **float32)
@@ -187,4 +188,4 @@ def test_the_dispatcher_has_a_kernel_for_gpus(operator):
 
 def test_tensors_on_the_cpu_do_not_mind_an_old_gpu(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
-    assert _backend.choose_backend(OPERATORS["mask_cost"], "auto", torch.empty(1, device="cpu")) == "native"
+    assert _registry.choose_backend(OPERATORS["mask_cost"], "auto", torch.empty(1, device="cpu")) == "native"

@@ -34,20 +34,21 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("name", [f"native-{simd_levels()[-1]}", "triton"])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("function", [fastmask.mask_loss, fastmask.point_mask_loss], ids=lambda f: f.__name__)
-def test_values(function, layout, name, generator):
+@pytest.mark.parametrize("at_points", [False, True], ids=["all pixels", "points"])
+def test_values(at_points, layout, name, generator):
     mask_logits = layout(torch.randn(4000, generator=generator))
     layers, batch, queries, h, w = mask_logits.shape
     shape = (layers, batch, queries, 3, 3, h, w, 2 * h, w)
     targets = random_targets(shape, generator, "segments") if batch > 0 else no_images(2 * h, w)
     assignment = random_assignment(shape, targets, generator)
-    points = (random_points(generator, *assignment.shape, 20),) if function is fastmask.point_mask_loss else ()
+    points = random_points(generator, *assignment.shape, 20) if at_points else None
+    options = {"mask_term": "bce" if at_points else "focal", "reduction": "none"}
     weights = torch.randn(assignment.shape, generator=generator)
     results = []
     for logits in (mask_logits, mask_logits.contiguous().clone()):
         logits.requires_grad_()
         with kernels(name) as backend:
-            pairs = function(logits, targets, assignment, *points, reduction="none", backend=backend)
+            pairs = fastmask.mask_loss(logits, targets, assignment, points, backend=backend, **options)
             (gradient,) = torch.autograd.grad(sum((x * weights).sum() for x in pairs), logits)
         results.append((*pairs, gradient))
     for actual, expected in zip(*results, strict=True):

@@ -11,9 +11,9 @@ from torch import Tensor
 
 import fastmask
 from fastmask import instance_inference, reference
-from fastmask.functional import _inference
-from fastmask.functional import instance as instance_module
 from fastmask.measure import peak_memory
+from fastmask.ops import _mask_source
+from fastmask.ops import instance as instance_module
 from fastmask.ops._geometry import Geometry
 from fastmask.reference._common import image_logits, reads_nan, resize_bilinear
 from fastmask.testing import assert_within_budget, simd_level, simd_levels
@@ -296,7 +296,7 @@ def test_embeddings_equal_their_product(rule, name, generator, monkeypatch):
     mask_logits = torch.einsum("bnc,bchw->bnhw", mask_embed, pixel_embed)
     options = {"rule": rule, "top_k": 9, "stuff_classes": (1,), "details": True, "boxes": True}
     options |= {"padded_size": geometry.padded_size, "valid_size": geometry.valid_size}
-    monkeypatch.setitem(_inference.BAND_BYTES, "cpu", 6000)
+    monkeypatch.setitem(_mask_source.BAND_BYTES, "cpu", 6000)
     for output in ("masks", "rle"):
         expected = instance_inference(class_logits, mask_logits, geometry.size, **options, output=output)
         results = instance_inference(class_logits, (mask_embed, pixel_embed), geometry.size, **options, output=output)

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastmask.ops.library import triton_interpreted
+from fastmask.ops._registry import triton_interpreted
 from fastmask.testing import SPECIAL_FUNCTION_ERROR, TENSOR_CORE_ERROR, GpuError, assert_within_budget, gpu_budget
 from tests import compiled
 from tests.conftest import emulation

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from fastmask import masked_attention
-from fastmask.ops.masked_attention import OPERATOR
+from fastmask.ops.masked_attention import MASKED_ATTENTION
 from fastmask.testing import assert_within_budget
 from tests import gpu_errors
 from tests.test_masked_attention import SHAPES, output_and_gradients, random_inputs, strided
@@ -103,7 +103,7 @@ def test_dropout_drops_what_the_cpu_drops(seed, p, generator):
     for device, backend in (("cuda", "triton"), ("cpu", "native")):
         leaves = [x.detach().to(device).requires_grad_() for x in (q, k, v)]
         there = [x.to(device) if isinstance(x, torch.Tensor) else x for x in arguments]
-        out, _ = OPERATOR(backend, *leaves, *there)
+        out, _ = MASKED_ATTENTION(backend, *leaves, *there)
         gradients = torch.autograd.grad(out, leaves, grad_out.to(device))
         results.append([x.detach().cpu() for x in (out, *gradients)])
     for actual, expected in zip(*results, strict=True):

@@ -12,7 +12,7 @@ The rules:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 
@@ -29,6 +29,7 @@ from tests.test_triton_masked_attention import attended_keys
 
 INF, NAN = torch.inf, torch.nan
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+AT_POINTS = pytest.mark.parametrize("at_points", [False, True], ids=["all pixels", "points"])
 KERNELS = [*(f"native-{level}" for level in simd_levels()), "triton"]
 
 
@@ -167,11 +168,11 @@ class Pairs:
         return self
 
 
-def losses(pairs: Pairs, dtype: torch.dtype, backend: str, function: Callable[..., tuple[Tensor, Tensor]], **options):
+def losses(pairs: Pairs, dtype: torch.dtype, backend: str, at_points: bool, **options):
     """Both losses of each pair, and the gradient of each pair's sum in the logits of its query."""
     logits = pairs.mask_logits.to(dtype).requires_grad_()
-    points = (pairs.points,) if function is fastmask.point_mask_loss else ()
-    results = function(logits, pairs.targets, pairs.assignment, *points, reduction="none", backend=backend, **options)
+    options |= {"points": pairs.points if at_points else None, "reduction": "none", "backend": backend}
+    results = fastmask.mask_loss(logits, pairs.targets, pairs.assignment, **options)
     (gradient,) = torch.autograd.grad(sum(x.sum() for x in results), logits)
     return *(x.detach() for x in results), gradient
 
@@ -179,22 +180,22 @@ def losses(pairs: Pairs, dtype: torch.dtype, backend: str, function: Callable[..
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("value", [NAN, INF, -INF], ids=str)
 @pytest.mark.parametrize("shape", PIXELS.values(), ids=PIXELS)
-@pytest.mark.parametrize("function", [fastmask.mask_loss, fastmask.point_mask_loss], ids=lambda f: f.__name__)
-def test_losses(function, shape, value, name, generator):
+@AT_POINTS
+def test_losses(at_points, shape, value, name, generator):
     for form, options in (("masks", {"mask_term": "bce"}), ("segments", {}), ("masks+valid", {"gamma": 0.5})):
         pairs = Pairs(shape, generator, form).put(value)
         options = {"ignore_void": True, "mask_term": "focal", **options}
         with kernels(name) as backend:
-            actual = losses(pairs, torch.float32, backend, function, **options)
+            actual = losses(pairs, torch.float32, backend, at_points, **options)
         same, exact = (
-            losses(pairs, dtype, "reference", function, **options) for dtype in (torch.float32, torch.float64)
+            losses(pairs, dtype, "reference", at_points, **options) for dtype in (torch.float32, torch.float64)
         )
         finite = exact[0].isfinite() & exact[1].isfinite()
         others = torch.ones_like(finite)
         others[0, -1, 0] = False
         assert finite[others].all()
         for x, y, z, what in zip(actual[:2], same, exact, ("mask", "dice"), strict=False):
-            if function is fastmask.point_mask_loss:  # of t F+ + (v - t) F- rounding decides whether it is NaN or inf
+            if at_points:  # of t F+ + (v - t) F- rounding decides whether it is NaN or inf
                 assert torch.equal(x.isfinite(), z.isfinite())
                 x, y, z = (result[z.isfinite()] for result in (x, y, z))
             assert_within_budget(x, y, z, name=what)
@@ -246,13 +247,11 @@ def test_the_focal_loss_of_saturated_logits(gamma, name, generator):
     expected = 0.25 * q**gamma * cross_entropy
     slope = -0.25 * q**gamma * (gamma * torch.sigmoid(z) * cross_entropy + q) / len(x)
     targets = Targets.from_list([{"labels": torch.tensor([0]), "masks": masks}])
-    for function, arguments in ((fastmask.mask_loss, ()), (fastmask.point_mask_loss, (points[None, None],))):
+    for where in (None, points[None, None]):
         for dtype in (torch.float64,) if name == "reference" else (torch.float32,):
             logits = mask_logits.to(dtype).requires_grad_()
             with kernels(name) as backend:
-                loss, _ = function(
-                    logits, targets, assignment, *arguments, mask_term="focal", alpha=0.25, gamma=gamma, backend=backend
-                )
+                loss, _ = fastmask.mask_loss(logits, targets, assignment, where, gamma=gamma, backend=backend)
                 (gradient,) = torch.autograd.grad(loss, logits)
             torch.testing.assert_close(loss.double().item(), expected.mean().item(), rtol=1e-5, atol=0)
             torch.testing.assert_close(gradient.double().flatten(), slope, rtol=1e-4, atol=1e-9)
@@ -260,16 +259,15 @@ def test_the_focal_loss_of_saturated_logits(gamma, name, generator):
 
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("value", [NAN, INF, -INF], ids=str)
-@pytest.mark.parametrize("function", [fastmask.mask_cost, fastmask.point_mask_cost], ids=lambda f: f.__name__)
-def test_costs(function, value, name, generator):
+@AT_POINTS
+def test_costs(at_points, value, name, generator):
     for form, mask_term in (("masks", "bce"), ("segments", "focal")):
         pairs = Pairs(PIXELS["three and two times larger"], generator, form).put(value)
         pairs.class_logits[0, 0, 2, 1] = value
-        points = (pairs.shared,) if function is fastmask.point_mask_cost else ()
         inputs = pairs.class_logits, pairs.mask_logits
-        rest = pairs.targets, *points
+        rest = pairs.targets, pairs.shared if at_points else None
         with kernels(name) as backend:
-            actual = function(*inputs, *rest, backend=backend, mask_term=mask_term)
+            actual = fastmask.mask_cost(*inputs, *rest, backend=backend, mask_term=mask_term)
         if value == value:
             touched = torch.zeros(actual.shape[:3], dtype=torch.bool)
             touched[0, -1, [pairs.query, pairs.other]] = True
@@ -278,7 +276,7 @@ def test_costs(function, value, name, generator):
             # Where a kernel has a number, it is the one that large logits tend to.
             inputs = pairs.class_logits, pairs.mask_logits.clamp(-1e6, 1e6)
         same, exact = (
-            function(*(x.to(dtype) for x in inputs), *rest, backend="reference", mask_term=mask_term)
+            fastmask.mask_cost(*(x.to(dtype) for x in inputs), *rest, backend="reference", mask_term=mask_term)
             for dtype in (torch.float32, torch.float64)
         )
         judged = torch.ones_like(exact, dtype=torch.bool) if value != value else actual.isfinite()
@@ -286,7 +284,7 @@ def test_costs(function, value, name, generator):
 
 
 @pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize("function", [fastmask.point_mask_cost, fastmask.point_mask_loss], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("function", [fastmask.mask_cost, fastmask.mask_loss], ids=lambda f: f.__name__)
 def test_points_on_pixels_read_no_neighbour(function, name, generator):
     """Points on the centres of the logits of every other row and column, the rest of which is NaN or infinite."""
     shape = (1, 1, 3, 2, 2, 8, 8, 8, 8)
@@ -302,11 +300,12 @@ def test_points_on_pixels_read_no_neighbour(function, name, generator):
         for logits in (poisoned, mask_logits):
             for each in (name, "reference"):
                 with kernels(each) as backend:
-                    if function is fastmask.point_mask_cost:
-                        result = function(class_logits, logits, targets, points[None], backend=backend)
+                    options = {"mask_term": "bce", "backend": backend}
+                    if function is fastmask.mask_cost:
+                        result = function(class_logits, logits, targets, points[None], **options)
                     else:
                         own = points.expand(1, 1, 2, -1, -1)
-                        pairs = function(logits, targets, assignment, own, reduction="none", backend=backend)
+                        pairs = function(logits, targets, assignment, own, reduction="none", **options)
                         result = torch.stack(pairs)
                 results.append(result)
         assert torch.equal(results[0], results[2])

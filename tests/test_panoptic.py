@@ -8,10 +8,10 @@ from torch import Tensor
 
 import fastmask
 from fastmask import panoptic_inference, reference
-from fastmask.functional import _inference
-from fastmask.functional.panoptic import _segments
 from fastmask.measure import peak_memory
+from fastmask.ops import _mask_source
 from fastmask.ops._geometry import Geometry
+from fastmask.ops.panoptic import _segments
 from fastmask.reference._common import image_logits, reads_nan, resize_bilinear
 from fastmask.testing import simd_level, simd_levels
 from tests.inference_inputs import (
@@ -341,7 +341,7 @@ def test_embeddings_equal_their_product(rule, name, generator, monkeypatch):
     options = {"rule": rule, "threshold": 0.4, "overlap_threshold": 0.1, "stuff_classes": (1,), "details": True}
     options |= {"padded_size": geometry.padded_size, "valid_size": geometry.valid_size}
     expected = panoptic_inference(class_logits, mask_logits, geometry.size, **options)
-    monkeypatch.setitem(_inference.BAND_BYTES, "cpu", 6000)
+    monkeypatch.setitem(_mask_source.BAND_BYTES, "cpu", 6000)
     results = panoptic_inference(class_logits, (mask_embed, pixel_embed), geometry.size, **options)
     for result, wanted in zip(results, expected, strict=True):
         assert result.segmentation.equal(wanted.segmentation)

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 import fastmask
-from fastmask import Targets, point_mask_cost
+from fastmask import Targets
 from fastmask.testing import assert_within_budget, simd_level, simd_levels
 from tests.inputs import SHAPES, random_logits, random_points, random_targets
 
+mask_cost = partial(fastmask.mask_cost, mask_term="bce")  # as Mask2Former has it
 FORMS = ("segments", "masks", "masks+valid")
 WEIGHTS = {"cost_class": 2.0, "cost_mask": 5.0, "cost_dice": 5.0}
 
@@ -15,9 +18,9 @@ WEIGHTS = {"cost_class": 2.0, "cost_mask": 5.0, "cost_dice": 5.0}
 def check_against_reference(class_logits, mask_logits, targets, points, **options):
     rounded = class_logits.float(), mask_logits.float()
     doubled = [x.double() for x in rounded]
-    exact = point_mask_cost(*doubled, targets, points, backend="reference", **WEIGHTS, **options)
-    same_dtype = point_mask_cost(*rounded, targets, points, backend="reference", **WEIGHTS, **options)
-    actual = point_mask_cost(class_logits, mask_logits, targets, points, backend="native", **WEIGHTS, **options)
+    exact = mask_cost(*doubled, targets, points, backend="reference", **WEIGHTS, **options)
+    same_dtype = mask_cost(*rounded, targets, points, backend="reference", **WEIGHTS, **options)
+    actual = mask_cost(class_logits, mask_logits, targets, points, backend="native", **WEIGHTS, **options)
     assert actual.dtype == torch.float32
     assert_within_budget(actual, same_dtype, exact)
     return actual
@@ -83,10 +86,10 @@ def test_every_simd_level(level, form, generator):
 def test_points_beyond_the_map_and_nan_are_background(generator):
     class_logits, mask_logits, targets, points = inputs_of(SHAPES["usual"], generator, "segments", num_points=6)
     points[:] = torch.tensor([[-0.5, 0.5], [2.0, 0.1], [0.3, -7.0], [1e30, 0.2], [-1e30, 1e30], [0.5, 1.5]])
-    expected = point_mask_cost(torch.zeros_like(class_logits), torch.zeros_like(mask_logits), targets, points[:, :1])
+    expected = mask_cost(torch.zeros_like(class_logits), torch.zeros_like(mask_logits), targets, points[:, :1])
     for these in (points, torch.full_like(points, float("nan"))):
-        actual = point_mask_cost(torch.zeros_like(class_logits), mask_logits, targets, these, cost_dice=0.0)
-        without_dice = point_mask_cost(
+        actual = mask_cost(torch.zeros_like(class_logits), mask_logits, targets, these, cost_dice=0.0)
+        without_dice = mask_cost(
             torch.zeros_like(class_logits), torch.zeros_like(mask_logits), targets, points[:, :1], cost_dice=0.0
         )
         torch.testing.assert_close(actual, without_dice)
@@ -98,29 +101,28 @@ def test_equal_masks_and_segments_cost_the_same(generator):
     masks = Targets(targets.labels, targets.counts, masks=targets.dense_masks(), valid=targets.valid_pixels())
     for ignore_void in (False, True):
         one, other = (
-            point_mask_cost(class_logits, mask_logits, form, points, ignore_void=ignore_void)
-            for form in (targets, masks)
+            mask_cost(class_logits, mask_logits, form, points, ignore_void=ignore_void) for form in (targets, masks)
         )
         assert torch.equal(one, other)
 
 
 def test_non_contiguous_inputs_and_leading_dimensions(generator):
     class_logits, mask_logits, targets, points = inputs_of(SHAPES["usual"], generator, "masks")
-    expected = point_mask_cost(class_logits, mask_logits, targets, points)
+    expected = mask_cost(class_logits, mask_logits, targets, points)
     flipped = Targets(targets.labels, targets.counts, masks=targets.masks.mT.contiguous().mT)
     for strided in (mask_logits.mT.contiguous().mT, mask_logits.transpose(0, 1).contiguous().transpose(0, 1)):
-        actual = point_mask_cost(class_logits.mT.contiguous().mT, strided, flipped, points.mT.contiguous().mT)
+        actual = mask_cost(class_logits.mT.contiguous().mT, strided, flipped, points.mT.contiguous().mT)
         assert torch.equal(actual, expected)
-    assert torch.equal(point_mask_cost(class_logits[1], mask_logits[1], targets, points), expected[1])
+    assert torch.equal(mask_cost(class_logits[1], mask_logits[1], targets, points), expected[1])
 
 
 def test_two_runs_give_the_same_bits_on_any_number_of_threads(generator):
     inputs = inputs_of(SHAPES["usual"], generator, "masks")
-    first = point_mask_cost(*inputs)
+    first = mask_cost(*inputs)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        second = point_mask_cost(*inputs)
+        second = mask_cost(*inputs)
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(first, second)
@@ -128,10 +130,10 @@ def test_two_runs_give_the_same_bits_on_any_number_of_threads(generator):
 
 def test_nan_logits_reach_only_their_query(generator):
     class_logits, mask_logits, targets, points = inputs_of(SHAPES["usual"], generator, "segments")
-    expected = point_mask_cost(class_logits, mask_logits, targets, points)
+    expected = mask_cost(class_logits, mask_logits, targets, points)
     mask_logits[1, 0, 3] = float("nan")
     class_logits[0, 1, 2, 0] = float("nan")
-    actual = point_mask_cost(class_logits, mask_logits, targets, points)
+    actual = mask_cost(class_logits, mask_logits, targets, points)
     present = targets.labels >= 0
     assert actual[1, 0, 3][present[0]].isnan().all()
     assert actual[0, 1, 2][present[1]].isnan().all()
@@ -144,9 +146,9 @@ def test_void_points_hide_nan_logits(generator):
     class_logits, mask_logits, targets, points = inputs_of(SHAPES["usual"], generator, "segments")
     void = Targets(targets.labels, targets.counts, segments=torch.full_like(targets.segments, 255))
     inner = 0.2 + 0.6 * points
-    expected = point_mask_cost(class_logits, mask_logits, void, inner, ignore_void=True, cost_dice=2.0)
+    expected = mask_cost(class_logits, mask_logits, void, inner, ignore_void=True, cost_dice=2.0)
     mask_logits[:] = float("nan")
-    assert torch.equal(point_mask_cost(class_logits, mask_logits, void, inner, ignore_void=True), expected)
+    assert torch.equal(mask_cost(class_logits, mask_logits, void, inner, ignore_void=True), expected)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -163,10 +165,10 @@ def test_opcheck(form, generator):
 
 def test_compiles_to_one_graph(generator):
     class_logits, mask_logits, targets, points = inputs_of(SHAPES["odd sizes"], generator, "segments")
-    compiled = torch.compile(point_mask_cost, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(fastmask.mask_cost, fullgraph=True, backend="aot_eager")
     assert torch.equal(
-        compiled(class_logits, mask_logits, targets, points),
-        point_mask_cost(class_logits, mask_logits, targets, points),
+        compiled(class_logits, mask_logits, targets, points, mask_term="bce"),
+        mask_cost(class_logits, mask_logits, targets, points),
     )
 
 
@@ -188,4 +190,4 @@ BAD_ARGUMENTS = {
 def test_bad_arguments(change, options, error, message, generator):
     inputs = inputs_of(SHAPES["usual"], generator, "segments")
     with pytest.raises(error, match=message):
-        fastmask.point_mask_cost(*change(*inputs), **options)
+        fastmask.mask_cost(*change(*inputs), **options)

@@ -1,20 +1,23 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 import fastmask
-from fastmask import Targets, point_mask_loss
+from fastmask import Targets
 from fastmask.testing import assert_within_budget, simd_level, simd_levels
 from tests.inputs import SHAPES, random_assignment, random_logits, random_points, random_targets
 
+mask_loss = partial(fastmask.mask_loss, mask_term="bce")  # as Mask2Former has it
 FORMS = ("segments", "masks", "masks+valid")
 
 
 def losses_and_gradient(mask_logits, targets, assignment, points, weights, **options):
     """Losses of each pair, and the gradient of their weighted sum, so that every pair has a gradient of its own."""
     mask_logits = mask_logits.detach().clone().requires_grad_()
-    pairs = point_mask_loss(mask_logits, targets, assignment, points, reduction="none", **options)
+    pairs = mask_loss(mask_logits, targets, assignment, points, reduction="none", **options)
     total = sum((loss * weight).sum() for loss, weight in zip(pairs, weights, strict=True))
     (gradient,) = torch.autograd.grad(total, mask_logits)
     return *(loss.detach() for loss in pairs), gradient
@@ -115,9 +118,9 @@ def test_equal_masks_and_segments_lose_the_same(generator):
 
 def test_reductions(generator):
     inputs = inputs_of(SHAPES["usual"], generator, "segments")
-    pairs = point_mask_loss(*inputs, reduction="none")
-    sums = point_mask_loss(*inputs)
-    given = point_mask_loss(*inputs, num_masks=3.0)
+    pairs = mask_loss(*inputs, reduction="none")
+    sums = mask_loss(*inputs)
+    given = mask_loss(*inputs, num_masks=3.0)
     for pair, total, by_three in zip(pairs, sums, given, strict=True):
         torch.testing.assert_close(total, pair.sum((-2, -1)) / inputs[1].counts.sum())
         torch.testing.assert_close(by_three, pair.sum((-2, -1)) / 3)
@@ -126,7 +129,7 @@ def test_reductions(generator):
 def test_unmatched_queries_get_no_gradient(generator):
     mask_logits, targets, assignment, points = inputs_of(SHAPES["usual"], generator, "segments")
     mask_logits.requires_grad_()
-    sum(loss.sum() for loss in point_mask_loss(mask_logits, targets, assignment, points)).backward()
+    sum(loss.sum() for loss in mask_loss(mask_logits, targets, assignment, points)).backward()
     matched = torch.zeros(mask_logits.shape[:3], dtype=torch.bool)
     for layer, image, target in (assignment >= 0).nonzero().tolist():
         matched[layer, image, assignment[layer, image, target]] = True
@@ -149,14 +152,14 @@ def test_non_contiguous_inputs_and_leading_dimensions(generator):
     for logits in (mask_logits.mT.contiguous().mT, mask_logits.transpose(0, 1).contiguous().transpose(0, 1)):
         actual = losses_and_gradient(logits, flipped, strided, points.mT.contiguous().mT, weights)
         assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
-    one = point_mask_loss(mask_logits[1], targets, assignment[1], points[1], reduction="none")
+    one = mask_loss(mask_logits[1], targets, assignment[1], points[1], reduction="none")
     assert torch.equal(one[0], expected[0][1])
 
 
 def test_the_gradient_is_laid_out_like_the_logits(generator):
     mask_logits, *others = inputs_of(SHAPES["usual"], generator, "segments")
     strided = mask_logits.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
-    (gradient,) = torch.autograd.grad(sum(loss.sum() for loss in point_mask_loss(strided, *others)), strided)
+    (gradient,) = torch.autograd.grad(sum(loss.sum() for loss in mask_loss(strided, *others)), strided)
     assert gradient.stride() == strided.stride() != mask_logits.stride()
 
 
@@ -218,7 +221,7 @@ def test_large_half_precision_logits_do_not_overflow():
     mask_logits = torch.tensor([[6e4, -6e4], [6e4, 6e4]], dtype=torch.float16).reshape(1, 1, 2, 2).requires_grad_()
     targets = Targets.from_segments(torch.zeros(1, 8, 8, dtype=torch.uint8), [torch.tensor([0])])
     points = torch.rand(1, 1, 100, 2, generator=torch.Generator().manual_seed(0))
-    losses = point_mask_loss(mask_logits, targets, torch.zeros(1, 1, dtype=torch.int64), points)
+    losses = mask_loss(mask_logits, targets, torch.zeros(1, 1, dtype=torch.int64), points)
     sum(losses).backward()
     assert all(loss.isfinite() for loss in losses)
     assert mask_logits.grad.isfinite().all()
@@ -245,7 +248,7 @@ def test_compiles_to_one_graph(generator):
     mask_logits, *others = inputs_of(SHAPES["odd sizes"], generator, "segments")
 
     def total(mask_logits):
-        loss_mask, loss_dice = point_mask_loss(mask_logits, *others)
+        loss_mask, loss_dice = mask_loss(mask_logits, *others)
         return (5 * loss_mask + 5 * loss_dice).sum()
 
     gradients = []
@@ -274,4 +277,4 @@ BAD_ARGUMENTS = {
 def test_bad_arguments(change, options, error, message, generator):
     inputs = inputs_of(SHAPES["usual"], generator, "segments")
     with pytest.raises(error, match=message):
-        fastmask.point_mask_loss(*change(*inputs), **options)
+        fastmask.mask_loss(*change(*inputs), **options)

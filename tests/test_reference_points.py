@@ -9,7 +9,7 @@ from torch.autograd import gradcheck
 from transformers import Mask2FormerConfig
 from transformers.models.mask2former import modeling_mask2former as theirs
 
-from fastmask.reference import point_mask_cost, point_mask_loss, random_points, sample_points, uncertain_points
+from fastmask.reference import mask_cost, mask_loss, random_points, sample_points, uncertain_points
 
 POINTS = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 0.4], [0.5, 1.0], [0.31, 0.77], [0.9999, 0.02], [1.3, 0.5]])
 
@@ -90,7 +90,7 @@ def test_losses_equal_a_loop(with_void, mask_term, generator):
     points = random_and_corners(generator, 2, 3, 3)
     void = {"valid": valid} if with_void else {}
     counted = valid if with_void else torch.ones_like(valid)
-    result = point_mask_loss(mask_logits, assignment, masks, points, mask_term=mask_term, alpha=0.4, gamma=1.3, **void)
+    result = mask_loss(mask_logits, assignment, masks, points, mask_term=mask_term, alpha=0.4, gamma=1.3, **void)
     expected = torch.zeros(2, 2, 3, 3, dtype=torch.float64)  # [mask or dice, L, B, M]
     for layer, b, m in (assignment >= 0).nonzero().tolist():
         x = mask_logits[layer, b, assignment[layer, b, m]]
@@ -107,7 +107,7 @@ def test_costs_equal_a_loop(with_void, mask_term, generator):
     void = {"valid": valid} if with_void else {}
     counted = valid if with_void else torch.ones_like(valid)
     options = {"cost_class": 2.0, "cost_mask": 5.0, "cost_dice": 3.0}
-    result = point_mask_cost(
+    result = mask_cost(
         class_logits, mask_logits, labels, masks, points, mask_term=mask_term, alpha=0.4, gamma=1.3, **options, **void
     )
     expected = torch.zeros(2, 3, 6, 3, dtype=torch.float64)
@@ -125,7 +125,7 @@ def test_gradient_of_the_losses(generator):
     points = random_and_corners(generator, 2, 3, 3).double()
     for mask_term in ("focal", "bce"):
         assert gradcheck(
-            lambda x, term=mask_term: point_mask_loss(x, assignment, masks, points, mask_term=term, valid=valid),
+            lambda x, term=mask_term: mask_loss(x, assignment, masks, points, mask_term=term, valid=valid),
             (mask_logits.requires_grad_(),),
         )
 
@@ -133,9 +133,7 @@ def test_gradient_of_the_losses(generator):
 def test_costs_equal_those_of_transformers(generator):
     class_logits, mask_logits, labels, _, masks, _ = make_inputs(generator)
     points = torch.rand(3, 50, 2, generator=generator, dtype=torch.float64)
-    result = point_mask_cost(
-        class_logits, mask_logits, labels, masks, points, cost_class=2.0, cost_mask=5.0, cost_dice=4.0
-    )
+    result = mask_cost(class_logits, mask_logits, labels, masks, points, cost_class=2.0, cost_mask=5.0, cost_dice=4.0)
     costs = []
 
     def keep(cost):
@@ -189,5 +187,5 @@ def test_all_void_points_count_nothing(generator):
     _, mask_logits, _, assignment, masks, valid = make_inputs(generator)
     points = 0.2 + 0.6 * torch.rand(2, 3, 3, 10, 2, generator=generator)
     mask_logits[0, 0, 5] = float("nan")
-    losses = point_mask_loss(mask_logits, assignment, masks, points, valid=torch.zeros_like(valid))
+    losses = mask_loss(mask_logits, assignment, masks, points, valid=torch.zeros_like(valid))
     assert not torch.stack(losses).any()

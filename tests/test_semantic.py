@@ -9,8 +9,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from fastmask import reference, semantic_inference
-from fastmask.functional import _inference
-from fastmask.ops import semantic
+from fastmask.ops import _mask_source, semantic
 from fastmask.ops._geometry import Geometry
 from fastmask.testing import assert_within_budget, simd_level, simd_levels
 
@@ -234,9 +233,9 @@ def test_from_embeddings(order, details, generator, monkeypatch):
     mask_logits = torch.einsum("bnc,bchw->bnhw", mask_embed, pixel_embed)
     options = {"order": order, "details": details, "padded_size": (120, 176), "valid_size": (111, 160)}
     expected = semantic_inference(class_logits, mask_logits, (99, 170), **options)
-    monkeypatch.setitem(_inference.BAND_BYTES, "cpu", 2 * 6 * 44 * 4 * 6)
-    source, _, _ = _inference.prepare(
-        semantic.OPERATOR, class_logits, (mask_embed, pixel_embed), (99, 170), (120, 176), (111, 160), "auto"
+    monkeypatch.setitem(_mask_source.BAND_BYTES, "cpu", 2 * 6 * 44 * 4 * 6)
+    source, _, _ = _mask_source.prepare(
+        semantic.SEMANTIC_INFERENCE, class_logits, (mask_embed, pixel_embed), (99, 170), (120, 176), (111, 160), "auto"
     )
     shapes = [band.mask_logits.shape for band in source.bands()]
     assert len(shapes) > 4 and max(shape[2] for shape in shapes) <= 7

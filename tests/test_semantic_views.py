@@ -10,9 +10,10 @@ from torch import nn
 from torch.nn.functional import interpolate
 
 from fastmask import semantic_inference
-from fastmask.functional import SemanticView, merge_views, semantic_views
+from fastmask.functional import SemanticView, merge_views
 from fastmask.models import MaskFormer, MaskFormerConfig
 from fastmask.models.views import EvaluationViews
+from fastmask.ops import semantic_views
 from fastmask.testing import assert_within_budget
 
 SIZE = (50, 70)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from fastmask import Targets, mask_cost, mask_loss
-from fastmask.functional import point_mask_cost, point_mask_loss
 from fastmask.models.images import fit_targets, pad_images
 from tests.inputs import random_assignment, random_logits, random_points, random_targets
 from tests.interpreter import interpreted_kernels
@@ -53,11 +52,11 @@ def results(targets: Targets, backend: str) -> list[Tensor]:
     options = {"ignore_void": True, "backend": backend}
     costs = [
         mask_cost(class_logits, mask_logits.detach(), targets, **options),
-        point_mask_cost(class_logits, mask_logits.detach(), targets, shared, **options),
+        mask_cost(class_logits, mask_logits.detach(), targets, shared, mask_term="bce", **options),
     ]
     losses = [
         *mask_loss(mask_logits, targets, assignment, num_masks=3.0, **options),
-        *point_mask_loss(mask_logits, targets, assignment, own, num_masks=3.0, **options),
+        *mask_loss(mask_logits, targets, assignment, own, num_masks=3.0, mask_term="bce", **options),
     ]
     (gradient,) = torch.autograd.grad(sum(loss.sum() for loss in losses), mask_logits)
     return [*costs, *(loss.detach() for loss in losses), gradient]

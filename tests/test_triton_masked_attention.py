@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from fastmask import masked_attention
-from fastmask.ops.masked_attention import OPERATOR
+from fastmask.ops.masked_attention import MASKED_ATTENTION
 from fastmask.testing import assert_within_budget
 from tests import gpu_errors
 from tests.inputs import at_odd_address
@@ -241,8 +241,8 @@ def test_logsumexp_is_that_of_the_native_kernel(generator):
     padding = options["key_padding_mask"]
     padding[1] = True
     arguments = (q, k, v, mask_logits, padding, *options["grid"], options["num_heads"], 0.3, 0.0, None)
-    expected = OPERATOR("native", *arguments)[1].float()
-    torch.testing.assert_close(OPERATOR("triton", *arguments)[1], expected, rtol=1e-6, atol=1e-6)
+    expected = MASKED_ATTENTION("native", *arguments)[1].float()
+    torch.testing.assert_close(MASKED_ATTENTION("triton", *arguments)[1], expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(("seed", "p"), [(0, 0.1), (2**63 - 5, 0.5), (-17, 0.9)])
@@ -256,7 +256,7 @@ def test_dropout_drops_what_the_native_kernel_drops(seed, p, generator):
     results = []
     for backend in ("triton", "native"):
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        out, _ = OPERATOR(backend, *leaves, *arguments)
+        out, _ = MASKED_ATTENTION(backend, *leaves, *arguments)
         results.append((out.detach(), *torch.autograd.grad(out, leaves, grad_out)))
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)

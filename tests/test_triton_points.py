@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
-from fastmask import Targets, point_mask_cost, point_mask_loss, uncertain_points
+import fastmask
+from fastmask import Targets, uncertain_points
 from fastmask.testing import assert_within_budget
 from tests import gpu_errors
 from tests.inputs import (
@@ -27,6 +29,7 @@ from tests.test_uncertain_points import check_choice
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
 
+mask_cost, mask_loss = (partial(f, mask_term="bce") for f in (fastmask.mask_cost, fastmask.mask_loss))  # Mask2Former's
 NAMES = ("loss_mask", "loss_dice", "gradient")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMS = ("segments", "masks", "masks+valid")
@@ -43,13 +46,13 @@ REFERENCES = ((torch.float32, "reference"), (torch.float64, "reference"))
 
 
 def costs(class_logits, mask_logits, targets, points, backend="triton", **options):
-    return point_mask_cost(class_logits, mask_logits, targets, points, backend=backend, **WEIGHTS, **options)
+    return mask_cost(class_logits, mask_logits, targets, points, backend=backend, **WEIGHTS, **options)
 
 
 def losses_and_gradient(mask_logits, targets, assignment, points, backend="triton", **options):
     """Losses of each pair, and the gradient of their weighted sum, so that every pair has a gradient of its own."""
     mask_logits = mask_logits.detach().requires_grad_()
-    pairs = point_mask_loss(mask_logits, targets, assignment, points, reduction="none", backend=backend, **options)
+    pairs = mask_loss(mask_logits, targets, assignment, points, reduction="none", backend=backend, **options)
     weights = torch.linspace(-1, 1, 2 * assignment.numel()).view(2, *assignment.shape)
     total = sum((loss * weight).sum() for loss, weight in zip(pairs, weights, strict=True))
     (gradient,) = torch.autograd.grad(total, mask_logits)

@@ -15,8 +15,8 @@ import torch
 
 from benchmarks.harness.machine import best_rates, commit, default_name, describe_machine
 from fastmask import show_config
-from fastmask.functional._backend import automatic
 from fastmask.ops import OPERATORS
+from fastmask.ops._registry import automatic
 
 TOOLS = ("nvcc", "ptxas", "compute-sanitizer", "ncu", "cuobjdump")
 PACKAGES = ("pytest", "hypothesis", "xdist", "tqdm", "typer", "matplotlib", "pycocotools", "torchvision", "lapx")

@@ -23,8 +23,6 @@ from fastmask import (
     mask_cost,
     mask_loss,
     masked_attention,
-    point_mask_cost,
-    point_mask_loss,
     semantic_inference,
 )
 from fastmask.functional import matched_mask_logits
@@ -154,14 +152,14 @@ def make_embeddings(draw: Draw) -> Call:
 
 def make_point_mask_cost(draw: Draw, form: str) -> Call:
     def run(class_logits: Tensor, mask_logits: Tensor, points: Tensor, *targets: Tensor) -> Results:
-        return (point_mask_cost(class_logits, mask_logits, as_targets(*targets), points, ignore_void=True),)
+        return (mask_cost(class_logits, mask_logits, as_targets(*targets), points, mask_term="bce", ignore_void=True),)
 
     return Call((draw.class_logits(LAYERS), draw.mask_logits(LAYERS), draw.points(IMAGES), *draw.targets(form)), run)
 
 
 def make_point_mask_loss(draw: Draw, form: str) -> Call:
     def run(mask_logits: Tensor, assignment: Tensor, points: Tensor, *targets: Tensor) -> Results:
-        losses = point_mask_loss(mask_logits, as_targets(*targets), assignment, points, reduction="none")
+        losses = mask_loss(mask_logits, as_targets(*targets), assignment, points, mask_term="bce", reduction="none")
         return with_gradients(losses, mask_logits)
 
     points = draw.points(LAYERS, IMAGES, TARGETS)

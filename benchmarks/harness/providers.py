@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.harness.registry import Unavailable
 from fastmask.ops import OPERATORS
-from fastmask.ops.library import unavailable_reason
+from fastmask.ops._registry import unavailable_reason
 
 
 def require_backend(operator: str, backend: str, tensor: Tensor) -> None:

@@ -116,7 +116,7 @@ PYBIND11_MODULE(_native, module) {
   module.attr("cuda_version") = FASTMASK_CUDA_VERSION;
   module.attr("compiler") = __VERSION__;
   module.def("simd_level", &simd_level, "The SIMD level in use.");
-  module.def("set_simd_level", &set_simd_level, "For this module alone; see fastmask.ops.library.set_simd_level.");
+  module.def("set_simd_level", &set_simd_level, "For this module alone; see fastmask.ops._registry.set_simd_level.");
   module.def("linear_sum_assignment", &linear_sum_assignment, py::arg("cost_matrix"), py::arg("maximize") = false,
              "SciPy's function of the same name, for what NumPy takes for a matrix.");
 }

@@ -16,12 +16,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastmask.export.files import check_path, describe
 from fastmask.export.tasks import check_task, check_window, module_of_task
-from fastmask.functional._backend import choose_backend
 from fastmask.models.base import PretrainedModel
 from fastmask.models.checkpoint import replace_file
 from fastmask.models.images import Size
 from fastmask.modules.attention import MaskedCrossAttention
-from fastmask.ops.semantic import OPERATOR
+from fastmask.ops._registry import choose_backend
+from fastmask.ops.semantic import SEMANTIC_INFERENCE
 
 METADATA_FILE = "fastmask.json"
 # Batch and sides of what open dimensions are traced with, and of what the program is run with afterwards: fewer and
@@ -83,7 +83,7 @@ def export_program(
     parameter = next(traced.parameters())
     backend = "reference"
     if not portable:
-        backend = choose_backend(OPERATOR, "triton" if parameter.is_cuda else "native", parameter)
+        backend = choose_backend(SEMANTIC_INFERENCE, "triton" if parameter.is_cuda else "native", parameter)
     for module in traced.modules():
         if isinstance(module, MaskedCrossAttention):
             module.backend = backend

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from fastmask.functional import semantic_inference
-from fastmask.functional._checks import check_choice
-from fastmask.functional._tracing import is_open
 from fastmask.models import MaskFormer, PerPixelBaseline, Segmenter, SoundEventDetector
 from fastmask.models.base import PretrainedModel, SegmentationModel
 from fastmask.models.images import Size
 from fastmask.models.per_pixel import pixel_results, upsample
 from fastmask.models.sound_event_detector import frame_probabilities
 from fastmask.modules.audio import linear_softmax
+from fastmask.ops._checks import check_choice
+from fastmask.ops._tracing import is_open
 
 TASKS = ("semantic", "scores", "logits", "events")
 RESULTS = {"semantic": "labels", "scores": "scores"}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-from fastmask.functional import assign, class_loss, matched_mask_logits, point_mask_cost, point_mask_loss
+from fastmask.functional import assign, class_loss, mask_cost, mask_loss, matched_mask_logits
 from fastmask.integrations._labels import cost_of_images
 from fastmask.targets import Targets
 
@@ -37,7 +37,7 @@ class PointMatcher:
         points = torch.cat([torch.rand(1, self.num_points, 2, device=mask_logits.device) for _ in sizes])
 
         def cost(class_logits: Tensor, mask_logits: Tensor, targets: Targets, images: slice) -> Tensor:
-            return point_mask_cost(
+            return mask_cost(
                 class_logits,
                 mask_logits,
                 targets,
@@ -45,6 +45,7 @@ class PointMatcher:
                 cost_class=self.cost_class,
                 cost_mask=self.cost_mask,
                 cost_dice=self.cost_dice,
+                mask_term="bce",
             )
 
         return assign(cost_of_images(cost, class_logits, mask_logits, targets, sizes), targets.counts)
@@ -86,7 +87,7 @@ class PointLoss:
             rows = assignment
             if factors is not None:
                 mask_logits, rows = matched_mask_logits(*factors[layer], targets, assignment)
-            loss_mask, loss_dice = point_mask_loss(mask_logits, targets, rows, points, num_masks=1.0)
+            loss_mask, loss_dice = mask_loss(mask_logits, targets, rows, points, num_masks=1.0, mask_term="bce")
             masks.append(loss_mask)
             dices.append(loss_dice)
         class_logits = torch.stack([classes for classes, _ in layers])

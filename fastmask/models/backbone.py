@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from fastmask.functional._tracing import ceil_div, same_size
 from fastmask.models import efficientnet, resnet_c
+from fastmask.ops._tracing import ceil_div, same_size
 
 STRIDES = (4, 8, 16, 32)
 

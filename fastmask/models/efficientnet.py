@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from fastmask.functional._tracing import ceil_div
+from fastmask.ops._tracing import ceil_div
 
 NAME = "efficientnet-lite0"
 IMAGENET = "imagenet"

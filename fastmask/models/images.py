@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fastmask.functional._tracing import ceil_div, known, same_size
+from fastmask.ops._tracing import ceil_div, known, same_size
 from fastmask.targets import Targets
 
 Size = tuple[int, int]

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, interpolate
 
-from fastmask.functional._checks import check_choice
-from fastmask.functional._tracing import same_size
 from fastmask.models.images import ImageBatch, Size, fit_targets, pad_plane
 from fastmask.modules.processes import across_processes
+from fastmask.ops._checks import check_choice
+from fastmask.ops._tracing import same_size
 from fastmask.targets import Targets, check_class_map
 
 PixelTargets = Tensor | Targets | Sequence[Tensor] | Sequence[Mapping[str, Tensor]]

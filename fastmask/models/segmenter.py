@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fastmask.functional._tracing import ceil_div
 from fastmask.models.base import Images, SegmentationModel, config_or_fields
 from fastmask.models.images import ImageBatch, Size, pad_images
 from fastmask.models.inference import check_sizes
@@ -20,6 +19,7 @@ from fastmask.models.vit_weights import pretrained_vit
 from fastmask.models.windows import windowed_batch, windowed_logits
 from fastmask.modules.segmenter import LinearDecoder, MaskTransformer
 from fastmask.modules.vit import VisionTransformer
+from fastmask.ops._tracing import ceil_div
 
 
 class Segmenter(SegmentationModel):

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastmask.functional import mask_loss, point_mask_loss
-from fastmask.functional.class_loss import class_loss_terms
+from fastmask.functional import mask_loss
 from fastmask.modules.matcher import Matcher
 from fastmask.modules.predictions import Predictions
 from fastmask.modules.processes import across_processes
+from fastmask.ops.class_loss import class_loss_terms
 from fastmask.targets import Targets
 
 LOSSES = ("labels", "masks")
@@ -169,15 +169,18 @@ class SetCriterion(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(loss_mask, loss_dice) of one group of layers, ``(L,)`` each."""
         mask_logits, assignment = predictions.matched(targets, assignment)
-        options = {
-            "num_masks": num_masks,
-            "mask_term": self.matcher.mask_term,
-            "alpha": self.matcher.alpha,
-            "gamma": self.matcher.gamma,
-            "ignore_void": self.matcher.ignore_void,
-            "backend": self.backend,
-        }
-        if self.matcher.points is None:
-            return mask_loss(mask_logits, targets, assignment, **options)
-        points = self.matcher.points.uncertain(mask_logits, assignment, generator=generator, backend=self.backend)
-        return point_mask_loss(mask_logits, targets, assignment, points, **options)
+        points = None
+        if self.matcher.points is not None:
+            points = self.matcher.points.uncertain(mask_logits, assignment, generator=generator, backend=self.backend)
+        return mask_loss(
+            mask_logits,
+            targets,
+            assignment,
+            points,
+            num_masks=num_masks,
+            mask_term=self.matcher.mask_term,
+            alpha=self.matcher.alpha,
+            gamma=self.matcher.gamma,
+            ignore_void=self.matcher.ignore_void,
+            backend=self.backend,
+        )

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastmask.functional import assign, mask_cost, point_mask_cost
-from fastmask.functional._checks import check_mask_term
+from fastmask.functional import assign, mask_cost
 from fastmask.modules.points import PointSampling
 from fastmask.modules.predictions import Predictions
+from fastmask.ops._checks import check_mask_term
 from fastmask.targets import Targets
 
 
@@ -96,19 +96,20 @@ class HungarianMatcher(Matcher):
         """
         if points is None:
             points = self.draw_points(targets)
-        options = {
-            "cost_class": self.cost_class,
-            "cost_mask": self.cost_mask,
-            "cost_dice": self.cost_dice,
-            "mask_term": self.mask_term,
-            "alpha": self.alpha,
-            "gamma": self.gamma,
-            "ignore_void": self.ignore_void,
-            "backend": self.backend,
-        }
-        if points is None:
-            return mask_cost(class_logits, mask_logits, targets, **options)
-        return point_mask_cost(class_logits, mask_logits, targets, points, **options)
+        return mask_cost(
+            class_logits,
+            mask_logits,
+            targets,
+            points,
+            cost_class=self.cost_class,
+            cost_mask=self.cost_mask,
+            cost_dice=self.cost_dice,
+            mask_term=self.mask_term,
+            alpha=self.alpha,
+            gamma=self.gamma,
+            ignore_void=self.ignore_void,
+            backend=self.backend,
+        )
 
     def draw_points(self, targets: Targets, generator: torch.Generator | None = None) -> Tensor | None:
         """``(B, P, 2)``, one set for each image; None if the matcher compares all pixels."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmask.functional import uncertain_points
-from fastmask.functional._checks import check_point_sampling
+from fastmask.ops._checks import check_point_sampling
 
 
 @dataclass(frozen=True)

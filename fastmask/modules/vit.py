@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, scaled_dot_product_attention
 
-from fastmask.functional._tracing import same_size
+from fastmask.ops._tracing import same_size
 
 INIT_STD = 0.02
 

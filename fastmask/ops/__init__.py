@@ -1,25 +1,21 @@
-"""One registered operator for each hot path: schema, fake kernel and autograd in Python, kernels elsewhere.
+"""One file an operator: its public function, its schema and fake kernel, its gradient, and which kernels it has.
 
-An operator's implementations are the C++ and CUDA of ``csrc`` (loaded as a library) and the Triton kernels of
-``fastmask.kernels`` (imported when first used).
+The kernels are the C++ and CUDA of ``csrc``, loaded as a library, and the Triton kernels of ``fastmask.kernels``,
+imported when first used. ``fastmask.functional`` has the public functions.
 """
 
-from fastmask.ops import (
-    assign,
-    instance,
-    mask_cost,
-    mask_loss,
-    masked_attention,
-    panoptic,
-    point_mask_cost,
-    point_mask_loss,
-    semantic,
-    uncertain_points,
-)
+from fastmask.ops.assign import ASSIGN
+from fastmask.ops.instance import INSTANCE_MASKS
+from fastmask.ops.mask_cost import MASK_COST, POINT_MASK_COST
+from fastmask.ops.mask_loss import MASK_LOSS, POINT_MASK_LOSS
+from fastmask.ops.masked_attention import MASKED_ATTENTION
+from fastmask.ops.panoptic import PANOPTIC_WINNERS
+from fastmask.ops.semantic import SEMANTIC_INFERENCE
+from fastmask.ops.uncertain_points import UNCERTAIN_POINTS
 
-_TRAINING = (mask_cost, assign, mask_loss, point_mask_cost, uncertain_points, point_mask_loss)
-_INFERENCE = (masked_attention, semantic, panoptic, instance)
+_TRAINING = (MASK_COST, ASSIGN, MASK_LOSS, POINT_MASK_COST, UNCERTAIN_POINTS, POINT_MASK_LOSS)
+_INFERENCE = (MASKED_ATTENTION, SEMANTIC_INFERENCE, PANOPTIC_WINNERS, INSTANCE_MASKS)
 
-OPERATORS = {module.OPERATOR.name: module.OPERATOR for module in (*_TRAINING, *_INFERENCE)}
+OPERATORS = {operator.name: operator for operator in (*_TRAINING, *_INFERENCE)}
 
 __all__ = ["OPERATORS"]

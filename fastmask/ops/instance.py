@@ -1,4 +1,6 @@
-"""``fastmask::instance_masks``: binary masks of chosen queries; ``fastmask::rle_encode``: run lengths of binary masks.
+"""Instance segmentation from class logits, and mask logits or embeddings.
+
+``fastmask::instance_masks``: binary masks of chosen queries; ``fastmask::rle_encode``: run lengths of binary masks.
 
 Args of ``instance_masks``:
     mask_logits: ``(B, N, rows, w)`` float32, bfloat16 or float16.
@@ -23,13 +25,247 @@ masks one after the other, ``(T,)`` uint8; and ``(R + 1,)`` int64, where each be
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from fastmask.ops._checks import check_choice
 from fastmask.ops._geometry import GEOMETRY
-from fastmask.ops.library import Operator
+from fastmask.ops._mask_source import MaskSource, belong_to, prepare
+from fastmask.ops._registry import EXTENSION_ERROR, Operator
+
+RULES = ("mask2former", "huggingface")
+OUTPUTS = ("masks", "rle")
+
+# Of binary masks that exist at once where only their run lengths are asked for.
+MASK_BYTES = 16 << 20
+
+
+@torch.no_grad()
+def instance_inference(
+    class_logits: Tensor,
+    mask_logits: Tensor | tuple[Tensor, Tensor],
+    size: tuple[int, int],
+    *,
+    top_k: int = 100,
+    rule: str = "mask2former",
+    stuff_classes: Collection[int] = (),
+    output: str = "masks",
+    boxes: bool = False,
+    details: bool = False,
+    padded_size: tuple[int, int] | None = None,
+    valid_size: tuple[int, int] | None = None,
+    backend: str = "auto",
+) -> list[dict[str, Any]]:
+    """The most probable (query, class) pairs of each image, with binary masks and scores.
+
+    score = class probability * mean of sigmoid(x) over the mask x > 0 (Mask2Former, arXiv:2112.01527). A query that is
+    picked for several classes is upsampled once. Pixels that are made of a NaN mask logit are background, and a query
+    with a NaN class logit has probability 0.
+
+    Args:
+        class_logits: ``(B, N, K+1)`` floating point; the last class is "no object".
+        mask_logits: ``(B, N, h, w)`` floating point; or a pair of ``mask_embed (B, N, C)`` and ``pixel_embed
+            (B, C, h, w)``, whose product over C they are.
+        size: (H, W) of the masks, in pixels.
+        top_k: how many pairs an image gives at most.
+        rule: "mask2former" or "huggingface"; ``fastmask.reference.instance`` says how they differ.
+        stuff_classes: classes that give no instances.
+        output: "masks", or "rle": run lengths as ``pycocotools.mask`` has them, made of one bit a pixel.
+        boxes: also give the masks' bounding boxes.
+        details: also give the query of each mask, and how many of its logits are NaN.
+        padded_size, valid_size: as in ``semantic_inference``.
+        backend: "auto", "reference", "native" or "triton". Run lengths are encoded on the host.
+
+    Returns:
+        For each image a dict, its entries by falling class probability, R <= top_k:
+        "scores": ``(R,)`` float32 (float64 for float64 logits, which only the reference reads);
+        "labels": ``(R,)`` int64;
+        "masks": ``(R, H, W)`` bool, or "rle": a list of R dicts {"size": [H, W], "counts": bytes};
+        "boxes", if asked for: ``(R, 4)`` int32, (left, top, right, bottom) in pixels, right and bottom exclusive, so
+        that widths are differences; zeros for an empty mask;
+        "queries" ``(R,)`` int64 and "nan_logits" ``(R,)`` int32 with ``details``.
+
+    Raises:
+        ValueError: shapes, devices or options that do not fit.
+        TypeError: logits that are not floating point.
+        RuntimeError: the backend asked for cannot run.
+    """
+    check_choice("rule", rule, RULES)
+    check_choice("output", output, OUTPUTS)
+    if top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    masks, backend, dtype = prepare(INSTANCE_MASKS, class_logits, mask_logits, size, padded_size, valid_size, backend)
+    if output == "rle" and backend != "reference" and EXTENSION_ERROR is not None:
+        raise RuntimeError(f"the C++ encoder of run lengths is missing: {EXTENSION_ERROR}")
+    if backend == "reference":
+        results = _reference(class_logits.to(dtype), masks, dtype, top_k, rule, stuff_classes, output, boxes)
+    else:
+        results = _results(backend, class_logits, masks, top_k, rule, stuff_classes, output, boxes)
+    wanted = {"scores", "labels", output}
+    wanted |= {"boxes"} if boxes else set()
+    wanted |= {"queries", "nan_logits"} if details else set()
+    return [{name: value for name, value in result.items() if name in wanted} for result in results]
+
+
+def _results(
+    backend: str,
+    class_logits: Tensor,
+    masks: MaskSource,
+    top_k: int,
+    rule: str,
+    stuff_classes: Collection[int],
+    output: str,
+    boxes: bool,
+) -> list[dict[str, Any]]:
+    values, labels, queries, counts = _pick(class_logits, top_k, stuff_classes)
+    size = masks.geometry.size
+    nearest = rule == "huggingface"
+    if nearest:
+        grid = masks.geometry.valid_size or masks.geometry.padded_size or masks.geometry.grid
+        masks = replace(masks, geometry=replace(masks.geometry, size=grid))
+    packed = output == "rle" and not nearest
+    maps, foreground, area, extents, nan_logits = _run_bands(backend, masks, queries, packed)
+    scores = values * (foreground / (area + 1e-6))
+    results = []
+    for b, count in enumerate(counts):
+        columns = {
+            "scores": scores,
+            "labels": labels,
+            "queries": queries,
+            "nan_logits": nan_logits,
+            "boxes": extents,
+        }
+        result: dict[str, Any] = {name: column[b, :count] for name, column in columns.items()}
+        if nearest:
+            result |= _resize(maps[b, :count], size, output, boxes)
+        else:
+            result[output] = _encode(maps[b, :count], size) if packed else maps[b, :count]
+        results.append(result)
+    return results
+
+
+def _pick(class_logits: Tensor, top_k: int, stuff_classes: Collection[int]) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """(class probabilities, classes, queries), each ``(B, R)``, and how many of the R each image has.
+
+    Those of ``stuff_classes`` are left out; queries beyond an image's count are -1.
+    """
+    probabilities = class_logits.float().softmax(-1)[..., :-1].nan_to_num(nan=0.0)  # [B, N, K]
+    num_queries, num_classes = probabilities.shape[1:]
+    best = probabilities.flatten(1).topk(min(top_k, num_queries * num_classes))
+    labels = best.indices % num_classes
+    queries = best.indices // num_classes
+    if not stuff_classes:
+        return best.values, labels, queries, [labels.shape[1]] * labels.shape[0]
+    stuff = belong_to(labels, stuff_classes)
+    counts = (~stuff).sum(1).tolist()
+    order = stuff.to(torch.uint8).argsort(dim=1, stable=True)[:, : max(counts, default=0)]
+    queries = queries.masked_fill(stuff, -1)
+    return best.values.gather(1, order), labels.gather(1, order), queries.gather(1, order), counts
+
+
+def _run_bands(
+    backend: str, masks: MaskSource, queries: Tensor, packed: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What the operator returns, all bands put together; NaN logits of rows that two bands read are counted once."""
+    num_queries = masks.tensor.shape[1]
+    used = torch.zeros(len(queries), num_queries + 1, dtype=torch.bool, device=queries.device)
+    used = used.scatter(1, queries.where(queries >= 0, num_queries), True)[:, :-1]
+    masks, kept = masks.of_used_queries(used)
+    places = torch.arange(kept.shape[1], device=queries.device).expand_as(kept)
+    places = kept.new_full((len(queries), num_queries + 1), -1).scatter(1, kept, places)
+    queries = places.gather(1, queries.where(queries >= 0, num_queries))
+
+    bands = []
+    for band in masks.bands():
+        *sums, nan_logits = INSTANCE_MASKS(backend, band.mask_logits, queries, packed, *band.geometry)
+        repeated = F.pad(band.repeated_nan_logits(), (0, 1))  # none of padding
+        nan_logits = nan_logits - repeated.gather(1, queries.where(queries >= 0, kept.shape[1]))
+        bands.append((*sums, nan_logits))
+    if len(bands) == 1:
+        return bands[0]
+    maps, foreground, area, boxes, nan_logits = zip(*bands, strict=True)
+    areas, boxes = torch.stack(area), torch.stack(boxes)  # [bands, B, R] and [bands, B, R, 4]
+    least = boxes[..., :2].masked_fill((areas == 0)[..., None], torch.iinfo(torch.int32).max).amin(0)
+    area = areas.sum(0, dtype=torch.int32)
+    least = least.masked_fill((area == 0)[..., None], 0)
+    return (
+        torch.cat(maps, 2),
+        torch.stack(foreground).sum(0),
+        area,
+        torch.cat([least, boxes[..., 2:].amax(0)], -1),
+        torch.stack(nan_logits).sum(0, dtype=torch.int32),
+    )
+
+
+def _resize(maps: Tensor, size: tuple[int, int], output: str, boxes: bool) -> dict[str, Any]:
+    """Masks ``(R, h, w)`` bool at another size, by PyTorch's "nearest" rule."""
+    step = len(maps) if output == "masks" else max(1, MASK_BYTES // (size[0] * size[1]))
+    results: list[Any] = []
+    extents = []
+    for chunk in maps.split(max(step, 1)):
+        resized = F.interpolate(chunk.view(torch.uint8)[:, None], size, mode="nearest")[:, 0].view(torch.bool)
+        results.append(resized if output == "masks" else _encode(resized, size))
+        if boxes:
+            extents.append(_bounding_boxes(resized))
+    result = {output: results[0] if output == "masks" else [rle for chunk in results for rle in chunk]}
+    return result | ({"boxes": torch.cat(extents)} if boxes else {})
+
+
+def _encode(maps: Tensor, size: tuple[int, int]) -> list[dict[str, Any]]:
+    """Run lengths of masks ``(R, H, W)`` bool or ``(R, H, ceil(W / 8))`` packed."""
+    counts, offsets = torch.ops.fastmask.rle_encode(maps.cpu(), size[1])
+    characters, ends = counts.numpy().tobytes(), offsets.tolist()
+    return [{"size": list(size), "counts": characters[begin:end]} for begin, end in pairwise(ends)]
+
+
+def _bounding_boxes(maps: Tensor) -> Tensor:
+    """``(R, 4)`` int32 of masks ``(R, H, W)`` bool."""
+    sides = []
+    for occupied in (maps.any(1), maps.any(2)):  # columns, rows
+        occupied = occupied.to(torch.uint8)
+        first, last = occupied.argmax(1), occupied.shape[1] - occupied.flip(1).argmax(1)
+        sides.append(torch.stack([first, last], 1) * occupied.amax(1, keepdim=True))
+    (left, right), (top, bottom) = (side.unbind(1) for side in sides)
+    return torch.stack([left, top, right, bottom], 1).to(torch.int32)
+
+
+def _reference(
+    class_logits: Tensor,
+    masks: MaskSource,
+    dtype: torch.dtype,
+    top_k: int,
+    rule: str,
+    stuff_classes: Collection[int],
+    output: str,
+    boxes: bool,
+) -> list[dict[str, Any]]:
+    from fastmask import reference
+
+    mask_logits, geometry = masks.full_logits(dtype), masks.geometry
+    results = reference.instance_inference(
+        class_logits,
+        mask_logits,
+        geometry.size,
+        top_k=top_k,
+        rule=rule,
+        stuff_classes=stuff_classes,
+        padded_size=geometry.padded_size,
+        valid_size=geometry.valid_size,
+    )
+    for b, result in enumerate(results):
+        nan_logits = mask_logits[b].isnan().sum((-2, -1), dtype=torch.int32)
+        result["nan_logits"] = nan_logits[result["queries"]]
+        if boxes:
+            result["boxes"] = _bounding_boxes(result["masks"])
+        if output == "rle":
+            result["rle"] = reference.rle_encode(result["masks"])
+    return results
 
 
 def _fake(
@@ -64,7 +300,7 @@ def _fake_rle(masks: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return masks.new_empty(length, dtype=torch.uint8), masks.new_empty(masks.shape[0] + 1, dtype=torch.int64)
 
 
-OPERATOR = Operator(
+INSTANCE_MASKS = Operator(
     "instance_masks",
     f"(Tensor mask_logits, Tensor queries, bool packed, {GEOMETRY}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake,

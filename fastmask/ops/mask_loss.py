@@ -1,7 +1,7 @@
-"""``fastmask::mask_loss``: the mask and dice losses of the matched pairs, and their gradient.
+"""The mask and dice losses of the matched pairs, at all pixels or at points, and their gradient.
 
-The forward operator returns, for each pair, both losses and the four sums that backward needs: sum p t, sum p, sum t
-and the number of counted pixels.
+``fastmask::mask_loss`` and ``fastmask::point_mask_loss`` return, for each pair, both losses and the four sums that
+backward needs: sum p t, sum v p, sum t and sum v, where a pixel that counts weighs v = 1.
 """
 
 from __future__ import annotations
@@ -12,47 +12,161 @@ import torch
 from torch import Tensor
 
 from fastmask.kernels._layout import empty_gradient
-from fastmask.ops.library import Gradient, Operator
-
-_ARGUMENTS = (
-    "Tensor mask_logits, Tensor assignment, Tensor labels, Tensor? masks, Tensor? segments, Tensor? valid, "
-    "int void_value, bool ignore_void, str mask_term, float alpha, float gamma"
+from fastmask.ops._checks import (
+    check_assignment,
+    check_choice,
+    check_mask_logits,
+    check_mask_term,
+    check_points,
+    computing_dtype,
+    stack_layers,
 )
+from fastmask.ops._registry import Gradient, Operator, choose_backend
+from fastmask.ops._targets import TARGETS, target_arguments
+from fastmask.targets import Targets
 
 
-def fake_losses(mask_logits: Tensor, assignment: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+def mask_loss(
+    mask_logits: Tensor,
+    targets: Targets,
+    assignment: Tensor,
+    points: Tensor | None = None,
+    *,
+    num_masks: Tensor | float | None = None,
+    mask_term: str = "focal",
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    ignore_void: bool = False,
+    reduction: str = "sum",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Focal (or cross-entropy) and dice losses of the matched queries, at the targets' resolution or at points.
+
+    With x the logits of a target's query, t the target, p = sigmoid(x), v the weights of pixels or points, and sums
+    over these, a pair's losses are
+
+    - mask: (sum t F+ + (v - t) F-) / sum v with F+ = alpha (1-p)^gamma softplus(-x) and
+      F- = (1-alpha) p^gamma softplus(x) (RetinaNet, arXiv:1708.02002, equation 5), or for ``mask_term="bce"`` with
+      F+ = softplus(-x) and F- = softplus(x);
+    - dice: 1 - (2 sum p t + 1) / (sum v p + sum t + 1) (V-Net, arXiv:1606.04797; MaskFormer, arXiv:2107.06278).
+
+    Without ``points`` the logits are upsampled bilinearly (align_corners=False) to the H x W pixels of the targets.
+    With ``points`` both x and t are sampled bilinearly there (align_corners=False, 0 beyond the map), so that t is a
+    fraction on an outline (Mask2Former, arXiv:2112.01527, section 3.3).
+
+    Nothing of size H * W is stored, and no logits are gathered, neither forward nor for backward. A logit without
+    weight in a pixel or point is not read. NaN reaches the losses of its own pair alone; an infinite logit on its
+    pixel's right side costs nothing.
+
+    Args:
+        mask_logits: ``(..., B, N, h, w)`` floating point; any leading dimensions, usually L decoder layers, or none.
+        targets: of the B images, on the same device, at any resolution H x W.
+        assignment: ``(..., B, M)`` int64, the query of each target; -1 for padding and unmatched targets.
+        points: ``(..., B, M, P, 2)`` float32, (x, y) in 0..1 from the left and the top, of each target; usually from
+            ``uncertain_points``. Points beyond the map sample 0. They get no gradient. None compares all pixels.
+        num_masks: what the sums over pairs are divided by; the number of targets of the batch, at least 1, by default.
+        mask_term: "focal" or "bce".
+        alpha: weight of foreground in the focal loss, 0..1.
+        gamma: focusing parameter of the focal loss, >= 0.
+        ignore_void: leave void pixels out of all sums and means, a point by v = 1 - the bilinear share of void pixels
+            in it, and take sum v to be at least 1; otherwise void pixels are background and v is 1.
+        reduction: "sum", over pairs and divided by ``num_masks``; or "none".
+        backend: "auto", "reference", "native" or "triton".
+
+    Returns:
+        (loss_mask, loss_dice), float32 (float64 for float64 logits, which only the reference reads): ``(...)``, one
+        value a layer, or ``(..., B, M)`` with ``reduction="none"``, 0 for unmatched targets. Differentiable once with
+        respect to ``mask_logits``; queries without a target get a zero gradient.
+
+    Raises:
+        ValueError: shapes, devices, indices or options that do not fit.
+        TypeError: logits that are not floating point, an assignment that is not int64, or points that are not
+            float32 or float64.
+        RuntimeError: the backend asked for cannot run.
+    """
+    check_mask_logits(mask_logits, targets)
+    check_assignment(assignment, tuple(mask_logits.shape[:-4]), mask_logits.shape[-3], targets)
+    if points is not None:
+        check_points(points, tuple(assignment.shape), "(..., B, M, P, 2)", targets)
+    check_mask_term(mask_term, alpha, gamma)
+    check_choice("reduction", reduction, ("sum", "none"))
+    operator = MASK_LOSS if points is None else POINT_MASK_LOSS
+    backend = choose_backend(operator, backend, mask_logits)
+    if backend == "reference":
+        from fastmask import reference
+
+        pair_mask, pair_dice = reference.mask_loss(
+            mask_logits.to(computing_dtype(mask_logits)),
+            assignment,
+            targets.dense_masks(),
+            points,
+            mask_term=mask_term,
+            alpha=alpha,
+            gamma=gamma,
+            valid=targets.valid_pixels() if ignore_void else None,
+        )
+    else:
+        pair_mask, pair_dice, _ = operator(
+            backend,
+            stack_layers(mask_logits, 4),
+            stack_layers(assignment, 2),
+            *target_arguments(targets, ignore_void),
+            *(() if points is None else (stack_layers(points.float(), 4),)),
+            mask_term,
+            alpha,
+            gamma,
+        )
+        pair_mask, pair_dice = pair_mask.view(assignment.shape), pair_dice.view(assignment.shape)
+    if reduction == "none":
+        return pair_mask, pair_dice
+    if num_masks is None:
+        num_masks = targets.counts.sum().clamp(min=1)
+    return pair_mask.sum((-2, -1)) / num_masks, pair_dice.sum((-2, -1)) / num_masks
+
+
+def _fake(mask_logits: Tensor, assignment: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     pairs = mask_logits.new_empty(assignment.shape, dtype=torch.float32)
     return pairs, torch.empty_like(pairs), pairs.new_empty((*assignment.shape, 4))
 
 
-def fake_gradient(grad_mask: Tensor, grad_dice: Tensor, sums: Tensor, mask_logits: Tensor, *_: object) -> Tensor:
+def _fake_backward(grad_mask: Tensor, grad_dice: Tensor, sums: Tensor, mask_logits: Tensor, *_: object) -> Tensor:
     return empty_gradient(mask_logits)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    mask_logits, assignment, labels, masks, segments, valid, *options = inputs
     sums = output[2]
     ctx.mark_non_differentiable(sums)
-    ctx.save_for_backward(sums, mask_logits, assignment, labels, masks, segments, valid)
-    ctx.options = options
+    tensors = [x if isinstance(x, Tensor) else None for x in inputs]
+    ctx.save_for_backward(sums, *tensors)
+    ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
 
 
 def _backward_arguments(ctx: Any, grad_mask: Tensor, grad_dice: Tensor, _: Tensor | None) -> tuple[Any, ...]:
-    return grad_mask, grad_dice, *ctx.saved_tensors, *ctx.options
+    sums, *tensors = ctx.saved_tensors
+    inputs = (x if tensor is None else tensor for tensor, x in zip(tensors, ctx.others, strict=True))
+    return grad_mask, grad_dice, sums, *inputs
 
 
-BACKWARD = Operator(
-    "mask_loss_backward",
-    f"(Tensor grad_mask, Tensor grad_dice, Tensor sums, {_ARGUMENTS}) -> Tensor",
-    fake_gradient,
-    native=("cpu",),
-    triton="mask_loss_backward",
-)
-OPERATOR = Operator(
-    "mask_loss",
-    f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
-    fake_losses,
-    native=("cpu",),
-    triton="mask_loss",
-    gradient=Gradient(BACKWARD, _save, _backward_arguments),
-)
+def _register(name: str, points: str) -> tuple[Operator, Operator]:
+    """The operator and its gradient."""
+    arguments = f"Tensor mask_logits, Tensor assignment, {TARGETS}, {points}str mask_term, float alpha, float gamma"
+    backward = Operator(
+        f"{name}_backward",
+        f"(Tensor grad_mask, Tensor grad_dice, Tensor sums, {arguments}) -> Tensor",
+        _fake_backward,
+        native=("cpu",),
+        triton=f"{name}_backward" if name == "mask_loss" else name,
+    )
+    forward = Operator(
+        name,
+        f"({arguments}) -> (Tensor, Tensor, Tensor)",
+        _fake,
+        native=("cpu",),
+        triton=name,
+        gradient=Gradient(backward, _save, _backward_arguments),
+    )
+    return forward, backward
+
+
+MASK_LOSS, MASK_LOSS_BACKWARD = _register("mask_loss", "")
+POINT_MASK_LOSS, POINT_MASK_LOSS_BACKWARD = _register("point_mask_loss", "Tensor points, ")

@@ -8,7 +8,7 @@ from fastmask.reference.instance import INSTANCE_RULES, instance_inference
 from fastmask.reference.mask_cost import mask_cost
 from fastmask.reference.mask_loss import mask_loss
 from fastmask.reference.panoptic import PANOPTIC_RULES, PanopticRule, panoptic_inference
-from fastmask.reference.points import point_mask_cost, point_mask_loss, random_points, sample_points, uncertain_points
+from fastmask.reference.points import random_points, sample_points, uncertain_points
 from fastmask.reference.rle import rle_encode
 from fastmask.reference.semantic import label_dtype, semantic_inference
 
@@ -25,8 +25,6 @@ __all__ = [
     "mask_loss",
     "masked_attention",
     "panoptic_inference",
-    "point_mask_cost",
-    "point_mask_loss",
     "random_points",
     "rle_encode",
     "sample_points",

@@ -1,4 +1,4 @@
-"""The point-sampled criterion of Mask2Former: sampling, matching cost, choice of points, and losses."""
+"""The points of Mask2Former's criterion: how maps are sampled there, and how points are drawn and chosen."""
 
 from __future__ import annotations
 
@@ -6,14 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastmask.reference._common import (
-    MASK_TERMS,
-    check_choice,
-    check_focal,
-    check_shape,
-    mask_terms,
-    read_what_has_weight,
-)
+from fastmask.reference._common import check_shape, read_what_has_weight
 
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -92,148 +85,14 @@ def uncertain_points(mask_logits: Tensor, assignment: Tensor, candidates: Tensor
     Returns:
         ``(..., B, M, num_uncertain, 2)``, in the order of the candidates; 0 where ``assignment`` is -1.
     """
-    x = sample_points(_matched(mask_logits, assignment), candidates)
+    x = sample_points(matched_logits(mask_logits, assignment), candidates)
     certainty = x.abs().nan_to_num(nan=-1, posinf=torch.inf)
     chosen = certainty.argsort(stable=True, dim=-1)[..., :num_uncertain].sort(-1).values
     points = torch.take_along_dim(candidates, chosen[..., None], dim=-2)
     return points.masked_fill((assignment < 0)[..., None, None], 0)
 
 
-def point_mask_cost(
-    class_logits: Tensor,
-    mask_logits: Tensor,
-    labels: Tensor,
-    masks: Tensor,
-    points: Tensor,
-    *,
-    cost_class: float = 1.0,
-    cost_mask: float = 1.0,
-    cost_dice: float = 1.0,
-    mask_term: str = "bce",
-    alpha: float = 0.25,
-    gamma: float = 2.0,
-    valid: Tensor | None = None,
-) -> Tensor:
-    """C = cost_class * (-P) + cost_mask * F + cost_dice * D for each query n and target m, from P points an image.
-
-    With x[n, i] the mask logits and T[m, i] the binary targets, both as ``sample_points`` reads them at point i (T is a
-    fraction where the point lies between pixels of both kinds), p = sigmoid(x) and v[i] the weight of point i::
-
-        P[n, m] = softmax(class_logits[n])[label m]
-        F[n, m] = (sum_i F+[n, i] T[m, i] + sum_i F-[n, i] (v[i] - T[m, i])) / sum_i v[i]
-        F+ = softplus(-x),  F- = softplus(x)                                             mask_term="bce"
-        F+ = alpha (1 - p)^gamma softplus(-x),  F- = (1 - alpha) p^gamma softplus(x)     mask_term="focal"
-        D[n, m] = 1 - (2 sum_i p[n, i] T[m, i] + 1) / (sum_i v[i] p[n, i] + sum_i T[m, i] + 1)
-
-    Source: Mask2Former (arXiv:2112.01527), section 3.3 and its matcher; dice V-Net (arXiv:1606.04797), smoothed by 1.
-
-    Args:
-        class_logits: ``(..., B, N, K+1)`` float.
-        mask_logits: ``(..., B, N, h, w)`` float.
-        labels: ``(B, M)`` int64 in ``0..K-1``, -1 for padding.
-        masks: ``(B, M, H, W)`` bool or uint8, non-zero where the pixel belongs to the target.
-        points: ``(B, P, 2)`` float, (x, y) in 0..1, shared by all layers, queries and targets of an image.
-        cost_class, cost_mask, cost_dice: the weights of the three terms.
-        mask_term: "bce" or "focal".
-        alpha, gamma: of the focal term.
-        valid: ``(B, H, W)`` bool. Pixels where it is False belong to no target, and v is 1 less their bilinear share
-            of the point. All pixels by default, so that v = 1.
-
-    Returns:
-        ``(..., B, N, M)`` in the promoted dtype of the logits, in which all arithmetic runs; 0 in columns of padding.
-
-    Raises:
-        ValueError: an unknown ``mask_term``, alpha outside 0..1, a negative gamma, or shapes that do not fit.
-    """
-    check_choice("mask_term", mask_term, MASK_TERMS)
-    check_focal(alpha, gamma)
-    dtype = torch.promote_types(class_logits.dtype, mask_logits.dtype)
-    batch_size, num_targets = labels.shape
-    num_queries = mask_logits.shape[-3]
-    check_shape("mask_logits", mask_logits, (batch_size, num_queries, -1, -1))
-    check_shape("class_logits", class_logits, (batch_size, num_queries, -1))
-    check_shape("masks", masks, (batch_size, num_targets, -1, -1))
-    check_shape("points", points, (batch_size, -1, 2))
-
-    targets, weights = _sampled_targets(masks, valid, points[:, None], dtype)  # [B, M, P], [B, 1, P]
-    shared = points[:, None].expand(*mask_logits.shape[:-2], *points.shape[-2:])
-    # A point without weight must not contribute even when its logit is NaN, hence the fill before the products.
-    x = sample_points(mask_logits.to(dtype), shared).masked_fill(weights == 0, 0)  # [..., B, N, P]
-    p = torch.sigmoid(x)
-
-    probabilities = class_logits.to(dtype).softmax(-1)
-    index = labels.clamp(min=0)[:, None, :].expand(*probabilities.shape[:-1], num_targets)
-    class_term = -probabilities.gather(-1, index)
-
-    positive, negative = mask_terms(x, mask_term, alpha, gamma)
-    loss = _pair_sums(positive, targets) + _pair_sums(negative, weights - targets)
-    mask_part = loss / weights.sum(-1, keepdim=True).clamp(min=1)
-
-    overlap = 2 * _pair_sums(p, targets) + 1
-    dice_term = 1 - overlap / ((p * weights).sum(-1)[..., None] + targets.sum(-1)[:, None, :] + 1)
-
-    cost = cost_class * class_term + cost_mask * mask_part + cost_dice * dice_term
-    return cost.masked_fill((labels < 0)[:, None, :], 0)
-
-
-def point_mask_loss(
-    mask_logits: Tensor,
-    assignment: Tensor,
-    masks: Tensor,
-    points: Tensor,
-    *,
-    mask_term: str = "bce",
-    alpha: float = 0.25,
-    gamma: float = 2.0,
-    valid: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Both losses of each matched pair, from P points of its own.
-
-    With x the logits of the target's query and t the binary target, both as ``sample_points`` reads them at point i,
-    p = sigmoid(x) and v the weight of a point::
-
-        mask = sum_i (t F+ + (v - t) F-) / sum_i v
-        F+ = softplus(-x),  F- = softplus(x)                                             mask_term="bce"
-        F+ = alpha (1 - p)^gamma softplus(-x),  F- = (1 - alpha) p^gamma softplus(x)     mask_term="focal"
-        dice = 1 - (2 sum_i p t + 1) / (sum_i v p + sum_i t + 1)
-
-    Source: Mask2Former (arXiv:2112.01527), section 3.3; dice V-Net (arXiv:1606.04797), smoothed by 1.
-
-    Args:
-        mask_logits: ``(..., B, N, h, w)`` float; differentiable.
-        assignment: ``(..., B, M)`` int64, the query of each target; -1 where there is none.
-        masks: ``(B, M, H, W)`` bool or uint8, non-zero where the pixel belongs to the target.
-        points: ``(..., B, M, P, 2)`` float, (x, y) in 0..1.
-        mask_term: "bce" or "focal".
-        alpha, gamma: of the focal term.
-        valid: ``(B, H, W)`` bool. Pixels where it is False belong to no target, and v is 1 less their bilinear share
-            of the point; sum_i v is taken to be at least 1. All pixels by default, so that v = 1.
-
-    Returns:
-        ``(pair_mask, pair_dice)``, both ``(..., B, M)`` in the dtype of the logits; 0 where ``assignment`` is -1.
-
-    Raises:
-        ValueError: an unknown ``mask_term``, alpha outside 0..1, a negative gamma, or shapes that do not fit.
-    """
-    check_choice("mask_term", mask_term, MASK_TERMS)
-    check_focal(alpha, gamma)
-    batch_size, num_targets = masks.shape[:2]
-    check_shape("mask_logits", mask_logits, (batch_size, -1, -1, -1))
-    check_shape("assignment", assignment, (*mask_logits.shape[:-4], batch_size, num_targets))
-    check_shape("points", points, (*assignment.shape, -1, 2))
-
-    t, v = _sampled_targets(masks, valid, points, mask_logits.dtype)  # [..., B, M, P]
-    x = sample_points(_matched(mask_logits, assignment), points).masked_fill(v == 0, 0)
-    p = torch.sigmoid(x)
-
-    foreground, background = mask_terms(x, mask_term, alpha, gamma)
-    pair_mask = (t * foreground + (v - t) * background).sum(-1) / v.sum(-1).clamp(min=1)
-    pair_dice = 1 - (2 * (p * t).sum(-1) + 1) / ((p * v).sum(-1) + t.sum(-1) + 1)
-    unmatched = assignment < 0
-    return pair_mask.masked_fill(unmatched, 0), pair_dice.masked_fill(unmatched, 0)
-
-
-def _sampled_targets(masks: Tensor, valid: Tensor | None, points: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def sampled_targets(masks: Tensor, valid: Tensor | None, points: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Targets at the points, and the points' weights: ``(..., B, M, P)``, or ``(B, 1, P)`` weights for points so."""
     maps = masks.bool()
     weights = torch.ones(points.shape[:-1], dtype=dtype, device=points.device)
@@ -249,15 +108,10 @@ def _sampled_targets(masks: Tensor, valid: Tensor | None, points: Tensor, dtype:
     return shares.masked_fill(weights == 0, 0), weights
 
 
-def _matched(mask_logits: Tensor, assignment: Tensor) -> Tensor:
+def matched_logits(mask_logits: Tensor, assignment: Tensor) -> Tensor:
     """``(..., B, M, h, w)``: the logits of each target's query, 0 where there is none.
 
     Filled before anything else: a NaN of the query that stands in for "none" must not reach its gradient.
     """
     matched = torch.take_along_dim(mask_logits, assignment.clamp(min=0)[..., None, None], dim=-3)
     return matched.masked_fill((assignment < 0)[..., None, None], 0)
-
-
-def _pair_sums(maps: Tensor, targets: Tensor) -> Tensor:
-    """``(..., B, N, P)`` and ``(B, M, P)`` to ``(..., B, N, M)``: the sum over points of each pair's product."""
-    return torch.einsum("...nc,...mc->...nm", maps, targets)

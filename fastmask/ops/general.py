@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmask.functional._inference import prepare
-from fastmask.functional.panoptic import kept_queries, pixel_winners
-from fastmask.ops.panoptic import OPERATOR
+from fastmask.ops._mask_source import prepare
+from fastmask.ops.panoptic import PANOPTIC_WINNERS, kept_queries, pixel_winners
 from fastmask.targets import label_dtype
 
 
@@ -49,7 +48,7 @@ def general_inference(
         raise ValueError(f"ignore_index must be at least 0, got {ignore_index}")
     if ignore_index >= 2**31:
         raise ValueError(f"ignore_index must fit in int32, got {ignore_index}")
-    masks, backend, dtype = prepare(OPERATOR, class_logits, mask_logits, size, padded_size, valid_size, backend)
+    masks, backend, dtype = prepare(PANOPTIC_WINNERS, class_logits, mask_logits, size, padded_size, valid_size, backend)
     if backend == "reference":
         from fastmask import reference
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastmask.functional.assign import assign
+from fastmask.ops.assign import assign
 
 if TYPE_CHECKING:
     import numpy as np

@@ -6,9 +6,8 @@ import importlib.util
 
 import torch
 
-from fastmask.functional._backend import automatic
 from fastmask.ops import OPERATORS
-from fastmask.ops.library import EXTENSION_ERROR, unavailable_reason
+from fastmask.ops._registry import EXTENSION_ERROR, automatic, unavailable_reason
 from fastmask.version import __version__
 
 

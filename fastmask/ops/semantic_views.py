@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastmask.functional._checks import check_choice
-from fastmask.functional._inference import Band, MaskSource, prepare
-from fastmask.functional.semantic import ORDERS, OUTPUTS
-from fastmask.ops.semantic import OPERATOR
+from fastmask.ops._checks import check_choice
+from fastmask.ops._mask_source import Band, MaskSource, prepare
+from fastmask.ops.semantic import ORDERS, OUTPUTS, SEMANTIC_INFERENCE
 from fastmask.targets import label_dtype
 
 # Scores that exist at a time: of a band of the result's rows, and as many again of one view of it.
@@ -115,7 +114,7 @@ class _Scores:
         self.view = view
         self.order = order
         self.masks, self.backend, reference_dtype = prepare(
-            OPERATOR, class_logits, masks, view.size, view.padded_size, view.valid_size, backend
+            SEMANTIC_INFERENCE, class_logits, masks, view.size, view.padded_size, view.valid_size, backend
         )
         self.num_classes = class_logits.shape[-1] - 1
         self.device = class_logits.device
@@ -131,7 +130,7 @@ class _Scores:
             scores = self.whole[:, top:end]
         else:
             band = _rows_of(self.masks, top, end)
-            scores = OPERATOR(
+            scores = SEMANTIC_INFERENCE(
                 self.backend, self.probabilities, band.mask_logits, self.order, "scores", False, *band.geometry
             )[0][0]
         return scores.flip(-1) if self.view.mirrored else scores

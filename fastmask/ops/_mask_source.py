@@ -10,12 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmask.functional._backend import choose_backend
-from fastmask.functional._checks import check_floating, computing_dtype
-from fastmask.functional._tracing import as_size
-from fastmask.functional.embeddings import mask_products
+from fastmask.ops._checks import check_floating, computing_dtype
 from fastmask.ops._geometry import Geometry, Size
-from fastmask.ops.library import Operator
+from fastmask.ops._registry import Operator, choose_backend
+from fastmask.ops._tracing import as_size
+from fastmask.ops.embeddings import mask_products
 
 # Mask logits that one band holds at most when they come from embeddings.
 BAND_BYTES = {"cpu": 16 << 20, "cuda": 64 << 20}

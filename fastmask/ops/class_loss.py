@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmask.functional._checks import check_assignment, check_class_logits, computing_dtype
+from fastmask.ops._checks import check_assignment, check_class_logits, computing_dtype
 from fastmask.targets import Targets
 
 

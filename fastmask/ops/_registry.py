@@ -1,4 +1,4 @@
-"""The operator library ``fastmask::``: every operator's schema exists always, its kernels where they were built.
+"""The operator library ``fastmask::``, and which implementation runs a call.
 
 Importing this module loads ``libfastmask.so``. Where that fails, the operators still exist, trace and compile;
 ``EXTENSION_ERROR`` says why they cannot run.
@@ -7,6 +7,7 @@ Importing this module loads ``libfastmask.so``. Where that fails, the operators 
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 
 EXTENSION = Path(__file__).parent.parent / "libfastmask.so"
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+BACKENDS = ("auto", "reference", "native", "triton")
 LEAST_CAPABILITY = (8, 0)  # of a GPU: bfloat16 in tensor cores, asynchronous copies, reductions of a warp
 
 
@@ -186,6 +188,49 @@ def gpu_reason(index: int | None) -> str | None:
         has, needed = (".".join(map(str, version)) for version in (capability, LEAST_CAPABILITY))
         return f"{torch.cuda.get_device_name(index)} has compute capability {has}; the kernels need {needed} or more"
     return None
+
+
+_warned: set[str] = set()
+
+
+def choose_backend(operator: Operator, backend: str, tensor: Tensor) -> str:
+    """Resolves ``backend`` for tensors like this one; a backend asked for by name never falls back.
+
+    "auto" takes the Triton or C++/CUDA kernel, whichever the operator has for the device. Where that cannot run (the
+    extension or Triton is missing, or the GPU is too old or not NVIDIA's), it warns once and takes the reference; it
+    takes the reference silently for what no kernel is meant for (float64, or a device without kernels).
+
+    Raises:
+        ValueError: an unknown backend.
+        RuntimeError: the backend was asked for by name and cannot run; the message says why.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "auto":
+        return automatic(operator, tensor)
+    if (reason := unavailable_reason(operator, backend, tensor)) is not None:
+        raise RuntimeError(f"backend={backend!r} cannot run {operator.name}: {reason}")
+    return backend
+
+
+def automatic(operator: Operator, tensor: Tensor) -> str:
+    """What ``backend="auto"`` takes."""
+    device = tensor.device.type
+    if tensor.dtype not in operator.dtypes:
+        return "reference"
+    if device == "cuda" and operator.triton is not None:
+        backend = "triton"
+    elif device in operator.native:
+        backend = "native"
+    else:
+        return "reference"
+    reason = unavailable_reason(operator, backend, tensor)
+    if reason is None:
+        return backend
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(f"fastmask falls back to the PyTorch reference: {reason}", RuntimeWarning, stacklevel=4)
+    return "reference"
 
 
 SIMD_LEVELS = ("portable", "avx2", "avx512")

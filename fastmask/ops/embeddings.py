@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmask.functional._checks import check_assignment, check_floating, check_targets, stack_layers
+from fastmask.ops._checks import check_assignment, check_floating, check_targets, stack_layers
 from fastmask.targets import Targets
 
 

@@ -1,0 +1,40 @@
+"""The operators as functions without state, as ``torch.nn.functional`` has those of PyTorch.
+
+``backend`` is "auto", "reference", "native" (C++/CUDA) or "triton". One that is asked for by name never falls back.
+"""
+
+from fastmask.ops._show_config import show_config
+from fastmask.ops.assign import assign
+from fastmask.ops.class_loss import class_loss
+from fastmask.ops.embeddings import mask_products, matched_mask_logits
+from fastmask.ops.general import general_inference
+from fastmask.ops.instance import instance_inference
+from fastmask.ops.linear_sum_assignment import linear_sum_assignment
+from fastmask.ops.mask_cost import mask_cost
+from fastmask.ops.mask_loss import mask_loss
+from fastmask.ops.masked_attention import masked_attention
+from fastmask.ops.panoptic import PanopticDetails, panoptic_inference
+from fastmask.ops.semantic import SemanticDetails, semantic_inference
+from fastmask.ops.semantic_views import SemanticView, merge_views
+from fastmask.ops.uncertain_points import uncertain_points
+
+__all__ = [
+    "PanopticDetails",
+    "SemanticDetails",
+    "SemanticView",
+    "assign",
+    "class_loss",
+    "general_inference",
+    "instance_inference",
+    "linear_sum_assignment",
+    "mask_cost",
+    "mask_loss",
+    "mask_products",
+    "masked_attention",
+    "matched_mask_logits",
+    "merge_views",
+    "panoptic_inference",
+    "semantic_inference",
+    "show_config",
+    "uncertain_points",
+]
