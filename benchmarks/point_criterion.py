@@ -26,7 +26,7 @@ from benchmarks.criterion import (
 from benchmarks.harness.machine import Work
 from benchmarks.harness.registry import Case, Operation, Provider
 from benchmarks.inputs import GPU_TRAINING, QUICK, TRAINING, Inputs, as_lists, judged, judged_layers, make_inputs
-from fastmask import HungarianMatcher, PointSampling, SetCriterion
+from fastmask import HungarianMatcher, MaskTerm, PointSampling, SetCriterion
 
 WEIGHTS = {"loss_ce": 2.0, "loss_mask": 5.0, "loss_dice": 5.0}
 COSTS = {"cost_class": 2.0, "cost_mask": 5.0, "cost_dice": 5.0}
@@ -103,8 +103,9 @@ def work(inputs: Inputs) -> Work:
 
 
 def make_criterion(inputs: Inputs, backend: str) -> SetCriterion:
-    matcher = HungarianMatcher(**COSTS, mask_term="bce", points=SAMPLING, backend=backend)
-    criterion = SetCriterion(inputs.num_classes, matcher, WEIGHTS, EOS_COEF, backend=backend)
+    compared = {"term": MaskTerm("bce"), "points": SAMPLING, "backend": backend}
+    matcher = HungarianMatcher(**COSTS, **compared)
+    criterion = SetCriterion(inputs.num_classes, matcher, WEIGHTS, EOS_COEF, **compared)
     return criterion.to(inputs.mask_logits.device)
 
 

@@ -15,6 +15,7 @@ from fastmask.functional import (
     uncertain_points,
 )
 from fastmask.integrations import patch, unpatch
+from fastmask.mask_term import MaskTerm
 from fastmask.models import (
     MaskFormer,
     MaskFormerConfig,
@@ -34,6 +35,7 @@ __all__ = [
     "HungarianMatcher",
     "MaskFormer",
     "MaskFormerConfig",
+    "MaskTerm",
     "MaskedCrossAttention",
     "PerPixelBaseline",
     "PerPixelBaselineConfig",

@@ -125,7 +125,7 @@ def maskformer(points: bool = False, **options: Any) -> nn.Module:
         if hasattr(module, "backend"):
             module.backend = "reference"
     if points:
-        model.criterion.matcher.points = SamePoints(30)
+        model.criterion.matcher.points = model.criterion.points = SamePoints(30)
     return model
 
 

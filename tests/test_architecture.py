@@ -15,9 +15,10 @@ PACKAGE = Path(fastmask.__file__).parent
 KERNELS = PACKAGE.parent / "kernels"
 
 # What each part may import of ours, besides itself.
-LEAVES = {"targets", "version"}
+LEAVES = {"mask_term", "targets", "version"}
 ALLOWED = {
     "reference": set(),
+    "mask_term": set(),
     "targets": set(),
     "version": set(),
     "kernels": {"targets"},

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmask import Targets, mask_cost, mask_loss, uncertain_points
+from fastmask import MaskTerm, Targets, mask_cost, mask_loss, uncertain_points
 from fastmask.testing import assert_within_budget
 from tests import gpu_errors
 from tests.inputs import SHAPES, random_assignment, random_logits, random_points, random_targets
@@ -20,8 +20,8 @@ from tests.test_uncertain_points import check_choice
 
 FORMS = ("segments", "masks", "masks+valid")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BCE = {"mask_term": "bce"}  # at points, unless a test says otherwise
-TERMS = (BCE, {"gamma": 0.0}, {"gamma": 1.5}, {"alpha": 0.0}, {"alpha": 1.0}, {"mask_term": "focal"})
+BCE = {"kind": "bce"}  # at points, unless a test says otherwise
+TERMS = (BCE, {"gamma": 0.0}, {"gamma": 1.5}, {"alpha": 0.0}, {"alpha": 1.0}, {"kind": "focal"})
 CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
 BOTH = pytest.mark.parametrize("device", ["cpu", CUDA])
 NUM_POINTS = 400
@@ -45,21 +45,24 @@ class Inputs:
         return self
 
 
-def costs(inputs: Inputs, device: str, dtype: torch.dtype, backend: str, **options: Any) -> Results:
+def costs(inputs: Inputs, device: str, dtype: torch.dtype, backend: str, **term: Any) -> Results:
     """The matching costs by all pixels and by points."""
     logits = [x.to(device, dtype) for x in (inputs.class_logits, inputs.mask_logits)]
-    targets, options = inputs.targets.to(device), {"cost_mask": 20.0, "backend": backend, **options}
-    points = inputs.shared.to(device)
-    return mask_cost(*logits, targets, **options), mask_cost(*logits, targets, points, **BCE | options)
+    targets, options = inputs.targets.to(device), {"cost_mask": 20.0, "backend": backend}
+    return (
+        mask_cost(*logits, targets, term=MaskTerm(**term), **options),
+        mask_cost(*logits, targets, inputs.shared.to(device), term=MaskTerm(**BCE | term), **options),
+    )
 
 
-def losses(inputs: Inputs, device: str, dtype: torch.dtype, backend: str, **options: Any) -> Results:
+def losses(inputs: Inputs, device: str, dtype: torch.dtype, backend: str, **term: Any) -> Results:
     """The losses of each pair by all pixels and by points, each with the gradient of a weighted sum."""
     targets, assignment = inputs.targets.to(device), inputs.assignment.to(device)
     results: list[Tensor] = []
     for points, default in ((None, {}), (inputs.own.to(device), BCE)):
         logits = inputs.mask_logits.to(device, dtype).detach().requires_grad_()
-        pairs = mask_loss(logits, targets, assignment, points, reduction="none", backend=backend, **default | options)
+        options = {"term": MaskTerm(**default | term), "reduction": "none", "backend": backend}
+        pairs = mask_loss(logits, targets, assignment, points, **options)
         weights = inputs.weights.to(device, pairs[0].dtype)
         total = sum((loss * weight).sum() for loss, weight in zip(pairs, weights, strict=True))
         results += [*(loss.detach() for loss in pairs), *torch.autograd.grad(total, logits)]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.models.maskformer.modeling_maskformer import MaskFormerHungarianMatcher, MaskFormerLoss
 
-from fastmask import HungarianMatcher, SetCriterion, Targets
+from fastmask import HungarianMatcher, MaskTerm, SetCriterion, Targets
 from fastmask.testing import assert_within_budget
 from tests.inputs import SHAPES, random_logits, random_targets
 
@@ -12,9 +12,10 @@ COSTS = {"cost_class": 1.0, "cost_mask": 20.0, "cost_dice": 1.0}
 WEIGHTS = {"loss_ce": 1.0, "loss_mask": 20.0, "loss_dice": 1.0}
 
 
-def make_criterion(num_classes, backend="auto", **options):
-    matcher = HungarianMatcher(**COSTS, backend=backend, **options)
-    return SetCriterion(num_classes, matcher, WEIGHTS, 0.1, ["labels", "masks"], backend=backend)
+def make_criterion(num_classes, backend="auto", **term):
+    compared = {"term": MaskTerm(**term), "backend": backend}
+    matcher = HungarianMatcher(**COSTS, **compared)
+    return SetCriterion(num_classes, matcher, WEIGHTS, 0.1, ["labels", "masks"], **compared)
 
 
 def as_outputs(class_logits, mask_logits, *, stacked=False):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import fastmask
+from fastmask import MaskTerm
 from fastmask.testing import simd_levels
 from tests.inputs import random_assignment, random_points, random_targets
 from tests.test_non_finite import kernels
@@ -42,7 +43,7 @@ def test_values(at_points, layout, name, generator):
     targets = random_targets(shape, generator, "segments") if batch > 0 else no_images(2 * h, w)
     assignment = random_assignment(shape, targets, generator)
     points = random_points(generator, *assignment.shape, 20) if at_points else None
-    options = {"mask_term": "bce" if at_points else "focal", "reduction": "none"}
+    options = {"term": MaskTerm("bce" if at_points else "focal"), "reduction": "none"}
     weights = torch.randn(assignment.shape, generator=generator)
     results = []
     for logits in (mask_logits, mask_logits.contiguous().clone()):

@@ -159,7 +159,7 @@ def test_images_to_label_maps(name):
 @pytest.mark.parametrize("form", ["stacked", "a dict a layer"])
 def test_the_criterion(form, points):
     matcher = HungarianMatcher(1.0, 20.0, 1.0, points=points)
-    criterion = SetCriterion(5, matcher, {}).to(DEVICE)
+    criterion = SetCriterion(5, matcher, {}, points=points).to(DEVICE)
     class_logits = torch.zeros(3, 2, 9, 6, device=DEVICE, requires_grad=True)
     mask_logits = torch.zeros(3, 2, 9, 16, 16, device=DEVICE, requires_grad=True)
     if form == "stacked":

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import fastmask
-from fastmask import Targets, mask_cost
+from fastmask import MaskTerm, Targets, mask_cost
 from fastmask.testing import assert_within_budget, simd_level, simd_levels
-from tests.inputs import SHAPES, random_logits, random_targets
+from tests.inputs import SHAPES, TERMS, random_logits, random_targets
 
 FORMS = ("segments", "masks", "masks+valid")
 WEIGHTS = {"cost_class": 1.0, "cost_mask": 20.0, "cost_dice": 1.0}
@@ -28,14 +28,14 @@ def check_against_reference(class_logits, mask_logits, targets, **options):
 def test_equals_the_reference(shape, form, ignore_void, generator):
     class_logits, mask_logits = random_logits(shape, generator)
     targets = random_targets(shape, generator, form)
-    check_against_reference(class_logits, mask_logits, targets, ignore_void=ignore_void, **WEIGHTS)
+    check_against_reference(class_logits, mask_logits, targets, term=MaskTerm(ignore_void=ignore_void), **WEIGHTS)
 
 
-@pytest.mark.parametrize("term", [{"mask_term": "bce"}, {"gamma": 0.0}, {"gamma": 1.5}, {"alpha": 0.0}, {"alpha": 1.0}])
+@pytest.mark.parametrize("term", TERMS, ids=str)
 def test_terms(term, generator):
     class_logits, mask_logits = random_logits(SHAPES["odd sizes"], generator)
     targets = random_targets(SHAPES["odd sizes"], generator, "segments")
-    check_against_reference(class_logits, mask_logits, targets, **WEIGHTS, **term)
+    check_against_reference(class_logits, mask_logits, targets, **WEIGHTS, term=term)
 
 
 @pytest.mark.parametrize("only", ["cost_class", "cost_mask", "cost_dice"])
@@ -58,7 +58,7 @@ def test_wide_segment_maps(dtype, generator):
     shape = (1, 2, 5, 4, 300, 20, 20, 40, 40)
     class_logits, mask_logits = random_logits(shape, generator)
     targets = random_targets(shape, generator, "segments", dtype=dtype)
-    check_against_reference(class_logits, mask_logits, targets, ignore_void=True, **WEIGHTS)
+    check_against_reference(class_logits, mask_logits, targets, term=MaskTerm(ignore_void=True), **WEIGHTS)
 
 
 @pytest.mark.parametrize("scale", [30.0, 200.0])
@@ -74,7 +74,9 @@ def test_every_simd_level(level, generator):
     targets = random_targets(SHAPES["odd sizes"], generator, "masks+valid")
     with simd_level(level):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            check_against_reference(class_logits.to(dtype), mask_logits.to(dtype), targets, ignore_void=True, **WEIGHTS)
+            check_against_reference(
+                class_logits.to(dtype), mask_logits.to(dtype), targets, term=MaskTerm(ignore_void=True), **WEIGHTS
+            )
 
 
 def test_non_contiguous_inputs(generator):
@@ -127,9 +129,9 @@ def test_void_pixels_do_not_count_whatever_their_logits(generator):
     shape = SHAPES["targets at the logits' size"]
     class_logits, mask_logits = random_logits(shape, generator)
     targets = random_targets(shape, generator, "segments")
-    expected = mask_cost(class_logits, mask_logits, targets, ignore_void=True)
+    expected = mask_cost(class_logits, mask_logits, targets, term=MaskTerm(ignore_void=True))
     poisoned = mask_logits.masked_fill((targets.segments == targets.void)[None, :, None], float("nan"))
-    assert torch.equal(mask_cost(class_logits, poisoned, targets, ignore_void=True), expected)
+    assert torch.equal(mask_cost(class_logits, poisoned, targets, term=MaskTerm(ignore_void=True)), expected)
 
 
 def test_all_void(generator):
@@ -137,7 +139,7 @@ def test_all_void(generator):
     class_logits, mask_logits = random_logits(shape, generator)
     targets = random_targets(shape, generator, "segments")
     void = Targets(targets.labels, targets.counts, segments=torch.full_like(targets.segments, 255))
-    cost = check_against_reference(class_logits, mask_logits, void, ignore_void=True, **WEIGHTS)
+    cost = check_against_reference(class_logits, mask_logits, void, term=MaskTerm(ignore_void=True), **WEIGHTS)
     assert cost.isfinite().all()
 
 
@@ -195,9 +197,7 @@ BAD_ARGUMENTS = {
     "label beyond the classes": (lambda c, m, t: (c[..., :2], m, t), {}, ValueError, "targets.labels holds"),
     "only no-object": (lambda c, m, t: (c[..., :1], m, t), {}, ValueError, "at least one class"),
     "targets as a list": (lambda c, m, t: (c, m, [t]), {}, TypeError, "targets must be a fastmask.Targets"),
-    "unknown term": (lambda c, m, t: (c, m, t), {"mask_term": "l1"}, ValueError, "mask_term must be one of"),
-    "alpha out of range": (lambda c, m, t: (c, m, t), {"alpha": 1.5}, ValueError, "alpha must lie in 0..1"),
-    "negative gamma": (lambda c, m, t: (c, m, t), {"gamma": -1.0}, ValueError, "gamma must be at least 0"),
+    "no term": (lambda c, m, t: (c, m, t), {"term": "bce"}, TypeError, "term must be a fastmask.MaskTerm, got str"),
     "unknown backend": (lambda c, m, t: (c, m, t), {"backend": "cpu"}, ValueError, "backend must be one of"),
     "no such kernel": (lambda c, m, t: (c.double(), m.double(), t), {"backend": "native"}, RuntimeError, "float64"),
 }

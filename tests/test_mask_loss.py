@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import fastmask
-from fastmask import Targets, mask_loss
+from fastmask import MaskTerm, Targets, mask_loss
 from fastmask.testing import assert_within_budget, simd_level, simd_levels
-from tests.inputs import SHAPES, random_assignment, random_logits, random_targets
+from tests.inputs import SHAPES, TERMS, random_assignment, random_logits, random_targets
 
 FORMS = ("segments", "masks", "masks+valid")
 
@@ -41,12 +41,12 @@ def inputs_of(shape, generator, form, **options):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("ignore_void", [False, True])
 def test_equals_the_reference(shape, form, ignore_void, generator):
-    check_against_reference(*inputs_of(shape, generator, form), generator, ignore_void=ignore_void)
+    check_against_reference(*inputs_of(shape, generator, form), generator, term=MaskTerm(ignore_void=ignore_void))
 
 
-@pytest.mark.parametrize("term", [{"mask_term": "bce"}, {"gamma": 0.0}, {"gamma": 1.5}, {"alpha": 0.0}, {"alpha": 1.0}])
+@pytest.mark.parametrize("term", TERMS, ids=str)
 def test_terms(term, generator):
-    check_against_reference(*inputs_of(SHAPES["odd sizes"], generator, "segments"), generator, **term)
+    check_against_reference(*inputs_of(SHAPES["odd sizes"], generator, "segments"), generator, term=term)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -58,7 +58,7 @@ def test_half_precision_logits(dtype, generator):
 @pytest.mark.parametrize("dtype", [torch.int16, torch.int32])
 def test_wide_segment_maps(dtype, generator):
     inputs = inputs_of((1, 2, 310, 4, 300, 6, 6, 30, 30), generator, "segments", dtype=dtype)
-    check_against_reference(*inputs, generator, ignore_void=True)
+    check_against_reference(*inputs, generator, term=MaskTerm(ignore_void=True))
 
 
 @pytest.mark.parametrize("scale", [30.0, 200.0])
@@ -72,7 +72,9 @@ def test_every_simd_level(level, generator):
     mask_logits, targets, assignment = inputs_of(SHAPES["odd sizes"], generator, "masks+valid")
     with simd_level(level):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            check_against_reference(mask_logits.to(dtype), targets, assignment, generator, ignore_void=True)
+            check_against_reference(
+                mask_logits.to(dtype), targets, assignment, generator, term=MaskTerm(ignore_void=True)
+            )
 
 
 def test_gradient_of_the_sum_over_the_number_of_masks(generator):
@@ -152,7 +154,9 @@ def test_two_runs_give_the_same_bits(generator):
 def test_all_void(generator):
     mask_logits, targets, assignment = inputs_of(SHAPES["usual"], generator, "segments")
     void = Targets(targets.labels, targets.counts, segments=torch.full_like(targets.segments, 255))
-    loss_mask, loss_dice, gradient = check_against_reference(mask_logits, void, assignment, generator, ignore_void=True)
+    loss_mask, loss_dice, gradient = check_against_reference(
+        mask_logits, void, assignment, generator, term=MaskTerm(ignore_void=True)
+    )
     assert not loss_mask.any()
     assert not loss_dice.any()
     assert not gradient.any()
@@ -241,7 +245,7 @@ BAD_ARGUMENTS = {
     "another batch": (lambda m, t, a: (m[:, :1], t, a[:, :1]), {}, ValueError, "targets has 2 images"),
     "integer logits": (lambda m, t, a: (m.int(), t, a), {}, TypeError, "mask_logits must be floating point"),
     "unknown reduction": (lambda m, t, a: (m, t, a), {"reduction": "mean"}, ValueError, "reduction must be one of"),
-    "unknown term": (lambda m, t, a: (m, t, a), {"mask_term": "dice"}, ValueError, "mask_term must be one of"),
+    "no term": (lambda m, t, a: (m, t, a), {"term": "bce"}, TypeError, "term must be a fastmask.MaskTerm, got str"),
     "no Triton kernel on the CPU": (lambda m, t, a: (m, t, a), {"backend": "triton"}, RuntimeError, "mask_loss"),
 }
 

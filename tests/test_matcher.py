@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.models.maskformer.modeling_maskformer import MaskFormerHungarianMatcher
 
-from fastmask import FixedMatcher, HungarianMatcher, SetCriterion, mask_loss
+from fastmask import FixedMatcher, HungarianMatcher, MaskTerm, SetCriterion, mask_loss
 from fastmask.modules import Predictions
 from tests.inputs import SHAPES, random_logits, random_targets
 
@@ -97,3 +97,24 @@ def test_fixed_matching_gives_each_class_its_query(generator):
     torch.testing.assert_close([losses["loss_mask"], losses["loss_dice"]], expected)
     with pytest.raises(ValueError, match="5 queries and 6 classes"):
         FixedMatcher().match([Predictions(torch.zeros(1, 2, 5, 7), mask_logits[:1])], targets)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "dice"}, "kind must be one of focal, bce, got 'dice'"),
+        ({"alpha": 1.5}, "alpha must lie in 0..1"),
+        ({"gamma": -1.0}, "gamma must be at least 0"),
+        ({"gamma": float("nan")}, "gamma must be at least 0"),
+    ],
+)
+def test_bad_mask_terms(options, message):
+    with pytest.raises(ValueError, match=message):
+        MaskTerm(**options)
+
+
+def test_a_matcher_or_criterion_without_a_mask_term():
+    with pytest.raises(TypeError, match="term must be a fastmask.MaskTerm, got str"):
+        HungarianMatcher(term="bce")
+    with pytest.raises(TypeError, match="term must be a fastmask.MaskTerm, got str"):
+        SetCriterion(2, FixedMatcher(), {}, term="bce")

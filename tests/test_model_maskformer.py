@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastmask.mask_term import MaskTerm
 from fastmask.models import MaskFormer, MaskFormerConfig
 from fastmask.targets import Targets
 
@@ -209,7 +210,7 @@ def test_the_criterion_follows_the_configuration():
     assert criterion.empty_weight.tolist() == pytest.approx([1.0] * CLASSES + [0.3])
     matcher = criterion.matcher
     assert (matcher.cost_class, matcher.cost_mask, matcher.cost_dice) == (2, 3, 4)
-    assert (matcher.alpha, matcher.gamma) == (0.4, 1.5)
+    assert matcher.term == criterion.term == MaskTerm(alpha=0.4, gamma=1.5)
     assert set(tiny(deep_supervision=False).criterion.weight_dict) == {"loss_ce", "loss_mask", "loss_dice"}
 
 

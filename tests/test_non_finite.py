@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import fastmask
-from fastmask import Targets
+from fastmask import MaskTerm, Targets
 from fastmask.testing import assert_within_budget, simd_level, simd_levels
 from tests.inputs import random_assignment, random_logits, random_points, random_targets
 from tests.interpreter import interpreted_kernels
@@ -182,9 +182,9 @@ def losses(pairs: Pairs, dtype: torch.dtype, backend: str, at_points: bool, **op
 @pytest.mark.parametrize("shape", PIXELS.values(), ids=PIXELS)
 @AT_POINTS
 def test_losses(at_points, shape, value, name, generator):
-    for form, options in (("masks", {"mask_term": "bce"}), ("segments", {}), ("masks+valid", {"gamma": 0.5})):
+    for form, options in (("masks", {"kind": "bce"}), ("segments", {}), ("masks+valid", {"gamma": 0.5})):
         pairs = Pairs(shape, generator, form).put(value)
-        options = {"ignore_void": True, "mask_term": "focal", **options}
+        options = {"term": MaskTerm(**options, ignore_void=True)}
         with kernels(name) as backend:
             actual = losses(pairs, torch.float32, backend, at_points, **options)
         same, exact = (
@@ -207,9 +207,9 @@ def test_losses(at_points, shape, value, name, generator):
 
 
 @pytest.mark.parametrize("name", ["reference", *KERNELS])
-@pytest.mark.parametrize("options", [{"mask_term": "bce"}, {}, {"gamma": 0.0}, {"gamma": 0.5}, {"gamma": 3.0}], ids=str)
+@pytest.mark.parametrize("term", [MaskTerm("bce"), *(MaskTerm(gamma=gamma) for gamma in (2.0, 0.0, 0.5, 3.0))], ids=str)
 @pytest.mark.parametrize("size", [(6, 8), (2, 3), (6, 9)], ids=str)
-def test_infinite_logits_on_the_right_side_cost_nothing(size, options, name, generator):
+def test_infinite_logits_on_the_right_side_cost_nothing(size, term, name, generator):
     """The target's upper half: of logits that are infinite but for two rows beside its border."""
     targets = Targets.from_segments(torch.zeros(1, *size, dtype=torch.uint8), [torch.tensor([0])])
     targets.segments[:, size[0] // 2 :] = 255
@@ -219,7 +219,7 @@ def test_infinite_logits_on_the_right_side_cost_nothing(size, options, name, gen
     logits.requires_grad_()
     with kernels(name) as backend:
         loss, dice = fastmask.mask_loss(
-            logits, targets, torch.zeros(1, 1, dtype=torch.int64), backend=backend, **options
+            logits, targets, torch.zeros(1, 1, dtype=torch.int64), term=term, backend=backend
         )
         (gradient,) = torch.autograd.grad(loss + dice, logits)
     assert loss.isfinite()
@@ -251,7 +251,9 @@ def test_the_focal_loss_of_saturated_logits(gamma, name, generator):
         for dtype in (torch.float64,) if name == "reference" else (torch.float32,):
             logits = mask_logits.to(dtype).requires_grad_()
             with kernels(name) as backend:
-                loss, _ = fastmask.mask_loss(logits, targets, assignment, where, gamma=gamma, backend=backend)
+                loss, _ = fastmask.mask_loss(
+                    logits, targets, assignment, where, term=MaskTerm(gamma=gamma), backend=backend
+                )
                 (gradient,) = torch.autograd.grad(loss, logits)
             torch.testing.assert_close(loss.double().item(), expected.mean().item(), rtol=1e-5, atol=0)
             torch.testing.assert_close(gradient.double().flatten(), slope, rtol=1e-4, atol=1e-9)
@@ -261,13 +263,13 @@ def test_the_focal_loss_of_saturated_logits(gamma, name, generator):
 @pytest.mark.parametrize("value", [NAN, INF, -INF], ids=str)
 @AT_POINTS
 def test_costs(at_points, value, name, generator):
-    for form, mask_term in (("masks", "bce"), ("segments", "focal")):
+    for form, kind in (("masks", "bce"), ("segments", "focal")):
         pairs = Pairs(PIXELS["three and two times larger"], generator, form).put(value)
         pairs.class_logits[0, 0, 2, 1] = value
         inputs = pairs.class_logits, pairs.mask_logits
         rest = pairs.targets, pairs.shared if at_points else None
         with kernels(name) as backend:
-            actual = fastmask.mask_cost(*inputs, *rest, backend=backend, mask_term=mask_term)
+            actual = fastmask.mask_cost(*inputs, *rest, backend=backend, term=MaskTerm(kind))
         if value == value:
             touched = torch.zeros(actual.shape[:3], dtype=torch.bool)
             touched[0, -1, [pairs.query, pairs.other]] = True
@@ -276,7 +278,7 @@ def test_costs(at_points, value, name, generator):
             # Where a kernel has a number, it is the one that large logits tend to.
             inputs = pairs.class_logits, pairs.mask_logits.clamp(-1e6, 1e6)
         same, exact = (
-            fastmask.mask_cost(*(x.to(dtype) for x in inputs), *rest, backend="reference", mask_term=mask_term)
+            fastmask.mask_cost(*(x.to(dtype) for x in inputs), *rest, backend="reference", term=MaskTerm(kind))
             for dtype in (torch.float32, torch.float64)
         )
         judged = torch.ones_like(exact, dtype=torch.bool) if value != value else actual.isfinite()
@@ -300,7 +302,7 @@ def test_points_on_pixels_read_no_neighbour(function, name, generator):
         for logits in (poisoned, mask_logits):
             for each in (name, "reference"):
                 with kernels(each) as backend:
-                    options = {"mask_term": "bce", "backend": backend}
+                    options = {"term": MaskTerm("bce"), "backend": backend}
                     if function is fastmask.mask_cost:
                         result = function(class_logits, logits, targets, points[None], **options)
                     else:

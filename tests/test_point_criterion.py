@@ -9,7 +9,7 @@ import torch
 from transformers import Mask2FormerConfig
 from transformers.models.mask2former import modeling_mask2former as theirs
 
-from fastmask import FixedMatcher, HungarianMatcher, PointSampling, SetCriterion, Targets
+from fastmask import FixedMatcher, HungarianMatcher, MaskTerm, PointSampling, SetCriterion, Targets
 from fastmask.modules import Predictions
 from fastmask.testing import assert_within_budget
 from tests.inputs import SHAPES, random_logits, random_targets
@@ -21,8 +21,9 @@ SAMPLING = PointSampling(num_points=80)
 
 
 def make_criterion(num_classes, backend="auto", **options):
-    matcher = HungarianMatcher(**COSTS, mask_term="bce", points=SAMPLING, backend=backend, **options)
-    return SetCriterion(num_classes, matcher, WEIGHTS, 0.1, ["labels", "masks"], backend=backend)
+    compared = {"term": MaskTerm("bce", **options), "points": SAMPLING, "backend": backend}
+    matcher = HungarianMatcher(**COSTS, **compared)
+    return SetCriterion(num_classes, matcher, WEIGHTS, 0.1, ["labels", "masks"], **compared)
 
 
 def weighted(losses):
@@ -214,8 +215,8 @@ def test_embeddings_and_logits_lose_the_same(generator):
 def test_fixed_matching_loses_at_points(generator):
     class_logits, mask_logits = random_logits((2, 2, 5, 5, 4, 16, 16, 64, 64), generator)
     targets = random_targets((2, 2, 5, 5, 4, 16, 16, 64, 64), generator, "segments")
-    all_pixels = SetCriterion(5, FixedMatcher(mask_term="bce"), {})
-    at_points = SetCriterion(5, FixedMatcher(mask_term="bce", points=PointSampling(12544, 1.0, 0.0)), {})
+    all_pixels = SetCriterion(5, FixedMatcher(), {}, term=MaskTerm("bce"))
+    at_points = SetCriterion(5, FixedMatcher(), {}, term=MaskTerm("bce"), points=PointSampling(12544, 1.0, 0.0))
     outputs = {"class_logits": class_logits, "mask_logits": mask_logits}
     one, other = all_pixels(outputs, targets), at_points(outputs, targets, generator=seeded())
     assert torch.equal(one["loss_ce"], other["loss_ce"])

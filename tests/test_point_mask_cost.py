@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import fastmask
-from fastmask import Targets
+from fastmask import MaskTerm, Targets
 from fastmask.testing import assert_within_budget, simd_level, simd_levels
 from tests.inputs import SHAPES, random_logits, random_points, random_targets
 
-mask_cost = partial(fastmask.mask_cost, mask_term="bce")  # as Mask2Former has it
+mask_cost = partial(fastmask.mask_cost, term=MaskTerm("bce"))  # as Mask2Former has it
 FORMS = ("segments", "masks", "masks+valid")
 WEIGHTS = {"cost_class": 2.0, "cost_mask": 5.0, "cost_dice": 5.0}
 
@@ -35,20 +35,20 @@ def inputs_of(shape, generator, form, *, num_points=400, **options):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("ignore_void", [False, True])
 def test_equals_the_reference(shape, form, ignore_void, generator):
-    check_against_reference(*inputs_of(shape, generator, form), ignore_void=ignore_void)
+    check_against_reference(*inputs_of(shape, generator, form), term=MaskTerm("bce", ignore_void=ignore_void))
 
 
 @pytest.mark.parametrize(
     "term",
     [
-        {"mask_term": "focal"},
-        {"mask_term": "focal", "gamma": 0.0},
-        {"mask_term": "focal", "gamma": 1.5},
-        {"mask_term": "focal", "alpha": 0.0},
+        MaskTerm(),
+        MaskTerm(gamma=0.0),
+        MaskTerm(gamma=1.5),
+        MaskTerm(alpha=0.0),
     ],
 )
 def test_terms(term, generator):
-    check_against_reference(*inputs_of(SHAPES["odd sizes"], generator, "segments"), **term)
+    check_against_reference(*inputs_of(SHAPES["odd sizes"], generator, "segments"), term=term)
 
 
 @pytest.mark.parametrize("num_points", [1, 31, 12544])
@@ -65,7 +65,7 @@ def test_half_precision_logits(dtype, generator):
 @pytest.mark.parametrize("dtype", [torch.int16, torch.int32])
 def test_wide_segment_maps(dtype, generator):
     inputs = inputs_of((1, 2, 310, 4, 300, 6, 6, 30, 30), generator, "segments", dtype=dtype)
-    check_against_reference(*inputs, ignore_void=True)
+    check_against_reference(*inputs, term=MaskTerm("bce", ignore_void=True))
 
 
 @pytest.mark.parametrize("scale", [30.0, 200.0])
@@ -80,7 +80,9 @@ def test_every_simd_level(level, form, generator):
     class_logits, mask_logits, *others = inputs_of(SHAPES["odd sizes"], generator, form)
     with simd_level(level):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            check_against_reference(class_logits.to(dtype), mask_logits.to(dtype), *others, ignore_void=True)
+            check_against_reference(
+                class_logits.to(dtype), mask_logits.to(dtype), *others, term=MaskTerm("bce", ignore_void=True)
+            )
 
 
 def test_points_beyond_the_map_and_nan_are_background(generator):
@@ -101,7 +103,8 @@ def test_equal_masks_and_segments_cost_the_same(generator):
     masks = Targets(targets.labels, targets.counts, masks=targets.dense_masks(), valid=targets.valid_pixels())
     for ignore_void in (False, True):
         one, other = (
-            mask_cost(class_logits, mask_logits, form, points, ignore_void=ignore_void) for form in (targets, masks)
+            mask_cost(class_logits, mask_logits, form, points, term=MaskTerm("bce", ignore_void=ignore_void))
+            for form in (targets, masks)
         )
         assert torch.equal(one, other)
 
@@ -146,9 +149,11 @@ def test_void_points_hide_nan_logits(generator):
     class_logits, mask_logits, targets, points = inputs_of(SHAPES["usual"], generator, "segments")
     void = Targets(targets.labels, targets.counts, segments=torch.full_like(targets.segments, 255))
     inner = 0.2 + 0.6 * points
-    expected = mask_cost(class_logits, mask_logits, void, inner, ignore_void=True, cost_dice=2.0)
+    expected = mask_cost(class_logits, mask_logits, void, inner, term=MaskTerm("bce", ignore_void=True), cost_dice=2.0)
     mask_logits[:] = float("nan")
-    assert torch.equal(mask_cost(class_logits, mask_logits, void, inner, ignore_void=True), expected)
+    assert torch.equal(
+        mask_cost(class_logits, mask_logits, void, inner, term=MaskTerm("bce", ignore_void=True)), expected
+    )
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -167,7 +172,7 @@ def test_compiles_to_one_graph(generator):
     class_logits, mask_logits, targets, points = inputs_of(SHAPES["odd sizes"], generator, "segments")
     compiled = torch.compile(fastmask.mask_cost, fullgraph=True, backend="aot_eager")
     assert torch.equal(
-        compiled(class_logits, mask_logits, targets, points, mask_term="bce"),
+        compiled(class_logits, mask_logits, targets, points, term=MaskTerm("bce")),
         mask_cost(class_logits, mask_logits, targets, points),
     )
 
@@ -181,7 +186,12 @@ BAD_ARGUMENTS = {
     "points of half precision": (lambda c, m, t, p: (c, m, t, p.half()), {}, TypeError, "points must be float32"),
     "points in a list": (lambda c, m, t, p: (c, m, t, p.tolist()), {}, TypeError, "points must be a tensor"),
     "another batch": (lambda c, m, t, p: (c[:, :1], m[:, :1], t, p), {}, ValueError, "targets has 2 images"),
-    "unknown term": (lambda c, m, t, p: (c, m, t, p), {"mask_term": "dice"}, ValueError, "mask_term must be one of"),
+    "no term": (
+        lambda c, m, t, p: (c, m, t, p),
+        {"term": "bce"},
+        TypeError,
+        "term must be a fastmask.MaskTerm, got str",
+    ),
     "a Triton kernel on the CPU": (lambda c, m, t, p: (c, m, t, p), {"backend": "triton"}, RuntimeError, "point_mask"),
 }
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import fastmask
-from fastmask import Targets
+from fastmask import MaskTerm, Targets
 from fastmask.testing import assert_within_budget, simd_level, simd_levels
 from tests.inputs import SHAPES, random_assignment, random_logits, random_points, random_targets
 
-mask_loss = partial(fastmask.mask_loss, mask_term="bce")  # as Mask2Former has it
+mask_loss = partial(fastmask.mask_loss, term=MaskTerm("bce"))  # as Mask2Former has it
 FORMS = ("segments", "masks", "masks+valid")
 
 
@@ -46,21 +46,23 @@ def inputs_of(shape, generator, form, *, num_points=300, **options):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("ignore_void", [False, True])
 def test_equals_the_reference(shape, form, ignore_void, generator):
-    check_against_reference(*inputs_of(shape, generator, form), generator, ignore_void=ignore_void)
+    check_against_reference(
+        *inputs_of(shape, generator, form), generator, term=MaskTerm("bce", ignore_void=ignore_void)
+    )
 
 
 @pytest.mark.parametrize(
     "term",
     [
-        {"mask_term": "focal"},
-        {"mask_term": "focal", "gamma": 0.0},
-        {"mask_term": "focal", "gamma": 1.5},
-        {"mask_term": "focal", "alpha": 0.0},
-        {"mask_term": "focal", "alpha": 1.0},
+        MaskTerm(),
+        MaskTerm(gamma=0.0),
+        MaskTerm(gamma=1.5),
+        MaskTerm(alpha=0.0),
+        MaskTerm(alpha=1.0),
     ],
 )
 def test_terms(term, generator):
-    check_against_reference(*inputs_of(SHAPES["odd sizes"], generator, "segments"), generator, **term)
+    check_against_reference(*inputs_of(SHAPES["odd sizes"], generator, "segments"), generator, term=term)
 
 
 @pytest.mark.parametrize("num_points", [1, 17, 12544])
@@ -79,14 +81,16 @@ def test_half_precision_logits(dtype, generator):
 @pytest.mark.parametrize("size", [(30, 30), (1, 1), (1, 3), (5, 1)])
 def test_wide_segment_maps(dtype, size, generator):
     inputs = inputs_of((1, 2, 310, 4, 300, 6, 6, *size), generator, "segments", dtype=dtype, num_points=40)
-    check_against_reference(*inputs, generator, ignore_void=True)
+    check_against_reference(*inputs, generator, term=MaskTerm("bce", ignore_void=True))
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("size", [(1, 1), (1, 2), (3, 1), (2, 2)])
 def test_targets_of_few_pixels(form, size, generator):
     """Reads of four bytes at once must not go beyond the map."""
-    check_against_reference(*inputs_of((1, 1, 3, 2, 2, 4, 5, *size), generator, form), generator, ignore_void=True)
+    check_against_reference(
+        *inputs_of((1, 1, 3, 2, 2, 4, 5, *size), generator, form), generator, term=MaskTerm("bce", ignore_void=True)
+    )
 
 
 @pytest.mark.parametrize("scale", [30.0, 200.0])
@@ -101,7 +105,7 @@ def test_every_simd_level(level, form, generator):
     mask_logits, *others = inputs_of(SHAPES["odd sizes"], generator, form)
     with simd_level(level):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            check_against_reference(mask_logits.to(dtype), *others, generator, ignore_void=True)
+            check_against_reference(mask_logits.to(dtype), *others, generator, term=MaskTerm("bce", ignore_void=True))
 
 
 def test_equal_masks_and_segments_lose_the_same(generator):
@@ -110,7 +114,7 @@ def test_equal_masks_and_segments_lose_the_same(generator):
     weights = torch.ones(2, *others[0].shape)
     for ignore_void in (False, True):
         results = [
-            losses_and_gradient(mask_logits, form, *others, weights, ignore_void=ignore_void)
+            losses_and_gradient(mask_logits, form, *others, weights, term=MaskTerm("bce", ignore_void=ignore_void))
             for form in (targets, masks)
         ]
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -194,7 +198,7 @@ def test_all_void(generator):
     weights = torch.ones(2, *assignment.shape)
     mask_logits[:] = float("nan")
     inner = 0.2 + 0.6 * points
-    results = losses_and_gradient(mask_logits, void, assignment, inner, weights, ignore_void=True)
+    results = losses_and_gradient(mask_logits, void, assignment, inner, weights, term=MaskTerm("bce", ignore_void=True))
     assert not any(result.any() for result in results)
 
 
@@ -268,7 +272,12 @@ BAD_ARGUMENTS = {
     "query beyond N": (lambda m, t, a, p: (m, t, a + 20, p), {}, ValueError, "assignment holds"),
     "integer logits": (lambda m, t, a, p: (m.int(), t, a, p), {}, TypeError, "mask_logits must be floating point"),
     "unknown reduction": (lambda m, t, a, p: (m, t, a, p), {"reduction": "mean"}, ValueError, "reduction must be"),
-    "unknown term": (lambda m, t, a, p: (m, t, a, p), {"mask_term": "dice"}, ValueError, "mask_term must be one of"),
+    "no term": (
+        lambda m, t, a, p: (m, t, a, p),
+        {"term": "bce"},
+        TypeError,
+        "term must be a fastmask.MaskTerm, got str",
+    ),
     "a Triton kernel on the CPU": (lambda m, t, a, p: (m, t, a, p), {"backend": "triton"}, RuntimeError, "point_mask"),
 }
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmask import Targets, mask_cost, mask_loss
+from fastmask import MaskTerm, Targets, mask_cost, mask_loss
 from fastmask.models.images import fit_targets, pad_images
 from tests.inputs import random_assignment, random_logits, random_points, random_targets
 from tests.interpreter import interpreted_kernels
@@ -49,14 +49,15 @@ def results(targets: Targets, backend: str) -> list[Tensor]:
     assignment = random_assignment(SHAPE, targets, generator)
     shared = random_points(generator, targets.batch_size, 9)
     own = random_points(generator, *assignment.shape, 9)
-    options = {"ignore_void": True, "backend": backend}
+    options = {"term": MaskTerm(ignore_void=True), "backend": backend}
+    at_points = {"term": MaskTerm("bce", ignore_void=True), "backend": backend}
     costs = [
         mask_cost(class_logits, mask_logits.detach(), targets, **options),
-        mask_cost(class_logits, mask_logits.detach(), targets, shared, mask_term="bce", **options),
+        mask_cost(class_logits, mask_logits.detach(), targets, shared, **at_points),
     ]
     losses = [
         *mask_loss(mask_logits, targets, assignment, num_masks=3.0, **options),
-        *mask_loss(mask_logits, targets, assignment, own, num_masks=3.0, mask_term="bce", **options),
+        *mask_loss(mask_logits, targets, assignment, own, num_masks=3.0, **at_points),
     ]
     (gradient,) = torch.autograd.grad(sum(loss.sum() for loss in losses), mask_logits)
     return [*costs, *(loss.detach() for loss in losses), gradient]

@@ -9,10 +9,10 @@ from importlib import import_module
 import pytest
 import torch
 
-from fastmask import Targets, mask_cost
+from fastmask import MaskTerm, Targets, mask_cost
 from fastmask.testing import assert_within_budget
 from tests import gpu_errors
-from tests.inputs import SHAPES, at_odd_address, half_void, random_logits, random_targets, without_labels
+from tests.inputs import SHAPES, TERMS, at_odd_address, half_void, random_logits, random_targets, without_labels
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
 
@@ -34,7 +34,7 @@ def check_against_reference(class_logits, mask_logits, targets, **options):
     actual = triton_cost(class_logits, mask_logits, targets, **options)
     assert actual.dtype == torch.float32
     weights = [options.get(name, 1.0) for name in WEIGHTS]
-    gpu = gpu_errors.mask_cost(*weights, options.get("gamma", 2.0))
+    gpu = gpu_errors.mask_cost(*weights, options.get("term", MaskTerm()).gamma)
     assert_within_budget(actual, same_dtype, exact, name="cost", gpu=gpu)
     return actual
 
@@ -52,7 +52,7 @@ def test_shapes(shape, generator):
 def test_forms(shape, form, ignore_void, generator):
     class_logits, mask_logits = random_logits(SHAPES[shape], generator)
     targets = random_targets(SHAPES[shape], generator, form)
-    check_against_reference(class_logits, mask_logits, targets, ignore_void=ignore_void, **WEIGHTS)
+    check_against_reference(class_logits, mask_logits, targets, term=MaskTerm(ignore_void=ignore_void), **WEIGHTS)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -60,7 +60,7 @@ def test_forms(shape, form, ignore_void, generator):
 def test_half_precision_logits(dtype, form, generator):
     class_logits, mask_logits = (x.to(dtype) for x in random_logits(SMALL, generator))
     targets = random_targets(SMALL, generator, form)
-    check_against_reference(class_logits, mask_logits, targets, ignore_void=True, **WEIGHTS)
+    check_against_reference(class_logits, mask_logits, targets, term=MaskTerm(ignore_void=True), **WEIGHTS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -70,15 +70,15 @@ def test_odd_addresses_void_and_padding(dtype, generator):
     targets = random_targets(EVEN, generator, "segments")
     check_against_reference(at_odd_address(class_logits), at_odd_address(mask_logits), targets, **WEIGHTS)
     void, unknown = half_void(targets, mask_logits)
-    check_against_reference(class_logits, unknown, void, ignore_void=True, **WEIGHTS)
+    check_against_reference(class_logits, unknown, void, term=MaskTerm(ignore_void=True), **WEIGHTS)
     check_against_reference(class_logits, mask_logits, without_labels(targets), **WEIGHTS)
 
 
-@pytest.mark.parametrize("term", [{"mask_term": "bce"}, {"gamma": 0.0}, {"gamma": 1.5}, {"alpha": 0.0}, {"alpha": 1.0}])
+@pytest.mark.parametrize("term", TERMS, ids=str)
 def test_terms(term, generator):
     class_logits, mask_logits = random_logits(SMALL, generator)
     targets = random_targets(SMALL, generator, "segments")
-    check_against_reference(class_logits, mask_logits, targets, **WEIGHTS, **term)
+    check_against_reference(class_logits, mask_logits, targets, **WEIGHTS, term=term)
 
 
 @pytest.mark.parametrize("only", WEIGHTS)
@@ -94,7 +94,7 @@ def test_blocks_of_targets(num_targets, generator):
     shape = (1, 2, 5, 3, num_targets, 9, 12, 20, 23)
     class_logits, mask_logits = random_logits(shape, generator)
     targets = random_targets(shape, generator, "masks+valid")
-    check_against_reference(class_logits, mask_logits, targets, ignore_void=True, **WEIGHTS)
+    check_against_reference(class_logits, mask_logits, targets, term=MaskTerm(ignore_void=True), **WEIGHTS)
 
 
 @pytest.mark.parametrize("dtype", [torch.int16, torch.int32])
@@ -102,7 +102,7 @@ def test_wide_segment_maps(dtype, generator):
     shape = (1, 2, 5, 4, 300, 20, 20, 40, 40)
     class_logits, mask_logits = random_logits(shape, generator)
     targets = random_targets(shape, generator, "segments", dtype=dtype)
-    check_against_reference(class_logits, mask_logits, targets, ignore_void=True, **WEIGHTS)
+    check_against_reference(class_logits, mask_logits, targets, term=MaskTerm(ignore_void=True), **WEIGHTS)
 
 
 def test_splits_and_row_blocks(generator, monkeypatch):
@@ -153,11 +153,11 @@ def test_void_pixels_do_not_count_whatever_their_logits(generator):
     shape = SHAPES["targets at the logits' size"]
     class_logits, mask_logits = random_logits(shape, generator)
     targets = random_targets(shape, generator, "segments")
-    expected = triton_cost(class_logits, mask_logits, targets, ignore_void=True)
+    expected = triton_cost(class_logits, mask_logits, targets, term=MaskTerm(ignore_void=True))
     poisoned = mask_logits.masked_fill((targets.segments == targets.void)[None, :, None], float("nan"))
-    assert torch.equal(triton_cost(class_logits, poisoned, targets, ignore_void=True), expected)
+    assert torch.equal(triton_cost(class_logits, poisoned, targets, term=MaskTerm(ignore_void=True)), expected)
     void = Targets(targets.labels, targets.counts, segments=torch.full_like(targets.segments, 255))
-    check_against_reference(class_logits, mask_logits, void, ignore_void=True, **WEIGHTS)
+    check_against_reference(class_logits, mask_logits, void, term=MaskTerm(ignore_void=True), **WEIGHTS)
 
 
 def test_nan_logits_stay_in_their_row(generator):

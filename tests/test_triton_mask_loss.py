@@ -12,11 +12,11 @@ from importlib import import_module
 import pytest
 import torch
 
-from fastmask import Targets, mask_loss
+from fastmask import MaskTerm, Targets, mask_loss
 from fastmask.testing import assert_within_budget
 from tests import gpu_errors
 from tests import inputs as shared
-from tests.inputs import at_odd_address, half_void, random_assignment, random_logits, random_targets
+from tests.inputs import TERMS, at_odd_address, half_void, random_assignment, random_logits, random_targets
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
 
@@ -65,7 +65,7 @@ def check_against_reference(mask_logits, targets, assignment, generator, **optio
     same_dtype = losses_and_gradient(rounded, targets, assignment, weights, backend="reference", **options)
     actual = losses_and_gradient(mask_logits, targets, assignment, weights, backend="triton", **options)
     assert actual[2].dtype == mask_logits.dtype
-    gpu = gpu_errors.mask_loss(options.get("gamma", 2.0))
+    gpu = gpu_errors.mask_loss(options.get("term", MaskTerm()).gamma)
     for name, *results, error in zip(NAMES, actual, same_dtype, exact, gpu, strict=True):
         assert_within_budget(*results, name=name, gpu=error)
     return actual
@@ -84,14 +84,14 @@ def test_shapes(shape, generator):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("ignore_void", [False, True])
 def test_forms(form, ignore_void, generator):
-    check_against_reference(*inputs_of(SMALL, generator, form), generator, ignore_void=ignore_void)
+    check_against_reference(*inputs_of(SMALL, generator, form), generator, term=MaskTerm(ignore_void=ignore_void))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 @pytest.mark.parametrize("form", FORMS)
 def test_half_precision_logits(dtype, form, generator):
     mask_logits, targets, assignment = inputs_of(SMALL, generator, form)
-    check_against_reference(mask_logits.to(dtype), targets, assignment, generator, ignore_void=True)
+    check_against_reference(mask_logits.to(dtype), targets, assignment, generator, term=MaskTerm(ignore_void=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -100,14 +100,14 @@ def test_odd_addresses_void_and_padding(dtype, generator):
     mask_logits = mask_logits.to(dtype)
     check_against_reference(at_odd_address(mask_logits), targets, assignment, generator)
     void, unknown = half_void(targets, mask_logits)
-    check_against_reference(unknown, void, assignment, generator, ignore_void=True)
+    check_against_reference(unknown, void, assignment, generator, term=MaskTerm(ignore_void=True))
     nothing = triton_losses(mask_logits, targets, torch.full_like(assignment, -1))
     assert not any(result.any() for result in nothing)
 
 
-@pytest.mark.parametrize("term", [{"mask_term": "bce"}, {"gamma": 0.0}, {"gamma": 1.5}, {"alpha": 0.0}, {"alpha": 1.0}])
+@pytest.mark.parametrize("term", TERMS, ids=str)
 def test_terms(term, generator):
-    check_against_reference(*inputs_of(SMALL, generator, "segments"), generator, **term)
+    check_against_reference(*inputs_of(SMALL, generator, "segments"), generator, term=term)
 
 
 def test_blocks_of_rows_and_columns(generator, monkeypatch):
@@ -129,7 +129,7 @@ def test_wide_segment_maps(dtype, generator):
     assignment = torch.full((1, 1, 300), -1)
     assignment[0, 0, [0, 270, 299]] = torch.tensor([2, 0, 1])
     mask_logits = random_logits(shape, generator)[1]
-    check_against_reference(mask_logits, targets, assignment, generator, ignore_void=True)
+    check_against_reference(mask_logits, targets, assignment, generator, term=MaskTerm(ignore_void=True))
 
 
 @pytest.mark.parametrize("scale", [30.0, 200.0])
@@ -171,7 +171,9 @@ def test_two_runs_give_the_same_bits_whatever_was_in_memory(generator):
 def test_all_void(generator):
     mask_logits, targets, assignment = inputs_of(SMALL, generator, "segments")
     void = Targets(targets.labels, targets.counts, segments=torch.full_like(targets.segments, 255))
-    assert not any(result.any() for result in triton_losses(mask_logits, void, assignment, ignore_void=True))
+    assert not any(
+        result.any() for result in triton_losses(mask_logits, void, assignment, term=MaskTerm(ignore_void=True))
+    )
 
 
 def test_nan_logits_reach_only_their_pair(generator):

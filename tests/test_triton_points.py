@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fastmask
-from fastmask import Targets, uncertain_points
+from fastmask import MaskTerm, Targets, uncertain_points
 from fastmask.testing import assert_within_budget
 from tests import gpu_errors
 from tests.inputs import (
@@ -29,7 +29,9 @@ from tests.test_uncertain_points import check_choice
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
 
-mask_cost, mask_loss = (partial(f, mask_term="bce") for f in (fastmask.mask_cost, fastmask.mask_loss))  # Mask2Former's
+mask_cost, mask_loss = (
+    partial(f, term=MaskTerm("bce")) for f in (fastmask.mask_cost, fastmask.mask_loss)
+)  # Mask2Former's
 NAMES = ("loss_mask", "loss_dice", "gradient")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMS = ("segments", "masks", "masks+valid")
@@ -64,7 +66,7 @@ def check_costs(class_logits, mask_logits, *others, **options):
         costs(class_logits.to(dtype), mask_logits.to(dtype), *others, backend, **options)
         for dtype, backend in REFERENCES
     )
-    gpu = gpu_errors.mask_cost(*WEIGHTS.values(), options.get("gamma", 2.0))
+    gpu = gpu_errors.mask_cost(*WEIGHTS.values(), options.get("term", MaskTerm("bce")).gamma)
     assert_within_budget(costs(class_logits, mask_logits, *others, **options), same_dtype, exact, gpu=gpu)
 
 
@@ -74,7 +76,7 @@ def check_losses(mask_logits, *others, **options):
         losses_and_gradient(mask_logits.to(dtype), *others, backend, **options) for dtype, backend in REFERENCES
     )
     assert actual[2].dtype == mask_logits.dtype
-    gpu = gpu_errors.mask_loss(options.get("gamma", 2.0))
+    gpu = gpu_errors.mask_loss(options.get("term", MaskTerm("bce")).gamma)
     for name, *results, error in zip(NAMES, actual, *references, gpu, strict=True):
         assert_within_budget(*results, name=name, gpu=error)
 
@@ -100,23 +102,23 @@ def test_shapes(shape, generator):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("ignore_void", [False, True])
 def test_forms(form, ignore_void, generator):
-    check_costs(*cost_inputs(SMALL, generator, form), ignore_void=ignore_void)
-    check_losses(*loss_inputs(SMALL, generator, form), ignore_void=ignore_void)
+    check_costs(*cost_inputs(SMALL, generator, form), term=MaskTerm("bce", ignore_void=ignore_void))
+    check_losses(*loss_inputs(SMALL, generator, form), term=MaskTerm("bce", ignore_void=ignore_void))
 
 
-@pytest.mark.parametrize("term", [{}, {"gamma": 0.0}, {"gamma": 1.5}, {"alpha": 0.0}])
+@pytest.mark.parametrize("term", [MaskTerm(), MaskTerm(gamma=0.0), MaskTerm(gamma=1.5), MaskTerm(alpha=0.0)], ids=str)
 def test_focal_terms(term, generator):
-    check_costs(*cost_inputs(SMALL, generator, "segments"), mask_term="focal", **term)
-    check_losses(*loss_inputs(SMALL, generator, "segments"), mask_term="focal", **term)
+    check_costs(*cost_inputs(SMALL, generator, "segments"), term=term)
+    check_losses(*loss_inputs(SMALL, generator, "segments"), term=term)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 @pytest.mark.parametrize("form", FORMS)
 def test_half_precision_logits(dtype, form, generator):
     class_logits, mask_logits, *others = cost_inputs(SMALL, generator, form)
-    check_costs(class_logits.to(dtype), mask_logits.to(dtype), *others, ignore_void=True)
+    check_costs(class_logits.to(dtype), mask_logits.to(dtype), *others, term=MaskTerm("bce", ignore_void=True))
     mask_logits, *others = loss_inputs(SMALL, generator, form)
-    check_losses(mask_logits.to(dtype), *others, ignore_void=True)
+    check_losses(mask_logits.to(dtype), *others, term=MaskTerm("bce", ignore_void=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -146,11 +148,11 @@ def test_blocks_and_splits_of_points(generator, monkeypatch):
 def test_wide_segment_maps(dtype, generator):
     shape = (1, 1, 3, 4, 70, 3, 4, 6, 9)
     class_logits, mask_logits, targets, points = cost_inputs(shape, generator, "segments", 40, dtype=dtype)
-    check_costs(class_logits, mask_logits, targets, points, ignore_void=True)
+    check_costs(class_logits, mask_logits, targets, points, term=MaskTerm("bce", ignore_void=True))
     assignment = torch.full((1, 1, 70), -1)
     assignment[0, 0, [0, 69]] = torch.tensor([2, 1])
     points = random_points(generator, 1, 1, 70, 20)
-    check_losses(mask_logits, targets, assignment, points, ignore_void=True)
+    check_losses(mask_logits, targets, assignment, points, term=MaskTerm("bce", ignore_void=True))
 
 
 @pytest.mark.parametrize("scale", [30.0, 200.0])
@@ -225,7 +227,7 @@ def test_all_void(generator):
     void = Targets(targets.labels, targets.counts, segments=torch.full_like(targets.segments, 255))
     inner = 0.2 + 0.6 * points
     mask_logits[:] = float("nan")
-    results = losses_and_gradient(mask_logits, void, assignment, inner, ignore_void=True)
+    results = losses_and_gradient(mask_logits, void, assignment, inner, term=MaskTerm("bce", ignore_void=True))
     assert not any(result.any() for result in results)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastmask import (
+    MaskTerm,
     Targets,
     assign,
     class_loss,
@@ -112,7 +113,7 @@ def with_gradients(outputs: Results, *leaves: Tensor) -> Results:
 def make_mask_cost(draw: Draw, form: str) -> Call:
     def run(class_logits: Tensor, mask_logits: Tensor, *targets: Tensor) -> Results:
         weights = {"cost_class": 1.0, "cost_mask": 20.0, "cost_dice": 1.0}
-        return (mask_cost(class_logits, mask_logits, as_targets(*targets), ignore_void=True, **weights),)
+        return (mask_cost(class_logits, mask_logits, as_targets(*targets), term=MaskTerm(ignore_void=True), **weights),)
 
     return Call((draw.class_logits(LAYERS), draw.mask_logits(LAYERS), *draw.targets(form)), run)
 
@@ -127,7 +128,9 @@ def make_assign(draw: Draw) -> Call:
 
 def make_mask_loss(draw: Draw, form: str) -> Call:
     def run(mask_logits: Tensor, assignment: Tensor, *targets: Tensor) -> Results:
-        losses = mask_loss(mask_logits, as_targets(*targets), assignment, reduction="none", ignore_void=True)
+        losses = mask_loss(
+            mask_logits, as_targets(*targets), assignment, reduction="none", term=MaskTerm(ignore_void=True)
+        )
         return with_gradients(losses, mask_logits)
 
     return Call((draw.mask_logits(LAYERS, grad=True), draw.assignment(), *draw.targets(form)), run)
@@ -152,14 +155,18 @@ def make_embeddings(draw: Draw) -> Call:
 
 def make_point_mask_cost(draw: Draw, form: str) -> Call:
     def run(class_logits: Tensor, mask_logits: Tensor, points: Tensor, *targets: Tensor) -> Results:
-        return (mask_cost(class_logits, mask_logits, as_targets(*targets), points, mask_term="bce", ignore_void=True),)
+        return (
+            mask_cost(class_logits, mask_logits, as_targets(*targets), points, term=MaskTerm("bce", ignore_void=True)),
+        )
 
     return Call((draw.class_logits(LAYERS), draw.mask_logits(LAYERS), draw.points(IMAGES), *draw.targets(form)), run)
 
 
 def make_point_mask_loss(draw: Draw, form: str) -> Call:
     def run(mask_logits: Tensor, assignment: Tensor, points: Tensor, *targets: Tensor) -> Results:
-        losses = mask_loss(mask_logits, as_targets(*targets), assignment, points, mask_term="bce", reduction="none")
+        losses = mask_loss(
+            mask_logits, as_targets(*targets), assignment, points, term=MaskTerm("bce"), reduction="none"
+        )
         return with_gradients(losses, mask_logits)
 
     points = draw.points(LAYERS, IMAGES, TARGETS)

@@ -15,7 +15,10 @@ from torch.nn.functional import grid_sample
 
 from fastmask.functional import assign, class_loss, mask_cost, mask_loss, matched_mask_logits
 from fastmask.integrations._labels import cost_of_images
+from fastmask.mask_term import MaskTerm
 from fastmask.targets import Targets
+
+CROSS_ENTROPY = MaskTerm("bce")
 
 
 class PointMatcher:
@@ -45,7 +48,7 @@ class PointMatcher:
                 cost_class=self.cost_class,
                 cost_mask=self.cost_mask,
                 cost_dice=self.cost_dice,
-                mask_term="bce",
+                term=CROSS_ENTROPY,
             )
 
         return assign(cost_of_images(cost, class_logits, mask_logits, targets, sizes), targets.counts)
@@ -87,7 +90,7 @@ class PointLoss:
             rows = assignment
             if factors is not None:
                 mask_logits, rows = matched_mask_logits(*factors[layer], targets, assignment)
-            loss_mask, loss_dice = mask_loss(mask_logits, targets, rows, points, num_masks=1.0, mask_term="bce")
+            loss_mask, loss_dice = mask_loss(mask_logits, targets, rows, points, num_masks=1.0, term=CROSS_ENTROPY)
             masks.append(loss_mask)
             dices.append(loss_dice)
         class_logits = torch.stack([classes for classes, _ in layers])

@@ -17,6 +17,7 @@ from fastmask import modules
 from fastmask.integrations._labels import average_num_masks, sizes_of
 from fastmask.integrations._patching import original_class
 from fastmask.integrations._points import PointLoss, PointMatcher
+from fastmask.mask_term import FOCAL
 from fastmask.modules.criterion import LOSSES
 from fastmask.modules.matcher import index_pairs
 from fastmask.targets import Targets, check_binary
@@ -68,10 +69,7 @@ def _by_attributes(module: nn.Module, known: Mapping[frozenset[str], type[nn.Mod
 class HungarianMatcher(modules.HungarianMatcher):
     """MaskFormer's matcher, by fastmask's kernels."""
 
-    mask_term, alpha, gamma = "focal", 0.25, 2.0
-    ignore_void = False
-    points = None
-    backend = "auto"
+    term, points, backend = FOCAL, None, "auto"
 
     @torch.no_grad()
     def forward(
@@ -85,7 +83,7 @@ class HungarianMatcher(modules.HungarianMatcher):
 class SetCriterion(modules.SetCriterion):
     """MaskFormer's criterion, by fastmask's kernels."""
 
-    backend = "auto"
+    term, points, backend = FOCAL, None, "auto"
 
     def forward(self, outputs: Mapping[str, object], targets: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Unweighted losses of all layers under their original names."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmask.functional import mask_products, merge_views
+from fastmask.mask_term import MaskTerm
 from fastmask.models.base import Images, PixelDecoderModel
 from fastmask.models.config import MaskFormerConfig
 from fastmask.models.images import ImageBatch, Size, fit_targets
@@ -248,11 +249,15 @@ def _make_criterion(config: MaskFormerConfig) -> SetCriterion:
         weight_dict=weights,
         eos_coef=config.no_object_weight,
         losses=["labels", "masks"],
+        term=_mask_term(config),
     )
 
 
 def _make_matcher(config: MaskFormerConfig) -> Matcher:
-    terms = {"alpha": config.focal_alpha, "gamma": config.focal_gamma, "ignore_void": config.ignore_void}
     if config.matching == "fixed":
-        return FixedMatcher(**terms)
-    return HungarianMatcher(config.class_cost, config.mask_cost, config.dice_cost, **terms)
+        return FixedMatcher()
+    return HungarianMatcher(config.class_cost, config.mask_cost, config.dice_cost, term=_mask_term(config))
+
+
+def _mask_term(config: MaskFormerConfig) -> MaskTerm:
+    return MaskTerm("focal", config.focal_alpha, config.focal_gamma, config.ignore_void)

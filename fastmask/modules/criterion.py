@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from fastmask.functional import mask_loss
+from fastmask.mask_term import FOCAL, MaskTerm
 from fastmask.modules.matcher import Matcher
+from fastmask.modules.points import PointSampling
 from fastmask.modules.predictions import Predictions
 from fastmask.modules.processes import across_processes
+from fastmask.ops._checks import check_mask_term
 from fastmask.ops.class_loss import class_loss_terms
 from fastmask.targets import Targets
 
@@ -41,11 +44,12 @@ class SetCriterion(nn.Module):
 
     Args:
         num_classes: K, without "no object".
-        matcher: the HungarianMatcher or the FixedMatcher; its mask term, void rule and points hold for the
-            losses too.
+        matcher: a HungarianMatcher or a FixedMatcher.
         weight_dict: weight of each loss name; kept for whoever sums the losses, not applied here.
         eos_coef: weight of "no object" in the classification loss.
         losses: any of "labels" (loss_ce) and "masks" (loss_mask, loss_dice).
+        term: the mask term of the losses; a HungarianMatcher has its own.
+        points: how to sample the points at which the losses compare masks (Mask2Former); all pixels if None.
         backend: "auto", "reference" or "native".
 
     Raises:
@@ -62,9 +66,12 @@ class SetCriterion(nn.Module):
         eos_coef: float = 0.1,
         losses: Sequence[str] = LOSSES,
         *,
+        term: MaskTerm = FOCAL,
+        points: PointSampling | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        check_mask_term(term)
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
         if unknown := [loss for loss in losses if loss not in LOSSES]:
@@ -74,6 +81,8 @@ class SetCriterion(nn.Module):
         self.weight_dict = dict(weight_dict)
         self.eos_coef = eos_coef
         self.losses = tuple(losses)
+        self.term = term
+        self.points = points
         self.backend = backend
         empty_weight = torch.ones(num_classes + 1)
         empty_weight[-1] = eos_coef
@@ -96,7 +105,7 @@ class SetCriterion(nn.Module):
                 :class:`Predictions` for what embeddings save. Stacked forms come before the others.
             targets: a list of {"labels": ``(M_b,)``, "masks": ``(M_b, H_b, W_b)``}, one for each image, which is padded
                 to the largest mask; or Targets.
-            generator: of the device, for the points at which masks are compared, if the matcher says so; the device's
+            generator: of the device, for the points at which masks are compared, if any are drawn; the device's
                 default generator if None. The same generator state gives the same losses.
 
         Raises:
@@ -170,17 +179,14 @@ class SetCriterion(nn.Module):
         """(loss_mask, loss_dice) of one group of layers, ``(L,)`` each."""
         mask_logits, assignment = predictions.matched(targets, assignment)
         points = None
-        if self.matcher.points is not None:
-            points = self.matcher.points.uncertain(mask_logits, assignment, generator=generator, backend=self.backend)
+        if self.points is not None:
+            points = self.points.uncertain(mask_logits, assignment, generator=generator, backend=self.backend)
         return mask_loss(
             mask_logits,
             targets,
             assignment,
             points,
             num_masks=num_masks,
-            mask_term=self.matcher.mask_term,
-            alpha=self.matcher.alpha,
-            gamma=self.matcher.gamma,
-            ignore_void=self.matcher.ignore_void,
+            term=self.term,
             backend=self.backend,
         )

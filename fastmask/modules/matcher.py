@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmask.functional import assign, mask_cost
+from fastmask.mask_term import FOCAL, MaskTerm
 from fastmask.modules.points import PointSampling
 from fastmask.modules.predictions import Predictions
 from fastmask.ops._checks import check_mask_term
@@ -16,32 +17,7 @@ from fastmask.targets import Targets
 
 
 class Matcher(nn.Module, ABC):
-    """What the criterion asks of a matcher: an assignment, and how the mask of a matched pair is judged.
-
-    Args:
-        mask_term: "focal" (MaskFormer) or "bce" (Mask2Former), in the matching cost and in the loss.
-        alpha, gamma: of the focal loss.
-        ignore_void: leave void pixels out; otherwise they are background.
-        points: how to sample the points at which masks are compared (Mask2Former), in the matching cost and in the
-            loss; all pixels if None.
-    """
-
-    def __init__(
-        self,
-        *,
-        mask_term: str = "focal",
-        alpha: float = 0.25,
-        gamma: float = 2.0,
-        ignore_void: bool = False,
-        points: PointSampling | None = None,
-    ) -> None:
-        super().__init__()
-        check_mask_term(mask_term, alpha, gamma)
-        self.mask_term = mask_term
-        self.alpha = alpha
-        self.gamma = gamma
-        self.ignore_void = ignore_void
-        self.points = points
+    """What the criterion asks of a matcher: an assignment."""
 
     @abstractmethod
     def match(
@@ -56,14 +32,15 @@ class HungarianMatcher(Matcher):
 
     Args:
         cost_class: weight of the class term, -softmax(class_logits)[label].
-        cost_mask: weight of the mask term, focal loss or cross-entropy.
+        cost_mask: weight of the mask term.
         cost_dice: weight of the dice term.
-        mask_term, alpha, gamma, ignore_void, points: as in :class:`Matcher`.
-        backend: "auto", "reference" or "native", of the cost and of the assignment alike. On a GPU the one is Triton's
-            and the other CUDA's, so that only "auto" takes both.
+        term: the mask term.
+        points: how to sample the points at which masks are compared (Mask2Former); all pixels if None.
+        backend: "auto", "reference" or "native", of the cost and of the assignment. "native" is for tensors on the CPU:
+            on a GPU "auto" takes Triton kernels for the cost and CUDA ones for the assignment.
 
     Raises:
-        ValueError: all three costs are 0, or an option out of range.
+        ValueError: all three costs are 0.
     """
 
     def __init__(
@@ -72,19 +49,19 @@ class HungarianMatcher(Matcher):
         cost_mask: float = 1.0,
         cost_dice: float = 1.0,
         *,
-        mask_term: str = "focal",
-        alpha: float = 0.25,
-        gamma: float = 2.0,
-        ignore_void: bool = False,
+        term: MaskTerm = FOCAL,
         points: PointSampling | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__(mask_term=mask_term, alpha=alpha, gamma=gamma, ignore_void=ignore_void, points=points)
+        super().__init__()
+        check_mask_term(term)
         if cost_class == 0 and cost_mask == 0 and cost_dice == 0:
             raise ValueError("cost_class, cost_mask and cost_dice are all 0; nothing is left to match by")
         self.cost_class = cost_class
         self.cost_mask = cost_mask
         self.cost_dice = cost_dice
+        self.term = term
+        self.points = points
         self.backend = backend
 
     @torch.no_grad()
@@ -104,10 +81,7 @@ class HungarianMatcher(Matcher):
             cost_class=self.cost_class,
             cost_mask=self.cost_mask,
             cost_dice=self.cost_dice,
-            mask_term=self.mask_term,
-            alpha=self.alpha,
-            gamma=self.gamma,
-            ignore_void=self.ignore_void,
+            term=self.term,
             backend=self.backend,
         )
 

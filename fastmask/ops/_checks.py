@@ -7,9 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from fastmask.mask_term import MaskTerm
 from fastmask.targets import Targets
-
-MASK_TERMS = ("focal", "bce")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -17,12 +16,9 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
-def check_mask_term(mask_term: str, alpha: float, gamma: float) -> None:
-    check_choice("mask_term", mask_term, MASK_TERMS)
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must lie in 0..1, got {alpha}")
-    if not gamma >= 0:
-        raise ValueError(f"gamma must be at least 0, got {gamma}")
+def check_mask_term(term: MaskTerm) -> None:
+    if not isinstance(term, MaskTerm):
+        raise TypeError(f"term must be a fastmask.MaskTerm, got {type(term).__name__}")
 
 
 def check_floating(name: str, tensor: Tensor, least_dim: int, shape: str) -> None:

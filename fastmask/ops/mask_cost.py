@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastmask.mask_term import FOCAL, MaskTerm
 from fastmask.ops._checks import (
     check_class_logits,
     check_mask_logits,
@@ -32,10 +33,7 @@ def mask_cost(
     cost_class: float = 1.0,
     cost_mask: float = 1.0,
     cost_dice: float = 1.0,
-    mask_term: str = "focal",
-    alpha: float = 0.25,
-    gamma: float = 2.0,
-    ignore_void: bool = False,
+    term: MaskTerm = FOCAL,
     backend: str = "auto",
 ) -> Tensor:
     """The matrix that the matcher solves, for all layers, images, queries and targets in one pass over the logits.
@@ -43,10 +41,10 @@ def mask_cost(
     cost = cost_class * (-softmax(class_logits)[label]) + cost_mask * mask term + cost_dice * dice term, where x are the
     mask logits, T the targets, p = sigmoid(x), v the weights of pixels or points, and sums run over these:
 
-    - ``mask_term="focal"``: (sum T F+ + (v - T) F-) / sum v with F+ = alpha (1-p)^gamma softplus(-x) and
+    - "focal": (sum T F+ + (v - T) F-) / sum v with F+ = alpha (1-p)^gamma softplus(-x) and
       F- = (1-alpha) p^gamma softplus(x) (RetinaNet, arXiv:1708.02002, equation 5; MaskFormer, arXiv:2107.06278,
       section 3.2);
-    - ``mask_term="bce"``: the same with F+ = softplus(-x) and F- = softplus(x) (Mask2Former, arXiv:2112.01527);
+    - "bce": the same with F+ = softplus(-x) and F- = softplus(x) (Mask2Former, arXiv:2112.01527);
     - dice term: 1 - (2 sum p T + 1) / (sum v p + sum T + 1) (V-Net, arXiv:1606.04797).
 
     Without ``points`` the sums run over the h x w logits, and T is sampled at the nearest of its pixels for each of
@@ -62,11 +60,8 @@ def mask_cost(
         points: ``(B, P, 2)`` float32, (x, y) in 0..1 from the left and the top, shared by all layers, queries and
             targets of an image. Points beyond the map sample 0. None compares all pixels.
         cost_class, cost_mask, cost_dice: the weights of the three terms.
-        mask_term: "focal" or "bce".
-        alpha: weight of foreground in the focal loss, 0..1.
-        gamma: focusing parameter of the focal loss, >= 0.
-        ignore_void: leave void pixels out of all sums and means, a point by v = 1 - the bilinear share of void pixels
-            in it, and take sum v to be at least 1; otherwise void pixels are background and v is 1.
+        term: which mask term, and its alpha and gamma. With ``ignore_void`` a void pixel has v = 0, a point v = 1 - the
+            bilinear share of void pixels in it, and sum v is taken to be at least 1; otherwise v is 1 everywhere.
         backend: "auto", "reference", "native" or "triton".
 
     Returns:
@@ -83,7 +78,7 @@ def mask_cost(
     check_pair_of_logits(class_logits, mask_logits)
     if points is not None:
         check_points(points, (targets.batch_size,), "(B, P, 2)", targets)
-    check_mask_term(mask_term, alpha, gamma)
+    check_mask_term(term)
     operator = MASK_COST if points is None else POINT_MASK_COST
     backend = choose_backend(operator, backend, mask_logits)
     if backend == "reference":
@@ -99,23 +94,21 @@ def mask_cost(
             cost_class=cost_class,
             cost_mask=cost_mask,
             cost_dice=cost_dice,
-            mask_term=mask_term,
-            alpha=alpha,
-            gamma=gamma,
-            valid=targets.valid_pixels() if ignore_void else None,
+            mask_term=term.kind,
+            alpha=term.alpha,
+            gamma=term.gamma,
+            valid=targets.valid_pixels() if term.ignore_void else None,
         )
     cost = operator(
         backend,
         stack_layers(class_logits, 3),
         stack_layers(mask_logits, 4),
-        *target_arguments(targets, ignore_void),
+        *target_arguments(targets, term.ignore_void),
         *(() if points is None else (points.float(),)),
         cost_class,
         cost_mask,
         cost_dice,
-        mask_term,
-        alpha,
-        gamma,
+        *(term.kind, term.alpha, term.gamma),
     )
     return cost.view(*mask_logits.shape[:-2], targets.num_targets)
 

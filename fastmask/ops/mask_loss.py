@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastmask.kernels._layout import empty_gradient
+from fastmask.mask_term import FOCAL, MaskTerm
 from fastmask.ops._checks import (
     check_assignment,
     check_choice,
@@ -33,10 +34,7 @@ def mask_loss(
     points: Tensor | None = None,
     *,
     num_masks: Tensor | float | None = None,
-    mask_term: str = "focal",
-    alpha: float = 0.25,
-    gamma: float = 2.0,
-    ignore_void: bool = False,
+    term: MaskTerm = FOCAL,
     reduction: str = "sum",
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -46,7 +44,7 @@ def mask_loss(
     over these, a pair's losses are
 
     - mask: (sum t F+ + (v - t) F-) / sum v with F+ = alpha (1-p)^gamma softplus(-x) and
-      F- = (1-alpha) p^gamma softplus(x) (RetinaNet, arXiv:1708.02002, equation 5), or for ``mask_term="bce"`` with
+      F- = (1-alpha) p^gamma softplus(x) (RetinaNet, arXiv:1708.02002, equation 5), or for "bce" with
       F+ = softplus(-x) and F- = softplus(x);
     - dice: 1 - (2 sum p t + 1) / (sum v p + sum t + 1) (V-Net, arXiv:1606.04797; MaskFormer, arXiv:2107.06278).
 
@@ -65,11 +63,8 @@ def mask_loss(
         points: ``(..., B, M, P, 2)`` float32, (x, y) in 0..1 from the left and the top, of each target; usually from
             ``uncertain_points``. Points beyond the map sample 0. They get no gradient. None compares all pixels.
         num_masks: what the sums over pairs are divided by; the number of targets of the batch, at least 1, by default.
-        mask_term: "focal" or "bce".
-        alpha: weight of foreground in the focal loss, 0..1.
-        gamma: focusing parameter of the focal loss, >= 0.
-        ignore_void: leave void pixels out of all sums and means, a point by v = 1 - the bilinear share of void pixels
-            in it, and take sum v to be at least 1; otherwise void pixels are background and v is 1.
+        term: which mask term, and its alpha and gamma. With ``ignore_void`` a void pixel has v = 0, a point v = 1 - the
+            bilinear share of void pixels in it, and sum v is taken to be at least 1; otherwise v is 1 everywhere.
         reduction: "sum", over pairs and divided by ``num_masks``; or "none".
         backend: "auto", "reference", "native" or "triton".
 
@@ -88,7 +83,7 @@ def mask_loss(
     check_assignment(assignment, tuple(mask_logits.shape[:-4]), mask_logits.shape[-3], targets)
     if points is not None:
         check_points(points, tuple(assignment.shape), "(..., B, M, P, 2)", targets)
-    check_mask_term(mask_term, alpha, gamma)
+    check_mask_term(term)
     check_choice("reduction", reduction, ("sum", "none"))
     operator = MASK_LOSS if points is None else POINT_MASK_LOSS
     backend = choose_backend(operator, backend, mask_logits)
@@ -100,21 +95,19 @@ def mask_loss(
             assignment,
             targets.dense_masks(),
             points,
-            mask_term=mask_term,
-            alpha=alpha,
-            gamma=gamma,
-            valid=targets.valid_pixels() if ignore_void else None,
+            mask_term=term.kind,
+            alpha=term.alpha,
+            gamma=term.gamma,
+            valid=targets.valid_pixels() if term.ignore_void else None,
         )
     else:
         pair_mask, pair_dice, _ = operator(
             backend,
             stack_layers(mask_logits, 4),
             stack_layers(assignment, 2),
-            *target_arguments(targets, ignore_void),
+            *target_arguments(targets, term.ignore_void),
             *(() if points is None else (stack_layers(points.float(), 4),)),
-            mask_term,
-            alpha,
-            gamma,
+            *(term.kind, term.alpha, term.gamma),
         )
         pair_mask, pair_dice = pair_mask.view(assignment.shape), pair_dice.view(assignment.shape)
     if reduction == "none":
