@@ -133,7 +133,9 @@ def test_gradient_of_the_losses(generator):
 def test_costs_equal_those_of_transformers(generator):
     class_logits, mask_logits, labels, _, masks, _ = make_inputs(generator)
     points = torch.rand(3, 50, 2, generator=generator, dtype=torch.float64)
-    result = mask_cost(class_logits, mask_logits, labels, masks, points, cost_class=2.0, cost_mask=5.0, cost_dice=4.0)
+    result = mask_cost(
+        class_logits, mask_logits, labels, masks, points, cost_class=2.0, cost_mask=5.0, cost_dice=4.0, mask_term="bce"
+    )
     costs = []
 
     def keep(cost):

@@ -82,8 +82,7 @@ def launch_mask_cost(
 def launch_mask_loss(
     shape: tuple[int, ...], dtype: torch.dtype, form: str, ignore_void: bool = True, **options: Any
 ) -> None:
-    from fastmask.kernels.mask_loss import mask_loss
-    from fastmask.kernels.mask_loss_backward import mask_loss_backward
+    from fastmask.kernels.mask_loss import mask_loss, mask_loss_backward
 
     _, mask_logits, assignment, *targets = inputs(shape, dtype, form)
     arguments = (mask_logits, assignment, *targets, 255, ignore_void, *term(**options))
@@ -136,8 +135,7 @@ def launch_masked_attention(
 
     Of few images, so that the keys are split; more than 128 queries would come in turns, by a kernel that adds.
     """
-    from fastmask.kernels.masked_attention import masked_attention
-    from fastmask.kernels.masked_attention_backward import masked_attention_backward
+    from fastmask.kernels.masked_attention import masked_attention, masked_attention_backward
 
     batch, queries, h, w = min(shape[1], images), min(shape[2], most_queries), shape[5], shape[6]
     grid = (h + 1) // 2, (w + 1) // 2

@@ -4,7 +4,6 @@ with --compiled, as PTX.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from importlib import import_module
 
@@ -35,21 +34,11 @@ HALVES = pytest.mark.parametrize(
 )
 
 
-def kernel_modules():
-    """Forward and backward."""
-    import fastmask.kernels.masked_attention_backward  # noqa: F401
-
-    return [sys.modules[f"fastmask.kernels.masked_attention{suffix}"] for suffix in ("", "_backward")]
-
-
 def change_configs(monkeypatch, **changes):
     """Some fields of the configurations are others."""
-    for module in kernel_modules():
-        monkeypatch.setattr(
-            module,
-            "config_of_heads",
-            lambda *arguments, pick=module.config_of_heads: replace(pick(*arguments), **changes),
-        )
+    kernels = import_module("fastmask.kernels.masked_attention")
+    pick = kernels.config_of_heads
+    monkeypatch.setattr(kernels, "config_of_heads", lambda *arguments: replace(pick(*arguments), **changes))
 
 
 def triton_results(q, k, v, mask_logits, grad_out, **options):
@@ -305,10 +294,10 @@ def test_two_runs_give_the_same_bits_whatever_was_in_memory(generator):
 
 
 def test_no_keys():
-    forward, backward = kernel_modules()
+    kernels = import_module("fastmask.kernels.masked_attention")
     q, none = torch.randn(2, 3, 8), torch.empty(2, 0, 8)
     arguments = (q, none, none, None, None, 0, 1, 2, 0.5, 0.0, None)
-    out, logsumexp = forward.masked_attention(*arguments)
+    out, logsumexp = kernels.masked_attention(*arguments)
     assert not out.any()
     assert (logsumexp == torch.inf).all()
-    assert not backward.masked_attention_backward(torch.randn_like(q), out, logsumexp, *arguments)[0].any()
+    assert not kernels.masked_attention_backward(torch.randn_like(q), out, logsumexp, *arguments)[0].any()

@@ -148,7 +148,7 @@ def _register(name: str, points: str) -> tuple[Operator, Operator]:
         f"(Tensor grad_mask, Tensor grad_dice, Tensor sums, {arguments}) -> Tensor",
         _fake_backward,
         native=("cpu",),
-        triton=f"{name}_backward" if name == "mask_loss" else name,
+        triton=name,
     )
     forward = Operator(
         name,
