@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from fastmask.data import ComposedScenes, DatasetInfo, Sample, SceneDataset, collate, open_dataset
 from fastmask.data.tasks import semantic_segments
-from fastmask.models.images import fit_targets, pad_images
+from fastmask.models._images import fit_targets, pad_images
 
 VOID = 255
 

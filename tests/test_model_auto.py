@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastmask.models import MaskFormer, PerPixelBaseline, Segmenter, SoundEventDetector, load_model, make_model
-from fastmask.models.auto import (
+from fastmask.models._registry import (
     MODELS,
     config_from_dict,
     make_config,

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fastmask.models import build_backbone, known_backbones
-from fastmask.models.backbone import BACKBONES, backbone_channels, describe_backbone, feature_maps
+from fastmask.models.backbones import BACKBONES, backbone_channels, describe_backbone, feature_maps
 
 
 def shapes(name, options=None):

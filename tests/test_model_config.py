@@ -7,13 +7,13 @@ from fastmask.models import (
     MaskFormerConfig,
     PerPixelBaselineConfig,
     SegmenterConfig,
-    per_pixel_baseline,
-    segmenter_config,
+    per_pixel,
+    segmenter,
 )
-from fastmask.models.config import PRESETS
+from fastmask.models.maskformer import PRESETS
 
-OTHERS = [(PerPixelBaselineConfig, name) for name in per_pixel_baseline.PRESETS]
-OTHERS += [(SegmenterConfig, name) for name in segmenter_config.PRESETS]
+OTHERS = [(PerPixelBaselineConfig, name) for name in per_pixel.PRESETS]
+OTHERS += [(SegmenterConfig, name) for name in segmenter.PRESETS]
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -10,7 +10,7 @@ import torch
 from fastmask import MaskFormer, MaskFormerConfig, PerPixelBaseline, Targets
 from fastmask.integrations.checkpoints import to_hugging_face_maskformer, to_original_maskformer
 from fastmask.models import build_backbone, known_backbones
-from fastmask.models.backbone import describe_backbone, feature_maps
+from fastmask.models.backbones import describe_backbone, feature_maps
 from fastmask.models.efficientnet import NAME, EfficientNetLite0
 
 SMALL = {"num_classes": 4, "hidden_dim": 32, "mask_dim": 32, "pixel_decoder_dim": 32, "decoder_layers": 2} | {

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fastmask.models.images import ImageBatch, fit_targets, pad_images
+from fastmask.models._images import ImageBatch, fit_targets, pad_images
 from fastmask.targets import Targets
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, interpolate
 
-from fastmask.models.images import pad_images
-from fastmask.models.per_pixel import fit_class_map, per_pixel_loss, pixel_results
+from fastmask.models._images import pad_images
+from fastmask.models._pixels import fit_class_map, per_pixel_loss, pixel_results
 from fastmask.targets import Targets
 from tests.inputs import SHAPES, random_targets
 

@@ -4,7 +4,7 @@ from torch import nn
 
 from fastmask.functional import instance_inference, panoptic_inference, semantic_inference
 from fastmask.models import MaskFormer, MaskFormerConfig
-from fastmask.models.inference import check_sizes
+from fastmask.models._inference import check_sizes
 
 CLASSES = 4
 

@@ -11,8 +11,7 @@ from torch.nn import functional as F
 
 from fastmask import SoundEventConfig, SoundEventDetector
 from fastmask.data import EVENT_CLASSES, ComposedClips, collate_clips
-from fastmask.models.sound_event_detector import frame_probabilities
-from fastmask.models.sound_targets import SoundTargets, decode_events
+from fastmask.models.sound import SoundTargets, decode_events, frame_probabilities
 from fastmask.modules.audio import LogMel, linear_softmax, median_filter
 
 CLASSES = len(EVENT_CLASSES)

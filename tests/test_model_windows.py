@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastmask.models import Segmenter, SegmenterConfig
-from fastmask.models.windows import window_starts, windowed_logits
+from fastmask.models._views import window_starts, windowed_logits
 
 CLASSES = 3
 

@@ -7,8 +7,8 @@ import warnings
 import pytest
 import torch
 
-from fastmask.models import base, make_model
-from fastmask.models.pixel_range import PixelRange
+from fastmask.models import _base, make_model
+from fastmask.models._images import PixelRange
 from fastmask.targets import Targets
 
 MODELS = ["tiny", "segmenter-tiny", "per-pixel-tiny"]
@@ -16,7 +16,7 @@ MODELS = ["tiny", "segmenter-tiny", "per-pixel-tiny"]
 
 @pytest.fixture(autouse=True)
 def _as_in_a_new_process(monkeypatch):
-    monkeypatch.setattr(base, "PIXEL_RANGE", PixelRange())
+    monkeypatch.setattr(_base, "PIXEL_RANGE", PixelRange())
 
 
 def images(highest):
@@ -81,7 +81,7 @@ def test_a_gpu_is_not_waited_for():
     model = make_model("tiny", 3).eval().cuda()
     bright = images(255).cuda()
     model(images(1).cuda() * 0)  # what a first call sets up may wait
-    base.PIXEL_RANGE = PixelRange()
+    _base.PIXEL_RANGE = PixelRange()
     torch.cuda.set_sync_debug_mode("error")
     try:
         model(bright)

@@ -12,7 +12,7 @@ from torch.nn.functional import interpolate
 from fastmask import semantic_inference
 from fastmask.functional import SemanticView, merge_views
 from fastmask.models import MaskFormer, MaskFormerConfig
-from fastmask.models.views import EvaluationViews
+from fastmask.models._views import EvaluationViews
 from fastmask.ops import semantic_views
 from fastmask.testing import assert_within_budget
 

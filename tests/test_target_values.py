@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastmask import MaskTerm, Targets, mask_cost, mask_loss
-from fastmask.models.images import fit_targets, pad_images
+from fastmask.models._images import fit_targets, pad_images
 from tests.inputs import random_assignment, random_logits, random_points, random_targets
 from tests.interpreter import interpreted_kernels
 

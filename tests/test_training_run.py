@@ -11,8 +11,8 @@ from PIL import Image
 
 from fastmask.data import CLASS_NAMES, STUFF_LABELS, open_dataset
 from fastmask.models import MaskFormer, load_model, make_model
-from fastmask.models.auto import make_config
-from fastmask.models.per_pixel import per_pixel_loss
+from fastmask.models._pixels import per_pixel_loss
+from fastmask.models._registry import make_config
 from fastmask.targets import Targets
 from fastmask.training import Recipe, TrainingConfig, make_training_config, train
 from fastmask.training.checkpoint import load_newest

@@ -14,7 +14,7 @@ from benchmarks.ablations.plan import FRAMES, NO_MASK_LOSSES, Run, Settings, Var
 from fastmask.data import EVENT_CLASSES, Clip, ComposedClips, collate_clips
 from fastmask.metrics import SoundEventMetrics
 from fastmask.models import SoundEventConfig, SoundEventDetector
-from fastmask.models.sound_targets import SoundTargets, decode_events
+from fastmask.models.sound import SoundTargets, decode_events
 from fastmask.training.sampler import StepSampler
 
 CLIPS = "composed:clips"

@@ -69,7 +69,7 @@ def evaluate(
     from fastmask import training
     from fastmask.data import open_dataset
     from fastmask.models import load_model
-    from fastmask.models.auto import model_folder, task_of_run
+    from fastmask.models._registry import model_folder, task_of_run
     from fastmask.training.distributed import cleanup, setup
 
     folder = model_folder(model)

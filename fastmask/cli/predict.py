@@ -102,7 +102,7 @@ def predict(
 def _class_info(data: str, split: str, kind: str, task: str, model: Path) -> DatasetInfo:
     """The classes of a data set: where instances are asked for, of its things alone if the model has as many."""
     from fastmask.data import open_dataset
-    from fastmask.models.auto import load_config
+    from fastmask.models._registry import load_config
 
     info = open_dataset(data, split, kind).info
     if task == "instance" and info.num_classes != load_config(model).num_classes:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from fastmask.data import CLASS_NAMES, ComposedScenes, collate_scenes
 from fastmask.models import MaskFormer, MaskFormerConfig
-from fastmask.models.backbone import feature_maps
+from fastmask.models.backbones import feature_maps
 from fastmask.targets import Targets
 
 WEIGHTS = Path(__file__).parent / "tiny_backbone.safetensors"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from fastmask.models.base import PretrainedModel
+from fastmask.models._base import PretrainedModel
 from fastmask.version import __version__
 
 # Fields of a configuration that whoever runs a program may need, besides the names of the classes.

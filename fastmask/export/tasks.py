@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from fastmask.functional import semantic_inference
 from fastmask.models import MaskFormer, PerPixelBaseline, Segmenter, SoundEventDetector
-from fastmask.models.base import PretrainedModel, SegmentationModel
-from fastmask.models.images import Size
-from fastmask.models.per_pixel import pixel_results, upsample
-from fastmask.models.sound_event_detector import frame_probabilities
+from fastmask.models._base import PretrainedModel, SegmentationModel
+from fastmask.models._images import Size
+from fastmask.models._pixels import pixel_results, upsample
+from fastmask.models.sound import frame_probabilities
 from fastmask.modules.audio import linear_softmax
 from fastmask.ops._checks import check_choice
 from fastmask.ops._tracing import is_open

@@ -1,129 +1,220 @@
-"""Per-pixel classification: class maps as targets, their loss, and results at the size that was asked for."""
+"""The per-pixel baselines that MaskFormer is compared with: the same features, classified pixel by pixel."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy, interpolate
+from torch import Tensor, nn
 
-from fastmask.models.images import ImageBatch, Size, fit_targets, pad_plane
-from fastmask.modules.processes import across_processes
-from fastmask.ops._checks import check_choice
-from fastmask.ops._tracing import same_size
-from fastmask.targets import Targets, check_class_map
+from fastmask.functional import mask_products
+from fastmask.models._base import Images, PixelDecoderConfig, PixelDecoderModel
+from fastmask.models._images import ImageBatch, Size
+from fastmask.models._inference import check_sizes
+from fastmask.models._pixels import (
+    PixelTargets,
+    check_output,
+    fit_class_map,
+    per_pixel_losses,
+    pixel_results,
+    upsample,
+)
+from fastmask.modules.predictor import TransformerPredictor
 
-PixelTargets = Tensor | Targets | Sequence[Tensor] | Sequence[Mapping[str, Tensor]]
-OUTPUTS = ("labels", "scores")
 
-
-def fit_class_map(targets: PixelTargets, images: ImageBatch, num_classes: int, ignore_index: int) -> Tensor:
-    """The class of each pixel on the grid of the padded images; what padding adds is ignored.
+@dataclass(frozen=True)
+class PerPixelBaselineConfig(PixelDecoderConfig):
+    """Everything that :class:`fastmask.PerPixelBaseline` is built from. The defaults are those of the paper's ResNet-50
+    models (arXiv:2107.06278, section 4, and the authors' configuration files).
 
     Args:
-        targets: ``(B, H, W)`` integers in ``0..K-1`` or ``ignore_index``, of the images' common size, of their largest
-            height and width, or of the padded size; or a list of ``(H_b, W_b)``, each of its image's size; or what
-            :class:`fastmask.MaskFormer` takes, whose pixels of no target and void pixels are ignored.
-        images: the batch that they belong to.
         num_classes: K.
-        ignore_index: the class of pixels that have none.
-
-    Returns:
-        ``(B, H, W)`` int64 on the images' device.
+        transformer_decoder: False for the paper's PerPixelBaseline, True for PerPixelBaseline+.
+        backbone: a name that :func:`fastmask.models.build_backbone` knows, or "custom" for a module of your own.
+        backbone_options: fields of the backbone's ``transformers`` configuration to set, such as ``drop_path_rate``.
+        hidden_dim: channels of the transformer decoder, a multiple of 4 and of ``num_heads``.
+        mask_dim: channels of the pixel embeddings, and of the class embeddings if there is a transformer decoder.
+        pixel_decoder_dim: channels of the feature pyramid, a multiple of 32 (of 4 and ``num_heads`` too with encoder).
+        encoder_layers: transformer layers in the pixel decoder, on the coarsest map.
+        decoder_layers: L, layers of the transformer decoder.
+        num_heads: attention heads of both transformers.
+        feedforward_dim: hidden channels of their perceptrons.
+        dropout: of both transformers.
+        deep_supervision: predict and supervise after each decoder layer instead of after the last alone.
+        ignore_index: the class of pixels that do not count, outside ``0..K-1``.
+        class_names: one name for each class, or empty.
+        size_divisibility: images are padded at the bottom and right to a multiple of this.
+        pixel_mean: per channel, subtracted from images in 0..1; by default what the backbone's pretrained weights want.
+        pixel_std: per channel, divides what remains; by default likewise.
 
     Raises:
-        TypeError: targets of another kind, or class maps that hold no integers.
-        ValueError: another number of images, another size than the images', or (for targets on the CPU) a class outside
-            ``0..K-1``.
+        TypeError: a value of the wrong type.
+        ValueError: a value out of range.
     """
-    if isinstance(targets, Tensor):
-        check_class_map("targets", targets, 3, num_classes, ignore_index)
-        largest = tuple(max(side) for side in zip(*images.sizes, strict=True))
-        if len(targets) != len(images.sizes):
-            raise ValueError(f"targets has {len(targets)} images; the model got {len(images.sizes)}")
-        if tuple(targets.shape[1:]) not in (largest, images.padded_size):
-            raise ValueError(
-                f"targets is {targets.shape[1]} x {targets.shape[2]} pixels; "
-                f"the images are {largest[0]} x {largest[1]}{'' if images.uniform else ' at most'}"
+
+    model_type = "PerPixelBaseline"
+
+    num_classes: int
+    transformer_decoder: bool = False
+    backbone: str = "resnet50"
+    backbone_options: Mapping[str, Any] = field(default_factory=dict)
+    hidden_dim: int = 256
+    mask_dim: int = 256
+    pixel_decoder_dim: int = 256
+    encoder_layers: int = 0
+    decoder_layers: int = 6
+    num_heads: int = 8
+    feedforward_dim: int = 2048
+    dropout: float = 0.1
+    deep_supervision: bool = True
+    ignore_index: int = 255
+    class_names: tuple[str, ...] = ()
+    size_divisibility: int = 32
+    pixel_mean: tuple[float, ...] = ()
+    pixel_std: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_outside_classes("ignore_index")
+
+    @staticmethod
+    def preset(name: str, num_classes: int, **overrides: Any) -> PerPixelBaselineConfig:
+        """A configuration by name: "tiny" for tests and demonstrations, or one of the paper's models.
+
+        Args:
+            name: "tiny", "per-pixel-r50" or "per-pixel-plus-r50".
+            num_classes: K.
+            overrides: fields to set otherwise.
+
+        Raises:
+            ValueError: an unknown name.
+        """
+        return PerPixelBaselineConfig._from_preset(PRESETS, name, {"num_classes": num_classes, **overrides})
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "backbone": "tiny",
+        "hidden_dim": 96,
+        "mask_dim": 64,
+        "pixel_decoder_dim": 64,
+        "decoder_layers": 3,
+        "num_heads": 4,
+        "feedforward_dim": 256,
+        "dropout": 0.0,
+    },
+    "per-pixel-r50": {},
+    "per-pixel-plus-r50": {"transformer_decoder": True},
+}
+
+
+class PerPixelBaseline(PixelDecoderModel):
+    """Per-pixel classification on MaskFormer's features (arXiv:2107.06278, section 4, "Baseline models").
+
+    PerPixelBaseline classifies the pixel embeddings by a 1 x 1 convolution. PerPixelBaseline+, with
+    ``transformer_decoder=True``, gives MaskFormer's transformer decoder K queries, one for each class: the logits are
+    the products of the pixel embeddings with the embeddings that the queries become.
+
+    ``PerPixelBaseline(config)``, or ``PerPixelBaseline(num_classes=150, backbone="swin-tiny", ...)`` with the fields of
+    :class:`PerPixelBaselineConfig` as keywords; the other arguments and the errors are those of
+    :class:`fastmask.MaskFormer`.
+    """
+
+    config_class = PerPixelBaselineConfig
+    class_weights = ("classifier.", "predictor.query_embed.")
+    config: PerPixelBaselineConfig
+
+    def _build_head(self) -> None:
+        num_classes = self.config.num_classes
+        if self.config.transformer_decoder:
+            self.predictor = TransformerPredictor(
+                num_classes=None, num_queries=num_classes, **self._transformer_options
             )
-        classes = targets.to(images.pixels.device, torch.int64, non_blocking=True)
-        classes = pad_plane(classes, images.padded_size, ignore_index)
-        outside = images.outside()
-        return classes if outside is None else classes.masked_fill(outside, ignore_index)
-    if isinstance(targets, list | tuple) and any(isinstance(target, Tensor) for target in targets):
-        if len(targets) != len(images.sizes):
-            raise ValueError(f"targets has {len(targets)} images; the model got {len(images.sizes)}")
-        for b, (target, size) in enumerate(zip(targets, images.sizes, strict=True)):
-            check_class_map(f"targets[{b}]", target, 2, num_classes, ignore_index)
-            if tuple(target.shape) != size:
-                height, width = target.shape
-                raise ValueError(f"targets[{b}] is {height} x {width} pixels; its image is {size[0]} x {size[1]}")
-        maps = [target.to(images.pixels.device, torch.int64, non_blocking=True) for target in targets]
-        return torch.stack([pad_plane(target, images.padded_size, ignore_index) for target in maps])
-    if isinstance(targets, Targets | list | tuple):
-        return fit_targets(targets, images, num_classes).class_map(ignore_index)
-    raise TypeError(f"targets must be class maps, Targets or a list of dicts, got {type(targets).__name__}")
+        else:
+            self.classifier = nn.Conv2d(self.config.mask_dim, num_classes, 1)
+            nn.init.kaiming_normal_(self.classifier.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(self.classifier.bias)
 
+    def forward(self, images: Images, targets: PixelTargets | None = None) -> dict[str, Any]:
+        """Predictions, or losses if there are targets.
 
-def per_pixel_loss(logits: Tensor, classes: Tensor, ignore_index: int) -> Tensor:
-    """The loss of one layer; see :func:`per_pixel_losses`.
+        Args:
+            images: ``(B, C, H, W)`` floating point in 0..1, or a list of ``(C, H_b, W_b)`` of any sizes, which are
+                padded at the bottom and right; height and width of the batch become multiples of
+                ``size_divisibility``. Normalisation happens inside.
+            targets: ``(B, H, W)`` integer classes in ``0..K-1`` or ``ignore_index``, or a list of ``(H_b, W_b)``; or
+                what :class:`fastmask.MaskFormer` takes, whose pixels of no target and void pixels are ignored.
 
-    Args:
-        logits: ``(B, K, h, w)`` floating point.
-        classes, ignore_index: as for :func:`per_pixel_losses`.
-    """
-    return per_pixel_losses([logits], classes, ignore_index)[0]
+        Returns:
+            Without targets: "logits" ``(B, K, h, w)``, and "aux_outputs", a list with the same of each decoder layer
+            before the last, empty without a transformer decoder.
 
+            With targets: "loss_ce", and the same with "_0", "_1", ... for the layers before the last, each a scalar:
+            the cross-entropy at the images' size, averaged over the pixels that have a class. Their sum is what to
+            minimise.
 
-def per_pixel_losses(layers: Iterable[Tensor], classes: Tensor, ignore_index: int) -> list[Tensor]:
-    """Cross-entropy of bilinearly upsampled logits, averaged over the pixels that have a class; 0 if none has.
+        Raises:
+            TypeError: images or targets of another type or dtype.
+            ValueError: shapes that do not fit each other, or classes out of range.
+        """
+        batch = self._batch(images)
+        ignore_index = self.config.ignore_index
+        if targets is not None:
+            targets = fit_class_map(targets, batch, self.config.num_classes, ignore_index)
+        *earlier, logits = self._predict_logits(batch, all_layers=self.config.deep_supervision)
+        if targets is None:
+            return {"logits": logits, "aux_outputs": [{"logits": layer} for layer in earlier]}
+        loss, *others = per_pixel_losses([logits, *earlier], targets, ignore_index)
+        return {"loss_ce": loss} | {f"loss_ce_{i}": other for i, other in enumerate(others)}
 
-    With several processes the average is over the pixels of all: see :func:`across_processes`.
+    @torch.inference_mode()
+    def predict(
+        self, images: Images, sizes: Size | Sequence[Size] | None = None, *, output: str = "labels"
+    ) -> list[Tensor]:
+        """Semantic segmentation at the size asked for. Runs in evaluation mode, without gradients.
 
-    Args:
-        layers: logits of each, ``(B, K, h, w)`` floating point.
-        classes: ``(B, H, W)`` int64 in ``0..K-1`` or ``ignore_index``.
-        ignore_index: the class of pixels that do not count.
+        Args:
+            images: as for a call of the model.
+            sizes: (height, width) of the results, for all images or for each; by default each image's own.
+            output: "labels" or "scores".
 
-    Returns:
-        a scalar for each layer, float32 (float64 for such logits).
-    """
-    (num_pixels,) = across_processes([(classes != ignore_index).sum()], least=(1,))
-    losses = []
-    for logits in layers:
-        logits = upsample(logits.to(torch.promote_types(logits.dtype, torch.float32)), tuple(classes.shape[1:]))
-        losses.append(cross_entropy(logits, classes, ignore_index=ignore_index, reduction="sum") / num_pixels)
-    return losses
+        Returns:
+            One tensor an image: ``(H, W)`` labels, the smallest of uint8, int16 and int32 that holds ``0..K-1``; or
+            ``(K, H, W)`` scores, the softmax over classes.
 
+        Raises:
+            TypeError: images of another type or dtype.
+            ValueError: an unknown output, or sizes that do not fit the images.
+        """
+        check_output(output)
+        batch = self._batch(images)
+        sizes = check_sizes(sizes, batch.sizes)
+        with self._evaluating():
+            logits = self._predict_logits(batch, all_layers=False)[-1]
+        results = []
+        for b, (size, (height, width)) in enumerate(zip(sizes, batch.sizes, strict=True)):
+            padded = upsample(logits[b : b + 1].float(), batch.padded_size)
+            results.append(pixel_results(padded[..., :height, :width], size, output)[0])
+        return results
 
-def pixel_results(logits: Tensor, size: Size, output: str) -> Tensor:
-    """Labels or scores of images at one size.
+    def final_logits(self, images: Tensor) -> tuple[Tensor, Size]:
+        """The prediction of the last layer alone.
 
-    Args:
-        logits: ``(B, K, H, W)``.
-        size: of the result, to which the logits are resized.
-        output: "labels" or "scores".
+        Args:
+            images: ``(B, C, H, W)`` in 0..1.
 
-    Returns:
-        "labels": ``(B, *size)``, the smallest of uint8, int16 and int32 that holds ``0..K-1``. "scores":
-        ``(B, K, *size)``, the softmax over classes.
-    """
-    logits = upsample(logits, size)
-    if output == "scores":
-        return logits.softmax(1)
-    highest = logits.shape[1] - 1
-    dtype = next(dtype for dtype in (torch.uint8, torch.int16, torch.int32) if highest <= torch.iinfo(dtype).max)
-    return logits.argmax(1).to(dtype)
+        Returns:
+            logits ``(B, K, h, w)``, and the (height, width) of the padded input that they cover.
+        """
+        batch = self._batch(images)
+        return self._predict_logits(batch, all_layers=False)[-1], batch.padded_size
 
-
-def check_output(output: str) -> None:
-    """Refuses anything but "labels" and "scores" with a ValueError."""
-    check_choice("output", output, OUTPUTS)
-
-
-def upsample(maps: Tensor, size: Size) -> Tensor:
-    """``maps (B, C, h, w)`` resized bilinearly (align_corners=False) unless they have that size."""
-    if same_size(maps.shape[-2:], size):
-        return maps
-    return interpolate(maps, size=size, mode="bilinear", align_corners=False)
+    def _predict_logits(self, batch: ImageBatch, *, all_layers: bool) -> Sequence[Tensor]:
+        """``(B, K, h, w)`` of each layer that predicts, the last layer last."""
+        pixel_embed, memory, padding_mask = self._embed_pixels(batch)
+        if not self.config.transformer_decoder:
+            return [self.classifier(pixel_embed)]
+        _, class_embed = self.predictor(memory, padding_mask, all_layers=all_layers)
+        return mask_products(class_embed, pixel_embed)

@@ -17,9 +17,9 @@ from fastmask.data.palette import distinct_colours
 from fastmask.data.pictures import decode_picture
 from fastmask.device import usable_device
 from fastmask.models import MaskFormer, PerPixelBaseline, Segmenter
-from fastmask.models.auto import load_model, task_of_run
-from fastmask.models.base import SegmentationModel
-from fastmask.models.inference import TASKS
+from fastmask.models._base import SegmentationModel
+from fastmask.models._inference import TASKS
+from fastmask.models._registry import load_model, task_of_run
 from fastmask.models.precision import autocast, check_precision
 from fastmask.prediction.inputs import ImageFile, find_images
 from fastmask.prediction.outputs import FILES, Outputs, void_label

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastmask.measure import Clock, Measurement, take_turns
-from fastmask.models.base import SegmentationModel
+from fastmask.models._base import SegmentationModel
 from fastmask.models.maskformer import MaskFormer
 from fastmask.models.precision import autocast, check_precision
 from fastmask.targets import Targets

@@ -12,11 +12,11 @@ from fastmask.data import open_dataset
 from fastmask.data.open import COMPOSED_SCENES
 from fastmask.data.sample import TASKS
 from fastmask.models import efficientnet
-from fastmask.models.auto import config_from_dict, load_config, make_config
-from fastmask.models.base_config import ImageModelConfig, ModelConfig, PlainConfig, require
-from fastmask.models.config import MaskFormerConfig
+from fastmask.models._base import ImageModelConfig, ModelConfig, PlainConfig, require
+from fastmask.models._registry import config_from_dict, load_config, make_config
+from fastmask.models.maskformer import MaskFormerConfig
 from fastmask.models.precision import PRECISIONS
-from fastmask.models.segmenter_config import SegmenterConfig
+from fastmask.models.segmenter import SegmenterConfig
 from fastmask.training.distributed import STRATEGIES
 from fastmask.training.recipe import Recipe
 
@@ -132,7 +132,7 @@ def make_training_config(
 
     Args:
         data: as for :class:`TrainingConfig`.
-        model: a preset of :func:`fastmask.models.auto.make_config`; "" for the network in the folder ``pretrained``.
+        model: a preset of :func:`fastmask.models.make_model`; "" for the network in the folder ``pretrained``.
         recipe: a :class:`Recipe` or the name of one; "" for the recipe of the network's paper.
         model_fields: fields of the network's configuration to set otherwise.
         recipe_fields: fields of the recipe to set otherwise; "steps" limit warm-up to a tenth of them.

@@ -17,10 +17,10 @@ from fastmask.data.transforms import ResizeShortSide
 from fastmask.device import usable_device
 from fastmask.metrics import InstanceMetrics, PanopticMetrics, SemanticMetrics, SoundEventMetrics
 from fastmask.metrics.base import Metrics
-from fastmask.models.base import PretrainedModel
+from fastmask.models._base import PretrainedModel
 from fastmask.models.maskformer import MaskFormer
 from fastmask.models.precision import autocast, check_precision
-from fastmask.models.sound_event_detector import SoundEventDetector
+from fastmask.models.sound import SoundEventDetector
 from fastmask.training.distributed import together, whole
 from fastmask.training.interruption import prepare_worker
 from fastmask.training.json_files import finite

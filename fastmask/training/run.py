@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 
 from fastmask.data import Augmented, Compose, SegmentationDataset, check_datasets, collate, open_dataset
 from fastmask.metrics import InstanceMetrics
-from fastmask.models.auto import load_model, model_from_dict
-from fastmask.models.base import PretrainedModel
+from fastmask.models._base import PretrainedModel
+from fastmask.models._registry import load_model, model_from_dict
 from fastmask.training.activation_checkpointing import checkpoint_activations
 from fastmask.training.checkpoint import load_newest, save_checkpoint
 from fastmask.training.config import TrainingConfig, check_task

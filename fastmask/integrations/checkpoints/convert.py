@@ -16,9 +16,8 @@ from fastmask.integrations.checkpoints.original_maskformer import (
 )
 from fastmask.integrations.checkpoints.original_segmenter import from_original_segmenter, save_original_segmenter
 from fastmask.models import MaskFormer, Segmenter, load_model
-from fastmask.models.auto import SAVED_IN_RUN
-from fastmask.models.base import PretrainedModel
-from fastmask.models.base_config import read_json
+from fastmask.models._base import PretrainedModel, read_json
+from fastmask.models._registry import SAVED_IN_RUN
 from fastmask.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE, listed
 
 FORMATS = ("fastmask", "huggingface", "original")

@@ -13,11 +13,10 @@ from torch import Tensor
 from fastmask.integrations.checkpoints.backbones import NOT_LEARNED, hugging_face_swin
 from fastmask.integrations.checkpoints.files import read_weights
 from fastmask.integrations.checkpoints.names import Rule, rename, to_foreign, to_own
-from fastmask.models.backbone import describe_backbone
-from fastmask.models.base_config import read_json
+from fastmask.models._base import read_json
+from fastmask.models.backbones import describe_backbone
 from fastmask.models.checkpoint import CONFIG_FILE, key_problems, listed, wrapping_prefix
-from fastmask.models.config import MaskFormerConfig
-from fastmask.models.maskformer import MaskFormer
+from fastmask.models.maskformer import MaskFormer, MaskFormerConfig
 
 if TYPE_CHECKING:
     from transformers import MaskFormerForInstanceSegmentation

@@ -14,8 +14,7 @@ from fastmask.integrations.checkpoints.backbones import NOT_LEARNED, detectron2_
 from fastmask.integrations.checkpoints.files import read_weights
 from fastmask.integrations.checkpoints.names import Rule, rename, to_foreign, to_own
 from fastmask.models.checkpoint import key_problems, listed, without_prefix, wrapping_prefix
-from fastmask.models.config import MaskFormerConfig
-from fastmask.models.maskformer import MaskFormer
+from fastmask.models.maskformer import MaskFormer, MaskFormerConfig
 
 DECODER = "sem_seg_head.pixel_decoder"
 PREDICTOR = "sem_seg_head.predictor"

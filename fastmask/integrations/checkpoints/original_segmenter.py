@@ -10,10 +10,9 @@ import torch
 
 from fastmask.integrations.checkpoints.files import read_weights
 from fastmask.integrations.checkpoints.names import rename, to_own
-from fastmask.models.base_config import IMAGENET_MEAN, IMAGENET_STD
+from fastmask.models._base import IMAGENET_MEAN, IMAGENET_STD
 from fastmask.models.checkpoint import replace_files
-from fastmask.models.segmenter import Segmenter
-from fastmask.models.segmenter_config import VIT_MEAN, VIT_STD, SegmenterConfig
+from fastmask.models.segmenter import VIT_MEAN, VIT_STD, Segmenter, SegmenterConfig
 
 WEIGHTS_FILE = "checkpoint.pth"
 VARIANT_FILE = "variant.yml"

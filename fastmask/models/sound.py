@@ -1,8 +1,10 @@
-"""Sound event detection as mask classification in one dimension."""
+"""Mask classification over time: sound events, their configuration, targets and network."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -10,12 +12,245 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastmask.functional import mask_loss, mask_products
-from fastmask.models.base import PretrainedModel, config_or_fields
-from fastmask.models.sound_config import SoundEventConfig
-from fastmask.models.sound_targets import SoundTargets, decode_events
-from fastmask.modules.audio import FrameEncoder, LogMel, linear_softmax
+from fastmask.models._base import ModelConfig, PretrainedModel, config_or_fields, require
+from fastmask.modules.audio import FrameEncoder, LogMel, linear_softmax, median_filter
 from fastmask.modules.predictor import TransformerPredictor
 from fastmask.modules.processes import across_processes
+from fastmask.targets import PADDING_LABEL, Targets
+
+
+@dataclass(frozen=True)
+class SoundEventConfig(ModelConfig):
+    """Everything that :class:`fastmask.SoundEventDetector` is built from.
+
+    Args:
+        num_classes: K, the kinds of events.
+        sample_rate: of the waveforms, in Hz.
+        num_mels: bands of the spectrogram.
+        window: samples of its windows.
+        hop: samples from one window to the next.
+        time_stride: windows in a frame, a power of two, at most 2 to the number of ``channels``.
+        channels: of the convolutional blocks.
+        hidden_dim: channels of encoder and decoder, a multiple of 4 and of ``num_heads``.
+        mask_dim: channels of the frame and mask embeddings.
+        encoder_layers: transformer layers over the frames.
+        decoder_layers: L.
+        num_heads: attention heads of both transformers.
+        feedforward_dim: hidden channels of their perceptrons.
+        dropout: of both transformers.
+        temperature: what the products of mask and frame embeddings are divided by.
+        deep_supervision: predict and supervise after each decoder layer instead of after the last alone.
+        strong_weight: weight of the cross-entropy of each frame.
+        weak_weight: weight of the cross-entropy of the whole clip.
+        mask_weight: weight of the focal mask loss.
+        dice_weight: weight of the dice loss.
+        median_seconds: length of the median filter that events are smoothed with.
+        class_names: one name for each class, or empty.
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: a value out of range.
+    """
+
+    model_type = "SoundEventDetector"
+
+    num_classes: int
+    sample_rate: int = 16_000
+    num_mels: int = 64
+    window: int = 512
+    hop: int = 160
+    time_stride: int = 4
+    channels: tuple[int, ...] = (32, 64, 128, 128)
+    hidden_dim: int = 128
+    mask_dim: int = 128
+    encoder_layers: int = 2
+    decoder_layers: int = 3
+    num_heads: int = 4
+    feedforward_dim: int = 512
+    dropout: float = 0.1
+    temperature: float = 1.0
+    deep_supervision: bool = True
+    strong_weight: float = 1.0
+    weak_weight: float = 0.5
+    mask_weight: float = 5.0
+    dice_weight: float = 1.0
+    median_seconds: float = 0.0
+    class_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_at_least(1, "sample_rate", "num_mels", "hop", "hidden_dim", "mask_dim", "decoder_layers")
+        self.require_at_least(1, "num_heads", "feedforward_dim")
+        self.require_at_least(0, "encoder_layers", "median_seconds")
+        require(self.window >= self.hop, "window", self.window, f"at least hop {self.hop}")
+        strides = [2**i for i in range(len(self.channels) + 1)]
+        require(len(self.channels) >= 1 and min(self.channels) >= 1, "channels", self.channels, "one or more widths")
+        require(self.time_stride in strides, "time_stride", self.time_stride, f"one of {strides}")
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
+        require(self.temperature > 0, "temperature", self.temperature, "more than 0")
+        multiple = math.lcm(4, self.num_heads)
+        require(self.hidden_dim % multiple == 0, "hidden_dim", self.hidden_dim, f"a multiple of {multiple}")
+        for f in fields(self):
+            if f.name.endswith("_weight"):
+                value = getattr(self, f.name)
+                require(value >= 0 and math.isfinite(value), f.name, value, "finite and at least 0")
+
+    @property
+    def frame_samples(self) -> int:
+        """Samples in a frame."""
+        return self.hop * self.time_stride
+
+    @property
+    def frame_seconds(self) -> float:
+        """Seconds in a frame."""
+        return self.frame_samples / self.sample_rate
+
+    @staticmethod
+    def preset(name: str, num_classes: int, **overrides: Any) -> SoundEventConfig:
+        """A configuration by name: "tiny" for tests and demonstrations, or "base".
+
+        Raises:
+            ValueError: an unknown name.
+        """
+        return SoundEventConfig._from_preset(PRESETS, name, {"num_classes": num_classes, **overrides})
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "channels": (16, 32, 48, 64),
+        "hidden_dim": 64,
+        "mask_dim": 64,
+        "encoder_layers": 1,
+        "decoder_layers": 2,
+        "feedforward_dim": 128,
+        "dropout": 0.0,
+    },
+    "base": {},
+}
+
+
+@dataclass(frozen=True)
+class SoundTargets:
+    """What a batch of clips holds.
+
+    Args:
+        presence: ``(B, K)`` float32, 1 where a clip has events of a class.
+        activity: ``(B, K, T)`` uint8, 1 in frames in which a class sounds; 0 for clips without times.
+        strong: ``(B,)`` bool, whether the times of a clip's events are known.
+    """
+
+    presence: Tensor
+    activity: Tensor
+    strong: Tensor
+
+    @staticmethod
+    def from_events(
+        events: Sequence[Mapping[str, Tensor]],
+        num_classes: int,
+        num_frames: int,
+        frame_seconds: float,
+        device: torch.device | str | None = None,
+    ) -> SoundTargets:
+        """Targets of clips of ``num_frames`` frames.
+
+        A class sounds in the frames that lie between the rounded times of its events, in one frame at least.
+
+        Args:
+            events: for each clip "labels" ``(E,)`` in ``0..K-1`` and, where times are known, "onsets" and "offsets"
+                ``(E,)`` in seconds.
+            num_classes: K.
+            num_frames: T.
+            frame_seconds: of one frame.
+            device: of the result.
+
+        Raises:
+            TypeError: something else than a dict a clip.
+            ValueError: labels out of range, times that differ in number, end before they begin or are not finite.
+        """
+        presence = torch.zeros(len(events), num_classes)
+        activity = torch.zeros(len(events), num_classes, num_frames, dtype=torch.uint8)
+        strong = torch.zeros(len(events), dtype=torch.bool)
+        for b, clip in enumerate(events):
+            labels, times = _check_clip(b, clip, num_classes)
+            presence[b, labels] = 1
+            strong[b] = times is not None
+            for label, (onset, offset) in zip(labels, times or (), strict=False):
+                first = min(max(round(onset / frame_seconds), 0), num_frames - 1)
+                activity[b, label, first : max(round(offset / frame_seconds), first + 1)] = 1
+        return SoundTargets(presence.to(device), activity.to(device), strong.to(device))
+
+    def masks(self) -> Targets:
+        """The classes that sound as targets of the mask losses, whose masks are 1 x T."""
+        present = (self.presence > 0) & self.strong[:, None]
+        # Present classes first, as Targets wants them.
+        order = (~present).to(torch.uint8).argsort(dim=1, stable=True)
+        labels = order.masked_fill(~present.gather(1, order), PADDING_LABEL)
+        masks = self.activity.gather(1, order[..., None].expand_as(self.activity))
+        return Targets(labels, present.sum(1), masks=masks[:, :, None])
+
+
+def decode_events(
+    probabilities: Tensor, frame_seconds: float, *, threshold: float = 0.5, median_seconds: float = 0.0
+) -> list[dict[str, Any]]:
+    """The events of a clip: runs of frames in which a class is more probable than ``threshold``.
+
+    Args:
+        probabilities: ``(K, T)``.
+        frame_seconds: of one frame.
+        threshold: 0..1.
+        median_seconds: length of a median filter that closes gaps and drops spikes, rounded to an odd number of frames.
+
+    Returns:
+        {"label", "onset", "offset", "score"} of each event, by onset; times in seconds, the score being the mean
+        probability of its frames.
+
+    Raises:
+        ValueError: a threshold outside 0..1, or a negative length.
+    """
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold must lie in 0..1, got {threshold}")
+    if not median_seconds >= 0:
+        raise ValueError(f"median_seconds must be at least 0, got {median_seconds}")
+    probabilities = probabilities.detach().float().cpu()
+    active = median_filter(probabilities > threshold, 2 * round(median_seconds / frame_seconds / 2) + 1)
+    edges = torch.nn.functional.pad(active.int(), (1, 1)).diff(dim=1)  # 1 where a run begins, -1 after its end
+    # Both in the order of classes and then of time, so that beginnings and ends go together.
+    begins, ends = (edges == 1).nonzero().tolist(), (edges == -1).nonzero().tolist()
+    events = [
+        {
+            "label": label,
+            "onset": begin * frame_seconds,
+            "offset": end * frame_seconds,
+            "score": probabilities[label, begin:end].mean().item(),
+        }
+        for (label, begin), (_, end) in zip(begins, ends, strict=True)
+    ]
+    return sorted(events, key=lambda event: (event["onset"], event["label"]))
+
+
+def _check_clip(b: int, clip: Any, num_classes: int) -> tuple[list[int], list[tuple[float, float]] | None]:
+    if not isinstance(clip, Mapping) or "labels" not in clip:
+        raise TypeError(f'targets[{b}] must be a dict with "labels", and with "onsets" and "offsets" where known')
+    labels = torch.as_tensor(clip["labels"]).tolist()
+    for label in labels:
+        if not isinstance(label, int) or not 0 <= label < num_classes:
+            raise ValueError(f'targets[{b}]["labels"] holds {label}; expected 0..{num_classes - 1}')
+    if ("onsets" in clip) != ("offsets" in clip):
+        raise ValueError(f'targets[{b}] has only one of "onsets" and "offsets"')
+    if "onsets" not in clip:
+        return labels, None
+    onsets, offsets = (torch.as_tensor(clip[key]).tolist() for key in ("onsets", "offsets"))
+    if not len(onsets) == len(offsets) == len(labels):
+        raise ValueError(
+            f"targets[{b}] has {len(labels)} labels, {len(onsets)} onsets and {len(offsets)} offsets; expected as many"
+        )
+    for onset, offset in zip(onsets, offsets, strict=True):
+        if not 0 <= onset <= offset < float("inf"):
+            raise ValueError(
+                f"targets[{b}] has an event from {onset} to {offset} seconds; expected times of 0 and more, in order"
+            )
+    return labels, list(zip(onsets, offsets, strict=True))
+
 
 EPSILON = 1e-7  # probabilities stay this far from 0 and 1
 

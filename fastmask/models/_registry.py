@@ -10,14 +10,13 @@ from typing import Any
 
 from torch import nn
 
-from fastmask.models import config, per_pixel_baseline, segmenter_config, sound_config
-from fastmask.models.base import PretrainedModel
-from fastmask.models.base_config import ModelConfig, read_json
+from fastmask.models import maskformer, per_pixel, segmenter, sound
+from fastmask.models._base import ModelConfig, PretrainedModel, read_json
 from fastmask.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE, listed
 from fastmask.models.maskformer import MaskFormer
-from fastmask.models.per_pixel_baseline import PerPixelBaseline
+from fastmask.models.per_pixel import PerPixelBaseline
 from fastmask.models.segmenter import Segmenter
-from fastmask.models.sound_event_detector import SoundEventDetector
+from fastmask.models.sound import SoundEventDetector
 
 MODELS: dict[str, type[PretrainedModel]] = {
     model.config_class.model_type: model for model in (MaskFormer, Segmenter, PerPixelBaseline, SoundEventDetector)
@@ -28,10 +27,10 @@ DEFAULT_FAMILY = "maskformer"
 LARGEST_BYTE = 255
 # Each family's presets by their own names; those that other families have too go by the family's name and their own.
 FAMILIES = {
-    DEFAULT_FAMILY: (MaskFormer, config.PRESETS),
-    "segmenter": (Segmenter, segmenter_config.PRESETS),
-    "per-pixel": (PerPixelBaseline, per_pixel_baseline.PRESETS),
-    "sound": (SoundEventDetector, sound_config.PRESETS),
+    DEFAULT_FAMILY: (MaskFormer, maskformer.PRESETS),
+    "segmenter": (Segmenter, segmenter.PRESETS),
+    "per-pixel": (PerPixelBaseline, per_pixel.PRESETS),
+    "sound": (SoundEventDetector, sound.PRESETS),
 }
 SHARED_NAMES = ("tiny", "base")
 _PRESETS = {
@@ -112,7 +111,7 @@ def load_model(folder: str | Path, **options: Any) -> PretrainedModel:
 
     Args:
         folder: as for :func:`model_folder`.
-        options: arguments of :meth:`fastmask.models.base.PretrainedModel.from_pretrained`, such as modules that the
+        options: arguments of :meth:`fastmask.models._base.PretrainedModel.from_pretrained`, such as modules that the
             network was built with.
 
     Raises:

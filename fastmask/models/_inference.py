@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fastmask.functional import general_inference, instance_inference, panoptic_inference, semantic_inference
-from fastmask.models.images import ImageBatch, Size
+from fastmask.models._images import ImageBatch, Size
 
 TASKS = {
     "semantic": semantic_inference,

@@ -1,0 +1,235 @@
+"""Several views of an image: overlapping windows of one size, scales and mirror images, and the average of what a
+network says of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+from operator import index
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from fastmask.functional import SemanticView
+from fastmask.models._images import Size
+from fastmask.models._pixels import upsample
+
+
+def windowed_logits(
+    images: Sequence[Tensor],
+    segment: Callable[[Tensor], Tensor],
+    size: int,
+    stride: int,
+    batch_size: int,
+) -> Iterator[Tensor]:
+    """The logits of each image, averaged over the windows that cover a pixel.
+
+    Windows start every ``stride`` pixels, and the last row and column of them ends with the image, as in Segmenter's
+    code (arXiv:2105.05633, section 4.2). An image with a side smaller than a window is enlarged first, its smaller side
+    to the window's. One image's logits are in memory at a time, besides those of one batch of windows.
+
+    Args:
+        images: ``(C, H_b, W_b)``, normalised.
+        segment: from windows ``(n, C, size, size)`` to their logits, an iterable of n ``(K, size, size)``.
+        size: side of a window.
+        stride: pixels from one window to the next.
+        batch_size: how many windows, of one or more images, to segment at a time.
+
+    Yields:
+        ``(K, H, W)`` float32 (float64 for such logits), of the size of the image or of its enlargement.
+    """
+    images = [_enlarged(image[None], size)[0] for image in images]
+    windows = [
+        (b, top, left)
+        for b, image in enumerate(images)
+        for top in window_starts(image.shape[1], size, stride)
+        for left in window_starts(image.shape[2], size, stride)
+    ]
+    total = None
+    for first in range(0, len(windows), batch_size):
+        batch = windows[first : first + batch_size]
+        pixels = torch.stack([images[b][:, top : top + size, left : left + size] for b, top, left in batch])
+        for i, logits in enumerate(segment(pixels), start=first):
+            b, top, left = windows[i]
+            if total is None:
+                dtype = torch.promote_types(logits.dtype, torch.float32)
+                total = logits.new_zeros((len(logits), *images[b].shape[1:]), dtype=dtype)
+            total[:, top : top + size, left : left + size] += logits
+            if i + 1 == len(windows) or windows[i + 1][0] != b:
+                height, width = total.shape[1:]
+                total /= _coverage(height, size, stride, total)[:, None]
+                total /= _coverage(width, size, stride, total)
+                yield total
+                total = None
+
+
+def windowed_batch(images: Tensor, segment: Callable[[Tensor], Tensor], size: int, stride: int) -> Tensor:
+    """What :func:`windowed_logits` yields for images of one size, in operations that ``torch.export`` traces for any
+    number of images: without a loop over them, and without writing into slices. All windows are segmented at once.
+
+    Args:
+        images: ``(B, C, H, W)``, normalised; H and W are known.
+        segment: from windows ``(n, C, size, size)`` to logits ``(n, K, h, w)`` that cover them, of any size.
+        size, stride: as for :func:`windowed_logits`.
+
+    Returns:
+        ``(B, K, H, W)``, of the size of the images or of their enlargement.
+    """
+    images = _enlarged(images, size)
+    height, width = images.shape[-2:]
+    tops, lefts = window_starts(height, size, stride), window_starts(width, size, stride)
+    windows = [images[..., top : top + size, left : left + size] for top in tops for left in lefts]
+    logits = segment(torch.cat(windows)).unflatten(0, (len(windows), -1))
+    rows = [
+        _averaged([upsample(window, (size, size)) for window in row], lefts, size, -1)
+        for row in logits.unflatten(0, (len(tops), len(lefts)))
+    ]
+    return _averaged(rows, tops, size, -2)
+
+
+def _averaged(parts: Sequence[Tensor], starts: Sequence[int], size: int, dim: int) -> Tensor:
+    """Overlapping parts joined along a dimension: between two borders of parts, the mean of those that lie there."""
+    borders = sorted({*starts, *(start + size for start in starts)})
+    pieces = []
+    for begin, end in pairwise(borders):
+        there = [
+            part.narrow(dim, begin - start, end - begin)
+            for part, start in zip(parts, starts, strict=True)
+            if start <= begin and end <= start + size
+        ]
+        pieces.append(sum(there) / len(there))
+    return torch.cat(pieces, dim)
+
+
+def window_starts(length: int, size: int, stride: int) -> list[int]:
+    """Where the windows along one side of an image start; the last one ends with the image."""
+    return [*range(0, length - size, stride), length - size]
+
+
+def _coverage(length: int, size: int, stride: int, like: Tensor) -> Tensor:
+    """``(length,)``: how many windows cover each pixel of one side."""
+    coverage = like.new_zeros(length)
+    for start in window_starts(length, size, stride):
+        coverage[start : start + size] += 1
+    return coverage
+
+
+def _enlarged(images: Tensor, size: int) -> Tensor:
+    height, width = images.shape[-2:]
+    smaller = min(height, width)
+    if smaller >= size:
+        return images
+    return upsample(images, (height * size // smaller, width * size // smaller))
+
+
+@dataclass(frozen=True)
+class ViewPlan:
+    """A rectangle of the image, and how the network sees it.
+
+    Args:
+        top, left, size: the rectangle, in pixels of the image.
+        input_size: (height, width) to which it is resized.
+        mirrored: whether left and right are exchanged.
+    """
+
+    top: int
+    left: int
+    size: Size
+    input_size: Size
+    mirrored: bool
+
+
+@dataclass(frozen=True)
+class EvaluationViews:
+    """Which views of an image the network sees.
+
+    Args:
+        window: (size, stride) of square windows, in pixels of the image as scaled; None for the whole image. The last
+            row and column of windows ends with the image; where the image is smaller, so is the window.
+        scales: how much larger than the image the network sees it.
+        flip: add the mirror image of every view.
+        batch_size: how many views to predict at a time.
+
+    Raises:
+        TypeError: a window that is no pair of integers.
+        ValueError: a stride out of 1..size, no scale or one that is not positive, or a batch below 1.
+    """
+
+    window: tuple[int, int] | None
+    scales: tuple[float, ...]
+    flip: bool
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        if self.window is not None:
+            try:
+                size, stride = map(index, self.window)
+            except (TypeError, ValueError) as error:
+                raise TypeError(f"window must be (size, stride) in pixels, got {self.window!r}") from error
+            if not 1 <= stride <= size:
+                raise ValueError(f"window must have a stride of 1 to its size, got {(size, stride)}")
+        if not self.scales or not min(self.scales) > 0:
+            raise ValueError(f"scales must be positive, at least one, got {self.scales}")
+        if self.batch_size < 1:
+            raise ValueError(f"view_batch must be at least 1, got {self.batch_size}")
+
+    @property
+    def single(self) -> bool:
+        """The only view is the image itself."""
+        return self.window is None and self.scales == (1.0,) and not self.flip
+
+    def plan(self, size: Size) -> list[ViewPlan]:
+        """The views of an image of (height, width) pixels, by rising top."""
+        plans = []
+        for scale in self.scales:
+            side, stride = (max(1, round(x / scale)) for x in self.window or (scale * max(size), scale * max(size)))
+            height, width = min(side, size[0]), min(side, size[1])
+            input_size = (max(1, round(height * scale)), max(1, round(width * scale)))
+            plans += [
+                ViewPlan(top, left, (height, width), input_size, mirrored)
+                for top in window_starts(size[0], height, stride)
+                for left in window_starts(size[1], width, stride)
+                for mirrored in ([False, True] if self.flip else [False])
+            ]
+        return sorted(plans, key=lambda plan: plan.top)
+
+    def of(
+        self, image: Tensor, size: Size, predict: Callable[[Tensor], tuple[Tensor, Tensor, Size]]
+    ) -> Iterator[SemanticView]:
+        """What the network says of each view, made when it is asked for.
+
+        Args:
+            image: ``(C, H, W)``, in 0..1.
+            size: (height, width) of the result; that of the image if there are windows.
+            predict: from pixels ``(n, C, H', W')`` to class logits ``(n, N, K+1)``, mask logits ``(n, N, h, w)`` and
+                the padded size of the network's input.
+
+        Raises:
+            ValueError: windows, and a result of another size than the image.
+        """
+        if self.window is not None and tuple(image.shape[1:]) != tuple(size):
+            raise ValueError(
+                f"with a window the result has the size of the image, {tuple(image.shape[1:])}; got sizes of {size}"
+            )
+        for input_size, plans in groupby(self.plan(tuple(image.shape[1:])), key=lambda plan: plan.input_size):
+            plans = list(plans)
+            for first in range(0, len(plans), self.batch_size):
+                batch = plans[first : first + self.batch_size]
+                class_logits, mask_logits, padded_size = predict(torch.stack([_pixels(image, plan) for plan in batch]))
+                for plan, classes, masks in zip(batch, class_logits, mask_logits, strict=True):
+                    view_size = size if self.window is None else plan.size
+                    yield SemanticView(
+                        classes, masks, plan.top, plan.left, view_size, plan.mirrored, padded_size, input_size
+                    )
+
+
+def _pixels(image: Tensor, plan: ViewPlan) -> Tensor:
+    height, width = plan.size
+    pixels = image[:, plan.top : plan.top + height, plan.left : plan.left + width]
+    if plan.input_size != plan.size:
+        resized = interpolate(pixels[None], plan.input_size, mode="bilinear", align_corners=False, antialias=True)
+        pixels = resized[0].clamp(0, 1)
+    return pixels.flip(-1) if plan.mirrored else pixels
