@@ -173,7 +173,7 @@ def ninja_file(ops_library: Path, native_module: Path) -> str:
         edges.append(f"build {out}: {rule} {ninja_path(source)}\n  flags = {ninja_command(*flags)}")
         return out
 
-    common = [compile("cxx", source, []) for source in sorted(CSRC.glob("*.cpp"))]
+    common = [compile("cxx", source, []) for source in sorted((CSRC / "common").glob("*.cpp"))]
     for level in simd_levels():
         flags = [*SIMD_FLAGS[level], f"-DFASTMASK_SIMD={level}"]
         common += [compile("cxx", source, flags, f".{level}") for source in sorted((CSRC / "cpu").glob("*.cpp"))]

@@ -167,14 +167,14 @@ def test_a_path_with_spaces_builds(tmp_path):
     tree = tmp_path / "a b"
     sources = {
         "fastmask/__init__.py": "",
-        "csrc/shared.h": "int one();",
-        "csrc/one.cpp": '#include "shared.h"\nint one() { return 1; }',
+        "csrc/common/shared.h": "int one();",
+        "csrc/common/one.cpp": '#include "common/shared.h"\nint one() { return 1; }',
         "csrc/cpu/level.cpp": "namespace FASTMASK_SIMD { int level() { return 2; } }",
-        "csrc/ops/operator.cpp": '#include <torch/csrc/stable/tensor.h>\n#include "shared.h"\nint two = one();',
+        "csrc/ops/operator.cpp": '#include <torch/csrc/stable/tensor.h>\n#include "common/shared.h"\nint two = one();',
         "csrc/python/native.cpp": "#include <pybind11/pybind11.h>\n"
-        '#include "shared.h"\n'
+        '#include "common/shared.h"\n'
         "PYBIND11_MODULE(_native, m) { m.attr(FASTMASK_SIMD_LEVELS) = one(); }",
-        "csrc/cuda/kernel.cu": '#include "shared.h"\n__global__ void kernel(int* x) { *x = 1; }',
+        "csrc/cuda/kernel.cu": '#include "common/shared.h"\n__global__ void kernel(int* x) { *x = 1; }',
     }
     for name, text in sources.items():
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
@@ -190,7 +190,7 @@ def test_a_path_with_spaces_builds(tmp_path):
     subprocess.run([sys.executable, "-c", use], cwd=tree, check=True)
     again = subprocess.run(command, cwd=tree, env=env, check=True, capture_output=True, text=True)
     assert "no work to do" in again.stdout
-    (tree / "csrc/shared.h").write_text("int one();  // changed")
+    (tree / "csrc/common/shared.h").write_text("int one();  // changed")
     again = subprocess.run(command, cwd=tree, env=env, check=True, capture_output=True, text=True)
     assert len(re.findall(r"(?:CXX|NVCC) ", again.stdout)) == (4 if shutil.which("nvcc") else 3)
 

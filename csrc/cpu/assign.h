@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
+#include "common/simd.h"
 #include "matcher/problem.h"
-#include "simd.h"
 
 namespace fastmask {
 

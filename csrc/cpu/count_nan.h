@@ -2,8 +2,8 @@
 
 #include <cstdint>
 
-#include "simd.h"
-#include "tiles.h"
+#include "common/simd.h"
+#include "common/tiles.h"
 
 namespace fastmask {
 

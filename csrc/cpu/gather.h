@@ -1,7 +1,7 @@
 // Vectors gathered from anywhere, at the SIMD level of the including file.
 #pragma once
 
-#include "bordered.h"
+#include "common/bordered.h"
 #include "cpu/vec.h"
 
 namespace fastmask::FASTMASK_SIMD {

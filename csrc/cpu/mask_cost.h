@@ -3,10 +3,10 @@
 
 #include <cstdint>
 
-#include "coverage.h"
-#include "dtype.h"
-#include "mask_term.h"
-#include "simd.h"
+#include "common/coverage.h"
+#include "common/dtype.h"
+#include "common/mask_term.h"
+#include "common/simd.h"
 
 namespace fastmask {
 

@@ -6,11 +6,11 @@
 
 #include <cstdint>
 
-#include "dtype.h"
-#include "interpolation.h"
-#include "mask_term.h"
-#include "simd.h"
-#include "targets.h"
+#include "common/dtype.h"
+#include "common/interpolation.h"
+#include "common/mask_term.h"
+#include "common/simd.h"
+#include "common/targets.h"
 
 namespace fastmask {
 

@@ -6,9 +6,9 @@
 
 #include <cstdint>
 
-#include "dtype.h"
-#include "interpolation.h"
-#include "simd.h"
+#include "common/dtype.h"
+#include "common/interpolation.h"
+#include "common/simd.h"
 
 namespace fastmask {
 

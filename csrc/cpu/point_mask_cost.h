@@ -7,8 +7,8 @@
 
 #include <cstdint>
 
+#include "common/points.h"
 #include "cpu/mask_cost.h"
-#include "points.h"
 
 namespace fastmask {
 

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "bordered.h"
+#include "common/bordered.h"
 #include "cpu/mask_loss.h"
 
 namespace fastmask {

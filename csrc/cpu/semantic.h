@@ -7,9 +7,9 @@
 
 #include <cstdint>
 
-#include "dtype.h"
-#include "simd.h"
-#include "taps.h"
+#include "common/dtype.h"
+#include "common/simd.h"
+#include "common/taps.h"
 
 namespace fastmask {
 

@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
+#include "common/tiles.h"
 #include "cpu/vec.h"
-#include "tiles.h"
 
 namespace fastmask::FASTMASK_SIMD {
 

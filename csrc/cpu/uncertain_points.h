@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-#include "bordered.h"
-#include "dtype.h"
-#include "simd.h"
+#include "common/bordered.h"
+#include "common/dtype.h"
+#include "common/simd.h"
 
 namespace fastmask {
 

@@ -12,7 +12,7 @@
 #include <immintrin.h>
 #endif
 
-#include "dtype.h"
+#include "common/dtype.h"
 
 #if defined(__clang__)
 // Vectors in arguments: no function of a level is called from another one.

@@ -1,8 +1,8 @@
 #include "ops/assign.h"
 
+#include "common/scratch.h"
 #include "ops/assign_serial.h"
 #include "ops/parallel.h"
-#include "scratch.h"
 
 namespace fastmask {
 namespace {

@@ -4,8 +4,8 @@
 #include <optional>
 #include <vector>
 
+#include "common/taps.h"
 #include "ops/tensors.h"
-#include "taps.h"
 
 namespace fastmask {
 

@@ -4,11 +4,11 @@
 #include <tuple>
 #include <vector>
 
+#include "common/rle.h"
+#include "common/scratch.h"
 #include "cpu/count_nan.h"
 #include "ops/parallel.h"
 #include "ops/planes.h"
-#include "rle.h"
-#include "scratch.h"
 
 namespace fastmask {
 namespace {

@@ -1,11 +1,11 @@
-// The tables of csrc/interpolation.h.
+// The tables of csrc/common/interpolation.h.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 
-#include "interpolation.h"
+#include "common/interpolation.h"
 #include "ops/tensors.h"
 
 namespace fastmask {

@@ -1,8 +1,8 @@
 #include "cpu/mask_cost.h"
 
+#include "common/scratch.h"
 #include "ops/parallel.h"
 #include "ops/tensors.h"
-#include "scratch.h"
 
 namespace fastmask {
 namespace {

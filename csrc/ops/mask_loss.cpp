@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <tuple>
 
+#include "common/scratch.h"
 #include "ops/interpolation_table.h"
 #include "ops/matched_pairs.h"
 #include "ops/parallel.h"
-#include "scratch.h"
 
 namespace fastmask {
 namespace {

@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "common/huge_pages.h"
 #include "cpu/mask_loss.h"
-#include "huge_pages.h"
 #include "ops/parallel.h"
 #include "ops/tensors.h"
 

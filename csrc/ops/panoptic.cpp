@@ -5,10 +5,10 @@
 #include <tuple>
 #include <vector>
 
+#include "common/scratch.h"
 #include "cpu/count_nan.h"
 #include "ops/parallel.h"
 #include "ops/planes.h"
-#include "scratch.h"
 
 namespace fastmask {
 namespace {

@@ -1,9 +1,9 @@
 // Mask logits (B, N, rows, w) of the inference operators, plane by plane.
 #pragma once
 
+#include "common/tiles.h"
 #include "ops/geometry.h"
 #include "ops/tensors.h"
-#include "tiles.h"
 
 namespace fastmask {
 

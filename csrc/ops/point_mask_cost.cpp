@@ -2,9 +2,9 @@
 
 #include <algorithm>
 
+#include "common/scratch.h"
 #include "ops/parallel.h"
 #include "ops/tensors.h"
-#include "scratch.h"
 
 namespace fastmask {
 namespace {

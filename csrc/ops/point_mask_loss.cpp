@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <tuple>
 
+#include "common/scratch.h"
 #include "ops/matched_pairs.h"
 #include "ops/parallel.h"
-#include "scratch.h"
 
 namespace fastmask {
 namespace {

@@ -5,10 +5,10 @@
 #include <cmath>
 #include <tuple>
 
+#include "common/scratch.h"
 #include "ops/geometry.h"
 #include "ops/parallel.h"
 #include "ops/tensors.h"
-#include "scratch.h"
 
 namespace fastmask {
 namespace {

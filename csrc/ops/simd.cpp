@@ -1,4 +1,4 @@
-#include "simd.h"
+#include "common/simd.h"
 
 #include <torch/csrc/stable/library.h>
 

@@ -10,9 +10,9 @@
 #include <string>
 #include <vector>
 
-#include "dtype.h"
-#include "mask_term.h"
-#include "targets.h"
+#include "common/dtype.h"
+#include "common/mask_term.h"
+#include "common/targets.h"
 
 namespace fastmask {
 

@@ -1,8 +1,8 @@
 #include "cpu/uncertain_points.h"
 
+#include "common/scratch.h"
 #include "ops/matched_pairs.h"
 #include "ops/parallel.h"
-#include "scratch.h"
 
 namespace fastmask {
 namespace {

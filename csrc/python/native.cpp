@@ -7,9 +7,9 @@
 #include <string>
 #include <vector>
 
+#include "common/scratch.h"
+#include "common/simd.h"
 #include "cpu/assign.h"
-#include "scratch.h"
-#include "simd.h"
 
 namespace py = pybind11;
 

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "targets.h"
+#include "common/targets.h"
 
 namespace fastmask {
 

@@ -1,4 +1,4 @@
-#include "coverage.h"
+#include "common/coverage.h"
 
 #include <algorithm>
 #include <bit>

@@ -1,4 +1,4 @@
-#include "tiles.h"
+#include "common/tiles.h"
 
 #include <algorithm>
 #include <limits>

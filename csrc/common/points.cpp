@@ -1,8 +1,8 @@
-#include "points.h"
+#include "common/points.h"
 
 #include <algorithm>
 
-#include "bordered.h"
+#include "common/bordered.h"
 
 namespace fastmask {
 namespace {

@@ -1,4 +1,4 @@
-#include "rle.h"
+#include "common/rle.h"
 
 #include <cstring>
 

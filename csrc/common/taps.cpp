@@ -1,4 +1,4 @@
-#include "taps.h"
+#include "common/taps.h"
 
 #include <algorithm>
 #include <cmath>

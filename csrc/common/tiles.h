@@ -5,8 +5,8 @@
 #include <optional>
 #include <vector>
 
-#include "dtype.h"
-#include "taps.h"
+#include "common/dtype.h"
+#include "common/taps.h"
 
 namespace fastmask {
 
