@@ -43,7 +43,7 @@ build = FASTMASK_CUDA_ARCHS= CXX="$(2)" $(BIN)/python setup.py --quiet build --b
 in = PYTHONPATH="$$(echo $(CURDIR)/build/$(1)/lib.*):$(CURDIR)"
 
 COMPILERS ?= $(notdir $(foreach name,g++-11 g++ clang++,$(shell command -v $(name))))
-OPERATOR_TESTS := $(addprefix tests/test_,$(addsuffix .py,mask_cost point_mask_cost mask_loss point_mask_loss \
+OPERATOR_TESTS := $(addprefix tests/ops/test_,$(addsuffix .py,mask_cost point_mask_cost mask_loss point_mask_loss \
   uncertain_points assign linear_sum_assignment masked_attention semantic panoptic instance))
 
 compilers: $(addprefix compiler-,$(COMPILERS)) ## build with each of COMPILERS that is installed and test the operators
@@ -59,7 +59,7 @@ sanitize: $(VENV)/.installed ## build with AddressSanitizer and UBSan, and call 
 	$(call build,sanitize,g++ $(SANITIZERS))
 	$(call in,sanitize) ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-	  $(BIN)/python tests/fuzz_operators.py $(ARGS)
+	  $(BIN)/python tests/helpers/fuzz_operators.py $(ARGS)
 build/triton-%: | $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $@.part "triton==$*"
 	mv $@.part $@
@@ -68,7 +68,7 @@ triton-matrix: setup $(TRITONS:%=build/triton-%) ## compile the Triton kernels u
 	set -e; for version in $(TRITONS); do \
 		export PYTHONPATH=build/triton-$$version; \
 		$(BIN)/python -c "import triton; assert triton.__version__ == '$$version', triton.__file__"; \
-		$(BIN)/python -m pytest -n auto tests/test_triton_compile.py $(ARGS); \
+		$(BIN)/python -m pytest -n auto tests/gpu/test_triton_compile.py $(ARGS); \
 	done
 
 bench: setup ## run the benchmarks and render the README's tables

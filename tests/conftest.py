@@ -13,10 +13,10 @@ import torch
 
 from fastmask.ops._registry import EXTENSION, EXTENSION_ERROR, SIMD_LEVELS
 from fastmask.testing import cap_simd_level, simd_levels
-from tests.interpreter import interpreted_kernels
+from tests.helpers.interpreter import interpreted_kernels
 
 if TYPE_CHECKING:
-    from tests.compiled import Emulation
+    from tests.helpers.compiled import Emulation
 
 with suppress(ImportError):  # GPU machines may have no Hypothesis
     from hypothesis import HealthCheck, settings
@@ -25,7 +25,7 @@ with suppress(ImportError):  # GPU machines may have no Hypothesis
     settings.register_profile("fastmask", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
     settings.load_profile("fastmask")
 
-EMULATION = pytest.StashKey()  # tests.compiled.Emulation, where --compiled asks for it
+EMULATION = pytest.StashKey()  # tests.helpers.compiled.Emulation, where --compiled asks for it
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -65,7 +65,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def emulation(config: pytest.Config) -> Emulation:
     """What --compiled asks for."""
-    from tests.compiled import Emulation, find_emulator
+    from tests.helpers.compiled import Emulation, find_emulator
 
     if not find_emulator():
         raise pytest.UsageError("--compiled needs ptxvm: it cannot be imported, and ../shared does not hold it")

@@ -112,7 +112,7 @@ def environment(run: Run, seconds: float) -> Command:
     return module("environment", "--device", run.device, "--output", run.folder / "environment.json")
 
 
-OPERATORS = "tests/test_operators_cuda.py"
+OPERATORS = "tests/gpu/test_operators_cuda.py"
 
 
 def suite(run: Run, seconds: float, name: str, *tests: str) -> Command:

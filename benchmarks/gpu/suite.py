@@ -96,7 +96,7 @@ class Process:
 
 def test_files(folder: Path) -> list[str]:
     """Those with tests for a GPU: an import that fails in another file must stop nothing."""
-    return sorted(str(path.relative_to(ROOT)) for path in folder.glob("test_*.py") if "mark.cuda" in path.read_text())
+    return sorted(str(path.relative_to(ROOT)) for path in folder.rglob("test_*.py") if "mark.cuda" in path.read_text())
 
 
 def report(processes: Sequence[Process]) -> int:

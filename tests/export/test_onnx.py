@@ -1,0 +1,166 @@
+"""ONNX files, run by onnxruntime."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from fastmask import __version__
+from fastmask.export import OPSET, export_onnx, onnx_file
+from tests.helpers.exporting import (
+    CLASSES,
+    SIZE,
+    TINY_RESNET50,
+    TINY_SWIN,
+    assert_same_labels,
+    assert_same_scores,
+    maskformer,
+    per_pixel,
+    predicted_scores,
+    segmenter,
+    sound_detector,
+    whole_images,
+)
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def session(path):
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def run(path, inputs):
+    """The outputs by name; ``path`` may be a session that is open already."""
+    opened = path if isinstance(path, onnxruntime.InferenceSession) else session(path)
+    names = [output.name for output in opened.get_outputs()]
+    results = opened.run(names, {opened.get_inputs()[0].name: inputs.numpy()})
+    return {name: torch.from_numpy(result) for name, result in zip(names, results, strict=True)}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: maskformer(masked_attention=True, decoder_layers=2),
+        lambda: maskformer(backbone="resnet", backbone_options=TINY_RESNET50, encoder_layers=1),
+        lambda: per_pixel(transformer_decoder=True),
+        lambda: segmenter(decoder="linear", distilled=True),
+    ],
+)
+def test_labels_of_any_number_of_images(make, tmp_path):
+    model = make()
+    opened = session(export_onnx(model, tmp_path / "model.onnx", size=SIZE))
+    assert [value.shape for value in opened.get_outputs()] == [["batch", *SIZE]]
+    for batch_size in (1, 3):
+        images = torch.rand(batch_size, 3, *SIZE)
+        assert_same_labels(run(opened, images)["labels"], model, images)
+
+
+@pytest.mark.slow
+def test_labels_with_a_swin_backbone(tmp_path):
+    model = maskformer(backbone="swin", backbone_options=TINY_SWIN)
+    path = export_onnx(model, tmp_path / "model.onnx", size=SIZE)
+    for batch_size in (1, 3):
+        images = torch.rand(batch_size, 3, *SIZE)
+        assert_same_labels(run(path, images)["labels"], model, images)
+
+
+def test_images_of_any_size_and_number(tmp_path):
+    """Smaller and larger than what was traced, odd sides, one pixel, and multiples, which need no padding."""
+    model = maskformer(class_names=list("abcde"), stuff_classes=[4])
+    path = export_onnx(model, tmp_path / "new" / "model.onnx")
+    assert [file.name for file in path.parent.iterdir()] == ["model.onnx"]
+    opened = session(path)
+    assert [(value.name, value.shape) for value in opened.get_inputs()] == [("images", ["batch", 3, "height", "width"])]
+    assert [(value.name, value.shape) for value in opened.get_outputs()] == [("labels", ["batch", "height", "width"])]
+    for shape in [(1, 3, 64, 96), (3, 3, 45, 70), (2, 3, 1, 1), (1, 3, 31, 33), (1, 3, 200, 130)]:
+        images = torch.rand(shape)
+        assert_same_labels(run(opened, images)["labels"], model, images)
+
+    proto = onnx.load(str(path))
+    assert [(entry.domain, entry.version) for entry in proto.opset_import if not entry.domain] == [("", OPSET)]
+    assert {node.domain for node in proto.graph.node} <= {""}
+    metadata = {entry.key: entry.value for entry in proto.metadata_props}
+    assert metadata["fastmask_version"] == __version__ and metadata["model"] == "MaskFormer"
+    assert json.loads(metadata["class_names"]) == list("abcde") and json.loads(metadata["stuff_classes"]) == [4]
+    assert json.loads(metadata["pixel_mean"]) == list(model.config.pixel_mean)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: maskformer(masked_attention=True, decoder_layers=3),
+        lambda: maskformer(backbone="efficientnet-lite0"),
+        segmenter,
+        per_pixel,
+    ],
+)
+def test_other_networks_with_images_of_any_size(make, tmp_path):
+    model = make()
+    opened = session(export_onnx(model, tmp_path / "model.onnx"))
+    for shape in [(1, 3, 64, 96), (3, 3, 45, 70), (2, 3, 31, 33), (1, 3, 200, 130)]:
+        images = torch.rand(shape)
+        assert_same_labels(run(opened, images)["labels"], model, images, **whole_images(model))
+
+
+def test_logits_and_scores(tmp_path):
+    model = maskformer()
+    images = torch.rand(2, 3, *SIZE)
+    outputs = run(export_onnx(model, tmp_path / "logits.onnx", task="logits", size=SIZE, batch_size=2), images)
+    class_logits, mask_logits, _ = model.eval().final_logits(images)
+    assert list(outputs) == ["class_logits", "mask_logits"]
+    assert_same_scores(outputs["class_logits"], class_logits.detach())
+    assert_same_scores(outputs["mask_logits"], mask_logits.detach())
+
+    options = {"task": "scores", "size": SIZE, "batch_size": 2, "output_size": (64, 50)}
+    scores = run(export_onnx(model, tmp_path / "scores.onnx", **options), images)["scores"]
+    assert scores.shape == (2, CLASSES, 64, 50)
+    assert_same_scores(scores, predicted_scores(model, images, (64, 50)))
+
+
+def test_clips_of_sound(tmp_path):
+    """The short-time Fourier transform is an operator of ONNX."""
+    model = sound_detector()
+    path = export_onnx(model, tmp_path / "sound.onnx", size=8000)
+    for batch_size in (1, 3):
+        waveforms = torch.rand(batch_size, 8000) * 2 - 1
+        outputs = run(path, waveforms)
+        expected = model.predict(waveforms)
+        for name in ("frame_probabilities", "clip_probabilities"):
+            assert_same_scores(outputs[name], torch.stack([clip[name] for clip in expected]))
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript"])
+def test_missing_packages_are_named_with_their_extra(package, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf"{package}: pip install fastmask-kernels\[export\]"):
+        export_onnx(maskformer(), tmp_path / "model.onnx")
+
+
+def test_weights_beyond_what_a_file_holds_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(onnx_file, "MOST_BYTES", 1000)
+    with pytest.raises(ValueError, match="GB; an ONNX file holds 2 GB"):
+        export_onnx(maskformer(), tmp_path / "model.onnx")
+
+
+def test_an_interrupted_export_leaves_the_earlier_file(monkeypatch, tmp_path):
+    path = tmp_path / "model.onnx"
+    path.write_text("kept")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(onnx.checker, "check_model", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export_onnx(per_pixel(), path, size=SIZE, batch_size=1, overwrite=True)
+    assert path.read_text() == "kept" and len(list(tmp_path.iterdir())) == 1

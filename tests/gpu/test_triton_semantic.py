@@ -1,0 +1,250 @@
+"""The Triton kernels of semantic_inference against the reference in float64, and against the C++ operator, on the CPU:
+interpreted or, with --compiled, as PTX.
+
+float32 and float16 logits are held to the reference in float32, bfloat16 ones to the reference in bfloat16: their
+products have one part, of fp16, for each factor.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import pytest
+import torch
+
+from fastmask import reference, semantic_inference
+from fastmask.testing import assert_within_budget, error_budget
+from tests.helpers import gpu_errors
+from tests.helpers.geometries import GEOMETRIES, random_classes, random_masks, steps
+from tests.helpers.inputs import at_odd_address
+
+pytestmark = pytest.mark.usefixtures("triton_kernels")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+USUAL = GEOMETRIES["stride 4"]
+
+
+def kernels():
+    return import_module("fastmask.kernels.semantic")
+
+
+def reference_scores(class_logits, mask_logits, sizes, dtype, order):
+    return reference.semantic_inference(
+        class_logits.to(dtype), mask_logits.to(dtype), sizes.size, order=order, output="scores", **steps(sizes)
+    )
+
+
+def error_bound(same_dtype, exact, queries):
+    """How far a score may be off."""
+    return error_budget(torch.float32, same_dtype, exact, gpu_errors.semantic(queries), on_gpu=False)[0]
+
+
+def assert_labels(labels, same_dtype, exact, queries):
+    """The labels are the best classes wherever the best is ahead by more than two scores may be off together."""
+    best = exact.topk(min(2, exact.shape[1]), dim=1).values
+    sure = best[:, 0] - best[:, -1] > 2 * error_bound(same_dtype, exact, queries)
+    assert exact.shape[1] == 1 or sure.double().mean() > 0.5
+    assert torch.equal(labels.long()[sure], exact.argmax(1)[sure])
+
+
+def check(class_logits, mask_logits, sizes, order="masks"):
+    """Scores and labels; returns the labels."""
+    own = torch.bfloat16 if mask_logits.dtype == torch.bfloat16 else torch.float32
+    exact = reference_scores(class_logits, mask_logits, sizes, torch.float64, order)
+    same_dtype = reference_scores(class_logits, mask_logits, sizes, own, order)
+    options = {"order": order, "backend": "triton", **steps(sizes)}
+    scores = semantic_inference(class_logits, mask_logits, sizes.size, output="scores", **options)
+    queries = mask_logits.shape[1]
+    assert_within_budget(scores, same_dtype, exact, name="scores", gpu=gpu_errors.semantic(queries))
+    labels = semantic_inference(class_logits, mask_logits, sizes.size, **options)
+    assert_labels(labels, same_dtype, exact, queries)
+    return labels
+
+
+def inputs(sizes, generator, batch=1, queries=18, classes=5, dtype=torch.float32):
+    return (
+        random_classes(batch, queries, classes, generator, dtype),
+        random_masks(batch, queries, sizes.grid, generator, dtype),
+    )
+
+
+@pytest.mark.parametrize("order", ["masks", "scores"])
+@pytest.mark.parametrize("sizes", GEOMETRIES.values(), ids=GEOMETRIES)
+def test_geometries(sizes, order, generator):
+    check(*inputs(sizes, generator), sizes, order)
+
+
+@pytest.mark.parametrize("order", ["masks", "scores"])
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_half_precision_logits(dtype, order, generator):
+    sizes = GEOMETRIES["both steps"]
+    check(*inputs(sizes, generator, 2, dtype=dtype), sizes, order)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_odd_addresses(dtype, generator):
+    class_logits, mask_logits = inputs(USUAL, generator, dtype=dtype)
+    check(at_odd_address(class_logits), at_odd_address(mask_logits), USUAL)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("queries", "classes"), [(1, 1), (16, 19), (33, 1), (100, 150)])
+def test_numbers_of_queries_and_classes(queries, classes, dtype, generator):
+    sizes = GEOMETRIES["no ratio"]
+    labels = check(*inputs(sizes, generator, 1, queries, classes, dtype), sizes)
+    assert labels.dtype == torch.uint8
+
+
+def test_more_classes_than_a_program_holds(generator):
+    sizes = GEOMETRIES["no ratio"]
+    labels = check(*inputs(sizes, generator, 1, 40, 400), sizes)
+    assert labels.dtype == torch.int16 and labels.max() > 256
+
+
+@pytest.mark.parametrize("classes", [1, 3, 40, 200])
+def test_details(classes, generator):
+    class_logits, mask_logits = inputs(USUAL, generator, classes=classes)
+    exact = reference_scores(class_logits, mask_logits, USUAL, torch.float64, "masks")
+    same_dtype = reference_scores(class_logits, mask_logits, USUAL, torch.float32, "masks")
+    details = semantic_inference(class_logits, mask_logits, USUAL.size, details=True, backend="triton")
+    assert_labels(details.labels, same_dtype, exact, 18)
+    best = exact.topk(min(2, classes), dim=1).values
+    bound = error_bound(same_dtype, exact, 18)
+    assert (details.score - best[:, 0]).abs().max() <= bound
+    margin = best[:, 0] - best[:, 1] if classes > 1 else best[:, 0]
+    assert (details.margin - margin).abs().max() <= 2 * bound
+    assert not details.nan_logits.any()
+
+
+def test_ties_take_the_lowest_class(generator):
+    class_logits, mask_logits = inputs(USUAL, generator, classes=20)
+    class_logits[..., 1:7] = 9.0
+    class_logits[..., 17] = 9.0
+    details = semantic_inference(class_logits, mask_logits, USUAL.size, details=True, backend="triton")
+    assert (details.labels == 1).all()
+    assert not details.margin.any()
+
+
+def test_unlikely_queries_are_skipped_and_labels_stay_the_same(generator, monkeypatch):
+    """20 of 100 queries have a class. Where tiles do without the rest, that may hold anything."""
+    sizes = GEOMETRIES["both steps"]
+    class_logits = random_classes(1, 100, 5, generator)
+    query = torch.arange(100)
+    class_logits[:, query, torch.where(query % 5 == 0, query // 5 % 4 + 1, 5)] += 9
+    probabilities = class_logits.softmax(-1)[..., :-1].contiguous()
+    mask_logits = random_masks(1, 100, sizes.grid, generator) * 3
+    arguments = (probabilities, mask_logits, "masks", "labels", False, *sizes.arguments())
+    semantic = kernels()
+    dense = semantic.semantic_inference(*arguments, skip=False)[0]
+    assert torch.equal(semantic.semantic_inference(*arguments)[0], dense)
+
+    def poisoned(*options):
+        tables = class_tables(*options)
+        assert (tables.stop < 7).all() and (tables.stop > 0).all()
+        tables.high[:, :, 16 * tables.stop.max() :, 0] = 1000.0
+        return tables
+
+    class_tables = semantic.class_tables
+    monkeypatch.setattr(semantic, "class_tables", poisoned)
+    changed = semantic.semantic_inference(*arguments)[0] != dense
+    assert 0 < changed.double().mean() < 0.9
+
+
+@pytest.mark.parametrize("order", ["masks", "scores"])
+def test_nan_and_infinite_logits(order, generator):
+    sizes = GEOMETRIES["both steps"]
+    class_logits, mask_logits = inputs(sizes, generator, 2)
+    mask_logits[0, 0, 2, 3] = float("nan")
+    mask_logits[0, 1] = float("nan")
+    mask_logits[0, 2, 1, :3] = float("inf")
+    mask_logits[1, 3, :, 4] = -float("inf")
+    check(class_logits, mask_logits, sizes, order)
+    options = {"order": order, "details": True, "backend": "triton", **steps(sizes)}
+    nan_logits = semantic_inference(class_logits, mask_logits, sizes.size, **options).nan_logits
+    assert nan_logits[0, :2].tolist() == [1, 42] and nan_logits.sum() == 43
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [(torch.float32, 2**-16), (torch.bfloat16, 2**-9)])
+def test_small_scores_are_as_precise_as_large_ones(dtype, precision, generator):
+    """No query is likely there, nor of any class: what counts is small, not nothing, in spite of fp16 factors."""
+    class_logits, mask_logits = inputs(USUAL, generator)
+    class_logits[..., -1] += 12
+    class_logits, mask_logits = class_logits.to(dtype), (mask_logits / 8 - 30).to(dtype)
+    exact = reference_scores(class_logits, mask_logits, USUAL, torch.float64, "masks")
+    assert exact.max() < 1e-9
+    scores = semantic_inference(class_logits, mask_logits, USUAL.size, output="scores", backend="triton")
+    best = exact.amax(1, keepdim=True)
+    assert ((scores - exact).abs() <= precision * best).all()
+
+
+def test_strided_logits(generator):
+    class_logits, mask_logits = inputs(USUAL, generator)
+    expected = semantic_inference(class_logits, mask_logits, USUAL.size, output="scores", backend="triton")
+    channels_last = mask_logits.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    wide = torch.full((1, 18, 9, 12), float("nan"))
+    wide[:, :, 2:7, 3:10] = mask_logits
+    for strided in (channels_last, wide[:, :, 2:7, 3:10]):
+        result = semantic_inference(
+            class_logits.mT.contiguous().mT, strided, USUAL.size, output="scores", backend="triton"
+        )
+        assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("order", ["masks", "scores"])
+@pytest.mark.parametrize("name", ["stride 4", "both steps", "downsampling"])
+def test_bands_of_staged_logits(name, order, generator, monkeypatch):
+    sizes = GEOMETRIES[name]
+    class_logits, mask_logits = inputs(sizes, generator)
+    options = {"order": order, "output": "scores", "backend": "triton", **steps(sizes)}
+    expected = semantic_inference(class_logits, mask_logits, sizes.size, **options)
+    monkeypatch.setattr(sys.modules["fastmask.kernels._resample"], "STAGE_BYTES", 1)
+    assert torch.equal(semantic_inference(class_logits, mask_logits, sizes.size, **options), expected)
+
+
+@pytest.mark.parametrize("name", ["stride 4", "both steps"])
+def test_some_rows_of_the_result(name, generator):
+    """What a caller with a band of mask logits asks for."""
+    sizes = GEOMETRIES[name]
+    class_logits, mask_logits = inputs(sizes, generator)
+    probabilities = class_logits.softmax(-1)[..., :-1].contiguous()
+    run = kernels().semantic_inference
+    *geometry, _, _, _ = sizes.arguments()
+    full = run(probabilities, mask_logits, "masks", "scores", False, *sizes.arguments())[0]
+    some = run(probabilities, mask_logits[:, :, 1:5], "masks", "scores", False, *geometry, 1, 7, 6)[0]
+    assert torch.equal(some, full[:, :, 7:13])
+
+
+def test_no_queries():
+    class_logits, mask_logits = torch.zeros(2, 0, 4), torch.zeros(2, 0, 5, 7)
+    options = {"backend": "triton"}
+    assert not semantic_inference(class_logits, mask_logits, USUAL.size, **options).any()
+    assert not semantic_inference(class_logits, mask_logits, USUAL.size, output="scores", **options).any()
+
+
+def test_two_runs_give_the_same_bits_whatever_was_in_memory(generator):
+    arguments = (*inputs(USUAL, generator), USUAL.size)
+    first = semantic_inference(*arguments, details=True, backend="triton")
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    try:
+        torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
+        second = semantic_inference(*arguments, details=True, backend="triton")
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("order", ["masks", "scores"])
+def test_the_kernels_of_both_backends_agree(order, generator):
+    sizes = GEOMETRIES["both steps"]
+    arguments = (*inputs(sizes, generator, queries=40, classes=30), sizes.size)
+    options = {"order": order, **steps(sizes)}
+    exact = reference_scores(*arguments[:2], sizes, torch.float64, order)
+    native = semantic_inference(*arguments, output="scores", backend="native", **options)
+    triton = semantic_inference(*arguments, output="scores", backend="triton", **options)
+    bound = error_bound(reference_scores(*arguments[:2], sizes, torch.float32, order), exact, 40)
+    assert (native - triton).abs().max() <= 2 * bound
+    labels = [semantic_inference(*arguments, backend=backend, **options) for backend in ("native", "triton")]
+    best = exact.topk(2, dim=1).values
+    sure = best[:, 0] - best[:, 1] > 2 * bound
+    assert torch.equal(labels[0][sure], labels[1][sure])

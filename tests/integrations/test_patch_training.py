@@ -1,0 +1,49 @@
+"""transformers' Trainer with a patched model, in two processes under accelerate."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.patched_training import STEPS
+
+ROOT = Path(__file__).parents[2]
+PROCESSES = 2
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    """What tests/helpers/patched_training.py saw."""
+    folder = tmp_path_factory.mktemp("training")
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
+    command = [sys.executable, *launcher, "-m", "tests.helpers.patched_training"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*command, str(folder / "seen.json"), str(folder)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads((folder / "seen.json").read_text())
+    assert result["processes"] == PROCESSES
+    return result
+
+
+def test_the_trainer_sees_the_same_losses(seen):
+    assert len(seen["plain"]["curve"]) == STEPS
+    assert seen["patched"]["curve"] == pytest.approx(seen["plain"]["curve"], rel=1e-4)
+    assert seen["patched"]["curve"][0] == pytest.approx(seen["plain"]["curve"][0], rel=1e-5)
+
+
+def test_the_criterion_gives_the_same_losses(seen):
+    assert seen["patched"]["losses"] == pytest.approx(seen["plain"]["losses"], rel=1e-5)
+
+
+def test_the_fix_divides_by_the_targets_of_the_average_process(seen):
+    """transformers' mask and dice losses grow with the number of processes; the classification loss does not."""
+    for name, loss in seen["plain"]["losses"].items():
+        factor = 1 if "cross_entropy" in name else PROCESSES
+        assert factor * seen["fixed"]["losses"][name] == pytest.approx(loss, rel=1e-5)

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+import fastmask
+from fastmask.ops import OPERATORS, _registry
+from fastmask.ops._registry import SIMD_LEVELS
+from fastmask.testing import cap_simd_level, simd_level, simd_levels
+from tests.helpers.inputs import SHAPES, random_logits, random_targets
+
+OPERATOR = OPERATORS["mask_cost"]
+
+
+@pytest.fixture
+def without_extension(monkeypatch):
+    monkeypatch.setattr(_registry, "EXTENSION_ERROR", "libfastmask.so was not built")
+    monkeypatch.setattr(_registry, "_warned", set())
+
+
+def test_auto_takes_the_native_kernel_on_the_cpu():
+    assert _registry.choose_backend(OPERATOR, "auto", torch.empty(1)) == "native"
+
+
+def test_auto_takes_the_reference_for_float64():
+    assert _registry.choose_backend(OPERATOR, "auto", torch.empty(1, dtype=torch.float64)) == "reference"
+
+
+def test_auto_takes_the_reference_on_a_device_without_kernels():
+    assert _registry.choose_backend(OPERATOR, "auto", torch.empty(1, device="meta")) == "reference"
+
+
+@pytest.mark.usefixtures("without_extension")
+def test_auto_warns_once_without_the_extension(generator):
+    logits = random_logits(SHAPES["usual"], generator)
+    targets = random_targets(SHAPES["usual"], generator, "segments")
+    with pytest.warns(RuntimeWarning, match="was not built"):
+        cost = fastmask.mask_cost(*logits, targets)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(fastmask.mask_cost(*logits, targets), cost)
+    assert torch.equal(fastmask.mask_cost(*logits, targets, backend="reference"), cost)
+
+
+@pytest.mark.usefixtures("without_extension")
+def test_a_backend_asked_for_by_name_never_falls_back():
+    with pytest.raises(RuntimeError, match=r"backend='native' cannot run mask_cost: .*was not built"):
+        _registry.choose_backend(OPERATOR, "native", torch.empty(1))
+
+
+@pytest.mark.usefixtures("without_extension")
+def test_show_config_says_why_the_extension_is_missing(capsys):
+    assert "was not built" in fastmask.show_config()
+    assert "mask_cost          reference" in capsys.readouterr().out
+
+
+def test_show_config_says_what_runs(capsys):
+    text = fastmask.show_config()
+    assert capsys.readouterr().out.strip() == text
+    assert fastmask.__version__ in text
+    assert f"SIMD {simd_levels()[-1]}" in text
+    assert 'backend="auto" on cpu' in text
+    for name in OPERATORS:
+        assert name in text
+
+
+def test_simd_levels_are_lowered_and_restored():
+    best = simd_levels()[-1]
+    with simd_level("portable") as used:
+        assert used == "portable"
+    with simd_level(SIMD_LEVELS[-1]) as used:
+        assert used == best
+
+
+def test_no_level_above_the_cap_is_used():
+    best = simd_levels()[-1]
+    try:
+        cap_simd_level("portable")
+        assert simd_levels() == ["portable"]
+        with simd_level(best) as used:
+            assert used == "portable"
+        assert "SIMD portable" in fastmask.show_config()
+    finally:
+        cap_simd_level(best)
+    assert f"SIMD {best}" in fastmask.show_config()

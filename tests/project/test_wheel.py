@@ -1,0 +1,65 @@
+"""A built wheel, installed elsewhere, works."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ("fastmask", "csrc", "kernels", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
+
+USE = """
+import torch, fastmask, fastmask.kernels
+from fastmask.data import ComposedScenes, collate_scenes
+assert fastmask.__file__.startswith({site!r}), fastmask.__file__
+assert fastmask.kernels.__file__.startswith({site!r}), fastmask.kernels.__file__
+images, targets = collate_scenes([ComposedScenes("val")[i] for i in range(2)])
+model = fastmask.MaskFormer(fastmask.models.MaskFormerConfig.preset("tiny", num_classes=13))
+losses = model(images, targets)
+sum(losses.values()).backward()
+fastmask.mask_cost(torch.randn(2, 4, 14), torch.randn(2, 4, 32, 32), targets, backend="native")
+print(fastmask.show_config())
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built in a copy of the sources, so that nothing that lies about in the tree gets in; without CUDA, for speed."""
+    source, dist = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+    ignore = shutil.ignore_patterns("*.so", "__pycache__", "build")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, ignore=ignore)
+        else:
+            shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", dist, source]
+    subprocess.run(command, check=True, env={**os.environ, "FASTMASK_CUDA_ARCHS": ""})
+    (path,) = dist.iterdir()
+    return path
+
+
+def test_wheel_holds_what_it_should(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert wheel.name.startswith("fastmask_kernels-")
+    for name in ("fastmask/libfastmask.so", "fastmask/py.typed", "fastmask/kernels/__init__.py"):
+        assert name in names
+    assert any(name.startswith("fastmask/_native") for name in names)
+    assert any(name.startswith("fastmask/data/assets/") for name in names)
+    assert not any(name.startswith(("tests/", "benchmarks/", "csrc/", "kernels/")) for name in names)
+
+
+def test_wheel_works_where_it_is_installed(wheel, tmp_path):
+    site = tmp_path / "site"
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, wheel]
+    subprocess.run(install, check=True)
+    code = USE.format(site=str(site))
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "mask_cost          native" in run.stdout
