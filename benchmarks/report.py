@@ -1,6 +1,6 @@
 """Renders the result files into the README's tables: ``python benchmarks/report.py``; ``--check`` only compares.
 
-Files of ``benchmarks/ablation.py`` have markers of their own, which a README may do without.
+Files of ``benchmarks.ablations`` have markers of their own, which a README may do without.
 """
 
 from __future__ import annotations

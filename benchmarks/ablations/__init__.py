@@ -1,1 +1,1 @@
-"""The parts of ``benchmarks/ablation.py``: the plan, training, analysis, tables and plots."""
+"""The papers' findings in small: the plan, training, analysis, tables and plots."""

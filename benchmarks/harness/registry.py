@@ -10,10 +10,10 @@ from typing import Any, Protocol
 
 import torch
 
-import benchmarks
+from benchmarks import networks, ops
 from benchmarks.harness.machine import Work
 
-NO_OPERATIONS = ("ablation", "inputs", "networks", "report", "run")  # every other file in benchmarks/ is one
+NO_OPERATIONS = {"inputs", "models"}  # every other file of benchmarks/ops and benchmarks/networks is one
 
 
 class Unavailable(Exception):
@@ -101,6 +101,6 @@ class Operation:
 
 def load_operations() -> dict[str, Operation]:
     """The ``OPERATION`` of every operation's file, by name."""
-    files = [module.name for module in pkgutil.iter_modules(benchmarks.__path__) if not module.ispkg]
-    names = [name for name in files if name not in NO_OPERATIONS]
-    return {name: importlib.import_module(f"benchmarks.{name}").OPERATION for name in names}
+    files = {file.name: package for package in (ops, networks) for file in pkgutil.iter_modules(package.__path__)}
+    names = sorted(files.keys() - NO_OPERATIONS)
+    return {name: importlib.import_module(f"{files[name].__name__}.{name}").OPERATION for name in names}

@@ -15,7 +15,8 @@ import pytest
 import torch
 import typer
 
-from benchmarks import ablation, report
+from benchmarks import report
+from benchmarks.ablations import __main__ as ablation
 from benchmarks.ablations import images, sounds
 from benchmarks.ablations.findings import Finding, Judgement, image_findings, judge
 from benchmarks.ablations.groups import groups_of
@@ -402,6 +403,6 @@ def test_committed_tables_are_those_of_the_committed_numbers():
 
 
 def test_the_command_explains_itself():
-    command = [sys.executable, "benchmarks/ablation.py", "--help"]
+    command = [sys.executable, "-m", "benchmarks.ablations", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "--seeds" in done.stdout

@@ -10,7 +10,6 @@ import pytest
 import torch
 import typer
 
-from benchmarks import inputs as benchmark_inputs
 from benchmarks import report, run
 from benchmarks.harness import timing
 from benchmarks.harness.agreement import ErrorBudget
@@ -20,6 +19,7 @@ from benchmarks.harness.results import merge_rows, read_results, write_results
 from benchmarks.harness.runner import measure_case
 from benchmarks.harness.tables import markdown_table, number
 from benchmarks.harness.timing import CpuTimer, Plan, interleave, percentile, speedup, summary
+from benchmarks.ops import inputs as benchmark_inputs
 from fastmask.measure import peak_memory
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from benchmarks import mask_cost, mask_loss
 from benchmarks.harness.agreement import ErrorBudget
 from benchmarks.harness.graphs import captured
 from benchmarks.harness.machine import Work
 from benchmarks.harness.providers import require_backend
 from benchmarks.harness.registry import Case, Operation, Provider
-from benchmarks.inputs import GPU_TRAINING, QUICK, TRAINING, Inputs, as_lists, judged, judged_layers, make_inputs
+from benchmarks.ops import mask_cost, mask_loss
+from benchmarks.ops.inputs import GPU_TRAINING, QUICK, TRAINING, Inputs, as_lists, judged, judged_layers, make_inputs
 from fastmask import HungarianMatcher, SetCriterion, assign, class_loss
 
 EOS_COEF = 0.1

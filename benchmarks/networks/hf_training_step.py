@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.harness.machine import Work
 from benchmarks.harness.providers import require_backend
 from benchmarks.harness.registry import Case, Operation, Provider
-from benchmarks.inputs import VOID, make_scene
+from benchmarks.ops.inputs import VOID, make_scene
 from fastmask import Targets, patch, unpatch
 
 if TYPE_CHECKING:

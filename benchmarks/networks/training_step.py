@@ -17,7 +17,7 @@ from benchmarks.harness.graphs import captured
 from benchmarks.harness.machine import Work
 from benchmarks.harness.providers import compiled, require_backend
 from benchmarks.harness.registry import Operation, Provider
-from benchmarks.networks import (
+from benchmarks.networks.models import (
     CASES,
     Inputs,
     as_transformers,

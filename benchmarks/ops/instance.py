@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from benchmarks.harness.machine import Work
 from benchmarks.harness.providers import require_backend
 from benchmarks.harness.registry import Case, Operation, Provider, Unavailable
-from benchmarks.inputs import Predictions, build_predictions
+from benchmarks.ops.inputs import Predictions, build_predictions
 from fastmask import instance_inference
 
 # A COCO image: 80 classes of things, the 100 best pairs, as many of them as there are queries.

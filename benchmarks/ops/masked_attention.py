@@ -18,7 +18,7 @@ from benchmarks.harness.agreement import ErrorBudget
 from benchmarks.harness.machine import Work
 from benchmarks.harness.providers import compiled, require_backend
 from benchmarks.harness.registry import Case, Operation, Provider, Unavailable
-from benchmarks.inputs import QUICK, TRAINING, build_inputs
+from benchmarks.ops.inputs import QUICK, TRAINING, build_inputs
 from fastmask import masked_attention
 
 CONFIDENT_LAYERS = 2  # the last of two decoder layers: masks as a trained model's, most of them of one region

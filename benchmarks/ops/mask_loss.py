@@ -12,7 +12,7 @@ from benchmarks.harness.agreement import ErrorBudget
 from benchmarks.harness.machine import Work
 from benchmarks.harness.providers import compiled, require_backend
 from benchmarks.harness.registry import Case, Operation, Provider
-from benchmarks.inputs import (
+from benchmarks.ops.inputs import (
     GPU_TRAINING,
     QUICK,
     TRAINING,

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from benchmarks.harness.machine import Work
 from benchmarks.harness.providers import require_backend
 from benchmarks.harness.registry import Case, Operation, Provider
-from benchmarks.inputs import Predictions, make_predictions
+from benchmarks.ops.inputs import Predictions, make_predictions
 from fastmask import panoptic_inference
 
 # A COCO image; 133 classes, none of them fused: ids that transformers repeats for fused classes could not be compared.

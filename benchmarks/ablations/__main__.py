@@ -1,4 +1,4 @@
-"""Reproduces the papers' findings in small: ``python benchmarks/ablation.py --help``.
+"""Reproduces the papers' findings in small: ``python -m benchmarks.ablations --help``.
 
 Trains structures (a) per-pixel, (b) per-pixel+, (c) masks with fixed and (d) with bipartite matching, several numbers
 of queries and of decoder layers, and (e) sound events, with equal steps, batches, samples and seeds; compares the two
@@ -13,10 +13,6 @@ from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated
-
-if __name__ == "__main__":
-    # So that `python benchmarks/ablation.py` finds the package, and the folder's own files shadow no other module.
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
 import typer

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import criterion, inputs
 from benchmarks.harness.agreement import ErrorBudget
 from benchmarks.harness.machine import Work
 from benchmarks.harness.providers import require_backend
 from benchmarks.harness.registry import Case, Operation, Provider
+from benchmarks.ops import criterion, inputs
 from fastmask import Targets
 from fastmask.functional import mask_products
 

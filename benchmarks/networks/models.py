@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness.registry import Case
-from benchmarks.inputs import VOID, make_scene
+from benchmarks.ops.inputs import VOID, make_scene
 from fastmask import MaskFormer, MaskFormerConfig, Targets
 
 CLASSES = 150

@@ -14,7 +14,7 @@ from benchmarks.harness.agreement import ErrorBudget
 from benchmarks.harness.machine import Work
 from benchmarks.harness.providers import compiled, require_backend
 from benchmarks.harness.registry import Case, Operation, Provider
-from benchmarks.inputs import GPU_TRAINING, QUICK, TRAINING, Inputs, as_lists, make_inputs
+from benchmarks.ops.inputs import GPU_TRAINING, QUICK, TRAINING, Inputs, as_lists, make_inputs
 from fastmask import mask_cost
 
 WEIGHTS = {"cost_class": 1.0, "cost_mask": 20.0, "cost_dice": 1.0}

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from benchmarks.harness.machine import Work
 from benchmarks.harness.providers import compiled, require_backend
 from benchmarks.harness.registry import Case, Operation, Provider, Unavailable
-from benchmarks.inputs import make_scene
+from benchmarks.ops.inputs import make_scene
 from fastmask import semantic_inference
 
 OBJECTS = 20  # queries that are objects; where the others are not, they are sure of it by 0.99

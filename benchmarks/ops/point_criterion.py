@@ -12,7 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from benchmarks.criterion import (
+from benchmarks.harness.machine import Work
+from benchmarks.harness.registry import Case, Operation, Provider
+from benchmarks.ops.criterion import (
     Losses,
     as_outputs,
     backward,
@@ -23,9 +25,7 @@ from benchmarks.criterion import (
     require_kernels,
     stacked_call,
 )
-from benchmarks.harness.machine import Work
-from benchmarks.harness.registry import Case, Operation, Provider
-from benchmarks.inputs import GPU_TRAINING, QUICK, TRAINING, Inputs, as_lists, judged, judged_layers, make_inputs
+from benchmarks.ops.inputs import GPU_TRAINING, QUICK, TRAINING, Inputs, as_lists, judged, judged_layers, make_inputs
 from fastmask import HungarianMatcher, MaskTerm, PointSampling, SetCriterion
 
 WEIGHTS = {"loss_ce": 2.0, "loss_mask": 5.0, "loss_dice": 5.0}

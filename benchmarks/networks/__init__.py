@@ -1,0 +1,1 @@
+"""Whole networks, in training and at inference, against what users have today."""
