@@ -12,9 +12,9 @@ import torch
 
 from benchmarks.ablations import images, sounds
 from benchmarks.ablations.plan import SOUND, Run, Settings, Variant, comparisons
+from fastmask.files import finite
 from fastmask.models import MaskFormerConfig
 from fastmask.training import Trainer
-from fastmask.training.json_files import finite
 
 MEASURED_STEPS = 4
 EVALUATION_SHARE = 0.15  # of a budget of time

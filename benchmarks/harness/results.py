@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from fastmask.files import read_json, replace_file
 
 SCHEMA = 1
 KEY = ("op", "case", "dtype", "device")
@@ -20,12 +20,7 @@ def read_results(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is no result file of this schema.
     """
-    if not path.exists():
-        return {"schema": SCHEMA, "rows": []}
-    try:
-        results = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+    results = read_json(path, {"schema": SCHEMA, "rows": []})
     if not isinstance(results, dict) or results.get("schema") != SCHEMA or not isinstance(results.get("rows"), list):
         raise ValueError(f"{path} is no result file of schema {SCHEMA}; move it away to start a new one")
     return results
@@ -63,13 +58,4 @@ def write_results(path: Path, run: Mapping[str, Any], rows: Sequence[Row]) -> No
     }
     old = read_results(path)["rows"]
     results = {"schema": SCHEMA, **run, "rows": merge_rows(old, [row | stamp for row in rows])}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(json.dumps(results, indent=1) + "\n")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    replace_file(path, lambda temporary: temporary.write_text(json.dumps(results, indent=1) + "\n"))

@@ -7,7 +7,8 @@ from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 from fastmask.data.files import folder_of
-from fastmask.data.json_files import Rule, field_faults, is_integer, read_json
+from fastmask.data.json_rules import Rule, field_faults, is_integer
+from fastmask.files import read_json
 
 ID = Rule(lambda value: is_integer(value) or (isinstance(value, str) and value != ""), "an integer or a string")
 INTEGER = Rule(is_integer, "an integer")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastmask.data.coco_files import CATEGORY, FILE, FLAG, ID, INTEGER, image_folder, read_coco
 from fastmask.data.files import Entry, FileDataset, Size, file_of, folder_of, reading
-from fastmask.data.json_files import Rule, field_faults, is_integer
+from fastmask.data.json_rules import Rule, field_faults, is_integer
 from fastmask.data.palette import distinct_colours
 from fastmask.data.sample import DatasetInfo, Sample
 from fastmask.data.tasks import segment_dtype, task_view

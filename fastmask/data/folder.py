@@ -17,9 +17,9 @@ from fastmask.data.files import (
     only_semantic,
     paired,
 )
-from fastmask.data.json_files import read_json
 from fastmask.data.palette import distinct_colours
 from fastmask.data.sample import DatasetInfo
+from fastmask.files import read_json
 
 CLASSES_FILE = "classes.json"
 VOID_VALUE = 255

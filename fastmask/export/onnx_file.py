@@ -19,9 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastmask.export.files import check_path, describe
 from fastmask.export.program import export_program, open_dims
 from fastmask.export.tasks import check_task, check_window
+from fastmask.files import replace_file
 from fastmask.models._base import PretrainedModel
 from fastmask.models._images import Size
-from fastmask.models.checkpoint import replace_file
 
 OPSET = 18  # the one that PyTorch's exporter writes by itself; others it converts to
 MOST_BYTES = 2**31 - 2**24  # of weights: protobuf's limit, less what the graph may take

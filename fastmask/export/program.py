@@ -16,9 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastmask.export.files import check_path, describe
 from fastmask.export.tasks import check_task, check_window, module_of_task
+from fastmask.files import replace_file
 from fastmask.models._base import PretrainedModel
 from fastmask.models._images import Size
-from fastmask.models.checkpoint import replace_file
 from fastmask.modules.attention import MaskedCrossAttention
 from fastmask.ops._registry import choose_backend
 from fastmask.ops.semantic import SEMANTIC_INFERENCE

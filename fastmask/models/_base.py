@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastmask.files import read_json, replace_files
 from fastmask.models import checkpoint, efficientnet
 from fastmask.models._images import DEVIATIONS, PIXEL_RANGE, ImageBatch, pad_images
 from fastmask.models.backbones import backbone_channels as channels_of
@@ -83,7 +84,7 @@ class PlainConfig:
             FileNotFoundError: no such file.
             ValueError: the file is not JSON, or its keys are not those of a configuration; the message names the file.
         """
-        values = read_json(path)
+        values = read_config(path)
         try:
             return cls.from_dict(values)
         except (TypeError, ValueError) as error:
@@ -196,17 +197,14 @@ def pixel_statistics(backbone: str) -> dict[str, tuple[float, ...]]:
     return {"pixel_mean": IMAGENET_MEAN, "pixel_std": IMAGENET_STD}
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
+def read_config(path: str | Path) -> dict[str, Any]:
     """What a configuration's file holds.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is not JSON, or no object; the message names it.
     """
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a JSON file: {error}") from error
+    values = read_json(Path(path))
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}; expected a configuration's keys")
     return values
@@ -254,6 +252,9 @@ class PretrainedModel(nn.Module):
     class_weights: ClassVar[tuple[str, ...]]
     # Prefixes of the weights that usually start pretrained, which recipes may give a learning rate of their own.
     backbone_weights: ClassVar[tuple[str, ...]] = ()
+    # What ``predict`` can give, and by which views of an image it can look more than once.
+    tasks: ClassVar[tuple[str, ...]] = ("semantic",)
+    views: ClassVar[tuple[str, ...]] = ()
     # Prefixes of buffers that follow from the configuration and are not saved.
     unsaved: ClassVar[tuple[str, ...]] = ()
 
@@ -264,7 +265,7 @@ class PretrainedModel(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors. An interruption leaves an earlier save as it was."""
         weights = self.weights()
-        checkpoint.replace_files(
+        replace_files(
             Path(folder),
             {
                 checkpoint.WEIGHTS_FILE: lambda path: checkpoint.save_weights(weights, path),

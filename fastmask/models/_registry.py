@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from fastmask.models import maskformer, per_pixel, segmenter, sound
-from fastmask.models._base import ModelConfig, PretrainedModel, read_json
+from fastmask.models._base import ModelConfig, PretrainedModel, read_config
 from fastmask.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE, listed
 from fastmask.models.maskformer import MaskFormer
 from fastmask.models.per_pixel import PerPixelBaseline
@@ -162,7 +162,7 @@ def task_of_run(path: str | Path) -> str | None:
     config = Path(path) / CONFIG_FILE
     if model_folder(path) == Path(path) or not config.is_file():
         return None
-    return read_json(config).get("task") or None
+    return read_config(config).get("task") or None
 
 
 def saved_type(folder: str | Path) -> type[PretrainedModel]:
@@ -174,7 +174,7 @@ def saved_type(folder: str | Path) -> type[PretrainedModel]:
         ValueError: it is not JSON, or of no known network; the message names it.
     """
     path = Path(folder) / CONFIG_FILE
-    values = read_json(path)
+    values = read_config(path)
     try:
         return _type_of(values)
     except ValueError as error:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from operator import index
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from torch.nn.functional import interpolate
 from fastmask.functional import SemanticView
 from fastmask.models._images import Size
 from fastmask.models._pixels import upsample
+
+if TYPE_CHECKING:
+    from fastmask.models._base import PretrainedModel
 
 
 def windowed_logits(
@@ -140,6 +144,40 @@ class ViewPlan:
     size: Size
     input_size: Size
     mirrored: bool
+
+
+def view_options(
+    model: PretrainedModel,
+    tasks: Sequence[str],
+    window: int | tuple[int, int] | None,
+    scales: Sequence[float],
+    flip: bool,
+) -> dict[str, Any]:
+    """Those of the arguments that ask for more than one look at the whole image, for the model's ``predict``.
+
+    Args:
+        model: whose ``predict`` it is.
+        tasks: what it is to give.
+        window: (size, stride) in pixels, or a size that is the stride too.
+        scales, flip: as for :class:`EvaluationViews`.
+
+    Raises:
+        ValueError: the model does not look so, or none of the tasks is made of several views.
+    """
+    views: dict[str, Any] = {}
+    if window is not None:
+        views["window"] = (window, window) if isinstance(window, int) else window
+    if tuple(scales) != (1.0,):
+        views["scales"] = tuple(scales)
+    if flip:
+        views["flip"] = True
+    name = type(model).__name__
+    if unknown := sorted(views.keys() - set(model.views)):
+        known = ", ".join(model.views) or "whole images alone"
+        raise ValueError(f"a {name} does not predict with {', '.join(unknown)}; it does with {known}")
+    if views and "semantic" not in tasks:
+        raise ValueError(f"{', '.join(views)} goes with the task 'semantic' only, got {', '.join(map(repr, tasks))}")
+    return views
 
 
 @dataclass(frozen=True)

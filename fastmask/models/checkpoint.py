@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
-import uuid
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -14,39 +12,6 @@ from torch import Tensor
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 SHOWN_NAMES = 5
-
-
-def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
-    """Writes several files of a folder so that an interruption leaves what was there before: each under a temporary
-    name first, and only when all are complete are they renamed.
-
-    Args:
-        folder: is made if it does not exist, and so are folders in it.
-        writers: by a file's path in the folder, what writes it to the path that it is given.
-    """
-    token = uuid.uuid4().hex
-    # Not the file's own name with something added, which may be too long for a name.
-    temporaries = {name: (folder / name).with_name(f".{token}-{i}.tmp") for i, name in enumerate(writers)}
-    try:
-        for name, write in writers.items():
-            temporary = temporaries[name]
-            temporary.parent.mkdir(parents=True, exist_ok=True)
-            temporary.touch()
-            mode = temporary.stat().st_mode
-            write(temporary)
-            temporary.chmod(mode)  # safetensors makes its files readable by their owner only
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-        for name, temporary in temporaries.items():
-            os.replace(temporary, folder / name)
-    finally:
-        for temporary in temporaries.values():
-            temporary.unlink(missing_ok=True)
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes one file whole or not at all, as :func:`replace_files` does."""
-    replace_files(path.parent, {path.name: write})
 
 
 def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:

@@ -203,6 +203,8 @@ class MaskFormer(PixelDecoderModel):
     """
 
     config_class = MaskFormerConfig
+    tasks = tuple(TASKS)
+    views = ("window", "scales", "flip")
     class_weights = ("predictor.class_embed.",)
     unsaved = ("criterion.",)
     config: MaskFormerConfig

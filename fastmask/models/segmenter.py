@@ -265,6 +265,7 @@ class Segmenter(SegmentationModel):
     """
 
     config_class = SegmenterConfig
+    views = ("window",)
     backbone_weights = ("encoder.",)
     class_weights = ("decoder.cls_emb", "decoder.mask_norm.", "decoder.head.")
     config: SegmenterConfig

@@ -278,6 +278,7 @@ class SoundEventDetector(PretrainedModel):
     """
 
     config_class = SoundEventConfig
+    tasks = ("events",)
     class_weights = ("predictor.query_embed.",)
     config: SoundEventConfig
 

@@ -16,10 +16,10 @@ from fastmask.data.files import reading
 from fastmask.data.palette import distinct_colours
 from fastmask.data.pictures import decode_picture
 from fastmask.device import usable_device
-from fastmask.models import MaskFormer, PerPixelBaseline, Segmenter
 from fastmask.models._base import SegmentationModel
 from fastmask.models._inference import TASKS
 from fastmask.models._registry import load_model, task_of_run
+from fastmask.models._views import view_options
 from fastmask.models.precision import autocast, check_precision
 from fastmask.prediction.inputs import ImageFile, find_images
 from fastmask.prediction.outputs import FILES, Outputs, void_label
@@ -144,7 +144,7 @@ def predict(
     _check_model(model)
     task = _task_of(model, task)
     info = _class_info(model, info, palette)
-    options = _views(model, task, window, scales, flip)
+    options = view_options(model, [task], window, scales, flip)
     limits = _limits(task, threshold=threshold, overlap_threshold=overlap_threshold, top_k=top_k)
     check_precision(precision)
     counts = {"batch_size": batch_size, "workers": workers, "short_side": short_side, "max_side": max_side}
@@ -153,10 +153,10 @@ def predict(
             raise ValueError(f"{name} must be at least 1, got {value}")
     if short_side is None and max_side is not None:
         raise ValueError("max_side goes with short_side")
-    if short_side is not None and window is not None and isinstance(model, MaskFormer):
+    if short_side is not None and window is not None and "scales" in model.views:
         raise ValueError("short_side does not go with window, whose results have the size that the network sees")
     resize = None if short_side is None else ResizeShortSide((short_side,), max_side)
-    if isinstance(model, MaskFormer):
+    if len(model.tasks) > 1:
         options |= {"task": task, **_task_options(task, info, limits)}
 
     outputs = Outputs(Path(output), task, info, limits.get("threshold", 0.0), overlays, workers)
@@ -221,7 +221,7 @@ def _run(
 
 
 def _check_model(model: Any) -> None:
-    if not isinstance(model, MaskFormer | Segmenter | PerPixelBaseline):
+    if not isinstance(model, SegmentationModel):
         raise TypeError(f"a {type(model).__name__} does not segment images")
     channels = len(model.config.pixel_mean)
     if channels != 3:
@@ -233,7 +233,7 @@ def _task_of(model: SegmentationModel, task: str | None) -> str:
         return "panoptic" if getattr(model.config, "stuff_classes", ()) else "semantic"
     if task not in TASKS:
         raise ValueError(f"task={task!r} is unknown; expected one of {', '.join(TASKS)}")
-    if task != "semantic" and not isinstance(model, MaskFormer):
+    if task not in model.tasks:
         raise ValueError(f"task={task!r}: a {type(model).__name__} does semantic segmentation only")
     return task
 
@@ -256,30 +256,6 @@ def _class_info(model: SegmentationModel, info: DatasetInfo | None, palette: Pal
         if len(colour) != 3 or not all(0 <= channel <= 255 for channel in colour):
             raise ValueError(f"palette holds {colour}; expected three values in 0..255")
     return replace(info, palette=colours, ignore_index=void_label(num_classes))
-
-
-def _views(
-    model: SegmentationModel,
-    task: str,
-    window: int | tuple[int, int] | None,
-    scales: Sequence[float],
-    flip: bool,
-) -> dict[str, Any]:
-    """Those of the arguments that differ from the model's defaults, if the model has them."""
-    views: dict[str, Any] = {}
-    if window is not None:
-        views["window"] = (window, window) if isinstance(window, int) and isinstance(model, MaskFormer) else window
-    if tuple(scales) != (1.0,):
-        views["scales"] = tuple(scales)
-    if flip:
-        views["flip"] = True
-    if views and isinstance(model, MaskFormer) and task != "semantic":
-        raise ValueError(f"{', '.join(views)} goes with the task 'semantic' only, got {task!r}")
-    known = {MaskFormer: ("window", "scales", "flip"), Segmenter: ("window",), PerPixelBaseline: ()}
-    unknown = set(views) - set(next(names for kind, names in known.items() if isinstance(model, kind)))
-    if unknown:
-        raise ValueError(f"a {type(model).__name__} does not predict with {', '.join(sorted(unknown))}")
-    return views
 
 
 def _limits(task: str, **given: float | None) -> dict[str, Any]:

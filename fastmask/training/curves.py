@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastmask.models.checkpoint import replace_file
+from fastmask.files import replace_file
 
 COLOURS = ("#1a56c4", "#ef5350", "#26a67b", "#7e57c2", "#f59f1a")
 

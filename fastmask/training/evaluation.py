@@ -15,15 +15,15 @@ from torch.utils.data import DataLoader, Dataset
 from fastmask.data.sample import DatasetInfo, Sample
 from fastmask.data.transforms import ResizeShortSide
 from fastmask.device import usable_device
+from fastmask.files import finite
 from fastmask.metrics import InstanceMetrics, PanopticMetrics, SemanticMetrics, SoundEventMetrics
 from fastmask.metrics.base import Metrics
 from fastmask.models._base import PretrainedModel
-from fastmask.models.maskformer import MaskFormer
+from fastmask.models._views import view_options
 from fastmask.models.precision import autocast, check_precision
 from fastmask.models.sound import SoundEventDetector
 from fastmask.training.distributed import together, whole
 from fastmask.training.interruption import prepare_worker
-from fastmask.training.json_files import finite
 
 # What the truth of each kind of data set serves, and of that what is evaluated by default.
 SERVED = {
@@ -137,13 +137,13 @@ def evaluate(
     if max_side is not None and short_side is None:
         raise ValueError("max_side goes with short_side")
     model = whole(model)
-    views = _views(model, window, scales, flip)
-    if isinstance(model, SoundEventDetector):
-        evaluator = _ClipEvaluator(model, dataset, tasks, options or {})
-        if views or short_side is not None:
+    if "events" in model.tasks:
+        if window is not None or tuple(scales) != (1.0,) or flip or short_side is not None:
             raise ValueError(f"window, scales, flip and short_side are of images; {type(model).__name__} hears sounds")
+        evaluator = _ClipEvaluator(model, dataset, tasks, options or {})
     else:
-        evaluator = _ImageEvaluator(model, dataset, tasks, options or {}, views, boundary_share)
+        evaluator = _ImageEvaluator(model, dataset, tasks, options or {}, boundary_share)
+        evaluator.views = view_options(model, tuple(evaluator.metrics), window, scales, flip)
     if device is not None:
         model.to(usable_device(device))
     device = next(model.parameters()).device
@@ -182,7 +182,7 @@ def evaluate(
 
 def served_tasks(model: PretrainedModel, info: DatasetInfo) -> tuple[str, ...]:
     """The tasks that a model of images can do and a data set has the truth for."""
-    return tuple(task for task in SERVED[info.task] if task == "semantic" or isinstance(model, MaskFormer))
+    return tuple(task for task in SERVED[info.task] if task in model.tasks)
 
 
 class _ImageEvaluator:
@@ -194,12 +194,12 @@ class _ImageEvaluator:
         dataset: Dataset,
         tasks: Iterable[str] | None,
         options: Mapping[str, Mapping[str, Any]],
-        views: Mapping[str, Any],
         boundary_share: float | None,
     ):
         if not isinstance(getattr(dataset, "info", None), DatasetInfo):
             raise TypeError(f"dataset must have a DatasetInfo as its info, as open_dataset gives; got {dataset!r}")
-        self.model, self.info, self.views = model, dataset.info, views
+        self.model, self.info = model, dataset.info
+        self.views: dict[str, Any] = {}  # further arguments of the model's ``predict``
         _check_classes(model, self.info)
         served = served_tasks(model, self.info)
         wanted = [task for task in DEFAULTS[self.info.task] if task in served] if tasks is None else list(tasks)
@@ -208,8 +208,6 @@ class _ImageEvaluator:
             raise ValueError(f"{names} have no task in common")
         _check_known("tasks", wanted, served, names)
         _check_known("options", options, wanted, "this evaluation")
-        if views and isinstance(model, MaskFormer) and "semantic" not in wanted:
-            raise ValueError(f"{', '.join(views)}: only the task 'semantic' has these, got {', '.join(wanted)}")
         self.class_names = self.info.class_names
         # Those that the truth may hold: stuff is in no truth of instances.
         self.expected_classes = self.info.thing_classes if set(wanted) == {"instance"} else range(self.info.num_classes)
@@ -220,7 +218,7 @@ class _ImageEvaluator:
         """Results by task, one for each of the images ``(B, 3, H, W)`` uint8."""
         images = inputs.float().div_(255)
         sizes = [sample.size for sample in samples]
-        if not isinstance(self.model, MaskFormer):
+        if len(self.model.tasks) == 1:
             return {"semantic": self.model.predict(images, sizes, **self.views, **self.options["semantic"])}
         results = {}
         of_image = dict(self.options)
@@ -324,17 +322,6 @@ def _check_classes(model: PretrainedModel, info: DatasetInfo) -> None:
             f"{info.class_names[wrong[0]]!r} and {names[wrong[0]]!r}",
             stacklevel=4,
         )
-
-
-def _views(
-    model: PretrainedModel, window: tuple[int, int] | None, scales: Sequence[float], flip: bool
-) -> dict[str, Any]:
-    """Those of the arguments that say something, if the model has them."""
-    given = {"window": window, "scales": tuple(scales), "flip": flip}
-    views = {name: value for name, value in given.items() if value not in (None, (1.0,), False)}
-    known = {"MaskFormer": tuple(given), "Segmenter": ("window",)}.get(model.config.model_type, ())
-    _check_known("arguments", views, known, type(model).__name__)
-    return views
 
 
 def _check_known(what: str, names: Iterable[str], known: Sequence[str], whose: str) -> None:

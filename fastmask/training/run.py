@@ -17,6 +17,7 @@ from torch import distributed as dist
 from torch.utils.data import DataLoader
 
 from fastmask.data import Augmented, Compose, SegmentationDataset, check_datasets, collate, open_dataset
+from fastmask.files import read_json, write_json
 from fastmask.metrics import InstanceMetrics
 from fastmask.models._base import PretrainedModel
 from fastmask.models._registry import load_model, model_from_dict
@@ -27,7 +28,6 @@ from fastmask.training.curves import draw_curves
 from fastmask.training.distributed import Processes, any_process, cleanup, setup, together, whole, wrap
 from fastmask.training.evaluation import evaluate
 from fastmask.training.interruption import Interruption, prepare_worker
-from fastmask.training.json_files import read_json, write_json
 from fastmask.training.losses import LossRecord
 from fastmask.training.main_process import in_main
 from fastmask.training.random_state import random_state, random_state_kept, seed_all, set_random_state
@@ -373,7 +373,7 @@ def _start_model(config: TrainingConfig) -> PretrainedModel:
 
 
 def _result(folder: RunFolder) -> TrainingResult:
-    result, score = read_json(folder.result), read_json(folder.score)
+    result, score = read_json(folder.result, {}), read_json(folder.score, {})
     return TrainingResult(
         folder.root,
         folder.model,

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fastmask.models.checkpoint import CONFIG_FILE, replace_file
+from fastmask.files import finite, read_json, replace_file, write_json
+from fastmask.models.checkpoint import CONFIG_FILE
 from fastmask.training.checkpoint import remove_temporary
 from fastmask.training.config import TrainingConfig
-from fastmask.training.json_files import finite, read_json, write_json
 
 
 class RunFolder:
@@ -122,7 +122,7 @@ class RunFolder:
 
     def best_score(self) -> float:
         """Of the network in ``best``; minus infinity if there is none."""
-        return read_json(self.score).get("score", -math.inf)
+        return read_json(self.score, {}).get("score", -math.inf)
 
 
 class MetricsFile:

@@ -205,11 +205,11 @@ def test_strings_of_run_lengths_are_read_as_pycocotools_writes_them():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{", "no readable JSON"),
+        ("{", "is not a JSON file"),
         ("[]", 'no list "images"'),
         ('{"images": [], "annotations": []}', 'no list "categories"'),
         ('{"images": [], "annotations": [], "categories": []}', '"categories" is empty'),
-        ("\udc80", "no readable JSON"),
+        ("\udc80", "is not a JSON file"),
     ],
 )
 def test_unreadable_json_is_named(tmp_path, layout, text, said):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from fastmask.data import check_dataset, open_dataset
 from fastmask.data.pictures import decode_picture
-from fastmask.models._base import read_json
+from fastmask.files import read_json
 from fastmask.prediction import find_images
 from tests.data.test_check import edit, faults_of
 from tests.helpers import dataset_trees as trees

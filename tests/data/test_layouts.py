@@ -331,7 +331,7 @@ def test_wrong_paths_kinds_splits_and_tasks_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "no readable JSON"),
+        ("{", "is not a JSON file"),
         ("[]", "expected a list of class names"),
         ('{"names": ["a"]}', "expected a list of class names"),
         ('{"classes": ["a", "b"], "void": 1}', '"void" is \\[1\\]'),

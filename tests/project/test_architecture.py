@@ -15,9 +15,10 @@ PACKAGE = Path(fastmask.__file__).parent
 KERNELS = PACKAGE.parent / "kernels"
 
 # What each part may import of ours, besides itself.
-LEAVES = {"mask_term", "targets", "version"}
+LEAVES = {"files", "mask_term", "targets", "version"}
 ALLOWED = {
     "reference": set(),
+    "files": set(),
     "mask_term": set(),
     "targets": set(),
     "version": set(),

@@ -365,11 +365,13 @@ def test_wrong_arguments_are_named():
         evaluate(per_pixel, Pictures("instance"))
     with pytest.raises(ValueError, match="this evaluation: unknown options panoptic; known are semantic"):
         evaluate(model, data, ["semantic"], options={"panoptic": {}})
-    with pytest.raises(ValueError, match="unknown arguments window, flip; known are none"):
+    with pytest.raises(
+        ValueError, match="a PixelOracle does not predict with flip, window"
+    ):
         evaluate(per_pixel, data, window=(4, 4), flip=True)
-    with pytest.raises(ValueError, match="unknown arguments scales; known are window"):
+    with pytest.raises(ValueError, match="a Segmenter does not predict with scales; it does with window"):
         evaluate(make_model("segmenter-tiny", 3), data, scales=(1, 2))
-    with pytest.raises(ValueError, match="only the task 'semantic' has these, got panoptic"):
+    with pytest.raises(ValueError, match="flip goes with the task 'semantic' only, got 'panoptic'"):
         evaluate(model, data, ["panoptic"], flip=True)
     with pytest.raises(ValueError, match="max_side goes with short_side"):
         evaluate(model, data, max_side=9)

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from fastmask.data import CLASS_NAMES, STUFF_LABELS, open_dataset
+from fastmask.files import read_json
 from fastmask.models import MaskFormer, load_model, make_model
 from fastmask.models._pixels import per_pixel_loss
 from fastmask.models._registry import make_config
@@ -18,7 +19,7 @@ from fastmask.training import Recipe, TrainingConfig, make_training_config, trai
 from fastmask.training.checkpoint import load_newest
 from fastmask.training.curves import draw_curves
 from fastmask.training.losses import LossRecord
-from fastmask.training.run_folder import MetricsFile, read_json
+from fastmask.training.run_folder import MetricsFile
 from tests.helpers.dataset_trees import instance_tree, panoptic_tree
 from tests.helpers.training_runs import scene_folder, tiny_config
 

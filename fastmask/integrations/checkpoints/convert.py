@@ -16,7 +16,7 @@ from fastmask.integrations.checkpoints.original_maskformer import (
 )
 from fastmask.integrations.checkpoints.original_segmenter import from_original_segmenter, save_original_segmenter
 from fastmask.models import MaskFormer, Segmenter, load_model
-from fastmask.models._base import PretrainedModel, read_json
+from fastmask.models._base import PretrainedModel, read_config
 from fastmask.models._registry import SAVED_IN_RUN
 from fastmask.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE, listed
 
@@ -90,7 +90,7 @@ def find_format(source: Path) -> str:
         return "original"
     path = source / CONFIG_FILE
     if path.is_file():
-        return "huggingface" if "model_type" in read_json(path) else "fastmask"
+        return "huggingface" if "model_type" in read_config(path) else "fastmask"
     if any((source / name / CONFIG_FILE).is_file() for name in SAVED_IN_RUN):
         return "fastmask"
     content = sorted(path.name for path in source.iterdir())

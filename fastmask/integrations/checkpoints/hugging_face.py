@@ -13,7 +13,7 @@ from torch import Tensor
 from fastmask.integrations.checkpoints.backbones import NOT_LEARNED, hugging_face_swin
 from fastmask.integrations.checkpoints.files import read_weights
 from fastmask.integrations.checkpoints.names import Rule, rename, to_foreign, to_own
-from fastmask.models._base import read_json
+from fastmask.models._base import read_config
 from fastmask.models.backbones import describe_backbone
 from fastmask.models.checkpoint import CONFIG_FILE, key_problems, listed, wrapping_prefix
 from fastmask.models.maskformer import MaskFormer, MaskFormerConfig
@@ -242,7 +242,7 @@ def _read_folder(folder: Path, prefix: str) -> tuple[dict[str, Tensor], Any]:
 
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}")
-    _check_type(str(folder), read_json(folder / CONFIG_FILE))
+    _check_type(str(folder), read_config(folder / CONFIG_FILE))
     files = [folder / name for name in WEIGHTS_FILES if (folder / name).is_file()]
     if not files:
         raise FileNotFoundError(

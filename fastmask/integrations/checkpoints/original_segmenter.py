@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from fastmask.files import replace_files
 from fastmask.integrations.checkpoints.files import read_weights
 from fastmask.integrations.checkpoints.names import rename, to_own
 from fastmask.models._base import IMAGENET_MEAN, IMAGENET_STD
-from fastmask.models.checkpoint import replace_files
 from fastmask.models.segmenter import VIT_MEAN, VIT_STD, Segmenter, SegmenterConfig
 
 WEIGHTS_FILE = "checkpoint.pth"

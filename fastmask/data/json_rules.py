@@ -1,10 +1,9 @@
-"""JSON files of annotations, and rules for what their fields hold."""
+"""Rules for what the fields of JSON annotations hold."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 MAX_SHOWN = 60  # characters of a wrong value
@@ -22,21 +21,6 @@ class Rule(NamedTuple):
     holds: Callable[[Any], bool]
     expected: str
     optional: bool = False
-
-
-def read_json(path: Path) -> Any:
-    """The content of a file in UTF-8, with or without a byte order mark.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is no JSON; the message names it.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: no readable JSON: {error}") from error
 
 
 def field_faults(entry: Any, rules: Mapping[str, Rule]) -> list[str]:
