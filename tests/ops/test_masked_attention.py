@@ -13,13 +13,14 @@ from fastmask.measure import peak_memory
 from fastmask.testing import assert_within_budget, simd_level, simd_levels
 from tests.helpers.interpreter import interpreted_kernels
 
-# (B, N, heads, channels of a head, key grid, size of the mask logits): each shape is there for a reason.
+# (B, N, heads, channels of a head, key grid, size of the mask logits): each shape is there for a reason. Where a result
+# has few elements, chance decides whether the reference's largest error or the kernel's is twice the other.
 SHAPES = {
     "usual": (2, 20, 4, 32, (16, 16), (32, 32)),
     "odd sizes": (3, 7, 3, 24, (5, 7), (13, 9)),
     "one of everything": (1, 1, 1, 1, (1, 1), (1, 1)),
     "one key": (2, 5, 2, 16, (1, 1), (8, 8)),
-    "a key more than a block": (2, 3, 2, 16, (3, 11), (6, 6)),
+    "a key more than a block": (8, 3, 2, 16, (3, 11), (6, 6)),
     "grid finer than the logits": (1, 4, 2, 16, (17, 23), (3, 5)),
     "grid of the logits' size": (1, 9, 2, 16, (12, 10), (12, 10)),
     "one row": (1, 6, 2, 20, (1, 70), (4, 100)),

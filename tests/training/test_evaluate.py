@@ -365,9 +365,7 @@ def test_wrong_arguments_are_named():
         evaluate(per_pixel, Pictures("instance"))
     with pytest.raises(ValueError, match="this evaluation: unknown options panoptic; known are semantic"):
         evaluate(model, data, ["semantic"], options={"panoptic": {}})
-    with pytest.raises(
-        ValueError, match="a PixelOracle does not predict with flip, window"
-    ):
+    with pytest.raises(ValueError, match="a PixelOracle does not predict with flip, window"):
         evaluate(per_pixel, data, window=(4, 4), flip=True)
     with pytest.raises(ValueError, match="a Segmenter does not predict with scales; it does with window"):
         evaluate(make_model("segmenter-tiny", 3), data, scales=(1, 2))
