@@ -33,9 +33,9 @@ class Targets:
         counts: ``(B,)`` int64, how many targets each image has.
         masks: ``(B, M, H, W)`` uint8 or bool, nonzero where the pixel belongs to the target; may overlap.
         segments: ``(B, H, W)`` uint8, int16 or int32, the index ``0..M-1`` of the target that owns the pixel.
-            ``void`` marks an unlabelled pixel; any other value is background, which belongs to no target.
-        valid: ``(B, H, W)`` bool, False at unlabelled pixels; only with ``masks`` (a segment map has ``void``).
-        void: the value of unlabelled pixels in ``segments``; one that their dtype does not hold marks none.
+            ``void`` marks an unlabeled pixel; any other value is background, which belongs to no target.
+        valid: ``(B, H, W)`` bool, False at unlabeled pixels; only with ``masks`` (a segment map has ``void``).
+        void: the value of unlabeled pixels in ``segments``; one that their dtype does not hold marks none.
 
     Raises:
         TypeError: a tensor has the wrong dtype.
@@ -60,7 +60,7 @@ class Targets:
         if self.segments is not None:
             _check("segments", self.segments, SEGMENT_DTYPES, 3, (batch_size,))
             if self.valid is not None:
-                raise ValueError("valid goes with masks; a segment map marks unlabelled pixels with its void value")
+                raise ValueError("valid goes with masks; a segment map marks unlabeled pixels with its void value")
             if self.segments.dtype == torch.uint8 and num_targets > 255:
                 raise ValueError(f"segments of dtype uint8 cannot index {num_targets} targets; use int16 or int32")
             if 0 <= self.void < num_targets:
@@ -109,7 +109,7 @@ class Targets:
         return masks & (self.labels >= 0)[:, :, None, None]
 
     def valid_pixels(self) -> Tensor:
-        """``(B, H, W)`` bool: False at unlabelled pixels."""
+        """``(B, H, W)`` bool: False at unlabeled pixels."""
         if self.segments is not None:
             return self.segments.long() != self.void  # widened: void may be a value that the dtype does not hold
         if self.valid is not None:
@@ -157,7 +157,7 @@ class Targets:
     def class_map(self, ignore_index: int = 255) -> Tensor:
         """``(B, H, W)`` int64: the class of each pixel, the inverse of :meth:`from_segmentation`.
 
-        Pixels of no target and unlabelled pixels become ``ignore_index``. Where masks overlap, the later target lies
+        Pixels of no target and unlabeled pixels become ``ignore_index``. Where masks overlap, the later target lies
         on top.
         """
         if self.masks is not None:
@@ -244,7 +244,7 @@ class Targets:
         Args:
             segmentation: ``(B, H, W)`` integer class of each pixel in ``0..K-1``, or ``ignore_index``.
             num_classes: K.
-            ignore_index: the class of unlabelled pixels, which become void; none if the dtype does not hold it.
+            ignore_index: the class of unlabeled pixels, which become void; none if the dtype does not hold it.
             max_targets: M of the result; ``num_classes`` by default, so that no host sync is needed to count. Classes
                 beyond the first ``max_targets`` of an image become background.
 
@@ -282,7 +282,7 @@ class Targets:
         Args:
             segments: ``(B, H, W)`` uint8, int16 or int32; pixel value m belongs to segment m of its image.
             labels: for each image ``(M_b,)`` integer classes, in the order of the segments.
-            void: the value of unlabelled pixels; 255 for uint8 and -1 for the signed types by default.
+            void: the value of unlabeled pixels; 255 for uint8 and -1 for the signed types by default.
         """
         if len(labels) != segments.shape[0]:
             raise ValueError(f"labels has {len(labels)} images, segments {segments.shape[0]}")

@@ -39,7 +39,7 @@ class Axis:
 
     @property
     def taps(self) -> int:
-        """How many inputs an output reads at most. Upsampled neighbours have three between them."""
+        """How many inputs an output reads at most. Upsampled neighbors have three between them."""
         steps = (self.grid != self.padded) + (self.valid != self.size)
         return (1, 2, 3 if self.padded >= self.grid else 4)[steps]
 
@@ -111,7 +111,7 @@ def _table_pitch(count):
 
 @triton.jit
 def _axis_taps(index_ptr, weight_ptr, i, grid, padded, valid, size, begin, count, base, limit, TAPS: tl.constexpr):
-    """Weights of both steps are multiplied and rounded once. Three taps are neighbours; their shares are added up."""
+    """Weights of both steps are multiplied and rounded once. Three taps are neighbors; their shares are added up."""
     first, second, outer = _bilinear_taps(begin + i, valid, size)
     inner_first, inner_second, inner = _bilinear_taps(first, grid, padded)
     last_first, last_second, last = _bilinear_taps(second, grid, padded)

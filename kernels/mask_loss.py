@@ -121,7 +121,7 @@ def _target_row(y, start, image, target, M, H, W, target_ptr, valid_ptr, HAS_SEG
 @triton.jit
 def _offset(start, k, cell, w, W, half_step_x):
     """How far output start + k of each cell lies from the cell's own logit, as ``_row_taps`` reckons: in size the
-    bilinear weight of a neighbour, negative for the one before. Beyond the edges that is the logit itself."""
+    bilinear weight of a neighbor, negative for the one before. Beyond the edges that is the logit itself."""
     output = start.to(tl.int64) + k
     offset = (2 * output + 1) * w - (2 * cell + 1).to(tl.int64) * W
     return offset.to(tl.float32) * half_step_x
@@ -130,8 +130,8 @@ def _offset(start, k, cell, w, W, half_step_x):
 @triton.jit
 def _upsampled(offset, before, middle, after):
     weight = tl.abs(offset)
-    neighbour = tl.where(offset < 0.0, before, tl.where(offset > 0.0, after, 0.0))  # 0 * inf is NaN
-    return tl.fma(neighbour, weight, middle * (1.0 - weight))
+    neighbor = tl.where(offset < 0.0, before, tl.where(offset > 0.0, after, 0.0))  # 0 * inf is NaN
+    return tl.fma(neighbor, weight, middle * (1.0 - weight))
 
 
 @triton.jit

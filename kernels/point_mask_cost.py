@@ -1,6 +1,6 @@
 """The matching cost of every query against every target, at points that an image's queries and targets share.
 
-Points are sorted by the cell of the logits that they lie in, so that neighbouring lanes read neighbouring logits. One
+Points are sorted by the cell of the logits that they lie in, so that neighboring lanes read neighboring logits. One
 launch samples the targets, once for all layers; the second samples the logits; the third, that of ``mask_cost``, adds
 the splits of the points in their order. At B=16, L=10, N=100 and 12,544 points there are 200 M samples of four logits
 and two special functions each, on planes that stay in the caches.

@@ -35,7 +35,7 @@ def main(
     only: Annotated[list[str], typer.Option(help=f"{', '.join(COMPARISONS)}; repeatable. All by default.")] = [],  # noqa: B006
     model: Annotated[str, typer.Option(help="Preset of MaskFormer that gives what is not compared.")] = "tiny",
     pretrained: Annotated[str, typer.Option(help="Weights of its backbone, for transformers; not for tiny.")] = "",
-    steps: Annotated[int | None, typer.Option(min=1, help="Of the optimiser, in each run.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of the optimizer, in each run.")] = None,
     minutes: Annotated[float, typer.Option(help="Without --steps: for all runs together, as the slowest needs.")] = 40,
     seeds: Annotated[int, typer.Option(min=1, help="0, 1, ...; more may be added later.")] = 3,
     size: Annotated[int, typer.Option(min=32, help="Of scenes and crops, and short side of images, in pixels.")] = 64,

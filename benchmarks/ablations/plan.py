@@ -28,7 +28,7 @@ SOUND = (FRAMES, PRESENCE, NO_MASK_LOSSES)
 
 @dataclass(frozen=True)
 class Settings:
-    """What all runs on one data set share: the same data, budget and optimiser.
+    """What all runs on one data set share: the same data, budget and optimizer.
 
     Args:
         data: "composed:scenes", "composed:clips" or a folder.
@@ -39,7 +39,7 @@ class Settings:
             length in seconds.
         val_samples: the first of the validation split that are evaluated, at most.
         batch_size: samples in a step.
-        steps: of the optimiser.
+        steps: of the optimizer.
         learning_rate: at its peak.
         precision: as for :class:`fastmask.training.Trainer`.
     """

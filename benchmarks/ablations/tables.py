@@ -53,7 +53,7 @@ def conditions(group: Group, machine: str) -> str:
     diverged = "; ".join(row["case"] for row in group.rows if row["loss"] is None)
     days = sorted({row["date"].split()[0] for row in group.rows})
     return (
-        f"{machine}. Preset `{settings.model}`; {settings.steps} optimiser steps of {settings.batch_size} samples of "
+        f"{machine}. Preset `{settings.model}`; {settings.steps} optimizer steps of {settings.batch_size} samples of "
         f"{settings.size} {unit}, learning rate {settings.learning_rate:g}, {settings.precision}; at most "
         f"{settings.val_samples} validation samples. Mean ± standard deviation over seeds, in %. All variants take the "
         f"same steps on the same samples. Trained {' to '.join(dict.fromkeys([days[0], days[-1]]))} at "

@@ -120,7 +120,7 @@ def interleave(
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The value below which ``percent`` percent lie, linear between neighbours."""
+    """The value below which ``percent`` percent lie, linear between neighbors."""
     ordered = sorted(values)
     position = (len(ordered) - 1) * percent / 100
     low = math.floor(position)

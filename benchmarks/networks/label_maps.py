@@ -21,7 +21,7 @@ from benchmarks.networks.models import (
     as_transformers,
     forward_flops,
     make_inputs,
-    normalised,
+    normalized,
     weight_bytes,
 )
 from fastmask import semantic_inference
@@ -100,7 +100,7 @@ def transformers_call(inputs: Inputs, wrap: Callable[[nn.Module], Callable[..., 
 
     processor = MaskFormerImageProcessor()
     network = wrap(as_transformers(inputs.model, auxiliary_loss=False).to(inputs.dtype))
-    pixels = normalised(inputs).to(inputs.dtype)
+    pixels = normalized(inputs).to(inputs.dtype)
     sizes = [inputs.size] * len(pixels)
 
     @torch.no_grad()

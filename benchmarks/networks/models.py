@@ -69,7 +69,7 @@ def as_transformers(model: MaskFormer, *, auxiliary_loss: bool) -> nn.Module:
     return other
 
 
-def normalised(inputs: Inputs) -> Tensor:
+def normalized(inputs: Inputs) -> Tensor:
     """The images as transformers' model takes them."""
     return (inputs.images - inputs.model.pixel_mean) / inputs.model.pixel_std
 

@@ -1,4 +1,4 @@
-"""A whole training step of MaskFormer: forward, matching, losses, backward and optimiser.
+"""A whole training step of MaskFormer: forward, matching, losses, backward and optimizer.
 
 The networks have the same weights; all computing in bfloat16 is by autocast, weights stay in float32.
 """
@@ -23,7 +23,7 @@ from benchmarks.networks.models import (
     as_transformers,
     forward_flops,
     make_inputs,
-    normalised,
+    normalized,
     weight_bytes,
 )
 
@@ -65,13 +65,13 @@ def loss_before_the_decoder(inputs: Inputs) -> float:
 
 
 def work(inputs: Inputs) -> Work:
-    """Forward, and twice as many products backward; weights, gradients and the optimiser's two moments are read and
+    """Forward, and twice as many products backward; weights, gradients and the optimizer's two moments are read and
     written once each."""
     return Work(bytes=8 * weight_bytes(inputs), flops=3 * forward_flops(inputs))
 
 
 def make_step(model: nn.Module, loss: Callable[[], Tensor], inputs: Inputs) -> tuple[Step, torch.optim.Optimizer]:
-    """A step of ``model``, and its optimiser. No gradients are left between steps: they count as a step's memory."""
+    """A step of ``model``, and its optimizer. No gradients are left between steps: they count as a step's memory."""
     device = inputs.images.device
     on_gpu = device.type == "cuda"
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=on_gpu, capturable=on_gpu)
@@ -125,7 +125,7 @@ def transformers_step(inputs: Inputs, wrap: Callable[[nn.Module], Callable[..., 
 def transformers_batch(inputs: Inputs) -> dict[str, Any]:
     targets = inputs.targets.to_list()
     return {
-        "pixel_values": normalised(inputs),
+        "pixel_values": normalized(inputs),
         "mask_labels": [target["masks"].float() for target in targets],
         "class_labels": [target["labels"] for target in targets],
     }
@@ -162,7 +162,7 @@ def theirs(raw: Tensor, _: Inputs) -> tuple[str, Tensor]:
 OPERATION = Operation(
     name="training_step",
     title="Whole training step of MaskFormer: forward, matching, losses, backward, AdamW; memory beyond weights and "
-    "the optimiser's state",
+    "the optimizer's state",
     cases=CASES,
     providers=(
         Provider("fastmask", prepare_fastmask, own),

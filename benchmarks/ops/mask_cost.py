@@ -103,7 +103,7 @@ def pad_costs(raw: list[list[Tensor]], inputs: Inputs) -> dict[str, Tensor]:
 def minimal_cost(class_logits: Tensor, mask_logits: Tensor, labels: Tensor, planes: Tensor) -> Tensor:
     """The cost of one layer with as little work as PyTorch's operators allow, for torch.compile to fuse.
 
-    One softplus gives both terms of the focal loss; then two matrix products and two row sums. Inductor vectorises
+    One softplus gives both terms of the focal loss; then two matrix products and two row sums. Inductor vectorizes
     these two functions better than their parts, and a layer at a time beats all layers at once, which leave the cache.
 
     Args:

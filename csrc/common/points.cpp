@@ -23,12 +23,12 @@ struct AxisTaps {
 };
 
 // The pixels of the targets' map around a point, without those beyond it, which belong to no target and are not void.
-struct Neighbours {
+struct Neighbors {
   int64_t pixels[4];
   double weights[4];
   int count = 0;
 
-  Neighbours(float x, float y, int64_t height, int64_t width) {
+  Neighbors(float x, float y, int64_t height, int64_t width) {
     const AxisTaps columns(x, width), rows(y, height);
     for (int i = 0; i < 4; ++i) {
       const int64_t row = rows.first - 1 + i / 2, column = columns.first - 1 + i % 2;
@@ -42,7 +42,7 @@ struct Neighbours {
 };
 
 // The shares of one point, appended to `shares`; returns its weight.
-double add_shares(const Neighbours& around, const ImageTargets& targets, std::vector<PointShare>& shares) {
+double add_shares(const Neighbors& around, const ImageTargets& targets, std::vector<PointShare>& shares) {
   double weights[4];
   double void_share = 0;
   int counted = 0;
@@ -105,7 +105,7 @@ PointSet make_point_set(const float* points, int64_t num_points, const ImageTarg
   for (int64_t i = 0; i < num_points; ++i) {
     const float x = points[2 * i], y = points[2 * i + 1];
     const auto begin = static_cast<int64_t>(shares.size());
-    const double weight = add_shares(Neighbours(x, y, targets.height, targets.width), targets, shares);
+    const double weight = add_shares(Neighbors(x, y, targets.height, targets.width), targets, shares);
     const auto end = static_cast<int64_t>(shares.size());
     if (weight == 0) continue;
     set.weight += weight;

@@ -23,13 +23,13 @@ class AssignGroup : public CpuGroup {
     return range;
   }
 
-  void quantise(const Costs& c, const double* offsets, double scale, int32_t* costs, int32_t stride) const {
-    quantise_with(c, offsets, Plain{scale}, costs, stride);
+  void quantize(const Costs& c, const double* offsets, double scale, int32_t* costs, int32_t stride) const {
+    quantize_with(c, offsets, Plain{scale}, costs, stride);
   }
 
-  void quantise_reduced(const Costs& c, const double* offsets, const double* price, double limit, double scale,
+  void quantize_reduced(const Costs& c, const double* offsets, const double* price, double limit, double scale,
                         int32_t* costs, int32_t stride) const {
-    quantise_with(c, offsets, Reduced{scale, limit * scale, price}, costs, stride);
+    quantize_with(c, offsets, Reduced{scale, limit * scale, price}, costs, stride);
   }
 
   void least_sums(const Costs& c, const double* price, double* sum) const {
@@ -79,13 +79,13 @@ class AssignGroup : public CpuGroup {
     }
   }
 
-  template <class Quantiser>
-  void quantise_with(const Costs& c, const double* offsets, const Quantiser& quantiser, int32_t* costs,
+  template <class Quantizer>
+  void quantize_with(const Costs& c, const double* offsets, const Quantizer& quantizer, int32_t* costs,
                      int32_t stride) const {
     if (c.type == CostType::kFloat32) {
-      quantise_of<float>(c, offsets, quantiser, costs, stride);
+      quantize_of<float>(c, offsets, quantizer, costs, stride);
     } else {
-      quantise_of<double>(c, offsets, quantiser, costs, stride);
+      quantize_of<double>(c, offsets, quantizer, costs, stride);
     }
     if (finite_) return;
     for (int32_t i = 0; i < c.persons; ++i) {
@@ -96,13 +96,13 @@ class AssignGroup : public CpuGroup {
     }
   }
 
-  template <class T, class Quantiser>
-  static void quantise_of(const Costs& c, const double* offsets, const Quantiser& quantiser, int32_t* costs,
+  template <class T, class Quantizer>
+  static void quantize_of(const Costs& c, const double* offsets, const Quantizer& quantizer, int32_t* costs,
                           int32_t stride) {
     if (c.person_stride == 1) {
-      quantise_by_column<T>(c, offsets, quantiser, costs, stride);
+      quantize_by_column<T>(c, offsets, quantizer, costs, stride);
     } else {
-      quantise_by_row<T>(c, offsets, quantiser, costs, stride);
+      quantize_by_row<T>(c, offsets, quantizer, costs, stride);
     }
   }
 

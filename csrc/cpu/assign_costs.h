@@ -1,4 +1,4 @@
-// Reading and quantising costs with SIMD, in the two layouts that matter: persons side by side in memory (a cost of
+// Reading and quantizing costs with SIMD, in the two layouts that matter: persons side by side in memory (a cost of
 // queries by targets, with no more targets than queries), or objects side by side.
 #pragma once
 
@@ -170,7 +170,7 @@ static bool ranges_by_row(const matcher::Costs& c, double* least, double* greate
   return total - total == 0;
 }
 
-// What quantise writes: 2 floor((c - u) scale), or, of the reduced costs, 2 floor(min((c + p - u) scale + 1, limit)).
+// What quantize writes: 2 floor((c - u) scale), or, of the reduced costs, 2 floor(min((c + p - u) scale + 1, limit)).
 struct Plain {
   double scale;
 
@@ -203,8 +203,8 @@ struct Reduced {
   }
 };
 
-template <class T, class Quantiser>
-static void quantise_by_column(const matcher::Costs& c, const double* offsets, const Quantiser& quantiser,
+template <class T, class Quantizer>
+static void quantize_by_column(const matcher::Costs& c, const double* offsets, const Quantizer& quantizer,
                                int32_t* costs, int32_t stride) {
   const T* data = static_cast<const T*>(c.data);
   for (int32_t i = 0; i < c.persons; i += kLanes) {
@@ -216,11 +216,11 @@ static void quantise_by_column(const matcher::Costs& c, const double* offsets, c
       const T* block = data + k * c.object_stride + i;
       if (height == kLanes && count == kLanes) {
 #pragma GCC unroll 16
-        for (int j = 0; j < kLanes; ++j) rows[j] = quantiser(load(block + j * c.object_stride), offset, k + j);
+        for (int j = 0; j < kLanes; ++j) rows[j] = quantizer(load(block + j * c.object_stride), offset, k + j);
       } else {
 #pragma GCC unroll 16
         for (int j = 0; j < kLanes; ++j) {
-          rows[j] = j < height ? quantiser(load_first(block + j * c.object_stride, count), offset, k + j)
+          rows[j] = j < height ? quantizer(load_first(block + j * c.object_stride, count), offset, k + j)
                                : splat(matcher::kPadding);
         }
       }
@@ -233,8 +233,8 @@ static void quantise_by_column(const matcher::Costs& c, const double* offsets, c
   }
 }
 
-template <class T, class Quantiser>
-static void quantise_by_row(const matcher::Costs& c, const double* offsets, const Quantiser& quantiser, int32_t* costs,
+template <class T, class Quantizer>
+static void quantize_by_row(const matcher::Costs& c, const double* offsets, const Quantizer& quantizer, int32_t* costs,
                             int32_t stride) {
   for (int32_t i = 0; i < c.persons; ++i) {
     const T* row = static_cast<const T*>(c.data) + i * c.person_stride;
@@ -245,10 +245,10 @@ static void quantise_by_row(const matcher::Costs& c, const double* offsets, cons
       vint q = splat(matcher::kPadding);
       if (count > 0) {
         const Vector<T> cost = load_some(row + k, count);
-        if constexpr (requires { quantiser.limit; }) {
-          q = quantiser.along_row(cost, offset, k);
+        if constexpr (requires { quantizer.limit; }) {
+          q = quantizer.along_row(cost, offset, k);
         } else {
-          q = quantiser(cost, offset, k);
+          q = quantizer(cost, offset, k);
         }
       }
       if (count < kLanes) q = choose_less(lane_numbers(), splat(count), q, splat(matcher::kPadding));

@@ -53,7 +53,7 @@ void pixel_codes(const ImageTargets& targets, int64_t y, int64_t target, uint8_t
   for (int64_t j = width; j % 16 != 0; ++j) codes[j] = 0;
 }
 
-// Two neighbouring rows of the prediction, stretched to W pixels; rows advance with y, so each is stretched once.
+// Two neighboring rows of the prediction, stretched to W pixels; rows advance with y, so each is stretched once.
 class StretchedRows {
  public:
   StretchedRows(const void* logits, int64_t offset, Dtype dtype, const Resampling& resampling, int64_t width,
@@ -171,7 +171,7 @@ void add_contracted(const float* stretched, const Interpolation& columns, int64_
   }
 }
 
-// The gradients of two neighbouring stretched rows, contracted into the result once no later y reaches them.
+// The gradients of two neighboring stretched rows, contracted into the result once no later y reaches them.
 class StretchedGradients {
  public:
   StretchedGradients(const Resampling& resampling, int64_t width, float* scratch, float* grad)

@@ -19,7 +19,7 @@ struct Workspace {
   uint32_t* attended;              // [key blocks][queries] bits of the keys that a query attends to
   int32_t* keys;                   // [queries] how many these are
   float* samples;                  // [keys] a query's mask on the key grid
-  float* source[2];                // [w] two neighbouring rows of mask logits
+  float* source[2];                // [w] two neighboring rows of mask logits
   float* mixed;                    // [w] what lies between them
   int32_t* active;                 // [queries] those that attend to the block of keys
   int32_t* offsets;                // [queries] where their rows of `channels` begin
@@ -99,7 +99,7 @@ void find_present(const AttentionImage& image, uint32_t* present) {
   }
 }
 
-// A query's mask logits at the centres of the key grid's cells.
+// A query's mask logits at the centers of the key grid's cells.
 void resample(const AttentionMask& mask, int64_t query, Workspace& work) {
   const Resampling& resampling = mask.resampling;
   const int64_t w = resampling.w, plane = mask.offset + query * mask.stride;

@@ -11,7 +11,7 @@ static_assert(kLanes <= kPointCostGroup && kSoftmaxBlock <= kMaskCostBlock);
 // Points after which float sums are added to the double ones: over all of them their rounding would show.
 constexpr int64_t kFlush = 128;
 
-// Two neighbouring rows of the map with its border, columns outermost: [w + 2][kLanes].
+// Two neighboring rows of the map with its border, columns outermost: [w + 2][kLanes].
 class TurnedRows {
  public:
   TurnedRows(const void* logits, const int64_t* offsets, int64_t queries, Dtype dtype, int64_t h, int64_t w,

@@ -1,7 +1,7 @@
 // The matching cost of some queries of one image against all of its targets, at points that they share.
 //
 // A vector holds the same point of as many queries: logits are turned from rows of queries into columns, a row of the
-// map at a time, so that a point's four neighbours are four loads, without a gather, and the sums of a run of points
+// map at a time, so that a point's four neighbors are four loads, without a gather, and the sums of a run of points
 // stay in registers.
 #pragma once
 

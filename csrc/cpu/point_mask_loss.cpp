@@ -61,7 +61,7 @@ struct PixelTaps {
   vfloat weights[4];  // upper left, upper right, lower left, lower right
 };
 
-// The first of two neighbouring pixels of the map around each position, and the weights of both.
+// The first of two neighboring pixels of the map around each position, and the weights of both.
 inline vint pixel_axis(vfloat position, int64_t size, vfloat (&weight)[2]) {
   const AxisTaps taps = axis_taps(position, static_cast<float>(size));  // with a border: 0 is the pixel before the map
   const int32_t last = static_cast<int32_t>(size > 1 ? size - 2 : 0);

@@ -30,7 +30,7 @@ class StripColumns {
       for (int64_t j = 0; j < kStrip; ++j) relative_[t][j] = index[t * stride_ + j] - static_cast<int32_t>(left_);
     }
 #if defined(__AVX512F__)
-    // Where 16 neighbouring pixels read from two vectors, a permutation is faster than gathering.
+    // Where 16 neighboring pixels read from two vectors, a permutation is faster than gathering.
     permute_ = true;
     for (int64_t j = 0; j < kStrip; j += kLanes) {
       permute_ &= relative_[taps_ - 1][j + kLanes - 1] - relative_[0][j] < 2 * kLanes;

@@ -68,7 +68,7 @@ int64_t keep_between(const int32_t* keys, const Value* values, int64_t count, in
 
 // Finds the digit at which the keys' `wanted` least end; `wanted` becomes how many of those with that digit they need.
 int32_t find_digit(const int32_t* keys, int64_t count, int shift, int64_t& wanted) {
-  // Four counts a bin: neighbours are often of one bin, and would wait for each other's addition.
+  // Four counts a bin: neighbors are often of one bin, and would wait for each other's addition.
   int32_t bins[4][kBins] = {};
   for (int64_t i = 0; i < count; ++i) ++bins[i % 4][(keys[i] >> shift) & (kBins - 1)];
   int32_t digit = 0;

@@ -173,7 +173,7 @@ class CudaGroup {
     return range;
   }
 
-  __device__ void quantise(const Costs& c, const double* offsets, double scale, int32_t* costs, int32_t stride) const {
+  __device__ void quantize(const Costs& c, const double* offsets, double scale, int32_t* costs, int32_t stride) const {
     each_pair(c, [&](int32_t i, auto&& pairs) {
       int32_t* row = costs + static_cast<int64_t>(i) * stride;
       pairs([&](int32_t k, double cost) { row[k] = fixed_point<CudaGroup>(cost, offsets[i], scale); });
@@ -181,7 +181,7 @@ class CudaGroup {
     pad(c, costs, stride);
   }
 
-  __device__ void quantise_reduced(const Costs& c, const double* offsets, const double* price, double limit,
+  __device__ void quantize_reduced(const Costs& c, const double* offsets, const double* price, double limit,
                                    double scale, int32_t* costs, int32_t stride) const {
     each_pair(c, [&](int32_t i, auto&& pairs) {
       int32_t* row = costs + static_cast<int64_t>(i) * stride;

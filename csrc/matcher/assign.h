@@ -85,7 +85,7 @@ FASTMASK_GROUP_FN void add_duals(Group& group, const Costs& c, const State& s, c
 
 template <class Group>
 FASTMASK_GROUP_FN void pose(Group& group, const Costs& c, const State& s, const Duals& d, double scale) {
-  group.quantise(c, d.person, scale, s.costs, s.stride);
+  group.quantize(c, d.person, scale, s.costs, s.stride);
   group.elements(s.stride, [&](int32_t k) { s.dummy[k] = k < c.objects ? 0 : kPadding; });
   group.elements(c.objects, [&](int32_t k) { d.exact.price[k] = 0; });
   group.sync();
@@ -108,7 +108,7 @@ FASTMASK_GROUP_FN void pose_again(Group& group, const Costs& c, const State& s, 
     if (price[k] < limit) price[k] = quanta / scale;
   });
   group.sync();
-  group.quantise_reduced(c, d.person, price, limit, scale, s.costs, s.stride);
+  group.quantize_reduced(c, d.person, price, limit, scale, s.costs, s.stride);
   group.sync();
 }
 

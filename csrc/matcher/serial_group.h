@@ -133,7 +133,7 @@ class SerialGroup {
     }
     return range;
   }
-  void quantise(const Costs& c, const double* offsets, double scale, int32_t* costs, int32_t stride) const {
+  void quantize(const Costs& c, const double* offsets, double scale, int32_t* costs, int32_t stride) const {
     for (int32_t i = 0; i < c.persons; ++i) {
       for (int32_t k = 0; k < stride; ++k) {
         costs[static_cast<int64_t>(i) * stride + k] =
@@ -141,7 +141,7 @@ class SerialGroup {
       }
     }
   }
-  void quantise_reduced(const Costs& c, const double* offsets, const double* price, double limit, double scale,
+  void quantize_reduced(const Costs& c, const double* offsets, const double* price, double limit, double scale,
                         int32_t* costs, int32_t stride) const {
     for (int32_t i = 0; i < c.persons; ++i) {
       for (int32_t k = 0; k < stride; ++k) {

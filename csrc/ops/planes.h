@@ -7,7 +7,7 @@
 
 namespace fastmask {
 
-// Images, queries and rows may lie anywhere; only where neighbours of a row do not lie side by side is there a copy.
+// Images, queries and rows may lie anywhere; only where neighbors of a row do not lie side by side is there a copy.
 class QueryPlanes {
  public:
   explicit QueryPlanes(const Tensor& mask_logits)

@@ -32,10 +32,10 @@ def plot_losses(history: Sequence[Mapping[str, float]], path: str | Path, *, tot
     left.plot(steps, curves[total], color="#4285f4", alpha=0.25, linewidth=0.8)
     left.plot(steps, _smoothed(curves[total]), color="#1a56c4", linewidth=2)
     left.set_title("total loss", loc="left", fontweight="bold")
-    colours = ("#ef5350", "#26a67b", "#7e57c2", "#f59f1a", "#00acc1", "#d55ccb")
+    colors = ("#ef5350", "#26a67b", "#7e57c2", "#f59f1a", "#00acc1", "#d55ccb")
     components = [name for name in curves if name != total]
     for i, name in enumerate(components):
-        right.plot(steps, _smoothed(curves[name]), color=colours[i % len(colours)], linewidth=2, label=name)
+        right.plot(steps, _smoothed(curves[name]), color=colors[i % len(colors)], linewidth=2, label=name)
     right.set_title("its components", loc="left", fontweight="bold")
     if components:
         right.legend(frameon=False)

@@ -43,7 +43,7 @@ def export(
 ) -> None:
     """Export a model, from images to labels, to run without its Python code.
 
-    The program takes RGB images as float32 (B, 3, H, W) in 0..1, normalises and
+    The program takes RGB images as float32 (B, 3, H, W) in 0..1, normalizes and
     pads them itself, and gives labels (B, H, W). An ONNX file holds standard
     operators only and names the classes in its metadata. A Segmenter's program
     has the windows of predict with --size; without it takes images whole, which

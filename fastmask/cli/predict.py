@@ -38,7 +38,7 @@ def predict(
         ),
     ] = "",
     data: Annotated[
-        str, typer.Option(help="A data set, whose names, colours and category ids the results are to have.")
+        str, typer.Option(help="A data set, whose names, colors and category ids the results are to have.")
     ] = "",
     split: Split = "val",
     kind: Kind = "auto",

@@ -48,7 +48,7 @@ def train(
         int | None,
         typer.Option(
             min=1,
-            help="Of the optimiser, by default as the recipe says; warm-up takes a tenth at most.",
+            help="Of the optimizer, by default as the recipe says; warm-up takes a tenth at most.",
             rich_help_panel=NETWORK,
         ),
     ] = None,

@@ -21,7 +21,7 @@ from fastmask.data.composed.dataset import SceneDataset
 from fastmask.data.open import open_dataset
 from fastmask.data.sample import DatasetInfo, Findings, Sample, SegmentationDataset, collate
 from fastmask.data.transforms import (
-    ColourJitter,
+    ColorJitter,
     Compose,
     RandomCrop,
     RandomFlip,
@@ -44,7 +44,7 @@ __all__ = [
     "THING_LABELS",
     "Augmented",
     "Clip",
-    "ColourJitter",
+    "ColorJitter",
     "Compose",
     "ComposedClips",
     "ComposedScenes",

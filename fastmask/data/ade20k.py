@@ -11,7 +11,7 @@ import numpy as np
 
 from fastmask.data.coco_panoptic import PanopticDataset
 from fastmask.data.files import LabelMapDataset, file_of, folder_of, list_files, only_semantic, paired
-from fastmask.data.palette import distinct_colours
+from fastmask.data.palette import distinct_colors
 from fastmask.data.sample import DatasetInfo
 
 FOLDERS = {"train": "training", "val": "validation"}
@@ -34,7 +34,7 @@ CLASS_NAMES = tuple(name.strip() for name in NAMES.replace("\n", " ").split(";")
 INFO = DatasetInfo(
     CLASS_NAMES,
     "semantic",
-    palette=distinct_colours(len(CLASS_NAMES)),
+    palette=distinct_colors(len(CLASS_NAMES)),
     category_ids=tuple(range(1, len(CLASS_NAMES) + 1)),
 )
 

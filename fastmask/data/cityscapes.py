@@ -12,7 +12,7 @@ from fastmask.data.files import INVALID, FileDataset, LabelMapDataset, folder_of
 from fastmask.data.sample import VOID, DatasetInfo, Sample
 from fastmask.data.tasks import segment_dtype, task_view
 
-# (name, label id, colour) by train id.
+# (name, label id, color) by train id.
 CLASSES = (
     ("road", 7, (128, 64, 128)),
     ("sidewalk", 8, (244, 35, 232)),
@@ -42,7 +42,7 @@ INFO = DatasetInfo(
     tuple(name for name, _, _ in CLASSES),
     "panoptic",
     tuple(range(NUM_STUFF)),
-    tuple(colour for _, _, colour in CLASSES),
+    tuple(color for _, _, color in CLASSES),
     category_ids=tuple(label_id for _, label_id, _ in CLASSES),
 )
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastmask.data.coco_files import FLAG, ID, INTEGER, entry_name, image_folder, read_coco
 from fastmask.data.files import Entry, FileDataset, Size, file_of
 from fastmask.data.json_rules import Rule, field_faults, is_integer, is_number, shown
-from fastmask.data.palette import distinct_colours
+from fastmask.data.palette import distinct_colors
 from fastmask.data.sample import DatasetInfo
 
 GREATEST_AREA = 2.0**63
@@ -76,7 +76,7 @@ class CocoInstances(FileDataset):
         self.info = DatasetInfo(
             tuple(category["name"] for category in coco.categories.values()),
             "instance",
-            palette=distinct_colours(len(coco.categories)),
+            palette=distinct_colors(len(coco.categories)),
             category_ids=tuple(coco.categories),
         )
         self._sizes = [(image["height"], image["width"]) for image in coco.images.values()]

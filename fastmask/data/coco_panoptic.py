@@ -1,4 +1,4 @@
-"""COCO panoptic: a JSON file, and PNG files whose colours are segment ids."""
+"""COCO panoptic: a JSON file, and PNG files whose colors are segment ids."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from fastmask.data.coco_files import CATEGORY, FILE, FLAG, ID, INTEGER, image_folder, read_coco
 from fastmask.data.files import Entry, FileDataset, Size, file_of, folder_of, reading
 from fastmask.data.json_rules import Rule, field_faults, is_integer
-from fastmask.data.palette import distinct_colours
+from fastmask.data.palette import distinct_colors
 from fastmask.data.sample import DatasetInfo, Sample
 from fastmask.data.tasks import segment_dtype, task_view
 
@@ -88,7 +88,7 @@ class PanopticDataset(FileDataset):
             tuple(category["name"] for category in categories),
             "panoptic",
             tuple(label for label, category in enumerate(categories) if not category["isthing"]),
-            distinct_colours(len(categories)),
+            distinct_colors(len(categories)),
             category_ids=tuple(coco.categories),
         )
         self.info, self._view = task_view(info, task)
@@ -176,5 +176,5 @@ def _decode_ids(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         if image.mode not in ("RGB", "RGBA"):
             raise ValueError(f"ids in a picture of mode {image.mode}; expected RGB")
-        colours = np.array(image)[..., :3].astype(np.int32)
-    return colours[..., 0] + 256 * colours[..., 1] + 65536 * colours[..., 2]
+        colors = np.array(image)[..., :3].astype(np.int32)
+    return colors[..., 0] + 256 * colors[..., 1] + 65536 * colors[..., 2]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from fastmask.data.files import INVALID, LabelMapDataset, files_below, folder_of, list_files, only_semantic, paired
-from fastmask.data.palette import distinct_colours
+from fastmask.data.palette import distinct_colors
 from fastmask.data.sample import DatasetInfo
 
 NUM_THINGS = 80
@@ -40,7 +40,7 @@ INFO = DatasetInfo(
     CLASS_NAMES,
     "semantic",
     tuple(range(NUM_THINGS, len(CLASS_NAMES))),
-    distinct_colours(len(CLASS_NAMES)),
+    distinct_colors(len(CLASS_NAMES)),
     category_ids=CATEGORY_IDS,
 )
 

@@ -17,7 +17,7 @@ from fastmask.data.files import (
     only_semantic,
     paired,
 )
-from fastmask.data.palette import distinct_colours
+from fastmask.data.palette import distinct_colors
 from fastmask.data.sample import DatasetInfo
 from fastmask.files import read_json
 
@@ -72,11 +72,11 @@ def _read_classes(path: Path) -> tuple[DatasetInfo, np.ndarray]:
         raise ValueError(f'{path}: "stuff" is {stuff}; expected names of classes')
     palette = content.get("palette")
     try:
-        colours = (
-            distinct_colours(len(names)) if palette is None else tuple((int(r), int(g), int(b)) for r, g, b in palette)
+        colors = (
+            distinct_colors(len(names)) if palette is None else tuple((int(r), int(g), int(b)) for r, g, b in palette)
         )
         stuff_classes = tuple(map(names.index, stuff))
-        info = DatasetInfo(tuple(names), "semantic", stuff_classes, colours, ignore_index)
+        info = DatasetInfo(tuple(names), "semantic", stuff_classes, colors, ignore_index)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     table = np.full(max([len(names), *(value + 1 for value in void)]), INVALID, np.int64)

@@ -1,4 +1,4 @@
-"""Colours for data sets that have none of their own."""
+"""Colors for data sets that have none of their own."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import colorsys
 GOLDEN_SECTION = 0.6180339887498949
 
 
-def distinct_colours(count: int) -> tuple[tuple[int, int, int], ...]:
-    """RGB colours, 0..255, of which neighbours differ: hues a golden section of the circle apart."""
-    colours = []
+def distinct_colors(count: int) -> tuple[tuple[int, int, int], ...]:
+    """RGB colors, 0..255, of which neighbors differ: hues a golden section of the circle apart."""
+    colors = []
     for k in range(count):
         shade = k // 3 % 3
         channels = colorsys.hsv_to_rgb(k * GOLDEN_SECTION % 1, (0.75, 0.5, 0.9)[shade], (0.95, 0.8, 0.6)[shade])
-        colours.append(tuple(round(255 * channel) for channel in channels))
-    return tuple(colours)
+        colors.append(tuple(round(255 * channel) for channel in channels))
+    return tuple(colors)

@@ -26,8 +26,8 @@ SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange height and width
 def decode_picture(path: Path) -> Tensor:
     """``(3, H, W)`` uint8 RGB of a file's first frame, turned as its EXIF orientation says.
 
-    Grey, palette and CMYK become RGB; what is transparent becomes white; 16 bits become 8 by dropping the lower half,
-    and floating point in 0..1 is scaled. Colour profiles are not applied.
+    Gray, palette and CMYK become RGB; what is transparent becomes white; 16 bits become 8 by dropping the lower half,
+    and floating point in 0..1 is scaled. Color profiles are not applied.
 
     Args:
         path: a file that Pillow reads.

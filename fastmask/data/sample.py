@@ -106,7 +106,7 @@ class DatasetInfo:
         task: "semantic" (a segment for each class of an image), "panoptic" (a segment for each thing, and one for each
             class of stuff) or "instance" (a mask for each thing; all classes are things).
         stuff_classes: indices of the classes that are stuff; the others are things.
-        palette: an RGB colour, 0..255, for each class, or None.
+        palette: an RGB color, 0..255, for each class, or None.
         ignore_index: the class of void pixels in class maps; none of 0..K-1.
         category_ids: the id that the data set's own files and tools give to each class, or None.
     """

@@ -1,6 +1,6 @@
 """The papers' augmentations, by Pillow: it is kept, needed anyway, and what the papers' code resizes with.
 
-Of libraries made for the purpose, albumentations has had no maintainer since June 2025 (its successor's licence, AGPL,
+Of libraries made for the purpose, albumentations has had no maintainer since June 2025 (its successor's license, AGPL,
 does not go with ours), and kornia takes five times as long to resize an image on a CPU.
 """
 
@@ -99,7 +99,7 @@ class ResizeJitter:
 class RandomCrop:
     """Crops a random part; an image that is smaller than the crop stays as it is along that side.
 
-    With a limit, a crop is drawn again while it has one class alone or a class with more than its share of the labelled
+    With a limit, a crop is drawn again while it has one class alone or a class with more than its share of the labeled
     pixels. The last of ten stays.
 
     Args:
@@ -158,10 +158,10 @@ class RandomFlip:
 
 
 @dataclass(frozen=True)
-class ColourJitter:
+class ColorJitter:
     """Brightness, contrast, saturation and hue at random, each half of the time, as SSD has it.
 
-    SSD (Liu et al. 2016, arXiv:1512.02325), section 3.6: contrast comes before or after the changes of colour.
+    SSD (Liu et al. 2016, arXiv:1512.02325), section 3.6: contrast comes before or after the changes of color.
 
     Args:
         brightness: the greatest change, of 255.
@@ -208,13 +208,13 @@ def semantic_augmentation(
 ) -> Compose:
     """What MaskFormer and Segmenter train semantic segmentation with.
 
-    The shorter side is ``scales`` times ``short_side`` in steps of 0.1; then crop, colour and flip. MaskFormer takes
+    The shorter side is ``scales`` times ``short_side`` in steps of 0.1; then crop, color and flip. MaskFormer takes
     these defaults for ADE20K, (512, 1024), 1024 and 4096 for Cityscapes; Segmenter limits a class to 0.75 of a crop.
     """
     least, greatest = (round(10 * scale) for scale in scales)
     sides = tuple(short_side * tenths // 10 for tenths in range(least, greatest + 1))
     crop_step = RandomCrop(crop, max_category_share)
-    return Compose((ResizeShortSide(sides, max_side), crop_step, ColourJitter(), RandomFlip()))
+    return Compose((ResizeShortSide(sides, max_side), crop_step, ColorJitter(), RandomFlip()))
 
 
 def jitter_augmentation(size: tuple[int, int] = (1024, 1024), scales: tuple[float, float] = (0.1, 2.0)) -> Compose:
@@ -261,7 +261,7 @@ def resized_image(image: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _nearest(length: int, new_length: int) -> Tensor:
-    """The pixel below the centre of each new pixel."""
+    """The pixel below the center of each new pixel."""
     return ((2 * torch.arange(new_length) + 1) * length).div(2 * new_length, rounding_mode="floor")
 
 

@@ -1,7 +1,7 @@
 """Networks as programs that run without their Python code: ``torch.export`` and ONNX.
 
 A program has the weights of the network in evaluation mode, in float32, and everything from images to results:
-normalisation, padding, and resizing to the image. Its inputs and outputs by task:
+normalization, padding, and resizing to the image. Its inputs and outputs by task:
 
 ======== ====================== ======================================================================================
 task     inputs                 outputs

@@ -90,7 +90,7 @@ class SetCriterion(modules.SetCriterion):
         _check_targets(targets)
         return super().forward(outputs, targets)
 
-    def normalisers(self, weight: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
+    def normalizers(self, weight: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
         """As the original has them: classes by the queries of each process, masks by the average process's targets."""
         return weight, average_num_masks(targets)
 

@@ -96,10 +96,10 @@ class SemanticMetrics(Metrics):
         """ "mIoU", "fwIoU", "pixel_accuracy", "mean_accuracy" and, unless left out, "boundary_IoU"."""
         numbers = {name: np.array(values) for name, values in self.per_class().items()}
         pixels = self._confusion.sum(1)
-        labelled = pixels > 0
+        labeled = pixels > 0
         result = {
             "mIoU": mean(numbers["IoU"]),
-            "fwIoU": float(share((pixels * numbers["IoU"])[labelled].sum(), pixels.sum())),
+            "fwIoU": float(share((pixels * numbers["IoU"])[labeled].sum(), pixels.sum())),
             "pixel_accuracy": float(share(self._true_positives().sum(), pixels.sum())),
             "mean_accuracy": mean(numbers["accuracy"]),
         }
@@ -139,7 +139,7 @@ class SemanticMetrics(Metrics):
 def near_boundary(classes: np.ndarray, distance: int) -> np.ndarray:
     """``(H, W)`` bool: pixels with another class, or the image's border, at most ``distance`` away (chessboard).
 
-    For all classes at once: a pixel is far from any boundary where no two neighbours around it differ.
+    For all classes at once: a pixel is far from any boundary where no two neighbors around it differ.
     """
     rows, columns = classes.shape
     near = np.ones((rows, columns), bool)

@@ -387,7 +387,7 @@ class SegmentationModel(PretrainedModel):
         PIXEL_RANGE.check(batch.pixels, limit)
         return batch
 
-    def _normalise(self, batch: ImageBatch) -> Tensor:
+    def _normalize(self, batch: ImageBatch) -> Tensor:
         """Pixels of mean 0 and deviation 1, in the model's dtype; padding stays 0, as in the original."""
         pixels = (batch.pixels - self.pixel_mean.float()) / self.pixel_std.float()
         return batch.zero_padding(pixels).to(self.pixel_mean.dtype)
@@ -466,7 +466,7 @@ class PixelDecoderModel(SegmentationModel):
 
     def _features(self, batch: ImageBatch) -> tuple[list[Tensor], Tensor | None]:
         """The backbone's maps, and the mask of padding of the coarsest."""
-        features = feature_maps(self.backbone, self._normalise(batch), self.channels)
+        features = feature_maps(self.backbone, self._normalize(batch), self.channels)
         return features, batch.padding_mask(*features[-1].shape[-2:])
 
     def _embed_pixels(self, batch: ImageBatch) -> tuple[Tensor, Tensor, Tensor | None]:

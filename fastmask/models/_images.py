@@ -53,7 +53,7 @@ class PixelRange:
         if highest > limit:
             self._done = True
             warnings.warn(
-                f"images hold {highest:.6g}; expected values in 0..1: divide bytes by 255, and leave the normalisation "
+                f"images hold {highest:.6g}; expected values in 0..1: divide bytes by 255, and leave the normalization "
                 "to the model",
                 stacklevel=5,
             )

@@ -36,7 +36,7 @@ def windowed_logits(
     to the window's. One image's logits are in memory at a time, besides those of one batch of windows.
 
     Args:
-        images: ``(C, H_b, W_b)``, normalised.
+        images: ``(C, H_b, W_b)``, normalized.
         segment: from windows ``(n, C, size, size)`` to their logits, an iterable of n ``(K, size, size)``.
         size: side of a window.
         stride: pixels from one window to the next.
@@ -75,7 +75,7 @@ def windowed_batch(images: Tensor, segment: Callable[[Tensor], Tensor], size: in
     number of images: without a loop over them, and without writing into slices. All windows are segmented at once.
 
     Args:
-        images: ``(B, C, H, W)``, normalised; H and W are known.
+        images: ``(B, C, H, W)``, normalized; H and W are known.
         segment: from windows ``(n, C, size, size)`` to logits ``(n, K, h, w)`` that cover them, of any size.
         size, stride: as for :func:`windowed_logits`.
 

@@ -106,7 +106,7 @@ class InvertedResidual(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """A convolution, batch normalisation, and ReLU6 if asked for. The padding is TensorFlow's "same", which the weights
+    """A convolution, batch normalization, and ReLU6 if asked for. The padding is TensorFlow's "same", which the weights
     were trained with: where it is odd, there is one row or column more at the bottom or right.
     """
 

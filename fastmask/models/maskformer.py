@@ -58,7 +58,7 @@ class MaskFormerConfig(PixelDecoderConfig):
         dice_cost: weight of the dice term in the matching cost.
         focal_alpha: alpha of the focal loss and cost.
         focal_gamma: gamma of the focal loss and cost.
-        ignore_void: unlabelled pixels, and the padding of images, count in no mask loss and no matching cost; otherwise
+        ignore_void: unlabeled pixels, and the padding of images, count in no mask loss and no matching cost; otherwise
             they are background of every mask, as in the authors' code. :mod:`fastmask.training` sets it.
         stuff_classes: the classes whose regions panoptic inference merges; all others are things.
         class_names: one name for each class, or empty.
@@ -227,7 +227,7 @@ class MaskFormer(PixelDecoderModel):
         Args:
             images: ``(B, C, H, W)`` floating point in 0..1, or a list of ``(C, H_b, W_b)`` of any sizes, which are
                 padded at the bottom and right with a mask; height and width of the batch become multiples of
-                ``size_divisibility``. Normalisation happens inside.
+                ``size_divisibility``. Normalization happens inside.
             targets: one dict an image, of ``labels (M_b,)`` in ``0..K-1`` and binary ``masks (M_b, H_b, W_b)`` of the
                 image's size; or :class:`fastmask.Targets`.
 
@@ -238,7 +238,7 @@ class MaskFormer(PixelDecoderModel):
 
             With targets: the losses "loss_ce", "loss_mask", "loss_dice" and the same with "_0", "_1", ... for the
             layers before the last, each a scalar that is multiplied by its weight already: their sum is what to
-            minimise.
+            minimize.
 
         Raises:
             TypeError: images or targets of another type or dtype.

@@ -143,7 +143,7 @@ class PerPixelBaseline(PixelDecoderModel):
         Args:
             images: ``(B, C, H, W)`` floating point in 0..1, or a list of ``(C, H_b, W_b)`` of any sizes, which are
                 padded at the bottom and right; height and width of the batch become multiples of
-                ``size_divisibility``. Normalisation happens inside.
+                ``size_divisibility``. Normalization happens inside.
             targets: ``(B, H, W)`` integer classes in ``0..K-1`` or ``ignore_index``, or a list of ``(H_b, W_b)``; or
                 what :class:`fastmask.MaskFormer` takes, whose pixels of no target and void pixels are ignored.
 
@@ -153,7 +153,7 @@ class PerPixelBaseline(PixelDecoderModel):
 
             With targets: "loss_ce", and the same with "_0", "_1", ... for the layers before the last, each a scalar:
             the cross-entropy at the images' size, averaged over the pixels that have a class. Their sum is what to
-            minimise.
+            minimize.
 
         Raises:
             TypeError: images or targets of another type or dtype.

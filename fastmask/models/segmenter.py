@@ -307,7 +307,7 @@ class Segmenter(SegmentationModel):
 
         Args:
             images: ``(B, C, H, W)`` floating point in 0..1, or a list of ``(C, H_b, W_b)`` of any sizes, which are
-                padded at the bottom and right to multiples of the patch size. Normalisation happens inside. Patches
+                padded at the bottom and right to multiples of the patch size. Normalization happens inside. Patches
                 beyond an image are not attended to, so that an image gives the same in a list as alone.
             targets: ``(B, H, W)`` integer classes in ``0..K-1`` or ``ignore_index``, or a list of ``(H_b, W_b)``; or
                 what :class:`fastmask.MaskFormer` takes, whose pixels of no target and void pixels are ignored.
@@ -412,12 +412,12 @@ class Segmenter(SegmentationModel):
         return windowed_batch(pixels, segment, *window)
 
     def _batch(self, images: Images) -> ImageBatch:
-        """Normalised images, padded to multiples of the patch size."""
+        """Normalized images, padded to multiples of the patch size."""
         batch = self._pad(images, self.config.patch_size)
-        return ImageBatch(self._normalise(batch), batch.sizes)
+        return ImageBatch(self._normalize(batch), batch.sizes)
 
     def _patch_logits(self, batch: ImageBatch) -> Tensor:
-        """``(B, K, h, w)``: the logits of each patch of normalised images."""
+        """``(B, K, h, w)``: the logits of each patch of normalized images."""
         patch_size = self.config.patch_size
         rows, columns = (side // patch_size for side in batch.padded_size)
         grids = [(ceil_div(height, patch_size), ceil_div(width, patch_size)) for height, width in batch.sizes]
@@ -436,14 +436,14 @@ class Segmenter(SegmentationModel):
         )
 
     def _pixel_logits(self, batch: ImageBatch) -> Iterator[Tensor]:
-        """``(K, H_b, W_b)`` of each of the normalised images, one at a time."""
+        """``(K, H_b, W_b)`` of each of the normalized images, one at a time."""
         logits = self._patch_logits(batch)
         for b, (height, width) in enumerate(batch.sizes):
             image_logits = logits[b : b + 1].to(torch.promote_types(logits.dtype, torch.float32))
             yield upsample(image_logits, batch.padded_size)[0, :, :height, :width]
 
     def _window_logits(self, windows: Tensor) -> Iterator[Tensor]:
-        """``(K, size, size)`` of each of the normalised windows ``(n, C, size, size)``."""
+        """``(K, size, size)`` of each of the normalized windows ``(n, C, size, size)``."""
         return self._pixel_logits(pad_images(windows, self.config.patch_size, windows.shape[1]))
 
     def window_of(self, window: int | tuple[int, int] | None) -> tuple[int, int]:

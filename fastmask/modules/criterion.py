@@ -36,9 +36,9 @@ class SetCriterion(nn.Module):
     Every decoder layer has a matching of its own. The signature, the losses and their names are those of the original
     repository; on the device, nothing is read back to the host.
 
-    With several processes (an initialised ``torch.distributed``) all losses are normalised over all of them, so that
+    With several processes (an initialized ``torch.distributed``) all losses are normalized over all of them, so that
     the average of losses and gradients that data-parallel training takes is exactly that of one process with the joined
-    batch. All processes must call the criterion together. The original normalises masks so, but with at least one
+    batch. All processes must call the criterion together. The original normalizes masks so, but with at least one
     target a process instead of one altogether, and classes by the queries of each process alone: its classification
     loss, averaged over processes, is another wherever they have unequally many targets.
 
@@ -142,7 +142,7 @@ class SetCriterion(nn.Module):
             classes = [group.class_logits for group in predictions]
             class_logits = torch.cat(classes) if len(classes) > 1 else classes[0]
             loss_ce, weight = class_loss_terms(class_logits, targets, assignment, class_weights=self.empty_weight)
-        weight, num_masks = self.normalisers(weight, targets)
+        weight, num_masks = self.normalizers(weight, targets)
         if loss_ce is not None:
             loss_ce = loss_ce / weight
         if "masks" in self.losses:
@@ -154,7 +154,7 @@ class SetCriterion(nn.Module):
             loss_mask, loss_dice = (torch.cat(values) for values in zip(*pairs, strict=True))
         return LayerLosses(loss_ce, loss_mask, loss_dice, assignment)
 
-    def normalisers(self, weight: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
+    def normalizers(self, weight: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
         """What the sums of class and mask losses are divided by.
 
         Args:

@@ -30,7 +30,7 @@ class LinearDecoder(nn.Module):
 class MaskTransformer(nn.Module):
     """Class embeddings join the patches in a transformer (arXiv:2105.05633, section 3.2, "Mask Transformer").
 
-    The logits are the scalar products of the projected patches with the projected class embeddings, both L2-normalised,
+    The logits are the scalar products of the projected patches with the projected class embeddings, both L2-normalized,
     after a layer norm over the classes.
 
     Args:

@@ -21,7 +21,7 @@ def general_inference(
     valid_size: tuple[int, int] | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Each pixel goes to the query i that maximises p_i(c_i) m_i[h, w], and gets its most likely class c_i.
+    """Each pixel goes to the query i that maximizes p_i(c_i) m_i[h, w], and gets its most likely class c_i.
 
     MaskFormer (arXiv:2107.06278), section 3.4, "general inference" for semantic segmentation: queries whose most likely
     class is "no object" take no part, nor do those with a NaN class logit, and segments of one class are merged.

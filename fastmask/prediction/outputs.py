@@ -1,4 +1,4 @@
-"""What is written of each prediction: label maps, ids in colours, records in COCO's formats, and overlays."""
+"""What is written of each prediction: label maps, ids in colors, records in COCO's formats, and overlays."""
 
 from __future__ import annotations
 
@@ -239,8 +239,8 @@ class Outputs:
 def _categories(info: DatasetInfo) -> list[dict[str, Any]]:
     ids = range(info.num_classes) if info.category_ids is None else info.category_ids
     return [
-        {"id": i, "name": name, "isthing": int(k not in info.stuff_classes), "color": list(colour)}
-        for k, (i, name, colour) in enumerate(zip(ids, info.class_names, info.palette, strict=True))
+        {"id": i, "name": name, "isthing": int(k not in info.stuff_classes), "color": list(color)}
+        for k, (i, name, color) in enumerate(zip(ids, info.class_names, info.palette, strict=True))
     ]
 
 
@@ -260,7 +260,7 @@ def _save(path: Path, make: Callable[[], Image.Image]) -> None:
 
 
 def _id_picture(ids: np.ndarray) -> Image.Image:
-    """COCO's colours of ids, R + 256 G + 65536 B."""
+    """COCO's colors of ids, R + 256 G + 65536 B."""
     return Image.fromarray(np.stack([(ids >> shift).astype(np.uint8) for shift in (0, 8, 16)], -1))
 
 

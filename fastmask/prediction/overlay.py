@@ -1,4 +1,4 @@
-"""Draws segmentations: colours over the picture, outlines, names, and a legend of what occurs."""
+"""Draws segmentations: colors over the picture, outlines, names, and a legend of what occurs."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-Colour = tuple[int, int, int]
-Palette = Sequence[Colour]
+Color = tuple[int, int, int]
+Palette = Sequence[Color]
 
-PAPER: Colour = (255, 255, 255)
-INK: Colour = (38, 43, 51)
-UNLABELLED = 0.5  # brightness of the photograph where there is no segment
-OUTLINE: Colour = (255, 255, 255)
-# Lightness added to the class's colour for its first, second, ... segment.
+PAPER: Color = (255, 255, 255)
+INK: Color = (38, 43, 51)
+UNLABELED = 0.5  # brightness of the photograph where there is no segment
+OUTLINE: Color = (255, 255, 255)
+# Lightness added to the class's color for its first, second, ... segment.
 SEGMENT_SHADES = (0.0, 0.22, -0.20, 0.40, -0.34)
 # Longer sides of overlays, in pixels: smaller pictures are enlarged by whole factors, larger ones are reduced.
 SMALLEST_SIDE, LARGEST_SIDE = 800, 1600
@@ -31,7 +31,7 @@ class SegmentMap(NamedTuple):
 
     Attributes:
         ids: ``(H, W)`` integers; those of segments within a range that a table has room for, as COCO's 24 bits are.
-        classes: the class of each id that is a segment; other pixels are unlabelled.
+        classes: the class of each id that is a segment; other pixels are unlabeled.
     """
 
     ids: np.ndarray
@@ -70,7 +70,7 @@ def draw_overlay(photo: Image.Image, segments: SegmentMap, names: Sequence[str],
     Args:
         photo: the picture, in RGB.
         segments: what to draw, of any size.
-        names, palette: the name and the colour of each class.
+        names, palette: the name and the color of each class.
     """
     size = _drawn_size(photo.size)
     photo = photo.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)
@@ -95,17 +95,17 @@ def draw_overlay(photo: Image.Image, segments: SegmentMap, names: Sequence[str],
 
 
 def draw_segments(photo: Image.Image, segments: SegmentMap, names: Sequence[str], palette: Palette) -> Image.Image:
-    """The segments in the colours of their classes over the photograph's light and shade, outlined and named; the
+    """The segments in the colors of their classes over the photograph's light and shade, outlined and named; the
     photograph itself, darker, where there is none. Of the photograph's size, to which the segments are resized.
     """
     indices = segments.indices()
     scaled = SegmentMap(indices, {}).resized(photo.size).ids
-    # Light and shade of 0.62 to 1.12 times the colour, as a table of every segment's colour at every lightness.
+    # Light and shade of 0.62 to 1.12 times the color, as a table of every segment's color at every lightness.
     shades = 0.62 + 0.5 * np.arange(256) / 255
-    colours = _segment_colours(segments.classes.values(), palette)[:, None] * shades[:, None]
-    pixels = np.clip(np.rint(colours), 0, 255).astype(np.uint8)[scaled, np.asarray(photo.convert("L"))]
+    colors = _segment_colors(segments.classes.values(), palette)[:, None] * shades[:, None]
+    pixels = np.clip(np.rint(colors), 0, 255).astype(np.uint8)[scaled, np.asarray(photo.convert("L"))]
     outside = scaled == len(segments.classes)
-    pixels[outside] = np.asarray(photo.point(lambda value: value * UNLABELLED))[outside]
+    pixels[outside] = np.asarray(photo.point(lambda value: value * UNLABELED))[outside]
     pixels[_outlines(scaled)] = OUTLINE
     panel = Image.fromarray(pixels)
     _write_names(panel, indices, list(segments.classes.values()), names)
@@ -113,7 +113,7 @@ def draw_segments(photo: Image.Image, segments: SegmentMap, names: Sequence[str]
 
 
 def draw_legend(width: int, names: Sequence[str], palette: Palette, text_size: int = 14) -> Image.Image:
-    """A coloured chip and a name for each class, in lines of at most ``width`` pixels (more if a name is longer)."""
+    """A colored chip and a name for each class, in lines of at most ``width`` pixels (more if a name is longer)."""
     font = text_font(text_size)
     chip, line, gap = round(1.15 * text_size), 2 * text_size, round(1.6 * text_size)
     places = []
@@ -127,9 +127,9 @@ def draw_legend(width: int, names: Sequence[str], palette: Palette, text_size: i
         left += length + gap
     legend = Image.new("RGB", (right, top + line), PAPER)
     draw = ImageDraw.Draw(legend)
-    for (x, y), name, colour in zip(places, names, palette, strict=False):
+    for (x, y), name, color in zip(places, names, palette, strict=False):
         y += (line - chip) // 2
-        draw.rounded_rectangle((x, y, x + chip, y + chip), chip // 4, tuple(colour))
+        draw.rounded_rectangle((x, y, x + chip, y + chip), chip // 4, tuple(color))
         draw.text((x + chip + text_size // 2, y + chip / 2), name, INK, font, anchor="lm")
     return legend
 
@@ -151,21 +151,21 @@ def _text_size(size: tuple[int, int]) -> int:
     return min(max(round(max(size) / 70), 13), 22)
 
 
-def _segment_colours(classes: Sequence[int], palette: Palette) -> np.ndarray:
-    """``(S + 1, 3)``: the colours of segments, the last one unused."""
+def _segment_colors(classes: Sequence[int], palette: Palette) -> np.ndarray:
+    """``(S + 1, 3)``: the colors of segments, the last one unused."""
     seen: dict[int, int] = {}
-    colours = []
+    colors = []
     for label in classes:
         place = seen.get(label, 0)
         seen[label] = place + 1
-        colours.append(_shade(palette[label], SEGMENT_SHADES[place % len(SEGMENT_SHADES)]))
-    return np.array([*colours, (0, 0, 0)], float)
+        colors.append(_shade(palette[label], SEGMENT_SHADES[place % len(SEGMENT_SHADES)]))
+    return np.array([*colors, (0, 0, 0)], float)
 
 
-def _shade(colour: Colour, lightness: float) -> np.ndarray:
-    """The colour moved towards white (positive lightness) or black."""
+def _shade(color: Color, lightness: float) -> np.ndarray:
+    """The color moved towards white (positive lightness) or black."""
     goal = 255.0 if lightness > 0 else 0.0
-    return np.array(colour) * (1 - abs(lightness)) + goal * abs(lightness)
+    return np.array(color) * (1 - abs(lightness)) + goal * abs(lightness)
 
 
 def _outlines(indices: np.ndarray) -> np.ndarray:
@@ -185,7 +185,7 @@ def _write_names(panel: Image.Image, indices: np.ndarray, classes: Sequence[int]
     """
     shrink = max(1, -(-max(indices.shape) // PLACING_SIDE))
     indices = indices[shrink // 2 :: shrink, shrink // 2 :: shrink] if min(indices.shape) > shrink else indices
-    # Regions within their outlines: those of two segments never touch, so that one labelling finds all of them.
+    # Regions within their outlines: those of two segments never touch, so that one labeling finds all of them.
     framed = np.pad(indices, 1, constant_values=-1)
     inner = ~_outlines(framed)[1:-1, 1:-1] & (indices < len(classes))
     regions, num_regions = ndimage.label(inner)

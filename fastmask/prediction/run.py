@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastmask.data import DatasetInfo, ResizeShortSide
 from fastmask.data.files import reading
-from fastmask.data.palette import distinct_colours
+from fastmask.data.palette import distinct_colors
 from fastmask.data.pictures import decode_picture
 from fastmask.device import usable_device
 from fastmask.models._base import SegmentationModel
@@ -104,9 +104,9 @@ def predict(
         task: "semantic", "general", "panoptic" or "instance". By default what a run of training was for if it says so;
             else "panoptic" of a MaskFormer that tells stuff from things, and otherwise "semantic", which is all that
             other networks can do.
-        info: a data set's: the names, colours and stuff of the classes and the category ids of the JSON files. By
+        info: a data set's: the names, colors and stuff of the classes and the category ids of the JSON files. By
             default names and stuff are the model's, and a category id is the index of its class.
-        palette: a colour for each class; by default the data set's or distinct ones.
+        palette: a color for each class; by default the data set's or distinct ones.
         batch_size: images of one size that are predicted together, if they follow each other.
         workers: threads that draw and write results while the model goes on, each of which holds one more image in
             memory.
@@ -131,7 +131,7 @@ def predict(
     Raises:
         FileNotFoundError: no such model, file or folder, or no image.
         FileExistsError: a result is there already; nothing was predicted.
-        TypeError: a model that does not segment colour images.
+        TypeError: a model that does not segment color images.
         ValueError: a task or option that the model does not have, an argument out of range, or an ``info`` or palette
             of another number of classes.
         OSError: the results cannot be written.
@@ -239,7 +239,7 @@ def _task_of(model: SegmentationModel, task: str | None) -> str:
 
 
 def _class_info(model: SegmentationModel, info: DatasetInfo | None, palette: Palette | None) -> DatasetInfo:
-    """Names, stuff, colours, category ids and void of the model's classes."""
+    """Names, stuff, colors, category ids and void of the model's classes."""
     config = model.config
     num_classes = config.num_classes
     if info is None:
@@ -248,14 +248,14 @@ def _class_info(model: SegmentationModel, info: DatasetInfo | None, palette: Pal
         info = DatasetInfo(names, stuff_classes=getattr(config, "stuff_classes", ()), ignore_index=void)
     elif info.num_classes != num_classes:
         raise ValueError(f"info has {info.num_classes} classes; the model has {num_classes}")
-    colours = palette if palette is not None else info.palette or distinct_colours(num_classes)
-    if len(colours) != num_classes:
-        raise ValueError(f"palette has {len(colours)} colours; the model has {num_classes} classes")
-    colours = tuple(tuple(int(channel) for channel in colour) for colour in colours)
-    for colour in colours:
-        if len(colour) != 3 or not all(0 <= channel <= 255 for channel in colour):
-            raise ValueError(f"palette holds {colour}; expected three values in 0..255")
-    return replace(info, palette=colours, ignore_index=void_label(num_classes))
+    colors = palette if palette is not None else info.palette or distinct_colors(num_classes)
+    if len(colors) != num_classes:
+        raise ValueError(f"palette has {len(colors)} colors; the model has {num_classes} classes")
+    colors = tuple(tuple(int(channel) for channel in color) for color in colors)
+    for color in colors:
+        if len(color) != 3 or not all(0 <= channel <= 255 for channel in color):
+            raise ValueError(f"palette holds {color}; expected three values in 0..255")
+    return replace(info, palette=colors, ignore_index=void_label(num_classes))
 
 
 def _limits(task: str, **given: float | None) -> dict[str, Any]:

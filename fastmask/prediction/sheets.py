@@ -32,12 +32,12 @@ def side_by_side(
 
     Args:
         image: ``(3, H, W)`` float in 0..1.
-        truth_segments: ``(H, W)`` integers, the index of each pixel's segment; any other value is unlabelled.
+        truth_segments: ``(H, W)`` integers, the index of each pixel's segment; any other value is unlabeled.
         truth_labels: ``(M,)`` the class of each segment.
         semantic: ``(H, W)`` integers, the class of each pixel.
         panoptic: ``(H, W)`` integers, the id of each pixel's segment, and the segments' ``"id"`` and ``"category_id"``,
             as ``panoptic_inference`` returns them.
-        class_names, palette: the name and the colour of each class.
+        class_names, palette: the name and the color of each class.
         magnification: how many pixels of the picture show one pixel of the image, along each side.
         captions: write above each panel what it shows.
     """

@@ -65,7 +65,7 @@ def resize_logits(logits: Tensor, size: tuple[int, int]) -> Tensor:
 def read_what_has_weight(resample: Callable[[Tensor], Tensor], logits: Tensor, least: float = 0.0) -> Tensor:
     """``resample``, a weighted mean, of logits of which some may be infinite or NaN: those without weight are not read.
 
-    PyTorch's own functions multiply them by 0, which is NaN; a pixel that falls on a logit has such a neighbour, and so
+    PyTorch's own functions multiply them by 0, which is NaN; a pixel that falls on a logit has such a neighbor, and so
     has one beyond the last logit.
 
     Args:

@@ -18,7 +18,7 @@ def general_inference(
     padded_size: tuple[int, int] | None = None,
     valid_size: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Each pixel goes to the query i that maximises p_i(c_i) m_i[h, w], and gets its most likely class c_i.
+    """Each pixel goes to the query i that maximizes p_i(c_i) m_i[h, w], and gets its most likely class c_i.
 
     MaskFormer (arXiv:2107.06278), section 3.4, "general inference" for semantic segmentation: queries whose most likely
     class is "no object" take no part, and segments of one class are merged. Ties take the lowest query; a query never

@@ -56,7 +56,7 @@ def panoptic_inference(
     padded_size: tuple[int, int] | None = None,
     valid_size: tuple[int, int] | None = None,
 ) -> list[tuple[Tensor, list[dict[str, int | float | bool]]]]:
-    """Each pixel goes to the query i that maximises p_i(c_i) m_i[h, w], c_i being the query's most likely class.
+    """Each pixel goes to the query i that maximizes p_i(c_i) m_i[h, w], c_i being the query's most likely class.
 
     MaskFormer (arXiv:2107.06278), section 3.4, "general inference". Queries whose class is no-object, or whose p_i(c_i)
     does not exceed ``threshold``, are dropped first; then those of which too little is visible: the area won over the

@@ -20,7 +20,7 @@ LEAST_WEIGHT = 1e-6
 def sample_points(maps: Tensor, points: Tensor) -> Tensor:
     """Values of maps between their pixels, as PointRend samples them (arXiv:1912.08193, section 3.1).
 
-    The point (x, y) lies at column x w - 1/2 and row y h - 1/2 of the pixels' centres and takes the bilinear mean of
+    The point (x, y) lies at column x w - 1/2 and row y h - 1/2 of the pixels' centers and takes the bilinear mean of
     the four around it; pixels beyond the map are 0, so that a point on the border takes half of the pixel beside it
     (``grid_sample`` with align_corners=False and padding_mode="zeros"). Pixels without weight are not read, where
     ``grid_sample`` multiplies infinity and NaN by 0.

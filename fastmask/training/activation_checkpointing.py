@@ -65,7 +65,7 @@ def _contexts(norms: list[_BatchNorm]) -> tuple[AbstractContextManager[None], Ab
 
 @contextmanager
 def _still(norms: list[_BatchNorm]) -> Iterator[None]:
-    """Batch norms that normalise as they do, but whose running statistics stay."""
+    """Batch norms that normalize as they do, but whose running statistics stay."""
     kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
     try:
         for norm in norms:

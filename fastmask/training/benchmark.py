@@ -58,7 +58,7 @@ def benchmark(
         JSON-able rows, one for each subject and backend: "subject", "backend" and "failure" (None, or why nothing
         follows); "median_ms", "p20_ms", "p80_ms", "rounds", "images_per_second", "memory_bytes" (see
         :func:`fastmask.measure.peak_memory`), for "training" the medians "parts_ms" of forward, criterion, backward and
-        optimiser; and for the reference "ratio", how many times as long it takes, and for "criterion" "difference", the
+        optimizer; and for the reference "ratio", how many times as long it takes, and for "criterion" "difference", the
         greatest between the losses of both.
 
     Raises:
@@ -111,8 +111,8 @@ def random_batch(
     cells = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).float()
     segments, labels = [], []
     for _ in range(batch_size):
-        centres = torch.rand(num_targets, 2, generator=generator) * torch.tensor([rows, columns])
-        nearest = torch.cdist(cells, centres).argmin(1).to(torch.uint8)
+        centers = torch.rand(num_targets, 2, generator=generator) * torch.tensor([rows, columns])
+        nearest = torch.cdist(cells, centers).argmin(1).to(torch.uint8)
         nearest[torch.rand(len(nearest), generator=generator) < 0.05] = VOID
         plane = nearest.view(rows, columns).repeat_interleave(CELL, 0).repeat_interleave(CELL, 1)
         segments.append(plane[:height, :width])
@@ -175,7 +175,7 @@ def _training_step(model: SegmentationModel, images: Tensor, targets: Targets) -
         clip_gradients(model, recipe.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        clock.mark("optimiser")
+        clock.mark("optimizer")
 
     return call
 

@@ -35,7 +35,7 @@ class TrainingConfig(PlainConfig):
     Args:
         data: the data set's folder, kept as an absolute path, or "composed:scenes".
         model: the network, with the data set's classes; a configuration or what ``to_dict`` of one gives.
-        recipe: optimiser, schedule, steps, batch and augmentation; a :class:`Recipe` or what its ``to_dict`` gives.
+        recipe: optimizer, schedule, steps, batch and augmentation; a :class:`Recipe` or what its ``to_dict`` gives.
         kind: the data set's layout, see :func:`fastmask.data.open_dataset`.
         task: "semantic", "panoptic" or "instance", of which networks other than MaskFormer have the first alone; "" for
             the data set's own.
@@ -165,7 +165,7 @@ def make_training_config(
     else:
         raise TypeError("model must be given, or pretrained, a folder with a network")
     if isinstance(network, MaskFormerConfig) and "ignore_void" not in (model_fields or {}):
-        network = network.replace(ignore_void=True)  # what is not labelled teaches nothing
+        network = network.replace(ignore_void=True)  # what is not labeled teaches nothing
     if info.task == "panoptic" and not options.get("task") and not isinstance(network, MaskFormerConfig):
         options["task"] = "semantic"  # which panoptic truth holds
     else:

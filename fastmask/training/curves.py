@@ -8,7 +8,7 @@ from typing import Any
 
 from fastmask.files import replace_file
 
-COLOURS = ("#1a56c4", "#ef5350", "#26a67b", "#7e57c2", "#f59f1a")
+COLORS = ("#1a56c4", "#ef5350", "#26a67b", "#7e57c2", "#f59f1a")
 
 
 def draw_curves(records: Sequence[Mapping[str, Any]], path: Path, measured: Sequence[str]) -> None:
@@ -56,6 +56,4 @@ def _plot(axes: Any, points: Sequence[tuple[int, float | None]], label: str, i: 
     points = [(step, value) for step, value in points if value is not None]
     if points:
         marker = marker or ("o" if len(points) == 1 else "")  # a line of one point does not show
-        axes.plot(
-            *zip(*points, strict=True), color=COLOURS[i % len(COLOURS)], linewidth=1.8, label=label, marker=marker
-        )
+        axes.plot(*zip(*points, strict=True), color=COLORS[i % len(COLORS)], linewidth=1.8, label=label, marker=marker)

@@ -102,9 +102,9 @@ def wrap(model: nn.Module, strategy: str = "ddp") -> nn.Module:
     (SyncBatchNorm), over each process's own images on the CPU. Mixed precision stays ``torch.autocast``.
 
     Args:
-        model: on its device. Make the optimiser after this call, of the parameters of what it returns.
+        model: on its device. Make the optimizer after this call, of the parameters of what it returns.
         strategy: "ddp", every process holds all weights (``DistributedDataParallel``); or "fsdp", each holds a share of
-            the weights, gradients and optimiser state, and gathers a block's weights where they are needed
+            the weights, gradients and optimizer state, and gathers a block's weights where they are needed
             (``torch.distributed.fsdp.fully_shard``).
 
     Returns:
@@ -197,7 +197,7 @@ def load_model_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimiser's state by the names of parameters, on the CPU, whatever the strategy and number of processes.
+    """The optimizer's state by the names of parameters, on the CPU, whatever the strategy and number of processes.
 
     All processes must ask for it; process 0 gets it, the others an empty one.
 
@@ -215,7 +215,7 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 
 
 def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Loads what :func:`optimizer_state` gave, in every process, into an optimiser of the same parameter groups.
+    """Loads what :func:`optimizer_state` gave, in every process, into an optimizer of the same parameter groups.
 
     Raises:
         ValueError: the groups hold other parameters.
@@ -223,13 +223,13 @@ def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, sta
     names = {parameter: name for name, parameter in unwrap(model).named_parameters()}
     groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
     if groups != [list(group["params"]) for group in state["param_groups"]]:
-        raise ValueError("the optimiser's parameter groups hold other parameters than those of the state")
+        raise ValueError("the optimizer's parameter groups hold other parameters than those of the state")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     indices = {names[parameter]: i for i, parameter in enumerate(parameters)}
 
     def own(value: Any, parameter: Tensor) -> Any:
         value = _placed(value, parameter)
-        # The optimiser keeps what it is given and changes it in place; a share is a view of the whole.
+        # The optimizer keeps what it is given and changes it in place; a share is a view of the whole.
         return value.clone() if isinstance(value, Tensor) else value
 
     # As optimizer.state_dict() has it: parameters by number.

@@ -92,7 +92,7 @@ def evaluate(
     Images of one size that follow each other are predicted together, others alone, so that a result depends on its
     image only. One batch is in memory at a time, and for "instance" the run lengths of all masks.
 
-    Where ``torch.distributed`` is initialised, process r of W takes the samples r, r + W, ..., and each returns the
+    Where ``torch.distributed`` is initialized, process r of W takes the samples r, r + W, ..., and each returns the
     numbers of all.
 
     Args:

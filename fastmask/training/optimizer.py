@@ -1,4 +1,4 @@
-"""Optimiser, schedule and gradient clipping of a recipe."""
+"""Optimizer, schedule and gradient clipping of a recipe."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     """The trainable parameters by learning rate and weight decay, each once.
 
     The rule is that of the authors of MaskFormer and Mask2Former (``train_net.py``, ``build_optimizer``): the backbone
-    has its own learning rate; normalisation layers, and embeddings of queries, tokens and positions, have their own
+    has its own learning rate; normalization layers, and embeddings of queries, tokens and positions, have their own
     weight decay; biases decay as weights do.
 
     Args:
@@ -36,7 +36,7 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
         recipe: has the rates.
 
     Returns:
-        Up to six groups for an optimiser, "backbone" before "head", each of "weights", "norms" and "embeddings", in the
+        Up to six groups for an optimizer, "backbone" before "head", each of "weights", "norms" and "embeddings", in the
         order of the model's parameters: "params"; "name", such as "backbone/norms"; "multiplier", the group's share of
         the learning rate; "lr"; "weight_decay".
 
@@ -87,7 +87,7 @@ def _kind(module: nn.Module, name: str) -> str:
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimiser over :func:`parameter_groups`."""
+    """The recipe's optimizer over :func:`parameter_groups`."""
     groups = parameter_groups(model, recipe)
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum, nesterov=recipe.nesterov)
@@ -118,7 +118,7 @@ def learning_rate_factor(recipe: Recipe, step: int) -> float:
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe) -> LambdaLR:
-    """The recipe's learning rates, to be stepped once after each step of the optimiser."""
+    """The recipe's learning rates, to be stepped once after each step of the optimizer."""
     return LambdaLR(optimizer, partial(learning_rate_factor, recipe))
 
 

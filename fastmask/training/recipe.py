@@ -1,4 +1,4 @@
-"""How a network is trained, as plain data: optimiser, schedule, batch and augmentation; with the papers' as presets."""
+"""How a network is trained, as plain data: optimizer, schedule, batch and augmentation; with the papers' as presets."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Recipe(PlainConfig):
         optimizer: "adamw" or "sgd".
         learning_rate: of the parts that are not the backbone, after warm-up and before the schedule's decay.
         weight_decay: of weights and biases; decoupled from the gradient with "adamw", a part of it with "sgd".
-        norm_weight_decay: of the gains and biases of normalisation layers.
+        norm_weight_decay: of the gains and biases of normalization layers.
         embed_weight_decay: of learned queries, tokens and positions.
         backbone_multiplier: the backbone's share of the learning rate.
         momentum: of "sgd".
@@ -37,7 +37,7 @@ class Recipe(PlainConfig):
         warmup_steps: steps in which the learning rate rises linearly to its full value.
         warmup_factor: the share of it that the rise begins at.
         clip_norm: the greatest Euclidean norm of the gradient of all parameters together; 0 for no limit.
-        steps: of the optimiser.
+        steps: of the optimizer.
         batch_size: images in a step, on all devices and in all accumulated parts together.
         augmentation: "semantic", "jitter", "detr" or "none": ``semantic_augmentation``, ``jitter_augmentation`` and
             ``detr_augmentation`` of :mod:`fastmask.data`.
@@ -45,7 +45,7 @@ class Recipe(PlainConfig):
         short_side: of an image at scale 1, with "semantic" and "detr".
         max_side: the limit of the longer side, with "semantic" and "detr".
         scales: the least and the greatest random scale.
-        max_category_share: the greatest share of a crop's labelled pixels that one class may have, with "semantic";
+        max_category_share: the greatest share of a crop's labeled pixels that one class may have, with "semantic";
             1 for no limit.
 
     Raises:
@@ -170,7 +170,7 @@ _COCO_PANOPTIC: dict[str, Any] = {
     "max_side": 1333,
     "scales": (0.6, 1.0),
 }
-# Segmenter: the authors' segm/train.py and segm/config.yml. They make the optimiser by timm 0.4.12, whose "sgd" has
+# Segmenter: the authors' segm/train.py and segm/config.yml. They make the optimizer by timm 0.4.12, whose "sgd" has
 # Nesterov's momentum. The steps are the paper's (section 4.2): 64, 256 and 216 epochs.
 _SEGMENTER: dict[str, Any] = {
     "optimizer": "sgd",

@@ -72,7 +72,7 @@ def train(
     """Trains a network on a data set, in this process or together with those that ``torchrun`` has started.
 
     Ctrl-C or SIGTERM finishes the step, saves, and ends the program; once more ends it at once. A run that is resumed
-    goes on with the samples, the optimiser and the random numbers that it would have had without the interruption: on a
+    goes on with the samples, the optimizer and the random numbers that it would have had without the interruption: on a
     CPU, and with the same number of processes, its weights are the same to the bit.
 
     Args:

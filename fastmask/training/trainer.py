@@ -1,4 +1,4 @@
-"""One optimiser step of a model: precision, accumulation and clipping, and nothing that waits for a GPU."""
+"""One optimizer step of a model: precision, accumulation and clipping, and nothing that waits for a GPU."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ LAYER_SUFFIX = re.compile(r"_\d+$")
 
 
 class Trainer:
-    """Trains a model that is called with inputs and targets and returns a dict of losses, whose sum is minimised.
+    """Trains a model that is called with inputs and targets and returns a dict of losses, whose sum is minimized.
 
     Args:
         model: on its device, wrapped already if several processes train it.
-        recipe: the optimiser and its schedule.
+        recipe: the optimizer and its schedule.
         precision: "float32", or "bfloat16" or "float16" for autocast; parameters stay in their own dtype. "float16"
             scales the loss, and skips a step whose gradients overflow.
         accumulate: A, the micro-batches of a step. The gradient of a step is the mean of theirs. Each micro-batch is
-            normalised by itself, by its own targets, so that A micro-batches equal one large batch only where they have
+            normalized by itself, by its own targets, so that A micro-batches equal one large batch only where they have
             equally many.
 
     Raises:
@@ -56,7 +56,7 @@ class Trainer:
         self.steps = 0
 
     def step(self, batches: Sequence[tuple[Any, Any]]) -> dict[str, Tensor]:
-        """One optimiser step on A micro-batches. The model is used in the mode that it has. No host sync, except that
+        """One optimizer step on A micro-batches. The model is used in the mode that it has. No host sync, except that
         "float16" asks whether gradients overflowed.
 
         Args:

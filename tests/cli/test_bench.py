@@ -127,7 +127,7 @@ def test_each_backend_runs_and_the_model_stays_as_it_was(backends):
         assert row["images_per_second"] == pytest.approx(2e3 / row["median_ms"])
         assert ("ratio" in row) == (row["backend"] == REFERENCE)
     training = rows[2]
-    assert list(training["parts_ms"]) == ["forward", "criterion", "backward", "optimiser"]
+    assert list(training["parts_ms"]) == ["forward", "criterion", "backward", "optimizer"]
     assert rows[1]["difference"] < 1e-5
     json.dumps(rows)
     after = model.state_dict()
@@ -162,7 +162,7 @@ def test_models_without_kernels_are_timed_alone(name):
     images, targets = random_batch(4, (64, 64))
     rows = benchmark(make_model(name, 4), images, targets, seconds=0.001, precision="bfloat16")
     assert [(row["subject"], row["backend"]) for row in rows] == [("training", OWN), ("semantic", OWN)]
-    assert list(rows[0]["parts_ms"]) == ["forward", "backward", "optimiser"]
+    assert list(rows[0]["parts_ms"]) == ["forward", "backward", "optimizer"]
 
 
 def test_wrong_arguments_are_named():
@@ -179,7 +179,7 @@ def test_command_by_name_and_by_folder(tmp_path):
     options = ["--size", "32", "64", "--batch-size", "1", "--targets", "3", "--seconds", "0.001", "--device", "cpu"]
     result = RUNNER.invoke(app, ["bench", "tiny", "--classes", "5", *options, "--json", str(tmp_path / "x.json")])
     assert result.exit_code == 0, result.output
-    for said in ("5 classes; 1 images of 32 x 64 pixels, 3 targets", "PyTorch reference", "measured once", "optimiser"):
+    for said in ("5 classes; 1 images of 32 x 64 pixels, 3 targets", "PyTorch reference", "measured once", "optimizer"):
         assert said in result.output
     content = json.loads((tmp_path / "x.json").read_text())
     assert content["size"] == [32, 64] and len(content["rows"]) == 10

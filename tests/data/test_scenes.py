@@ -154,9 +154,9 @@ def test_truth_equals_an_independent_composition(split):
         assert (owner[void & ~uncertain] < 0).all()
 
 
-def _distance_from_tint(pixels, colour):
-    """How far 99 of 100 of ``(P, 3)`` pixels lie at most from the shades of a colour, in gray levels."""
-    direction = np.array(colour) / np.linalg.norm(colour)
+def _distance_from_tint(pixels, color):
+    """How far 99 of 100 of ``(P, 3)`` pixels lie at most from the shades of a color, in gray levels."""
+    direction = np.array(color) / np.linalg.norm(color)
     distances = np.abs(pixels - (pixels @ direction)[:, None] * direction)
     return np.quantile(distances, 0.99) if len(pixels) > 0 else 0.0
 
@@ -173,7 +173,7 @@ def test_segments_show_their_own_garment():
                 continue
             inside = ndimage.binary_erosion(scene.segments.numpy() == segment, iterations=5)
             gray = pixels[inside]
-            assert any(g.label == label and _distance_from_tint(gray, g.colour) < 4 for g in garments)
+            assert any(g.label == label and _distance_from_tint(gray, g.color) < 4 for g in garments)
             checked += len(gray) > 0
     assert checked > 100
 
@@ -241,7 +241,7 @@ def test_draws_are_uniform_and_their_own():
     assert len({Draws(seed, split, 0).word() for seed in range(3) for split in range(2)}) == 6
 
 
-def test_classes_have_names_and_distinct_colours():
+def test_classes_have_names_and_distinct_colors():
     assert len(CLASS_NAMES) == len(set(CLASS_NAMES)) == len(PALETTE) == len(set(PALETTE)) == 13
     assert (*THING_LABELS, *STUFF_LABELS) == tuple(range(13))
 

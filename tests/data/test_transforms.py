@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from fastmask.data import (
     Augmented,
-    ColourJitter,
+    ColorJitter,
     Compose,
     RandomCrop,
     RandomFlip,
@@ -172,10 +172,10 @@ def test_detrs_augmentation_has_its_sides():
     assert max(detr_augmentation()(tell_tale(60, 200), rng(1)).size) == 1333
 
 
-def test_colour_changes_the_image_alone_and_within_its_limits():
+def test_color_changes_the_image_alone_and_within_its_limits():
     sample = tell_tale()
     sample = sample._replace(image=torch.from_numpy(rng(5).integers(0, 256, (3, 40, 60)).astype(np.uint8)))
-    outs = [ColourJitter()(sample, rng(seed)) for seed in range(40)]
+    outs = [ColorJitter()(sample, rng(seed)) for seed in range(40)]
     for out in outs:
         assert torch.equal(out.segments, sample.segments)
         assert out.areas is not None
@@ -183,23 +183,23 @@ def test_colour_changes_the_image_alone_and_within_its_limits():
         assert out.image.shape == sample.image.shape
     same = sum(torch.equal(out.image, sample.image) for out in outs)
     assert 0 < same < 10  # one in sixteen on average
-    brightness = ColourJitter(contrast=(1, 1), saturation=(1, 1), hue=0)
+    brightness = ColorJitter(contrast=(1, 1), saturation=(1, 1), hue=0)
     shifts = [(brightness(tell_tale(), rng(seed)).image[2].float() - 200).mean().item() for seed in range(60)]
     assert all(abs(shift) <= 35 for shift in shifts)
     assert min(shifts) < -15
     assert max(shifts) > 15
-    contrast = ColourJitter(brightness=0, saturation=(1, 1), hue=0)
+    contrast = ColorJitter(brightness=0, saturation=(1, 1), hue=0)
     factors = [(contrast(tell_tale(), rng(seed)).image[0, 0, 0].float() / 40).item() for seed in range(60)]
     assert 0.45 < min(factors) < 0.8
     assert 1.2 < max(factors) < 1.55
     gray = sample._replace(image=sample.image[:1].expand(3, -1, -1).contiguous())
-    coloured = ColourJitter(brightness=0, contrast=(1, 1))
-    assert all(torch.equal(coloured(gray, rng(seed)).image, gray.image) for seed in range(10))
+    colored = ColorJitter(brightness=0, contrast=(1, 1))
+    assert all(torch.equal(colored(gray, rng(seed)).image, gray.image) for seed in range(10))
 
 
-def test_a_turn_of_the_hue_by_a_third_changes_the_primary_colours():
+def test_a_turn_of_the_hue_by_a_third_changes_the_primary_colors():
     red = tell_tale()._replace(image=torch.tensor([200, 0, 0], dtype=torch.uint8)[:, None, None].expand(3, 40, 60))
-    outs = [ColourJitter(0, (1, 1), (1, 1), hue=180)(red, rng(seed)).image[:, 0, 0].tolist() for seed in range(40)]
+    outs = [ColorJitter(0, (1, 1), (1, 1), hue=180)(red, rng(seed)).image[:, 0, 0].tolist() for seed in range(40)]
     assert any(out[0] < 100 and max(out) >= 195 for out in outs)
     assert all(max(out) >= 195 and min(out) <= 5 for out in outs)
 
@@ -240,7 +240,7 @@ def test_ignored_pixels_stay_ignored():
         sample = dataset[i]
         sample = sample._replace(segments=sample.segments.clone())
         sample.segments[:, 40:70] = -1
-        # Void is painted where no scene has that colour.
+        # Void is painted where no scene has that color.
         sample.image[:, :, 40:70] = torch.tensor([255, 0, 255], dtype=torch.uint8)[:, None, None]
         out = Compose((*transform.transforms[:2], RandomFlip()))(sample, rng(i))
         painted = (out.image == torch.tensor([255, 0, 255], dtype=torch.uint8)[:, None, None]).all(0)

@@ -115,7 +115,7 @@ def test_a_second_device(generator):
 
 @pytest.mark.parametrize("masked_attention", [False, True])
 def test_a_whole_training_step_makes_no_host_sync(masked_attention, generator):
-    """Forward, matching, losses, backward and optimiser; tests/gpu/test_host_syncs.py shows the same without a GPU."""
+    """Forward, matching, losses, backward and optimizer; tests/gpu/test_host_syncs.py shows the same without a GPU."""
     options = {"masked_attention": masked_attention}
     model = MaskFormer(MaskFormerConfig.preset("tiny", 5, **options)).cuda()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, capturable=True)
@@ -134,7 +134,7 @@ def test_a_whole_training_step_makes_no_host_sync(masked_attention, generator):
 
 
 def test_a_cuda_graph_replays_the_whole_training_step(generator):
-    """Forward, matching, losses, backward and optimiser in one graph; new images, targets and counts are copied in."""
+    """Forward, matching, losses, backward and optimizer in one graph; new images, targets and counts are copied in."""
     torch.manual_seed(0)
     model = MaskFormer(MaskFormerConfig.preset("tiny", 5, decoder_layers=2)).cuda()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, capturable=True)

@@ -1,7 +1,7 @@
 """Compiles every Triton kernel for GPUs of all generations, without one: what its launches of real sizes would run.
 
 Launchers run on meta tensors, with the launch itself replaced by a recorder, so that shapes are those of training and
-take no memory. The recorded arguments are then specialised by Triton's own code, and compiled.
+take no memory. The recorded arguments are then specialized by Triton's own code, and compiled.
 
 ``make triton-matrix`` runs this file under each version of Triton that is supported.
 """

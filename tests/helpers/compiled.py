@@ -163,7 +163,7 @@ def sound(report: Any) -> None:
     """Fails if a launch had a race, read what nothing wrote, or lacked a fence."""
     found = [
         f"{kind} ({count} times): {text}"
-        for kind, notes in (("race", report.races), ("uninitialised", report.uninitialised), ("fence", report.proxy))
+        for kind, notes in (("race", report.races), ("uninitialized", report.uninitialised), ("fence", report.proxy))
         for text, count in notes.items()
     ]
     assert not found, "\n".join([f"{report.kernel} is not sound:", *found])

@@ -32,7 +32,7 @@ def steps(geometry: Geometry) -> dict[str, tuple[int, int] | None]:
 def random_masks(
     batch: int, queries: int, grid: tuple[int, int], generator: torch.Generator, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """(B, N, h, w) logits of blobs: a query's neighbours resemble each other, as in what a network predicts."""
+    """(B, N, h, w) logits of blobs: a query's neighbors resemble each other, as in what a network predicts."""
     noise = torch.randn(batch, queries, *grid, generator=generator) * 6
     return torch.nn.functional.avg_pool2d(noise, 3, 1, 1, count_include_pad=False).to(dtype)
 

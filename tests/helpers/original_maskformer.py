@@ -195,7 +195,7 @@ class DecoderLayer(nn.Module):
 
 
 class OriginalMaskFormer(nn.Module):
-    """``forward``: normalised pixels to (class logits, mask logits) of the last layer."""
+    """``forward``: normalized pixels to (class logits, mask logits) of the last layer."""
 
     def __init__(self, backbone, *, classes, queries, dim, conv_dim, mask_dim, heads, hidden, layers, encoder_layers):
         super().__init__()

@@ -50,7 +50,7 @@ def _call_as(rank: int, port: int, call: Callable, args: tuple) -> None:
 
 
 class Convolutions(nn.Module):
-    """A backbone without normalisation."""
+    """A backbone without normalization."""
 
     channels = (8, 8, 16, 16)
 

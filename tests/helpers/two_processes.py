@@ -15,7 +15,7 @@ from tests.helpers.shared_batches import CASES, PROCESSES
 from tests.integrations.test_patch_original import make_criterion, random_inputs
 
 STEPS = 3
-# The normalisers are the strategies' in common; what FSDP adds shows where a process has nothing to learn from.
+# The normalizers are the strategies' in common; what FSDP adds shows where a process has nothing to learn from.
 NAMES = {
     "ddp": tuple(CASES),
     "fsdp": ("uneven", "no targets", "masked attention", "segmenter", "segmenter, one void", "per pixel+", "sound"),

@@ -30,7 +30,7 @@ BACKBONES = {
 }
 
 
-def randomise(model):
+def randomize(model):
     """Every weight and statistic differs from the value that it starts with."""
     with torch.no_grad():
         for tensor in (*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())):
@@ -40,7 +40,7 @@ def randomise(model):
 
 def original(backbone, encoder_layers=0):
     torch.manual_seed(0)
-    return randomise(OriginalMaskFormer(BACKBONES[backbone](), encoder_layers=encoder_layers, **SIZES))
+    return randomize(OriginalMaskFormer(BACKBONES[backbone](), encoder_layers=encoder_layers, **SIZES))
 
 
 def pixels_of(model, images):
@@ -87,7 +87,7 @@ def hugging_face(backbone):
         id2label={i: f"class {i}" for i in range(5)},
         label2id={f"class {i}": i for i in range(5)},
     )
-    return randomise(transformers.MaskFormerForInstanceSegmentation(config))
+    return randomize(transformers.MaskFormerForInstanceSegmentation(config))
 
 
 def assert_same_outputs(model, theirs, size=(64, 96)):
@@ -125,7 +125,7 @@ def test_hugging_face_computes_the_same(backbone, names, tmp_path):
 
 
 def test_a_model_of_ours_goes_to_hugging_face_and_back(tmp_path):
-    model = randomise(MaskFormer(num_classes=3, backbone="swin", backbone_options={
+    model = randomize(MaskFormer(num_classes=3, backbone="swin", backbone_options={
         "embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [2, 2, 2, 2], "window_size": 4,
     }, num_queries=5, hidden_dim=32, mask_dim=16, pixel_decoder_dim=32, decoder_layers=1, num_heads=4))  # fmt: skip
     to_hugging_face_maskformer(model).save_pretrained(tmp_path)

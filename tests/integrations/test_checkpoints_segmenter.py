@@ -109,7 +109,7 @@ class Plain:
         return torch.cat([table[:, : self.extra], planes[0].permute(1, 2, 0).reshape(1, rows * columns, DIM)], 1)
 
     def patch_logits(self, pixels):
-        """``(K, h, w)`` of one normalised image whose sides are multiples of the patch size."""
+        """``(K, h, w)`` of one normalized image whose sides are multiples of the patch size."""
         rows, columns = pixels.shape[1] // PATCH, pixels.shape[2] // PATCH
         kernel = self.weights["encoder.patch_embed.proj.weight"].flatten(1)
         patches = [
@@ -138,7 +138,7 @@ class Plain:
         return self.norm("decoder.mask_norm", patches @ classes.mT)
 
     def __call__(self, pixels):
-        """``(K, H, W)`` of one normalised image of any size."""
+        """``(K, H, W)`` of one normalized image of any size."""
         height, width = pixels.shape[1:]
         padded = pad(pixels, (0, -width % PATCH, 0, -height % PATCH))
         logits = self.patch_logits(padded)[None]

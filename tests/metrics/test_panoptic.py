@@ -116,8 +116,8 @@ def test_equals_the_coco_panoptic_api(tmp_path):
         ]
         sides = []
         for side, values, listed in (("truth", truth + 1, segments), ("found", ids, infos)):
-            colours = np.stack([values % 256, values // 256, np.zeros_like(values)], -1).astype(np.uint8)
-            Image.fromarray(colours).save(tmp_path / f"{side}{i}.png")
+            colors = np.stack([values % 256, values // 256, np.zeros_like(values)], -1).astype(np.uint8)
+            Image.fromarray(colors).save(tmp_path / f"{side}{i}.png")
             listed = json.loads(json.dumps(listed))
             sides.append({"image_id": i, "file_name": f"{side}{i}.png", "segments_info": listed})
         pairs.append(tuple(sides))

@@ -78,7 +78,7 @@ def test_a_list_of_images_of_one_size_is_a_batch():
     assert torch.equal(one["class_logits"], other["class_logits"])
 
 
-def test_an_image_is_padded_at_the_bottom_and_right_after_normalisation():
+def test_an_image_is_padded_at_the_bottom_and_right_after_normalization():
     model = tiny().eval()
     image = torch.rand(1, 3, 50, 90)
     mean = torch.tensor(model.config.pixel_mean)[:, None, None]

@@ -22,7 +22,7 @@ GRIDS = ((3, 4), (5, 7), (10, 14))
 PIXELS = (20, 28)
 
 
-def randomise(module, generator):
+def randomize(module, generator):
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
@@ -56,7 +56,7 @@ def test_parameters_are_those_of_multihead_attention(bias):
 def test_equals_multihead_attention(masked, bias, generator):
     grid = GRIDS[1]
     theirs = nn.MultiheadAttention(DIM, HEADS, bias=bias, batch_first=True).double()
-    randomise(theirs, generator)
+    randomize(theirs, generator)
     query, key, mask_logits = random_memory(grid, generator)
     value = torch.randn(key.shape, generator=generator)
     padding = torch.rand(BATCH, key.shape[1], generator=generator) < 0.3
@@ -141,7 +141,7 @@ def layer_weights(layer):
 def test_layer_equals_that_of_mask2former(grid, seed):
     generator = torch.Generator().manual_seed(seed)
     theirs = Mask2FormerMaskedAttentionDecoderLayer(hugging_face_config()).double()
-    randomise(theirs, generator)
+    randomize(theirs, generator)
     ours = MaskedDecoderLayer(DIM, HEADS, HIDDEN).double()
     ours.load_state_dict(layer_weights(theirs))
     query, memory, mask_logits = random_memory(grid, generator)
@@ -168,7 +168,7 @@ def test_layer_equals_that_of_mask2former(grid, seed):
 def make_pair(generator, *, input_dim=DIM, layers=4):
     """Hugging Face's transformer module and our predictor with the same random weights, in float64."""
     theirs = Mask2FormerTransformerModule(input_dim, hugging_face_config(decoder_layers=layers + 1)).double()
-    randomise(theirs, generator)
+    randomize(theirs, generator)
     ours = MaskedTransformerPredictor(
         input_dim, CLASSES, num_queries=QUERIES, hidden_dim=DIM, mask_dim=MASK_DIM, decoder_layers=layers,
         num_heads=HEADS, feedforward_dim=HIDDEN,

@@ -98,7 +98,7 @@ def attended_bits(mask_logits: Tensor, grid: tuple[int, int], backend: str) -> T
         ([-INF, NAN], [True, True]),  # nothing is foreground: all keys
     ],
 )
-def test_an_attended_key_leaves_its_neighbour_alone(logits, expected, dtype, name):
+def test_an_attended_key_leaves_its_neighbor_alone(logits, expected, dtype, name):
     mask_logits = torch.tensor(logits, dtype=torch.float32).to(dtype)
     for shape, grid in (((1, 1, 1, 2), (1, 2)), ((1, 1, 2, 1), (2, 1))):
         with kernels(name) as backend:
@@ -287,11 +287,11 @@ def test_costs(at_points, value, name, generator):
 
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("function", [fastmask.mask_cost, fastmask.mask_loss], ids=lambda f: f.__name__)
-def test_points_on_pixels_read_no_neighbour(function, name, generator):
-    """Points on the centres of the logits of every other row and column, the rest of which is NaN or infinite."""
+def test_points_on_pixels_read_no_neighbor(function, name, generator):
+    """Points on the centers of the logits of every other row and column, the rest of which is NaN or infinite."""
     shape = (1, 1, 3, 2, 2, 8, 8, 8, 8)
-    centres = (torch.arange(0, 8, 2) + 0.5) / 8
-    points = torch.cartesian_prod(centres, centres)
+    centers = (torch.arange(0, 8, 2) + 0.5) / 8
+    points = torch.cartesian_prod(centers, centers)
     for value in (NAN, INF, -INF):
         targets = random_targets(shape, generator, "segments")
         class_logits, mask_logits = random_logits(shape, generator)

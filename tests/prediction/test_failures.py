@@ -95,7 +95,7 @@ def test_the_command(folder, photos, tmp_path):
 
 
 def test_the_command_with_a_data_set(photos, tmp_path):
-    """Category ids, names and colours are those of the data set."""
+    """Category ids, names and colors are those of the data set."""
     torch.manual_seed(0)
     MaskFormer(MaskFormerConfig.preset("tiny", 13)).save_pretrained(tmp_path / "model")
     command = ["predict", str(tmp_path / "model"), str(photos), "-o", str(tmp_path / "out")]

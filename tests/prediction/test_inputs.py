@@ -84,8 +84,8 @@ def test_nothing_to_predict(tmp_path):
         find_images([])
 
 
-GREY = np.arange(200, dtype=np.uint8).reshape(10, 20)
-COLOUR = np.random.default_rng(0).integers(0, 256, (10, 20, 3)).astype(np.uint8)
+GRAY = np.arange(200, dtype=np.uint8).reshape(10, 20)
+COLOR = np.random.default_rng(0).integers(0, 256, (10, 20, 3)).astype(np.uint8)
 
 
 def decoded(tmp_path, image, name="picture.png", **options):
@@ -96,23 +96,23 @@ def decoded(tmp_path, image, name="picture.png", **options):
 
 
 def test_pictures_of_any_kind(tmp_path):
-    grey = np.repeat(GREY[..., None], 3, 2)
-    assert (decoded(tmp_path, Image.fromarray(COLOUR)) == COLOUR).all()
-    assert (decoded(tmp_path, Image.fromarray(GREY)) == grey).all()
-    assert (decoded(tmp_path, Image.fromarray(GREY > 99)) == np.where(grey > 99, 255, 0)).all()
-    palette = Image.fromarray(COLOUR // 128 * 255).quantize(8)
-    assert (decoded(tmp_path, palette) == COLOUR // 128 * 255).all()
-    cmyk = Image.fromarray(COLOUR).convert("CMYK")
+    gray = np.repeat(GRAY[..., None], 3, 2)
+    assert (decoded(tmp_path, Image.fromarray(COLOR)) == COLOR).all()
+    assert (decoded(tmp_path, Image.fromarray(GRAY)) == gray).all()
+    assert (decoded(tmp_path, Image.fromarray(GRAY > 99)) == np.where(gray > 99, 255, 0)).all()
+    palette = Image.fromarray(COLOR // 128 * 255).quantize(8)
+    assert (decoded(tmp_path, palette) == COLOR // 128 * 255).all()
+    cmyk = Image.fromarray(COLOR).convert("CMYK")
     assert (decoded(tmp_path, cmyk, "cmyk.tiff") == np.asarray(cmyk.convert("RGB"))).all()
 
 
 def test_sixteen_bits_become_eight(tmp_path):
-    wide = GREY.astype(np.uint16) * 256 + 77
+    wide = GRAY.astype(np.uint16) * 256 + 77
     for name in ("wide.png", "wide.tiff"):
-        assert (decoded(tmp_path, Image.fromarray(wide), name) == GREY[..., None]).all()
-    assert (decoded(tmp_path, Image.fromarray(wide.astype(np.int32)), "wide32.tiff") == GREY[..., None]).all()
-    share = Image.fromarray((GREY / 255).astype(np.float32))
-    assert (decoded(tmp_path, share, "share.tiff") == GREY[..., None]).all()
+        assert (decoded(tmp_path, Image.fromarray(wide), name) == GRAY[..., None]).all()
+    assert (decoded(tmp_path, Image.fromarray(wide.astype(np.int32)), "wide32.tiff") == GRAY[..., None]).all()
+    share = Image.fromarray((GRAY / 255).astype(np.float32))
+    assert (decoded(tmp_path, share, "share.tiff") == GRAY[..., None]).all()
     for values in (wide.astype(np.int32) * 100, np.full((4, 4), np.nan, np.float32)):
         with pytest.raises(ValueError, match="expected 0"):
             decoded(tmp_path, Image.fromarray(values), "outside.tiff")
@@ -121,11 +121,11 @@ def test_sixteen_bits_become_eight(tmp_path):
 def test_transparent_pixels_are_white(tmp_path):
     alpha = np.full((10, 20, 1), 255, np.uint8)
     alpha[:5] = 0
-    expected = np.where(alpha == 255, COLOUR, 255)
-    assert (decoded(tmp_path, Image.fromarray(np.concatenate([COLOUR, alpha], 2))) == expected).all()
-    grey = Image.fromarray(np.concatenate([GREY[..., None], alpha], 2), "LA")
-    assert (decoded(tmp_path, grey) == np.where(alpha == 255, GREY[..., None], 255)).all()
-    index = Image.fromarray(COLOUR // 128 * 255).quantize(8)
+    expected = np.where(alpha == 255, COLOR, 255)
+    assert (decoded(tmp_path, Image.fromarray(np.concatenate([COLOR, alpha], 2))) == expected).all()
+    gray = Image.fromarray(np.concatenate([GRAY[..., None], alpha], 2), "LA")
+    assert (decoded(tmp_path, gray) == np.where(alpha == 255, GRAY[..., None], 255)).all()
+    index = Image.fromarray(COLOR // 128 * 255).quantize(8)
     hidden = np.asarray(index)[0, 0].item()
     pixels = decoded(tmp_path, index, transparency=hidden)
     assert (pixels[np.asarray(index) == hidden] == 255).all()
@@ -148,14 +148,14 @@ def test_orientation(tmp_path, orientation):
     exif[0x0112] = orientation
     for suffix in ("png", "tiff", "webp"):
         path = tmp_path / f"photo.{suffix}"
-        Image.fromarray(COLOUR).save(path, exif=exif, **({"lossless": True} if suffix == "webp" else {}))
-        assert np.array_equal(decode_picture(path).permute(1, 2, 0).numpy(), turned[orientation](COLOUR)), suffix
+        Image.fromarray(COLOR).save(path, exif=exif, **({"lossless": True} if suffix == "webp" else {}))
+        assert np.array_equal(decode_picture(path).permute(1, 2, 0).numpy(), turned[orientation](COLOR)), suffix
         if suffix != "tiff":
-            assert picture_size(path) == turned[orientation](COLOUR).shape[:2], suffix
+            assert picture_size(path) == turned[orientation](COLOR).shape[:2], suffix
 
 
 def test_a_picture_with_damaged_exif_is_read_as_it_is_stored(tmp_path):
     for data in (b"Exif\0\0", b"Exif\0\0rubbish", b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02"):
-        Image.fromarray(COLOUR).save(tmp_path / "photo.png", exif=data)
-        assert np.array_equal(decode_picture(tmp_path / "photo.png").permute(1, 2, 0).numpy(), COLOUR)
-        assert picture_size(tmp_path / "photo.png") == COLOUR.shape[:2]
+        Image.fromarray(COLOR).save(tmp_path / "photo.png", exif=data)
+        assert np.array_equal(decode_picture(tmp_path / "photo.png").permute(1, 2, 0).numpy(), COLOR)
+        assert picture_size(tmp_path / "photo.png") == COLOR.shape[:2]

@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 
 from fastmask.data import CLASS_NAMES, PALETTE, ComposedScenes
-from fastmask.data.palette import distinct_colours
+from fastmask.data.palette import distinct_colors
 from fastmask.prediction import SegmentMap, contact_sheet, draw_legend, draw_overlay, draw_segments, side_by_side
-from fastmask.prediction.overlay import OUTLINE, PAPER, UNLABELLED
+from fastmask.prediction.overlay import OUTLINE, PAPER, UNLABELED
 from fastmask.prediction.sheets import CAPTION_HEIGHT, GUTTER
 
 
@@ -16,7 +16,7 @@ def row_of(scene, semantic, panoptic, **options):
     return side_by_side(*scene, semantic, panoptic, CLASS_NAMES, PALETTE, **options)
 
 
-def test_row_shows_each_class_in_its_colour():
+def test_row_shows_each_class_in_its_color():
     image = torch.full((3, 40, 60), 0.5)
     segments = torch.zeros(40, 60, dtype=torch.uint8)
     segments[:, 30:] = 1
@@ -27,24 +27,24 @@ def test_row_shows_each_class_in_its_colour():
     row = np.asarray(row_of((image, segments, labels), semantic, panoptic, magnification=2, captions=False))
     assert row.shape == (80, 4 * 120 + 3 * GUTTER, 3)
 
-    def colour(panel, y, x):
+    def color(panel, y, x):
         return row[2 * y, panel * (120 + GUTTER) + 2 * x].astype(float)
 
     def same_hue(seen, expected):
         seen, expected = (np.array(c, float) / np.linalg.norm(c) for c in (seen, expected))
         return np.abs(seen - expected).max() < 0.02
 
-    assert same_hue(colour(0, 20, 10), (1, 1, 1))
-    assert same_hue(colour(1, 38, 3), PALETTE[1])
-    assert same_hue(colour(1, 38, 57), PALETTE[11])
-    assert same_hue(colour(1, 2, 10), (1, 1, 1))
-    assert same_hue(colour(2, 2, 10), PALETTE[1])
-    assert same_hue(colour(2, 38, 57), PALETTE[11])
-    assert same_hue(colour(3, 38, 3), (1, 1, 1))
-    assert same_hue(colour(3, 38, 57), PALETTE[11])
-    assert (colour(1, 38, 30) == OUTLINE).all()
+    assert same_hue(color(0, 20, 10), (1, 1, 1))
+    assert same_hue(color(1, 38, 3), PALETTE[1])
+    assert same_hue(color(1, 38, 57), PALETTE[11])
+    assert same_hue(color(1, 2, 10), (1, 1, 1))
+    assert same_hue(color(2, 2, 10), PALETTE[1])
+    assert same_hue(color(2, 38, 57), PALETTE[11])
+    assert same_hue(color(3, 38, 3), (1, 1, 1))
+    assert same_hue(color(3, 38, 57), PALETTE[11])
+    assert (color(1, 38, 30) == OUTLINE).all()
     # Where there is no segment, the image is darker than in its own panel.
-    assert colour(3, 38, 3).max() == pytest.approx(UNLABELLED * colour(0, 38, 3).max(), abs=1)
+    assert color(3, 38, 3).max() == pytest.approx(UNLABELED * color(0, 38, 3).max(), abs=1)
 
 
 def test_instances_of_a_class_differ():
@@ -120,11 +120,11 @@ def test_legend_lists_what_occurs_by_area():
 
 def test_legend_wraps():
     names = [f"a rather long name {k}" for k in range(40)]
-    legend = draw_legend(500, names, distinct_colours(40))
+    legend = draw_legend(500, names, distinct_colors(40))
     assert legend.width == 500 and legend.height > 10 * 28
-    assert draw_legend(50, names[:1], distinct_colours(1)).width > 100, "a name that is longer than a line stays whole"
-    for colour in distinct_colours(40):
-        assert (np.asarray(legend) == colour).all(2).sum() > 100
+    assert draw_legend(50, names[:1], distinct_colors(1)).width > 100, "a name that is longer than a line stays whole"
+    for color in distinct_colors(40):
+        assert (np.asarray(legend) == color).all(2).sum() > 100
 
 
 def test_names_stand_in_their_regions():
@@ -142,7 +142,7 @@ def test_names_stand_in_their_regions():
 
 
 def test_sparse_and_unknown_ids():
-    """Ids may be any integers; those that no segment has are unlabelled."""
+    """Ids may be any integers; those that no segment has are unlabeled."""
     ids = np.array([[7, 7, 1_000_000, 1_000_000, -1, 0]] * 6, np.int64)
     segments = SegmentMap(ids, {1_000_000: 4, 7: 2})
     assert segments.indices()[0].tolist() == [1, 1, 0, 0, 2, 2]

@@ -81,8 +81,8 @@ def panoptic_faults(folder):
         image = images.pop(annotation["image_id"])
         with Image.open(folder / "panoptic" / annotation["file_name"]) as picture:
             assert picture.mode == "RGB" and picture.size == (image["width"], image["height"])
-            colours = np.array(picture).astype(np.int64)
-        ids = colours[..., 0] + colours[..., 1] * 256 + colours[..., 2] * 256**2
+            colors = np.array(picture).astype(np.int64)
+        ids = colors[..., 0] + colors[..., 1] * 256 + colors[..., 2] * 256**2
         listed = {segment["id"]: segment for segment in annotation["segments_info"]}
         if len(listed) < len(annotation["segments_info"]):
             yield "an id is listed twice"
@@ -118,8 +118,8 @@ def test_panoptic(model, photos, tmp_path):
     for annotation, image in zip(content["annotations"], content["images"], strict=True):
         assert image["id"] == annotation["image_id"] == int(image["file_name"].rpartition("/")[2].removesuffix(".png"))
         ids, infos = truth(model, photos / image["file_name"], "panoptic", threshold=0.0, overlap_threshold=0.2)
-        mode, colours = read(tmp_path / "panoptic" / annotation["file_name"])
-        assert mode == "RGB" and np.array_equal(colours @ [1, 256, 65536], ids)
+        mode, colors = read(tmp_path / "panoptic" / annotation["file_name"])
+        assert mode == "RGB" and np.array_equal(colors @ [1, 256, 65536], ids)
         listed = {segment["id"]: segment for segment in annotation["segments_info"]}
         assert {i: s["category_id"] for i, s in listed.items()} == {s["id"]: s["category_id"] for s in infos}
         mode, labels = read(tmp_path / "labels" / annotation["file_name"])
@@ -314,7 +314,7 @@ def test_precision(model, photos, tmp_path, precision):
 
 
 def test_what_a_data_set_says(model, photos, tmp_path):
-    """Names, colours, stuff and category ids of a data set replace those of the model."""
+    """Names, colors, stuff and category ids of a data set replace those of the model."""
     palette = tuple((k, 50 * k, 7) for k in range(5))
     info = DatasetInfo(tuple("abcde"), "panoptic", (0, 1), palette, category_ids=(1, 2, 17, 40, 200))
     predict(model, photos, tmp_path, info=info, threshold=0.0)
@@ -346,7 +346,7 @@ def test_wrong_arguments(model, photos, tmp_path):
         r"overlap_threshold must lie in 0..1, got 2": {"overlap_threshold": 2},
         "window, flip goes with the task 'semantic' only": {"window": 20, "flip": True},
         "info has 2 classes; the model has 5": {"info": DatasetInfo(("a", "b"))},
-        "palette has 1 colours; the model has 5": {"palette": [(0, 0, 0)]},
+        "palette has 1 colors; the model has 5": {"palette": [(0, 0, 0)]},
         r"palette holds \(0, 300, 0\)": {"palette": np.full((5, 3), (0, 300, 0))},
     }
     for message, options in wrong.items():
@@ -356,10 +356,10 @@ def test_wrong_arguments(model, photos, tmp_path):
         predict(tmp_path / "absent", photos, tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="no image or folder"):
         predict(model, tmp_path / "absent.jpg", tmp_path / "out")
-    grey = MaskFormerConfig.preset("tiny", 2, pixel_mean=(0.5,), pixel_std=(0.5,), backbone_options={"num_channels": 1})
-    grey = MaskFormer(grey)
+    gray = MaskFormerConfig.preset("tiny", 2, pixel_mean=(0.5,), pixel_std=(0.5,), backbone_options={"num_channels": 1})
+    gray = MaskFormer(gray)
     with pytest.raises(TypeError, match="the model takes images of 1 channels"):
-        predict(grey, photos, tmp_path / "out")
+        predict(gray, photos, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -69,7 +69,7 @@ def test_imports_run_one_way(part, path):
 
 
 def test_only_the_reference_backend_imports_the_reference():
-    """Optimised code stands on its own: the reference is imported inside functions, when it is asked for."""
+    """Optimized code stands on its own: the reference is imported inside functions, when it is asked for."""
     for part, path in source_files():
         if part in ("reference", "cli"):
             continue

@@ -87,7 +87,7 @@ def make_operation(*providers):
     )
 
 
-def test_percentiles_lie_between_neighbours():
+def test_percentiles_lie_between_neighbors():
     values = [5.0, 1.0, 3.0, 2.0, 4.0]
     assert [percentile(values, p) for p in (0, 20, 50, 80, 100)] == pytest.approx([1, 1.8, 3, 4.2, 5])
     assert percentile([7.0], 80) == 7

@@ -25,7 +25,7 @@ def make_inputs(seed, grid, size, *, dtype=torch.float64, leading=()):
 
 
 def sample(x, row, column, size):
-    """The value of map ``x`` at one output pixel: bilinear, pixel centres at half integers, clamped at the border."""
+    """The value of map ``x`` at one output pixel: bilinear, pixel centers at half integers, clamped at the border."""
 
     def axis(position, output, length):
         source = min(max((position + 0.5) * length / output - 0.5, 0), length - 1)

@@ -15,7 +15,7 @@ POINTS = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 0.4], [0.5, 1.0], [0.31, 0.
 
 
 def sample(x, point):
-    """The value of map ``x`` at one point: bilinear, pixel centres at half integers, zero beyond the map."""
+    """The value of map ``x`` at one point: bilinear, pixel centers at half integers, zero beyond the map."""
     height, width = x.shape
     column, row = float(point[0]) * width - 0.5, float(point[1]) * height - 0.5
     total = 0.0
@@ -178,7 +178,7 @@ def test_uncertain_points_are_those_of_transformers(generator):
 
 def test_uncertain_points_take_nan_first_and_of_equals_the_earlier():
     mask_logits = torch.tensor([0.0, 5.0, 5.0, 5.0, 5.0, 5.0, 5.0, float("nan")]).expand(1, 1, 4, 8)
-    x = torch.tensor([0.1875, 0.3125, 0.9375, 0.1875, 0.0625])  # centres of columns 1, 2, 7, 1 and 0
+    x = torch.tensor([0.1875, 0.3125, 0.9375, 0.1875, 0.0625])  # centers of columns 1, 2, 7, 1 and 0
     candidates = torch.stack([x, torch.full((5,), 0.5)], -1)[None, None]
     chosen = uncertain_points(mask_logits, torch.tensor([[0]]), candidates, 3)
     assert chosen[0, 0, :, 0].tolist() == [0.1875, 0.9375, 0.0625]

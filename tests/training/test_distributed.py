@@ -68,7 +68,7 @@ def test_losses_and_gradients_are_those_of_the_joined_batch(seen, name, strategy
         assert all(loss > 0 for loss in expected[0].values())
 
 
-def test_a_patched_criterion_keeps_the_originals_normalisers(seen):
+def test_a_patched_criterion_keeps_the_originals_normalizers(seen):
     """Classes by the queries of each process, masks by the targets of the average process."""
     average = sum(map(sum, PATCHED_COUNTS)) / PROCESSES
     for rank, one in enumerate(seen):

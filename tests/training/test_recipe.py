@@ -1,4 +1,4 @@
-"""Recipes: their fields and presets, and the optimiser, schedule and clipping that follow from them."""
+"""Recipes: their fields and presets, and the optimizer, schedule and clipping that follow from them."""
 
 from __future__ import annotations
 

@@ -300,13 +300,13 @@ def test_more_classes_than_a_byte_holds(tmp_path, model):
 
 
 def test_void_pixels_count_in_no_loss():
-    """What a network says where nothing is labelled changes no loss; of MaskFormer only with the authors' rule."""
+    """What a network says where nothing is labeled changes no loss; of MaskFormer only with the authors' rule."""
     segments = torch.tensor([0, 1]).repeat_interleave(16).expand(32, 32).clone()
     segments[:16] = 255
     targets = Targets.from_segments(segments[None].to(torch.uint8), [torch.tensor([1, 0])], void=255)
     outputs = {"class_logits": torch.randn(3, 1, 25, 3), "mask_logits": torch.randn(3, 1, 25, 8, 8)}
     changed = {**outputs, "mask_logits": outputs["mask_logits"].clone()}
-    changed["mask_logits"][..., :3, :] += 5 * torch.randn(3, 1, 25, 3, 8)  # row 3 reaches labelled pixels
+    changed["mask_logits"][..., :3, :] += 5 * torch.randn(3, 1, 25, 3, 8)  # row 3 reaches labeled pixels
     for ignore in (True, False):
         criterion = make_model("tiny", 2, ignore_void=ignore).criterion
         before, after = (sum(criterion(each, targets).values()).item() for each in (outputs, changed))

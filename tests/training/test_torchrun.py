@@ -22,7 +22,7 @@ STEPS = 5
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """Without batch norm, whose statistics are each process's own, and with an optimiser that is linear in gradients:
+    """Without batch norm, whose statistics are each process's own, and with an optimizer that is linear in gradients:
     where they are 0 but for rounding, Adam would make steps of that."""
     recipe = Recipe(
         optimizer="sgd", learning_rate=0.01, steps=STEPS, batch_size=4, crop=(48, 64), short_side=64, max_side=256

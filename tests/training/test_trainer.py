@@ -1,4 +1,4 @@
-"""One optimiser step: what it computes, in which precision, and how it continues."""
+"""One optimizer step: what it computes, in which precision, and how it continues."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def linear_batches(count: int, seed: int = 1, scale: float = 1.0):
     ]
 
 
-def test_a_step_is_the_optimiser_s_step_on_the_mean_gradient_of_the_micro_batches():
+def test_a_step_is_the_optimizer_s_step_on_the_mean_gradient_of_the_micro_batches():
     recipe = make_recipe(optimizer="sgd", momentum=0.0, weight_decay=0.0, learning_rate=0.1, clip_norm=0.05)
     model = Linear()
     expected = copy.deepcopy(model)

@@ -1,4 +1,4 @@
-"""Names and colours of the classes of the composed scenes: ten garments (things) and three textures (stuff)."""
+"""Names and colors of the classes of the composed scenes: ten garments (things) and three textures (stuff)."""
 
 THING_CLASSES = (
     "T-shirt",

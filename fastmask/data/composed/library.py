@@ -105,27 +105,27 @@ def _make_stamps(sprites: np.ndarray) -> np.ndarray:
     margin = ((0, 0), (SPRITE_MARGIN, SPRITE_MARGIN), (SPRITE_MARGIN, SPRITE_MARGIN))
     sprites = np.pad(sprites, margin).astype(np.int16)
     inside = sprites > 0
-    core = inside & (_neighbourhood_sum(inside) == 9)
-    beside = _neighbourhood_mean(sprites, core)
+    core = inside & (_neighborhood_sum(inside) == 9)
+    beside = _neighborhood_mean(sprites, core)
     is_mixed = inside & ~core & (beside > 0)
     coverage = np.where(inside, 255, 0)
     coverage[is_mixed] = np.minimum(sprites[is_mixed].astype(np.int32) * 255 // beside[is_mixed], 255)
     brightness = np.where(is_mixed, beside, sprites)
     for _ in range(SPRITE_MARGIN):
-        brightness = np.where(brightness > 0, brightness, _neighbourhood_mean(brightness, brightness > 0))
+        brightness = np.where(brightness > 0, brightness, _neighborhood_mean(brightness, brightness > 0))
     return (_enlarge(brightness) << 16 | _enlarge(coverage)).astype(np.uint32)
 
 
-def _neighbourhood_sum(planes: np.ndarray) -> np.ndarray:
-    """int16 sums over each pixel's 3 x 3 neighbourhood, within each plane."""
+def _neighborhood_sum(planes: np.ndarray) -> np.ndarray:
+    """int16 sums over each pixel's 3 x 3 neighborhood, within each plane."""
     padded = np.pad(planes.astype(np.int16), ((0, 0), (1, 1), (1, 1)))
     rows = padded[:, :-2] + padded[:, 1:-1] + padded[:, 2:]
     return rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]
 
 
-def _neighbourhood_mean(planes: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """int16 means over the chosen pixels of each 3 x 3 neighbourhood; 0 where none is chosen."""
-    return _neighbourhood_sum(np.where(chosen, planes, 0)) // np.maximum(_neighbourhood_sum(chosen), 1)
+def _neighborhood_mean(planes: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """int16 means over the chosen pixels of each 3 x 3 neighborhood; 0 where none is chosen."""
+    return _neighborhood_sum(np.where(chosen, planes, 0)) // np.maximum(_neighborhood_sum(chosen), 1)
 
 
 def _enlarge(planes: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ TEXTURE_SHARES = (0.40, 0.85)
 # Texture pixels to a pixel of the scene: beyond this, bilinear samples would skip over the texture's grain.
 MAX_REDUCTION = 1.5
 STRAIGHT_SHARE = 0.4
-# Natural hues that overlap, so that colour alone does not tell the textures apart.
+# Natural hues that overlap, so that color alone does not tell the textures apart.
 TEXTURE_HUES = {"brick": 0.04, "grass": 0.24, "gravel": 0.10}
 HUE_SPREAD = 0.16
 # Lengths are shares of the scene's shorter side.
@@ -82,14 +82,14 @@ class Region:
     is_transposed: bool
     is_mirrored: bool
     is_flipped: bool
-    colour: tuple[float, float, float]
+    color: tuple[float, float, float]
     contrast: float
     boundary: Boundary | None
 
 
 @dataclass(frozen=True)
 class Garment:
-    """One garment: which, where its centre lies, how long its 28-pixel sprite is in pixels, and its look.
+    """One garment: which, where its center lies, how long its 28-pixel sprite is in pixels, and its look.
 
     ``half_turn`` is the tangent of half the angle by which it is turned.
     """
@@ -101,7 +101,7 @@ class Garment:
     length: float
     half_turn: float
     is_mirrored: bool
-    colour: tuple[float, float, float]
+    color: tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Plan:
 
 
 def plan_scene(library: Library, draws: Draws, size: tuple[int, int]) -> Plan:
-    """Draws one to three textures, and up to six garments of any class, place, size, turn and colour."""
+    """Draws one to three textures, and up to six garments of any class, place, size, turn and color."""
     share = draws.uniform()
     num_regions = 1 + sum(share >= limit for limit in TEXTURE_SHARES)
     stuff = draws.permutation(len(STUFF_CLASSES))[:num_regions]
@@ -160,7 +160,7 @@ def _draw_region(library: Library, draws: Draws, size: tuple[int, int], stuff: i
         is_transposed=is_transposed,
         is_mirrored=draws.below(2) == 1,
         is_flipped=draws.below(2) == 1,
-        colour=_colour(hue, draws.uniform(0.05, 0.45), draws.uniform(0.75, 1.0)),
+        color=_color(hue, draws.uniform(0.05, 0.45), draws.uniform(0.75, 1.0)),
         contrast=draws.uniform(0.8, 1.15),
         boundary=boundary,
     )
@@ -176,11 +176,11 @@ def _draw_garment(library: Library, draws: Draws, size: tuple[int, int]) -> Garm
         length=min(size) * draws.uniform(*GARMENT_LENGTHS),
         half_turn=draws.uniform(-MAX_HALF_TURN, MAX_HALF_TURN),
         is_mirrored=draws.below(2) == 1,
-        colour=_colour(draws.uniform(), draws.uniform(0.10, 0.75), draws.uniform(0.75, 1.0)),
+        color=_color(draws.uniform(), draws.uniform(0.10, 0.75), draws.uniform(0.75, 1.0)),
     )
 
 
-def _colour(hue: float, saturation: float, value: float) -> tuple[float, float, float]:
-    """Red, green and blue in 0..1 of a colour in the HSV hexcone."""
+def _color(hue: float, saturation: float, value: float) -> tuple[float, float, float]:
+    """Red, green and blue in 0..1 of a color in the HSV hexcone."""
     red, green, blue = (min(max(abs((6 * hue + shift) % 6 - 3) - 1, 0.0), 1.0) for shift in (0, 4, 2))
     return tuple(value * (1 - saturation * (1 - part)) for part in (red, green, blue))

@@ -88,8 +88,8 @@ def main() -> None:
             index[split].append({"name": name, "class": kind, "samples": len(sound)})
     for split in SPLITS:
         # 12 bits are enough under ambience, and take a third less room than 16.
-        quantised = np.round(np.concatenate(sounds[split]) * 2047) / 2048
-        soundfile.write(ASSET_DIRECTORY / sound_file(split), quantised, SAMPLE_RATE, "PCM_16", format="FLAC")
+        quantized = np.round(np.concatenate(sounds[split]) * 2047) / 2048
+        soundfile.write(ASSET_DIRECTORY / sound_file(split), quantized, SAMPLE_RATE, "PCM_16", format="FLAC")
     (ASSET_DIRECTORY / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 

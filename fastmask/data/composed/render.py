@@ -106,7 +106,7 @@ def _texture(library: Library, size: tuple[int, int], region: Region) -> np.ndar
         pixels = pixels.T
     pixels = pixels[:: -1 if region.is_flipped else 1, :: -1 if region.is_mirrored else 1]
     levels = TEXTURE_LEVEL + region.contrast * (np.arange(256) - library.means[region.stuff])
-    return _tint(levels, region.colour).take(pixels, 0)
+    return _tint(levels, region.color).take(pixels, 0)
 
 
 def _crop(texture: np.ndarray, box: tuple[float, float, float, float], size: tuple[int, int]) -> np.ndarray:
@@ -123,9 +123,9 @@ def _crop(texture: np.ndarray, box: tuple[float, float, float, float], size: tup
     return pixels
 
 
-def _tint(levels: np.ndarray, colour: tuple[float, float, float]) -> np.ndarray:
-    """``(256, 3)`` int32: the colour in 0..255 of each of 256 gray levels."""
-    return np.clip(np.rint(levels[:, None] * np.array(colour)), 0, 255).astype(np.int32)
+def _tint(levels: np.ndarray, color: tuple[float, float, float]) -> np.ndarray:
+    """``(256, 3)`` int32: the color in 0..255 of each of 256 gray levels."""
+    return np.clip(np.rint(levels[:, None] * np.array(color)), 0, 255).astype(np.int32)
 
 
 def _cover(library: Library, size: tuple[int, int], garment: Garment) -> tuple[Window, np.ndarray, np.ndarray]:
@@ -135,17 +135,17 @@ def _cover(library: Library, size: tuple[int, int], garment: Garment) -> tuple[W
     cosine, sine = (1 - half * half) / (1 + half * half), 2 * half / (1 + half * half)
     reach = (0.5 * SPRITE_SIZE + SPRITE_MARGIN / 2) * scale * (cosine + abs(sine))
     rows, columns = (
-        slice(max(int(np.floor(centre - reach)), 0), max(min(int(np.ceil(centre + reach)), limit), 0))
-        for centre, limit in ((garment.y, size[0]), (garment.x, size[1]))
+        slice(max(int(np.floor(center - reach)), 0), max(min(int(np.ceil(center + reach)), limit), 0))
+        for center, limit in ((garment.y, size[0]), (garment.x, size[1]))
     )
     one = 1 << FIXED_POINT
     step = OVERSAMPLING / scale * one
     along, across = round(step * cosine), round(step * sine)
     sign = -1 if garment.is_mirrored else 1
-    centre = round((STAMP_SIZE / 2 - 0.5) * one)
+    center = round((STAMP_SIZE / 2 - 0.5) * one)
     start_x, start_y = columns.start + 0.5 - garment.x, rows.start + 0.5 - garment.y
-    origin_x = centre + sign * round(start_x * along + start_y * across)
-    origin_y = centre + round(start_y * along - start_x * across)
+    origin_x = center + sign * round(start_x * along + start_y * across)
+    origin_y = center + round(start_y * along - start_x * across)
     i = np.arange(rows.stop - rows.start, dtype=np.int32)[:, None]
     j = np.arange(columns.stop - columns.start, dtype=np.int32)[None, :]
     last = (STAMP_SIZE - 1) * one - 1
@@ -188,7 +188,7 @@ def _shift(span: slice, offset: int, limit: int) -> tuple[slice, slice]:
 
 def _paint(image: np.ndarray, garment: Garment, window: Window, brightness: np.ndarray, coverage: np.ndarray) -> None:
     levels = GARMENT_BLACK + np.arange(256) * ((255 - GARMENT_BLACK) / 255)
-    pixels = _tint(levels, garment.colour).take(brightness, 0)
+    pixels = _tint(levels, garment.color).take(brightness, 0)
     weight = (coverage + (coverage >> 7))[:, :, None]
     below = image[window].astype(np.int32)
     image[window] = below + ((pixels - below) * weight + 128 >> 8)

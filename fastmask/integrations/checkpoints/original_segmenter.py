@@ -80,7 +80,7 @@ def save_original_segmenter(model: Segmenter, folder: str | Path) -> None:
     zeros.
 
     Raises:
-        ValueError: an architecture or normalisation that their code cannot build; the message names the field.
+        ValueError: an architecture or normalization that their code cannot build; the message names the field.
     """
     import yaml
 
