@@ -1,4 +1,4 @@
-"""The device that somebody asks for."""
+"""A device by name, checked before it is used."""
 
 from __future__ import annotations
 
