@@ -178,7 +178,7 @@ def counters(run: Run, seconds: float) -> Command:
 
 
 def plots(run: Run, seconds: float) -> Command:
-    return module("plots", run.results)
+    return module("charts", run.results)
 
 
 # By worth: what is cut off when the time is up is worth least.

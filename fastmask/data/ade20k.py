@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fastmask.data.coco_panoptic import PanopticDataset
-from fastmask.data.files import LabelMapDataset, file_of, folder_of, list_files, only_semantic, paired
+from fastmask.data.image_files import LabelMapDataset, file_of, folder_of, list_files, only_semantic, paired
 from fastmask.data.palette import distinct_colors
 from fastmask.data.sample import DatasetInfo
 

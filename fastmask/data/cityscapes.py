@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmask.data.files import INVALID, FileDataset, LabelMapDataset, folder_of, list_files, paired, read_labels
+from fastmask.data.image_files import INVALID, FileDataset, LabelMapDataset, folder_of, list_files, paired, read_labels
 from fastmask.data.sample import VOID, DatasetInfo, Sample
 from fastmask.data.tasks import segment_dtype, task_view
 

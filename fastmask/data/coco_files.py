@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
-from fastmask.data.files import folder_of
+from fastmask.data.image_files import folder_of
 from fastmask.data.json_rules import Rule, field_faults, is_integer
 from fastmask.files import read_json
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastmask.data.coco_files import FLAG, ID, INTEGER, entry_name, image_folder, read_coco
-from fastmask.data.files import Entry, FileDataset, Size, file_of
+from fastmask.data.image_files import Entry, FileDataset, Size, file_of
 from fastmask.data.json_rules import Rule, field_faults, is_integer, is_number, shown
 from fastmask.data.palette import distinct_colors
 from fastmask.data.sample import DatasetInfo

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastmask.data.coco_files import CATEGORY, FILE, FLAG, ID, INTEGER, image_folder, read_coco
-from fastmask.data.files import Entry, FileDataset, Size, file_of, folder_of, reading
+from fastmask.data.image_files import Entry, FileDataset, Size, file_of, folder_of, reading
 from fastmask.data.json_rules import Rule, field_faults, is_integer
 from fastmask.data.palette import distinct_colors
 from fastmask.data.sample import DatasetInfo, Sample

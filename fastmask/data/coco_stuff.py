@@ -6,7 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
-from fastmask.data.files import INVALID, LabelMapDataset, files_below, folder_of, list_files, only_semantic, paired
+from fastmask.data.image_files import (
+    INVALID,
+    LabelMapDataset,
+    files_below,
+    folder_of,
+    list_files,
+    only_semantic,
+    paired,
+)
 from fastmask.data.palette import distinct_colors
 from fastmask.data.sample import DatasetInfo
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastmask.data.files import (
+from fastmask.data.image_files import (
     IMAGE_SUFFIXES,
     INVALID,
     MAX_LABEL,

@@ -34,7 +34,7 @@ def decode_picture(path: Path) -> Tensor:
 
     Raises:
         ValueError: values that no known scale brings to 8 bits.
-        OSError and others of ``fastmask.data.files.UNREADABLE``: the file is missing or broken.
+        OSError and others of ``fastmask.data.image_files.UNREADABLE``: the file is missing or broken.
     """
     with Image.open(path) as image:
         image.load()  # the orientation may stand behind the pixels

@@ -16,7 +16,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastmask.export.files import check_path, describe
+from fastmask.export.description import check_path, describe
 from fastmask.export.program import export_program, open_dims
 from fastmask.export.tasks import check_task, check_window
 from fastmask.files import replace_file

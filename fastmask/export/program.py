@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastmask.export.files import check_path, describe
+from fastmask.export.description import check_path, describe
 from fastmask.export.tasks import check_task, check_window, module_of_task
 from fastmask.files import replace_file
 from fastmask.models._base import PretrainedModel

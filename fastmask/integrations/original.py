@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from fastmask import modules
-from fastmask.integrations._labels import average_num_masks, sizes_of
+from fastmask.integrations._foreign_targets import average_num_masks, sizes_of
 from fastmask.integrations._patching import original_class
-from fastmask.integrations._points import PointLoss, PointMatcher
+from fastmask.integrations._random_points import PointLoss, PointMatcher
 from fastmask.mask_term import FOCAL
 from fastmask.modules.criterion import LOSSES
 from fastmask.modules.matcher import index_pairs

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmask.files import read_json, replace_files
-from fastmask.models import checkpoint, efficientnet
+from fastmask.models import efficientnet, weight_files
 from fastmask.models._images import DEVIATIONS, PIXEL_RANGE, ImageBatch, pad_images
 from fastmask.models.backbones import backbone_channels as channels_of
 from fastmask.models.backbones import build_backbone, describe_backbone, feature_maps
@@ -268,8 +268,8 @@ class PretrainedModel(nn.Module):
         replace_files(
             Path(folder),
             {
-                checkpoint.WEIGHTS_FILE: lambda path: checkpoint.save_weights(weights, path),
-                checkpoint.CONFIG_FILE: self.config.save,
+                weight_files.WEIGHTS_FILE: lambda path: weight_files.save_weights(weights, path),
+                weight_files.CONFIG_FILE: self.config.save,
             },
         )
 
@@ -303,7 +303,7 @@ class PretrainedModel(nn.Module):
         folder = Path(folder)
         if not folder.is_dir():
             raise FileNotFoundError(f"no folder {folder}")
-        config = cls.config_class.load(folder / checkpoint.CONFIG_FILE)
+        config = cls.config_class.load(folder / weight_files.CONFIG_FILE)
         new_classes = num_classes is not None and num_classes != config.num_classes
         if new_classes:
             if not ignore_mismatched_sizes:
@@ -313,16 +313,16 @@ class PretrainedModel(nn.Module):
                 )
             of_classes = {name: () for name in ("class_names", "stuff_classes") if hasattr(config, name)}
             config = config.replace(num_classes=num_classes, **of_classes)
-        path = folder / checkpoint.WEIGHTS_FILE
-        weights = checkpoint.without_prefix(checkpoint.load_weights(path), prefix, str(path))
+        path = folder / weight_files.WEIGHTS_FILE
+        weights = weight_files.without_prefix(weight_files.load_weights(path), prefix, str(path))
         model = cls(config, **modules)
         own = model.weights()
-        mismatched = checkpoint.check_keys(own, weights, path)
+        mismatched = weight_files.check_keys(own, weights, path)
         for name in mismatched:
             if not (new_classes and name.startswith(cls.class_weights)):
                 raise ValueError(
                     f"{path} has {name} of shape {tuple(weights[name].shape)}; "
-                    f"{folder / checkpoint.CONFIG_FILE} asks for {tuple(own[name].shape)}"
+                    f"{folder / weight_files.CONFIG_FILE} asks for {tuple(own[name].shape)}"
                 )
         if mismatched:
             warnings.warn(
@@ -339,7 +339,7 @@ class PretrainedModel(nn.Module):
             RuntimeError: keys or shapes differ; of names that a wrapper of the model put a prefix before, the message
                 says how to strip it.
         """
-        if strict and (prefix := checkpoint.wrapping_prefix(self.state_dict(), state_dict)):
+        if strict and (prefix := weight_files.wrapping_prefix(self.state_dict(), state_dict)):
             raise RuntimeError(
                 f"the names in state_dict begin with {prefix!r}, as a wrapper of the {type(self).__name__} has them; "
                 f"{{name.removeprefix({prefix!r}): value for name, value in state_dict.items()}} strips it"

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, interpolate
 
 from fastmask.models._images import ImageBatch, Size, fit_targets, pad_plane
-from fastmask.modules.processes import across_processes
+from fastmask.modules.across_processes import across_processes
 from fastmask.ops._checks import check_choice
 from fastmask.ops._tracing import same_size
 from fastmask.targets import Targets, check_class_map

@@ -12,11 +12,11 @@ from torch import nn
 
 from fastmask.models import maskformer, per_pixel, segmenter, sound
 from fastmask.models._base import ModelConfig, PretrainedModel, read_config
-from fastmask.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE, listed
 from fastmask.models.maskformer import MaskFormer
 from fastmask.models.per_pixel import PerPixelBaseline
 from fastmask.models.segmenter import Segmenter
 from fastmask.models.sound import SoundEventDetector
+from fastmask.models.weight_files import CONFIG_FILE, WEIGHTS_FILE, listed
 
 MODELS: dict[str, type[PretrainedModel]] = {
     model.config_class.model_type: model for model in (MaskFormer, Segmenter, PerPixelBaseline, SoundEventDetector)

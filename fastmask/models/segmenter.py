@@ -16,8 +16,8 @@ from fastmask.models._images import ImageBatch, Size, pad_images
 from fastmask.models._inference import check_sizes
 from fastmask.models._pixels import PixelTargets, check_output, fit_class_map, per_pixel_loss, pixel_results, upsample
 from fastmask.models._views import windowed_batch, windowed_logits
-from fastmask.models.checkpoint import check_keys
-from fastmask.modules.segmenter import LinearDecoder, MaskTransformer
+from fastmask.models.weight_files import check_keys
+from fastmask.modules.patch_decoders import LinearDecoder, MaskTransformer
 from fastmask.modules.vit import VisionTransformer, resize_positions
 from fastmask.ops._tracing import ceil_div
 

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from fastmask.functional import mask_loss, mask_products
 from fastmask.models._base import ModelConfig, PretrainedModel, config_or_fields, require
+from fastmask.modules.across_processes import across_processes
 from fastmask.modules.audio import FrameEncoder, LogMel, linear_softmax, median_filter
 from fastmask.modules.predictor import TransformerPredictor
-from fastmask.modules.processes import across_processes
 from fastmask.targets import PADDING_LABEL, Targets
 
 

@@ -6,7 +6,7 @@ from fastmask.modules.masked_predictor import MaskedTransformerPredictor
 from fastmask.modules.matcher import FixedMatcher, HungarianMatcher, Matcher
 from fastmask.modules.mlp import MLP
 from fastmask.modules.pixel_decoder import PixelDecoder
-from fastmask.modules.points import PointSampling
+from fastmask.modules.point_sampling import PointSampling
 from fastmask.modules.position_encoding import sine_position_encoding
 from fastmask.modules.predictions import Predictions
 from fastmask.modules.predictor import TransformerPredictor

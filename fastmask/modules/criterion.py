@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from fastmask.functional import mask_loss
 from fastmask.mask_term import FOCAL, MaskTerm
+from fastmask.modules.across_processes import across_processes
 from fastmask.modules.matcher import Matcher
-from fastmask.modules.points import PointSampling
+from fastmask.modules.point_sampling import PointSampling
 from fastmask.modules.predictions import Predictions
-from fastmask.modules.processes import across_processes
 from fastmask.ops._checks import check_mask_term
 from fastmask.ops.class_loss import class_loss_terms
 from fastmask.targets import Targets

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastmask.functional import assign, mask_cost
 from fastmask.mask_term import FOCAL, MaskTerm
-from fastmask.modules.points import PointSampling
+from fastmask.modules.point_sampling import PointSampling
 from fastmask.modules.predictions import Predictions
 from fastmask.ops._checks import check_mask_term
 from fastmask.targets import Targets

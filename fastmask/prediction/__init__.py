@@ -2,7 +2,7 @@
 
 from fastmask.prediction.inputs import ImageFile, find_images
 from fastmask.prediction.overlay import SegmentMap, draw_legend, draw_overlay, draw_segments
-from fastmask.prediction.run import Predictions, predict
+from fastmask.prediction.predict_images import Predictions, predict
 from fastmask.prediction.sheets import contact_sheet, side_by_side
 
 __all__ = [

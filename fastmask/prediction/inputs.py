@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fastmask.data.files import IMAGE_SUFFIXES, files_below
+from fastmask.data.image_files import IMAGE_SUFFIXES, files_below
 
 RESULT_FOLDERS = ("labels", "overlays", "panoptic")
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastmask.data import DatasetInfo
 from fastmask.data.coco_instances import draw
-from fastmask.data.files import MAX_LABEL
+from fastmask.data.image_files import MAX_LABEL
 from fastmask.files import replace_file, replace_files
 from fastmask.prediction.inputs import RESULT_FOLDERS, ImageFile
 from fastmask.prediction.overlay import SegmentMap, draw_overlay

@@ -11,7 +11,7 @@ from fastmask.training.optimizer import (
     parameter_groups,
 )
 from fastmask.training.recipe import Recipe
-from fastmask.training.run import TrainingResult, train
+from fastmask.training.runner import TrainingResult, train
 from fastmask.training.trainer import Trainer
 
 __all__ = [

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fastmask.files import finite, read_json, replace_file, write_json
-from fastmask.models.checkpoint import CONFIG_FILE
-from fastmask.training.checkpoint import remove_temporary
+from fastmask.models.weight_files import CONFIG_FILE
 from fastmask.training.config import TrainingConfig
+from fastmask.training.step_checkpoints import remove_temporary
 
 
 class RunFolder:

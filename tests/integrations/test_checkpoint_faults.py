@@ -23,7 +23,7 @@ from fastmask.integrations.checkpoints import (
     to_original_maskformer,
 )
 from fastmask.models import load_model
-from fastmask.models.checkpoint import wrapping_prefix
+from fastmask.models.weight_files import wrapping_prefix
 from fastmask.training.distributed import load_model_state
 
 PREFIXES = ["module.", "model.", "_orig_mod.", "model.module.net."]

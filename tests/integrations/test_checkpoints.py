@@ -18,8 +18,8 @@ from fastmask.integrations.checkpoints import (
     to_hugging_face_maskformer,
     to_original_maskformer,
 )
-from fastmask.integrations.checkpoints.files import read_weights
 from fastmask.integrations.checkpoints.original_maskformer import infer_config
+from fastmask.integrations.checkpoints.state_files import read_weights
 from tests.helpers.original_maskformer import OriginalMaskFormer, ResNet, Swin
 
 SIZES = {"classes": 5, "queries": 7, "dim": 32, "conv_dim": 64, "mask_dim": 24, "heads": 8, "hidden": 48, "layers": 2}

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fastmask.models import MaskFormer, MaskFormerConfig, checkpoint
+from fastmask.models import MaskFormer, MaskFormerConfig, weight_files
 
 
 def tiny(num_classes=4, **options):
@@ -77,7 +77,7 @@ def test_an_interrupted_save_leaves_the_earlier_one(saved, monkeypatch, failing)
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint if failing == "save_weights" else os, failing, interrupt)
+    monkeypatch.setattr(weight_files if failing == "save_weights" else os, failing, interrupt)
     with pytest.raises(KeyboardInterrupt):
         tiny().save_pretrained(folder)
     assert {name: (folder / name).read_bytes() for name in os.listdir(folder)} == before

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from fastmask import MaskFormer, MaskFormerConfig
 from fastmask.cli.main import app, main
-from fastmask.prediction import outputs, predict, run
+from fastmask.prediction import outputs, predict, predict_images
 
 COMMAND = [sys.executable, "-m", "fastmask.cli.main", "predict"]
 ROOT = Path(__file__).parents[2]
@@ -231,7 +231,7 @@ def test_a_few_images_are_in_memory(model, photos, tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     for i in range(10):
         write_photo(photos / f"more-{i}.jpg", rng)
-    decode, images, alive = run.decode_picture, [], []
+    decode, images, alive = predict_images.decode_picture, [], []
 
     def counted(path, **options):
         image = decode(path, **options)
@@ -239,6 +239,6 @@ def test_a_few_images_are_in_memory(model, photos, tmp_path, monkeypatch):
         alive.append(sum(image() is not None for image in images))
         return image
 
-    monkeypatch.setattr(run, "decode_picture", counted)
+    monkeypatch.setattr(predict_images, "decode_picture", counted)
     predict(model, photos, tmp_path / "out")
     assert len(alive) == 15 and max(alive) <= 4

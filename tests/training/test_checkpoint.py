@@ -15,8 +15,8 @@ import torch
 
 from fastmask.models import MaskFormer, MaskFormerConfig, load_model
 from fastmask.training import train
-from fastmask.training.checkpoint import load_newest, remove_temporary, save_checkpoint
 from fastmask.training.random_state import random_state, seed_all, set_random_state
+from fastmask.training.step_checkpoints import load_newest, remove_temporary, save_checkpoint
 from tests.helpers.training_runs import ForkedProcess, scene_folder, tiny_config
 
 

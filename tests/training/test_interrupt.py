@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastmask.models import load_model
-from fastmask.training.checkpoint import load_newest
+from fastmask.training.step_checkpoints import load_newest
 from fastmask.training.trainer import Trainer
 from tests.helpers.training_runs import ForkedProcess, run_command, scene_folder, train_command
 

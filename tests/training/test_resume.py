@@ -41,7 +41,7 @@ def uninterrupted(config, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch):
     """Pictures take longer than these runs."""
-    monkeypatch.setattr("fastmask.training.run.draw_curves", lambda *_: None)
+    monkeypatch.setattr("fastmask.training.runner.draw_curves", lambda *_: None)
 
 
 @contextmanager

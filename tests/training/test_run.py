@@ -16,10 +16,10 @@ from fastmask.models._pixels import per_pixel_loss
 from fastmask.models._registry import make_config
 from fastmask.targets import Targets
 from fastmask.training import Recipe, TrainingConfig, make_training_config, train
-from fastmask.training.checkpoint import load_newest
 from fastmask.training.curves import draw_curves
-from fastmask.training.losses import LossRecord
+from fastmask.training.latest_losses import LossRecord
 from fastmask.training.run_folder import MetricsFile
+from fastmask.training.step_checkpoints import load_newest
 from tests.helpers.dataset_trees import instance_tree, panoptic_tree
 from tests.helpers.training_runs import scene_folder, tiny_config
 
@@ -146,7 +146,7 @@ def test_classes_must_be_those_of_the_data(scenes, tmp_path, monkeypatch):
             (other / "classes.json").write_text(json.dumps([*CLASS_NAMES, "hat"]))
         return open_dataset(other, split, *options, **more)
 
-    monkeypatch.setattr("fastmask.training.run.open_dataset", other_classes_in_val)
+    monkeypatch.setattr("fastmask.training.runner.open_dataset", other_classes_in_val)
     with pytest.raises(ValueError, match="classes of split 'val' are not those of split 'train'"):
         train(config, tmp_path / "run")
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from fastmask.integrations.checkpoints.files import SUFFIXES, read_weights
 from fastmask.integrations.checkpoints.hugging_face import from_hugging_face_maskformer, to_hugging_face_maskformer
 from fastmask.integrations.checkpoints.original_maskformer import (
     from_original_maskformer,
@@ -15,10 +14,11 @@ from fastmask.integrations.checkpoints.original_maskformer import (
     to_original_maskformer,
 )
 from fastmask.integrations.checkpoints.original_segmenter import from_original_segmenter, save_original_segmenter
+from fastmask.integrations.checkpoints.state_files import SUFFIXES, read_weights
 from fastmask.models import MaskFormer, Segmenter, load_model
 from fastmask.models._base import PretrainedModel, read_config
 from fastmask.models._registry import SAVED_IN_RUN
-from fastmask.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE, listed
+from fastmask.models.weight_files import CONFIG_FILE, WEIGHTS_FILE, listed
 
 FORMATS = ("fastmask", "huggingface", "original")
 SEGMENTER_VARIANT = "variant.yml"  # stands beside the weights of an original Segmenter, and of nothing else

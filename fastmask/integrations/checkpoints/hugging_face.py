@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fastmask.integrations.checkpoints.backbones import NOT_LEARNED, hugging_face_swin
-from fastmask.integrations.checkpoints.files import read_weights
 from fastmask.integrations.checkpoints.names import Rule, rename, to_foreign, to_own
+from fastmask.integrations.checkpoints.state_files import read_weights
 from fastmask.models._base import read_config
 from fastmask.models.backbones import describe_backbone
-from fastmask.models.checkpoint import CONFIG_FILE, key_problems, listed, wrapping_prefix
 from fastmask.models.maskformer import MaskFormer, MaskFormerConfig
+from fastmask.models.weight_files import CONFIG_FILE, key_problems, listed, wrapping_prefix
 
 if TYPE_CHECKING:
     from transformers import MaskFormerForInstanceSegmentation
@@ -53,7 +53,7 @@ def from_hugging_face_maskformer(
         num_queries, num_classes: of the new model, if they are to differ.
         ignore_mismatched_sizes: allow that: query embeddings and class head then start at random, with a warning.
         prefix: what the names of a folder's weights have before them, as for
-            :func:`~fastmask.integrations.checkpoints.files.read_weights`.
+            :func:`~fastmask.integrations.checkpoints.state_files.read_weights`.
 
     Returns:
         the model, on the CPU, in float32 and training mode, with the class names of ``source``.

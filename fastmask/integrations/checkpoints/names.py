@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastmask.models.checkpoint import key_problems, listed
+from fastmask.models.weight_files import key_problems, listed
 
 
 @dataclass(frozen=True)

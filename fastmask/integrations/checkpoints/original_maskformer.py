@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fastmask.integrations.checkpoints.backbones import NOT_LEARNED, detectron2_resnet, microsoft_swin
-from fastmask.integrations.checkpoints.files import read_weights
 from fastmask.integrations.checkpoints.names import Rule, rename, to_foreign, to_own
-from fastmask.models.checkpoint import key_problems, listed, without_prefix, wrapping_prefix
+from fastmask.integrations.checkpoints.state_files import read_weights
 from fastmask.models.maskformer import MaskFormer, MaskFormerConfig
+from fastmask.models.weight_files import key_problems, listed, without_prefix, wrapping_prefix
 
 DECODER = "sem_seg_head.pixel_decoder"
 PREDICTOR = "sem_seg_head.predictor"
@@ -40,7 +40,7 @@ def from_original_maskformer(
             paper, none of which the weights tell.
         ignore_mismatched_sizes: let query embeddings and class head start at random, with a warning, where ``config``
             has another number of queries or classes.
-        prefix: as for :func:`~fastmask.integrations.checkpoints.files.read_weights`.
+        prefix: as for :func:`~fastmask.integrations.checkpoints.state_files.read_weights`.
 
     Returns:
         the model, on the CPU, in float32 and training mode.

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from fastmask.files import replace_files
-from fastmask.integrations.checkpoints.files import read_weights
 from fastmask.integrations.checkpoints.names import rename, to_own
+from fastmask.integrations.checkpoints.state_files import read_weights
 from fastmask.models._base import IMAGENET_MEAN, IMAGENET_STD
 from fastmask.models.segmenter import VIT_MEAN, VIT_STD, Segmenter, SegmenterConfig
 
@@ -48,7 +48,7 @@ def from_original_segmenter(
             values is unpickled, and nothing but plain values is read from YAML.
         num_classes: K of the model, if it is to differ from the checkpoint's.
         ignore_mismatched_sizes: allow that: weights that belong to classes start at random, with a warning.
-        prefix: as for :func:`~fastmask.integrations.checkpoints.files.read_weights`.
+        prefix: as for :func:`~fastmask.integrations.checkpoints.state_files.read_weights`.
 
     Returns:
         the model, on the CPU, in float32 and training mode.

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from torch import nn
 from transformers.models.eomt import modeling_eomt as hf
 
-from fastmask.integrations.transformers._labels import criterion_replacements
-from fastmask.integrations.transformers._points import PointLoss, PointMatcher
+from fastmask.integrations.transformers._loss_arguments import criterion_replacements
+from fastmask.integrations.transformers._point_losses import PointLoss, PointMatcher
 
 
 def replacements(module: nn.Module) -> Iterator[tuple[nn.Module, type[nn.Module]]]:

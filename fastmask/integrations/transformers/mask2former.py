@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers.models.mask2former import modeling_mask2former as hf
 
 from fastmask.functional import mask_products
-from fastmask.integrations.transformers._labels import criterion_replacements
-from fastmask.integrations.transformers._points import FactoredLayers, PointLoss, PointMatcher
+from fastmask.integrations.transformers._loss_arguments import criterion_replacements
+from fastmask.integrations.transformers._point_losses import FactoredLayers, PointLoss, PointMatcher
 from fastmask.modules import MaskedCrossAttention
 
 # Up to 5.22 transformers draws a number for each layer even where no layer is to be dropped, which moves on the

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers.models.maskformer import modeling_maskformer as hf
 
 from fastmask.functional import assign, class_loss, mask_cost, mask_loss, mask_products, matched_mask_logits
-from fastmask.integrations._labels import cost_of_images, sizes_of
+from fastmask.integrations._foreign_targets import cost_of_images, sizes_of
 from fastmask.integrations._patching import fixes, original_class
-from fastmask.integrations.transformers._labels import (
+from fastmask.integrations.transformers._loss_arguments import (
     CLASSES,
     MASKS,
     criterion_replacements,

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import Tensor, nn
 from transformers.models.oneformer import modeling_oneformer as hf
 
-from fastmask.integrations.transformers._labels import criterion_replacements
-from fastmask.integrations.transformers._points import PointLoss, PointMatcher
+from fastmask.integrations.transformers._loss_arguments import criterion_replacements
+from fastmask.integrations.transformers._point_losses import PointLoss, PointMatcher
 
 LOSSES_OF_A_LAYER = 3
 

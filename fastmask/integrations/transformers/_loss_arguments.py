@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastmask.integrations._labels import average_num_masks
+from fastmask.integrations._foreign_targets import average_num_masks
 from fastmask.integrations._patching import fixes, original_class
 from fastmask.targets import Targets, check_binary
 

@@ -22,18 +22,18 @@ from fastmask.metrics import InstanceMetrics
 from fastmask.models._base import PretrainedModel
 from fastmask.models._registry import load_model, model_from_dict
 from fastmask.training.activation_checkpointing import checkpoint_activations
-from fastmask.training.checkpoint import load_newest, save_checkpoint
 from fastmask.training.config import TrainingConfig, check_task
 from fastmask.training.curves import draw_curves
 from fastmask.training.distributed import Processes, any_process, cleanup, setup, together, whole, wrap
 from fastmask.training.evaluation import evaluate
 from fastmask.training.interruption import Interruption, prepare_worker
-from fastmask.training.losses import LossRecord
+from fastmask.training.latest_losses import LossRecord
 from fastmask.training.main_process import in_main
 from fastmask.training.random_state import random_state, random_state_kept, seed_all, set_random_state
 from fastmask.training.run_folder import MetricsFile, RunFolder
 from fastmask.training.run_log import INSTALL, RunLog
 from fastmask.training.sampler import StepSampler
+from fastmask.training.step_checkpoints import load_newest, save_checkpoint
 from fastmask.training.trainer import Trainer
 
 # What tells which network is best, by the data set's task; and what the curves show.

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmask.models.checkpoint import load_weights, without_prefix
+from fastmask.models.weight_files import load_weights, without_prefix
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".pkl")
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fastmask.integrations import _points
-from fastmask.integrations._labels import sizes_of
-from fastmask.integrations.transformers._labels import layers_of, make_targets, name_losses, num_masks_of
+from fastmask.integrations import _random_points
+from fastmask.integrations._foreign_targets import sizes_of
+from fastmask.integrations.transformers._loss_arguments import layers_of, make_targets, name_losses, num_masks_of
 from fastmask.modules.matcher import index_pairs
 
 
@@ -33,7 +33,7 @@ class FactoredLayers(list):
         self.factors = factors
 
 
-class PointMatcher(_points.PointMatcher):
+class PointMatcher(_random_points.PointMatcher):
     """What replaces the three matchers."""
 
     @torch.no_grad()
@@ -51,7 +51,7 @@ class PointMatcher(_points.PointMatcher):
         return index_pairs(assignment)
 
 
-class PointLoss(_points.PointLoss):
+class PointLoss(_random_points.PointLoss):
     """What replaces the three criteria."""
 
     loss_shape: tuple[int, ...] = ()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastmask.data import DatasetInfo, ResizeShortSide
-from fastmask.data.files import reading
+from fastmask.data.image_files import reading
 from fastmask.data.palette import distinct_colors
 from fastmask.data.pictures import decode_picture
 from fastmask.device import usable_device

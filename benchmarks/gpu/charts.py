@@ -1,4 +1,4 @@
-"""Bar charts of a result file: ``python -m benchmarks.gpu.plots FILE``."""
+"""Bar charts of a result file: ``python -m benchmarks.gpu.charts FILE``."""
 
 from __future__ import annotations
 

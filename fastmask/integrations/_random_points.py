@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import grid_sample
 
 from fastmask.functional import assign, class_loss, mask_cost, mask_loss, matched_mask_logits
-from fastmask.integrations._labels import cost_of_images
+from fastmask.integrations._foreign_targets import cost_of_images
 from fastmask.mask_term import MaskTerm
 from fastmask.targets import Targets
 
