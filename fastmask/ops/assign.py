@@ -1,8 +1,7 @@
 """Batched optimal assignment of queries to targets.
 
-``fastmask::assign``: the best matching of each problem of a batch; ``fastmask::assign_duals`` also proves it.
-
-Both return the query of each target and how many pairs of each problem have a cost that is not finite.
+``fastmask::assign`` returns the query of each target, and how many pairs of each problem have a cost that is not
+finite; ``fastmask::assign_duals`` also returns the duals, which prove the result.
 """
 
 from __future__ import annotations

@@ -1,11 +1,9 @@
-"""Cross-attention in which a query attends where its own mask is foreground.
+"""Cross-attention in which a query attends where its own mask is foreground, and its gradient.
 
-``fastmask::masked_attention``: cross-attention where a query's mask is foreground, and its gradient.
-
-The forward operator also returns ``logsumexp (B, heads, N)``: log sum_s exp(scale q k_s) over the keys s that the query
-attends to, before dropout, which is all that backward needs to recompute a weight. Rows without any key hold +inf, so
-that exp(score - logsumexp) is 0 there as well. It is float32 on a GPU and float64 on the CPU, where it costs nothing
-and spares backward what is otherwise its largest rounding.
+``fastmask::masked_attention`` also returns ``logsumexp (B, heads, N)``: log sum_s exp(scale q k_s) over the keys s that
+the query attends to, before dropout, which is all that backward needs to recompute a weight. Rows without any key hold
++inf, so that exp(score - logsumexp) is 0 there as well. It is float32 on a GPU and float64 on the CPU, where it costs
+nothing and spares backward what is otherwise its largest rounding.
 
 With ``dropout_p`` > 0, ``seed`` is an int64 tensor of one element on the tensors' device, so that no value crosses to
 the host. The weight of key s for query n in head h of image b is kept where u >= dropout_p, u being the first number of

@@ -1,9 +1,8 @@
 """Semantic segmentation from class logits, and mask logits or embeddings.
 
-``fastmask::semantic_inference``: class labels or scores of pixels, from class probabilities and mask logits.
-
-It returns labels or scores, the winning score, the winning score minus that of the runner-up, and the number of NaN
-logits of each query; the two in the middle are empty without ``details``.
+``fastmask::semantic_inference`` takes class probabilities and mask logits. It returns labels or scores of pixels, the
+winning score, the winning score minus that of the runner-up, and the number of NaN logits of each query; the two in the
+middle are empty without ``details``.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
 """Random points of the matched pairs, most of them where the predicted mask is uncertain.
 
-``fastmask::uncertain_points``: random points of each matched pair, most of them where its mask is uncertain.
-
-The points come from a stream that the seed, an int64 tensor of one element, determines; see
-``fastmask.reference.random_points``. Only chosen points are ever stored.
+``fastmask::uncertain_points`` takes them from a stream that the seed, an int64 tensor of one element, determines; see
+``fastmask.reference.random_points``. It stores only chosen points.
 """
 
 from __future__ import annotations
