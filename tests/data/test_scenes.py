@@ -40,8 +40,7 @@ def test_scenes_are_the_same_on_every_machine(split):
 
 def test_scenes_depend_on_neither_order_nor_length_nor_process():
     script = (
-        "import sys; sys.path.append('tests')\n"
-        "from fastmask.data import ComposedScenes; from test_data_scenes import digest\n"
+        "from fastmask.data import ComposedScenes; from tests.data.test_scenes import digest\n"
         "scenes = ComposedScenes('val', length=40, seed=3)\n"
         "[scenes[i] for i in (39, 2)]; print(digest(scenes, range(4, 9)))"
     )
