@@ -64,7 +64,7 @@ def read_json(path: Path, default: Any = None) -> Any:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Writes a file of :func:`finite` values, whole or not at all."""
-    text = json.dumps(finite(values), indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(finite(values), indent=2) + "\n"
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 

@@ -72,8 +72,8 @@ class MaskedAttentionConfig:
     registers: int | None = None
 
 
-# By head dimension, for GPUs by the major version of their compute capability. None spills registers at B=16 and N=100;
-# the general ones fit a multiprocessor with 100 KB of shared memory.
+# By head dimension, for GPUs by the major version of their compute capability. At B=16 and N=100 none in half precision
+# spills registers, and float32 at most 32 bytes; the general ones fit a multiprocessor with 100 KB of shared memory.
 _HALF = {
     32: MaskedAttentionConfig(queries=64, keys=128, warp_queries=16, num_stages=3, registers=255),
     64: MaskedAttentionConfig(queries=128, keys=64, warp_queries=16, num_stages=3),

@@ -143,7 +143,7 @@ def attended_keys(mask_logits, padding, grid, block):
     return bits.flatten(2)[..., :keys] != 0, arguments["occupied_ptr"] != 0
 
 
-@pytest.mark.parametrize("block", [32, 64, 128])
+@pytest.mark.parametrize("block", [16, 32, 64, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("grid", "size"),

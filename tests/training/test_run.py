@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from fastmask.data import CLASS_NAMES, STUFF_LABELS, open_dataset
-from fastmask.files import read_json
+from fastmask.files import read_json, write_json
 from fastmask.models import MaskFormer, load_model, make_model
 from fastmask.models._pixels import per_pixel_loss
 from fastmask.models._registry import make_config
@@ -370,3 +370,9 @@ def test_a_network_is_not_trained_for_a_task_that_it_cannot_do(tmp_path, model, 
 
 def test_the_configuration_names_the_task_of_the_data(tmp_path):
     assert tiny_config(instance_tree(tmp_path), recipe={"steps": 1}).task == "instance"
+
+
+def test_json_files_hold_names_that_are_no_unicode(tmp_path):
+    """As those of files whose bytes are no UTF-8; and what is not finite."""
+    write_json(tmp_path / "a.json", {"name": "\udc80", "score": float("nan")})
+    assert read_json(tmp_path / "a.json") == {"name": "\udc80", "score": None}
