@@ -10,91 +10,82 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import grid_sample
 
-from fastmask.functional import assign, class_loss, mask_cost, mask_loss, matched_mask_logits
-from fastmask.integrations._foreign_targets import cost_of_images
+from fastmask.functional import assign, class_loss, mask_loss
+from fastmask.integrations._foreign_targets import Size, matching_cost
 from fastmask.mask_term import MaskTerm
+from fastmask.modules import Predictions
 from fastmask.targets import Targets
 
 CROSS_ENTROPY = MaskTerm("bce")
 
 
-class PointMatcher:
-    """Part of what replaces a matcher, whose attributes it reads: ``cost_class``, ``cost_mask``, ``cost_dice`` and
-    ``num_points``."""
+class PointMatcher(nn.Module):
+    """Part of a class that replaces a matcher, whose attributes it reads."""
+
+    cost_class: float
+    cost_mask: float
+    cost_dice: float
+    num_points: int
 
     @torch.no_grad()
-    def match_layer(
-        self, class_logits: Tensor, mask_logits: Tensor, targets: Targets, sizes: Sequence[tuple[int, int]]
-    ) -> Tensor:
-        """``(B, M)`` int64: the query of each target of one layer, by costs at new random points.
+    def match(self, predictions: Predictions, targets: Targets, sizes: Sequence[Size]) -> Tensor:
+        """``(L, B, M)`` int64: the query of each target, by costs at new random points, which the layers share.
 
         Args:
-            class_logits: ``(B, N, K+1)``.
-            mask_logits: ``(B, N, h, w)``.
+            predictions: of L layers.
             targets: of the B images.
-            sizes: (H_b, W_b) of each image's masks, whose points are of the mask without padding.
+            sizes: (H_b, W_b) of each image's masks; the points lie on the mask without padding.
         """
-        points = torch.cat([torch.rand(1, self.num_points, 2, device=mask_logits.device) for _ in sizes])
-
-        def cost(class_logits: Tensor, mask_logits: Tensor, targets: Targets, images: slice) -> Tensor:
-            return mask_cost(
-                class_logits,
-                mask_logits,
-                targets,
-                points[images],
-                cost_class=self.cost_class,
-                cost_mask=self.cost_mask,
-                cost_dice=self.cost_dice,
-                term=CROSS_ENTROPY,
-            )
-
-        return assign(cost_of_images(cost, class_logits, mask_logits, targets, sizes), targets.counts)
+        points = torch.cat([torch.rand(1, self.num_points, 2, device=targets.device) for _ in sizes])
+        cost = matching_cost(self, predictions, targets, sizes, points, CROSS_ENTROPY)
+        return assign(cost, targets.counts)
 
 
-class PointLoss:
-    """Part of what replaces a criterion, whose attributes it reads: ``matcher``, ``empty_weight``, ``num_points``,
-    ``oversample_ratio`` and ``importance_sample_ratio``."""
+class PointLoss(nn.Module):
+    """Part of a class that replaces a criterion, whose attributes it reads."""
+
+    matcher: PointMatcher
+    empty_weight: Tensor
+    num_points: int
+    oversample_ratio: float
+    importance_sample_ratio: float
 
     def losses_at_points(
         self,
-        layers: Sequence[tuple[Tensor, Tensor]],
+        layers: Sequence[Predictions],
         targets: Targets,
         counts: Sequence[int],
-        sizes: Sequence[tuple[int, int]],
+        sizes: Sequence[Size],
         *,
-        factors: Sequence[tuple[Tensor, Tensor]] | None = None,
         with_masks: bool = True,
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """Mask and dice losses of each layer, summed over pairs, and classification losses ``(L,)``.
+        """Mask and dice losses of each layer, summed over the matched pairs, and classification losses ``(L,)``.
 
         Args:
-            layers: class logits ``(B, N, K+1)`` and mask logits ``(B, N, h, w)`` of each, in the order in which the
-                original code draws their points.
+            layers: one layer each, in the order in which the original code draws their points.
             targets: of the B images.
             counts: targets of each image, known without asking the device.
             sizes: (H_b, W_b) of each image's masks.
-            factors: of each layer's mask logits, if they are known: mask embeddings ``(B, N, C)`` and pixel embeddings
-                ``(B, C, h, w)``. The gradient then goes to them, and carries the matched queries only.
             with_masks: whether mask and dice losses are wanted; without them, no points are drawn for them.
         """
-        assignments, masks, dices = [], [], []
-        for layer, (class_logits, mask_logits) in enumerate(layers):
-            assignment = self.matcher.match_layer(class_logits, mask_logits, targets, sizes)
+        assignments: list[Tensor] = []
+        masks: list[Tensor] = []
+        dices: list[Tensor] = []
+        for layer in layers:
+            assignment = self.matcher.match(layer, targets, sizes)
             assignments.append(assignment)
             if not with_masks:
                 continue
-            points = self.draw_points(mask_logits, assignment, counts)
-            rows = assignment
-            if factors is not None:
-                mask_logits, rows = matched_mask_logits(*factors[layer], targets, assignment)
+            points = self.draw_points(layer.detached_mask_logits()[0], assignment[0], counts)[None]
+            mask_logits, rows = layer.matched(targets, assignment)
             loss_mask, loss_dice = mask_loss(mask_logits, targets, rows, points, num_masks=1.0, term=CROSS_ENTROPY)
-            masks.append(loss_mask)
-            dices.append(loss_dice)
-        class_logits = torch.stack([classes for classes, _ in layers])
-        loss_ce = class_loss(class_logits, targets, torch.stack(assignments), class_weights=self.empty_weight)
+            masks += loss_mask
+            dices += loss_dice
+        class_logits = torch.cat([layer.class_logits for layer in layers])
+        loss_ce = class_loss(class_logits, targets, torch.cat(assignments), class_weights=self.empty_weight)
         return masks, dices, loss_ce
 
     @torch.no_grad()

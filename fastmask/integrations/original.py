@@ -1,27 +1,29 @@
-"""The original repositories' HungarianMatcher and SetCriterion, known by their looks.
+"""The original repositories' HungarianMatcher and SetCriterion, in whichever module they are defined.
 
-They live in research code that is copied rather than installed, so neither can be told by where it was defined: what
-counts is the class's name, its attributes and the signature of its ``forward``. A module that has the name but not the
-looks (DETR's, for one) is refused with the reason.
+Their code is copied rather than installed, so they are recognized by the class's name, its attributes and the signature
+of its ``forward``. A class that has the name alone, such as DETR's, is refused with the reason.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastmask import modules
-from fastmask.integrations._foreign_targets import average_num_masks, sizes_of
+from fastmask.integrations._foreign_targets import Size, average_num_masks, sizes_of
 from fastmask.integrations._patching import original_class
 from fastmask.integrations._random_points import PointLoss, PointMatcher
 from fastmask.mask_term import FOCAL
+from fastmask.modules import Predictions
 from fastmask.modules.criterion import LOSSES
 from fastmask.modules.matcher import index_pairs
 from fastmask.targets import Targets, check_binary
 
+TargetList = Sequence[Mapping[str, Tensor]]
 MATCHER, CRITERION = "HungarianMatcher", "SetCriterion"
 LOSS_METHODS = {"loss_labels", "loss_masks"}
 COSTS = frozenset({"cost_class", "cost_mask", "cost_dice"})
@@ -41,14 +43,15 @@ def replacements(module: nn.Module) -> Iterator[tuple[nn.Module, type[nn.Module]
         yield module, _by_attributes(module, {COSTS: HungarianMatcher, COSTS | {"num_points"}: PointHungarianMatcher})
         return
     ours = _by_attributes(module, {SETTINGS: SetCriterion, SETTINGS | SAMPLING: PointSetCriterion})
-    if original_class(module.matcher).__name__ != MATCHER:
-        raise TypeError(f"the matcher of {CRITERION} is a {type(module.matcher).__name__}; expected a {MATCHER}")
-    if hasattr(module.matcher, "num_points") != (ours is PointSetCriterion):
+    matcher, losses = module.get_submodule("matcher"), list(vars(module)["losses"])
+    if original_class(matcher).__name__ != MATCHER:
+        raise TypeError(f"the matcher of {CRITERION} is a {type(matcher).__name__}; expected a {MATCHER}")
+    if hasattr(matcher, "num_points") != (ours is PointSetCriterion):
         raise TypeError(f"one of {CRITERION} and its {MATCHER} samples points, the other does not")
     methods = {name for name in dir(cls) if name.startswith("loss_")}
-    if methods != LOSS_METHODS or not set(module.losses) <= set(LOSSES):
+    if methods != LOSS_METHODS or not set(losses) <= set(LOSSES):
         raise TypeError(
-            f"{CRITERION} has {', '.join(sorted(methods))} and losses={list(module.losses)}; expected "
+            f"{CRITERION} has {', '.join(sorted(methods))} and losses={losses}; expected "
             f"{', '.join(sorted(LOSS_METHODS))}, and any of {', '.join(LOSSES)}"
         )
     yield module, ours
@@ -71,13 +74,16 @@ class HungarianMatcher(modules.HungarianMatcher):
 
     term, points, backend = FOCAL, None, "auto"
 
-    @torch.no_grad()
     def forward(
-        self, outputs: Mapping[str, Tensor], targets: Sequence[Mapping[str, Tensor]]
+        self,
+        outputs: Mapping[str, Tensor],
+        targets: TargetList | Targets,
+        *,
+        generator: torch.Generator | None = None,
     ) -> list[tuple[Tensor, Tensor]]:
         """For each image (queries, targets), int64 on the CPU, by ascending query."""
         _check_targets(targets)
-        return super().forward(outputs, targets)
+        return super().forward(outputs, targets, generator=generator)
 
 
 class SetCriterion(modules.SetCriterion):
@@ -85,55 +91,69 @@ class SetCriterion(modules.SetCriterion):
 
     term, points, backend = FOCAL, None, "auto"
 
-    def forward(self, outputs: Mapping[str, object], targets: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    def forward(
+        self, outputs: Mapping[str, Any], targets: TargetList | Targets, *, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
         """Unweighted losses of all layers under their original names."""
         _check_targets(targets)
-        return super().forward(outputs, targets)
+        return super().forward(outputs, targets, generator=generator)
 
     def normalizers(self, weight: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
-        """As the original has them: classes by the queries of each process, masks by the average process's targets."""
+        """Those of the original: each process's own queries for classes, the average process's targets for masks."""
         return weight, average_num_masks(targets)
 
 
-class PointHungarianMatcher(PointMatcher, nn.Module):
+class PointHungarianMatcher(PointMatcher):
     """Mask2Former's matcher, by fastmask's kernels."""
 
     @torch.no_grad()
-    def forward(
-        self, outputs: Mapping[str, Tensor], targets: Sequence[Mapping[str, Tensor]]
-    ) -> list[tuple[Tensor, Tensor]]:
+    def forward(self, outputs: Mapping[str, Tensor], targets: TargetList) -> list[tuple[Tensor, Tensor]]:
         """For each image (queries, targets), int64 on the CPU, by ascending query."""
-        class_logits, mask_logits = outputs["pred_logits"], outputs["pred_masks"]
         sizes = _check_targets(targets)
-        padded = Targets.from_list(targets, num_classes=class_logits.shape[-1] - 1, device=class_logits.device)
-        return index_pairs(self.match_layer(class_logits, mask_logits, padded, sizes))
+        predictions = Predictions(outputs["pred_logits"][None], outputs["pred_masks"][None])
+        num_classes, device = predictions.class_logits.shape[-1] - 1, predictions.class_logits.device
+        padded = Targets.from_list(targets, num_classes=num_classes, device=device)
+        return index_pairs(self.match(predictions, padded, sizes)[0])
 
 
-class PointSetCriterion(PointLoss, nn.Module):
+class PointSetCriterion(PointLoss):
     """Mask2Former's criterion, by fastmask's kernels."""
 
-    def forward(self, outputs: Mapping[str, object], targets: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    num_classes: int
+    losses: Sequence[str]
+
+    def forward(self, outputs: Mapping[str, Any], targets: TargetList) -> dict[str, Tensor]:
         """Unweighted losses of all layers under their original names."""
         sizes = _check_targets(targets)
-        layers = [(layer["pred_logits"], layer["pred_masks"]) for layer in (outputs, *outputs.get("aux_outputs", ()))]
-        padded = Targets.from_list(targets, num_classes=self.num_classes, device=layers[0][0].device)
+        layers = [
+            Predictions(layer["pred_logits"][None], layer["pred_masks"][None])
+            for layer in (outputs, *outputs.get("aux_outputs", ()))
+        ]
+        padded = Targets.from_list(targets, num_classes=self.num_classes, device=outputs["pred_logits"].device)
         counts = [len(target["labels"]) for target in targets]
-        masks, dices, loss_ce = self.losses_at_points(layers, padded, counts, sizes, with_masks="masks" in self.losses)
+        with_masks = "masks" in self.losses
+        masks, dices, loss_ce = self.losses_at_points(layers, padded, counts, sizes, with_masks=with_masks)
         num_masks = average_num_masks(padded)
-        named = {}
+        named: dict[str, Tensor] = {}
         for i, ce in enumerate(loss_ce):
             suffix = f"_{i - 1}" if i > 0 else ""
             if "labels" in self.losses:
                 named[f"loss_ce{suffix}"] = ce
-            if "masks" in self.losses:
+            if with_masks:
                 named[f"loss_mask{suffix}"] = masks[i] / num_masks
                 named[f"loss_dice{suffix}"] = dices[i] / num_masks
         return named
 
 
-def _check_targets(targets: Sequence[Mapping[str, Tensor]]) -> list[tuple[int, int]]:
-    """(H, W) of each image's masks. The original pads them to the size of the batch before it calls; what it would do
-    with others is undefined."""
+def _check_targets(targets: TargetList | Targets) -> list[Size]:
+    """(H, W) of each image's masks.
+
+    Raises:
+        TypeError, ValueError: no list, masks that are not binary, or of different sizes: the original's callers pad
+            them to the size of the batch, and for others its losses are undefined.
+    """
+    if isinstance(targets, Targets):
+        raise TypeError("targets must be a list of dicts, as for the original, got Targets")
     for b, target in enumerate(targets):
         check_binary(f'targets[{b}]["masks"]', target["masks"])
     sizes = sizes_of([target["masks"] for target in targets])

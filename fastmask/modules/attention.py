@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -14,7 +16,7 @@ class MaskedCrossAttention(nn.Module):
     arXiv:2112.01527, equation 2); without mask logits, plain cross-attention.
 
     The parameters have the names, shapes and initial values of ``nn.MultiheadAttention``, so either loads the other's
-    state dict. Batch first. See :func:`fastmask.masked_attention` for how masks are read.
+    state dict. Batch first. See :func:`fastmask.masked_attention` for the reading of masks.
 
     Args:
         embed_dim: channels of queries, keys and values, a multiple of ``num_heads``.
@@ -61,7 +63,7 @@ class MaskedCrossAttention(nn.Module):
             key, value: ``(B, S, embed_dim)``, row by row over the grid.
             mask_logits: ``(B, N, h, w)``, each query's mask at any resolution; None to attend everywhere.
             grid: (height, width) of the keys; may be left out where there are no mask logits.
-            key_padding_mask: ``(B, S)`` bool, True at keys that are not attended to.
+            key_padding_mask: ``(B, S)`` bool, True at padding, which no query attends to.
 
         Raises:
             ValueError: shapes that do not fit, or mask logits without a grid.
@@ -70,14 +72,13 @@ class MaskedCrossAttention(nn.Module):
             if mask_logits is not None:
                 raise ValueError("mask_logits need grid, the (height, width) of the keys")
             grid = (1, key.shape[1])
-        weights = self.in_proj_weight.chunk(3)
-        biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        q, k, v = (linear(x, *parameters) for x, *parameters in zip((query, key, value), weights, biases, strict=True))
-        attended = masked_attention(
-            q,
-            k,
-            v,
+        attended = projected_attention(
+            query,
+            key,
+            value,
             mask_logits,
+            self.in_proj_weight,
+            self.in_proj_bias,
             grid=grid,
             num_heads=self.num_heads,
             key_padding_mask=key_padding_mask,
@@ -88,3 +89,25 @@ class MaskedCrossAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.embed_dim}, num_heads={self.num_heads}, dropout={self.dropout}"
+
+
+def projected_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask_logits: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    **options: Any,
+) -> Tensor:
+    """:func:`fastmask.masked_attention` of inputs that ``nn.MultiheadAttention``'s parameters project first.
+
+    Args:
+        query, key, value, mask_logits: as for :class:`MaskedCrossAttention`.
+        weight: ``(3 * embed_dim, embed_dim)``, of queries, keys and values.
+        bias: ``(3 * embed_dim,)``.
+        options: further arguments of :func:`fastmask.masked_attention`.
+    """
+    biases = (None, None, None) if bias is None else bias.chunk(3)
+    q, k, v = (linear(x, w, b) for x, w, b in zip((query, key, value), weight.chunk(3), biases, strict=True))
+    return masked_attention(q, k, v, mask_logits, **options)

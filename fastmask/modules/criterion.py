@@ -22,7 +22,7 @@ LOSSES = ("labels", "masks")
 
 
 class LayerLosses(NamedTuple):
-    """Unweighted losses of L decoder layers, ``(L,)`` each; None where the criterion leaves one out."""
+    """Unweighted losses of L decoder layers, ``(L,)`` each; None for a loss that the criterion does not compute."""
 
     loss_ce: Tensor | None
     loss_mask: Tensor | None
@@ -31,21 +31,22 @@ class LayerLosses(NamedTuple):
 
 
 class SetCriterion(nn.Module):
-    """Matches predictions to targets, then classification, mask and dice losses (MaskFormer, arXiv:2107.06278, 3.2).
+    """Matches predictions to targets and computes classification, mask and dice losses (MaskFormer, arXiv:2107.06278,
+    section 3.2).
 
     Every decoder layer has a matching of its own. The signature, the losses and their names are those of the original
-    repository; on the device, nothing is read back to the host.
+    repository. The host never waits for the device.
 
-    With several processes (an initialized ``torch.distributed``) all losses are normalized over all of them, so that
-    the average of losses and gradients that data-parallel training takes is exactly that of one process with the joined
-    batch. All processes must call the criterion together. The original normalizes masks so, but with at least one
-    target a process instead of one altogether, and classes by the queries of each process alone: its classification
-    loss, averaged over processes, is another wherever they have unequally many targets.
+    With several processes (an initialized ``torch.distributed``) all losses are normalized over all processes: the
+    average that data-parallel training takes of losses and gradients is exactly that of one process with the joined
+    batch. All processes must call the criterion together. The original counts at least one target for each process
+    instead of one in all, and normalizes classes by the queries of each process alone, so its averaged classification
+    loss differs where processes have unequal numbers of targets.
 
     Args:
         num_classes: K, without "no object".
         matcher: a HungarianMatcher or a FixedMatcher.
-        weight_dict: weight of each loss name; kept for whoever sums the losses, not applied here.
+        weight_dict: weight of each loss name; kept for the code that sums the losses, not applied here.
         eos_coef: weight of "no object" in the classification loss.
         losses: any of "labels" (loss_ce) and "masks" (loss_mask, loss_dice).
         term: the mask term of the losses; a HungarianMatcher has its own.
@@ -99,14 +100,14 @@ class SetCriterion(nn.Module):
 
         Args:
             outputs: "pred_logits" ``(B, N, K+1)`` and "pred_masks" ``(B, N, h, w)``; optionally "aux_outputs", a list
-                of such dicts, one for each earlier layer. Or all layers stacked, the last layer last, which go through
-                in one call, without a copy: "class_logits" ``(L, B, N, K+1)`` with "mask_logits" ``(L, B, N, h, w)``,
-                or with "mask_embed" ``(L, B, N, C)`` and "pixel_embed" ``(B, C, h, w)``, as fastmask's models do; see
-                :class:`Predictions` for what embeddings save. Stacked forms come before the others.
+                of such dicts, one for each earlier layer. Or, in one call and without a copy, all layers stacked, the
+                last layer last: "class_logits" ``(L, B, N, K+1)``, and "mask_logits" ``(L, B, N, h, w)`` or the
+                embeddings "mask_embed" ``(L, B, N, C)`` and "pixel_embed" ``(B, C, h, w)`` or both; see
+                :class:`Predictions`. Stacked layers take precedence.
             targets: a list of {"labels": ``(M_b,)``, "masks": ``(M_b, H_b, W_b)``}, one for each image, which is padded
                 to the largest mask; or Targets.
-            generator: of the device, for the points at which masks are compared, if any are drawn; the device's
-                default generator if None. The same generator state gives the same losses.
+            generator: of the device, for the points, if there are any; its default generator if None. The same
+                generator state gives the same losses.
 
         Raises:
             ValueError: outputs and targets that do not fit.
@@ -134,7 +135,7 @@ class SetCriterion(nn.Module):
     def layer_losses(
         self, predictions: Sequence[Predictions], targets: Targets, *, generator: torch.Generator | None = None
     ) -> LayerLosses:
-        """The losses of all layers of ``predictions``, in their order: the batched form beneath ``forward``."""
+        """The losses of all layers of ``predictions``, in their order."""
         assignment = self.matcher.match(predictions, targets, generator=generator)
         loss_ce = loss_mask = loss_dice = None
         weight = torch.zeros(0, device=assignment.device)
@@ -147,15 +148,15 @@ class SetCriterion(nn.Module):
             loss_ce = loss_ce / weight
         if "masks" in self.losses:
             assignments = assignment.split([group.num_layers for group in predictions])
-            pairs = [
-                self.mask_losses(group, targets, matched, num_masks, generator=generator)
-                for group, matched in zip(predictions, assignments, strict=True)
+            losses = [
+                self.mask_losses(group, targets, queries, num_masks, generator=generator)
+                for group, queries in zip(predictions, assignments, strict=True)
             ]
-            loss_mask, loss_dice = (torch.cat(values) for values in zip(*pairs, strict=True))
+            loss_mask, loss_dice = (torch.cat(values) for values in zip(*losses, strict=True))
         return LayerLosses(loss_ce, loss_mask, loss_dice, assignment)
 
     def normalizers(self, weight: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
-        """What the sums of class and mask losses are divided by.
+        """The divisors of the sums of class and mask losses.
 
         Args:
             weight: ``(L,)``, the sum of the weights of this process's queries in each layer.

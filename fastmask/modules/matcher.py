@@ -1,4 +1,4 @@
-"""Which query answers for which target: the Hungarian matcher of MaskFormer, and the fixed one it is compared with."""
+"""Which query answers for which target: MaskFormer's Hungarian matcher, and fixed matching."""
 
 from __future__ import annotations
 
@@ -17,14 +17,20 @@ from fastmask.targets import Targets
 
 
 class Matcher(nn.Module, ABC):
-    """What the criterion asks of a matcher: an assignment."""
+    """Base of the matchers that the criterion takes."""
 
     @abstractmethod
     def match(
         self, predictions: Sequence[Predictions], targets: Targets, *, generator: torch.Generator | None = None
     ) -> Tensor:
-        """``(L, B, M)`` int64 on the device: the query of each target in each of the layers of all ``predictions``, -1
-        for padding and unmatched targets. ``generator``, of that device, draws the points, if there are any."""
+        """``(L, B, M)`` int64 on the device: the query of each target in each layer, -1 for padding and unmatched
+        targets.
+
+        Args:
+            predictions: groups of layers, L in all.
+            targets: of the B images.
+            generator: of the device, for the points, if there are any; its default generator if None.
+        """
 
 
 class HungarianMatcher(Matcher):
@@ -36,8 +42,8 @@ class HungarianMatcher(Matcher):
         cost_dice: weight of the dice term.
         term: the mask term.
         points: how to sample the points at which masks are compared (Mask2Former); all pixels if None.
-        backend: "auto", "reference" or "native", of the cost and of the assignment. "native" is for tensors on the CPU:
-            on a GPU "auto" takes Triton kernels for the cost and CUDA ones for the assignment.
+        backend: of the cost and of the assignment: "auto", "reference", or "native" for tensors on the CPU. On a GPU,
+            where the cost has Triton kernels and the assignment CUDA ones, only "auto" uses both.
 
     Raises:
         ValueError: all three costs are 0.
@@ -56,7 +62,7 @@ class HungarianMatcher(Matcher):
         super().__init__()
         check_mask_term(term)
         if cost_class == 0 and cost_mask == 0 and cost_dice == 0:
-            raise ValueError("cost_class, cost_mask and cost_dice are all 0; nothing is left to match by")
+            raise ValueError("cost_class, cost_mask and cost_dice are all 0; there is no cost to match by")
         self.cost_class = cost_class
         self.cost_mask = cost_mask
         self.cost_dice = cost_dice
@@ -66,10 +72,9 @@ class HungarianMatcher(Matcher):
 
     @torch.no_grad()
     def cost(self, class_logits: Tensor, mask_logits: Tensor, targets: Targets, points: Tensor | None = None) -> Tensor:
-        """``(..., B, N, M)``: the cost of every pair; see ``fastmask.mask_cost`` for the shapes.
+        """``(..., B, N, M)``: the cost of every query and target; see ``fastmask.mask_cost`` for the shapes.
 
-        ``points (B, P, 2)`` are compared instead of all pixels; drawn here if the matcher samples points and is given
-        none.
+        ``points (B, P, 2)`` take the place of all pixels. A matcher that samples points draws them if none are given.
         """
         if points is None:
             points = self.draw_points(targets)
@@ -91,35 +96,12 @@ class HungarianMatcher(Matcher):
             return None
         return self.points.shared(targets.batch_size, targets.device, generator)
 
-    def solve(self, cost: Tensor, targets: Targets) -> Tensor:
-        """``(..., B, M)`` int64 on the device: the query of each target, from costs ``(..., B, N, M)``."""
-        return assign(cost, targets.counts, backend=self.backend)
-
-    def assign(
-        self,
-        class_logits: Tensor,
-        mask_logits: Tensor,
-        targets: Targets,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """``(..., B, M)`` int64 on the device: the query of each target, -1 for padding and unmatched targets.
-
-        Args:
-            class_logits: ``(..., B, N, K+1)``; any leading dimensions, usually L decoder layers.
-            mask_logits: ``(..., B, N, h, w)``.
-            targets: of the B images.
-            generator: of the device, for the points, if there are any; its default generator if None.
-        """
-        points = self.draw_points(targets, generator)
-        return self.solve(self.cost(class_logits, mask_logits, targets, points), targets)
-
     def match(
         self, predictions: Sequence[Predictions], targets: Targets, *, generator: torch.Generator | None = None
     ) -> Tensor:
         points = self.draw_points(targets, generator)
         costs = [self.cost(group.class_logits, group.detached_mask_logits(), targets, points) for group in predictions]
-        return self.solve(torch.cat(costs), targets)
+        return assign(torch.cat(costs) if len(costs) > 1 else costs[0], targets.counts, backend=self.backend)
 
     @torch.no_grad()
     def forward(
@@ -139,11 +121,11 @@ class HungarianMatcher(Matcher):
         Returns:
             For each image (queries, targets), int64 on the CPU, min(N, M_b) of each, by ascending query.
         """
-        class_logits, mask_logits = outputs["pred_logits"], outputs["pred_masks"]
+        predictions = Predictions(outputs["pred_logits"][None], outputs["pred_masks"][None])
         if not isinstance(targets, Targets):
-            num_classes = class_logits.shape[-1] - 1
-            targets = Targets.from_list(targets, num_classes=num_classes, device=mask_logits.device)
-        return index_pairs(self.assign(class_logits, mask_logits, targets, generator=generator))
+            num_classes, device = predictions.class_logits.shape[-1] - 1, predictions.class_logits.device
+            targets = Targets.from_list(targets, num_classes=num_classes, device=device)
+        return index_pairs(self.match([predictions], targets, generator=generator)[0])
 
     def extra_repr(self) -> str:
         return f"cost_class={self.cost_class}, cost_mask={self.cost_mask}, cost_dice={self.cost_dice}"
@@ -152,17 +134,17 @@ class HungarianMatcher(Matcher):
 class FixedMatcher(Matcher):
     """Query k answers for class k (structure (c) of MaskFormer's comparison, arXiv:2107.06278, section 4.3).
 
-    Needs as many queries as classes. A class that an image has several targets of shares one query among them:
-    ``Targets.merged_by_class`` makes one of them, as semantic segmentation has it.
+    It needs as many queries as classes. Several targets of one class share its query; ``Targets.merged_by_class`` makes
+    them one target, as in semantic segmentation.
     """
 
     def match(
         self, predictions: Sequence[Predictions], targets: Targets, *, generator: torch.Generator | None = None
     ) -> Tensor:
-        """As :meth:`Matcher.match`; no points are drawn.
+        """See :meth:`Matcher.match`. It draws no points.
 
         Raises:
-            ValueError: the number of queries is not that of the classes.
+            ValueError: the numbers of queries and classes differ.
         """
         for group in predictions:
             num_queries, num_classes = group.class_logits.shape[-2], group.class_logits.shape[-1] - 1
@@ -176,7 +158,7 @@ class FixedMatcher(Matcher):
 
 
 def index_pairs(assignment: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """``(B, M)`` queries of targets to (queries, targets) of each image, int64 on the CPU, by ascending query."""
+    """The assignment ``(B, M)`` as (queries, targets) of each image, int64 on the CPU, by ascending query."""
     pairs = []
     for queries in assignment.cpu():
         matched = (queries >= 0).nonzero().squeeze(1)

@@ -1,4 +1,4 @@
-"""What a decoder predicts, in the forms in which models hand it to the criterion."""
+"""The predictions of a decoder, as models of every origin hand them to matchers and criteria."""
 
 from __future__ import annotations
 
@@ -16,47 +16,55 @@ from fastmask.targets import Targets
 class Predictions:
     """Classes and masks of L decoder layers that are stacked in memory.
 
-    Masks are either mask logits, or the mask and pixel embeddings whose products they are. From embeddings, the logits
-    of all queries are made without gradient, for the matching alone, and those of the matched queries once more with
-    gradient: backward then carries matched rows only, where the dense gradient of the logits is zero for every query
-    without a target (85 % of it with 15 targets and 100 queries).
+    With ``embeddings``, the losses recompute the mask logits of the matched queries from them, and backward carries
+    these rows only: the gradient of all other mask logits is zero (85 % of it with 15 targets and 100 queries). The
+    matcher needs the mask logits of all queries, without gradient: ``mask_logits``, or the products of the embeddings.
 
     Args:
         class_logits: ``(L, B, N, K+1)``.
-        mask_logits: ``(L, B, N, h, w)``, unless there are embeddings.
-        mask_embed: ``(L, B, N, C)``.
-        pixel_embed: ``(B, C, h, w)``.
+        mask_logits: ``(L, B, N, h, w)``; may be left out where there are embeddings.
+        embeddings: mask embeddings ``(L, B, N, C)`` and pixel embeddings ``(B, C, h, w)``.
+
+    Raises:
+        ValueError: neither mask logits nor embeddings.
     """
 
     class_logits: Tensor
     mask_logits: Tensor | None = None
-    mask_embed: Tensor | None = None
-    pixel_embed: Tensor | None = None
+    embeddings: tuple[Tensor, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if self.mask_logits is None and self.embeddings is None:
+            raise ValueError("predictions have no masks; expected mask_logits, or mask_embed and pixel_embed")
 
     @staticmethod
     def from_outputs(outputs: Mapping[str, Any]) -> list[Predictions]:
         """The groups of stacked layers in a model's outputs, the last layer last; see ``SetCriterion`` for the keys."""
         if "class_logits" in outputs:
-            stacked = {name: outputs[name] for name in ("mask_embed", "pixel_embed") if name in outputs}
-            if len(stacked) != 2:
-                stacked = {"mask_logits": outputs["mask_logits"]}
-            return [Predictions(outputs["class_logits"], **stacked)]
+            embeddings = None
+            if "mask_embed" in outputs and "pixel_embed" in outputs:
+                embeddings = outputs["mask_embed"], outputs["pixel_embed"]
+            return [Predictions(outputs["class_logits"], outputs.get("mask_logits"), embeddings)]
         layers = (*outputs.get("aux_outputs", ()), outputs)
         return [Predictions(layer["pred_logits"][None], layer["pred_masks"][None]) for layer in layers]
 
     @property
     def num_layers(self) -> int:
+        """L."""
         return self.class_logits.shape[0]
 
     def detached_mask_logits(self) -> Tensor:
         """``(L, B, N, h, w)`` of all queries, without gradient."""
         if self.mask_logits is not None:
             return self.mask_logits.detach()
-        return mask_products(self.mask_embed.detach(), self.pixel_embed.detach())
+        assert self.embeddings is not None
+        mask_embed, pixel_embed = self.embeddings
+        return mask_products(mask_embed.detach(), pixel_embed.detach())
 
     def matched(self, targets: Targets, assignment: Tensor) -> tuple[Tensor, Tensor]:
         """Mask logits ``(L, B, R, h, w)`` that hold at least the matched queries, with gradient, and the ``assignment
         (L, B, M)`` in terms of their R rows."""
-        if self.mask_logits is not None:
-            return self.mask_logits, assignment
-        return matched_mask_logits(self.mask_embed, self.pixel_embed, targets, assignment)
+        if self.embeddings is not None:
+            return matched_mask_logits(*self.embeddings, targets, assignment)
+        assert self.mask_logits is not None
+        return self.mask_logits, assignment

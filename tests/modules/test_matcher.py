@@ -54,14 +54,15 @@ def test_returns_index_pairs_on_the_host_by_ascending_query(generator):
         assert torch.equal(matched.sort().values, torch.arange(count))
 
 
-def test_assigns_all_layers_at_once(generator):
+def test_matches_all_layers_at_once(generator):
     class_logits, mask_logits = random_logits(SHAPES["usual"], generator)
     targets = random_targets(SHAPES["usual"], generator, "segments")
     matcher = HungarianMatcher(**COSTS)
-    assignment = matcher.assign(class_logits, mask_logits, targets)
+    assignment = matcher.match([Predictions(class_logits, mask_logits)], targets)
     assert assignment.shape == (2, 2, 6)
     for layer in range(2):
-        assert torch.equal(matcher.assign(class_logits[layer], mask_logits[layer], targets), assignment[layer])
+        alone = Predictions(class_logits[layer : layer + 1], mask_logits[layer : layer + 1])
+        assert torch.equal(matcher.match([alone], targets)[0], assignment[layer])
 
 
 def test_nan_queries_are_taken_last(generator):

@@ -9,7 +9,7 @@ import torch
 from transformers import Mask2FormerConfig
 from transformers.models.mask2former import modeling_mask2former as theirs
 
-from fastmask import FixedMatcher, HungarianMatcher, MaskTerm, PointSampling, SetCriterion, Targets
+from fastmask import FixedMatcher, HungarianMatcher, MaskTerm, PointSampling, SetCriterion, Targets, assign
 from fastmask.modules import Predictions
 from fastmask.testing import assert_within_budget
 from tests.helpers.inputs import SHAPES, random_logits, random_targets
@@ -185,8 +185,9 @@ def test_layers_share_the_points_of_an_image(generator):
     points = matcher.draw_points(targets, seeded())
     assert points.shape == (2, 80, 2)
     costs = matcher.cost(class_logits, mask_logits, targets, points)
-    expected = matcher.solve(costs, targets)
-    assert torch.equal(matcher.assign(class_logits, mask_logits, targets, generator=seeded()), expected)
+    expected = assign(costs, targets.counts)
+    stacked = [Predictions(class_logits, mask_logits)]
+    assert torch.equal(matcher.match(stacked, targets, generator=seeded()), expected)
     groups = [Predictions(c[None], m[None]) for c, m in zip(class_logits, mask_logits, strict=True)]
     assert torch.equal(matcher.match(groups, targets, generator=seeded()), expected)
     pairs = matcher({"pred_logits": class_logits[0], "pred_masks": mask_logits[0]}, targets, generator=seeded())

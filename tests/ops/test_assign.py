@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-import fastmask
 from fastmask import reference
 from fastmask.functional import assign
 from fastmask.testing import simd_level, simd_levels
@@ -324,16 +323,6 @@ def test_it_compiles_as_one_graph(generator):
     compiled = torch.compile(lambda *args: assign(*args, return_status=True), fullgraph=True, backend="aot_eager")
     for result, expected in zip(compiled(cost, counts), assign(cost, counts, return_status=True), strict=True):
         assert result.equal(expected)
-
-
-def test_the_matcher_uses_it(generator):
-    matcher = fastmask.HungarianMatcher()
-    cost = torch.randn(2, 3, 20, 6, generator=generator)
-    targets = fastmask.Targets.from_list(
-        [{"labels": torch.zeros(6, dtype=torch.int64), "masks": torch.ones(6, 2, 2, dtype=torch.bool)}] * 3,
-        num_classes=1,
-    )
-    assert matcher.solve(cost, targets).equal(assign(cost))
 
 
 @pytest.mark.slow

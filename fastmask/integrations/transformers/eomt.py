@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 from transformers.models.eomt import modeling_eomt as hf
 
-from fastmask.integrations.transformers._loss_arguments import criterion_replacements
-from fastmask.integrations.transformers._point_losses import PointLoss, PointMatcher
+from fastmask.integrations.transformers._criteria import PointLoss, PointMatcher, criterion_replacements
 
 
 def replacements(module: nn.Module) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
@@ -23,3 +22,5 @@ class EomtHungarianMatcher(PointMatcher, hf.EomtHungarianMatcher):
 
 class EomtLoss(PointLoss, hf.EomtLoss):
     """The losses, by fastmask's kernels."""
+
+    forward = PointLoss.named_losses

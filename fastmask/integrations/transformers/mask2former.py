@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, NamedTuple, overload
 
 import torch
 import transformers
@@ -12,12 +14,17 @@ from torch import Tensor, nn
 from transformers.models.mask2former import modeling_mask2former as hf
 
 from fastmask.functional import mask_products
-from fastmask.integrations.transformers._loss_arguments import criterion_replacements
-from fastmask.integrations.transformers._point_losses import FactoredLayers, PointLoss, PointMatcher
-from fastmask.modules import MaskedCrossAttention
+from fastmask.integrations.transformers._criteria import (
+    PointLoss,
+    PointMatcher,
+    criterion_replacements,
+    plain_outputs,
+)
+from fastmask.modules import Predictions
+from fastmask.modules.attention import projected_attention
 
-# Up to 5.22 transformers draws a number for each layer even where no layer is to be dropped, which moves on the
-# generator that the loss draws its points from.
+# Up to 5.22 transformers draws a number for each layer even if no layer can be dropped, and so advances the generator
+# from which the loss draws its points.
 DRAWS_FOR_EVERY_LAYER = Version(transformers.__version__) < Version("5.23")
 
 
@@ -26,10 +33,12 @@ def replacements(module: nn.Module) -> Iterator[tuple[nn.Module, type[nn.Module]
     matchers = {hf.Mask2FormerHungarianMatcher: Mask2FormerHungarianMatcher}
     yield from criterion_replacements(module, matchers, {hf.Mask2FormerLoss: Mask2FormerLoss})
     # Layers of the user's own may read the attention mask, so they keep it.
-    if type(module) is hf.Mask2FormerMaskedAttentionDecoder and all(map(_is_known, module.layers)):
-        yield module, Mask2FormerMaskedAttentionDecoder
-        for layer in module.layers:
-            yield layer.cross_attn, CrossAttention
+    if type(module) is hf.Mask2FormerMaskedAttentionDecoder:
+        layers = list(module.get_submodule("layers").children())
+        if all(map(_is_known, layers)):
+            yield module, Mask2FormerMaskedAttentionDecoder
+            for layer in layers:
+                yield layer.get_submodule("cross_attn"), CrossAttention
     if type(module) is hf.Mask2FormerForUniversalSegmentation:
         yield module, Mask2FormerForUniversalSegmentation
 
@@ -45,28 +54,57 @@ class Mask2FormerHungarianMatcher(PointMatcher, hf.Mask2FormerHungarianMatcher):
 class Mask2FormerLoss(PointLoss, hf.Mask2FormerLoss):
     """The losses, by fastmask's kernels."""
 
+    forward = PointLoss.named_losses
 
-class LayerMasks(tuple):
-    """Mask logits of each layer, which know their factors: mask embeddings ``(B, N, C)`` and pixel embeddings
-    ``(B, C, h, w)`` of each."""
 
-    factors: list[tuple[Tensor, Tensor]]
+@dataclass(frozen=True, eq=False)
+class LayerMasks(Sequence[Tensor]):
+    """The mask logits of each layer, and the embeddings whose products they are.
+
+    Args:
+        mask_logits: ``(B, N, h, w)`` of each layer.
+        mask_embeds: ``(B, N, C)`` of each layer.
+        pixel_embed: ``(B, C, h, w)``.
+    """
+
+    mask_logits: tuple[Tensor, ...]
+    mask_embeds: tuple[Tensor, ...]
+    pixel_embed: Tensor
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Tensor, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> Tensor | tuple[Tensor, ...]:
+        return self.mask_logits[index]
+
+    def __len__(self) -> int:
+        return len(self.mask_logits)
 
 
 class Mask2FormerForUniversalSegmentation(hf.Mask2FormerForUniversalSegmentation):
-    """The model: hands the criterion the factors of its mask logits. Named as its own class is, since
-    ``save_pretrained`` writes the class's name."""
+    """The model: hands the criterion its predictions with their embeddings. It has the name of the class that it
+    replaces, because ``save_pretrained`` writes that name."""
 
-    def get_auxiliary_logits(self, classes: tuple[Tensor, ...], output_masks: tuple[Tensor, ...]) -> list:
-        """Predictions of all layers but the last."""
-        predictions = super().get_auxiliary_logits(classes, output_masks)
+    @wraps(hf.Mask2FormerForUniversalSegmentation.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return plain_outputs(super().forward(*args, **kwargs))
+
+    def get_auxiliary_logits(self, classes: tuple[Tensor, ...], output_masks: Sequence[Tensor]) -> list[Any]:
+        """The predictions of all layers if the embeddings are known; else of all but the last, as transformers'."""
         if not isinstance(output_masks, LayerMasks):
-            return predictions
-        return FactoredLayers(predictions, output_masks[-1], output_masks.factors)
+            return super().get_auxiliary_logits(classes, output_masks)
+        layers = zip(classes, output_masks.mask_logits, output_masks.mask_embeds, strict=True)
+        return [
+            Predictions(class_logits[None], mask_logits[None], (mask_embed[None], output_masks.pixel_embed))
+            for class_logits, mask_logits, mask_embed in layers
+        ]
 
 
 class Foreground(NamedTuple):
-    """What takes the place of the attention mask: the masks that it would be made of.
+    """The masks from which transformers would make an attention mask; they take its place.
 
     Args:
         mask_logits: ``(B, N, h, w)``.
@@ -77,10 +115,8 @@ class Foreground(NamedTuple):
     grid: tuple[int, int]
 
 
-class CrossAttention(MaskedCrossAttention, nn.MultiheadAttention):
+class CrossAttention(nn.MultiheadAttention):
     """The cross-attention of a layer, with the arguments that the layer passes."""
-
-    backend = "auto"
 
     def forward(
         self,
@@ -101,34 +137,44 @@ class CrossAttention(MaskedCrossAttention, nn.MultiheadAttention):
             attn_mask: the previous layer's masks; or any mask that ``nn.MultiheadAttention`` takes.
         """
         if not isinstance(attn_mask, Foreground):
-            return nn.MultiheadAttention.forward(
-                self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            return super().forward(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
         query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        attended = super().forward(query, key, value, attn_mask.mask_logits, grid=attn_mask.grid)
-        return attended.transpose(0, 1), None
+        attended = projected_attention(
+            query,
+            key,
+            value,
+            attn_mask.mask_logits,
+            self.in_proj_weight,
+            self.in_proj_bias,
+            grid=attn_mask.grid,
+            num_heads=self.num_heads,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return self.out_proj(attended).transpose(0, 1), None
 
 
 class Mask2FormerMaskedAttentionDecoder(hf.Mask2FormerMaskedAttentionDecoder):
-    """The decoder, which hands masks on as they are: the kernel thresholds them, once for all heads.
+    """The decoder. It passes on mask logits, which the kernel thresholds once for all heads.
 
-    With dropout, transformers drops whole layers in training, and then fails, as the next layer finds the attention
-    mask of another level's size. Here it gets its own.
+    With ``layerdrop``, transformers skips whole layers in training and then fails, because the next layer gets an
+    attention mask of another level's size. Here each layer gets a mask of its own level.
     """
 
     def forward(
         self,
-        inputs_embeds: Tensor | None = None,
-        multi_stage_positional_embeddings: list[Tensor] | None = None,
-        pixel_embeddings: Tensor | None = None,
-        encoder_hidden_states: list[Tensor] | None = None,
-        query_position_embeddings: Tensor | None = None,
-        feature_size_list: list | None = None,
+        inputs_embeds: Tensor,
+        multi_stage_positional_embeddings: list[Tensor],
+        pixel_embeddings: Tensor,
+        encoder_hidden_states: list[Tensor],
+        query_position_embeddings: Tensor,
+        feature_size_list: list,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> hf.Mask2FormerMaskedAttentionDecoderOutput | tuple:
-        """As the decoder's own.
+        """See transformers' decoder.
 
         Args:
             inputs_embeds: ``(N, B, E)``, the queries.
@@ -168,14 +214,12 @@ class Mask2FormerMaskedAttentionDecoder(hf.Mask2FormerMaskedAttentionDecoder):
             mask_embeds.append(self.embed_masks(normalized[-1]))
             masks.append(mask_products(mask_embeds[-1], pixel_embeddings))
         hidden_states.append(queries)
-        layer_masks = LayerMasks(masks)
-        layer_masks.factors = [(mask_embed, pixel_embeddings) for mask_embed in mask_embeds]
         output = hf.Mask2FormerMaskedAttentionDecoderOutput(
             last_hidden_state=queries.transpose(1, 0),
             hidden_states=tuple(hidden_states) if settings["output_hidden_states"] else None,
             attentions=tuple(attentions) if settings["output_attentions"] else None,
             intermediate_hidden_states=tuple(normalized),
-            masks_queries_logits=layer_masks,
+            masks_queries_logits=LayerMasks(tuple(masks), tuple(mask_embeds), pixel_embeddings),
         )
         as_dict = self.config.return_dict if return_dict is None else return_dict
         if as_dict:

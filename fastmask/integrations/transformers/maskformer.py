@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.models.maskformer import modeling_maskformer as hf
 
-from fastmask.functional import assign, class_loss, mask_cost, mask_loss, mask_products, matched_mask_logits
-from fastmask.integrations._foreign_targets import cost_of_images, sizes_of
+from fastmask.functional import assign, class_loss, mask_loss, mask_products
+from fastmask.integrations._foreign_targets import Size, matching_cost
 from fastmask.integrations._patching import fixes, original_class
-from fastmask.integrations.transformers._loss_arguments import (
-    CLASSES,
-    MASKS,
-    criterion_replacements,
-    layers_of,
-    make_targets,
-    name_losses,
-    num_masks_of,
-)
-from fastmask.modules.matcher import index_pairs
+from fastmask.integrations.transformers._criteria import Criterion, Matcher, criterion_replacements, plain_outputs
+from fastmask.modules import Predictions
 from fastmask.targets import Targets
 
 
@@ -31,117 +23,49 @@ def replacements(module: nn.Module) -> Iterator[tuple[nn.Module, type[nn.Module]
     yield from criterion_replacements(module, matchers, {hf.MaskFormerLoss: MaskFormerLoss})
     # With a criterion of the user's own, the model's logits are left as they are.
     is_model = type(module) is hf.MaskFormerForInstanceSegmentation
-    if is_model and original_class(module.criterion) is hf.MaskFormerLoss:
+    if is_model and original_class(module.get_submodule("criterion")) is hf.MaskFormerLoss:
         yield module, MaskFormerForInstanceSegmentation
 
 
-class MaskFormerHungarianMatcher(hf.MaskFormerHungarianMatcher):
+class MaskFormerHungarianMatcher(Matcher, hf.MaskFormerHungarianMatcher):
     """The matcher, by fastmask's kernels."""
 
-    @torch.no_grad()
-    def forward(
-        self,
-        masks_queries_logits: Tensor,
-        class_queries_logits: Tensor,
-        mask_labels: Sequence[Tensor],
-        class_labels: Sequence[Tensor],
-    ) -> list[tuple[Tensor, Tensor]]:
-        """For each image (queries, targets), int64 on the CPU, by ascending query."""
-        num_classes = class_queries_logits.shape[-1] - 1
-        targets = make_targets(self, mask_labels, class_labels, num_classes, masks_queries_logits.device)
-        cost = self.cost(class_queries_logits[None], masks_queries_logits[None], targets, sizes_of(mask_labels))
-        return index_pairs(assign(cost[0], targets.counts))
+    cost_class: float
+    cost_mask: float
+    cost_dice: float
 
-    def cost(
-        self, class_logits: Tensor, mask_logits: Tensor, targets: Targets, sizes: Sequence[tuple[int, int]]
-    ) -> Tensor:
-        """``(L, B, N, M)``: the matching cost.
-
-        Args:
-            class_logits: ``(L, B, N, K+1)``.
-            mask_logits: ``(L, B, N, h, w)``.
-            targets: of the B images.
-            sizes: (H_b, W_b) of each image's masks, which are matched without the padding that the losses see.
-        """
-
-        def cost(class_logits: Tensor, mask_logits: Tensor, targets: Targets, images: slice) -> Tensor:
-            return mask_cost(
-                class_logits,
-                mask_logits,
-                targets,
-                cost_class=self.cost_class,
-                cost_mask=self.cost_mask,
-                cost_dice=self.cost_dice,
-            )
-
-        return cost_of_images(cost, class_logits, mask_logits, targets, sizes)
+    def match(self, predictions: Predictions, targets: Targets, sizes: Sequence[Size]) -> Tensor:
+        """``(L, B, M)`` int64: the query of each target in each layer."""
+        return assign(matching_cost(self, predictions, targets, sizes), targets.counts)
 
 
-class MaskFormerLoss(hf.MaskFormerLoss):
+class MaskFormerLoss(Criterion, hf.MaskFormerLoss):
     """The losses, by fastmask's kernels."""
 
-    def forward(
-        self,
-        masks_queries_logits: Tensor,
-        class_queries_logits: Tensor,
-        mask_labels: Sequence[Tensor],
-        class_labels: Sequence[Tensor],
-        auxiliary_predictions: Sequence[Mapping[str, Tensor]] | None = None,
-    ) -> dict[str, Tensor]:
-        """Unweighted losses under transformers' names, of all layers."""
-        targets = make_targets(self, mask_labels, class_labels, self.num_labels, masks_queries_logits.device)
-        sizes = sizes_of(mask_labels)
-        last = (class_queries_logits, masks_queries_logits)
-        layers = auxiliary_predictions
-        # Not where the caller puts other logits in the place of the last layer's.
-        if isinstance(layers, FactoredLogits) and all(x is y for x, y in zip(last, layers.last, strict=True)):
-            class_logits = layers.class_logits
-            assignment = self.match([(class_logits, layers.mask_logits)], targets, sizes)
-            logits, rows = matched_mask_logits(layers.mask_embed, layers.pixel_embed, targets, assignment)
-            loss_mask, loss_dice = mask_loss(logits, targets, rows, num_masks=1.0)
-        else:
-            layers = layers_of(*last, auxiliary_predictions)
-            class_logits = torch.stack([classes for classes, _ in layers])
-            assignment = self.match([(classes[None], masks[None]) for classes, masks in layers], targets, sizes)
-            pairs = [
-                mask_loss(masks, targets, queries, num_masks=1.0)
-                for (_, masks), queries in zip(layers, assignment, strict=True)
-            ]
-            loss_mask, loss_dice = map(torch.stack, zip(*pairs, strict=True))
-        loss_ce = class_loss(class_logits, targets, assignment, class_weights=self.empty_weight)
-        losses = [values.roll(1) for values in (loss_mask, loss_dice, loss_ce)]
-        return name_losses(*losses, num_masks_of(self, class_labels, targets))
+    matcher: MaskFormerHungarianMatcher
+    empty_weight: Tensor
+    forward = Criterion.named_losses
 
-    def match(
-        self, groups: Sequence[tuple[Tensor, Tensor]], targets: Targets, sizes: Sequence[tuple[int, int]]
-    ) -> Tensor:
-        """``(L, B, M)`` int64: the query of each target, from stacked class and mask logits of groups of layers."""
-        cost = torch.cat([self.matcher.cost(*logits, targets, sizes) for logits in groups])
-        return assign(cost, targets.counts)
-
-
-class FactoredLogits(list):
-    """Auxiliary predictions as the model lists them, which know the stacked logits of all layers, and the factors of
-    the mask logits.
-
-    Args:
-        class_logits: ``(L, B, N, K+1)`` of all decoder layers, the last one last.
-        mask_embed: ``(L, B, N, C)``.
-        pixel_embed: ``(B, C, h, w)``.
-    """
-
-    def __init__(self, class_logits: Tensor, mask_embed: Tensor, pixel_embed: Tensor) -> None:
-        self.class_logits = class_logits
-        self.mask_logits = mask_products(mask_embed, pixel_embed)
-        self.mask_embed = mask_embed
-        self.pixel_embed = pixel_embed
-        *earlier, self.last = zip(self.class_logits, self.mask_logits, strict=True)
-        super().__init__({MASKS: masks, CLASSES: classes} for classes, masks in earlier)
+    def layer_losses(
+        self, layers: Sequence[Predictions], targets: Targets, counts: Sequence[int], sizes: Sequence[Size]
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+        """See :meth:`Criterion.layer_losses`."""
+        assignments, masks, dices = [], [], []
+        for group in layers:
+            assignment = self.matcher.match(group, targets, sizes)
+            mask_logits, rows = group.matched(targets, assignment)
+            loss_mask, loss_dice = mask_loss(mask_logits, targets, rows, num_masks=1.0)
+            assignments.append(assignment)
+            masks.append(loss_mask)
+            dices.append(loss_dice)
+        class_logits = torch.cat([group.class_logits for group in layers])
+        loss_ce = class_loss(class_logits, targets, torch.cat(assignments), class_weights=self.empty_weight)
+        return torch.cat(masks).roll(1).unbind(), torch.cat(dices).roll(1).unbind(), loss_ce.roll(1).unbind()
 
 
 class MaskFormerForInstanceSegmentation(hf.MaskFormerForInstanceSegmentation):
-    """The model: hands the criterion its logits stacked, with their factors. Named as its own class is, since
-    ``save_pretrained`` writes the class's name."""
+    """The model: hands the criterion the predictions of all layers stacked, with their embeddings. It has the name of
+    the class that it replaces, because ``save_pretrained`` writes that name."""
 
     def forward(
         self,
@@ -169,19 +93,20 @@ class MaskFormerForInstanceSegmentation(hf.MaskFormerForInstanceSegmentation):
             return_dict=True if hidden else return_dict,
             **kwargs,
         )
+        outputs = plain_outputs(outputs)
         if not hidden:
             return outputs
         outputs = type(outputs)(**{name: x for name, x in outputs.items() if not name.endswith("hidden_states")})
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return outputs if as_dict else outputs.to_tuple()
 
-    def get_logits(self, outputs: hf.MaskFormerModelOutput) -> tuple[Tensor, Tensor, list[dict[str, Tensor]]]:
-        """Class logits and mask logits of the last layer, and the auxiliary predictions."""
+    def get_logits(self, outputs: hf.MaskFormerModelOutput) -> tuple[Tensor, Tensor, list[Predictions]]:
+        """Class logits and mask logits of the last layer, and the predictions of all layers."""
         if not self.config.use_auxiliary_loss:
             queries = outputs.transformer_decoder_last_hidden_state[None]
         else:
             queries = torch.stack(outputs.transformer_decoder_hidden_states)
-        layers = FactoredLogits(
-            self.class_predictor(queries), self.mask_embedder(queries), outputs.pixel_decoder_last_hidden_state
-        )
-        return *layers.last, layers
+        class_logits, mask_embed = self.class_predictor(queries), self.mask_embedder(queries)
+        pixel_embed = outputs.pixel_decoder_last_hidden_state
+        mask_logits = mask_products(mask_embed, pixel_embed)
+        return class_logits[-1], mask_logits[-1], [Predictions(class_logits, mask_logits, (mask_embed, pixel_embed))]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor, nn
 from transformers.models.oneformer import modeling_oneformer as hf
 
-from fastmask.integrations.transformers._loss_arguments import criterion_replacements
-from fastmask.integrations.transformers._point_losses import PointLoss, PointMatcher
+from fastmask.integrations.transformers._criteria import Auxiliary, PointLoss, PointMatcher, criterion_replacements
 
 LOSSES_OF_A_LAYER = 3
 
@@ -24,9 +23,10 @@ class OneFormerHungarianMatcher(PointMatcher, hf.OneFormerHungarianMatcher):
 
 
 class OneFormerLoss(PointLoss, hf.OneFormerLoss):
-    """The losses, by fastmask's kernels; the contrastive one is transformers' own."""
+    """The losses, by fastmask's kernels; transformers itself computes the contrastive one."""
 
-    loss_shape = (1,)  # of its mask and dice losses
+    loss_shape = (1,)
+    loss_contrastive: Callable[[Tensor, Tensor], dict[str, Tensor]]
 
     def forward(
         self,
@@ -36,11 +36,11 @@ class OneFormerLoss(PointLoss, hf.OneFormerLoss):
         mask_labels: Sequence[Tensor],
         class_labels: Sequence[Tensor],
         text_queries: Tensor,
-        auxiliary_predictions: Sequence[Mapping[str, Tensor]] | None = None,
+        auxiliary_predictions: Auxiliary | None = None,
         calculate_contrastive_loss: bool = True,
     ) -> dict[str, Tensor]:
         """Unweighted losses under transformers' names, of all layers."""
-        losses = super().forward(
+        losses = self.named_losses(
             masks_queries_logits, class_queries_logits, mask_labels, class_labels, auxiliary_predictions
         )
         if not calculate_contrastive_loss:

@@ -1,9 +1,9 @@
 """The image processors' post-processing of MaskFormer and Mask2Former, with their arguments and results.
 
-The two families differ in one step: Mask2Former's processor first brings the mask logits to 384 x 384. Which one holds
-is told by the class of ``outputs``: Mask2FormerForUniversalSegmentationOutput, or anything else that has
-``class_queries_logits (B, N, K+1)`` and ``masks_queries_logits (B, N, h, w)``. OneFormer's and EoMT's processors work
-in other ways; their outputs are refused with a TypeError. Results lie on the device of the logits.
+The two families differ in one step: Mask2Former's processor first brings the mask logits to 384 x 384. The class of
+``outputs`` decides: Mask2FormerForUniversalSegmentationOutput, or any other with ``class_queries_logits (B, N, K+1)``
+and ``masks_queries_logits (B, N, h, w)``. The processors of OneFormer and EoMT work differently; their outputs are
+refused with a TypeError. Results lie on the device of the logits.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def post_process_semantic_segmentation(
     Args:
         outputs: of the model.
         target_sizes: (H, W) of each image's result; by default the size of the mask logits, 384 x 384 for Mask2Former.
-        return_segmentation_scores: return the scores of all classes too (transformers 5 and later).
+        return_segmentation_scores: also return the scores of all classes (transformers 5 and later).
 
     Returns:
         For each image ``(H, W)`` int64; or, with scores, transformers' SemanticSegmentationPostProcessorOutput with
@@ -42,11 +42,11 @@ def post_process_semantic_segmentation(
         TypeError: outputs of a model whose post-processing differs.
     """
     output = "scores" if return_segmentation_scores else "labels"
-    maps = []
+    maps: list[Tensor] = []
     for class_logits, mask_logits, size, padded_size in _groups(outputs, target_sizes):
         maps += semantic_inference(
             class_logits, mask_logits, size, order="scores", output=output, padded_size=padded_size
-        ).unbind()
+        )
     if not return_segmentation_scores:
         return [labels.long() for labels in maps]
     from transformers.image_processing_outputs import SemanticSegmentationPostProcessorOutput
@@ -96,7 +96,7 @@ def post_process_instance_segmentation(
             class_logits, mask_logits, size, top_k=num_queries, rule="huggingface", padded_size=padded_size
         )
         for image_classes, instances in zip(class_logits, found, strict=True):
-            # transformers numbers and paints instances in the order in which topk happens to leave them.
+            # transformers numbers and paints instances in the order that an unsorted topk gives.
             probabilities = image_classes.softmax(-1)[:, :-1].flatten().topk(num_queries, sorted=False).values
             order = probabilities.argsort(descending=True, stable=True).argsort()
             chosen = (instances["masks"].any(2).any(1) & (instances["scores"] >= threshold))[order]
@@ -110,11 +110,12 @@ def post_process_instance_segmentation(
                 {"id": index, "label_id": label, "was_fused": False, "score": round(score, SCORE_DIGITS)}
                 for index, (label, score) in enumerate(zip(labels, scores, strict=True))
             ]
+            result: Tensor | list[list[int]] = segmentation
             if return_coco_annotation:
-                segmentation = _run_lengths(segmentation)
+                result = _run_lengths(segmentation)
             elif return_binary_maps and len(masks) > 0:
-                segmentation = masks.float()
-            results.append({"segmentation": segmentation, "segments_info": infos})
+                result = masks.float()
+            results.append({"segmentation": result, "segments_info": infos})
     return results
 
 
@@ -128,7 +129,7 @@ def post_process_panoptic_segmentation(
     *,
     fix: bool = False,
 ) -> list[dict[str, Any]]:
-    """Each pixel goes to the confident query that is most probable there.
+    """Each pixel belongs to the most probable of the confident queries.
 
     Args:
         outputs: of the model.
