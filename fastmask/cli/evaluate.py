@@ -64,7 +64,7 @@ def evaluate(
 ) -> None:
     """Evaluate a model on a data set: mIoU and boundary IoU, panoptic quality, COCO's AP.
 
-    torchrun -m fastmask.cli.main evaluate ... shares the images among several processes.
+    torchrun -m fastmask evaluate ... shares the images among several processes.
     """
     from fastmask import training
     from fastmask.data import open_dataset

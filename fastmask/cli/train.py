@@ -138,7 +138,7 @@ def train(
 ) -> None:
     """Train a network on a data set.
 
-    Ctrl-C saves and stops; --resume goes on. torchrun -m fastmask.cli.main train ... trains on several devices.
+    Ctrl-C saves and stops; --resume goes on. torchrun -m fastmask train ... trains on several devices.
     """
     from fastmask import training
     from fastmask.training.run_folder import RunFolder

@@ -1,5 +1,10 @@
 """Data sets by their real layouts, and embedded ones that need no files."""
 
+from fastmask.extras import extra
+
+with extra("data"):
+    import PIL as PIL
+
 from fastmask.data.augment import Augmented
 from fastmask.data.check import check_dataset, check_datasets
 from fastmask.data.composed import (

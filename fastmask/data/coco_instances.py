@@ -15,6 +15,7 @@ from fastmask.data.image_files import Entry, FileDataset, Size, file_of
 from fastmask.data.json_rules import Rule, field_faults, is_integer, is_number, shown
 from fastmask.data.palette import distinct_colors
 from fastmask.data.sample import DatasetInfo
+from fastmask.extras import extra
 
 GREATEST_AREA = 2.0**63
 FARTHEST = 10**6  # of a polygon's coordinates, in pixels: the memory to draw it grows with them
@@ -49,7 +50,7 @@ class CocoInstances(FileDataset):
 
     The file is ``annotations/instances_SPLIT2017.json``, ``annotations/instances_SPLIT.json`` or
     ``annotations/SPLIT.json``; images are in ``SPLIT2017`` or ``SPLIT``, or in one of these within ``images``, or in
-    ``images``. Polygons are drawn by pycocotools.
+    ``images``. hotcoco draws the polygons, as pycocotools does.
 
     Args:
         root: of ``annotations``.
@@ -60,7 +61,7 @@ class CocoInstances(FileDataset):
 
     Raises:
         FileNotFoundError: no JSON file, or no folder of images.
-        ImportError: pycocotools is missing.
+        ImportError: hotcoco is missing.
         ValueError: the JSON is not what it should be.
     """
 
@@ -227,8 +228,6 @@ def run_lengths(counts: list[int] | str) -> list[int]:
 
 
 def _mask_coder() -> Any:
-    try:
-        from pycocotools import mask
-    except ImportError as error:
-        raise ImportError("COCO's instances need pycocotools: pip install 'fastmask-kernels[coco]'") from error
+    with extra("coco"):
+        from hotcoco import mask
     return mask

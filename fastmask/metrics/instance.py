@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from fastmask.extras import extra
 from fastmask.metrics.base import Metrics, checked_classes, mean
+from fastmask.metrics.coco_evaluation import evaluate
 from fastmask.targets import foreground
 
 SUMMARY = (
@@ -30,22 +30,22 @@ SUMMARY = (
 
 
 class InstanceMetrics(Metrics):
-    """COCO mask AP and AR, computed by pycocotools.
+    """COCO's AP and AR of masks, computed by hotcoco, whose numbers are those of pycocotools.
 
-    Masks are kept run-length encoded until ``compute``. An image that is given twice, here or in metrics that are
-    merged, counts once; two images of one name are an error, if their truths differ.
+    Masks are kept run-length encoded until ``compute``. An image that is added twice, here or by merging, counts once.
+    Two images that share a name but not their truth are an error.
 
     Args:
         num_classes: K.
 
     Raises:
         ValueError: an argument out of range.
-        ImportError: pycocotools is missing.
+        ImportError: hotcoco is missing.
     """
 
     def __init__(self, num_classes: int):
         self.num_classes, _ = checked_classes(num_classes)
-        _pycocotools()
+        _mask_coder()
         self._images: dict[str, dict[str, Any]] = {}
 
     def update(
@@ -60,18 +60,18 @@ class InstanceMetrics(Metrics):
         """Adds an image.
 
         Args:
-            name: of the image; an image is known by it.
+            name: identifies the image.
             prediction: {"scores" ``(R,)``, "labels" ``(R,)``, "masks" ``(R, H, W)`` bool}, as ``MaskFormer.predict``
                 gives them; the 100 best of each class count.
-            masks: ``(M, H, W)`` bool, the true ones. Here and in the prediction, of integers any but 0 is foreground,
-                and floating point must be 0 or 1.
+            masks: ``(M, H, W)`` bool, the true masks. In integer masks, here and in the prediction, every value but 0
+                is foreground; floating-point masks must hold 0 and 1 only.
             labels: ``(M,)`` classes in 0..K-1.
             crowd: ``(M,)`` bool, which masks are crowd regions.
-            areas: ``(M,)`` by which objects are small, medium or large; those of the masks by default.
+            areas: ``(M,)`` the areas that make objects small, medium or large; those of the masks by default.
 
         Raises:
-            ValueError: shapes that do not fit, a class out of range, masks that are not binary, or a name that another
-                image has.
+            ValueError: shapes that do not match, a class out of range, masks that are not binary, or a name that
+                another image has.
         """
         found_masks, found_labels, scores = (prediction[key].cpu() for key in ("masks", "labels", "scores"))
         for what, these, those in (("masks", masks, labels), ("prediction", found_masks, found_labels)):
@@ -103,43 +103,36 @@ class InstanceMetrics(Metrics):
         """
         if not self._images:
             return dict.fromkeys(SUMMARY, float("nan"))
-        stats = self._evaluate().stats
+        stats, _ = self._evaluate()
         return {name: float(value) if value >= 0 else float("nan") for name, value in zip(SUMMARY, stats, strict=True)}
 
     def per_class(self) -> dict[str, list[float]]:
         """ "AP"."""
         if not self._images:
             return {"AP": [float("nan")] * self.num_classes}
-        precision = self._evaluate().eval["precision"][..., 0, -1]  # [IoU, recall, K], all sizes, most detections
-        return {"AP": [mean(of_class, of_class >= 0) for of_class in np.moveaxis(precision, 2, 0)]}
+        _, precision = self._evaluate()
+        of_all_sizes = precision[..., 0, -1]  # [IoU, recall, K] with the most detections
+        return {"AP": [mean(of_class, of_class >= 0) for of_class in np.moveaxis(of_all_sizes, 2, 0)]}
 
     def absent(self) -> list[int]:
         records = (record for image in self._images.values() for record in image["truth"])
         present = {record["category_id"] for record in records if not record["iscrowd"]}
         return [label for label in range(self.num_classes) if label not in present]
 
-    def _evaluate(self) -> Any:
-        coco = _pycocotools()
+    def _evaluate(self) -> tuple[np.ndarray, np.ndarray]:
         names = sorted(self._images)
         sizes = [self._images[name]["size"] for name in names]
-        sides = {}
+        sides = []
         for kind in ("truth", "found"):
             records = [(i, record) for i, name in enumerate(names) for record in self._images[name][kind]]
-            sides[kind] = coco.COCO()
-            # Ids count from 1: pycocotools takes a match with 0 for none.
-            sides[kind].dataset = {
-                "images": [{"id": i, "height": h, "width": w} for i, (h, w) in enumerate(sizes)],
-                "categories": [{"id": label} for label in range(self.num_classes)],
-                "annotations": [{**record, "id": k, "image_id": i} for k, (i, record) in enumerate(records, 1)],
-            }
-        with contextlib.redirect_stdout(io.StringIO()):
-            for side in sides.values():
-                side.createIndex()
-            evaluation = coco.COCOeval(sides["truth"], sides["found"], "segm")
-            evaluation.evaluate()
-            evaluation.accumulate()
-            evaluation.summarize()
-        return evaluation
+            sides.append(
+                {
+                    "images": [{"id": i, "height": h, "width": w} for i, (h, w) in enumerate(sizes)],
+                    "categories": [{"id": label, "name": str(label)} for label in range(self.num_classes)],
+                    "annotations": [{**record, "id": k, "image_id": i} for k, (i, record) in enumerate(records, 1)],
+                }
+            )
+        return evaluate(*sides)
 
     def _settings(self) -> tuple:
         return (self.num_classes,)
@@ -157,22 +150,15 @@ class InstanceMetrics(Metrics):
 
 def _records(name: str, masks: Tensor, labels: Tensor) -> list[dict[str, Any]]:
     """An annotation for each of the ``masks``, which errors call ``name``."""
-    from pycocotools import mask as coder
-
-    planes = np.asfortranarray(foreground(name, masks.cpu()).numpy().view(np.uint8).transpose(1, 2, 0))
-    encoded = coder.encode(planes)
+    coder = _mask_coder()
+    encoded = coder.encode(foreground(name, masks.cpu()).numpy().transpose(1, 2, 0))
     return [
         {"segmentation": rle, "area": float(area), "category_id": label}
         for rle, area, label in zip(encoded, coder.area(encoded), labels.tolist(), strict=True)
     ]
 
 
-def _pycocotools() -> Any:
-    from types import SimpleNamespace
-
-    try:
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-    except ImportError as error:
-        raise ImportError("COCO's AP needs pycocotools: pip install 'fastmask-kernels[coco]'") from error
-    return SimpleNamespace(COCO=COCO, COCOeval=COCOeval)
+def _mask_coder() -> Any:
+    with extra("coco"):
+        from hotcoco import mask
+    return mask

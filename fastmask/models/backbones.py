@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from fastmask.extras import extra
 from fastmask.models import efficientnet, resnet_c
 from fastmask.ops._tracing import ceil_div, same_size
 
@@ -67,8 +68,9 @@ def build_backbone(name: str, options: Mapping[str, Any] | None = None, *, pretr
         if options:
             raise ValueError(f"backbone_options has {', '.join(options)}; backbone {name!r} has no options")
         return efficientnet.EfficientNetLite0(pretrained)
-    import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
+    with extra("models"):
+        import transformers
+        from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 
     model_type, fields = _resolve(name)
     deep_stem = model_type == resnet_c.MODEL_TYPE
@@ -177,6 +179,7 @@ def _resolve(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def _model_types() -> list[str]:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NAMES
+    with extra("models"):
+        from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NAMES
 
     return [name for name in MODEL_FOR_BACKBONE_MAPPING_NAMES if name != "timm_backbone"]

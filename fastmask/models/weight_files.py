@@ -9,6 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from fastmask.extras import extra
+
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 SHOWN_NAMES = 5
@@ -20,8 +22,9 @@ def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
     Raises:
         OSError: the file cannot be written, as on a full disk; the message names it.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    with extra("models"):
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
 
     tensors = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
     try:
@@ -37,8 +40,9 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         FileNotFoundError: no such file.
         ValueError: the file is truncated or not safetensors; the message names it.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    with extra("models"):
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
 
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastmask.extras import extra
 from fastmask.modules.position_encoding import sine_position_encoding
 from fastmask.modules.transformer import TransformerEncoder
 
@@ -24,7 +25,8 @@ class LogMel(nn.Module):
 
     def __init__(self, sample_rate: int, num_mels: int, window: int, hop: int) -> None:
         super().__init__()
-        from transformers.audio_utils import mel_filter_bank
+        with extra("models"):
+            from transformers.audio_utils import mel_filter_bank
 
         bank = mel_filter_bank(window // 2 + 1, num_mels, 0.0, sample_rate / 2, sample_rate, "slaney", "slaney")
         self.hop = hop

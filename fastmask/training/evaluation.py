@@ -126,7 +126,7 @@ def evaluate(
         TypeError: a data set that does not say its classes, or ``tasks`` that is one string.
         ValueError: a model of another number of classes than the data set, a task or option that model or truth do not
             have, or an argument out of range.
-        ImportError: "instance" without pycocotools.
+        ImportError: "instance" without hotcoco.
     """
     check_precision(precision)
     for name, value in (("batch_size", batch_size), ("short_side", short_side), ("max_side", max_side)):

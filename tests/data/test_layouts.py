@@ -234,10 +234,9 @@ def test_coco_instances(tmp_path):
     assert targets.counts.tolist() == [3, 0]
 
 
-def test_coco_instances_without_pycocotools_say_so(tmp_path, monkeypatch):
-    pytest.importorskip("pycocotools")
+def test_coco_instances_without_hotcoco_say_so(tmp_path, monkeypatch):
     root = trees.instance_tree(tmp_path)
-    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    monkeypatch.setitem(sys.modules, "hotcoco", None)
     with pytest.raises(ImportError, match=r"pip install 'fastmask-kernels\[coco\]'"):
         open_dataset(root, "train")
 

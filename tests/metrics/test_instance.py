@@ -1,4 +1,4 @@
-"""COCO's AP, against pycocotools on its own files and against a small AP of our own."""
+"""COCO's AP, against pycocotools on its own files and against an independent AP."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ K = 3
 SIZE = (120, 150)
 
 
-def images(seed, count=6):
+def images(seed, count=6, tied=False):
     rng = np.random.default_rng(seed)
     for i in range(count):
         masks, labels, crowd = [], [], []
@@ -35,6 +35,8 @@ def images(seed, count=6):
             for mask, label in zip([*masks, *masks[:1]], [*labels, *labels[:1]], strict=True)
         ]
         found.append((np.roll(np.eye(*SIZE, dtype=bool), 3), int(rng.integers(0, K)), rng.random()))
+        if tied:
+            found = [(mask, label, round(2 * score) / 2) for mask, label, score in found]
         prediction = {
             "masks": torch.from_numpy(np.stack([mask for mask, _, _ in found])),
             "labels": torch.tensor([label for _, label, _ in found]),
@@ -51,7 +53,10 @@ def metrics_of(several):
     return metrics
 
 
-def test_equals_pycocotools_on_files(tmp_path):
+@pytest.mark.parametrize("stated", [False, True], ids=["own areas", "stated areas"])
+@pytest.mark.parametrize("tied", [False, True], ids=["distinct scores", "tied scores"])
+@pytest.mark.parametrize(("seed", "count"), [(2, 6), (5, 1), (7, 20)])
+def test_equals_pycocotools_on_files(tmp_path, seed, count, tied, stated):
     from pycocotools import mask as coder
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -60,13 +65,18 @@ def test_equals_pycocotools_on_files(tmp_path):
         rle = coder.encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
         return {"size": rle["size"], "counts": rle["counts"].decode()}
 
-    several = list(images(2))
+    several = list(images(seed, count, tied))
+    several.sort(key=lambda image: image[0])
+    rng = np.random.default_rng(seed)
+    limits = (0, 32**2, 32**2 + 0.5, 96**2, 1e5, 2e10)
+    areas = [torch.from_numpy(rng.choice(limits, len(labels))) if stated else None for _, _, _, labels, _ in several]
     annotations, results = [], []
     for i, (_, prediction, masks, labels, crowd) in enumerate(several):
-        for mask, label, is_crowd in zip(masks, labels.tolist(), crowd.tolist(), strict=True):
+        sizes = masks.sum((1, 2)) if areas[i] is None else areas[i]
+        for mask, label, is_crowd, area in zip(masks, labels.tolist(), crowd.tolist(), sizes.tolist(), strict=True):
             annotations.append({
                 "id": len(annotations) + 1, "image_id": i, "category_id": label, "segmentation": encoded(mask),
-                "iscrowd": int(is_crowd), "area": int(mask.sum()),
+                "iscrowd": int(is_crowd), "area": area,
             })  # fmt: skip
         for mask, label, score in zip(*(prediction[key] for key in ("masks", "labels", "scores")), strict=True):
             results.append({
@@ -86,9 +96,9 @@ def test_equals_pycocotools_on_files(tmp_path):
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    numbers = metrics_of(several).compute()
+    numbers = metrics_of([(*image, own) for image, own in zip(several, areas, strict=True)]).compute()
     expected = [math.nan if value < 0 else value for value in evaluation.stats.tolist()]
-    assert 0.1 < numbers["AP"] < 0.95
+    assert count == 1 or stated or 0.1 < numbers["AP"] < 0.95
     assert list(numbers.values()) == pytest.approx(expected, nan_ok=True, rel=1e-12)
 
 
@@ -189,8 +199,8 @@ def test_masks_that_are_not_binary_are_named(which):
         InstanceMetrics(K).update(name, prediction, masks, labels)
 
 
-def test_a_missing_pycocotools_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
+def test_a_missing_hotcoco_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "hotcoco", None)
     with pytest.raises(ImportError, match=r"pip install 'fastmask-kernels\[coco\]'"):
         InstanceMetrics(K)
 

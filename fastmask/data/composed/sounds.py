@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastmask.data.composed.library import ASSET_DIRECTORY
+from fastmask.extras import extra
 
 EVENT_CLASSES = ("kick", "snare", "cymbal", "tom", "tabla", "bell", "bass")
 AMBIENCE = "ambience"
@@ -41,7 +42,8 @@ def load_sounds(split: str) -> SoundLibrary:
         FileNotFoundError: the package was installed without its sounds.
         ImportError: the package soundfile is missing.
     """
-    import soundfile
+    with extra("sound"):
+        import soundfile
 
     path = ASSET_DIRECTORY / sound_file(split)
     if not path.is_file():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from fastmask.extras import extra
 from fastmask.integrations.checkpoints.backbones import NOT_LEARNED, hugging_face_swin
 from fastmask.integrations.checkpoints.names import Rule, rename, to_foreign, to_own
 from fastmask.integrations.checkpoints.state_files import read_weights
@@ -94,7 +95,8 @@ def to_hugging_face_maskformer(model: MaskFormer) -> MaskFormerForInstanceSegmen
         ValueError: Hugging Face has no such architecture (an encoder in the pixel decoder, fixed matching, another
             backbone than ResNet and Swin).
     """
-    from transformers import MaskFormerForInstanceSegmentation
+    with extra("models"):
+        from transformers import MaskFormerForInstanceSegmentation
 
     config = model.config
     if config.encoder_layers or config.matching != "bipartite":
@@ -190,7 +192,8 @@ def own_config_of(config: Any) -> MaskFormerConfig:
 
 def hugging_face_config_of(model: MaskFormer) -> Any:
     """The ``transformers.MaskFormerConfig`` of a model of ours."""
-    import transformers
+    with extra("models"):
+        import transformers
 
     config = model.config
     backbone_config = getattr(model.backbone, "config", None)
@@ -238,7 +241,8 @@ def _backbone_of(config: Any) -> tuple[str, dict[str, Any]]:
 
 def _read_folder(folder: Path, prefix: str) -> tuple[dict[str, Tensor], Any]:
     """Weights and configuration, read by transformers itself, whatever its version wrote."""
-    from transformers import MaskFormerConfig, MaskFormerForInstanceSegmentation
+    with extra("models"):
+        from transformers import MaskFormerConfig, MaskFormerForInstanceSegmentation
 
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}")

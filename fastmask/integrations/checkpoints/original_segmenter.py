@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fastmask.extras import extra
 from fastmask.files import replace_files
 from fastmask.integrations.checkpoints.names import rename, to_own
 from fastmask.integrations.checkpoints.state_files import read_weights
@@ -82,7 +83,8 @@ def save_original_segmenter(model: Segmenter, folder: str | Path) -> None:
     Raises:
         ValueError: an architecture or normalization that their code cannot build; the message names the field.
     """
-    import yaml
+    with extra("models"):
+        import yaml
 
     variant = _variant(model.config)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.weights().items()}
@@ -146,7 +148,8 @@ def _variant(config: SegmenterConfig) -> dict[str, Any]:
 
 def _read_variant(path: Path) -> SegmenterConfig:
     """The configuration that variant.yml describes."""
-    import yaml
+    with extra("models"):
+        import yaml
 
     class Loader(yaml.SafeLoader):
         """Plain values and Python's tuples, as which the authors' code writes sizes."""
