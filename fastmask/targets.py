@@ -1,9 +1,10 @@
-"""The one container of training targets: on the device, padded, and built without host syncs."""
+"""The container of training targets: on the device, padded, and built without host syncs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,8 +85,14 @@ class Targets:
     @property
     def size(self) -> tuple[int, int]:
         """(H, W) of the masks, in pixels."""
-        plane = self.masks if self.masks is not None else self.segments
+        plane = self.segment_map if self.masks is None else self.masks
         return plane.shape[-2], plane.shape[-1]
+
+    @property
+    def segment_map(self) -> Tensor:
+        """``segments``, of targets in that form."""
+        assert self.segments is not None
+        return self.segments
 
     @property
     def device(self) -> torch.device:
@@ -93,11 +100,11 @@ class Targets:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Targets:
         """The same targets on another device."""
-        return replace(self, **{name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self._tensors()})
+        return self._with(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Targets:
         """The same targets in page-locked host memory."""
-        return replace(self, **{name: tensor.pin_memory() for name, tensor in self._tensors()})
+        return self._with(Tensor.pin_memory)
 
     def dense_masks(self) -> Tensor:
         """``(B, M, H, W)`` bool: the binary mask of each target, all False for padding."""
@@ -105,7 +112,7 @@ class Targets:
             masks = self.masks.bool()
         else:
             indices = torch.arange(self.num_targets, device=self.device)
-            masks = self.segments[:, None] == indices[None, :, None, None]
+            masks = self.segment_map[:, None] == indices[None, :, None, None]
         return masks & (self.labels >= 0)[:, :, None, None]
 
     def valid_pixels(self) -> Tensor:
@@ -118,15 +125,15 @@ class Targets:
 
     def with_void_value(self) -> Targets:
         """The same targets in a segment map whose dtype holds ``void``."""
-        limits = torch.iinfo(self.segments.dtype)
+        limits = torch.iinfo(self.segment_map.dtype)
         if limits.min <= self.void <= limits.max:
             return self
-        segments = self.segments.int()
+        segments = self.segment_map.int()
         owned = (segments >= 0) & (segments < self.num_targets)
         return replace(self, segments=segments.masked_fill(~owned, -2), void=-1)
 
     def merged_by_class(self) -> Targets:
-        """The same pixels with one target for each class of an image, as semantic segmentation has them.
+        """The same pixels with one target for each class of an image, as in semantic segmentation.
 
         Targets keep the order in which their classes first appear; M stays as it is. No host sync.
         """
@@ -146,13 +153,13 @@ class Targets:
             owners = slots[:, :, None, None].expand_as(self.masks)
             masks.scatter_reduce_(1, owners, self.masks.to(torch.uint8), "amax")
             return replace(merged, masks=masks[:, :-1].to(self.masks.dtype))
-        # Values that index no target are background or void, and so they stay: padding's remain beyond the counts.
-        values = self.segments.flatten(1).long()
+        # Values that index no target are background or void and stay; those of padding stay beyond the counts.
+        segments = self.segment_map
+        values = segments.flatten(1).long()
         owned = (values >= 0) & (values < self.num_targets)
         lookup = torch.where(self.labels >= 0, slots, indices)
-        owners = lookup.gather(1, values.clamp(0, self.num_targets - 1)).to(self.segments.dtype)
-        segments = torch.where(owned, owners, self.segments.flatten(1))
-        return replace(merged, segments=segments.view_as(self.segments))
+        owners = lookup.gather(1, values.clamp(0, self.num_targets - 1)).to(segments.dtype)
+        return replace(merged, segments=torch.where(owned, owners, segments.flatten(1)).view_as(segments))
 
     def class_map(self, ignore_index: int = 255) -> Tensor:
         """``(B, H, W)`` int64: the class of each pixel, the inverse of :meth:`from_segmentation`.
@@ -168,7 +175,7 @@ class Targets:
             return classes if self.valid is None else classes.masked_fill(~self.valid, ignore_index)
         unowned = self.labels.new_full((self.batch_size, 1), PADDING_LABEL)
         lookup = torch.cat([self.labels, unowned], 1)
-        owners = self.segments.long()
+        owners = self.segment_map.long()
         owners = owners.masked_fill((owners < 0) | (owners >= self.num_targets), self.num_targets)
         classes = lookup.gather(1, owners.flatten(1)).view_as(owners)
         return classes.masked_fill(classes < 0, ignore_index)
@@ -198,7 +205,7 @@ class Targets:
             num_classes: K; when given, labels that lie on the CPU are checked against ``0..K-1``.
             size: (H, W) to pad to, at the bottom and right; the largest mask of the batch by default. Pixels
                 added by padding belong to no target and are not ``valid``.
-            device: where to put the result; by default where the labels are.
+            device: of the result; by default that of the labels.
 
         Raises:
             TypeError: masks of complex numbers.
@@ -239,12 +246,12 @@ class Targets:
     def from_segmentation(
         segmentation: Tensor, num_classes: int, *, ignore_index: int = 255, max_targets: int | None = None
     ) -> Targets:
-        """One target for each class that an image contains, as semantic segmentation trains mask classification.
+        """One target for each class in an image, as mask classification is trained for semantic segmentation.
 
         Args:
             segmentation: ``(B, H, W)`` integer class of each pixel in ``0..K-1``, or ``ignore_index``.
             num_classes: K.
-            ignore_index: the class of unlabeled pixels, which become void; none if the dtype does not hold it.
+            ignore_index: the class of unlabeled pixels, which become void; may lie outside of the dtype.
             max_targets: M of the result; ``num_classes`` by default, so that no host sync is needed to count. Classes
                 beyond the first ``max_targets`` of an image become background.
 
@@ -295,6 +302,10 @@ class Targets:
         )
         return Targets(padded, (padded >= 0).sum(1), segments=segments, void=void)
 
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Targets:
+        changed: dict[str, Any] = {name: change(tensor) for name, tensor in self._tensors()}
+        return replace(self, **changed)
+
     def _tensors(self) -> list[tuple[str, Tensor]]:
         return [(f.name, getattr(self, f.name)) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)]
 
@@ -307,10 +318,10 @@ def label_dtype(num_classes: int) -> torch.dtype:
 
 
 def check_class_map(name: str, classes: Tensor, dim: int, num_classes: int, ignore_index: int) -> None:
-    """Refuses what is no map of classes.
+    """Refuses anything but a map of classes.
 
     Args:
-        name: what errors call the map.
+        name: of the map, for errors.
         classes: ``(H, W)`` or ``(B, H, W)``, as ``dim`` says; integers in ``0..K-1`` or ``ignore_index``.
         num_classes: K.
 
@@ -325,7 +336,7 @@ def check_class_map(name: str, classes: Tensor, dim: int, num_classes: int, igno
         raise TypeError(f"{name} must hold integer classes, got {classes.dtype}")
     if classes.dim() != dim:
         raise ValueError(f"{name} has shape {tuple(classes.shape)}; expected {shape}")
-    # Reading values on a GPU would make the host wait for it; there those that use them as indices refuse them.
+    # Reading values on a GPU would make the host wait; there, indexing with them fails.
     if classes.device.type == "cpu" and not torch.compiler.is_compiling():
         classes = classes.long()
         wrong = (classes != ignore_index) & ((classes < 0) | (classes >= num_classes))
@@ -335,8 +346,8 @@ def check_class_map(name: str, classes: Tensor, dim: int, num_classes: int, igno
 
 
 def foreground(name: str, masks: Tensor) -> Tensor:
-    """Masks as bool. Of integers any value but 0 is foreground; floating point must be 0 or 1, as its values in between
-    may mean anything.
+    """Masks as bool. Integers other than 0 are foreground; floating-point masks must hold 0 and 1, for values in
+    between have no agreed meaning.
 
     Raises:
         TypeError, ValueError: as for :func:`check_binary`, of masks that are not integers.
@@ -347,9 +358,9 @@ def foreground(name: str, masks: Tensor) -> Tensor:
 
 
 def check_binary(name: str, masks: Tensor) -> None:
-    """Masks of 0 and 1: kernels read one bit a pixel, so anything in between would be lost.
+    """Refuses masks with values other than 0 and 1, of which kernels would read one bit.
 
-    On a GPU the check does not wait: a failure shows as a device-side assertion.
+    On a GPU the host does not wait: a failure shows as a device-side assertion.
 
     Raises:
         TypeError: complex numbers.

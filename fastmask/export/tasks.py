@@ -9,9 +9,10 @@ from fastmask.functional import semantic_inference
 from fastmask.models import MaskFormer, PerPixelBaseline, Segmenter, SoundEventDetector
 from fastmask.models._base import PretrainedModel, SegmentationModel
 from fastmask.models._images import Size
-from fastmask.models._pixels import pixel_results, upsample
+from fastmask.models._pixels import pixel_results
 from fastmask.models.sound import frame_probabilities
 from fastmask.modules.audio import linear_softmax
+from fastmask.modules.resize import resize_bilinear
 from fastmask.ops._checks import check_choice
 from fastmask.ops._tracing import is_open
 
@@ -73,7 +74,7 @@ class PixelResults(nn.Module):
             return {self.output: pixel_results(logits, self.size or images.shape[-2:], self.output)}
         logits, padded_size = self.model.final_logits(images)
         valid_size = images.shape[-2:]
-        logits = upsample(logits.float(), padded_size)
+        logits = resize_bilinear(logits.float(), padded_size)
         if is_open(valid_size):
             return {self.output: crop(pixel_results(logits, padded_size, self.output), valid_size)}
         height, width = valid_size

@@ -1,5 +1,5 @@
-"""Images of any sizes as one padded batch, targets brought to the same size, and a warning for images in 0..255:
-networks take 0..1, and answer bytes as if they saw white.
+"""Images of any sizes as one padded batch, targets of the same size, and a warning for images in 0..255, which a
+network for 0..1 sees as white.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ DEVIATIONS = 20
 class PixelRange:
     """Looks at the pixels of every batch on the CPU, and of the first on a GPU, until it has warned.
 
-    The host does not wait for a GPU: what the first batch holds is copied beside the work, and read when a later batch
-    comes.
+    The host does not wait for a GPU: the maximum of the first batch is copied asynchronously and read at a later batch.
     """
 
     def __init__(self) -> None:
@@ -37,7 +36,7 @@ class PixelRange:
             pixels: as a network is given them.
             limit: a value that no pixel of an image in 0..1 has.
         """
-        # Traced programs hold no question about values, and subclasses, such as fake tensors, may have none.
+        # Traced programs cannot ask for values, and subclasses, such as fake tensors, may have none.
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(pixels) is not Tensor or self._done:
             return
         if pixels.device.type == "cpu":
@@ -60,7 +59,7 @@ class PixelRange:
 
 
 def _copy_to_host(value: Tensor) -> tuple[Tensor, torch.cuda.Event]:
-    """A number's place in host memory, and the event after which it is there."""
+    """The number in host memory, and the event after which it is valid."""
     host = torch.empty((), pin_memory=True)
     host.copy_(value, non_blocking=True)
     event = torch.cuda.Event()
@@ -80,8 +79,8 @@ class ImageBatch:
 
     Args:
         pixels: ``(B, C, H, W)`` floating point, 0 at padding.
-        sizes: (height, width) of each image without its padding; one for all where ``torch.export`` leaves open how
-            many images there are.
+        sizes: (height, width) of each image without its padding; one for all images if ``torch.export`` leaves their
+            number open.
     """
 
     pixels: Tensor
@@ -119,7 +118,7 @@ class ImageBatch:
 
 
 def pad_images(images: Tensor | Sequence[Tensor], divisibility: int, channels: int = 3) -> ImageBatch:
-    """Images as the model takes them, in one batch.
+    """Images in one batch.
 
     Args:
         images: ``(B, C, H, W)``, or a list of ``(C, H_b, W_b)`` of any sizes; floating point.
@@ -127,7 +126,7 @@ def pad_images(images: Tensor | Sequence[Tensor], divisibility: int, channels: i
         channels: C.
 
     Raises:
-        TypeError: something else than these, or tensors that are not floating point.
+        TypeError: anything else, or tensors that are not floating point.
         ValueError: a wrong shape, no images, an empty image, or images on different devices.
     """
     if isinstance(images, Tensor):
@@ -159,7 +158,7 @@ def pad_images(images: Tensor | Sequence[Tensor], divisibility: int, channels: i
 
 
 def fit_targets(targets: Targets | Sequence[Mapping[str, Tensor]], images: ImageBatch, num_classes: int) -> Targets:
-    """Targets on the grid of the padded images. What padding adds belongs to no target and is void.
+    """Targets on the grid of the padded images. Padding belongs to no target and is void.
 
     Args:
         targets: a list with a dict of ``labels (M_b,)`` and ``masks (M_b, H_b, W_b)`` for each image, each of its
@@ -209,8 +208,9 @@ def _fit_batch(targets: Targets, images: ImageBatch, num_classes: int) -> Target
     inside = _inside(images.sizes, images.padded_size, images.pixels.device)
     if targets.segments is not None:
         targets = targets.with_void_value()
-        segments = pad_plane(targets.segments, images.padded_size, targets.void)
+        segments = pad_plane(targets.segment_map, images.padded_size, targets.void)
         return replace(targets, segments=segments.masked_fill(~inside, targets.void))
+    assert targets.masks is not None
     masks = pad_plane(targets.masks, images.padded_size)
     if not images.uniform:
         masks = masks * inside[:, None]
@@ -221,7 +221,7 @@ def _fit_batch(targets: Targets, images: ImageBatch, num_classes: int) -> Target
 
 def _cells(length: int, padded_length: int, count: int) -> int:
     """How many of the ``count`` cells along a side begin within its first ``length`` pixels."""
-    if known(padded_length % count == 0):  # shorter, so that tracing sees when it is all of them
+    if known(padded_length % count == 0):  # simpler, so that tracing sees where it equals ``count``
         return ceil_div(length, padded_length // count)
     return ceil_div(length * count, padded_length)
 

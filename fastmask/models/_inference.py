@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import index
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from fastmask.functional import general_inference, instance_inference, panoptic_inference, semantic_inference
 from fastmask.models._images import ImageBatch, Size
 
-TASKS = {
+TASKS: dict[str, Callable[..., Iterable[Any]]] = {
     "semantic": semantic_inference,
     "general": general_inference,
     "panoptic": panoptic_inference,
@@ -28,14 +28,15 @@ def check_sizes(sizes: Size | Sequence[Size] | None, images: Sequence[Size]) -> 
     """
     if sizes is None:
         return tuple(images)
+    entries: Any = sizes
     try:
-        if isinstance(sizes, Tensor):
-            sizes = sizes.tolist()
-        if len(sizes) == 2 and isinstance(sizes[0], int):
-            sizes = [sizes] * len(images)
-        pairs = [(index(height), index(width)) for height, width in sizes]
+        if isinstance(entries, Tensor):
+            entries = entries.tolist()
+        if len(entries) == 2 and isinstance(entries[0], int):
+            entries = [entries] * len(images)
+        pairs = [(index(height), index(width)) for height, width in entries]
     except (TypeError, ValueError, IndexError) as error:
-        raise TypeError(f"sizes must be (height, width), or a list of one for each image; got {sizes!r}") from error
+        raise TypeError(f"sizes must be (height, width), or a list of one for each image; got {entries!r}") from error
     if len(pairs) != len(images):
         raise ValueError(f"sizes has {len(pairs)} entries; the model got {len(images)} images")
     if min(map(min, pairs)) < 1:

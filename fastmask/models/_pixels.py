@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, interpolate
+from torch.nn.functional import cross_entropy
 
 from fastmask.models._images import ImageBatch, Size, fit_targets, pad_plane
 from fastmask.modules.across_processes import across_processes
+from fastmask.modules.resize import resize_bilinear
 from fastmask.ops._checks import check_choice
-from fastmask.ops._tracing import same_size
 from fastmask.targets import Targets, check_class_map
 
 PixelTargets = Tensor | Targets | Sequence[Tensor] | Sequence[Mapping[str, Tensor]]
@@ -92,7 +92,7 @@ def per_pixel_losses(layers: Iterable[Tensor], classes: Tensor, ignore_index: in
     (num_pixels,) = across_processes([(classes != ignore_index).sum()], least=(1,))
     losses = []
     for logits in layers:
-        logits = upsample(logits.to(torch.promote_types(logits.dtype, torch.float32)), tuple(classes.shape[1:]))
+        logits = resize_bilinear(logits.to(torch.promote_types(logits.dtype, torch.float32)), classes.shape[1:])
         losses.append(cross_entropy(logits, classes, ignore_index=ignore_index, reduction="sum") / num_pixels)
     return losses
 
@@ -109,7 +109,7 @@ def pixel_results(logits: Tensor, size: Size, output: str) -> Tensor:
         "labels": ``(B, *size)``, the smallest of uint8, int16 and int32 that holds ``0..K-1``. "scores":
         ``(B, K, *size)``, the softmax over classes.
     """
-    logits = upsample(logits, size)
+    logits = resize_bilinear(logits, size)
     if output == "scores":
         return logits.softmax(1)
     highest = logits.shape[1] - 1
@@ -120,10 +120,3 @@ def pixel_results(logits: Tensor, size: Size, output: str) -> Tensor:
 def check_output(output: str) -> None:
     """Refuses anything but "labels" and "scores" with a ValueError."""
     check_choice("output", output, OUTPUTS)
-
-
-def upsample(maps: Tensor, size: Size) -> Tensor:
-    """``maps (B, C, h, w)`` resized bilinearly (align_corners=False) unless they have that size."""
-    if same_size(maps.shape[-2:], size):
-        return maps
-    return interpolate(maps, size=size, mode="bilinear", align_corners=False)

@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 
 from fastmask.models import maskformer, per_pixel, segmenter, sound
-from fastmask.models._base import ModelConfig, PretrainedModel, read_config
+from fastmask.models._base import PretrainedModel
+from fastmask.models._configuration import ModelConfig, read_config
 from fastmask.models.maskformer import MaskFormer
 from fastmask.models.per_pixel import PerPixelBaseline
 from fastmask.models.segmenter import Segmenter

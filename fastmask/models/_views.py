@@ -4,7 +4,7 @@ network says of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from operator import index
@@ -16,7 +16,7 @@ from torch.nn.functional import interpolate
 
 from fastmask.functional import SemanticView
 from fastmask.models._images import Size
-from fastmask.models._pixels import upsample
+from fastmask.modules.resize import resize_bilinear
 
 if TYPE_CHECKING:
     from fastmask.models._base import PretrainedModel
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def windowed_logits(
     images: Sequence[Tensor],
-    segment: Callable[[Tensor], Tensor],
+    segment: Callable[[Tensor], Iterable[Tensor]],
     size: int,
     stride: int,
     batch_size: int,
@@ -88,7 +88,7 @@ def windowed_batch(images: Tensor, segment: Callable[[Tensor], Tensor], size: in
     windows = [images[..., top : top + size, left : left + size] for top in tops for left in lefts]
     logits = segment(torch.cat(windows)).unflatten(0, (len(windows), -1))
     rows = [
-        _averaged([upsample(window, (size, size)) for window in row], lefts, size, -1)
+        _averaged([resize_bilinear(window, (size, size)) for window in row], lefts, size, -1)
         for row in logits.unflatten(0, (len(tops), len(lefts)))
     ]
     return _averaged(rows, tops, size, -2)
@@ -104,7 +104,7 @@ def _averaged(parts: Sequence[Tensor], starts: Sequence[int], size: int, dim: in
             for part, start in zip(parts, starts, strict=True)
             if start <= begin and end <= start + size
         ]
-        pieces.append(sum(there) / len(there))
+        pieces.append(sum(there[1:], there[0]) / len(there))
     return torch.cat(pieces, dim)
 
 
@@ -126,7 +126,7 @@ def _enlarged(images: Tensor, size: int) -> Tensor:
     smaller = min(height, width)
     if smaller >= size:
         return images
-    return upsample(images, (height * size // smaller, width * size // smaller))
+    return resize_bilinear(images, (height * size // smaller, width * size // smaller))
 
 
 @dataclass(frozen=True)
@@ -252,8 +252,9 @@ class EvaluationViews:
             raise ValueError(
                 f"with a window the result has the size of the image, {tuple(image.shape[1:])}; got sizes of {size}"
             )
-        for input_size, plans in groupby(self.plan(tuple(image.shape[1:])), key=lambda plan: plan.input_size):
-            plans = list(plans)
+        plan_of_image = self.plan((image.shape[1], image.shape[2]))
+        for input_size, group in groupby(plan_of_image, key=lambda plan: plan.input_size):
+            plans = list(group)
             for first in range(0, len(plans), self.batch_size):
                 batch = plans[first : first + self.batch_size]
                 class_logits, mask_logits, padded_size = predict(torch.stack([_pixels(image, plan) for plan in batch]))

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
 
 from fastmask.extras import extra
 from fastmask.models import efficientnet, resnet_c
+from fastmask.modules.resize import resize_bilinear
 from fastmask.ops._tracing import ceil_div, same_size
 
 STRIDES = (4, 8, 16, 32)
@@ -108,13 +108,18 @@ def describe_backbone(backbone: nn.Module) -> tuple[str, dict[str, Any]]:
     """The name and options with which :func:`build_backbone` builds the architecture of one of its results again."""
     if isinstance(backbone, efficientnet.EfficientNetLite0):
         return efficientnet.NAME, {}
-    values, defaults = _as_json(backbone.config), _as_json(type(backbone.config)())
+    return describe_config(backbone.config)
+
+
+def describe_config(config: Any) -> tuple[str, dict[str, Any]]:
+    """The model type of a ``transformers`` configuration, and its fields that differ from the defaults."""
+    values, defaults = _as_json(config), _as_json(type(config)())
     options = {
         key: value
         for key, value in values.items()
         if key not in BOOKKEEPING and not key.startswith("_") and value != defaults.get(key)
     }
-    return backbone.config.model_type, options
+    return config.model_type, options
 
 
 def feature_maps(backbone: nn.Module, pixels: Tensor, channels: Sequence[int]) -> list[Tensor]:
@@ -141,11 +146,8 @@ def feature_maps(backbone: nn.Module, pixels: Tensor, channels: Sequence[int]) -
         shapes = [tuple(feature.shape) for feature in maps]
         raise ValueError(f"the backbone gives maps of shapes {shapes}; expected the channels {list(channels)}")
     if len(maps) == len(STRIDES) and all(same_size(feature.shape[-2:], maps[0].shape[-2:]) for feature in maps):
-        sizes = [tuple(ceil_div(side, stride) for side in pixels.shape[-2:]) for stride in STRIDES]
-        return [
-            interpolate(feature, size=size, mode="bilinear", align_corners=False)
-            for feature, size in zip(maps, sizes, strict=True)
-        ]
+        sizes = [[ceil_div(side, stride) for side in pixels.shape[-2:]] for stride in STRIDES]
+        return [resize_bilinear(feature, size) for feature, size in zip(maps, sizes, strict=True)]
     return list(maps)
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastmask.functional import mask_products
-from fastmask.models._base import Images, PixelDecoderConfig, PixelDecoderModel
+from fastmask.models._base import Images, PixelDecoderModel
+from fastmask.models._configuration import PixelDecoderConfig
 from fastmask.models._images import ImageBatch, Size
 from fastmask.models._inference import check_sizes
 from fastmask.models._pixels import (
@@ -19,80 +20,9 @@ from fastmask.models._pixels import (
     fit_class_map,
     per_pixel_losses,
     pixel_results,
-    upsample,
 )
 from fastmask.modules.predictor import TransformerPredictor
-
-
-@dataclass(frozen=True)
-class PerPixelBaselineConfig(PixelDecoderConfig):
-    """Everything that :class:`fastmask.PerPixelBaseline` is built from. The defaults are those of the paper's ResNet-50
-    models (arXiv:2107.06278, section 4, and the authors' configuration files).
-
-    Args:
-        num_classes: K.
-        transformer_decoder: False for the paper's PerPixelBaseline, True for PerPixelBaseline+.
-        backbone: a name that :func:`fastmask.models.build_backbone` knows, or "custom" for a module of your own.
-        backbone_options: fields of the backbone's ``transformers`` configuration to set, such as ``drop_path_rate``.
-        hidden_dim: channels of the transformer decoder, a multiple of 4 and of ``num_heads``.
-        mask_dim: channels of the pixel embeddings, and of the class embeddings if there is a transformer decoder.
-        pixel_decoder_dim: channels of the feature pyramid, a multiple of 32 (of 4 and ``num_heads`` too with encoder).
-        encoder_layers: transformer layers in the pixel decoder, on the coarsest map.
-        decoder_layers: L, layers of the transformer decoder.
-        num_heads: attention heads of both transformers.
-        feedforward_dim: hidden channels of their perceptrons.
-        dropout: of both transformers.
-        deep_supervision: predict and supervise after each decoder layer instead of after the last alone.
-        ignore_index: the class of pixels that do not count, outside ``0..K-1``.
-        class_names: one name for each class, or empty.
-        size_divisibility: images are padded at the bottom and right to a multiple of this.
-        pixel_mean: per channel, subtracted from images in 0..1; by default what the backbone's pretrained weights want.
-        pixel_std: per channel, divides what remains; by default likewise.
-
-    Raises:
-        TypeError: a value of the wrong type.
-        ValueError: a value out of range.
-    """
-
-    model_type = "PerPixelBaseline"
-
-    num_classes: int
-    transformer_decoder: bool = False
-    backbone: str = "resnet50"
-    backbone_options: Mapping[str, Any] = field(default_factory=dict)
-    hidden_dim: int = 256
-    mask_dim: int = 256
-    pixel_decoder_dim: int = 256
-    encoder_layers: int = 0
-    decoder_layers: int = 6
-    num_heads: int = 8
-    feedforward_dim: int = 2048
-    dropout: float = 0.1
-    deep_supervision: bool = True
-    ignore_index: int = 255
-    class_names: tuple[str, ...] = ()
-    size_divisibility: int = 32
-    pixel_mean: tuple[float, ...] = ()
-    pixel_std: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require_outside_classes("ignore_index")
-
-    @staticmethod
-    def preset(name: str, num_classes: int, **overrides: Any) -> PerPixelBaselineConfig:
-        """A configuration by name: "tiny" for tests and demonstrations, or one of the paper's models.
-
-        Args:
-            name: "tiny", "per-pixel-r50" or "per-pixel-plus-r50".
-            num_classes: K.
-            overrides: fields to set otherwise.
-
-        Raises:
-            ValueError: an unknown name.
-        """
-        return PerPixelBaselineConfig._from_preset(PRESETS, name, {"num_classes": num_classes, **overrides})
-
+from fastmask.modules.resize import resize_bilinear
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
@@ -108,6 +38,33 @@ PRESETS: dict[str, dict[str, Any]] = {
     "per-pixel-r50": {},
     "per-pixel-plus-r50": {"transformer_decoder": True},
 }
+
+
+@dataclass(frozen=True)
+class PerPixelBaselineConfig(PixelDecoderConfig):
+    """Everything that :class:`fastmask.PerPixelBaseline` is built from. Its presets are "tiny", and the paper's
+    "per-pixel-r50" and "per-pixel-plus-r50".
+
+    Args:
+        num_classes: K.
+        transformer_decoder: False for the paper's PerPixelBaseline, True for PerPixelBaseline+.
+        ignore_index: the class of pixels that do not count, outside ``0..K-1``.
+        backbone, hidden_dim, ...: as for :class:`fastmask.MaskFormerConfig`.
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: a value out of range.
+    """
+
+    model_type = "PerPixelBaseline"
+    presets = PRESETS
+
+    transformer_decoder: bool = False
+    ignore_index: int = 255
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_outside_classes("ignore_index")
 
 
 class PerPixelBaseline(PixelDecoderModel):
@@ -135,7 +92,7 @@ class PerPixelBaseline(PixelDecoderModel):
         else:
             self.classifier = nn.Conv2d(self.config.mask_dim, num_classes, 1)
             nn.init.kaiming_normal_(self.classifier.weight, mode="fan_out", nonlinearity="relu")
-            nn.init.zeros_(self.classifier.bias)
+            torch.nn.init.zeros_(self.classifier.get_parameter("bias"))
 
     def forward(self, images: Images, targets: PixelTargets | None = None) -> dict[str, Any]:
         """Predictions, or losses if there are targets.
@@ -195,7 +152,7 @@ class PerPixelBaseline(PixelDecoderModel):
             logits = self._predict_logits(batch, all_layers=False)[-1]
         results = []
         for b, (size, (height, width)) in enumerate(zip(sizes, batch.sizes, strict=True)):
-            padded = upsample(logits[b : b + 1].float(), batch.padded_size)
+            padded = resize_bilinear(logits[b : b + 1].float(), batch.padded_size)
             results.append(pixel_results(padded[..., :height, :width], size, output)[0])
         return results
 
@@ -217,4 +174,4 @@ class PerPixelBaseline(PixelDecoderModel):
         if not self.config.transformer_decoder:
             return [self.classifier(pixel_embed)]
         _, class_embed = self.predictor(memory, padding_mask, all_layers=all_layers)
-        return mask_products(class_embed, pixel_embed)
+        return mask_products(class_embed, pixel_embed).unbind()

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import ResNetBackbone
 
 MODEL_TYPE = "resnet-c"
 LAST_STAGE_DILATIONS = (1, 2, 4)  # of its blocks in turn
 
 
-def to_resnet_c(backbone: nn.Module) -> nn.Module:
+def to_resnet_c(backbone: ResNetBackbone) -> ResNetBackbone:
     """Changes a ResNet backbone of ``transformers`` in place, as DeepLab does (arXiv:1706.05587): three 3 x 3
-    convolutions, the first two of half the channels, stand for the stem's one of 7 x 7; the 3 x 3 convolutions of the
-    last stage are dilated by 1, 2 and 4 in turn, its stride stays.
+    convolutions, the first two with half the channels, replace the stem's 7 x 7 one; the 3 x 3 convolutions of the last
+    stage are dilated by 1, 2 and 4 in turn, and its stride stays.
 
     Args:
         backbone: with the ``layer_type`` "bottleneck".

@@ -12,13 +12,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fastmask.extras import extra
-from fastmask.models._base import ImageModelConfig, Images, SegmentationModel, config_or_fields, require
+from fastmask.models._base import Images, SegmentationModel, config_or_fields
+from fastmask.models._configuration import ModelConfig, check_pixel_statistics, require
 from fastmask.models._images import ImageBatch, Size, pad_images
 from fastmask.models._inference import check_sizes
-from fastmask.models._pixels import PixelTargets, check_output, fit_class_map, per_pixel_loss, pixel_results, upsample
+from fastmask.models._pixels import PixelTargets, check_output, fit_class_map, per_pixel_loss, pixel_results
 from fastmask.models._views import windowed_batch, windowed_logits
 from fastmask.models.weight_files import check_keys
 from fastmask.modules.patch_decoders import LinearDecoder, MaskTransformer
+from fastmask.modules.resize import resize_bilinear
 from fastmask.modules.vit import VisionTransformer, resize_positions
 from fastmask.ops._tracing import ceil_div
 
@@ -26,115 +28,6 @@ DECODERS = ("mask", "linear")
 # ViTs that were pretrained on ImageNet-21k want pixels in -1..1; DeiTs want ImageNet's mean and deviation.
 VIT_MEAN = (0.5, 0.5, 0.5)
 VIT_STD = (0.5, 0.5, 0.5)
-
-
-@dataclass(frozen=True)
-class SegmenterConfig(ImageModelConfig):
-    """Everything that :class:`fastmask.Segmenter` is built from. The defaults are those of the paper's Seg-S-Mask/16 on
-    ADE20K (arXiv:2105.05633, section 4, and the authors' configuration file).
-
-    Args:
-        num_classes: K.
-        decoder: "mask" for the mask transformer, "linear" for the point-wise linear decoder.
-        image_size: (height, width) in pixels that position embeddings are learned for, multiples of ``patch_size``.
-            Images of other sizes get them resized.
-        patch_size: side of a patch in pixels.
-        hidden_dim: channels of encoder and decoder, a multiple of ``num_heads`` (and ``decoder_heads``).
-        encoder_layers: blocks of the encoder.
-        num_heads: attention heads of the encoder.
-        feedforward_dim: hidden channels of the blocks' perceptrons, in encoder and decoder.
-        dropout: of the encoder.
-        drop_path: stochastic depth of the encoder's last block; it grows linearly from 0 at the first.
-        distilled: the encoder has a distillation token, as DeiT (the paper's Seg-B†).
-        decoder_layers: blocks of the mask transformer.
-        decoder_heads: attention heads of the mask transformer.
-        decoder_dropout: of the mask transformer.
-        decoder_drop_path: stochastic depth of the mask transformer's last block.
-        window_size: side in pixels of the windows in which images are predicted; 0 for whole images.
-        window_stride: pixels from one window to the next, at most ``window_size``.
-        ignore_index: the class of pixels that do not count, outside ``0..K-1``.
-        class_names: one name for each class, or empty.
-        pixel_mean: per channel, subtracted from images in 0..1.
-        pixel_std: per channel, divides what remains.
-
-    Raises:
-        TypeError: a value of the wrong type.
-        ValueError: a value out of range.
-    """
-
-    model_type = "Segmenter"
-
-    num_classes: int
-    decoder: str = "mask"
-    image_size: tuple[int, ...] = (512, 512)
-    patch_size: int = 16
-    hidden_dim: int = 384
-    encoder_layers: int = 12
-    num_heads: int = 6
-    feedforward_dim: int = 1536
-    dropout: float = 0.0
-    drop_path: float = 0.1
-    distilled: bool = False
-    decoder_layers: int = 2
-    decoder_heads: int = 6
-    decoder_dropout: float = 0.1
-    decoder_drop_path: float = 0.0
-    window_size: int = 512
-    window_stride: int = 512
-    ignore_index: int = 255
-    class_names: tuple[str, ...] = ()
-    pixel_mean: tuple[float, ...] = VIT_MEAN
-    pixel_std: tuple[float, ...] = VIT_STD
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.decoder in DECODERS, "decoder", repr(self.decoder), " or ".join(map(repr, DECODERS)))
-        self.require_at_least(1, "patch_size", "hidden_dim", "encoder_layers", "num_heads", "feedforward_dim")
-        self.require_at_least(1, "decoder_layers", "decoder_heads")
-        require(
-            len(self.image_size) == 2 and all(side > 0 and side % self.patch_size == 0 for side in self.image_size),
-            "image_size",
-            self.image_size,
-            f"(height, width), positive multiples of patch_size {self.patch_size}",
-        )
-        for heads in ("num_heads", *(["decoder_heads"] if self.decoder == "mask" else [])):
-            multiple = getattr(self, heads)
-            require(self.hidden_dim % multiple == 0, "hidden_dim", self.hidden_dim, f"a multiple of {heads} {multiple}")
-        for name in ("dropout", "drop_path", "decoder_dropout", "decoder_drop_path"):
-            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
-        check_window(self.window_size, self.window_stride)
-        self.require_outside_classes("ignore_index")
-
-    @property
-    def grid_size(self) -> tuple[int, int]:
-        """(rows, columns) of the patches that position embeddings are learned for."""
-        height, width = self.image_size
-        return height // self.patch_size, width // self.patch_size
-
-    @staticmethod
-    def preset(name: str, num_classes: int, **overrides: Any) -> SegmenterConfig:
-        """A configuration by name: "tiny" for tests and demonstrations, or one of the paper's models.
-
-        Args:
-            name: "tiny" or "seg-SIZE-DECODER-PATCH": "seg-tiny-mask-16", "seg-small-mask-16", "-32",
-                "seg-base-mask-8", "-16", "-32", "seg-large-mask-16", "-32", and the same with "linear".
-            num_classes: K.
-            overrides: fields to set otherwise.
-
-        Raises:
-            ValueError: an unknown name.
-        """
-        return SegmenterConfig._from_preset(PRESETS, name, {"num_classes": num_classes, **overrides})
-
-
-def check_window(size: int, stride: int) -> None:
-    """Refuses windows that would leave pixels out.
-
-    Raises:
-        ValueError: a negative size, or a stride that is not in ``1..size``.
-    """
-    require(size >= 0, "window_size", size, "at least 1, or 0 for whole images")
-    require(size == 0 or 1 <= stride <= size, "window_stride", stride, f"in 1..{size}, the window's size")
 
 
 # hidden_dim, encoder_layers, heads, side of images and windows, patch sizes
@@ -177,6 +70,102 @@ PRESETS: dict[str, dict[str, Any]] = {
         for patch_size in patch_sizes
     },
 }
+
+
+@dataclass(frozen=True)
+class SegmenterConfig(ModelConfig):
+    """Everything that :class:`fastmask.Segmenter` is built from. The defaults are those of the paper's Seg-S-Mask/16 on
+    ADE20K (arXiv:2105.05633, section 4, and the authors' configuration file). Its presets are "tiny" and
+    "seg-SIZE-DECODER-PATCH": "seg-tiny-mask-16", "seg-small-mask-16", "-32", "seg-base-mask-8", "-16", "-32",
+    "seg-large-mask-16", "-32", and the same with "linear".
+
+    Args:
+        num_classes: K.
+        decoder: "mask" for the mask transformer, "linear" for the point-wise linear decoder.
+        image_size: (height, width) in pixels that position embeddings are learned for, multiples of ``patch_size``.
+            Images of other sizes get them resized.
+        patch_size: side of a patch in pixels.
+        hidden_dim: channels of encoder and decoder, a multiple of ``num_heads`` (and ``decoder_heads``).
+        encoder_layers: blocks of the encoder.
+        num_heads: attention heads of the encoder.
+        feedforward_dim: hidden channels of the blocks' perceptrons, in encoder and decoder.
+        dropout: of the encoder.
+        drop_path: stochastic depth of the encoder's last block; it grows linearly from 0 at the first.
+        distilled: the encoder has a distillation token, as DeiT (the paper's Seg-B†).
+        decoder_layers: blocks of the mask transformer.
+        decoder_heads: attention heads of the mask transformer.
+        decoder_dropout: of the mask transformer.
+        decoder_drop_path: stochastic depth of the mask transformer's last block.
+        window_size: side in pixels of the windows in which images are predicted; 0 for whole images.
+        window_stride: pixels from one window to the next, at most ``window_size``.
+        ignore_index: the class of pixels that do not count, outside ``0..K-1``.
+        class_names: one name for each class, or empty.
+        pixel_mean: per channel, subtracted from images in 0..1.
+        pixel_std: per channel, divides what remains.
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: a value out of range.
+    """
+
+    model_type = "Segmenter"
+    presets = PRESETS
+
+    decoder: str = "mask"
+    image_size: tuple[int, ...] = (512, 512)
+    patch_size: int = 16
+    hidden_dim: int = 384
+    encoder_layers: int = 12
+    num_heads: int = 6
+    feedforward_dim: int = 1536
+    dropout: float = 0.0
+    drop_path: float = 0.1
+    distilled: bool = False
+    decoder_layers: int = 2
+    decoder_heads: int = 6
+    decoder_dropout: float = 0.1
+    decoder_drop_path: float = 0.0
+    window_size: int = 512
+    window_stride: int = 512
+    ignore_index: int = 255
+    pixel_mean: tuple[float, ...] = VIT_MEAN
+    pixel_std: tuple[float, ...] = VIT_STD
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_pixel_statistics(self.pixel_mean, self.pixel_std)
+        require(self.decoder in DECODERS, "decoder", repr(self.decoder), " or ".join(map(repr, DECODERS)))
+        self.require_at_least(1, "patch_size", "hidden_dim", "encoder_layers", "num_heads", "feedforward_dim")
+        self.require_at_least(1, "decoder_layers", "decoder_heads")
+        require(
+            len(self.image_size) == 2 and all(side > 0 and side % self.patch_size == 0 for side in self.image_size),
+            "image_size",
+            self.image_size,
+            f"(height, width), positive multiples of patch_size {self.patch_size}",
+        )
+        for heads in ("num_heads", *(["decoder_heads"] if self.decoder == "mask" else [])):
+            multiple = getattr(self, heads)
+            require(self.hidden_dim % multiple == 0, "hidden_dim", self.hidden_dim, f"a multiple of {heads} {multiple}")
+        for name in ("dropout", "drop_path", "decoder_dropout", "decoder_drop_path"):
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
+        check_window(self.window_size, self.window_stride)
+        self.require_outside_classes("ignore_index")
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """(rows, columns) of the patches that position embeddings are learned for."""
+        height, width = self.image_size
+        return height // self.patch_size, width // self.patch_size
+
+
+def check_window(size: int, stride: int) -> None:
+    """Refuses windows that would leave pixels out.
+
+    Raises:
+        ValueError: a negative size, or a stride that is not in ``1..size``.
+    """
+    require(size >= 0, "window_size", size, "at least 1, or 0 for whole images")
+    require(size == 0 or 1 <= stride <= size, "window_stride", stride, f"in 1..{size}, the window's size")
 
 
 # From the names of transformers' ViT and DeiT, of versions 4 and 5, to those of timm, which are ours; in this order.
@@ -276,7 +265,7 @@ class Segmenter(SegmentationModel):
         self, config: SegmenterConfig | None = None, *, pretrained_backbone: str | None = None, **options: Any
     ) -> None:
         config = config_or_fields(type(self), config, options)
-        super().__init__(config)
+        super().__init__(config, config.pixel_mean, config.pixel_std)
         self.encoder = VisionTransformer(
             config.grid_size,
             config.patch_size,
@@ -289,6 +278,7 @@ class Segmenter(SegmentationModel):
             distilled=config.distilled,
             channels=len(config.pixel_mean),
         )
+        self.decoder: LinearDecoder | MaskTransformer
         if config.decoder == "linear":
             self.decoder = LinearDecoder(config.hidden_dim, config.num_classes)
         else:
@@ -407,7 +397,7 @@ class Segmenter(SegmentationModel):
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             if batch.padded_size == tuple(windows.shape[-2:]):
                 return logits
-            return upsample(logits, batch.padded_size)[..., : windows.shape[-2], : windows.shape[-1]]
+            return resize_bilinear(logits, batch.padded_size)[..., : windows.shape[-2], : windows.shape[-1]]
 
         height, width = images.shape[-2:]
         pixels = self._batch(images).pixels[..., :height, :width]
@@ -442,7 +432,7 @@ class Segmenter(SegmentationModel):
         logits = self._patch_logits(batch)
         for b, (height, width) in enumerate(batch.sizes):
             image_logits = logits[b : b + 1].to(torch.promote_types(logits.dtype, torch.float32))
-            yield upsample(image_logits, batch.padded_size)[0, :, :height, :width]
+            yield resize_bilinear(image_logits, batch.padded_size)[0, :, :height, :width]
 
     def _window_logits(self, windows: Tensor) -> Iterator[Tensor]:
         """``(K, size, size)`` of each of the normalized windows ``(n, C, size, size)``."""

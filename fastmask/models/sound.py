@@ -12,16 +12,30 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastmask.functional import mask_loss, mask_products
-from fastmask.models._base import ModelConfig, PretrainedModel, config_or_fields, require
+from fastmask.models._base import PretrainedModel, config_or_fields
+from fastmask.models._configuration import ModelConfig, require
 from fastmask.modules.across_processes import across_processes
 from fastmask.modules.audio import FrameEncoder, LogMel, linear_softmax, median_filter
 from fastmask.modules.predictor import TransformerPredictor
 from fastmask.targets import PADDING_LABEL, Targets
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "channels": (16, 32, 48, 64),
+        "hidden_dim": 64,
+        "mask_dim": 64,
+        "encoder_layers": 1,
+        "decoder_layers": 2,
+        "feedforward_dim": 128,
+        "dropout": 0.0,
+    },
+    "base": {},
+}
+
 
 @dataclass(frozen=True)
 class SoundEventConfig(ModelConfig):
-    """Everything that :class:`fastmask.SoundEventDetector` is built from.
+    """Everything that :class:`fastmask.SoundEventDetector` is built from. Its presets are "tiny" and "base".
 
     Args:
         num_classes: K, the kinds of events.
@@ -53,8 +67,8 @@ class SoundEventConfig(ModelConfig):
     """
 
     model_type = "SoundEventDetector"
+    presets = PRESETS
 
-    num_classes: int
     sample_rate: int = 16_000
     num_mels: int = 64
     window: int = 512
@@ -75,7 +89,6 @@ class SoundEventConfig(ModelConfig):
     mask_weight: float = 5.0
     dice_weight: float = 1.0
     median_seconds: float = 0.0
-    class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -104,29 +117,6 @@ class SoundEventConfig(ModelConfig):
     def frame_seconds(self) -> float:
         """Seconds in a frame."""
         return self.frame_samples / self.sample_rate
-
-    @staticmethod
-    def preset(name: str, num_classes: int, **overrides: Any) -> SoundEventConfig:
-        """A configuration by name: "tiny" for tests and demonstrations, or "base".
-
-        Raises:
-            ValueError: an unknown name.
-        """
-        return SoundEventConfig._from_preset(PRESETS, name, {"num_classes": num_classes, **overrides})
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "channels": (16, 32, 48, 64),
-        "hidden_dim": 64,
-        "mask_dim": 64,
-        "encoder_layers": 1,
-        "decoder_layers": 2,
-        "feedforward_dim": 128,
-        "dropout": 0.0,
-    },
-    "base": {},
-}
 
 
 @dataclass(frozen=True)
@@ -287,7 +277,7 @@ class SoundEventDetector(PretrainedModel):
     ) -> None:
         config = config_or_fields(type(self), config, options)
         super().__init__(config)
-        transformer = {
+        transformer: dict[str, Any] = {
             "num_heads": config.num_heads,
             "feedforward_dim": config.feedforward_dim,
             "dropout": config.dropout,

@@ -70,7 +70,7 @@ def wrapping_prefix(expected: Iterable[str], found: Iterable[str]) -> str:
     Wrappers put it there, such as "module." of DistributedDataParallel, "_orig_mod." of torch.compile, or "model." of a
     module of Lightning.
     """
-    expected, counts = set(expected), Counter()
+    expected, counts = set(expected), Counter[str]()
     for name in found:
         starts = (0, *(match.end() for match in re.finditer(r"\.", name)))
         counts.update(name[:start] for start in starts if name[start:] in expected)
@@ -98,7 +98,7 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(names[:SHOWN_NAMES]) + more
 
 
-def check_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], path: Path) -> list[str]:
+def check_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], path: str | Path) -> list[str]:
     """Compares the weights that a model needs with those that a file has.
 
     Returns:

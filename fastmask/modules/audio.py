@@ -14,7 +14,7 @@ LEAST_POWER = 1e-6
 
 
 class LogMel(nn.Module):
-    """The logarithm of the power in mel bands, of windows that follow each other.
+    """The logarithm of the power in mel bands, for one window after the other.
 
     Args:
         sample_rate: in Hz.
@@ -22,6 +22,9 @@ class LogMel(nn.Module):
         window: samples of a (Hann) window; its spectrum has as many bins.
         hop: samples from one window to the next.
     """
+
+    filters: Tensor
+    window: Tensor
 
     def __init__(self, sample_rate: int, num_mels: int, window: int, hop: int) -> None:
         super().__init__()
@@ -39,7 +42,7 @@ class LogMel(nn.Module):
         with torch.autocast(waveforms.device.type, enabled=False):
             spectrum = torch.stft(
                 waveforms.float(),
-                self.window.shape[0],
+                len(self.window),
                 self.hop,
                 window=self.window.float(),
                 return_complex=True,
@@ -114,6 +117,6 @@ def linear_softmax(probabilities: Tensor) -> Tensor:
 
 
 def median_filter(active: Tensor, frames: int) -> Tensor:
-    """``(..., T)`` bool: the majority over the ``frames`` around each (odd), silence being beyond the ends."""
+    """``(..., T)`` bool: the majority over the ``frames`` (odd) around each; beyond the ends is silence."""
     windows = F.pad(active, (frames // 2, frames // 2)).unfold(-1, frames, 1)
     return 2 * windows.sum(-1) > frames

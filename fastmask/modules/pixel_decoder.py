@@ -14,7 +14,7 @@ NORM_GROUPS = 32
 
 
 class ConvNorm(nn.Module):
-    """A convolution without bias, group norm with 32 groups, and ReLU if asked for."""
+    """A convolution without bias, group norm with 32 groups, and ReLU if ``relu``."""
 
     def __init__(self, input_dim: int, output_dim: int, kernel_size: int, *, relu: bool) -> None:
         super().__init__()
@@ -66,8 +66,8 @@ class PixelDecoder(nn.Module):
         if dim <= 0 or dim % NORM_GROUPS:
             raise ValueError(f"dim must be a positive multiple of {NORM_GROUPS}, got {dim}")
         coarsest = channels[-1]
-        self.input_proj = None
-        self.encoder = None
+        self.input_proj: nn.Conv2d | None = None
+        self.encoder: TransformerEncoder | None = None
         if encoder_layers > 0:
             self.input_proj = nn.Conv2d(coarsest, dim, 1)
             conv_init(self.input_proj)
@@ -85,8 +85,8 @@ class PixelDecoder(nn.Module):
 
         Args:
             features: the backbone's maps ``(B, channels[i], h_i, w_i)`` from fine to coarse.
-            padding_mask: ``(B, h_last, w_last)`` bool, True at cells of the coarsest map that are padding; the encoder
-                does not attend to them.
+            padding_mask: ``(B, h_last, w_last)`` bool, True at padding of the coarsest map, to which the encoder does
+                not attend.
 
         Returns:
             ``pixel_embed (B, mask_dim, h_0, w_0)`` and ``memory (B, C, h_last, w_last)``, C being ``dim`` with an
@@ -100,23 +100,33 @@ class PixelDecoder(nn.Module):
         finest map gives the pixel embeddings through ``mask_features``.
         """
         memory = features[-1]
-        if self.encoder is not None:
-            memory = self._encode(self.input_proj(memory), padding_mask)
+        if self.encoder is not None and self.input_proj is not None:
+            memory = _encode(self.encoder, self.input_proj(memory), padding_mask)
         maps = [self.layers[-1](memory)]
         for i in range(len(self.adapters) - 1, -1, -1):
             lateral = self.adapters[i](features[i])
             maps.append(self.layers[i](lateral + interpolate(maps[-1], size=lateral.shape[-2:], mode="nearest")))
         return maps, memory
 
-    def _encode(self, memory: Tensor, padding_mask: Tensor | None) -> Tensor:
-        _, dim, height, width = memory.shape
-        position = sine_position_encoding(
-            height, width, dim, padding_mask=padding_mask, dtype=memory.dtype, device=memory.device
-        )
-        if padding_mask is not None:
-            padding_mask = padding_mask.flatten(1)
-        tokens = self.encoder(memory.flatten(2).transpose(1, 2), position, padding_mask)
-        return tokens.transpose(1, 2).unflatten(2, (height, width))
+
+def _encode(encoder: TransformerEncoder, memory: Tensor, padding_mask: Tensor | None) -> Tensor:
+    _, dim, height, width = memory.shape
+    position = sine_position_encoding(
+        height, width, dim, padding_mask=padding_mask, dtype=memory.dtype, device=memory.device
+    )
+    if padding_mask is not None:
+        padding_mask = padding_mask.flatten(1)
+    tokens = encoder(memory.flatten(2).transpose(1, 2), position, padding_mask)
+    return tokens.transpose(1, 2).unflatten(2, (height, width))
+
+
+def projection(input_dim: int, output_dim: int) -> nn.Module:
+    """A 1 x 1 convolution, or the identity where the channels agree."""
+    if input_dim == output_dim:
+        return nn.Identity()
+    conv = nn.Conv2d(input_dim, output_dim, 1)
+    conv_init(conv)
+    return conv
 
 
 def conv_init(conv: nn.Conv2d) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastmask.modules.mlp import MLP
-from fastmask.modules.pixel_decoder import conv_init
+from fastmask.modules.pixel_decoder import projection
 from fastmask.modules.position_encoding import sine_position_encoding
 from fastmask.modules.transformer import TransformerDecoder
 
@@ -17,7 +17,7 @@ class TransformerPredictor(nn.Module):
 
     Learned query positions attend to the image in a transformer decoder; a linear layer gives each query its class
     logits, an MLP its mask embedding, and the mask logits are the products of the mask embeddings with the pixel
-    embeddings. The heads and the final norm are shared by all decoder layers.
+    embeddings. All decoder layers share the heads and the final norm.
 
     Args:
         input_dim: channels of the memory; projected to ``hidden_dim`` if they differ.
@@ -45,10 +45,7 @@ class TransformerPredictor(nn.Module):
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
-        self.input_proj: nn.Module = nn.Identity()
-        if input_dim != hidden_dim:
-            self.input_proj = nn.Conv2d(input_dim, hidden_dim, 1)
-            conv_init(self.input_proj)
+        self.input_proj = projection(input_dim, hidden_dim)
         self.query_embed = nn.Embedding(num_queries, hidden_dim)
         self.decoder = TransformerDecoder(decoder_layers, hidden_dim, num_heads, feedforward_dim, dropout)
         self.class_embed = None if num_classes is None else nn.Linear(hidden_dim, num_classes + 1)
@@ -57,8 +54,7 @@ class TransformerPredictor(nn.Module):
     def forward(
         self, memory: Tensor, padding_mask: Tensor | None = None, *, all_layers: bool = True
     ) -> tuple[Tensor | None, Tensor]:
-        """Class logits and mask embedding of every query; the mask logits are ``mask_products`` of these with the pixel
-        embeddings.
+        """Predicts from the coarsest map; the mask logits are ``mask_products`` of mask and pixel embeddings.
 
         Args:
             memory: ``(B, input_dim, h', w')``, the coarsest map.

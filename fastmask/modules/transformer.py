@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
 from fastmask.modules.attention import MaskedCrossAttention
 
 
-class TransformerEncoderLayer(nn.Module):
-    """Self-attention and a two-layer perceptron, each followed by residual and layer norm.
+class PostNormLayer(nn.Module):
+    """Base of the layers: attentions and a two-layer perceptron, each followed by residual and layer norm.
 
     Args:
         dim: channels of the tokens.
@@ -18,14 +20,48 @@ class TransformerEncoderLayer(nn.Module):
         dropout: probability, after each block, inside the perceptron and on attention weights.
     """
 
+    # The attentions in their order: "self_attn", and any other name for cross-attention.
+    attentions: ClassVar[tuple[str, ...]]
+    norm1: nn.LayerNorm
+    norm2: nn.LayerNorm
+    norm3: nn.LayerNorm
+    self_attn: nn.MultiheadAttention
+
     def __init__(self, dim: int, num_heads: int, feedforward_dim: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.self_attn = nn.MultiheadAttention(dim, num_heads, dropout, batch_first=True)
+        for name in self.attentions:
+            if name == "self_attn":
+                self.self_attn = nn.MultiheadAttention(dim, num_heads, dropout, batch_first=True)
+            else:
+                self.add_module(name, MaskedCrossAttention(dim, num_heads, dropout))
         self.linear1 = nn.Linear(dim, feedforward_dim)
         self.linear2 = nn.Linear(feedforward_dim, dim)
-        self.norm1 = nn.LayerNorm(dim)
-        self.norm2 = nn.LayerNorm(dim)
+        for i in range(len(self.attentions) + 1):
+            self.add_module(f"norm{i + 1}", nn.LayerNorm(dim))
         self.dropout = nn.Dropout(dropout)
+
+    def attend_to_themselves(
+        self, tokens: Tensor, position: Tensor, norm: nn.LayerNorm, padding_mask: Tensor | None = None
+    ) -> Tensor:
+        """``tokens (B, S, dim)`` to the same shape; ``padding_mask (B, S)`` is True at padding."""
+        query = tokens + position
+        attended = self.self_attn(query, query, tokens, key_padding_mask=padding_mask, need_weights=False)[0]
+        return self.add(tokens, attended, norm)
+
+    def feed_forward(self, tokens: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """``tokens (B, S, dim)`` to the same shape."""
+        hidden = self.dropout(self.linear1(tokens).relu())
+        return self.add(tokens, self.linear2(hidden), norm)
+
+    def add(self, tokens: Tensor, update: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """The residual of a block."""
+        return norm(tokens + self.dropout(update))
+
+
+class TransformerEncoderLayer(PostNormLayer):
+    """Self-attention and a perceptron; see :class:`PostNormLayer` for the arguments."""
+
+    attentions = ("self_attn",)
 
     def forward(self, tokens: Tensor, position: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """``tokens (B, S, dim)`` to the same shape.
@@ -33,52 +69,17 @@ class TransformerEncoderLayer(nn.Module):
         Args:
             tokens: ``(B, S, dim)``.
             position: ``(B or 1, S, dim)``, added to queries and keys.
-            padding_mask: ``(B, S)`` bool, True at tokens that are not attended to.
+            padding_mask: ``(B, S)`` bool, True at padding, which no token attends to.
         """
-        query = tokens + position
-        attended = self.self_attn(query, query, tokens, key_padding_mask=padding_mask, need_weights=False)[0]
-        tokens = self.norm1(tokens + self.dropout(attended))
-        hidden = self.dropout(self.linear1(tokens).relu())
-        return self.norm2(tokens + self.dropout(self.linear2(hidden)))
+        return self.feed_forward(self.attend_to_themselves(tokens, position, self.norm1, padding_mask), self.norm2)
 
 
-class TransformerEncoder(nn.Module):
-    """A stack of :class:`TransformerEncoderLayer`, without a final norm (the layers are post-norm)."""
+class TransformerDecoderLayer(PostNormLayer):
+    """Self-attention among the queries, cross-attention to the image, and a perceptron; see :class:`PostNormLayer` for
+    the arguments."""
 
-    def __init__(self, num_layers: int, dim: int, num_heads: int, feedforward_dim: int, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(
-            TransformerEncoderLayer(dim, num_heads, feedforward_dim, dropout) for _ in range(num_layers)
-        )
-        xavier_init(self)
-
-    def forward(self, tokens: Tensor, position: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """``tokens (B, S, dim)`` to the same shape; the arguments are those of a layer."""
-        for layer in self.layers:
-            tokens = layer(tokens, position, padding_mask)
-        return tokens
-
-
-class TransformerDecoderLayer(nn.Module):
-    """Self-attention among the queries, cross-attention to the image, and a two-layer perceptron, all post-norm.
-
-    Args:
-        dim: channels of queries and memory.
-        num_heads: attention heads; divides ``dim``.
-        feedforward_dim: hidden channels of the perceptron.
-        dropout: probability, after each block, inside the perceptron and on attention weights.
-    """
-
-    def __init__(self, dim: int, num_heads: int, feedforward_dim: int, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.self_attn = nn.MultiheadAttention(dim, num_heads, dropout, batch_first=True)
-        self.multihead_attn = MaskedCrossAttention(dim, num_heads, dropout)
-        self.linear1 = nn.Linear(dim, feedforward_dim)
-        self.linear2 = nn.Linear(feedforward_dim, dim)
-        self.norm1 = nn.LayerNorm(dim)
-        self.norm2 = nn.LayerNorm(dim)
-        self.norm3 = nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(dropout)
+    attentions = ("self_attn", "multihead_attn")
+    multihead_attn: MaskedCrossAttention
 
     def forward(
         self, queries: Tensor, query_position: Tensor, keys: Tensor, values: Tensor, padding_mask: Tensor | None = None
@@ -90,16 +91,68 @@ class TransformerDecoderLayer(nn.Module):
             query_position: ``(1, N, dim)``, added wherever queries serve as attention queries or keys.
             keys: ``(B, S, dim)``, the memory with its position encoding.
             values: ``(B, S, dim)``, the memory itself.
-            padding_mask: ``(B, S)`` bool, True at memory that is not attended to.
+            padding_mask: ``(B, S)`` bool, True at padding, which no query attends to.
         """
-        query = queries + query_position
-        attended = self.self_attn(query, query, queries, need_weights=False)[0]
-        queries = self.norm1(queries + self.dropout(attended))
-        query = queries + query_position
-        attended = self.multihead_attn(query, keys, values, key_padding_mask=padding_mask)
-        queries = self.norm2(queries + self.dropout(attended))
-        hidden = self.dropout(self.linear1(queries).relu())
-        return self.norm3(queries + self.dropout(self.linear2(hidden)))
+        queries = self.attend_to_themselves(queries, query_position, self.norm1)
+        attended = self.multihead_attn(queries + query_position, keys, values, key_padding_mask=padding_mask)
+        return self.feed_forward(self.add(queries, attended, self.norm2), self.norm3)
+
+
+class MaskedDecoderLayer(PostNormLayer):
+    """Masked cross-attention to the image, self-attention among the queries, and a perceptron (Mask2Former,
+    arXiv:2112.01527, section 3.2); see :class:`PostNormLayer` for the arguments."""
+
+    attentions = ("cross_attn", "self_attn")
+    cross_attn: MaskedCrossAttention
+
+    def forward(
+        self,
+        queries: Tensor,
+        query_position: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        mask_logits: Tensor,
+        grid: tuple[int, int],
+        padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """``queries (B, N, dim)`` to the same shape.
+
+        Args:
+            queries, query_position, padding_mask: as for :class:`TransformerDecoderLayer`.
+            keys, values: ``(B, S, dim)``, a feature level with and without its position encoding.
+            mask_logits: ``(B, N, h, w)``, the queries' masks so far.
+            grid: (height, width) of the feature level.
+        """
+        attended = self.cross_attn(
+            queries + query_position, keys, values, mask_logits, grid=grid, key_padding_mask=padding_mask
+        )
+        queries = self.add(queries, attended, self.norm1)
+        return self.feed_forward(self.attend_to_themselves(queries, query_position, self.norm2), self.norm3)
+
+
+def layer_stack(
+    kind: type[PostNormLayer], num_layers: int, dim: int, num_heads: int, feedforward_dim: int, dropout: float
+) -> nn.ModuleList:
+    """Layers whose weight matrices are initialized as DETR's; biases and norms keep their own initial values."""
+    layers = nn.ModuleList(kind(dim, num_heads, feedforward_dim, dropout) for _ in range(num_layers))
+    for parameter in layers.parameters():
+        if parameter.dim() > 1:
+            nn.init.xavier_uniform_(parameter)
+    return layers
+
+
+class TransformerEncoder(nn.Module):
+    """A stack of :class:`TransformerEncoderLayer`, without a final norm (the layers are post-norm)."""
+
+    def __init__(self, num_layers: int, dim: int, num_heads: int, feedforward_dim: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.layers = layer_stack(TransformerEncoderLayer, num_layers, dim, num_heads, feedforward_dim, dropout)
+
+    def forward(self, tokens: Tensor, position: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """``tokens (B, S, dim)`` to the same shape; the arguments are those of a layer."""
+        for layer in self.layers:
+            tokens = layer(tokens, position, padding_mask)
+        return tokens
 
 
 class TransformerDecoder(nn.Module):
@@ -107,11 +160,8 @@ class TransformerDecoder(nn.Module):
 
     def __init__(self, num_layers: int, dim: int, num_heads: int, feedforward_dim: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            TransformerDecoderLayer(dim, num_heads, feedforward_dim, dropout) for _ in range(num_layers)
-        )
+        self.layers = layer_stack(TransformerDecoderLayer, num_layers, dim, num_heads, feedforward_dim, dropout)
         self.norm = nn.LayerNorm(dim)
-        xavier_init(self)
 
     def forward(
         self,
@@ -128,7 +178,7 @@ class TransformerDecoder(nn.Module):
             query_position: ``(N, dim)``.
             memory: ``(B, S, dim)``.
             memory_position: ``(B or 1, S, dim)``, added to the keys.
-            padding_mask: ``(B, S)`` bool, True at memory that is not attended to.
+            padding_mask: ``(B, S)`` bool, True at padding, which no query attends to.
             all_layers: return the output of every layer, as deep supervision needs, or of the last alone.
 
         Returns:
@@ -142,10 +192,3 @@ class TransformerDecoder(nn.Module):
             queries = layer(queries, query_position, keys, memory, padding_mask)
             outputs.append(queries)
         return self.norm(torch.stack(outputs if all_layers else outputs[-1:]))
-
-
-def xavier_init(module: nn.Module) -> None:
-    """Fills every weight matrix of a transformer as DETR does; biases and norms keep their own initial values."""
-    for parameter in module.parameters():
-        if parameter.dim() > 1:
-            nn.init.xavier_uniform_(parameter)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
+from fastmask.modules.resize import resize_bilinear
 from fastmask.ops._tracing import same_size
 
 INIT_STD = 0.02
@@ -203,7 +204,7 @@ def resize_positions(positions: Tensor, from_grid: tuple[int, int], to_grid: tup
     if same_size(from_grid, to_grid):
         return positions
     planes = positions.transpose(1, 2).unflatten(2, from_grid)
-    return interpolate(planes, size=to_grid, mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
+    return resize_bilinear(planes, to_grid).flatten(2).transpose(1, 2)
 
 
 def blocks(

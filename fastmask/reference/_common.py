@@ -42,19 +42,20 @@ def check_focal(alpha: float, gamma: float) -> None:
 
 def resize_bilinear(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """``(..., h, w)`` to ``(..., H, W)``, bilinear with align_corners=False and no antialiasing."""
-    return _resize(maps, size, mode="bilinear", align_corners=False)
+    return _resize(maps, size, "bilinear", align_corners=False)
 
 
 def resize_nearest(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """``(..., h, w)`` to ``(..., H, W)`` by PyTorch's "nearest" rule: output i reads input floor(i * h / H)."""
-    return _resize(maps.float(), size, mode="nearest").to(maps.dtype)
+    return _resize(maps.float(), size, "nearest").to(maps.dtype)
 
 
-def _resize(maps: Tensor, size: tuple[int, int], **options: object) -> Tensor:
+def _resize(maps: Tensor, size: tuple[int, int], mode: str, align_corners: bool | None = None) -> Tensor:
     if tuple(maps.shape[-2:]) == tuple(size):
         return maps
     planes = maps.reshape(-1, 1, *maps.shape[-2:])
-    return F.interpolate(planes, size=tuple(size), **options).reshape(*maps.shape[:-2], *size)
+    resized = F.interpolate(planes, size=tuple(size), mode=mode, align_corners=align_corners)
+    return resized.reshape(*maps.shape[:-2], *size)
 
 
 def resize_logits(logits: Tensor, size: tuple[int, int]) -> Tensor:

@@ -66,7 +66,7 @@ def instance_inference(
     class_logits, mask_logits = as_batch(class_logits, mask_logits)
     grid = size
     if rule == "huggingface":
-        grid = valid_size or padded_size or tuple(mask_logits.shape[-2:])
+        grid = valid_size or padded_size or (mask_logits.shape[-2], mask_logits.shape[-1])
     nan = reads_nan(mask_logits, padded_size, valid_size, grid)
     mask_logits = resize_bilinear(image_logits(mask_logits, padded_size, valid_size), grid).masked_fill(nan, -1)
     stuff = torch.tensor(sorted(stuff_classes), dtype=torch.int64, device=class_logits.device)

@@ -64,7 +64,8 @@ def mask_cost(
     check_focal(alpha, gamma)
     dtype = torch.promote_types(class_logits.dtype, mask_logits.dtype)
     batch_size, num_targets = labels.shape
-    num_queries, grid = mask_logits.shape[-3], tuple(mask_logits.shape[-2:])
+    num_queries, height, width = mask_logits.shape[-3:]
+    grid = (height, width)
     check_shape("mask_logits", mask_logits, (batch_size, num_queries, *grid))
     check_shape("class_logits", class_logits, (batch_size, num_queries, -1))
     check_shape("masks", masks, (batch_size, num_targets, -1, -1))

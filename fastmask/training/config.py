@@ -12,7 +12,7 @@ from fastmask.data import open_dataset
 from fastmask.data.open import COMPOSED_SCENES
 from fastmask.data.sample import TASKS
 from fastmask.models import efficientnet
-from fastmask.models._base import ImageModelConfig, ModelConfig, PlainConfig, require
+from fastmask.models._configuration import ModelConfig, PlainConfig, require
 from fastmask.models._registry import config_from_dict, load_config, make_config
 from fastmask.models.maskformer import MaskFormerConfig
 from fastmask.models.precision import PRECISIONS
@@ -96,7 +96,7 @@ class TrainingConfig(PlainConfig):
             if (path := getattr(self, name)) not in ("", COMPOSED_SCENES):
                 object.__setattr__(self, name, os.path.abspath(path))  # a run may be resumed from another place
         require(self.train_split != "", "train_split", "''", "the name of a split")
-        segments = isinstance(self.model, ImageModelConfig)
+        segments = hasattr(self.model, "pixel_mean")
         require(segments, "model", type(self.model).__name__, "the configuration of a network that segments images")
         check_task(self.model, self.task)
         for name, choices in (("precision", PRECISIONS), ("strategy", STRATEGIES), ("task", ("", *TASKS))):

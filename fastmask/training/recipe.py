@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastmask.data.transforms import Transform, detr_augmentation, jitter_augmentation, semantic_augmentation
-from fastmask.models._base import PlainConfig, require
+from fastmask.models._configuration import PlainConfig, require
 
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("poly", "steps", "constant")

@@ -16,7 +16,8 @@ from fastmask.integrations.checkpoints.original_maskformer import (
 from fastmask.integrations.checkpoints.original_segmenter import from_original_segmenter, save_original_segmenter
 from fastmask.integrations.checkpoints.state_files import SUFFIXES, read_weights
 from fastmask.models import MaskFormer, Segmenter, load_model
-from fastmask.models._base import PretrainedModel, read_config
+from fastmask.models._base import PretrainedModel
+from fastmask.models._configuration import read_config
 from fastmask.models._registry import SAVED_IN_RUN
 from fastmask.models.weight_files import CONFIG_FILE, WEIGHTS_FILE, listed
 
@@ -101,7 +102,7 @@ def find_format(source: Path) -> str:
     )
 
 
-def _read(source: Path, source_format: str, changes: dict[str, int], options: dict[str, Any]) -> PretrainedModel:
+def _read(source: Path, source_format: str, changes: dict[str, Any], options: dict[str, Any]) -> PretrainedModel:
     if source_format == "huggingface":
         return from_hugging_face_maskformer(source, **changes, **options)
     folder = source if source.is_dir() else source.parent

@@ -14,8 +14,8 @@ from fastmask.extras import extra
 from fastmask.integrations.checkpoints.backbones import NOT_LEARNED, hugging_face_swin
 from fastmask.integrations.checkpoints.names import Rule, rename, to_foreign, to_own
 from fastmask.integrations.checkpoints.state_files import read_weights
-from fastmask.models._base import read_config
-from fastmask.models.backbones import describe_backbone
+from fastmask.models._configuration import read_config
+from fastmask.models.backbones import describe_config
 from fastmask.models.maskformer import MaskFormer, MaskFormerConfig
 from fastmask.models.weight_files import CONFIG_FILE, key_problems, listed, wrapping_prefix
 
@@ -70,8 +70,10 @@ def from_hugging_face_maskformer(
         weights, config = source.state_dict(), source.config
         _check_type(_name(source), config.to_dict())
     own_config = own_config_of(config)
-    changes = {"num_queries": num_queries, "num_classes": num_classes}
-    changes = {name: value for name, value in changes.items() if value not in (None, getattr(own_config, name))}
+    asked = {"num_queries": num_queries, "num_classes": num_classes}
+    changes: dict[str, Any] = {
+        name: value for name, value in asked.items() if value not in (None, getattr(own_config, name))
+    }
     if changes and not ignore_mismatched_sizes:
         raise ValueError(
             f"{_name(source)} has {', '.join(f'{name}={getattr(own_config, name)}' for name in changes)}; "
@@ -228,15 +230,12 @@ def hugging_face_config_of(model: MaskFormer) -> Any:
 def _backbone_of(config: Any) -> tuple[str, dict[str, Any]]:
     if config.model_type not in ("resnet", "swin", "maskformer-swin"):
         raise ValueError(f"the backbone is of model type {config.model_type!r}; expected 'resnet' or 'swin'")
-    from types import SimpleNamespace
-
     from transformers import ResNetConfig, SwinConfig
 
     # MaskFormer's own Swin has the fields of the common one.
     kind = ResNetConfig if config.model_type == "resnet" else SwinConfig
     fields = {name: value for name, value in config.to_dict().items() if name in kind().to_dict()}
-    name, options = describe_backbone(SimpleNamespace(config=kind(**{**fields, "model_type": kind.model_type})))
-    return name, options
+    return describe_config(kind(**{**fields, "model_type": kind.model_type}))
 
 
 def _read_folder(folder: Path, prefix: str) -> tuple[dict[str, Tensor], Any]:
@@ -253,7 +252,12 @@ def _read_folder(folder: Path, prefix: str) -> tuple[dict[str, Tensor], Any]:
             f"{folder} has the configuration of a MaskFormer of transformers and no weights; it holds "
             f"{listed(sorted(path.name for path in folder.iterdir()))}; expected {' or '.join(WEIGHTS_FILES[::2])}"
         )
-    path, options = folder, {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    path: Path | None = folder
+    options: dict[str, Any] = {
+        "local_files_only": True,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,
+    }
     if prefix:
         if files[0].suffix == ".json":
             raise ValueError(f"{folder} has its weights in several files; prefix goes with one")
@@ -275,8 +279,8 @@ def _read_folder(folder: Path, prefix: str) -> tuple[dict[str, Tensor], Any]:
     problems = []
     if missing or unexpected:
         # transformers itself tries names without "model.", so that what it misses does not show a prefix.
-        names = () if prefix or files[0].suffix == ".json" else read_weights(files[0])
-        own, names = ({newer_name(name) for name in each} for each in (model.state_dict(), names))
+        in_file = () if prefix or files[0].suffix == ".json" else read_weights(files[0])
+        own, names = ({newer_name(name) for name in each} for each in (model.state_dict(), in_file))
         problems.append(key_problems(*((own, names) if wrapping_prefix(own, names) else (missing, unexpected))))
     if wrong := sorted(
         f"{name} of shape {tuple(found)} for {tuple(own)}" for name, found, own in outcome["mismatched_keys"]

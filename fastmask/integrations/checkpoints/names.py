@@ -46,7 +46,9 @@ def groups_of(own_names: Iterable[str], rules: Sequence[Rule]) -> list[Group]:
     Raises:
         ValueError: names that no rule knows, which the foreign format cannot hold; the message lists them.
     """
-    groups, done, unknown = [], set(), []
+    groups: list[Group] = []
+    done: set[str] = set()
+    unknown: list[str] = []
     for name in own_names:
         if name in done:
             continue
@@ -65,7 +67,7 @@ def groups_of(own_names: Iterable[str], rules: Sequence[Rule]) -> list[Group]:
 
 def to_foreign(weights: Mapping[str, Tensor], rules: Sequence[Rule]) -> dict[str, Tensor]:
     """Our weights under the foreign names."""
-    result = {}
+    result: dict[str, Tensor] = {}
     for group in groups_of(weights, rules):
         if group.foreign:
             joined = torch.cat([weights[name] for name in group.own]) if len(group.own) > 1 else weights[group.own[0]]

@@ -12,7 +12,7 @@ from fastmask.extras import extra
 from fastmask.files import replace_files
 from fastmask.integrations.checkpoints.names import rename, to_own
 from fastmask.integrations.checkpoints.state_files import read_weights
-from fastmask.models._base import IMAGENET_MEAN, IMAGENET_STD
+from fastmask.models._configuration import IMAGENET_MEAN, IMAGENET_STD
 from fastmask.models.segmenter import VIT_MEAN, VIT_STD, Segmenter, SegmenterConfig
 
 WEIGHTS_FILE = "checkpoint.pth"

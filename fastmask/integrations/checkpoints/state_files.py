@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import collections
+import importlib
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -73,10 +75,15 @@ class _ArraysOnly(pickle.Unpickler):
         if (module, name) == ("numpy", "dtype"):
             return np.dtype
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name in ("_reconstruct", "scalar"):
-            return getattr(np._core.multiarray if hasattr(np, "_core") else np.core.multiarray, name)
+            return getattr(_numpy_core("multiarray"), name)
         if module in ("numpy.core.numeric", "numpy._core.numeric") and name == "_frombuffer":
-            return getattr(np._core.numeric if hasattr(np, "_core") else np.core.numeric, name)
+            return getattr(_numpy_core("numeric"), name)
         raise pickle.UnpicklingError(f"it refers to {module}.{name}, and only arrays are read")
+
+
+def _numpy_core(module: str) -> ModuleType:
+    """A module of NumPy's core, which version 2 renamed."""
+    return importlib.import_module(f"numpy.{'_core' if hasattr(np, '_core') else 'core'}.{module}")
 
 
 def _latin1(text: str, encoding: str) -> bytes:
