@@ -16,7 +16,7 @@ from torch import nn
 
 logger = logging.getLogger("fastmask")
 
-# Who knows what replaces a module, by the beginning of the name of the file that its class is defined in.
+# The modules with the replacements, by the prefix of the module in which a class is defined.
 FAMILIES = {
     "transformers.models.maskformer.": "fastmask.integrations.transformers.maskformer",
     "transformers.models.mask2former.": "fastmask.integrations.transformers.mask2former",
@@ -36,7 +36,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Patched:
-    """What a patched module remembers.
+    """The state of a patched module.
 
     Args:
         original: its own class.
@@ -48,21 +48,21 @@ class Patched:
 
 
 def patch(model: Model, *, fix: bool = False) -> Model:
-    """Replaces, in place and reversibly, what fastmask does faster in a model of another library.
+    """Replaces, in place and reversibly, the parts of another library's model that fastmask computes faster.
 
-    Known are, anywhere inside ``model`` (so that wrappers such as DistributedDataParallel may be handed in):
+    It knows the following parts, anywhere inside ``model`` (which may be a wrapper such as DistributedDataParallel):
 
     - transformers' MaskFormerForInstanceSegmentation: matcher and loss, all decoder layers in one call; only the
       matched queries' masks are carried backward;
     - transformers' Mask2FormerForUniversalSegmentation: matcher, point-sampled loss and masked attention;
     - transformers' OneFormerForUniversalSegmentation and EomtForUniversalSegmentation: matcher and point-sampled loss;
-    - any module that looks like the original repositories' HungarianMatcher and SetCriterion.
+    - any module with the name and attributes of the original repositories' HungarianMatcher or SetCriterion.
 
-    Outputs, losses and gradients stay equal to rounding. Random points are drawn as the model itself draws them, so
-    that this holds for the same seed; dropout inside masked attention alone draws others. Mask labels must be binary.
+    Outputs, losses and gradients stay equal up to rounding. For the same seed this includes random points, which are
+    drawn as the model draws them, but not dropout inside masked attention. Mask labels must be binary.
     The state dict keeps its keys, and hooks, ``deepcopy``, ``pickle``, ``save_pretrained`` and wrappers work as before.
-    Patching twice does nothing, except that ``fix`` takes its latest value. What was replaced is logged to the logger
-    "fastmask" at level INFO.
+    Patching twice does nothing, except that ``fix`` takes its latest value. The logger "fastmask" lists the replaced
+    modules at level INFO.
 
     Args:
         model: the model, or any module that contains it.
@@ -78,8 +78,8 @@ def patch(model: Model, *, fix: bool = False) -> Model:
         ``model``.
 
     Raises:
-        TypeError: ``model`` is no module, contains nothing known, or a known part has been altered so that fastmask
-            cannot tell what it computes. Then nothing has been changed.
+        TypeError: ``model`` is no module, contains no known part, or one that has been altered so that fastmask does
+            not know what it computes. Nothing has then been changed.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -113,7 +113,7 @@ def unpatch(model: Model) -> Model:
 
 
 def fixes(module: nn.Module) -> bool:
-    """Whether the patched ``module`` is to correct known defects."""
+    """Whether the patched ``module`` corrects known defects."""
     state = vars(module).get(STATE)
     return state is not None and state.fix
 
@@ -125,7 +125,7 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 
 def replacements(module: nn.Module) -> Iterable[tuple[nn.Module, type[nn.Module]]]:
-    """Which modules get which class where ``module`` is met: itself, parts of it, or none.
+    """The modules to replace for ``module``: itself, parts of it, or none; and the class that each gets.
 
     Raises:
         TypeError: fastmask knows the module, but it has been altered.

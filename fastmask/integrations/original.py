@@ -32,7 +32,7 @@ SAMPLING = frozenset({"num_points", "oversample_ratio", "importance_sample_ratio
 
 
 def replacements(module: nn.Module) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
-    """Which modules get which class; see ``fastmask.integrations._patching``."""
+    """The modules to replace and the class that each gets; see ``fastmask.integrations._patching``."""
     cls = type(module)
     if cls.__name__ not in (MATCHER, CRITERION) or cls.__module__.startswith("fastmask."):
         return
@@ -58,7 +58,7 @@ def replacements(module: nn.Module) -> Iterator[tuple[nn.Module, type[nn.Module]
 
 
 def _by_attributes(module: nn.Module, known: Mapping[frozenset[str], type[nn.Module]]) -> type[nn.Module]:
-    """Which of the ``known`` classes, given by their attributes, the module's own class looks like."""
+    """The ``known`` class with the attributes of the module."""
     attributes = {name for name in vars(module) if not name.startswith("_")} - {"training"}
     for expected, cls in known.items():
         if attributes == expected:

@@ -210,6 +210,19 @@ class PixelDecoderConfig(ModelConfig):
             require(getattr(self, name) % multiple == 0, name, getattr(self, name), f"a multiple of {multiple}")
 
 
+# Sizes of the "tiny" presets.
+TINY: dict[str, Any] = {
+    "backbone": "tiny",
+    "hidden_dim": 96,
+    "mask_dim": 64,
+    "pixel_decoder_dim": 64,
+    "decoder_layers": 3,
+    "num_heads": 4,
+    "feedforward_dim": 256,
+    "dropout": 0.0,
+}
+
+
 def pixel_statistics(backbone: str) -> dict[str, tuple[float, ...]]:
     """The pixel statistics of a backbone's pretrained weights: ImageNet's, or those of EfficientNet-lite0."""
     if backbone == efficientnet.NAME:
@@ -261,7 +274,9 @@ def _checked(name: str, annotation: str, value: Any) -> Any:
             return json.loads(json.dumps(dict(value)))
         except TypeError as error:
             raise TypeError(f"{name} must hold JSON values only: {error}") from error
-    known: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float), "bool": bool, "str": str}
-    if not isinstance(value, known[annotation]) or (isinstance(value, bool) and annotation != "bool"):
+    if annotation == "float" and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    known = {"int": int, "float": float, "bool": bool, "str": str}[annotation]
+    if not isinstance(value, known) or (isinstance(value, bool) and known is not bool):
         raise TypeError(f"{name} must be of type {annotation}, got {value!r}")
-    return float(value) if annotation == "float" else value
+    return value

@@ -1,4 +1,4 @@
-"""From the model's logits to results at the size that was asked for."""
+"""From the model's logits to results of any size."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def check_sizes(sizes: Size | Sequence[Size] | None, images: Sequence[Size]) -> 
     """One (height, width) for each image: the images' own if ``sizes`` is None, and one pair stands for all.
 
     Raises:
-        TypeError: something else than pairs of integers.
+        TypeError: anything but pairs of integers.
         ValueError: another number of pairs than images, or sides below 1.
     """
     if sizes is None:
@@ -52,10 +52,10 @@ def infer(
     sizes: Sequence[Size],
     **options: Any,
 ) -> list[Any]:
-    """Results of one task, one an image, in one call where all images share their sizes.
+    """Results of one task, one for each image, in one call where all images share their sizes.
 
-    Masks are upsampled to the padded size, cropped to the image and resized to the size asked for, in this order, as
-    the original code does.
+    As in the original code, masks are upsampled to the padded size, cropped to the image and resized to ``sizes``, in
+    this order.
 
     Args:
         task: one of ``TASKS``.

@@ -1,4 +1,4 @@
-"""Per-pixel classification: class maps as targets, their loss, and results at the size that was asked for."""
+"""Per-pixel classification: class maps as targets, their loss, and results of any size."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OUTPUTS = ("labels", "scores")
 
 
 def fit_class_map(targets: PixelTargets, images: ImageBatch, num_classes: int, ignore_index: int) -> Tensor:
-    """The class of each pixel on the grid of the padded images; what padding adds is ignored.
+    """The class of each pixel on the grid of the padded images; padding is ignored.
 
     Args:
         targets: ``(B, H, W)`` integers in ``0..K-1`` or ``ignore_index``, of the images' common size, of their largest

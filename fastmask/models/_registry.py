@@ -1,4 +1,4 @@
-"""Networks by name: the presets of all families, and folders of saved ones whose class is found out."""
+"""Networks by name: the presets of all families, and the networks that folders hold."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from fastmask.models.weight_files import CONFIG_FILE, WEIGHTS_FILE, listed
 MODELS: dict[str, type[PretrainedModel]] = {
     model.config_class.model_type: model for model in (MaskFormer, Segmenter, PerPixelBaseline, SoundEventDetector)
 }
-# What a run of training leaves in its folder, the better one first.
+# The networks in the folder of a training run, the better one first.
 SAVED_IN_RUN = ("best", "model")
 DEFAULT_FAMILY = "maskformer"
 LARGEST_BYTE = 255
-# Each family's presets by their own names; those that other families have too go by the family's name and their own.
+# Each family's presets by their own names; a name that several families have gets the family's name as a prefix.
 FAMILIES = {
     DEFAULT_FAMILY: (MaskFormer, maskformer.PRESETS),
     "segmenter": (Segmenter, segmenter.PRESETS),
@@ -60,7 +60,7 @@ def make_config(
         name: one of :func:`preset_names`, or "tiny" for "maskformer-tiny".
         num_classes: K; as many as there are ``class_names`` by default.
         class_names: one name for each class, or none.
-        stuff_classes: the classes that are stuff; families that do not tell things from stuff pass over them.
+        stuff_classes: the classes that are stuff; ignored by families that do not distinguish things and stuff.
         overrides: fields to set otherwise.
 
     Raises:
@@ -83,28 +83,20 @@ def make_config(
     return model.config_class.preset(own_name, num_classes, class_names=tuple(class_names), **overrides)
 
 
-def make_model(
-    name: str,
-    num_classes: int | None = None,
-    *,
-    class_names: Sequence[str] = (),
-    stuff_classes: Sequence[int] = (),
-    **overrides: Any,
-) -> PretrainedModel:
+def make_model(name: str, num_classes: int | None = None, **options: Any) -> PretrainedModel:
     """A network with random weights, by the name of a preset of any family.
 
     Args:
-        name, num_classes, class_names, stuff_classes: as for :func:`make_config`.
-        overrides: fields of the configuration to set otherwise, and what the network's constructor takes besides:
+        name, num_classes: as for :func:`make_config`.
+        options: further arguments of :func:`make_config`, and those of the network's constructor:
             ``pretrained_backbone``, and modules such as ``backbone`` or ``frame_encoder``.
 
     Raises:
         TypeError, ValueError: as for :func:`make_config` and the network's constructor.
     """
     model, _ = _find_preset(name)
-    modules = _split_modules(model, overrides)
-    config = make_config(name, num_classes, class_names=class_names, stuff_classes=stuff_classes, **overrides)
-    return model(config, **modules)
+    modules = _split_modules(model, options)
+    return model(make_config(name, num_classes, **options), **modules)
 
 
 def load_model(folder: str | Path, **options: Any) -> PretrainedModel:
@@ -153,8 +145,8 @@ def load_config(folder: str | Path) -> ModelConfig:
 
 
 def task_of_run(path: str | Path) -> str | None:
-    """What the run of training in a folder was for, such as "panoptic", if its config.json says a "task"; None for a
-    network's own folder.
+    """The task of the training run in a folder, such as "panoptic", if its config.json has one; None for a network's
+    own folder.
 
     Raises:
         FileNotFoundError: no such folder, or no network in it.
@@ -167,8 +159,8 @@ def task_of_run(path: str | Path) -> str | None:
 
 
 def saved_type(folder: str | Path) -> type[PretrainedModel]:
-    """The class of the network that a folder holds, from its config.json. One without a "type", as earlier versions
-    wrote it, is told by its fields.
+    """The class of the network that a folder holds, from its config.json. Without a "type", as earlier versions wrote
+    it, the fields decide.
 
     Raises:
         FileNotFoundError: no config.json.
@@ -217,7 +209,7 @@ def _find_preset(name: str) -> tuple[type[PretrainedModel], str]:
 
 
 def _split_modules(model: type[PretrainedModel], options: dict[str, Any]) -> dict[str, Any]:
-    """Takes out what the constructor itself is given; names that are fields too, only if they are modules."""
+    """Removes and returns the constructor's own arguments; of names that are also fields, modules only."""
     of_config = {f.name for f in fields(model.config_class)}
     of_constructor = set(inspect.signature(model).parameters) - {"config", "options"}
     taken = [

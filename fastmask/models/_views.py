@@ -1,6 +1,4 @@
-"""Several views of an image: overlapping windows of one size, scales and mirror images, and the average of what a
-network says of them.
-"""
+"""Several views of an image, overlapping windows, scales and mirror images, and the average of their predictions."""
 
 from __future__ import annotations
 
@@ -71,8 +69,8 @@ def windowed_logits(
 
 
 def windowed_batch(images: Tensor, segment: Callable[[Tensor], Tensor], size: int, stride: int) -> Tensor:
-    """What :func:`windowed_logits` yields for images of one size, in operations that ``torch.export`` traces for any
-    number of images: without a loop over them, and without writing into slices. All windows are segmented at once.
+    """:func:`windowed_logits` of images of one size, in operations that ``torch.export`` traces for any number of
+    images: without a loop over them or writes into slices. All windows are segmented at once.
 
     Args:
         images: ``(B, C, H, W)``, normalized; H and W are known.
@@ -95,7 +93,7 @@ def windowed_batch(images: Tensor, segment: Callable[[Tensor], Tensor], size: in
 
 
 def _averaged(parts: Sequence[Tensor], starts: Sequence[int], size: int, dim: int) -> Tensor:
-    """Overlapping parts joined along a dimension: between two borders of parts, the mean of those that lie there."""
+    """Overlapping parts joined along a dimension; where several overlap, their mean."""
     borders = sorted({*starts, *(start + size for start in starts)})
     pieces = []
     for begin, end in pairwise(borders):
@@ -131,7 +129,7 @@ def _enlarged(images: Tensor, size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class ViewPlan:
-    """A rectangle of the image, and how the network sees it.
+    """A rectangle of the image, and the form in which the network sees it.
 
     Args:
         top, left, size: the rectangle, in pixels of the image.
@@ -153,16 +151,16 @@ def view_options(
     scales: Sequence[float],
     flip: bool,
 ) -> dict[str, Any]:
-    """Those of the arguments that ask for more than one look at the whole image, for the model's ``predict``.
+    """The arguments that differ from one view of the whole image, for the model's ``predict``.
 
     Args:
-        model: whose ``predict`` it is.
-        tasks: what it is to give.
+        model: of the ``predict``.
+        tasks: the results to predict.
         window: (size, stride) in pixels, or a size that is the stride too.
         scales, flip: as for :class:`EvaluationViews`.
 
     Raises:
-        ValueError: the model does not look so, or none of the tasks is made of several views.
+        ValueError: the model has no such views, or none of the tasks averages several.
     """
     views: dict[str, Any] = {}
     if window is not None:
@@ -182,12 +180,12 @@ def view_options(
 
 @dataclass(frozen=True)
 class EvaluationViews:
-    """Which views of an image the network sees.
+    """The views of an image that the network sees.
 
     Args:
         window: (size, stride) of square windows, in pixels of the image as scaled; None for the whole image. The last
             row and column of windows ends with the image; where the image is smaller, so is the window.
-        scales: how much larger than the image the network sees it.
+        scales: by which the image is enlarged for the network.
         flip: add the mirror image of every view.
         batch_size: how many views to predict at a time.
 
@@ -237,7 +235,7 @@ class EvaluationViews:
     def of(
         self, image: Tensor, size: Size, predict: Callable[[Tensor], tuple[Tensor, Tensor, Size]]
     ) -> Iterator[SemanticView]:
-        """What the network says of each view, made when it is asked for.
+        """The network's predictions for each view, one batch at a time.
 
         Args:
             image: ``(C, H, W)``, in 0..1.

@@ -1,4 +1,4 @@
-"""Backbones by name: EfficientNet-lite0, and those of ``transformers``, which is imported only when one is built."""
+"""Backbones by name: EfficientNet-lite0, and those of ``transformers``, which is imported when one is built."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastmask.ops._tracing import ceil_div, same_size
 
 STRIDES = (4, 8, 16, 32)
 
-# Fields of a transformers configuration that say where it comes from or follow from other fields.
+# Fields of a transformers configuration that record its origin or follow from other fields.
 BOOKKEEPING = frozenset(
     "architectures dtype torch_dtype id2label label2id model_type out_features out_indices problem_type stage_names "
     "transformers_version".split()
@@ -123,7 +123,7 @@ def describe_config(config: Any) -> tuple[str, dict[str, Any]]:
 
 
 def feature_maps(backbone: nn.Module, pixels: Tensor, channels: Sequence[int]) -> list[Tensor]:
-    """Runs a backbone and checks what it gives.
+    """Runs a backbone and checks its maps.
 
     Args:
         backbone: returns a list or tuple of maps from fine to coarse, or an object with such ``feature_maps``.
@@ -135,7 +135,7 @@ def feature_maps(backbone: nn.Module, pixels: Tensor, channels: Sequence[int]) -
         resized bilinearly to the strides 4, 8, 16 and 32.
 
     Raises:
-        TypeError: the backbone returns something else.
+        TypeError: the backbone returns anything else.
         ValueError: the maps differ from ``channels`` in number or channels.
     """
     output = backbone(pixels)
@@ -155,7 +155,7 @@ def backbone_channels(backbone: nn.Module, channels: Sequence[int] | None = None
     """The channels of a backbone's maps, from the argument or from the module's own ``channels``.
 
     Raises:
-        ValueError: neither says.
+        ValueError: neither is given.
     """
     channels = channels if channels is not None else getattr(backbone, "channels", None)
     if channels is None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastmask.functional import mask_products, merge_views
 from fastmask.mask_term import MaskTerm
 from fastmask.models._base import Images, PixelDecoderModel
-from fastmask.models._configuration import PixelDecoderConfig, require
+from fastmask.models._configuration import TINY, PixelDecoderConfig, require
 from fastmask.models._images import ImageBatch, Size, fit_targets
 from fastmask.models._inference import TASKS, check_sizes, infer
 from fastmask.models._views import EvaluationViews
@@ -27,17 +27,7 @@ MATCHINGS = ("bipartite", "fixed")
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "backbone": "tiny",
-        "num_queries": 25,
-        "hidden_dim": 96,
-        "mask_dim": 64,
-        "pixel_decoder_dim": 64,
-        "decoder_layers": 3,
-        "num_heads": 4,
-        "feedforward_dim": 256,
-        "dropout": 0.0,
-    },
+    "tiny": {**TINY, "num_queries": 25},
     "maskformer-r50": {"backbone": "resnet50"},
     "maskformer-r101": {"backbone": "resnet101"},
     "maskformer-r101c": {"backbone": "resnet101c"},
@@ -45,7 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         f"maskformer-swin-{size}": {"backbone": f"swin-{size}", "backbone_options": {"drop_path_rate": 0.3}}
         for size in ("tiny", "small", "base", "large")
     },
-    # Three quarters of a training step on a CPU are the backbone's; 128 channels at stride 4 would take a third more.
+    # The backbone takes three quarters of a training step on a CPU; 128 channels at stride 4 would add a third.
     "maskformer-efficientnet-lite0": {
         "backbone": "efficientnet-lite0",
         "num_queries": 50,
@@ -127,7 +117,7 @@ class MaskFormerConfig(PixelDecoderConfig):
 
     @property
     def num_predictions(self) -> int:
-        """L, how many predictions are supervised."""
+        """L, the number of supervised predictions."""
         return self.decoder_layers + self.masked_attention if self.deep_supervision else 1
 
     @property
@@ -195,8 +185,7 @@ class MaskFormer(PixelDecoderModel):
             ``(L, B, N, h, w)`` of all layers, of which the others are views.
 
             With targets: the losses "loss_ce", "loss_mask", "loss_dice" and the same with "_0", "_1", ... for the
-            layers before the last, each a scalar that is multiplied by its weight already: their sum is what to
-            minimize.
+            layers before the last, each a scalar and already weighted. Training minimizes their sum.
 
         Raises:
             TypeError: images or targets of another type or dtype.
@@ -233,12 +222,11 @@ class MaskFormer(PixelDecoderModel):
         view_batch: int = 1,
         **options: Any,
     ) -> list[Any]:
-        """Results at the size asked for. Runs in evaluation mode, without gradients, and computes masks after the last
-        decoder layer only; a semantic map never needs the mask logits of the whole image at once.
+        """Results at any size. Runs in evaluation mode, without gradients, and computes masks after the last decoder
+        layer only; a semantic map never needs the mask logits of the whole image at once.
 
         With a window, several scales or ``flip`` a semantic map is the average of the scores of several views, as the
-        papers report it (see :func:`fastmask.functional.merge_views`); scores of the whole image do not exist unless
-        they are asked for.
+        papers report it (see :func:`fastmask.functional.merge_views`), in bands of rows unless ``output="scores"``.
 
         Args:
             images: as for a call of the model.
@@ -247,22 +235,22 @@ class MaskFormer(PixelDecoderModel):
             sizes: (height, width) of the results, for all images or for each; by default each image's own.
             window: (size, stride) of square windows in which each image is predicted, in pixels of the image as scaled;
                 None for whole images.
-            scales: how much to enlarge each image; (0.5, 0.75, 1, 1.25, 1.5, 1.75) is usual.
+            scales: by which to enlarge each image; (0.5, 0.75, 1, 1.25, 1.5, 1.75) is usual.
             flip: predict mirror images as well.
-            view_batch: how many views to predict at a time.
+            view_batch: number of views to predict at a time.
             options: further arguments of :func:`fastmask.semantic_inference`, :func:`fastmask.general_inference`,
                 :func:`fastmask.panoptic_inference` or :func:`fastmask.instance_inference`, such as ``threshold``.
                 ``stuff_classes`` is the configuration's unless given.
 
         Returns:
-            One entry an image. semantic: ``(H, W)`` labels, or ``(K, H, W)`` scores with ``output="scores"``. general:
-            ``(H, W)`` labels. panoptic: ``(segmentation (H, W), segments_info)``. instance: a dict of "scores",
-            "labels" and "masks".
+            One entry for each image. semantic: ``(H, W)`` labels, or ``(K, H, W)`` scores with ``output="scores"``.
+            general: ``(H, W)`` labels. panoptic: ``(segmentation (H, W), segments_info)``. instance: a dict of
+            "scores", "labels" and "masks".
 
         Raises:
             TypeError: images of another type or dtype, or an option that the task does not have.
             ValueError: an unknown task, sizes that do not fit the images, or windows, scales or mirror images that
-                are out of range or asked for in another task than "semantic".
+                are out of range or given for another task than "semantic".
         """
         _check_tasks([task])
         views = EvaluationViews(window, tuple(scales), flip, view_batch)
@@ -286,7 +274,7 @@ class MaskFormer(PixelDecoderModel):
         tasks: Mapping[str, Mapping[str, Any]],
         sizes: Size | Sequence[Size] | None = None,
     ) -> dict[str, list[Any]]:
-        """What :meth:`predict` gives for each of several tasks, from one pass of the network over whole images.
+        """The results of :meth:`predict` for several tasks, from one pass of the network over whole images.
 
         Args:
             images, sizes: as for :meth:`predict`.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastmask.functional import mask_products
 from fastmask.models._base import Images, PixelDecoderModel
-from fastmask.models._configuration import PixelDecoderConfig
+from fastmask.models._configuration import TINY, PixelDecoderConfig
 from fastmask.models._images import ImageBatch, Size
 from fastmask.models._inference import check_sizes
 from fastmask.models._pixels import (
@@ -25,16 +25,7 @@ from fastmask.modules.predictor import TransformerPredictor
 from fastmask.modules.resize import resize_bilinear
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "backbone": "tiny",
-        "hidden_dim": 96,
-        "mask_dim": 64,
-        "pixel_decoder_dim": 64,
-        "decoder_layers": 3,
-        "num_heads": 4,
-        "feedforward_dim": 256,
-        "dropout": 0.0,
-    },
+    "tiny": TINY,
     "per-pixel-r50": {},
     "per-pixel-plus-r50": {"transformer_decoder": True},
 }
@@ -130,7 +121,7 @@ class PerPixelBaseline(PixelDecoderModel):
     def predict(
         self, images: Images, sizes: Size | Sequence[Size] | None = None, *, output: str = "labels"
     ) -> list[Tensor]:
-        """Semantic segmentation at the size asked for. Runs in evaluation mode, without gradients.
+        """Semantic segmentation at any size. Runs in evaluation mode, without gradients.
 
         Args:
             images: as for a call of the model.

@@ -1,4 +1,4 @@
-"""Mixed precision by name: what training, evaluation and prediction run a network in."""
+"""Mixed precision by name, for training, evaluation and prediction."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from fastmask.modules.vit import VisionTransformer, resize_positions
 from fastmask.ops._tracing import ceil_div
 
 DECODERS = ("mask", "linear")
-# ViTs that were pretrained on ImageNet-21k want pixels in -1..1; DeiTs want ImageNet's mean and deviation.
+# ViTs pretrained on ImageNet-21k take pixels in -1..1; DeiTs take ImageNet's mean and deviation.
 VIT_MEAN = (0.5, 0.5, 0.5)
 VIT_STD = (0.5, 0.5, 0.5)
 
@@ -82,8 +82,8 @@ class SegmenterConfig(ModelConfig):
     Args:
         num_classes: K.
         decoder: "mask" for the mask transformer, "linear" for the point-wise linear decoder.
-        image_size: (height, width) in pixels that position embeddings are learned for, multiples of ``patch_size``.
-            Images of other sizes get them resized.
+        image_size: (height, width) in pixels for which position embeddings are learned, multiples of ``patch_size``.
+            They are resized for images of other sizes.
         patch_size: side of a patch in pixels.
         hidden_dim: channels of encoder and decoder, a multiple of ``num_heads`` (and ``decoder_heads``).
         encoder_layers: blocks of the encoder.
@@ -101,7 +101,7 @@ class SegmenterConfig(ModelConfig):
         ignore_index: the class of pixels that do not count, outside ``0..K-1``.
         class_names: one name for each class, or empty.
         pixel_mean: per channel, subtracted from images in 0..1.
-        pixel_std: per channel, divides what remains.
+        pixel_std: per channel, divides the difference.
 
     Raises:
         TypeError: a value of the wrong type.
@@ -153,7 +153,7 @@ class SegmenterConfig(ModelConfig):
 
     @property
     def grid_size(self) -> tuple[int, int]:
-        """(rows, columns) of the patches that position embeddings are learned for."""
+        """(rows, columns) of the patches for which position embeddings are learned."""
         height, width = self.image_size
         return height // self.patch_size, width // self.patch_size
 
@@ -332,15 +332,15 @@ class Segmenter(SegmentationModel):
         window_batch: int = 4,
         output: str = "labels",
     ) -> list[Tensor]:
-        """Semantic segmentation at the size asked for. Runs in evaluation mode, without gradients.
+        """Semantic segmentation at any size. Runs in evaluation mode, without gradients.
 
         Args:
             images: as for a call of the model.
             sizes: (height, width) of the results, for all images or for each; by default each image's own.
-            window: (size, stride) of the windows that images are predicted in, in pixels, or a size that is the stride
+            window: (size, stride) of the windows in which images are predicted, in pixels, or a size that is the stride
                 too; 0 for whole images; by default the configuration's. Logits are averaged where windows overlap. An
                 image with a side smaller than a window is enlarged until that side is as large.
-            window_batch: how many windows to predict at a time.
+            window_batch: number of windows to predict at a time.
             output: "labels" or "scores".
 
         Returns:
@@ -348,7 +348,7 @@ class Segmenter(SegmentationModel):
             ``(K, H, W)`` scores, the softmax over classes.
 
         Raises:
-            TypeError: images of another type or dtype, or a window that is none.
+            TypeError: images of another type or dtype, or a window that is no pair of integers.
             ValueError: an unknown output, a window or batch out of range, or sizes that do not fit the images.
         """
         check_output(output)

@@ -52,13 +52,13 @@ class SoundEventConfig(ModelConfig):
         num_heads: attention heads of both transformers.
         feedforward_dim: hidden channels of their perceptrons.
         dropout: of both transformers.
-        temperature: what the products of mask and frame embeddings are divided by.
+        temperature: divides the products of mask and frame embeddings.
         deep_supervision: predict and supervise after each decoder layer instead of after the last alone.
         strong_weight: weight of the cross-entropy of each frame.
         weak_weight: weight of the cross-entropy of the whole clip.
         mask_weight: weight of the focal mask loss.
         dice_weight: weight of the dice loss.
-        median_seconds: length of the median filter that events are smoothed with.
+        median_seconds: length of the median filter that smooths events.
         class_names: one name for each class, or empty.
 
     Raises:
@@ -121,7 +121,7 @@ class SoundEventConfig(ModelConfig):
 
 @dataclass(frozen=True)
 class SoundTargets:
-    """What a batch of clips holds.
+    """The events of a batch of clips.
 
     Args:
         presence: ``(B, K)`` float32, 1 where a clip has events of a class.
@@ -154,7 +154,7 @@ class SoundTargets:
             device: of the result.
 
         Raises:
-            TypeError: something else than a dict a clip.
+            TypeError: anything but a dict for each clip.
             ValueError: labels out of range, times that differ in number, end before they begin or are not finite.
         """
         presence = torch.zeros(len(events), num_classes)
@@ -246,12 +246,12 @@ EPSILON = 1e-7  # probabilities stay this far from 0 and 1
 
 
 class SoundEventDetector(PretrainedModel):
-    """Which sounds a clip holds, and when: MaskFormer (arXiv:2107.06278) over time instead of an image.
+    """Detects the sound events of a clip and their times: MaskFormer (arXiv:2107.06278) over time instead of an image.
 
-    A query stands for each class. From the decoder it learns whether its class occurs in the clip, and a mask embedding
-    whose products with the embeddings of the frames, divided by a temperature, are the logits of when. A frame's
-    probability is that of the clip times that of the mask, sigmoid(presence) sigmoid(mask); the clip's own prediction
-    pools its frames by linear softmax, so that clips without times train the masks too.
+    Each class has a query. The decoder predicts whether the class occurs in the clip, and a mask embedding, whose
+    products with the embeddings of the frames, divided by a temperature, are the mask logits. The probability of a
+    frame is sigmoid(presence) sigmoid(mask). The probability of the clip pools its frames by linear softmax, so that
+    clips without times train the masks too.
 
     ``SoundEventDetector(config)``, or ``SoundEventDetector(num_classes=10, ...)`` with the fields of
     :class:`SoundEventConfig` as keywords.
@@ -320,7 +320,7 @@ class SoundEventDetector(PretrainedModel):
 
             With targets: "loss_strong" (cross-entropy of the frames of clips with known times), "loss_weak" (of the
             clips), "loss_mask" and "loss_dice" (of the masks of classes that occur), and the same with "_0", "_1", ...
-            for the layers before the last, each a scalar that is multiplied by its weight already.
+            for the layers before the last, each a scalar and already weighted.
 
         Raises:
             TypeError: waveforms or targets of another type or dtype.
@@ -387,8 +387,8 @@ class SoundEventDetector(PretrainedModel):
         ]
 
     def final_logits(self, waveforms: Tensor) -> tuple[Tensor, Tensor]:
-        """The predictions of the last decoder layer alone: ``(B, S)`` to ``(B, K)`` logits of presence and
-        ``(B, K, T)`` of when.
+        """The predictions of the last decoder layer alone: ``(B, S)`` to ``(B, K)`` presence logits and
+        ``(B, K, T)`` mask logits.
         """
         presence_logits, mask_logits = self._predict_logits(waveforms, all_layers=False)
         return presence_logits[-1], mask_logits[-1]
@@ -408,7 +408,7 @@ class SoundEventDetector(PretrainedModel):
         features = self.frame_encoder(waveforms)
         class_logits, mask_embed = self.predictor(features[:, :, None], all_layers=all_layers)
         mask_logits = mask_products(mask_embed, self.frame_embed(features)[:, :, None]).squeeze(-2)
-        # Two classes, the event and no-object: the difference of their logits is that of the event's probability.
+        # Two classes, the event and no-object: their logits' difference is the logit of the event's probability.
         return class_logits[..., 0] - class_logits[..., 1], mask_logits / self.config.temperature
 
     def _losses(self, presence_logits: Tensor, mask_logits: Tensor, targets: SoundTargets) -> dict[str, Tensor]:

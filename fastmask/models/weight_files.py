@@ -1,4 +1,4 @@
-"""Weights and configuration in a folder: written whole or not at all, read with errors that say what is wrong."""
+"""Weights in files: written whole or not at all, read with errors that name the fault."""
 
 from __future__ import annotations
 
@@ -65,10 +65,10 @@ def without_prefix(weights: Mapping[str, Tensor], prefix: str, source: str) -> d
 
 
 def wrapping_prefix(expected: Iterable[str], found: Iterable[str]) -> str:
-    """What most of the ``expected`` names have before them where they are ``found``; "" if there is no such prefix.
+    """The prefix of most of the ``expected`` names among those ``found``; "" if there is none.
 
-    Wrappers put it there, such as "module." of DistributedDataParallel, "_orig_mod." of torch.compile, or "model." of a
-    module of Lightning.
+    Wrappers add it: "module." of DistributedDataParallel, "_orig_mod." of torch.compile, or "model." of a Lightning
+    module.
     """
     expected, counts = set(expected), Counter[str]()
     for name in found:
@@ -79,9 +79,7 @@ def wrapping_prefix(expected: Iterable[str], found: Iterable[str]) -> str:
 
 
 def key_problems(expected: Collection[str], found: Collection[str]) -> str:
-    """What is wrong with the names of weights: those that are missing and unexpected, or the prefix that all have;
-    "" if nothing is.
-    """
+    """The faults in the names of weights: missing and unexpected ones, or a prefix of all; "" if there are none."""
     if prefix := wrapping_prefix(expected, found):
         return (
             f"its names begin with {prefix!r}, as a wrapper of the model has them; prefix={prefix!r} strips it, and so "

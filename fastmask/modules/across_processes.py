@@ -1,4 +1,4 @@
-"""What a loss is divided by when several processes have a share of the batch each."""
+"""The divisors of losses where several processes each have a part of the batch."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor, distributed
 def across_processes(totals: Sequence[Tensor], least: Sequence[float]) -> list[Tensor]:
     """The average of each total over the processes, in one exchange; alone, the totals themselves.
 
-    Data-parallel training averages gradients (and whoever reports them, losses) over W processes. A sum over the batch
-    that is divided by T, a total over all processes, must therefore be divided by T / W in each: then the average is
-    what one process gives for the batches joined, however unevenly targets lie in them.
+    Data-parallel training averages gradients, and reports average losses, over W processes. To divide a sum over the
+    joined batch by T, a total over all processes, each process must therefore divide its own sum by T / W. The average
+    then is that of one process with the joined batch, however unevenly the targets are distributed.
 
     All processes must call this together, whatever their batches hold. Nothing waits for a GPU.
 
     Args:
         totals: of this process's batch, on one device, of the same shapes and dtypes in all processes.
-        least: for each total over all processes, what it counts at least.
+        least: lower bound of each total over all processes.
 
     Returns:
         tensors of the shapes of ``totals``: max(sum over processes, least) / W.

@@ -72,11 +72,11 @@ class SetCriterion(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        check_mask_term(term)
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
         if unknown := [loss for loss in losses if loss not in LOSSES]:
             raise ValueError(f"losses holds {', '.join(map(repr, unknown))}; expected any of {', '.join(LOSSES)}")
+        check_mask_term(term)
         self.num_classes = num_classes
         self.matcher = matcher
         self.weight_dict = dict(weight_dict)

@@ -9,10 +9,10 @@ class MLP(nn.Module):
     """``num_layers`` linear layers with ReLU between them, on the last dimension.
 
     Args:
-        input_dim: channels that come in.
+        input_dim: channels of the input.
         hidden_dim: channels between the layers.
-        output_dim: channels that go out.
-        num_layers: how many linear layers, at least 1.
+        output_dim: channels of the result.
+        num_layers: number of linear layers, at least 1.
 
     Raises:
         ValueError: ``num_layers`` below 1.

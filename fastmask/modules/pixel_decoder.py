@@ -30,8 +30,8 @@ class ConvNorm(nn.Module):
 
 
 class PixelDecoder(nn.Module):
-    """FPN from coarse to fine: each map goes through a 1 x 1 adapter, is added to the upsampled coarser result, and
-    through a 3 x 3 layer; a last 3 x 3 convolution makes the pixel embeddings (arXiv:2107.06278, section 3.3).
+    """FPN from coarse to fine: a 1 x 1 adapter of each map is added to the upsampled coarser result, and a 3 x 3 layer
+    follows; a last 3 x 3 convolution makes the pixel embeddings (arXiv:2107.06278, section 3.3).
 
     With ``encoder_layers`` a transformer encoder runs on the coarsest map first, as in the paper's panoptic models, and
     the transformer decoder reads its output instead of the backbone's.

@@ -1,4 +1,4 @@
-"""Where masks are compared: at random points instead of at all pixels."""
+"""Random points at which masks are compared instead of at all pixels."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class PointSampling:
     """Masks are compared at random points (Mask2Former, arXiv:2112.01527, section 3.3).
 
     The matcher uses one set of points for each image, shared by all its layers, queries and targets. (The original
-    repository and Hugging Face draw one for each layer.) The losses use points of each matched pair's own, most of them
-    where the predicted mask is uncertain; see ``fastmask.uncertain_points``. The paper's weights are 2 for the class
-    term, 5 for the cross-entropy of masks and 5 for dice, of the cost and of the losses alike.
+    repository and Hugging Face draw one for each layer.) For the losses each matched pair has points of its own, most
+    of them where the predicted mask is uncertain; see ``fastmask.uncertain_points``. The paper's weights of cost and
+    losses are 2 for the class term, 5 for the cross-entropy of masks and 5 for dice.
 
     Args:
         num_points: P, 112 x 112 in the paper.

@@ -33,8 +33,8 @@ def sine_position_encoding(
         padding_mask: ``(B, height, width)`` bool, True at padding, which lies at the bottom and right. Positions are
             scaled by each image's own extent, so that an image gets the same encoding in any batch.
         temperature: T.
-        dtype: of the result; the arithmetic is float32, or float64 if that is asked for.
-        device: of the result; by default where ``padding_mask`` lies.
+        dtype: of the result; the arithmetic is float32, or float64 for float64.
+        device: of the result; by default that of ``padding_mask``.
 
     Returns:
         ``(B, height * width, dim)``, or ``(1, height * width, dim)`` without a mask.

@@ -30,7 +30,7 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(dropout)
 
     def forward(self, tokens: Tensor, attended: Tensor | None = None) -> Tensor:
-        """``tokens (B, S, dim)`` to the same shape; ``attended (B, S)`` bool is False at tokens to leave out."""
+        """``tokens (B, S, dim)`` to the same shape; ``attended (B, S)`` bool is False at padding."""
         qkv = self.qkv(tokens).unflatten(2, (3, self.num_heads, -1))
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, S, dim / heads) each
         mask = None if attended is None else attended[:, None, None, :]
@@ -56,7 +56,7 @@ class FeedForward(nn.Module):
 
 class DropPath(nn.Module):
     """Stochastic depth (Huang et al., arXiv:1603.09382): in training, the residual of each sample is left out with
-    probability ``rate``, and what stays is divided by ``1 - rate``.
+    probability ``rate``; the others are divided by ``1 - rate``.
     """
 
     def __init__(self, rate: float) -> None:
@@ -96,7 +96,7 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, tokens: Tensor, attended: Tensor | None = None) -> Tensor:
-        """``tokens (B, S, dim)`` to the same shape; ``attended (B, S)`` bool is False at tokens to leave out."""
+        """``tokens (B, S, dim)`` to the same shape; ``attended (B, S)`` bool is False at padding."""
         tokens = tokens + self.drop_path(self.attn(self.norm1(tokens), attended))
         return tokens + self.drop_path(self.mlp(self.norm2(tokens)))
 
@@ -117,11 +117,11 @@ class VisionTransformer(nn.Module):
     """The encoder of Dosovitskiy et al. (arXiv:2010.11929) for images of any size.
 
     Position embeddings are learned on one grid of patches and resized bilinearly to others, as in Segmenter
-    (arXiv:2105.05633), whose code leaves them as they are where another grid has as many patches. ``transformers`` has
-    this network too, but resizes by cubic convolution, has no stochastic depth and attends to padding.
+    (arXiv:2105.05633), whose code does not resize them to a grid with as many patches. The ViT of ``transformers``
+    resizes by cubic convolution, has no stochastic depth and attends to padding.
 
     Args:
-        grid_size: (rows, columns) of the patches that position embeddings are learned for.
+        grid_size: (rows, columns) of the patches for which position embeddings are learned.
         patch_size: side of a patch in pixels.
         dim: channels of the tokens.
         num_layers: blocks.
@@ -210,7 +210,7 @@ def resize_positions(positions: Tensor, from_grid: tuple[int, int], to_grid: tup
 def blocks(
     num_layers: int, dim: int, num_heads: int, feedforward_dim: int, dropout: float, drop_path: float
 ) -> list[Block]:
-    """Blocks whose probability of being left out grows linearly from 0 to ``drop_path``."""
+    """Blocks whose residuals are left out with a probability that grows linearly from 0 to ``drop_path``."""
     rates = [drop_path * i / max(num_layers - 1, 1) for i in range(num_layers)]
     return [Block(dim, num_heads, feedforward_dim, dropout, rate) for rate in rates]
 

@@ -1,4 +1,4 @@
-"""What several references share: argument checks, resampling, and the two element-wise mask terms."""
+"""Shared by several references: argument checks, resampling, and the two element-wise mask terms."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MASK_TERMS = ("focal", "bce")
 # Mask logits beyond this count as this, so that infinite ones leave no NaN behind.
 LOGIT_BOUND = 1e30
 
-# Of a resized map: less than any weight, and more than what rounding in float64 leaves of one that ought to be 0.
+# Below every positive weight of a resized map, and above the rounding errors of zero weights in float64.
 LEAST_SHARE = 1e-12
 
 
@@ -64,13 +64,12 @@ def resize_logits(logits: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def read_what_has_weight(resample: Callable[[Tensor], Tensor], logits: Tensor, least: float = 0.0) -> Tensor:
-    """``resample``, a weighted mean, of logits of which some may be infinite or NaN: those without weight are not read.
+    """``resample``, a weighted mean, of logits that may be infinite or NaN; logits of zero weight are not read.
 
-    PyTorch's own functions multiply them by 0, which is NaN; a pixel that falls on a logit has such a neighbor, and so
-    has one beyond the last logit.
+    PyTorch's own functions multiply these by 0, which gives NaN, for instance where a pixel falls exactly on a logit.
 
     Args:
-        least: a weight in float64 that exceeds it is one; one below it is what rounding left of 0.
+        least: float64 weights up to this count as 0.
     """
     if not torch.compiler.is_compiling() and logits.isfinite().all():
         return resample(logits)
@@ -86,7 +85,7 @@ def mask_terms(logits: Tensor, mask_term: str, alpha: float, gamma: float) -> tu
     "focal": alpha (1 - p)^gamma softplus(-x) and (1 - alpha) p^gamma softplus(x), p = sigmoid(x)
     (RetinaNet, arXiv:1708.02002, equation 5). "bce": softplus(-x) and softplus(x).
 
-    The one is the other of -x, but for alpha.
+    Each is the other at -x, except for alpha.
     """
     return foreground_term(logits, mask_term, alpha, gamma), foreground_term(-logits, mask_term, 1 - alpha, gamma)
 
@@ -110,8 +109,8 @@ def image_logits(
 ) -> Tensor:
     """Mask logits of the image alone: upsampled to the padded network input, then its top left ``valid_size`` pixels.
 
-    None skips either step. Infinite logits count as -1e30 and 1e30, and NaN as -1e30: a query never wins where it reads
-    a NaN, and neither reaches pixels that do not read it.
+    None skips either step. Infinite logits count as -1e30 and 1e30, and NaN as -1e30, so that a query never wins where
+    it reads a NaN, and pixels that do not read such a logit are unaffected.
     """
     bound = min(LOGIT_BOUND, torch.finfo(mask_logits.dtype).max)
     mask_logits = mask_logits.clamp(-bound, bound).nan_to_num(nan=-bound)
@@ -131,11 +130,11 @@ def reads_nan(
     valid_size: tuple[int, int] | None,
     size: tuple[int, int],
 ) -> Tensor:
-    """``(..., H, W)`` bool: whether a NaN is among the mask logits that a pixel of the resized image is made of."""
+    """``(..., H, W)`` bool: whether a pixel of the resized image reads a NaN."""
     nan = mask_logits.isnan()
     if not nan.any():
         return nan.new_zeros(()).expand(*nan.shape[:-2], *size)
-    # In float64, whose weights are 0 where they ought to be.
+    # In float64, where zero weights are exactly 0.
     return resize_bilinear(image_logits(nan.double(), padded_size, valid_size), size) > 0
 
 

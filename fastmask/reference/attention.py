@@ -31,8 +31,8 @@ def masked_attention(
     padding the output is 0.
 
     Args:
-        q: ``(B, N, E)`` float, projected queries; head i owns channels ``i * E/num_heads`` onward.
-        k, v: ``(B, S, E)`` float, projected keys and values, row by row over the grid.
+        q: ``(B, N, E)`` float; head i has the channels from ``i * E/num_heads`` on.
+        k, v: ``(B, S, E)`` float, row by row over the grid.
         mask_logits: ``(B, N, h, w)`` float, or None for attention without a mask.
         grid: (gh, gw) of the keys, gh * gw = S.
         num_heads: divides E.

@@ -38,13 +38,13 @@ def instance_inference(
     - "mask2former": x at the output size, upsampled bilinearly.
     - "huggingface": x at h x w; the binary mask is then brought to the output size by the "nearest" rule.
 
-    What is made of a NaN mask logit is never foreground, and a query with a NaN class logit has P = 0.
+    A pixel that reads a NaN mask logit is never foreground, and a query with a NaN class logit has P = 0.
 
     Args:
         class_logits: ``(B, N, K+1)`` float, or ``(N, K+1)`` for one image.
         mask_logits: ``(B, N, h, w)`` float, or ``(N, h, w)``.
         size: (H, W) of the masks.
-        top_k: how many pairs; all N * K when there are fewer.
+        top_k: number of pairs; all N * K when there are fewer.
         rule: "mask2former" or "huggingface".
         stuff_classes: pairs of these classes are dropped from the ``top_k``, as Mask2Former does where it also does
             panoptic segmentation.
@@ -54,8 +54,8 @@ def instance_inference(
 
     Returns:
         For each image {"scores": ``(R,)`` in the promoted dtype of the logits, "labels" and "queries": ``(R,)`` int64,
-        "masks": ``(R, H, W)`` bool}, by falling P; R = top_k less what ``stuff_classes`` drops. Masks may overlap, and
-        may be empty (score 0).
+        "masks": ``(R, H, W)`` bool}, by falling P; R = top_k less the pairs that ``stuff_classes`` drops. Masks may
+        overlap, and may be empty (score 0).
 
     Raises:
         ValueError: an unknown ``rule``, ``top_k`` below 1, shapes that do not fit, or ``valid_size`` beyond the map.

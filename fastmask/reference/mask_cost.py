@@ -82,7 +82,7 @@ def mask_cost(
         check_shape("points", points, (batch_size, -1, 2))
         targets, weights = sampled_targets(masks, valid, points[:, None], dtype)
         x = sample_points(mask_logits.to(dtype), points[:, None].expand(*mask_logits.shape[:-2], *points.shape[-2:]))
-    # What has no weight must not contribute even when its logit is NaN, hence the fill before the products.
+    # Filled before the products, so that NaN logits without weight do not contribute.
     x = x.masked_fill(weights == 0, 0)
     p = torch.sigmoid(x)
 

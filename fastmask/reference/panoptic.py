@@ -1,4 +1,4 @@
-"""Panoptic segmentation from class and mask logits, by the rule of each code base in the field."""
+"""Panoptic segmentation from class and mask logits, by the rules of different code bases."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastmask.reference._common import as_batch, check_choice, image_logits, rea
 
 @dataclass(frozen=True)
 class PanopticRule:
-    """Where the code bases differ; the defaults are MaskFormer's.
+    """The differences between the code bases; the defaults are MaskFormer's.
 
     Args:
         resize_probabilities: resize sigmoid(mask logits) rather than the logits.
@@ -59,15 +59,15 @@ def panoptic_inference(
     """Each pixel goes to the query i that maximizes p_i(c_i) m_i[h, w], c_i being the query's most likely class.
 
     MaskFormer (arXiv:2107.06278), section 3.4, "general inference". Queries whose class is no-object, or whose p_i(c_i)
-    does not exceed ``threshold``, are dropped first; then those of which too little is visible: the area won over the
-    area where m_i >= ``mask_threshold`` is compared with ``overlap_threshold``. Stuff of one class is one segment.
+    does not exceed ``threshold``, are dropped first; then those with too small a visible part: the area won, divided by
+    the area where m_i >= ``mask_threshold``, is compared with ``overlap_threshold``. Stuff of one class is one segment.
 
-    A query never wins a pixel that is made of one of its NaN mask logits; where all of them have one, no segment is.
+    A query never wins a pixel where it reads a NaN mask logit; where every query reads one, there is no segment.
 
     ``rule`` names the code base (``PANOPTIC_RULES`` lists the differences): "maskformer", "mask2former"
-    (arXiv:2112.01527), "huggingface", or "huggingface-exact", which keeps two faults of transformers for the sake of
-    comparison: stuff that is fused makes the ids of later segments repeat, and the area of a mask is measured on its
-    score-weighted probabilities, so that a mask seems smaller than it is.
+    (arXiv:2112.01527), "huggingface", or "huggingface-exact", which keeps two faults of transformers for comparison:
+    after fused stuff the ids of later segments repeat, and the area of a mask is measured on its score-weighted
+    probabilities, so that a mask seems smaller than it is.
 
     Args:
         class_logits: ``(B, N, K+1)`` float, or ``(N, K+1)`` for one image.

@@ -1,4 +1,4 @@
-"""The points of Mask2Former's criterion: how maps are sampled there, and how points are drawn and chosen."""
+"""The points of Mask2Former's criterion: sampling maps at points, and drawing and choosing points."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 PHILOX_ROUNDS = 10
 LOW_32_BITS = 0xFFFFFFFF
 
-# A point's weight, 1 less its share of void pixels, is 0 below this: what is left is rounding.
+# Weights of points, 1 - their share of void pixels, count as 0 below this; the rest is rounding.
 LEAST_WEIGHT = 1e-6
 
 

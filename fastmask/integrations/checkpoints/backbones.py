@@ -1,4 +1,4 @@
-"""The names of ResNet and Swin weights in the checkpoints of others."""
+"""The names of ResNet and Swin weights in foreign checkpoints."""
 
 from __future__ import annotations
 

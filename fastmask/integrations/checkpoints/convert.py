@@ -44,14 +44,13 @@ def convert_checkpoint(
         destination: a folder, or for a MaskFormer with ``to="original"`` a file that detectron2's checkpointer reads;
             must not exist.
         to: "fastmask", "huggingface" or "original".
-        source_format: the same; by default found out from the file or the folder's configuration.
+        source_format: the same; by default that of the file or the folder's configuration.
         num_queries, num_classes: of the result, if they are to differ.
-        ignore_mismatched_sizes: allow that: what depends on them starts at random, with a warning.
-        prefix: what the names of the source's weights have before them, as "module." if DistributedDataParallel wrapped
-            the model, or "model." in a module of Lightning; other weights are left out.
+        ignore_mismatched_sizes: allow that; the weights that depend on them start at random, with a warning.
+        prefix: as for :func:`~fastmask.integrations.checkpoints.state_files.read_weights`.
 
     Returns:
-        the model in between.
+        the model.
 
     Raises:
         FileNotFoundError: no such source.

@@ -31,11 +31,29 @@ PIXEL_DECODER = "model.pixel_level_module.decoder"
 TRANSFORMER = "model.transformer_module"
 IGNORED = rf"{NOT_LEARNED}|criterion\.empty_weight"
 BY_COUNTS = r"predictor\.(query_embed\.weight|class_embed\.(weight|bias))"
-# What transformers v4 called things, as in every checkpoint on the hub.
+# The names of transformers v4, which checkpoints on the hub have.
 OLDER_NAMES = (
     (r"(transformer_module\.decoder\.layers\.\d+\.\w+)\.out_proj\.", r"\1.o_proj."),
     (r"(transformer_module\.decoder\.layers\.\d+)\.(fc[12])\.", r"\1.mlp.\2."),
 )
+# Fields of our configuration by those of transformers': of its decoder, and of the model.
+DECODER_FIELDS = {
+    "num_queries": "num_queries",
+    "hidden_dim": "d_model",
+    "decoder_layers": "decoder_layers",
+    "num_heads": "decoder_attention_heads",
+    "feedforward_dim": "decoder_ffn_dim",
+    "dropout": "dropout",
+}
+MODEL_FIELDS = {
+    "mask_dim": "mask_feature_size",
+    "pixel_decoder_dim": "fpn_feature_size",
+    "deep_supervision": "use_auxiliary_loss",
+    "class_weight": "cross_entropy_weight",
+    "mask_weight": "mask_weight",
+    "dice_weight": "dice_weight",
+    "no_object_weight": "no_object_weight",
+}
 NORMS = {"norm1": "self_attn_layer_norm", "norm2": "encoder_attn_layer_norm", "norm3": "final_layer_norm"}
 
 
@@ -53,7 +71,7 @@ def from_hugging_face_maskformer(
         source: a folder with config.json and the weights, as transformers v4 or v5 writes it; or the model itself.
         num_queries, num_classes: of the new model, if they are to differ.
         ignore_mismatched_sizes: allow that: query embeddings and class head then start at random, with a warning.
-        prefix: what the names of a folder's weights have before them, as for
+        prefix: of the names of a folder's weights, as for
             :func:`~fastmask.integrations.checkpoints.state_files.read_weights`.
 
     Returns:
@@ -166,7 +184,6 @@ def newer_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def own_config_of(config: Any) -> MaskFormerConfig:
     """Our configuration of the architecture and losses that a ``transformers.MaskFormerConfig`` describes."""
-    decoder = config.decoder_config
     names = tuple(str(config.id2label.get(i, i)) for i in range(config.num_labels))
     backbone, options = _backbone_of(config.backbone_config)
     return MaskFormerConfig(
@@ -174,21 +191,10 @@ def own_config_of(config: Any) -> MaskFormerConfig:
         class_names=names,
         backbone=backbone,
         backbone_options=options,
-        num_queries=decoder.num_queries,
-        hidden_dim=decoder.d_model,
-        mask_dim=config.mask_feature_size,
-        pixel_decoder_dim=config.fpn_feature_size,
-        decoder_layers=decoder.decoder_layers,
-        num_heads=decoder.decoder_attention_heads,
-        feedforward_dim=decoder.decoder_ffn_dim,
-        dropout=decoder.dropout,
-        deep_supervision=config.use_auxiliary_loss,
-        class_weight=config.cross_entropy_weight,
-        mask_weight=config.mask_weight,
-        dice_weight=config.dice_weight,
-        no_object_weight=config.no_object_weight,
         mask_cost=config.mask_weight,
         dice_cost=config.dice_weight,
+        **{own: getattr(config.decoder_config, name) for own, name in DECODER_FIELDS.items()},
+        **{own: getattr(config, name) for own, name in MODEL_FIELDS.items()},
     )
 
 
@@ -203,27 +209,14 @@ def hugging_face_config_of(model: MaskFormer) -> Any:
     model_type = backbone.pop("model_type", None)
     if model_type not in ("resnet", "swin") or config.backbone == "resnet-c":
         raise ValueError(f"backbone is {config.backbone!r}; expected a ResNet or a Swin of transformers")
-    decoder = transformers.DetrConfig(
-        d_model=config.hidden_dim,
-        num_queries=config.num_queries,
-        decoder_layers=config.decoder_layers,
-        decoder_attention_heads=config.num_heads,
-        decoder_ffn_dim=config.feedforward_dim,
-        dropout=config.dropout,
-    )
+    decoder = transformers.DetrConfig(**{name: getattr(config, own) for own, name in DECODER_FIELDS.items()})
     labels = config.class_names or tuple(f"LABEL_{i}" for i in range(config.num_classes))
     return transformers.MaskFormerConfig(
         backbone_config=transformers.AutoConfig.for_model(model_type, **backbone),
         decoder_config=decoder.to_dict(),
-        fpn_feature_size=config.pixel_decoder_dim,
-        mask_feature_size=config.mask_dim,
         id2label=dict(enumerate(labels)),
         label2id={label: i for i, label in enumerate(labels)},
-        use_auxiliary_loss=config.deep_supervision,
-        cross_entropy_weight=config.class_weight,
-        mask_weight=config.mask_weight,
-        dice_weight=config.dice_weight,
-        no_object_weight=config.no_object_weight,
+        **{name: getattr(config, own) for own, name in MODEL_FIELDS.items()},
     )
 
 
@@ -265,7 +258,7 @@ def _read_folder(folder: Path, prefix: str) -> tuple[dict[str, Tensor], Any]:
         options["config"] = MaskFormerConfig.from_pretrained(folder)
     logger = logging.getLogger("transformers")
     level = logger.level
-    logger.setLevel(logging.CRITICAL)  # what it reports of keys is in the errors below
+    logger.setLevel(logging.CRITICAL)  # the errors below report the keys
     try:
         model, outcome = MaskFormerForInstanceSegmentation.from_pretrained(path, **options)
     except Exception as error:  # of safetensors, pickle, zip files and of transformers itself

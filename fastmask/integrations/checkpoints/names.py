@@ -1,4 +1,4 @@
-"""One table of names for both directions: how the tensors of a foreign checkpoint make up those of a model of ours."""
+"""One table of names for both directions between a foreign checkpoint and a model of ours."""
 
 from __future__ import annotations
 
@@ -88,11 +88,11 @@ def to_own(
 
     Args:
         weights: of the foreign model.
-        own: the state of ours, which says what is needed and of which shape.
-        rules: that connect the two.
+        own: the state of ours, with the needed names and shapes.
+        rules: of the names.
         ignored: a regular expression for foreign names that carry nothing to be loaded.
         replaceable: a regular expression for names of ours that keep their value, with a warning, where shapes differ.
-        source: what the errors call the foreign weights.
+        source: of the foreign weights, for errors.
 
     Raises:
         ValueError: foreign names that are missing, unexpected or behind a prefix, or shapes that differ; the message

@@ -1,4 +1,4 @@
-"""Weights from the files of others. Nothing in a file is executed."""
+"""Weights from files of other libraries. Nothing in a file is executed."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def read_weights(path: str | Path, prefix: str = "") -> dict[str, Tensor]:
 
     Args:
         path: of the file.
-        prefix: what the names have before them, as "module." if DistributedDataParallel wrapped the model, or "model."
-            in a module of Lightning; other weights are left out.
+        prefix: of the names, such as "module." of DistributedDataParallel or "model." of a Lightning module; it is
+            stripped, and weights without it are left out.
 
     Raises:
         FileNotFoundError: no such file.

@@ -11,7 +11,7 @@ from fastmask.integrations.transformers._criteria import PointLoss, PointMatcher
 
 
 def replacements(module: nn.Module) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
-    """Which modules get which class; see ``fastmask.integrations._patching``."""
+    """The modules to replace and the class that each gets; see ``fastmask.integrations._patching``."""
     matchers = {hf.EomtHungarianMatcher: EomtHungarianMatcher}
     yield from criterion_replacements(module, matchers, {hf.EomtLoss: EomtLoss})
 

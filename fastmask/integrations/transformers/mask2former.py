@@ -29,7 +29,7 @@ DRAWS_FOR_EVERY_LAYER = Version(transformers.__version__) < Version("5.23")
 
 
 def replacements(module: nn.Module) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
-    """Which modules get which class; see ``fastmask.integrations._patching``."""
+    """The modules to replace and the class that each gets; see ``fastmask.integrations._patching``."""
     matchers = {hf.Mask2FormerHungarianMatcher: Mask2FormerHungarianMatcher}
     yield from criterion_replacements(module, matchers, {hf.Mask2FormerLoss: Mask2FormerLoss})
     # Layers of the user's own may read the attention mask, so they keep it.

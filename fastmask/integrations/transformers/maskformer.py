@@ -18,10 +18,10 @@ from fastmask.targets import Targets
 
 
 def replacements(module: nn.Module) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
-    """Which modules get which class; see ``fastmask.integrations._patching``."""
+    """The modules to replace and the class that each gets; see ``fastmask.integrations._patching``."""
     matchers = {hf.MaskFormerHungarianMatcher: MaskFormerHungarianMatcher}
     yield from criterion_replacements(module, matchers, {hf.MaskFormerLoss: MaskFormerLoss})
-    # With a criterion of the user's own, the model's logits are left as they are.
+    # A criterion of the user's own gets the logits as the model lists them.
     is_model = type(module) is hf.MaskFormerForInstanceSegmentation
     if is_model and original_class(module.get_submodule("criterion")) is hf.MaskFormerLoss:
         yield module, MaskFormerForInstanceSegmentation

@@ -13,7 +13,7 @@ LOSSES_OF_A_LAYER = 3
 
 
 def replacements(module: nn.Module) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
-    """Which modules get which class; see ``fastmask.integrations._patching``."""
+    """The modules to replace and the class that each gets; see ``fastmask.integrations._patching``."""
     matchers = {hf.OneFormerHungarianMatcher: OneFormerHungarianMatcher}
     yield from criterion_replacements(module, matchers, {hf.OneFormerLoss: OneFormerLoss})
 

@@ -152,7 +152,7 @@ def post_process_panoptic_segmentation(
     """
     results = []
     for class_logits, mask_logits, size, padded_size in _groups(outputs, target_sizes):
-        found = panoptic_inference(
+        found: Any = panoptic_inference(
             class_logits,
             mask_logits,
             size,
