@@ -71,7 +71,7 @@ triton-matrix: setup $(TRITONS:%=build/triton-%) ## compile the Triton kernels u
 		$(BIN)/python -m pytest -n auto tests/gpu/test_triton_compile.py $(ARGS); \
 	done
 
-bench: setup ## run the benchmarks and render the README's tables
+bench: setup ## run the benchmarks and render the tables of README and docs
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/report.py
 

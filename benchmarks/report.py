@@ -1,14 +1,16 @@
-"""Renders the result files into the README's tables: ``python benchmarks/report.py``; ``--check`` only compares.
+"""Renders the result files: ``python benchmarks/report.py``; ``--check`` only compares.
 
-Files of ``benchmarks.ablations`` have markers of their own, which a README may do without.
+For each machine's file a page of tables in ``docs/benchmarks``; from the file of ``MACHINE``, the README's chart and
+table, and a short table in each operator's page.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 if __name__ == "__main__":
     # So that `python benchmarks/report.py` finds the package, and the folder's own files shadow no other module.
@@ -16,19 +18,79 @@ if __name__ == "__main__":
 
 import typer
 
-from benchmarks.ablations.tables import render as render_ablation
+from benchmarks.harness.chart import speedup_chart
 from benchmarks.harness.machine import ROOT
 from benchmarks.harness.registry import load_operations
 from benchmarks.harness.results import read_results
-from benchmarks.harness.tables import markdown_table, rows_by
+from benchmarks.harness.tables import Row, markdown_lines, markdown_table, number, rows_by, speedups
 
-LONG_TABLE = 40  # rows beyond which a table is folded
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
-ABLATION_BEGIN, ABLATION_END = "<!-- ablation:begin -->", "<!-- ablation:end -->"
+MACHINE = "cpu-intel-xeon-processor"  # whose numbers the README and the operators' pages show
+CHART = {
+    "hf_training_step": "Training step, Hugging Face MaskFormer",
+    "criterion": "Criterion: matching and losses, all layers",
+    "mask_head": "Mask head and criterion",
+    "point_criterion": "Criterion at points (Mask2Former)",
+    "mask_cost": "Matching cost",
+    "assign": "Assignment",
+    "mask_loss": "Mask losses, forward and backward",
+    "masked_attention": "Masked attention",
+    "semantic": "Semantic inference",
+    "panoptic": "Panoptic inference",
+    "instance": "Instance inference",
+}
 
 
-def render(results: Mapping[str, Any], titles: Mapping[str, str]) -> str:
-    """One machine's section: what it is, then a table for each operation.
+class Headline(NamedTuple):
+    """A row of the README's table: what is measured, the page about it, and which row of the results it is."""
+
+    title: str
+    page: str
+    op: str
+    case: str
+    provider: str
+
+
+HEADLINES = (
+    Headline(
+        "Training step of Hugging Face's MaskFormer with Swin-B, after `fastmask.patch(model)`",
+        "docs/guides/patch.md",
+        "hf_training_step",
+        "MaskFormer Swin-B, B2, 512x512, 6 auxiliary layers",
+        "fastmask.patch",
+    ),
+    Headline(
+        "Criterion: matching and losses of 7 decoder layers, forward and backward",
+        "docs/guides/criterion.md",
+        "criterion",
+        "B2 L7 M20, segment map",
+        "fastmask",
+    ),
+    Headline(
+        "Masked attention, 32 x 32 keys, forward and backward",
+        "docs/operators/masked_attention.md",
+        "masked_attention",
+        "B2 32x32, noise",
+        "fastmask native",
+    ),
+    Headline(
+        "Semantic inference, 512 x 512, 150 classes",
+        "docs/operators/semantic_inference.md",
+        "semantic",
+        "512x512 K150, noise",
+        "fastmask native",
+    ),
+    Headline(
+        "Assignment: 96 problems of 100 x 20, early in training",
+        "docs/operators/assign.md",
+        "assign",
+        "early, 96 of 100x20",
+        "fastmask native",
+    ),
+)
+
+
+def page(results: Mapping[str, Any], titles: Mapping[str, str]) -> str:
+    """One machine's page: what it is, then a table for each operation.
 
     Args:
         results: a result file's content.
@@ -42,18 +104,15 @@ def render(results: Mapping[str, Any], titles: Mapping[str, str]) -> str:
     floor = f"{rates['bytes'] / 1e9:.3g} GB/s, {rates['specials'] / 1e9:.3g} G special functions/s ({rates['source']})"
     host = f"{machine['cpu']}, {machine['cores']} cores, SIMD {machine['simd'] or 'unknown'}"
     lines = [
-        f"### {machine['gpu'] or machine['cpu']}",
+        f"# {machine['gpu'] or machine['cpu']}",
         "",
         f"{'Host: ' if machine['gpu'] else ''}{host}; Python {machine['python']}, {versions}.",
-        f"Floors: {floor}.",
+        f"Floors: {floor}. [How to read the tables](index.md).",
     ]
-    for (op,), group in sorted(rows_by(rows, "op").items(), key=lambda item: len(item[1])):
-        title = f": {titles[op]}" if op in titles else ""
-        table = [markdown_table(group), "", measured(group)]
-        if len(group) > LONG_TABLE:
-            table = [f"<details><summary>all {len(group)} rows</summary>", "", *table, "", "</details>"]
-        lines += ["", f"**`{op}`**{title}", "", *table]
-    return "\n".join(lines)
+    for (op,), group in rows_by(rows, "op").items():
+        lines += ["", f"## {op}", "", *([f"{titles[op]}.", ""] if op in titles else [])]
+        lines += [markdown_table(group), "", measured(group)]
+    return "\n".join(lines) + "\n"
 
 
 def measured(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -66,48 +125,126 @@ def measured(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"Measured {'; '.join(runs)}."
 
 
-def replace_between(text: str, tables: str, begin: str = BEGIN, end: str = END) -> str:
-    """``text`` with ``tables`` between the two markers.
+def fastest_other(case: Sequence[Row]) -> Row:
+    """The fastest row of a case that is not fastmask's."""
+    return min((row for row in case if not row["provider"].startswith("fastmask")), key=lambda row: row["median_ms"])
+
+
+def headlines(rows: Sequence[Row], results_page: str) -> str:
+    """The README's table: our time and the baseline's, and the ratio to the fastest other provider; and where the
+    ratios are smallest.
 
     Raises:
-        ValueError: the markers are missing, repeated or in the wrong order.
+        ValueError: a row is missing.
     """
-    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise ValueError(f"expected {begin} and then {end}, once each")
-    head, rest = text.split(begin)
-    tail = rest.split(end)[1]
-    return f"{head}{begin}\n{tables}\n{end}{tail}"
+    timed = rows_by([row for row in rows if row["status"] == "ok"], "op", "case", "dtype")
+    lines = []
+    for headline in HEADLINES:
+        case = timed.get((headline.op, headline.case, "float32"), [])
+        by_provider = {row["provider"]: row for row in case}
+        if headline.provider not in by_provider:
+            raise ValueError(f"no row of {headline.provider!r} for {headline.op}, {headline.case}")
+        ours, best = by_provider[headline.provider], fastest_other(case)
+        lines.append(
+            [
+                f"[{headline.title}]({headline.page})",
+                f"{number(by_provider[ours['baseline']]['median_ms'])} ms ({ours['baseline']})",
+                f"{number(ours['median_ms'])} ms",
+                f"{number(ours['speedup'])}×",
+                f"{number(ours['speedup'] / best['speedup'])}× ({best['provider']})",
+            ]
+        )
+    header = ["operation", "before", "fastmask", "ratio", "to the fastest other"]
+    least = min((row for row in rows if speedups([row])), key=lambda row: row["speedup"])
+    best = fastest_other(timed[least["op"], least["case"], least["dtype"]])
+    note = (
+        f"The smallest ratio of all [measured cases]({results_page}) is {number(least['speedup'])}× "
+        f"(`{least['op']}`: {least['case']}; there {best['provider']} takes {number(best['median_ms'])} ms and "
+        f"fastmask {number(least['median_ms'])} ms)."
+    )
+    return "\n".join([*markdown_lines(header, lines, words=("operation",)), "", note])
+
+
+def operator_table(rows: Sequence[Row], results_page: str) -> str:
+    """fastmask's rows of one operator, and where the others are."""
+    lines = [
+        [
+            f"{row['case']}, {row['dtype']}",
+            row["provider"].removeprefix("fastmask").strip(" ,") or "–",
+            f"{number(row['median_ms'])} ms",
+            f"{number(row['speedup'])}× ({row['baseline']})",
+            f"{number(row['times_floor'])} ({row['floor_of']})",
+        ]
+        for row in rows
+        if row["provider"].startswith("fastmask") and row["status"] == "ok"
+    ]
+    table = markdown_lines(["case", "kernel", "median", "ratio", "time / floor"], lines, words=("case", "kernel"))
+    op = rows[0]["op"]
+    return "\n".join([*table, "", f"The other providers and their memory: [all rows]({results_page}#{op})."])
+
+
+def fill(text: str, blocks: Mapping[str, str]) -> str:
+    """``text`` with the content of each ``<!-- generated: NAME -->`` ... ``<!-- end -->`` replaced.
+
+    Raises:
+        ValueError: a name that ``blocks`` does not have, or a block without an end.
+    """
+
+    def replaced(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in blocks:
+            raise ValueError(f"no table is called {name!r}; there are {', '.join(blocks)}")
+        return f"<!-- generated: {name} -->\n{blocks[name]}\n<!-- end -->"
+
+    pattern = r"<!-- generated: (\S+) -->\n(?:(?!<!-- generated).)*?<!-- end -->"
+    filled, count = re.subn(pattern, replaced, text, flags=re.DOTALL)
+    if count != text.count("<!-- generated: "):
+        raise ValueError("a generated table has no <!-- end -->")
+    return filled
+
+
+def generated(root: Path, results: Path) -> dict[Path, str]:
+    """The content of every file that shows results."""
+    titles = {name: operation.title for name, operation in load_operations().items()}
+    files = {
+        path.stem: read_results(path)
+        for path in sorted(results.glob("*.json"))
+        if not path.name.startswith("ablation-")  # benchmarks.ablations writes their tables beside them
+    }
+    if MACHINE not in files:
+        raise ValueError(f"{results} has no {MACHINE}.json; run benchmarks/run.py first")
+    pages = {root / f"docs/benchmarks/{name}.md": page(content, titles) for name, content in files.items()}
+    rows, machine = files[MACHINE]["rows"], files[MACHINE]["machine"]
+    host = f"{machine['cpu']}, {machine['threads']} threads, {machine['simd']}"
+    pages[root / "docs/images/speedups.svg"] = speedup_chart(rows, CHART, host)
+    readme = root / "README.md"
+    pages[readme] = fill(readme.read_text(), {"headlines": headlines(rows, f"docs/benchmarks/{MACHINE}.md")})
+    tables = {op: operator_table(group, f"../benchmarks/{MACHINE}.md") for (op,), group in rows_by(rows, "op").items()}
+    for path in sorted((root / "docs/operators").glob("*.md")):
+        pages[path] = fill(path.read_text(), tables)
+    return pages
 
 
 def main(
-    readme: Annotated[Path, typer.Option(help="The file that holds the markers.")] = ROOT / "README.md",
+    root: Annotated[Path, typer.Option(help="Folder of README.md and docs.")] = ROOT,
     results: Annotated[Path, typer.Option(help="Folder of the result files.")] = ROOT / "benchmarks" / "results",
-    check: Annotated[bool, typer.Option("--check", help="Write nothing; exit with 1 if the tables differ.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; exit with 1 if a file differs.")] = False,
 ) -> None:
-    """Writes the tables of all result files between the markers."""
-    files = sorted(path for path in results.glob("*.json") if not path.name.startswith("ablation-"))
-    ablations = sorted(results.glob("ablation-*.json"))
-    if not files:
-        raise typer.BadParameter(f"{results} holds no result files; run benchmarks/run.py first")
-    titles = {name: operation.title for name, operation in load_operations().items()}
-    if not readme.exists():
-        raise typer.BadParameter(f"{readme} does not exist")
-    text = readme.read_text()
+    """Writes the tables and the chart of all result files."""
     try:
-        new = replace_between(text, "\n\n".join(render(read_results(path), titles) for path in files))
-        if ABLATION_BEGIN in text:
-            tables = "\n\n".join(render_ablation(read_results(path)) for path in ablations)
-            new = replace_between(new, tables, ABLATION_BEGIN, ABLATION_END)
+        pages = generated(root, results)
     except ValueError as error:
-        raise typer.BadParameter(f"{readme}: {error}") from error
-    if new == text:
-        print(f"{readme} is up to date")
+        raise typer.BadParameter(str(error)) from error
+    stale = [path for path, text in pages.items() if not path.exists() or path.read_text() != text]
+    for path in stale:
+        print(f"{path} does not show the result files; run benchmarks/report.py" if check else f"wrote {path}")
+        if not check:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(pages[path])
+    if not stale:
+        print(f"{len(pages)} files are up to date")
     elif check:
-        print(f"{readme} does not show the result files of {results}; run benchmarks/report.py")
         raise typer.Exit(1)
-    else:
-        readme.write_text(new)
-        print(f"wrote {len(files) + len(ablations)} result file(s) into {readme}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -276,33 +277,59 @@ def test_tables_show_every_provider(tmp_path):
     assert [number(value) for value in (0, 0.0123, 0.5, 12.34, 1234.5)] == ["0.00", "0.012", "0.50", "12.3", "1234"]
 
 
-def test_report_fills_the_markers_and_check_notices_a_stale_readme(tmp_path, capsys):
-    readme, folder = tmp_path / "README.md", tmp_path / "results"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    write_results(folder / "machine.json", RUN, [make_row(), make_row(op="mask_cost")])
+def make_results(folder):
+    """Rows for every headline of the README, and the README and a page that show them."""
+    rows = []
+    for line in report.HEADLINES:
+        about = {"op": line.op, "case": line.case}
+        rows += [make_row(**about, provider=line.provider), make_row(**about, provider="b", median_ms=8.0, speedup=1.0)]
+        rows.append(make_row(**about, provider="c", median_ms=4.0, speedup=2.0))
+    write_results(folder / "results" / f"{report.MACHINE}.json", RUN, rows)
+    for name, block in (("README.md", "headlines"), ("docs/operators/assign.md", "assign")):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"before\n<!-- generated: {block} -->\nold\n<!-- end -->\nafter\n")
+    return rows
+
+
+def test_report_writes_every_page_and_check_notices_a_stale_one(tmp_path, capsys):
+    make_results(tmp_path)
+    readme = tmp_path / "README.md"
     with pytest.raises(typer.Exit) as stale:
-        report.main(readme, folder, check=True)
+        report.main(tmp_path, tmp_path / "results", check=True)
     assert stale.value.exit_code == 1
     assert "old" in readme.read_text()
-    report.main(readme, folder, check=False)
+    report.main(tmp_path, tmp_path / "results", check=False)
     text = readme.read_text()
-    assert text.startswith(f"before\n{report.BEGIN}\n### Some Processor\n")
-    assert text.endswith(f"\n{report.END}\nafter\n")
-    assert "**`mask_cost`**: Matching cost" in text
-    assert "Measured 2026-01-02 03:04 UTC at abc, torch 2.13.0, 2 threads." in text
-    report.main(readme, folder, check=True)
+    assert text.startswith("before\n<!-- generated: headlines -->\n| operation | before |")
+    assert text.endswith("\n<!-- end -->\nafter\n")
+    assert "| 8.00 ms (b) | 2.00 ms | 4.00× | 2.00× (c) |" in text
+    assert "The smallest ratio of all [measured cases]" in text
+    page = (tmp_path / f"docs/benchmarks/{report.MACHINE}.md").read_text()
+    assert page.startswith("# Some Processor\n")
+    assert "Measured 2026-01-02 03:04 UTC at abc, torch 2.13.0, 2 threads." in page
+    assert "4.00× (b)" in (tmp_path / "docs/operators/assign.md").read_text()
+    chart = ElementTree.fromstring((tmp_path / "docs/images/speedups.svg").read_text())
+    assert [element.text for element in chart.iter() if (element.text or "").startswith("4.00×")] == ["4.00×"] * 5
+    capsys.readouterr()
+    report.main(tmp_path, tmp_path / "results", check=True)
     assert "up to date" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text", ["no markers", f"{report.END}{report.BEGIN}", report.BEGIN * 2 + report.END])
-def test_report_needs_its_markers(tmp_path, text):
-    readme = tmp_path / "README.md"
-    readme.write_text(text)
-    write_results(tmp_path / "machine.json", RUN, [make_row()])
-    with pytest.raises(typer.BadParameter, match="once each"):
-        report.main(readme, tmp_path, check=False)
-    with pytest.raises(typer.BadParameter, match="no result files"):
-        report.main(readme, tmp_path / "elsewhere", check=False)
+def test_report_names_what_is_missing(tmp_path):
+    with pytest.raises(typer.BadParameter, match=r"has no .*\.json; run benchmarks/run"):
+        report.main(tmp_path, tmp_path / "results", check=False)
+    rows = make_results(tmp_path)
+    with pytest.raises(ValueError, match=r"no row of 'fastmask\.patch' for hf_training_step"):
+        report.headlines(rows[3:], "page.md")
+    with pytest.raises(ValueError, match="no table is called 'b'; there are a"):
+        report.fill("<!-- generated: b -->\n<!-- end -->", {"a": ""})
+    with pytest.raises(ValueError, match="has no <!-- end -->"):
+        report.fill("<!-- generated: a -->\n", {"a": ""})
+
+
+def test_what_is_committed_shows_the_committed_results():
+    report.main(ROOT, ROOT / "benchmarks" / "results", check=True)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
