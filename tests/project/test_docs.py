@@ -34,8 +34,7 @@ class Block(NamedTuple):
 def blocks(page: Path, language: str) -> list[Block]:
     text = page.read_text()
     found = [
-        Block(match[1] or "", match[3], match[4], text.count("\n", 0, match.start(4)))
-        for match in BLOCK.finditer(text)
+        Block(match[1] or "", match[3], match[4], text.count("\n", 0, match.start(4))) for match in BLOCK.finditer(text)
     ]
     return [block for block in found if block.language == language]
 
