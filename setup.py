@@ -184,7 +184,9 @@ def ninja_file(ops_library: Path, native_module: Path) -> str:
         objects += [compile("cxx", source, torch_flags, ".host") for source in sorted((CSRC / "cuda").glob("*.cpp"))]
 
     compile_command = ninja_command(*cxx, *CXX_FLAGS, *portable, f"-I{CSRC}", *cxx_options)
-    link_command = ninja_command(*cxx, *cxx_options, "-shared")
+    # Python's own symbols come from the process; macOS wants to be told.
+    undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+    link_command = ninja_command(*cxx, *cxx_options, "-shared", *undefined)
     rules = [
         f"rule cxx\n  command = {compile_command} -MMD -MF $out.d $flags -c $in -o $out\n"
         "  depfile = $out.d\n  deps = gcc\n  description = CXX $out",
