@@ -70,7 +70,7 @@ def test_slow_python_runs_as_written(page, tmp_path, monkeypatch):
 def commands(page: Path) -> list[list[str]]:
     """The words of each call of ``fastmask`` in the page's shell blocks."""
     lines = "\n".join(block.code for block in blocks(page, "bash")).replace("\\\n", " ").splitlines()
-    called = [line.replace("-m fastmask.cli.main", "; fastmask").rsplit("; ", 1)[-1] for line in lines]
+    called = [line.replace("-m fastmask ", "; fastmask ").rsplit("; ", 1)[-1] for line in lines]
     return [shlex.split(line, comments=True) for line in called if line.startswith("fastmask ")]
 
 
