@@ -16,6 +16,7 @@ import pytest
 import torch
 import typer
 
+import fastmask
 from fastmask.cli.main import app
 
 ROOT = Path(__file__).parents[2]
@@ -89,6 +90,12 @@ def test_links_lead_to_files():
             if link.startswith("../results/") or link.startswith("results/"):  # docs/hooks.py has them
                 link = str(ROOT / "benchmarks" / link.removeprefix("../"))
             assert (page.parent / link).exists(), f"{name(page)} links to {link}"
+
+
+def test_the_version_is_the_same_everywhere():
+    changelog, citation = (ROOT / "CHANGELOG.md").read_text(), (ROOT / "CITATION.cff").read_text()
+    date = re.search(rf"^## \[{re.escape(fastmask.__version__)}\] - (\d{{4}}-\d\d-\d\d)$", changelog, re.MULTILINE)[1]
+    assert f"\nversion: {fastmask.__version__}\ndate-released: {date}\n" in citation
 
 
 def test_the_readme_is_short():
