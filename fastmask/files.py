@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and JSON in them."""
+"""Writes files whole or not at all; reads and writes JSON."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 
 
 def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
-    """Writes several files of a folder so that an interruption leaves what was there before: each under a temporary
-    name first, and only when all are complete are they renamed.
+    """Writes several files of a folder under temporary names and renames them when all are complete, so that an
+    interruption leaves the earlier files.
 
     Args:
-        folder: is made if it does not exist, and so are folders in it.
-        writers: by a file's path in the folder, what writes it to the path that it is given.
+        folder: the folder, which is created with its subfolders if needed.
+        writers: by a file's path in the folder, a function that writes the file to the path that it is given.
     """
     token = uuid.uuid4().hex
-    # Not the file's own name with something added, which may be too long for a name.
+    # A file's own name with an addition may be too long.
     temporaries = {name: (folder / name).with_name(f".{token}-{i}.tmp") for i, name in enumerate(writers)}
     try:
         for name, write in writers.items():
@@ -45,12 +45,11 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def read_json(path: Path, default: Any = None) -> Any:
-    """The content of a file in UTF-8, with or without a byte order mark; ``default``, if one is given, where there is
-    no such file.
+    """The content of a JSON file in UTF-8, with or without a byte order mark; ``default``, if given, if there is none.
 
     Raises:
         FileNotFoundError: no such file, and no ``default``.
-        ValueError: it is no JSON; the message names it.
+        ValueError: the file is not JSON; the message names it.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
@@ -63,14 +62,13 @@ def read_json(path: Path, default: Any = None) -> Any:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes a file of :func:`finite` values, whole or not at all."""
+    """Writes the :func:`finite` values as a JSON file, whole or not at all."""
     text = json.dumps(finite(values), indent=2) + "\n"
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def finite(value: Any) -> Any:
-    """A value in types of JSON, which has no infinity and no NaN: None takes their place, within dicts, lists and
-    tuples too."""
+    """The value in types that JSON has: None replaces infinities and NaN, also within dicts, lists and tuples."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

@@ -1,8 +1,7 @@
-"""``fastmask bench``: what a model costs on this machine."""
+"""``fastmask bench``: the time and memory that a model takes on this machine."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,11 +18,11 @@ NAMES = {"training": "training step"}
 
 def bench(
     model: Annotated[
-        str, typer.Argument(help="The name of a model, or the folder of one or of a run of training.")
+        str, typer.Argument(help="The name of a model, or the folder of a model or of a training run.")
     ] = "maskformer-r50",
     size: Annotated[tuple[int, int], typer.Option(help="Height and width of the images, in pixels.")] = (512, 512),
     batch_size: Annotated[int, typer.Option(min=1, help="Images in a step.")] = 2,
-    classes: Annotated[int | None, typer.Option(min=1, help="Of a model by name; 150 by default.")] = None,
+    classes: Annotated[int | None, typer.Option(min=1, help="Classes of a model by name; 150 by default.")] = None,
     targets: Annotated[int, typer.Option(min=1, help="Targets of each image.")] = 20,
     subject: Annotated[
         list[str] | None,
@@ -31,16 +30,18 @@ def bench(
     ] = None,
     device: Annotated[str, typer.Option(help="Such as cuda:1; a GPU by default if there is one.")] = "",
     precision: Precision = "float32",
-    seconds: Annotated[float, typer.Option(help="For each subject, fastmask and the reference together.")] = 10.0,
+    seconds: Annotated[
+        float, typer.Option(help="Time for each subject, for fastmask and the reference together.")
+    ] = 10.0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")] = None,
 ) -> None:
     """Time a model on this machine, with fastmask's kernels and with the PyTorch reference in turn.
 
-    A training step with its parts, and predictions from images to results, on
-    noise with random targets. Memory is what PyTorch's allocator handed out;
-    the JSON file also has the growth of the process. Single operators against
-    the field's other implementations are measured by benchmarks/run.py of the
-    repository.
+    Measures a training step with its parts, and predictions from images to
+    results, on noise with random targets. Memory is what PyTorch's allocator
+    handed out; the JSON file also has the growth of the process.
+    benchmarks/run.py of the repository compares single operators with other
+    implementations.
     """
     import sys
 
@@ -48,6 +49,7 @@ def bench(
 
     from fastmask import __version__
     from fastmask.device import usable_device
+    from fastmask.files import write_json
     from fastmask.models import load_model, make_model
     from fastmask.training.benchmark import benchmark, random_batch
 
@@ -87,15 +89,14 @@ def bench(
     )
     print(table(rows))
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps({**content, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+        write_json(json_file, {**content, "rows": rows})
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """What :func:`fastmask.training.benchmark.benchmark` measured, a line for each backend and each part of a step, and
-    notes.
+    """The measurements of :func:`fastmask.training.benchmark.benchmark`: a line for each backend and each part of a
+    step, and notes.
     """
-    lines = [HEADER]
+    lines: list[tuple[str, ...]] = [HEADER]
     notes = []
     for i, row in enumerate(rows):
         first = i == 0 or rows[i - 1]["subject"] != row["subject"]
@@ -120,14 +121,14 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             notes.append(f"{name}: slow, measured once")
         if "difference" in row:
             notes.append(f"largest difference between the losses of both: {row['difference']:.2g}")
-    # The second column is text, too.
+    # The second column is text too.
     width = max(len(line[1]) for line in lines)
     text = aligned([(line[0], line[1].ljust(width), *line[2:]) for line in lines])
     return "\n\n".join([text, *(["\n".join(notes)] if notes else [])])
 
 
 def describe(device: Any) -> str:
-    """The processor that runs a device's work."""
+    """The name of a device's processor."""
     import torch
 
     if device.type == "cuda":

@@ -12,13 +12,13 @@ FORMAT_HELP = "One of fastmask, huggingface, original"
 
 def convert(
     source: Annotated[Path, typer.Argument(help="A folder, or a file of weights (original).")],
-    destination: Annotated[Path, typer.Argument(help="What to write; must not exist.")],
+    destination: Annotated[Path, typer.Argument(help="The folder or file to write; must not exist.")],
     to: Annotated[str, typer.Option(help=FORMAT_HELP + ".")] = "fastmask",
-    source_format: Annotated[str, typer.Option("--from", help=FORMAT_HELP + "; found out by default.")] = "",
+    source_format: Annotated[str, typer.Option("--from", help=FORMAT_HELP + "; recognized by default.")] = "",
     num_queries: Annotated[int, typer.Option(help="Queries of the result; the source's by default.")] = 0,
     num_classes: Annotated[int, typer.Option(help="Classes of the result; the source's by default.")] = 0,
     ignore_mismatched_sizes: Annotated[
-        bool, typer.Option(help="Start weights at random that depend on other numbers than the source's.")
+        bool, typer.Option(help="Start weights at random whose shapes differ from the source's.")
     ] = False,
     prefix: Annotated[
         str, typer.Option(help='What wrappers put before the names of weights: "module." (DDP), "model." (Lightning).')

@@ -1,8 +1,7 @@
-"""``fastmask evaluate``: how good a model is on a data set."""
+"""``fastmask evaluate``: the scores of a model on a data set."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,21 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastmask.cli._options import (
-    Flip,
-    Kind,
-    MaxSide,
-    OverlapThreshold,
-    Precision,
-    Scales,
-    ShortSide,
-    SkipInvalid,
-    Split,
-    Stride,
-    Window,
-    numbers_of,
-    window_of,
-)
+from fastmask.cli._options import DataOptions, PredictionOptions, with_shared_options
 from fastmask.cli._tables import aligned, percent
 
 if TYPE_CHECKING:
@@ -36,29 +21,25 @@ PANOPTIC = ("PQ", "SQ", "RQ")
 GROUPS = {"all": "", "things": "_things", "stuff": "_stuff"}
 
 
+@with_shared_options
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="The folder of a model or of a run of training.")],
-    data: Annotated[str, typer.Option(help="The data set: its folder, or composed:scenes.")],
-    split: Split = "val",
-    kind: Kind = "auto",
-    skip_invalid: SkipInvalid = False,
+    model: Annotated[Path, typer.Argument(help="The folder of a model or of a training run.")],
+    data: Annotated[str, typer.Option(help="The data set: its folder, a pattern of shards, or composed:scenes.")],
+    part: DataOptions,
+    how: PredictionOptions,
+    skip_invalid: Annotated[
+        bool, typer.Option("--skip-invalid", help="Leave out invalid polygons of COCO instances and say how many.")
+    ] = False,
     task: Annotated[
         list[str] | None,
-        typer.Option(help="semantic, general, panoptic or instance; repeatable. That of the run or of the truth."),
+        typer.Option(
+            help="semantic, general, panoptic or instance; repeatable. By default that of the run or of the truth."
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images of one size to predict together.")] = 4,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu or cuda; a GPU by default if there is one.")] = "",
-    precision: Precision = "float32",
-    short_side: ShortSide = None,
-    max_side: MaxSide = None,
-    window: Window = None,
-    stride: Stride = None,
-    scales: Scales = "1",
-    flip: Flip = False,
     threshold: Annotated[float | None, typer.Option(help="Probability of a panoptic segment (0.8).")] = None,
-    overlap_threshold: OverlapThreshold = None,
-    boundary: Annotated[bool, typer.Option(help="Boundary IoU too, which takes longer.")] = True,
+    boundary: Annotated[bool, typer.Option(help="Compute boundary IoU too, which takes longer.")] = True,
     per_class: Annotated[bool, typer.Option("--per-class", help="Also print the numbers of each class.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")] = None,
 ) -> None:
@@ -68,17 +49,18 @@ def evaluate(
     """
     from fastmask import training
     from fastmask.data import open_dataset
+    from fastmask.files import write_json
     from fastmask.models import load_model
     from fastmask.models._registry import model_folder, task_of_run
     from fastmask.training.distributed import cleanup, setup
 
     folder = model_folder(model)
     network = load_model(folder)
-    opened = partial(open_dataset, data, split, kind, skip_invalid=skip_invalid)
+    opened = partial(open_dataset, data, part.split, part.kind, skip_invalid=skip_invalid)
     dataset = _open(opened, task, task_of_run(model), network.config.num_classes)
-    segments = {"threshold": threshold, "overlap_threshold": overlap_threshold}
+    segments = {"threshold": threshold, "overlap_threshold": how.overlap_threshold}
     segments = {name: value for name, value in segments.items() if value is not None}
-    processes = setup(device or None)
+    processes = setup(how.device or None)
     evaluation = training.evaluate(
         network,
         dataset,
@@ -86,31 +68,25 @@ def evaluate(
         batch_size=batch_size,
         workers=workers,
         device=processes.device,
-        precision=precision,
-        window=window_of(window, stride),
-        scales=numbers_of("--scales", scales),
-        flip=flip,
-        short_side=short_side,
-        max_side=max_side,
+        **how.views(),
         options={"panoptic": segments} if segments else None,
         boundary_share=0.02 if boundary else None,
         progress=True,
     )
     if processes.is_main:
         name = f"{type(network).__name__} of {folder}, {network.config.num_classes} classes"
-        print(f"{name}, on {evaluation.num_samples} images of {data} ({split}); all numbers in percent")
+        print(f"{name}, on {evaluation.num_samples} images of {data} ({part.split}); all numbers in percent")
         print(f"\n{summary(evaluation)}")
         if per_class:
             print(f"\n{class_table(evaluation)}")
         if json_file is not None:
-            content = {"model": str(folder), "data": data, "split": split, **evaluation.to_dict()}
-            json_file.parent.mkdir(parents=True, exist_ok=True)
-            json_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            content = {"model": str(folder), "data": data, "split": part.split, **evaluation.to_dict()}
+            write_json(json_file, content)
     cleanup()
 
 
 def summary(evaluation: Evaluation) -> str:
-    """The numbers of all tasks, as tables, and the classes that the truth does not hold."""
+    """Tables with the numbers of all tasks, and the classes that the truth does not hold."""
     numbers = evaluation.numbers
     tables = []
     prefixes = {task: {"semantic": "", "general": "general_"}.get(task) for task in evaluation.tasks}
@@ -144,11 +120,11 @@ def class_table(evaluation: Evaluation) -> str:
 def _open(
     opened: Callable[..., SegmentationDataset], tasks: list[str] | None, task_of_run: str | None, num_classes: int
 ) -> SegmentationDataset:
-    """The data set with truth for the tasks, by default for that of the run. Instances have their own classes, things,
-    if the model has as many, or else those of the whole truth.
+    """The data set with truth for the tasks, by default for the task of the run. For instances the classes are the
+    things if the model has as many, otherwise all classes.
 
     Args:
-        opened: opens it for a task.
+        opened: opens the data set for a task.
     """
     if tasks == ["instance"]:
         dataset = opened(task="instance")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,28 +11,28 @@ from fastmask.cli._options import Stride, window_of
 
 
 def export(
-    model: Annotated[Path, typer.Argument(help="The folder of a model or of a run of training.")],
+    model: Annotated[Path, typer.Argument(help="The folder of a model or of a training run.")],
     output: Annotated[Path, typer.Argument(help="The file to write: .onnx, or .pt2 for torch.export.load.")],
     task: Annotated[
         str, typer.Option(help="semantic (the default), scores or logits; events for a sound event detector.")
     ] = "",
     size: Annotated[
-        tuple[int, int] | None, typer.Option(metavar="HEIGHT WIDTH", help="Of all images; any by default.")
+        tuple[int, int] | None, typer.Option(metavar="HEIGHT WIDTH", help="Size of all images; any by default.")
     ] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Of all clips, for sound; any by default.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Samples of all clips, for sound; any by default.")] = None,
     batch_size: Annotated[
         int | None, typer.Option("--batch", min=1, help="Images or clips at a time; any number by default.")
     ] = None,
     output_size: Annotated[
         tuple[int, int] | None,
-        typer.Option(metavar="HEIGHT WIDTH", help="Of the result, with --size; the image's by default."),
+        typer.Option(metavar="HEIGHT WIDTH", help="Size of the result, with --size; the image's by default."),
     ] = None,
     window: Annotated[
         int | None,
         typer.Option(
             min=0,
-            help="Of a Segmenter, with --size: side of its windows, its own by default; 0 for whole images, which it "
-            "predicts without --size, with other labels.",
+            help="Side of a Segmenter's windows, with --size; its own by default, 0 for whole images. Without --size "
+            "it predicts whole images, which gives other labels.",
         ),
     ] = None,
     stride: Stride = None,
@@ -46,8 +46,8 @@ def export(
     The program takes RGB images as float32 (B, 3, H, W) in 0..1, normalizes and
     pads them itself, and gives labels (B, H, W). An ONNX file holds standard
     operators only and names the classes in its metadata. A Segmenter's program
-    has the windows of predict with --size; without it takes images whole, which
-    changes labels.
+    predicts in windows with --size; without it the program predicts whole
+    images, which changes labels.
     """
     from fastmask.export import export_onnx, export_pt2
     from fastmask.models import Segmenter, load_model
@@ -56,7 +56,7 @@ def export(
         raise ValueError(f"OUTPUT must end with .onnx or .pt2, got {str(output)!r}")
     if size is not None and samples is not None:
         raise ValueError("--size is for images, --samples for sound; give one of them")
-    options = {
+    options: dict[str, Any] = {
         "task": task or None,
         "size": size or samples,
         "batch_size": batch_size,

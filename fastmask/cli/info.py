@@ -1,4 +1,4 @@
-"""``fastmask info``: what was built."""
+"""``fastmask info``: the kernels that were built."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command ``fastmask``. What a subcommand needs is imported when it runs."""
+"""The subcommands of ``fastmask``, which import what they need when they run."""
 
 from __future__ import annotations
 

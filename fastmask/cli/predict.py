@@ -8,61 +8,40 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastmask.cli._options import (
-    Flip,
-    Kind,
-    MaxSide,
-    OverlapThreshold,
-    Precision,
-    Scales,
-    ShortSide,
-    Split,
-    Stride,
-    Window,
-    numbers_of,
-    window_of,
-)
+from fastmask.cli._options import DataOptions, PredictionOptions, with_shared_options
 
 if TYPE_CHECKING:
     from fastmask.data import DatasetInfo
 
 
+@with_shared_options
 def predict(
-    model: Annotated[Path, typer.Argument(help="The folder of a model or of a run of training.")],
+    model: Annotated[Path, typer.Argument(help="The folder of a model or of a training run.")],
     images: Annotated[list[Path], typer.Argument(help="Images, and folders of images.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write to.")],
+    part: DataOptions,
+    how: PredictionOptions,
     task: Annotated[
         str,
         typer.Option(
-            help="semantic, general (each pixel to one query), panoptic or instance; by default what the run was for."
+            help="semantic, general (each pixel to one query), panoptic or instance; by default that of the run."
         ),
     ] = "",
     data: Annotated[
-        str, typer.Option(help="A data set, whose names, colors and category ids the results are to have.")
+        str, typer.Option(help="A data set whose class names, colors and category ids the results take.")
     ] = "",
-    split: Split = "val",
-    kind: Kind = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Images of one size to predict together.")] = 1,
     workers: Annotated[int, typer.Option(min=1, help="Threads that draw and write results.")] = 1,
-    device: Annotated[str, typer.Option(help="Such as cuda:1; a GPU by default if there is one.")] = "",
-    precision: Precision = "float32",
-    short_side: ShortSide = None,
-    max_side: MaxSide = None,
-    window: Window = None,
-    stride: Stride = None,
-    scales: Scales = "1",
-    flip: Flip = False,
     threshold: Annotated[
         float | None, typer.Option(help="Probability of a panoptic segment (0.8), score of a drawn instance (0.5).")
     ] = None,
-    overlap_threshold: OverlapThreshold = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="Most instances of an image (100).")] = None,
     overlays: Annotated[bool, typer.Option(help="Draw the results over the images.")] = True,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that are there already.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing results.")] = False,
 ) -> None:
     """Segment images: label maps, COCO's panoptic or instance formats, and pictures.
 
-    Images that cannot be read are named at the end, and the exit code is 1; the others are written all the same.
+    Images that cannot be read are listed at the end, and the exit code is 1; the results of the others are written.
     """
     from fastmask import prediction
 
@@ -71,18 +50,13 @@ def predict(
         images,
         output,
         task=task or None,
-        info=_class_info(data, split, kind, task, model) if data else None,
+        info=_class_info(data, part, task, model) if data else None,
         batch_size=batch_size,
         workers=workers,
-        device=device or None,
-        precision=precision,
-        short_side=short_side,
-        max_side=max_side,
-        window=window_of(window, stride),
-        scales=numbers_of("--scales", scales),
-        flip=flip,
+        device=how.device or None,
+        **how.views(),
         threshold=threshold,
-        overlap_threshold=overlap_threshold,
+        overlap_threshold=how.overlap_threshold,
         top_k=top_k,
         overlays=overlays,
         overwrite=overwrite,
@@ -99,12 +73,12 @@ def predict(
         raise typer.Exit(1)
 
 
-def _class_info(data: str, split: str, kind: str, task: str, model: Path) -> DatasetInfo:
-    """The classes of a data set: where instances are asked for, of its things alone if the model has as many."""
+def _class_info(data: str, part: DataOptions, task: str, model: Path) -> DatasetInfo:
+    """The classes of a data set; for instances, of its things alone if the model has as many."""
     from fastmask.data import open_dataset
     from fastmask.models._registry import load_config
 
-    info = open_dataset(data, split, kind).info
+    info = open_dataset(data, part.split, part.kind).info
     if task == "instance" and info.num_classes != load_config(model).num_classes:
-        return open_dataset(data, split, kind, "instance").info
+        return open_dataset(data, part.split, part.kind, "instance").info
     return info

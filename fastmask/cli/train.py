@@ -19,7 +19,10 @@ def train(
     output: Annotated[Path, typer.Option("--output", "-o", help="The run's folder.", rich_help_panel=RUN)],
     data: Annotated[
         str,
-        typer.Option(help="The data set: its folder, or composed:scenes. Needed to begin a run.", rich_help_panel=DATA),
+        typer.Option(
+            help="The data set: its folder, a pattern of shards, or composed:scenes. Needed to begin a run.",
+            rich_help_panel=DATA,
+        ),
     ] = "",
     model: Annotated[
         str,

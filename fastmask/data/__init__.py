@@ -1,4 +1,4 @@
-"""Data sets by their real layouts, and embedded ones that need no files."""
+"""Data sets in their published layouts, and embedded ones that need no files."""
 
 from fastmask.extras import extra
 
@@ -7,24 +7,21 @@ with extra("data"):
 
 from fastmask.data.augment import Augmented
 from fastmask.data.check import check_dataset, check_datasets
-from fastmask.data.composed import (
+from fastmask.data.composed.classes import (
     CLASS_NAMES,
-    EVENT_CLASSES,
     PALETTE,
     STUFF_CLASSES,
     STUFF_LABELS,
     THING_CLASSES,
     THING_LABELS,
-    Clip,
-    ComposedClips,
-    ComposedScenes,
-    Scene,
-    collate_clips,
-    collate_scenes,
 )
+from fastmask.data.composed.clips import Clip, ComposedClips, collate_clips
 from fastmask.data.composed.dataset import SceneDataset
+from fastmask.data.composed.scenes import ComposedScenes, Scene, collate_scenes
+from fastmask.data.composed.sounds import EVENT_CLASSES
 from fastmask.data.open import open_dataset
 from fastmask.data.sample import DatasetInfo, Findings, Sample, SegmentationDataset, collate
+from fastmask.data.shards import ShardDataset, ShardStream, write_shards
 from fastmask.data.transforms import (
     ColorJitter,
     Compose,
@@ -64,6 +61,8 @@ __all__ = [
     "Scene",
     "SceneDataset",
     "SegmentationDataset",
+    "ShardDataset",
+    "ShardStream",
     "Sometimes",
     "check_dataset",
     "check_datasets",
@@ -74,4 +73,5 @@ __all__ = [
     "jitter_augmentation",
     "open_dataset",
     "semantic_augmentation",
+    "write_shards",
 ]

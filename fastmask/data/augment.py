@@ -1,24 +1,23 @@
-"""Augmentation whose randomness comes from explicit seeds."""
+"""Augmentation with explicit seeds."""
 
 from __future__ import annotations
 
 import numpy as np
 from torch import Tensor
 
-from fastmask.data.sample import DatasetInfo, Findings, Sample, SegmentationDataset
+from fastmask.data.sample import Findings, Sample, SegmentationDataset
 from fastmask.data.transforms import Transform
 
 
 class Augmented(SegmentationDataset):
     """A data set whose samples are augmented.
 
-    Sample i in epoch e depends on ``(seed, e, i)`` alone: not on the order, on the process or on what was read before.
-    The epoch is a part of the index, so that workers that live through several epochs, and a resumed run, see the
-    right one.
+    Sample i in epoch e depends only on ``(seed, e, i)``: not on the order, the process or earlier samples. The epoch is
+    part of the index, so that long-lived workers and resumed runs use the right one.
 
     Args:
-        dataset: what to augment.
-        transform: takes a sample and a ``numpy.random.Generator``.
+        dataset: the data set to augment.
+        transform: a function of a sample and a ``numpy.random.Generator``.
         seed: an integer, not negative.
 
     Raises:
@@ -28,17 +27,9 @@ class Augmented(SegmentationDataset):
     def __init__(self, dataset: SegmentationDataset, transform: Transform, seed: int = 0):
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}")
-        self.dataset = dataset
+        self.dataset, self.info, self.split = dataset, dataset.info, dataset.split
         self.transform = transform
         self.seed = seed
-
-    @property
-    def info(self) -> DatasetInfo:
-        return self.dataset.info
-
-    @property
-    def split(self) -> str:
-        return self.dataset.split
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -47,7 +38,7 @@ class Augmented(SegmentationDataset):
         """A sample.
 
         Args:
-            index: ``(epoch, i)``, as a sampler gives it; i alone is of epoch 0.
+            index: ``(epoch, i)`` as a sampler gives it, or i for epoch 0.
         """
         epoch, i = index if isinstance(index, tuple) else (0, index)
         i = range(len(self))[i]

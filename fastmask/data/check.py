@@ -1,4 +1,4 @@
-"""Finds broken files before training starts, all at once."""
+"""Finds all broken files before training starts."""
 
 from __future__ import annotations
 
@@ -13,25 +13,24 @@ from fastmask.data.sample import SegmentationDataset
 
 
 def check_dataset(dataset: SegmentationDataset, *, full: bool = True, workers: int | None = None) -> list[str]:
-    """Raises one error that names every broken file of a data set, and tells what its truth holds.
+    """Raises one error that names every broken file of a data set; describes its truth if there is none.
 
-    Found are: an image without its label map or the other way round, files that are missing, empty or cut off, an image
-    and a truth of different sizes, labels out of range, fields of an annotation that do not hold what they should, and
-    ids that the annotation does not explain.
+    It finds images without label maps and label maps without images; missing, empty and truncated files; images and
+    truth of different sizes; labels out of range; invalid fields of annotations; and ids that the annotation lacks.
 
     Args:
         dataset: from ``open_dataset``.
-        full: decode every image and its truth. Otherwise read only the files' headers and the annotation, which finds
-            missing files and wrong sizes in a hundredth of the time.
+        full: decode every image and its truth. Otherwise read only headers and annotations, which finds missing files
+            and wrong sizes in a hundredth of the time.
         workers: threads; one for each processor by default.
 
     Returns:
-        What is no fault but good to know before training, a line for a split: the share of void pixels, classes without
-        a pixel, with the likely cause if there is one, and how many annotations draw no pixel and are left out. Nothing
-        without ``full``, or where the truth has no files.
+        A line for each split with what is useful to know before training: the share of void pixels, the classes without
+        a pixel and the likely cause, and the number of annotations that draw no pixel and are left out. No lines
+        without ``full``, or for truth without files.
 
     Raises:
-        ValueError: something is broken; a line for each fault.
+        ValueError: there are faults; the message has a line for each.
     """
     return check_datasets([dataset], full=full, workers=workers)
 
@@ -61,7 +60,7 @@ def check_datasets(
 
 
 def _note(dataset: SegmentationDataset, pixels: Tensor, empty: int) -> str:
-    """What a split's truth holds.
+    """The line that describes a split's truth.
 
     Args:
         pixels: ``(K+1,)`` of each class and of void.

@@ -8,7 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmask.data.image_files import INVALID, FileDataset, LabelMapDataset, folder_of, list_files, paired, read_labels
+from fastmask.data.image_files import (
+    INVALID,
+    Entry,
+    FileDataset,
+    LabelMapDataset,
+    folder_of,
+    list_files,
+    paired,
+    read_labels,
+)
 from fastmask.data.sample import VOID, DatasetInfo, Sample
 from fastmask.data.tasks import segment_dtype, task_view
 
@@ -37,7 +46,7 @@ CLASSES = (
 NUM_STUFF = 11
 NUM_LABEL_IDS = 34
 LICENSE_PLATE = 255  # label id -1 in a byte
-IDS_PER_CLASS = 1000  # an instance id is 1000 times its label id and a number; a group's is its label id
+IDS_PER_CLASS = 1000  # an instance id is 1000 times its label id plus a number; a group's is its label id
 INFO = DatasetInfo(
     tuple(name for name, _, _ in CLASSES),
     "panoptic",
@@ -72,9 +81,9 @@ def open_cityscapes(root: Path, split: str, task: str | None = None) -> FileData
 
 
 class _CityscapesPanoptic(FileDataset):
-    """Segments from instance ids, as createPanopticImgs.py of cityscapesscripts makes them: groups are crowd."""
+    """Segments from instance ids, as in createPanopticImgs.py of cityscapesscripts: groups are crowd."""
 
-    def __init__(self, split: str, entries: list, faults: list[str], task: str):
+    def __init__(self, split: str, entries: list[Entry], faults: list[str], task: str | None):
         super().__init__(split, entries, faults)
         self.info, self._view = task_view(INFO, task)
 

@@ -1,4 +1,4 @@
-"""What COCO's two formats share: where their files lie, and what their JSON must hold."""
+"""The parts that COCO's two formats share: the places of files and the rules of their JSON."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class CocoFile(NamedTuple):
     """The content of a file.
 
     Attributes:
-        path: of the file.
-        images: by id, those without fault.
-        rejected: the ids of images with one.
-        annotations: as they stand in the file; nothing is known of their fields yet.
-        categories: by id, in order.
-        faults: of the images, each with the file's name.
+        path: the path of the file.
+        images: the images without faults, by id.
+        rejected: the ids of the other images.
+        annotations: the annotations of the file, with unchecked fields.
+        categories: the categories by id, in order.
+        faults: the faults of the images, each with the file's name.
     """
 
     path: Path
@@ -42,11 +42,11 @@ class CocoFile(NamedTuple):
 
     @property
     def class_of(self) -> dict[int, int]:
-        """The class of each category: its place among the ids."""
+        """The class of each category: the place of its id among all ids."""
         return {category_id: label for label, category_id in enumerate(self.categories)}
 
     def image_names(self) -> list[str]:
-        """A name for each image: its path in the folder of images, without suffix unless two would have one name."""
+        """A name for each image: its path in the folder of images, without suffix unless two would share a name."""
         paths = [PurePath(image["file_name"]) for image in self.images.values()]
         names = [path.with_suffix("").as_posix() for path in paths]
         return names if len(set(names)) == len(names) else [path.as_posix() for path in paths]
@@ -55,15 +55,15 @@ class CocoFile(NamedTuple):
 def read_coco(path: Path, category_rules: Mapping[str, Rule] = CATEGORY) -> CocoFile:
     """Reads a file and checks its images and categories.
 
-    Two images of one id or of one file are faults, since nobody can tell which of them an annotation means.
+    Two images that share an id or a file are faults, since it is unclear which of them an annotation means.
 
     Args:
-        path: of the file.
-        category_rules: for the fields of a category.
+        path: the path of the file.
+        category_rules: the rules for the fields of a category.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no JSON, a list is missing, or broken categories, without which nothing can be read.
+        ValueError: the file is not JSON, lacks a list, or has faulty categories, without which it cannot be read.
     """
     content = read_json(path)
     for name in NOUNS:
@@ -98,14 +98,14 @@ def read_coco(path: Path, category_rules: Mapping[str, Rule] = CATEGORY) -> Coco
 
 
 def entry_name(kind: str, place: int, entry: Any) -> str:
-    """What messages call an entry: by its id, or by its place in the list if it has none."""
+    """The name of an entry in messages: its id, or its place in the list if it has none."""
     if isinstance(entry, dict) and ID.holds(entry.get("id")):
         return f"{NOUNS[kind]} {entry['id']}"
     return f'"{kind}"[{place}]'
 
 
 def image_folder(root: Path, split: str) -> Path:
-    """The folder of a split's images, wherever COCO's users have it."""
+    """The folder of a split's images, in any of the usual places."""
     names = (f"{split}2017", split, f"images/{split}2017", f"images/{split}", "images")
     return folder_of(split, [root / name for name in names])
 
@@ -113,7 +113,7 @@ def image_folder(root: Path, split: str) -> Path:
 def _checked(
     path: Path, kind: str, entries: Sequence[Any], rules: Mapping[str, Rule]
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """The entries without fault, and the faults of the others."""
+    """The entries without faults, and the faults of the others."""
     sound, faults = [], []
     for place, entry in enumerate(entries):
         wrong = field_faults(entry, rules)
@@ -124,7 +124,7 @@ def _checked(
 
 
 def _repeated(entries: Iterable[dict[str, Any]], key: str) -> dict[Any, list[dict[str, Any]]]:
-    """The entries that share a value, by the value."""
+    """The entries that share a value of the key, by that value."""
     groups: dict[Any, list[dict[str, Any]]] = {}
     for entry in entries:
         groups.setdefault(entry[key], []).append(entry)

@@ -1,4 +1,4 @@
-"""Instances as COCO has them: a JSON file with polygons or run lengths."""
+"""COCO instances: a JSON file with polygons or run lengths."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ANNOTATION = {
 
 
 def annotation_files(root: Path, split: str) -> list[Path]:
-    """Where the JSON file may be."""
+    """The places where the JSON file may be."""
     names = (
         f"annotations/instances_{split}2017.json",
         f"annotations/instances_{split}.json",
@@ -53,16 +53,16 @@ class CocoInstances(FileDataset):
     ``images``. hotcoco draws the polygons, as pycocotools does.
 
     Args:
-        root: of ``annotations``.
+        root: the folder that holds ``annotations``.
         split: as in the file's name.
         task: "instance".
-        skip_invalid: leave out polygons that are none (fewer than three points, or not of finite numbers), and
-            annotations that have no other. A warning counts them. Otherwise they are faults.
+        skip_invalid: leave out invalid polygons (fewer than three points, or numbers that are not finite), and
+            annotations without valid ones. A warning counts them. Otherwise they are faults.
 
     Raises:
         FileNotFoundError: no JSON file, or no folder of images.
         ImportError: hotcoco is missing.
-        ValueError: the JSON is not what it should be.
+        ValueError: the JSON is invalid.
     """
 
     truth_is_picture = False
@@ -87,7 +87,7 @@ class CocoInstances(FileDataset):
         ]
         super().__init__(split, entries, coco.faults)
         places = {image_id: index for index, image_id in enumerate(coco.images)}
-        # Of each image: the places of its annotations in the file, and the annotations.
+        # For each image: its annotations, each with its place in the file.
         self._annotations: list[list[tuple[int, dict[str, Any]]]] = [[] for _ in entries]
         skipped = _skip_invalid(coco.annotations, coco.path) if skip_invalid else set()
         for place, annotation in enumerate(coco.annotations):
@@ -136,7 +136,7 @@ class CocoInstances(FileDataset):
 
 
 def _skip_invalid(annotations: list[Any], path: Path) -> set[int]:
-    """Takes invalid polygons out of annotations; returns the places of those that have no other."""
+    """Removes invalid polygons from annotations; returns the places of annotations without valid ones."""
     polygons, places = 0, set()
     for place, annotation in enumerate(annotations):
         segmentation = annotation.get("segmentation") if isinstance(annotation, dict) else None
@@ -157,7 +157,7 @@ def _skip_invalid(annotations: list[Any], path: Path) -> set[int]:
 
 
 def segmentation_fault(segmentation: Any, size: Size) -> str | None:
-    """What is wrong with a mask's description, without drawing it.
+    """The fault of a mask's description, without drawing it; None if there is none.
 
     Args:
         segmentation: a list of polygons, or {"size", "counts"}.
@@ -181,7 +181,7 @@ def segmentation_fault(segmentation: Any, size: Size) -> str | None:
 
 
 def polygon_fault(polygon: Any) -> str | None:
-    """What is wrong with a polygon ``[x0, y0, x1, y1, ...]``."""
+    """The fault of a polygon ``[x0, y0, x1, y1, ...]``; None if there is none."""
     if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
         return "a polygon must be a list of x, y of at least three points"
     if not all(is_number(value, -FARTHEST, FARTHEST) for value in polygon):
@@ -190,7 +190,7 @@ def polygon_fault(polygon: Any) -> str | None:
 
 
 def draw(segmentation: Any, size: Size) -> np.ndarray:
-    """``(H, W)`` bool mask of a description without fault."""
+    """``(H, W)`` bool mask of a valid description."""
     height, width = size
     if isinstance(segmentation, list):
         coder = _mask_coder()
@@ -204,9 +204,9 @@ def draw(segmentation: Any, size: Size) -> np.ndarray:
 def run_lengths(counts: list[int] | str) -> list[int]:
     """Run lengths, which COCO also writes as a string.
 
-    A character less 48 has five bits of a number, lowest first; bit 32 says that more follow, and bit 16 of the last is
-    the sign. From the third on, a number is the difference to the length two before. A string that ends amid a number,
-    or has other characters, gives a length of -1, which nothing can have.
+    A character's code minus 48 holds five bits of a number, lowest first; bit 32 says that more follow, and bit 16 of
+    the last character is the sign. From the third on, a number is the difference to the length two before. A string
+    that ends within a number, or has other characters, gives the impossible length -1.
     """
     if isinstance(counts, list):
         return counts

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ SEGMENT = {
 
 
 def annotation_files(root: Path, split: str) -> list[Path]:
-    """Where the JSON file may be."""
+    """The places where the JSON file may be."""
     names = (f"panoptic_{split}2017.json", f"panoptic_{split}.json")
     return [folder / name for folder in (root / "annotations", root) for name in names]
 
@@ -43,14 +44,14 @@ def matches(root: Path) -> bool:
 
 
 def open_coco_panoptic(root: Path, split: str, task: str | None = None) -> PanopticDataset:
-    """COCO panoptic segmentation, in the layout in which it is published.
+    """COCO panoptic segmentation in its published layout.
 
     ``annotations/panoptic_SPLIT2017.json`` or ``annotations/panoptic_SPLIT.json``, with a folder of the same name, both
     of which may lie in the root as well. Images are in ``SPLIT2017`` or ``SPLIT``, or in one of these within
     ``images``, or in ``images``.
 
     Args:
-        root: of ``annotations``.
+        root: the folder that holds ``annotations``.
         split: as in the file's name.
         task: "panoptic" by default, "semantic" or "instance".
 
@@ -70,14 +71,14 @@ class PanopticDataset(FileDataset):
 
     Args:
         split: its name.
-        path: of the JSON file.
+        path: the JSON file.
         images: the folder of images.
         maps: the folder of ids.
         task: "panoptic" by default, "semantic" or "instance".
 
     Raises:
         FileNotFoundError: no JSON file, or no folder of images or ids.
-        ValueError: the JSON is not what it should be.
+        ValueError: the JSON is invalid.
     """
 
     def __init__(self, split: str, path: Path, images: Path, maps: Path, task: str | None = None):
@@ -128,40 +129,16 @@ class PanopticDataset(FileDataset):
         return self._view(sample)
 
     def read_truth(self, index: int) -> dict[str, Tensor]:
-        path = self.entries[index].truth
-        listed = sorted(self._segments[index], key=lambda segment: segment["id"])
-        ids = np.array([VOID_ID, *(segment["id"] for segment in listed)], np.int32)
-        values = reading(path, _decode_ids)
-        places = np.searchsorted(ids, values).clip(max=len(ids) - 1)
-        unknown = values[ids[places] != values]
-        if unknown.size:
-            shown = ", ".join(map(str, np.unique(unknown)[:5]))
-            raise ValueError(f"{path}: id {shown} at {unknown.size} pixels is not in segments_info")
-        truth = {
-            "labels": torch.tensor([self._class_of[segment["category_id"]] for segment in listed], dtype=torch.int64),
-            "segments": torch.from_numpy(places - 1).to(segment_dtype(len(listed))),
-        }
-        if any(segment.get("iscrowd") for segment in listed):
-            truth["crowd"] = torch.tensor([bool(segment.get("iscrowd")) for segment in listed])
-        return truth
+        segments = self._segments[index]
+        return reading(
+            self.entries[index].truth, lambda path: panoptic_truth(decode_ids(path), segments, self._class_of)
+        )
 
     def annotation_faults(self, index: int) -> list[str]:
-        faults, seen = [], set()
-        for place, segment in enumerate(self._segments[index]):
-            wrong = field_faults(segment, SEGMENT)
-            segment = segment if isinstance(segment, dict) else {}
-            segment_id, category = segment.get("id"), segment.get("category_id")
-            if is_integer(category) and category not in self._class_of:
-                wrong.append(f"unknown category {category}")
-            if ID.holds(segment_id):
-                name = f"segment {segment_id}"
-                if segment_id in seen:
-                    wrong.append("the id is listed twice")
-                seen.add(segment_id)
-            else:
-                name = f'"segments_info"[{place}]'
-            faults += [f"{self._path}: {name} of {self.entries[index].truth.name}: {fault}" for fault in wrong]
-        return faults
+        name = self.entries[index].truth.name
+        return [
+            f"{self._path}: {fault}" for fault in segment_faults(self._segments[index], self._class_of, f" of {name}")
+        ]
 
     def truth_header(self, index: int) -> Size:
         size, listed = super().truth_header(index), self._sizes[index]
@@ -171,9 +148,64 @@ class PanopticDataset(FileDataset):
         return size
 
 
-def _decode_ids(path: Path) -> np.ndarray:
+def segment_faults(segments: Sequence[Any], class_of: Mapping[int, int], of_image: str = "") -> list[str]:
+    """The faults of a list of segments, each in words.
+
+    Args:
+        segments: as in ``segments_info``.
+        class_of: the class of each category.
+        of_image: stands behind the name of a segment.
+    """
+    faults, seen = [], set()
+    for place, segment in enumerate(segments):
+        wrong = field_faults(segment, SEGMENT)
+        segment = segment if isinstance(segment, dict) else {}
+        segment_id, category = segment.get("id"), segment.get("category_id")
+        if is_integer(category) and category not in class_of:
+            wrong.append(f"unknown category {category}")
+        if ID.holds(segment_id):
+            name = f"segment {segment_id}"
+            if segment_id in seen:
+                wrong.append("the id is listed twice")
+            seen.add(segment_id)
+        else:
+            name = f'"segments_info"[{place}]'
+        faults += [f"{name}{of_image}: {fault}" for fault in wrong]
+    return faults
+
+
+def panoptic_truth(
+    values: np.ndarray, segments: Sequence[Mapping[str, Any]], class_of: Mapping[int, int]
+) -> dict[str, Tensor]:
+    """The labels, segments and crowd of a sample.
+
+    Args:
+        values: ``(H, W)`` int32 segment ids; 0 is void.
+        segments: those without :func:`segment_faults`.
+        class_of: the class of each category.
+
+    Raises:
+        ValueError: an id that is not among the segments.
+    """
+    listed = sorted(segments, key=lambda segment: segment["id"])
+    ids = np.array([VOID_ID, *(segment["id"] for segment in listed)], np.int32)
+    places = np.searchsorted(ids, values).clip(max=len(ids) - 1)
+    unknown = values[ids[places] != values]
+    if unknown.size:
+        shown = ", ".join(map(str, np.unique(unknown)[:5]))
+        raise ValueError(f"id {shown} at {unknown.size} pixels is not in segments_info")
+    truth = {
+        "labels": torch.tensor([class_of[segment["category_id"]] for segment in listed], dtype=torch.int64),
+        "segments": torch.from_numpy(places - 1).to(segment_dtype(len(listed))),
+    }
+    if any(segment.get("iscrowd") for segment in listed):
+        truth["crowd"] = torch.tensor([bool(segment.get("iscrowd")) for segment in listed])
+    return truth
+
+
+def decode_ids(file: Path | BinaryIO) -> np.ndarray:
     """``(H, W)`` int32 segment ids, R + 256 G + 65536 B."""
-    with Image.open(path) as image:
+    with Image.open(file) as image:
         if image.mode not in ("RGB", "RGBA"):
             raise ValueError(f"ids in a picture of mode {image.mode}; expected RGB")
         colors = np.array(image)[..., :3].astype(np.int32)

@@ -65,7 +65,7 @@ def matches(root: Path) -> bool:
 
 
 def open_coco_stuff(root: Path, split: str, task: str | None = None) -> LabelMapDataset:
-    """COCO-Stuff in any of the forms in which its label maps are used.
+    """COCO-Stuff in any of the usual forms of its label maps.
 
     - 164k as published: ``stuffthingmaps/SPLIT2017`` (or ``annotations/SPLIT2017``), each value a category id less one.
     - 164k with train ids: ``annotations/SPLIT2017/*_labelTrainIds.png``, values 0..170.
@@ -76,8 +76,8 @@ def open_coco_stuff(root: Path, split: str, task: str | None = None) -> LabelMap
     80 things and 91 stuff.
 
     Args:
-        root: of one of these.
-        split: "train" or "val", which of 10k is its "test".
+        root: the folder of one of these forms.
+        split: "train" or "val"; the "val" of 10k is its "test".
         task: "semantic".
     """
     only_semantic(task, "COCO-Stuff")

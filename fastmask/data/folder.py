@@ -34,17 +34,17 @@ def open_folder(root: Path, split: str, task: str | None = None) -> LabelMapData
     """Images and label maps of the same names, with a list of classes; CamVid comes in this form.
 
     ``classes.json`` is a list of class names, or {"classes": [...], "void": a value or a list of values, "stuff":
-    [names], "palette": [[r, g, b], ...]}, of which only "classes" must be there. A pixel of a label map, a PNG of one
-    channel, holds the index of its class or a void value: 255 by default, 65535 beyond 255 classes. Folders within the
+    [names], "palette": [[r, g, b], ...]}, where only "classes" is required. A label map is a PNG of one channel whose
+    pixels hold the index of a class or a void value: 255 by default, 65535 beyond 255 classes. Folders within the
     folders may have any names.
 
     Args:
-        root: has ``images``, ``annotations`` and ``classes.json``.
-        split: the name of a folder in both.
+        root: the folder with ``images``, ``annotations`` and ``classes.json``.
+        split: the name of a folder in ``images`` and ``annotations``.
         task: "semantic".
     """
     only_semantic(task, "a plain folder")
-    info, classes = _read_classes(root / CLASSES_FILE)
+    info, classes = parse_classes(read_json(root / CLASSES_FILE), str(root / CLASSES_FILE))
     images = list_files(folder_of(split, [root / "images" / split]), IMAGE_SUFFIXES)
     truths = list_files(folder_of(split, [root / "annotations" / split]), (".png",))
     dataset = LabelMapDataset(split, *paired(images, truths), classes)
@@ -52,9 +52,33 @@ def open_folder(root: Path, split: str, task: str | None = None) -> LabelMapData
     return dataset
 
 
-def _read_classes(path: Path) -> tuple[DatasetInfo, np.ndarray]:
-    """The classes, and the class of each value of a label map."""
-    content: Any = read_json(path)
+def void_label(num_classes: int) -> int:
+    """The label of void pixels: 255, or 65535 where 255 is a class and label maps have 16 bits.
+
+    Raises:
+        ValueError: more classes than 16 bits tell apart.
+    """
+    if num_classes > MAX_LABEL:
+        raise ValueError(f"{num_classes} classes; label maps hold at most {MAX_LABEL}")
+    return VOID_VALUE if num_classes <= VOID_VALUE else MAX_LABEL
+
+
+def classes_content(info: DatasetInfo) -> dict[str, Any]:
+    """The content of ``classes.json`` for label maps in which :func:`void_label` is void."""
+    return {
+        "classes": info.class_names,
+        "void": void_label(info.num_classes),
+        "stuff": [info.class_names[k] for k in info.stuff_classes],
+        "palette": info.palette,
+    }
+
+
+def parse_classes(content: Any, path: str) -> tuple[DatasetInfo, np.ndarray]:
+    """The classes, and the class of each value of a label map, from the content of ``classes.json``.
+
+    Raises:
+        ValueError: the content is invalid; the message begins with ``path``.
+    """
     content = {"classes": content} if isinstance(content, list) else content
     names = content.get("classes") if isinstance(content, dict) else None
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
@@ -62,7 +86,7 @@ def _read_classes(path: Path) -> tuple[DatasetInfo, np.ndarray]:
     unknown = set(content) - {"classes", "void", "stuff", "palette"}
     if unknown:
         raise ValueError(f'{path}: unknown key {sorted(unknown)[0]!r}; expected "classes", "void", "stuff", "palette"')
-    ignore_index = VOID_VALUE if len(names) <= VOID_VALUE else MAX_LABEL
+    ignore_index = void_label(len(names))
     void = content.get("void", ignore_index)
     void = void if isinstance(void, list) else [void]
     if not all(isinstance(value, int) and len(names) <= value <= MAX_LABEL for value in void):

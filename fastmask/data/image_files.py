@@ -7,7 +7,7 @@ import struct
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -20,8 +20,8 @@ from fastmask.data.tasks import segment_dtype
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 LABEL_MODES = ("L", "P", "1", "I", "I;16", "I;16L", "I;16B")
-MAX_LABEL = 2**16 - 1  # pictures of 32 bits may hold more, for which no table has room
-WHITE = 255  # of a mask that is stored as black and white
+MAX_LABEL = 2**16 - 1  # the greatest that a table has room for; pictures of 32 bits may hold more
+WHITE = 255  # in a mask that is stored as black and white
 INVALID = -2  # in a table of classes: values that a label map must not hold
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 Size = tuple[int, int]
@@ -37,13 +37,13 @@ class Entry(NamedTuple):
 
 
 class FileDataset(SegmentationDataset):
-    """A data set that reads an image and its truth from files; what layouts have in common.
+    """Base of the data sets that read an image and its truth from files.
 
-    Annotations that draw no pixel are left out of samples, as the papers' data mappers do it.
+    Samples leave out annotations that draw no pixel, as the papers' data mappers do.
 
     Attributes:
-        entries: its files.
-        truth_is_picture: otherwise an annotation says how large the truth is, and may say anything.
+        entries: the files.
+        truth_is_picture: a picture holds the truth; otherwise an annotation states its size, which may be wrong.
     """
 
     entries: Sequence[Entry]
@@ -78,11 +78,11 @@ class FileDataset(SegmentationDataset):
         return reading(self.entries[index].image, decode_picture)
 
     def read_truth(self, index: int) -> dict[str, Tensor]:
-        """The fields of a sample that hold its truth; only where ``annotation_faults`` finds nothing."""
+        """The fields of a sample that hold its truth; called only where ``annotation_faults`` finds nothing."""
         raise NotImplementedError
 
     def as_task(self, sample: Sample) -> Sample:
-        """The sample as the task has it that the data set was opened for."""
+        """The sample for the task that the data set was opened for."""
         return sample
 
     def annotation_faults(self, index: int) -> list[str]:
@@ -97,22 +97,22 @@ class FileDataset(SegmentationDataset):
         picture = self.entries[index].image
         faults = self.annotation_faults(index)
         readable = not faults
+        image: Tensor | None = None
         if full:
             image = _attempt(lambda: self.read_image(index), faults)
             size = None if image is None else _size(image)
         else:
-            image, size = None, _attempt(lambda: reading(picture, picture_size), faults)
+            size = _attempt(lambda: reading(picture, picture_size), faults)
         header = _attempt(lambda: self.truth_header(index), faults)
-        if not full and None not in (size, header) and size != header:
+        if not full and size is not None and header is not None and size != header:
             # The header may not tell how the picture is turned.
             size = _attempt(lambda: _size(self.read_image(index)), faults)
-        fits = None not in (size, header) and size == header
-        if None not in (size, header) and not fits:
+        if size is not None and header is not None and size != header:
             faults.append(self._size_fault(index, size, header))
-        if not full or not readable or header is None or not (fits or self.truth_is_picture):
+        if not full or not readable or header is None or not (size == header or self.truth_is_picture):
             return Findings(tuple(faults))
         truth = _attempt(lambda: self.read_truth(index), faults)
-        if faults:
+        if faults or image is None or truth is None:
             return Findings(tuple(faults))
         sample = self._sample(index, image, truth)
         kept = sample.without_empty()
@@ -129,7 +129,7 @@ class FileDataset(SegmentationDataset):
         entry = self.entries[index]
         fault = f"{entry.image}: {image[0]} x {image[1]} pixels, but {entry.truth} has {truth[0]} x {truth[1]}"
         if image == truth[::-1] and reading(entry.image, _header_size) != reading(entry.image, picture_size):
-            fault += "; EXIF turns this image, and its truth is to be drawn on what it shows upright"
+            fault += "; EXIF turns this image, and its truth must be drawn on the upright image"
         return fault
 
 
@@ -138,8 +138,7 @@ class LabelMapDataset(FileDataset):
 
     Args:
         split, entries, set_faults: as for :class:`FileDataset`.
-        classes: the class of each value of a label map, -1 for void, ``INVALID`` for values that must not occur, as all
-            beyond the table.
+        classes: as for :func:`label_truth`.
     """
 
     def __init__(self, split: str, entries: Sequence[Entry], set_faults: Sequence[str], classes: np.ndarray):
@@ -147,19 +146,7 @@ class LabelMapDataset(FileDataset):
         self._classes = classes
 
     def read_truth(self, index: int) -> dict[str, Tensor]:
-        path = self.entries[index].truth
-        values = read_labels(path)
-        histogram = np.bincount(values.ravel(), minlength=len(self._classes))
-        classes = np.full(len(histogram), INVALID, np.int64)
-        classes[: len(self._classes)] = self._classes
-        wrong = ((histogram > 0) & (classes == INVALID)).nonzero()[0]
-        if wrong.size:
-            shown = ", ".join(map(str, wrong[:5])) + (", ..." if wrong.size > 5 else "")
-            raise ValueError(f"{path}: label {shown} at {histogram[wrong].sum()} pixels; {self._expected()}")
-        labels = np.unique(classes[(histogram > 0) & (classes >= 0)])
-        segments = np.where(classes >= 0, np.searchsorted(labels, classes), -1)
-        dtype = np.int16 if segment_dtype(len(labels)) == torch.int16 else np.int32
-        return {"labels": torch.from_numpy(labels), "segments": torch.from_numpy(segments.astype(dtype)[values])}
+        return reading(self.entries[index].truth, lambda path: label_truth(decode_labels(path), self._classes))
 
     def likely_cause(self, pixels: Tensor) -> str:
         white = self._classes[WHITE] if len(self._classes) > WHITE else INVALID
@@ -171,14 +158,36 @@ class LabelMapDataset(FileDataset):
             "and the second class is 1"
         )
 
-    def _expected(self) -> str:
-        known = (self._classes != INVALID).nonzero()[0]
+
+def label_truth(values: np.ndarray, classes: np.ndarray) -> dict[str, Tensor]:
+    """The labels and segments of a sample from a label map.
+
+    Args:
+        values: ``(H, W)`` non-negative integers.
+        classes: the class of each value, -1 for void, ``INVALID`` for values that must not occur; values beyond the
+            table must not occur either.
+
+    Raises:
+        ValueError: a value that must not occur.
+    """
+    histogram = np.bincount(values.ravel(), minlength=len(classes))
+    table = np.full(len(histogram), INVALID, np.int64)
+    table[: len(classes)] = classes
+    wrong = ((histogram > 0) & (table == INVALID)).nonzero()[0]
+    if wrong.size:
+        shown = ", ".join(map(str, wrong[:5])) + (", ..." if wrong.size > 5 else "")
+        known = (classes != INVALID).nonzero()[0]
         runs = np.split(known, (np.diff(known) > 1).nonzero()[0] + 1)
-        return "expected " + ", ".join(f"{run[0]}..{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+        expected = ", ".join(f"{run[0]}..{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+        raise ValueError(f"label {shown} at {histogram[wrong].sum()} pixels; expected {expected}")
+    labels = np.unique(table[(histogram > 0) & (table >= 0)])
+    segments = np.where(table >= 0, np.searchsorted(labels, table), -1)
+    dtype = np.int16 if segment_dtype(len(labels)) == torch.int16 else np.int32
+    return {"labels": torch.from_numpy(labels), "segments": torch.from_numpy(segments.astype(dtype)[values])}
 
 
 def _attempt(read: Callable[[], T], faults: list[str]) -> T | None:
-    """What ``read`` returns; None if it complains, which goes to ``faults``."""
+    """The result of ``read``, or None if it raises a ValueError, whose message goes to ``faults``."""
     try:
         return read()
     except ValueError as error:
@@ -199,11 +208,12 @@ def reading(path: Path, read: Callable[[Path], T]) -> T:
 
 def read_labels(path: Path) -> np.ndarray:
     """``(H, W)`` non-negative integers of a label map of one channel, as stored: a palette is not applied."""
-    return reading(path, _decode_labels)
+    return reading(path, decode_labels)
 
 
-def _decode_labels(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
+def decode_labels(file: Path | BinaryIO) -> np.ndarray:
+    """What :func:`read_labels` reads, with errors that do not name the file."""
+    with Image.open(file) as image:
         if image.mode not in LABEL_MODES:
             raise ValueError(f"a label map of mode {image.mode}; expected one channel of integers")
         values = np.array(image)
@@ -230,12 +240,12 @@ def truth_size(truth: Mapping[str, Any]) -> Size:
 
 
 def files_below(folder: Path, suffixes: Collection[str], excluded: Collection[Path] = ()) -> Iterator[Path]:
-    """The files of a folder at any depth, in no order; hidden files and folders, which begin with a dot, are none.
+    """The files of a folder at any depth, in no order. Hidden files and folders, which begin with a dot, are left out.
 
     Args:
-        folder: to look into.
-        suffixes: that files must have, in lower case.
-        excluded: resolved paths of folders to pass over.
+        folder: the folder to search.
+        suffixes: the suffixes to find, in lower case.
+        excluded: resolved paths of folders to leave out.
     """
     for parent, folders, names in os.walk(folder):
         place = Path(parent)
@@ -248,10 +258,11 @@ def files_below(folder: Path, suffixes: Collection[str], excluded: Collection[Pa
 
 
 def list_files(folder: Path, suffixes: Collection[str], ending: str = "") -> dict[str, Path]:
-    """The :func:`files_below` a folder, by their path within it less suffix and ``ending``; others are left out.
+    """The :func:`files_below` a folder whose names end with ``ending`` before the suffix, by their path in the folder
+    without both.
 
     Raises:
-        ValueError: two files have one name.
+        ValueError: two files have the same name.
     """
     found: dict[str, Path] = {}
     for path in sorted(files_below(folder, suffixes)):
@@ -273,23 +284,24 @@ def paired(images: Mapping[str, Path], truths: Mapping[str, Path]) -> tuple[list
 
 
 def folder_of(split: str, candidates: Iterable[Path]) -> Path:
-    """The first folder that is there."""
-    candidates = list(candidates)
-    for folder in candidates:
-        if folder.is_dir():
-            return folder
-    raise FileNotFoundError(f"split {split!r} has no folder {' or '.join(map(str, candidates))}")
+    """The first of the folders that exists."""
+    return _first(split, "folder", candidates, Path.is_dir)
 
 
 def file_of(split: str, candidates: Iterable[Path]) -> Path:
-    """The first file that is there."""
-    candidates = list(candidates)
-    for path in candidates:
-        if path.is_file():
-            return path
-    raise FileNotFoundError(f"split {split!r} has no file {' or '.join(map(str, candidates))}")
+    """The first of the files that exists."""
+    return _first(split, "file", candidates, Path.is_file)
+
+
+def _first(split: str, kind: str, candidates: Iterable[Path], exists: Callable[[Path], bool]) -> Path:
+    tried = list(candidates)
+    found = next(filter(exists, tried), None)
+    if found is None:
+        raise FileNotFoundError(f"split {split!r} has no {kind} {' or '.join(map(str, tried))}")
+    return found
 
 
 def only_semantic(task: str | None, kind: str) -> None:
+    """Raises a ValueError for another task than "semantic"."""
     if task not in (None, "semantic"):
         raise ValueError(f"task={task!r}: {kind} has truth for semantic segmentation only")

@@ -1,4 +1,4 @@
-"""Rules for what the fields of JSON annotations hold."""
+"""Rules for the fields of JSON annotations."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ MAX_SHOWN = 60  # characters of a wrong value
 
 
 class Rule(NamedTuple):
-    """What a field may hold.
+    """The rule for a field.
 
     Attributes:
-        holds: whether a value is right.
-        expected: the same in words.
-        optional: the field may be left out.
+        holds: whether a value is valid.
+        expected: the valid values in words.
+        optional: the field may be missing.
     """
 
     holds: Callable[[Any], bool]
@@ -24,7 +24,7 @@ class Rule(NamedTuple):
 
 
 def field_faults(entry: Any, rules: Mapping[str, Rule]) -> list[str]:
-    """What is wrong with the fields of an entry, each fault in words."""
+    """The faults of an entry's fields, each in words."""
     if not isinstance(entry, dict):
         return [f"{shown(entry)}; expected an object"]
     faults = []
@@ -38,16 +38,16 @@ def field_faults(entry: Any, rules: Mapping[str, Rule]) -> list[str]:
 
 
 def shown(value: Any) -> str:
-    """A value as JSON has it, cut if it is long."""
+    """A value as JSON, cut if it is long."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def is_integer(value: Any) -> bool:
-    """``value`` is an integer of JSON, which knows true and false besides."""
+    """``value`` is an integer, and not true or false."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value: Any, least: float, greatest: float) -> bool:
-    """``value`` is a number within limits; NaN is within none."""
+    """``value`` is a number within the limits, and not NaN."""
     return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= greatest

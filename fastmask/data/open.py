@@ -1,4 +1,4 @@
-"""One door to every data set: finds out which layout a folder has."""
+"""Opens every data set; recognizes the layout of a folder."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import NamedTuple
 from fastmask.data import ade20k, cityscapes, coco_instances, coco_panoptic, coco_stuff, folder
 from fastmask.data.composed.dataset import SceneDataset
 from fastmask.data.sample import TASKS, SegmentationDataset
+from fastmask.data.shards import ShardDataset, is_pattern
 
 COMPOSED_SCENES = "composed:scenes"
 
@@ -18,9 +19,9 @@ class Layout(NamedTuple):
 
     Attributes:
         matches: whether a folder has it.
-        evidence: by what that is seen.
+        evidence: the files or folders by which it is recognized.
         open: opens a split of a folder for a task.
-        tasks: that it has truth for.
+        tasks: the tasks that it has truth for.
         has_polygons: ``open`` takes ``skip_invalid``.
     """
 
@@ -64,21 +65,23 @@ def open_dataset(
 ) -> SegmentationDataset:
     """The data set at a path.
 
-    Files and folders whose names begin with a dot are no part of it. Images are turned as their EXIF orientation says;
-    label maps have none.
+    Files and folders whose names begin with a dot are ignored. Images are turned as their EXIF orientation says; label
+    maps have none.
 
     Args:
-        path: its folder, or "composed:scenes" for the scenes that come with the package.
+        path: its folder; or a pattern of shards, as for :class:`fastmask.data.ShardDataset`; or "composed:scenes" for
+            the scenes that come with the package.
         split: "train", "val", or another that the data set has.
-        kind: its layout, one of "folder", "cityscapes", "ade20k", "ade20k-panoptic", "coco-panoptic", "coco-instances"
-            and "coco-stuff"; "auto" finds it out. Where a folder of ADE20K or COCO has several at once, a layout made
-            for the task comes first, and without a task the first of this list.
+        kind: the layout of the folder, one of "folder", "cityscapes", "ade20k", "ade20k-panoptic", "coco-panoptic",
+            "coco-instances" and "coco-stuff"; "auto" recognizes it. If a folder of ADE20K or COCO has several, a layout
+            made for the task comes first, and without a task the first of this list.
         task: "semantic", "panoptic" or "instance"; the data set's own by default. Panoptic truth serves all three.
-        skip_invalid: of "coco-instances": leave out polygons that are none, with a warning that counts them, instead of
-            calling them faults.
+        skip_invalid: for "coco-instances": leave out invalid polygons, with a warning that counts them, instead of
+            reporting them as faults.
 
     Raises:
-        FileNotFoundError: no such folder, no such split in it, or nothing in the split.
+        FileNotFoundError: no such folder or shard, no such split in it, or an empty split.
+        ImportError: the layout needs a package that is missing; the message names the extra that installs it.
         ValueError: an unknown kind, layout or task, a task that the data set has no truth for, ``skip_invalid`` of a
             layout without polygons, or a JSON file that cannot be read.
     """
@@ -88,6 +91,10 @@ def open_dataset(
         if skip_invalid:
             raise ValueError(f"skip_invalid: {COMPOSED_SCENES} has no polygons")
         return SceneDataset(split, task=task)
+    if is_pattern(path):
+        if skip_invalid:
+            raise ValueError(f"skip_invalid: shards ({path}) have no polygons")
+        return ShardDataset(path, split, task)
     root = Path(path)
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is no folder")

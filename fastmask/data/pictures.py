@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from PIL import ExifTags, Image
 from torch import Tensor
 
 WIDE_MODES = ("I", "I;16", "I;16L", "I;16B", "F")
-# What makes a picture upright, by its EXIF orientation.
+# The operation that makes a picture upright, by its EXIF orientation.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -23,20 +24,20 @@ TURNS = {
 SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange height and width
 
 
-def decode_picture(path: Path) -> Tensor:
+def decode_picture(file: Path | BinaryIO) -> Tensor:
     """``(3, H, W)`` uint8 RGB of a file's first frame, turned as its EXIF orientation says.
 
-    Gray, palette and CMYK become RGB; what is transparent becomes white; 16 bits become 8 by dropping the lower half,
-    and floating point in 0..1 is scaled. Color profiles are not applied.
+    Gray, palette and CMYK pictures become RGB; transparent pixels become white; 16 bits become 8 by dropping the lower
+    half, and floating point in 0..1 is scaled. Color profiles are not applied.
 
     Args:
-        path: a file that Pillow reads.
+        file: in a format that Pillow reads.
 
     Raises:
         ValueError: values that no known scale brings to 8 bits.
         OSError and others of ``fastmask.data.image_files.UNREADABLE``: the file is missing or broken.
     """
-    with Image.open(path) as image:
+    with Image.open(file) as image:
         image.load()  # the orientation may stand behind the pixels
         turn = TURNS.get(_orientation(image))
         pixels = np.array(_rgb(image if turn is None else image.transpose(turn)))
@@ -52,8 +53,8 @@ def picture_size(path: Path) -> tuple[int, int]:
         return (image.width, image.height) if sideways else (image.height, image.width)
 
 
-def _orientation(image: Image.Image) -> object:
-    """What EXIF says, as far as it was read; None where it says nothing or is damaged."""
+def _orientation(image: Image.Image) -> Any:
+    """The orientation in the EXIF data read so far; None if there is none or the data are damaged."""
     try:
         # Not image.getexif(), which decodes a PNG in search of it.
         return Image.Image.getexif(image).get(ExifTags.Base.Orientation)

@@ -1,4 +1,4 @@
-"""What every data set gives: samples, a description of its classes, and batches for the models."""
+"""The samples of data sets, the description of their classes, and batches for the models."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class Sample(NamedTuple):
         image: ``(3, H, W)`` uint8, RGB.
         labels: ``(M,)`` int64, the class of each segment, an index into the data set's ``info.class_names``.
         segments: ``(H, W)`` int16 (int32 beyond 32767 segments), the index ``0..M-1`` of the segment that owns the
-            pixel, -1 at void. None where ``masks`` is given.
-        masks: ``(M, H, W)`` bool, for instances, which may overlap; a pixel of no mask is background.
-        crowd: ``(M,)`` bool, True for a region of several things that were not told apart: no target of training (its
-            pixels are void), and no fault of a prediction that falls into it. None if there is none.
+            pixel, -1 at void. None if ``masks`` is given.
+        masks: ``(M, H, W)`` bool, for instances, which may overlap; pixels without a mask are background.
+        crowd: ``(M,)`` bool, True for a region of several things that the annotation does not separate. It is no target
+            of training, where its pixels are void, and predictions inside it are no errors. None if there is none.
         areas: ``(M,)`` float32, the areas in pixels that the annotation states, by which COCO's AP sorts objects into
             small, medium and large. None if it states none, or after the image was resized or cropped.
-        name: of the image within its data set: its path in the folder of images, without suffix unless two would have
-            one name. No two share one.
+        name: the unique name of the image in its data set: its path in the folder of images, without the suffix unless
+            two images would then share a name.
     """
 
     image: Tensor
@@ -49,7 +49,11 @@ class Sample(NamedTuple):
         return self.image.shape[-2], self.image.shape[-1]
 
     def class_map(self, ignore_index: int = 255) -> Tensor:
-        """``(H, W)`` int64, the class of each pixel, ``ignore_index`` at void. Needs a segment map."""
+        """``(H, W)`` int64, the class of each pixel, ``ignore_index`` at void.
+
+        Raises:
+            ValueError: the sample has masks instead of a segment map.
+        """
         if self.segments is None:
             raise ValueError(f"{self.name}: instances have no class map; open the data set for another task")
         # Void, -1, reads the last entry.
@@ -58,38 +62,42 @@ class Sample(NamedTuple):
     def pixels_of_segments(self) -> Tensor:
         """``(M,)`` int64, the pixels of each segment or mask."""
         if self.segments is None:
-            return self.masks.flatten(1).sum(1)
+            return self._own_masks().flatten(1).sum(1)
         return torch.bincount(self.segments.flatten() - VOID, minlength=len(self.labels) + 1)[1:]
 
     def pixels_of_classes(self, num_classes: int) -> Tensor:
-        """``(K+1,)`` int64, the pixels of each class, and at last those at void: 0 where ``masks`` is given."""
+        """``(K+1,)`` int64, the pixels of each class and, last, of void: 0 if ``masks`` is given."""
         pixels = self.labels.new_zeros(num_classes + 1).index_add_(0, self.labels, self.pixels_of_segments())
         if self.segments is not None:
             pixels[num_classes] = self.segments.numel() - pixels.sum()
         return pixels
 
     def without_empty(self) -> Sample:
-        """The sample without the segments or masks that have no pixel, which are no targets."""
+        """The sample without segments or masks that have no pixel."""
         kept = self.pixels_of_segments() > 0
         if kept.all():
             return self
-        if self.segments is None:
-            planes = {"masks": self.masks[kept]}
-        else:
-            index = torch.where(kept, kept.cumsum(0) - 1, VOID)
-            index = torch.cat([index, index.new_tensor([VOID])]).to(self.segments.dtype)
-            planes = {"segments": index[self.segments.long()]}
         crowd, areas = (None if values is None else values[kept] for values in (self.crowd, self.areas))
-        return self._replace(labels=self.labels[kept], crowd=crowd, areas=areas, **planes)
+        sample = self._replace(labels=self.labels[kept], crowd=crowd, areas=areas)
+        if self.segments is None:
+            return sample._replace(masks=self._own_masks()[kept])
+        index = torch.where(kept, kept.cumsum(0) - 1, VOID)
+        index = torch.cat([index, index.new_tensor([VOID])]).to(self.segments.dtype)
+        return sample._replace(segments=index[self.segments.long()])
+
+    def _own_masks(self) -> Tensor:
+        if self.masks is None:
+            raise ValueError(f"{self.name}: a sample needs segments or masks")
+        return self.masks
 
 
 class Findings(NamedTuple):
-    """What a look at the files of a sample found.
+    """The result of inspecting the files of a sample.
 
     Attributes:
-        faults: what is broken, each with the file's name.
-        pixels: ``(K+1,)`` int64, of each class and at last of void; None if they were not counted.
-        empty: how many annotations draw no pixel and are left out.
+        faults: the faults found, each with the file's name.
+        pixels: ``(K+1,)`` int64, the pixels of each class and, last, of void; None if they were not counted.
+        empty: the number of annotations that draw no pixel and are left out.
     """
 
     faults: tuple[str, ...] = ()
@@ -102,13 +110,13 @@ class DatasetInfo:
     """The classes of a data set and the task it is opened for.
 
     Args:
-        class_names: of the classes 0..K-1.
+        class_names: the names of the classes 0..K-1.
         task: "semantic" (a segment for each class of an image), "panoptic" (a segment for each thing, and one for each
             class of stuff) or "instance" (a mask for each thing; all classes are things).
-        stuff_classes: indices of the classes that are stuff; the others are things.
+        stuff_classes: the indices of stuff classes; the others are things.
         palette: an RGB color, 0..255, for each class, or None.
-        ignore_index: the class of void pixels in class maps; none of 0..K-1.
-        category_ids: the id that the data set's own files and tools give to each class, or None.
+        ignore_index: the value of void pixels in class maps, outside 0..K-1.
+        category_ids: the id of each class in the data set's own files and tools, or None.
     """
 
     class_names: tuple[str, ...]
@@ -169,17 +177,14 @@ class SegmentationDataset(Dataset[Sample]):
         return Findings()
 
     def set_faults(self) -> list[str]:
-        """What is broken in the set as a whole, as files without a partner are."""
+        """The faults of the set as a whole, such as files without a partner."""
         return []
 
     def likely_cause(self, pixels: Tensor) -> str:
-        """Why classes may have no pixel.
+        """A sentence that says why classes may have no pixel, or "".
 
         Args:
             pixels: ``(K+1,)`` of the whole set, as in :class:`Findings`.
-
-        Returns:
-            A sentence; empty if there is none to say.
         """
         return ""
 
@@ -187,21 +192,20 @@ class SegmentationDataset(Dataset[Sample]):
 def collate(samples: Sequence[Sample]) -> tuple[Tensor | list[Tensor], Targets]:
     """A batch as the models take it: the ``collate_fn`` of a ``DataLoader``.
 
-    Crowd regions are no targets; their pixels become void unless a target owns them as well.
+    Crowd regions are no targets; their pixels become void unless a target owns them too.
 
     Returns:
         images: ``(B, 3, H, W)`` float32 in 0..1, or a list of ``(3, H_b, W_b)`` where sizes differ.
-        targets: of the images' largest height and width; what lies beyond a smaller image is void.
+        targets: of the images' largest height and width; pixels beyond a smaller image are void.
 
     Raises:
         ValueError: no samples, or samples with segment maps beside samples with masks.
     """
     if len(samples) == 0:
         raise ValueError("samples is empty; expected at least one")
-    images: Tensor | list[Tensor] = [sample.image.float().div_(255) for sample in samples]
+    pictures = [sample.image.float().div_(255) for sample in samples]
     sizes = [sample.size for sample in samples]
-    if len(set(sizes)) == 1:
-        images = torch.stack(images)
+    images: Tensor | list[Tensor] = torch.stack(pictures) if len(set(sizes)) == 1 else pictures
     kept = [torch.ones_like(s.labels, dtype=torch.bool) if s.crowd is None else ~s.crowd for s in samples]
     labels = pad_sequence(
         [sample.labels[keep] for sample, keep in zip(samples, kept, strict=True)],
@@ -212,25 +216,29 @@ def collate(samples: Sequence[Sample]) -> tuple[Tensor | list[Tensor], Targets]:
     size = max(height for height, _ in sizes), max(width for _, width in sizes)
     if all(sample.segments is not None for sample in samples):
         dtype, void = (torch.uint8, 255) if labels.shape[1] <= 254 else (torch.int32, VOID)
-        planes = [_target_map(sample, keep, dtype, void) for sample, keep in zip(samples, kept, strict=True)]
+        planes = [
+            _target_map(sample.segments, keep, dtype, void)
+            for sample, keep in zip(samples, kept, strict=True)
+            if sample.segments is not None
+        ]
         segments = torch.stack([_padded(plane, size, void) for plane in planes])
         return images, Targets(labels, counts, segments=segments, void=void)
-    if any(sample.masks is None for sample in samples):
-        raise ValueError("samples holds segment maps beside masks; expected one form")
     masks = torch.zeros((len(samples), labels.shape[1], *size), dtype=torch.uint8)
     valid = torch.zeros((len(samples), *size), dtype=torch.bool)
     for b, (sample, keep) in enumerate(zip(samples, kept, strict=True)):
         height, width = sample.size
+        if sample.masks is None:
+            raise ValueError("samples holds segment maps beside masks; expected one form")
         own = sample.masks[keep]
         masks[b, : len(own), :height, :width] = own
         valid[b, :height, :width] = own.any(0) | ~sample.masks[~keep].any(0)
     return images, Targets(labels, counts, masks=masks, valid=None if valid.all() else valid)
 
 
-def _target_map(sample: Sample, keep: Tensor, dtype: torch.dtype, void: int) -> Tensor:
-    """``(H, W)`` the index of each pixel's segment among those kept, void elsewhere."""
+def _target_map(segments: Tensor, keep: Tensor, dtype: torch.dtype, void: int) -> Tensor:
+    """``(H, W)`` the index of each pixel's segment among the kept ones, void elsewhere."""
     lookup = torch.where(keep, keep.cumsum(0) - 1, void)
-    return torch.cat([lookup, lookup.new_tensor([void])]).to(dtype)[sample.segments.long()]
+    return torch.cat([lookup, lookup.new_tensor([void])]).to(dtype)[segments.long()]
 
 
 def _padded(plane: Tensor, size: tuple[int, int], value: int) -> Tensor:

@@ -1,15 +1,18 @@
-"""One truth for several tasks: a panoptic one holds the semantic one and that of instances."""
+"""Panoptic truth as the truth of semantic segmentation and of instances."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from fastmask.data.sample import VOID, DatasetInfo, Sample
+
+T = TypeVar("T")
 
 
 def segment_dtype(num_segments: int) -> torch.dtype:
@@ -36,17 +39,17 @@ def semantic_segments(class_map: Tensor, num_classes: int) -> tuple[Tensor, Tens
 
 
 def task_view(info: DatasetInfo, task: str | None) -> tuple[DatasetInfo, Callable[[Sample], Sample]]:
-    """How a data set with panoptic truth looks to a task: its classes, and the change to each sample.
+    """The classes of a data set with panoptic truth for a task, and the change to each sample.
 
     Args:
-        info: with the task "panoptic".
+        info: its task is "panoptic".
         task: "panoptic" (also for None), "semantic" or "instance".
 
     Returns:
-        The classes, and a function that pickles.
+        The classes, and a function that can be pickled.
 
     Raises:
-        ValueError: instances are asked for, and no class is a thing.
+        ValueError: the task is "instance" and no class is a thing.
     """
     if task in (None, "panoptic"):
         return info, _panoptic
@@ -59,16 +62,16 @@ def task_view(info: DatasetInfo, task: str | None) -> tuple[DatasetInfo, Callabl
             "expected the task 'semantic' or 'panoptic'"
         )
 
-    def of_things(values: tuple | None) -> tuple | None:
-        return None if values is None else tuple(values[label] for label in things)
+    def of_things(values: tuple[T, ...]) -> tuple[T, ...]:
+        return tuple(values[label] for label in things)
 
     instance_info = replace(
         info,
         task=task,
         class_names=of_things(info.class_names),
         stuff_classes=(),
-        palette=of_things(info.palette),
-        category_ids=of_things(info.category_ids),
+        palette=None if info.palette is None else of_things(info.palette),
+        category_ids=None if info.category_ids is None else of_things(info.category_ids),
     )
     new_labels = torch.full((info.num_classes,), -1)
     new_labels[list(things)] = torch.arange(len(things))
@@ -85,10 +88,12 @@ def _semantic(sample: Sample, num_classes: int) -> Sample:
 
 
 def _instances(sample: Sample, new_labels: Tensor) -> Sample:
+    if sample.segments is None:
+        raise ValueError(f"{sample.name}: expected a segment map")
     indices = (new_labels[sample.labels] >= 0).nonzero().flatten()
     return sample._replace(
         segments=None,
-        masks=sample.segments == indices[:, None, None],
+        masks=sample.segments.eq(indices[:, None, None]),
         labels=new_labels[sample.labels[indices]],
         crowd=None if sample.crowd is None else sample.crowd[indices],
         areas=None if sample.areas is None else sample.areas[indices],

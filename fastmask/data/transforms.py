@@ -1,7 +1,7 @@
-"""The papers' augmentations, by Pillow: it is kept, needed anyway, and what the papers' code resizes with.
+"""The papers' augmentations, with Pillow, which the papers' code resizes with and data sets need anyway.
 
-Of libraries made for the purpose, albumentations has had no maintainer since June 2025 (its successor's license, AGPL,
-does not go with ours), and kornia takes five times as long to resize an image on a CPU.
+Of the libraries for augmentation, albumentations has had no maintainer since June 2025 (the license of its successor,
+AGPL, is incompatible with ours), and kornia takes five times as long to resize an image on a CPU.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class ResizeShortSide:
         return resized(sample, self._new_size(sample.size, self.sides[rng.integers(len(self.sides))]))
 
     def of_image(self, image: Tensor) -> Tensor:
-        """An image ``(3, H, W)`` uint8 that has no truth, by the first of the sides."""
+        """Resizes an image ``(3, H, W)`` uint8 without truth, to the first of the sides."""
         return resized_image(image, self._new_size(image.shape[1:], self.sides[0]))
 
     def _new_size(self, size: Sequence[int], side: int) -> tuple[int, int]:
@@ -78,8 +78,8 @@ class ResizeShortSide:
 class ResizeJitter:
     """Resizes so that the image fits into a frame times a random scale: the first half of large-scale jitter.
 
-    Simple Copy-Paste (Ghiasi et al. 2021, arXiv:2012.07177), section 3. A crop to the frame is the other half; an image
-    that became smaller than it is not padded here, because batches are.
+    Simple Copy-Paste (Ghiasi et al. 2021, arXiv:2012.07177), section 3. A crop to the frame is the other half. Images
+    that become smaller than the frame are not padded here, because batches are.
 
     Args:
         size: (height, width) of the frame.
@@ -97,14 +97,14 @@ class ResizeJitter:
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """Crops a random part; an image that is smaller than the crop stays as it is along that side.
+    """Crops a random part; a side that is smaller than the crop's keeps its length.
 
-    With a limit, a crop is drawn again while it has one class alone or a class with more than its share of the labeled
-    pixels. The last of ten stays.
+    With a limit, the crop is drawn again while it has only one class or a class exceeds its share of the labeled
+    pixels, at most ten times.
 
     Args:
         size: (height, width) of the crop.
-        max_category_share: the limit, 0..1; 1 is none. Only segment maps have it.
+        max_category_share: the limit, 0..1; 1 for no limit. It applies to segment maps only.
     """
 
     size: tuple[int, int]
@@ -113,14 +113,15 @@ class RandomCrop:
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         height, width = (min(pair) for pair in zip(self.size, sample.size, strict=True))
-        limited = self.max_category_share < 1 and sample.segments is not None
-        for _ in range(self.tries if limited else 1):
+        segments = sample.segments if self.max_category_share < 1 else None
+        for _ in range(1 if segments is None else self.tries):
             top = int(rng.integers(sample.size[0] - height + 1))
             left = int(rng.integers(sample.size[1] - width + 1))
             window = slice(top, top + height), slice(left, left + width)
-            if not limited or self._is_mixed(sample._replace(segments=sample.segments[window])):
+            if segments is None or self._is_mixed(sample._replace(segments=segments[window])):
                 break
-        return _mapped(sample, lambda plane: plane[(..., *window)].contiguous())
+        rows, columns = window
+        return _mapped(sample, lambda plane: plane[..., rows, columns].contiguous())
 
     def _is_mixed(self, sample: Sample) -> bool:
         by_class = torch.bincount(sample.labels, weights=sample.pixels_of_segments().double())
@@ -129,11 +130,11 @@ class RandomCrop:
 
 @dataclass(frozen=True)
 class RandomSizeCrop:
-    """Crops a random part of a random size; a side that is smaller than the least stays as it is.
+    """Crops a random part of a random size; a side that is smaller than ``least`` keeps its length.
 
     Args:
-        least: of height and width, in pixels.
-        greatest: of both.
+        least: the least height and width, in pixels.
+        greatest: the greatest height and width.
     """
 
     least: int
@@ -159,12 +160,12 @@ class RandomFlip:
 
 @dataclass(frozen=True)
 class ColorJitter:
-    """Brightness, contrast, saturation and hue at random, each half of the time, as SSD has it.
+    """Changes brightness, contrast, saturation and hue at random, each half of the time.
 
-    SSD (Liu et al. 2016, arXiv:1512.02325), section 3.6: contrast comes before or after the changes of color.
+    SSD (Liu et al. 2016, arXiv:1512.02325), section 3.6: contrast changes before or after the color.
 
     Args:
-        brightness: the greatest change, of 255.
+        brightness: the greatest change, on a scale of 255.
         contrast: the least and the greatest factor.
         saturation: the least and the greatest factor.
         hue: the greatest change, in degrees.
@@ -176,7 +177,7 @@ class ColorJitter:
     hue: float = 36.0
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        # All numbers are drawn, also those that are not used, so that each has its own place in the sequence.
+        # Unused numbers are drawn too, so that each number has a fixed place in the sequence.
         use_brightness, contrast_first, use_contrast, use_saturation, use_hue = rng.random(5) < 0.5
         shift = rng.uniform(-self.brightness, self.brightness)
         factor, saturation = rng.uniform(*self.contrast), rng.uniform(*self.saturation)
@@ -206,10 +207,11 @@ def semantic_augmentation(
     scales: tuple[float, float] = (0.5, 2.0),
     max_category_share: float = 1.0,
 ) -> Compose:
-    """What MaskFormer and Segmenter train semantic segmentation with.
+    """The augmentation of MaskFormer and Segmenter for semantic segmentation.
 
-    The shorter side is ``scales`` times ``short_side`` in steps of 0.1; then crop, color and flip. MaskFormer takes
-    these defaults for ADE20K, (512, 1024), 1024 and 4096 for Cityscapes; Segmenter limits a class to 0.75 of a crop.
+    The shorter side is ``scales`` times ``short_side`` in steps of 0.1; then crop, color and flip. MaskFormer uses
+    these defaults for ADE20K, and (512, 1024), 1024 and 4096 for Cityscapes. Segmenter limits a class to 0.75 of the
+    crop.
     """
     least, greatest = (round(10 * scale) for scale in scales)
     sides = tuple(short_side * tenths // 10 for tenths in range(least, greatest + 1))
@@ -218,17 +220,17 @@ def semantic_augmentation(
 
 
 def jitter_augmentation(size: tuple[int, int] = (1024, 1024), scales: tuple[float, float] = (0.1, 2.0)) -> Compose:
-    """Large-scale jitter, with which Mask2Former trains panoptic and instance segmentation: flip, scale and crop."""
+    """Large-scale jitter, the augmentation of Mask2Former for panoptic and instance segmentation: flip, scale, crop."""
     return Compose((RandomFlip(), ResizeJitter(size, scales), RandomCrop(size)))
 
 
 def detr_augmentation(
     *, short_side: int = 800, max_side: int = 1333, scales: tuple[float, float] = (0.6, 1.0)
 ) -> Compose:
-    """What DETR (Carion et al. 2020, arXiv:2005.12872, appendix A.4) and MaskFormer train on COCO with.
+    """The augmentation of DETR (Carion et al. 2020, arXiv:2005.12872, appendix A.4) and MaskFormer for COCO.
 
-    Flip; half of the time a crop of 384 to 600 pixels a side, out of the image with a shorter side of 400, 500 or 600;
-    then a shorter side of ``scales`` times ``short_side`` in steps of 32 pixels.
+    Flip; half of the time a crop of 384 to 600 pixels a side, from the image resized to a shorter side of 400, 500 or
+    600; then a shorter side of ``scales`` times ``short_side`` in steps of 32 pixels.
     """
     least, greatest = (round(scale * short_side) for scale in scales)
     crop = Compose((ResizeShortSide((400, 500, 600)), RandomSizeCrop(384, 600)))
@@ -237,10 +239,10 @@ def detr_augmentation(
 
 
 def resized(sample: Sample, size: Sequence[int]) -> Sample:
-    """A sample at another size: the image bilinear and smoothed where it shrinks, its truth by the nearest pixel.
+    """Resizes a sample: the image bilinearly, smoothed where it shrinks, and its truth by the nearest pixel.
 
     Args:
-        sample: of (H, W) pixels.
+        sample: the sample to resize.
         size: (height, width).
     """
     height, width = (max(1, side) for side in size)
@@ -266,7 +268,7 @@ def _nearest(length: int, new_length: int) -> Tensor:
 
 
 def _mapped(sample: Sample, change: Callable[[Tensor], Tensor], image: Tensor | None = None) -> Sample:
-    """A sample whose planes are changed, without the segments that lost their last pixel."""
+    """The sample with changed planes, without the segments that lost their last pixel."""
     segments, masks = (None if planes is None else change(planes) for planes in (sample.segments, sample.masks))
     image = change(sample.image) if image is None else image
     return sample._replace(image=image, segments=segments, masks=masks, areas=None).without_empty()

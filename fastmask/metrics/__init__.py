@@ -1,4 +1,4 @@
-"""Metrics whose numbers equal those of the field's own tools, and which add up over processes."""
+"""Metrics that equal those of the field's own tools and add up over processes."""
 
 from fastmask.metrics.instance import InstanceMetrics
 from fastmask.metrics.panoptic import PanopticMetrics

@@ -1,4 +1,4 @@
-"""What all metrics share: they are counted image by image and added up over processes."""
+"""Base of all metrics, which count image by image and add up over processes."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ MetricsT = TypeVar("MetricsT", bound="Metrics")
 class Metrics:
     """Counts over images (or clips), which ``merge`` adds up.
 
-    Each process updates its own metrics with its own images, as many as it has; ``synced`` then gives every process the
-    metrics of all. No image may be given to two processes: a sampler for evaluation must not repeat images to make
-    shares equal.
+    Each process updates its own metrics with its own images, however many; ``synced`` then gives every process the
+    metrics of all. No two processes may count the same image, so a sampler for evaluation must not repeat images to
+    make shares equal.
     """
 
     def compute(self) -> dict[str, float]:
-        """The numbers by name, as shares of 1; nan where nothing was to be found."""
+        """The scores by name, as shares of 1; NaN where the truth holds nothing to find."""
         raise NotImplementedError
 
     def per_class(self) -> dict[str, list[float]]:
-        """For each kind of number a list over the classes; nan for classes without any pixel, segment or event."""
+        """For each score a list over the classes; NaN for classes without any pixel, segment or event."""
         raise NotImplementedError
 
     def absent(self) -> list[int]:
-        """The classes without any pixel, segment or event in the truth, crowd regions aside."""
+        """The classes without a pixel, segment or event in the truth; crowd regions do not count."""
         raise NotImplementedError
 
     def merge(self: MetricsT, other: MetricsT) -> MetricsT:
-        """Adds the counts of other metrics of the same kind to these, and returns these."""
+        """Adds the counts of other metrics with the same settings, and returns these metrics."""
         if type(other) is not type(self) or other._settings() != self._settings():
             raise ValueError(f"cannot merge {self!r} with {other!r}")
         self._add(other)
         return self
 
     def synced(self: MetricsT, group: Any = None) -> MetricsT:
-        """The metrics of all processes of a group, the same in each; these stay as they are.
+        """The metrics of all processes of a group, the same in each process; these metrics do not change.
 
         Args:
-            group: of ``torch.distributed``; the default group if None. Without distributed training, a copy of these.
+            group: of ``torch.distributed``; None for the default group. Without distributed training, returns a copy.
         """
-        every = [self]
+        every: list[Any] = [self]
         if dist.is_available() and dist.is_initialized():
             every = [None] * dist.get_world_size(group)
             dist.all_gather_object(every, self, group=group)
@@ -55,7 +55,7 @@ class Metrics:
         return total
 
     def _settings(self) -> tuple:
-        """What metrics must have in common to be merged."""
+        """The settings that metrics must share to be merged."""
         raise NotImplementedError
 
     def _add(self: MetricsT, other: MetricsT) -> None:
@@ -66,19 +66,19 @@ class Metrics:
 
 
 def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """``part / whole`` in float64, nan where the whole is 0."""
+    """``part / whole`` in float64, NaN where the whole is 0."""
     part, whole = np.broadcast_arrays(np.asarray(part, np.float64), np.asarray(whole, np.float64))
     return np.divide(part, whole, out=np.full(part.shape, np.nan), where=whole != 0)
 
 
 def mean(values: np.ndarray, among: np.ndarray | None = None) -> float:
-    """The mean of the values that are not nan; nan if there are none."""
+    """The mean of the values that are not NaN, or of those ``among`` chooses; NaN if there are none."""
     values = values[~np.isnan(values)] if among is None else values[among]
     return float(values.mean()) if values.size else float("nan")
 
 
 def checked_classes(num_classes: int, stuff_classes: Iterable[int] = ()) -> tuple[int, tuple[int, ...]]:
-    """The arguments, if they are in order."""
+    """The arguments, checked: the number of classes, and stuff classes sorted and without repetition."""
     stuff = tuple(sorted(set(stuff_classes)))
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")

@@ -16,12 +16,12 @@ class PanopticMetrics(Metrics):
 
     Panoptic Segmentation (Kirillov et al. 2019, arXiv:1801.00868), equations 1 and 2, with the rules of the COCO
     panoptic API: a segment matches one of its class at an IoU above 1/2, where pixels that are void in the truth do not
-    count to the union; a missed crowd region is no fault, and neither is a segment of which more than half lies in void
-    or in crowd regions of its class. Means are over the classes that occur in truth or prediction.
+    count in the union. A missed crowd region is no error; neither is a segment that lies by more than half in void or
+    in crowd regions of its class. Means are over the classes that occur in truth or prediction.
 
     Args:
         num_classes: K.
-        stuff_classes: all others are things.
+        stuff_classes: the stuff; all other classes are things.
 
     Raises:
         ValueError: an argument out of range.
@@ -56,14 +56,14 @@ class PanopticMetrics(Metrics):
             raise ValueError(
                 f"prediction has shape {tuple(ids.shape)}, segments {tuple(segments.shape)}; expected (H, W)"
             )
-        labels = labels.cpu().numpy()
+        true_labels = labels.cpu().numpy()
         found_labels = np.array([info["category_id"] for info in infos], np.int64)
-        self._check("labels", labels[labels >= 0])
+        self._check("labels", true_labels[true_labels >= 0])
         self._check("prediction", found_labels)
         found_ids = np.array([info["id"] for info in infos], np.int64)
         if len(np.unique(found_ids)) < len(found_ids):
             raise ValueError(f"prediction lists an id twice: {sorted(found_ids.tolist())}")
-        num_found, num_true = len(found_ids), len(labels)
+        num_found, num_true = len(found_ids), len(true_labels)
         truth = segments.cpu().numpy().astype(np.int64)
         truth = np.where((truth >= 0) & (truth < num_true), truth, num_true)
         found = _index_of(ids.cpu().numpy().astype(np.int64), found_ids)
@@ -74,14 +74,14 @@ class PanopticMetrics(Metrics):
         in_void, inside = shared[-1, :-1], shared[:-1, :-1]
         is_crowd = np.zeros(num_true, bool) if crowd is None else crowd.cpu().numpy().astype(bool)
 
-        same_class = labels[:, None] == found_labels
+        same_class = true_labels[:, None] == found_labels
         iou = share(inside, true_areas[:, None] + found_areas - inside - in_void)
         matches = same_class & ~is_crowd[:, None] & (iou > 0.5)
         rows, columns = matches.nonzero()
-        np.add.at(self._counts, (labels[rows], 0), iou[rows, columns])
-        np.add.at(self._counts, (labels[rows], 1), 1)
-        missed = ~matches.any(1) & ~is_crowd & (true_areas > 0) & (labels >= 0)
-        np.add.at(self._counts, (labels[missed], 3), 1)
+        np.add.at(self._counts, (true_labels[rows], 0), iou[rows, columns])
+        np.add.at(self._counts, (true_labels[rows], 1), 1)
+        missed = ~matches.any(1) & ~is_crowd & (true_areas > 0) & (true_labels >= 0)
+        np.add.at(self._counts, (true_labels[missed], 3), 1)
         excused = in_void + (inside * (same_class & is_crowd[:, None])).sum(0)
         wrong = ~matches.any(0) & (found_areas > 0) & ~(share(excused, found_areas) > 0.5)
         np.add.at(self._counts, (found_labels[wrong], 2), 1)

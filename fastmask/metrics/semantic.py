@@ -15,9 +15,9 @@ from fastmask.targets import CLASS_DTYPES
 class SemanticMetrics(Metrics):
     """IoU and accuracy from the confusion of all pixels, and boundary IoU.
 
-    IoU_k = TP_k / (TP_k + FP_k + FN_k), as the scripts of Cityscapes have it: counted over all images together, void
-    left out, and averaged over the classes that occur in truth or prediction. fwIoU weights IoU_k by the class's share
-    of the truth's pixels. Accuracy_k = TP_k / (TP_k + FN_k); its mean is over the classes of the truth.
+    IoU_k = TP_k / (TP_k + FP_k + FN_k), as in the scripts of Cityscapes: counted over all images together, without
+    void, and averaged over the classes that occur in truth or prediction. fwIoU weights IoU_k by the class's share of
+    the true pixels. Accuracy_k = TP_k / (TP_k + FN_k); its mean is over the classes of the truth.
 
     Boundary IoU (Cheng et al. 2021, arXiv:2103.16562) is the IoU of the pixels that lie within d of their class's
     boundary, in chessboard distance: in truth, in prediction, for each class over all images together. The image's
@@ -50,12 +50,12 @@ class SemanticMetrics(Metrics):
         """Adds an image, or images of one size.
 
         Args:
-            prediction: ``(..., H, W)`` integers, the class of each pixel; other values than 0..K-1 are no class, and
-                wrong wherever the truth has one.
+            prediction: ``(..., H, W)`` integers, the class of each pixel; values outside 0..K-1 are no class and count
+                as wrong where the truth has one.
             target: ``(..., H, W)`` integers in 0..K-1, or ``ignore_index``.
 
         Raises:
-            TypeError: something else than integers.
+            TypeError: a dtype other than integers.
             ValueError: shapes that differ, or a class out of range in the target.
         """
         for name, tensor in (("prediction", prediction), ("target", target)):
@@ -83,10 +83,10 @@ class SemanticMetrics(Metrics):
             for found_map, truth_map in zip(
                 found.view(-1, height, width).cpu().numpy(), truth.view(-1, height, width).cpu().numpy(), strict=True
             ):
-                self._add_boundary(found_map.astype(np.int32), truth_map.astype(np.int32))
+                self._add_boundary(found_map.astype(np.int32), truth_map.astype(np.int32), self.boundary_share)
 
-    def _add_boundary(self, found: np.ndarray, truth: np.ndarray) -> None:
-        distance = max(1, round(self.boundary_share * math.hypot(*truth.shape)))
+    def _add_boundary(self, found: np.ndarray, truth: np.ndarray, share_of_diagonal: float) -> None:
+        distance = max(1, round(share_of_diagonal * math.hypot(*truth.shape)))
         near_found, near_truth = near_boundary(found, distance), near_boundary(truth, distance)
         both = near_found & near_truth & (found == truth)
         for row, values in zip(self._boundary, (truth[both], truth[near_truth], found[near_found]), strict=True):

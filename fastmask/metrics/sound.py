@@ -15,14 +15,15 @@ class SoundEventMetrics(Metrics):
     """F1 = 2 TP / (found + true) over events.
 
     Metrics for Polyphonic Sound Event Detection (Mesaros et al. 2016, doi:10.3390/app6060162), section 3.2, with
-    DESED's collars: an event is found if one of its class begins within 200 ms of it and ends within 200 ms, or a fifth
-    of its own length where that is more. Each event matches one at most, and as many match as can.
+    DESED's collars: an event is found if a predicted one of its class begins within 200 ms of its onset and ends within
+    200 ms of its offset, or within a fifth of its length if that is more. Each event has at most one match, and the
+    number of matches is maximal.
 
     Args:
         num_classes: K.
         onset_collar: in seconds.
         offset_collar: in seconds.
-        offset_share: of the true event's length.
+        offset_share: as a share of the true event's length.
 
     Raises:
         ValueError: an argument out of range.
@@ -73,7 +74,9 @@ class SoundEventMetrics(Metrics):
     def _table(self, name: str, events: Any) -> np.ndarray:
         """``(3, E)`` float64: label, onset, offset."""
         if isinstance(events, Mapping):
-            columns = [torch.as_tensor(events[key]).double().cpu().numpy() for key in ("labels", "onsets", "offsets")]
+            columns: list[Any] = [
+                torch.as_tensor(events[key]).double().cpu().numpy() for key in ("labels", "onsets", "offsets")
+            ]
         elif isinstance(events, Sequence):
             columns = [[event[key] for event in events] for key in ("label", "onset", "offset")]
         else:
@@ -88,7 +91,7 @@ class SoundEventMetrics(Metrics):
 
     def compute(self) -> dict[str, float]:
         """ "F1", "precision" and "recall" over all events, and "F1_macro", the mean of F1 over the classes that have
-        true events; a class of which nothing was found has F1 0, as in sed_eval with "zero_score".
+        true events; a class without matches has F1 0, as in sed_eval with "zero_score".
         """
         hits, found, true = self._counts.sum(0)
         has_events = self._counts[:, 2] > 0

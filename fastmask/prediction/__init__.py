@@ -1,4 +1,4 @@
-"""Models on images: results as files and as pictures."""
+"""Predictions for images as files and pictures."""
 
 from fastmask.prediction.inputs import ImageFile, find_images
 from fastmask.prediction.overlay import SegmentMap, draw_legend, draw_overlay, draw_segments

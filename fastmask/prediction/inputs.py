@@ -1,4 +1,4 @@
-"""Which images to predict, and what their results are called."""
+"""The images to predict, and the names of their results."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class ImageFile(NamedTuple):
     """An image to predict.
 
     Attributes:
-        path: of its file.
-        name: what its results are called, a path of forward slashes without a suffix; no two share one.
-        file_name: the same with its suffix.
+        path: the path of its file.
+        name: the unique name of its results, a path with forward slashes and without a suffix.
+        file_name: the name with the suffix.
         image_id: its number in COCO's files.
     """
 
@@ -29,25 +29,25 @@ class ImageFile(NamedTuple):
 
 
 def find_images(images: str | Path | Iterable[str | Path], output: str | Path | None = None) -> list[ImageFile]:
-    """The images of files and folders, in the order given, those of a folder sorted; each file once.
+    """The images of files and folders in the given order, those of a folder sorted, each file once.
 
-    A result is called as its file, or for a folder's files as the path within the folder. Where two would have one name
-    all are called by their paths from the folder that is common to all, and if that is not enough (``a.jpg`` beside
-    ``a.png``) with their suffixes. The number of an image is its name if all names are different numbers, as COCO's
-    are, and otherwise its place, from 1.
+    A result has the name of its file, or the file's path within the given folder. If two results would share a name,
+    all are named by their paths from the folder common to all; if names are still shared (``a.jpg`` beside ``a.png``),
+    suffixes are kept. The number of an image is its name if all names are different numbers, as COCO's are, and
+    otherwise its place, counted from 1.
 
     Args:
-        images: a file, a folder or several. Of a folder, the files of known suffixes at any depth count, but no hidden
-            ones. A file given by name may have any suffix.
-        output: a folder whose files are no images; if it is one of the given folders or around them, only what stands
-            in its ``RESULT_FOLDERS`` is none.
+        images: a file, a folder or several. A folder stands for its files with known suffixes at any depth, except
+            hidden ones. A file given by name may have any suffix.
+        output: a folder whose files are left out; if it is one of the given folders or contains them, only the files in
+            its ``RESULT_FOLDERS`` are.
 
     Raises:
-        FileNotFoundError: a file or folder that is not there, or no image at all.
+        FileNotFoundError: a missing file or folder, or no image.
     """
     given = [images] if isinstance(images, str | Path) else list(images)
     excluded = set() if output is None else {Path(output, name).resolve() for name in ("", *RESULT_FOLDERS)}
-    # By their absolute paths, which hold no "..": names must not lead out of the output folder.
+    # By absolute paths, which have no "..": names must not lead out of the output folder.
     found: dict[str, tuple[Path, str]] = {}
     for path in map(Path, given):
         if path.is_dir():
@@ -68,11 +68,11 @@ def find_images(images: str | Path | Iterable[str | Path], output: str | Path | 
 
 
 def _distinct_names(files: Sequence[str], short: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The shortest kind of names of which no two are the same, without and with suffix.
+    """The shortest names that are all different, without and with suffix.
 
     Args:
         files: absolute paths.
-        short: their names within what was given.
+        short: their paths within the given folders.
     """
     common = os.path.commonpath([os.path.dirname(path) for path in files])
     whole = [Path(path).relative_to(common).as_posix() for path in files]

@@ -1,4 +1,4 @@
-"""What is written of each prediction: label maps, ids in colors, records in COCO's formats, and overlays."""
+"""The files of predictions: label maps, ids in colors, records in COCO's formats, and overlays."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from torch import Tensor
 
 from fastmask.data import DatasetInfo
 from fastmask.data.coco_instances import draw
-from fastmask.data.image_files import MAX_LABEL
+from fastmask.data.folder import CLASSES_FILE, classes_content
+from fastmask.data.palette import distinct_colors
 from fastmask.files import replace_file, replace_files
 from fastmask.prediction.inputs import RESULT_FOLDERS, ImageFile
-from fastmask.prediction.overlay import SegmentMap, draw_overlay
+from fastmask.prediction.overlay import Palette, SegmentMap, draw_overlay
 from fastmask.prediction.records import RecordFile
 
 LABELS, OVERLAYS, PANOPTIC = RESULT_FOLDERS
-CLASSES_FILE = "classes.json"
 IMAGES_FILE = "images.json"
 PANOPTIC_FILE = "panoptic.json"
 INSTANCES_FILE = "instances.json"
-# The folders with a picture for each image, and the files besides.
+# By task: the folders with a picture for each image, and the other files.
 FOLDERS = {
     "semantic": (LABELS, OVERLAYS),
     "general": (LABELS, OVERLAYS),
@@ -42,24 +42,24 @@ FILES = {
     "instance": (INSTANCES_FILE, IMAGES_FILE),
 }
 
-# An image whose pictures are written, its (width, height), and its records.
+# An image with written pictures, its (width, height), and its records.
 Written = tuple[ImageFile, tuple[int, int], list[dict[str, Any]]]
 
 
 class Outputs:
-    """The files of one call of ``predict``. A context: on leaving it, the JSON files say what was written until then.
+    """The files of one call of ``predict``. A context manager that writes the JSON files on leaving.
 
     Args:
-        folder: to write to.
+        folder: the folder to write to.
         task: "semantic", "general", "panoptic" or "instance".
         info: the classes; ``ignore_index`` is the label of pixels without a class.
         threshold: the score that an instance must exceed to be drawn.
         overlays: write overlays too.
-        workers: threads that write, each an image at a time.
+        workers: threads that write, one image at a time each.
 
     Attributes:
         folders: the names of the folders with a picture for each image.
-        written: the images whose results are there.
+        written: the images whose results are complete.
     """
 
     def __init__(self, folder: Path, task: str, info: DatasetInfo, threshold: float, overlays: bool, workers: int):
@@ -70,11 +70,12 @@ class Outputs:
         self._workers = workers
         self._pending: deque[Future[Written]] = deque()
         self._images: list[dict[str, Any]] = []
-        self._categories = _categories(info)
+        self._palette = info.palette or distinct_colors(info.num_classes)
+        self._categories = _categories(info, self._palette)
         self._records: RecordFile | None = None
 
     def existing(self, files: Sequence[ImageFile]) -> list[Path]:
-        """The files there already that would be written for these images."""
+        """The existing files that these images would overwrite."""
         paths = [self.folder / name / f"{file.name}.png" for file in files for name in self.folders]
         paths += [self.folder / name for name in FILES[self.task] if name != CLASSES_FILE or self._other_classes()]
         return [path for path in paths if path.exists()]
@@ -91,10 +92,12 @@ class Outputs:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             self._pool.shutdown()
-            # What one failed to write does not keep the others out of the lists.
-            errors = [future.exception() for future in self._pending if future.exception()]
+            # An image that could not be written does not keep the others out of the lists.
+            errors = []
             for future in self._pending:
-                if not future.exception():
+                if error := future.exception():
+                    errors.append(error)
+                else:
                     self._enter(future.result())
             if self._images:
                 self._finish()
@@ -105,12 +108,12 @@ class Outputs:
                 self._records.discard()
 
     def write(self, file: ImageFile, image: Tensor, result: Any) -> None:
-        """Writes all that belongs to one image, each file whole or not at all; it may still be under way on return.
+        """Writes the files of one image, each whole or not at all. Writing may continue after the return.
 
         Args:
-            file: which image.
+            file: the image's file.
             image: ``(3, H, W)`` uint8.
-            result: of the model's ``predict`` for this task; for "instance" with run lengths and boxes.
+            result: the result of the model's ``predict`` for this task; for "instance" with run lengths and boxes.
         """
         while len(self._pending) >= self._workers:
             self._enter(self._pending.popleft().result())
@@ -128,12 +131,16 @@ class Outputs:
         return file, photo.size, records
 
     def _enter(self, written: Written) -> None:
-        """Lists an image whose pictures are there."""
+        """Lists an image whose pictures are written."""
         file, (width, height), records = written
         for record in records:
-            self._records.add(record)
+            self._records_file().add(record)
         self._images.append({"id": file.image_id, "file_name": file.file_name, "width": width, "height": height})
         self.written.append(file)
+
+    def _records_file(self) -> RecordFile:
+        assert self._records is not None  # it is open within the context
+        return self._records
 
     def _semantic(self, file: ImageFile, photo: Image.Image, result: Tensor) -> tuple[dict, list]:
         labels = result.cpu().numpy()
@@ -195,7 +202,7 @@ class Outputs:
         return {OVERLAYS: lambda: self._overlay(photo, _stacked(codes, labels, order, photo.size))}, records
 
     def _overlay(self, photo: Image.Image, segments: SegmentMap) -> Image.Image:
-        return draw_overlay(photo, segments, self.info.class_names, self.info.palette)
+        return draw_overlay(photo, segments, self.info.class_names, self._palette)
 
     def _label_picture(self, labels: np.ndarray) -> Image.Image:
         return Image.fromarray(labels.astype(self._label_dtype, copy=False))
@@ -211,9 +218,9 @@ class Outputs:
         """Writes the files that belong to all images."""
         images, categories = json.dumps(self._images), json.dumps(self._categories)
         if self.task == "panoptic":
-            self._records.finish(f'],\n"images": {images},\n"categories": {categories}}}\n')
+            self._records_file().finish(f'],\n"images": {images},\n"categories": {categories}}}\n')
         elif self.task == "instance":
-            self._records.finish("]\n")
+            self._records_file().finish("]\n")
             self._write_text(IMAGES_FILE, f'{{"images": {images},\n"categories": {categories}}}\n')
         if CLASSES_FILE in FILES[self.task]:
             self._write_text(CLASSES_FILE, self._classes_text())
@@ -222,37 +229,19 @@ class Outputs:
         replace_file(self.folder / name, lambda path: path.write_text(text, encoding="utf-8"))
 
     def _classes_text(self) -> str:
-        info = self.info
-        content = {
-            "classes": info.class_names,
-            "void": info.ignore_index,
-            "stuff": [info.class_names[k] for k in info.stuff_classes],
-            "palette": info.palette,
-        }
-        return json.dumps(content, indent=1) + "\n"
+        return json.dumps(classes_content(self.info), indent=1) + "\n"
 
     def _other_classes(self) -> bool:
         path = self.folder / CLASSES_FILE
         return path.is_file() and path.read_text(encoding="utf-8") != self._classes_text()
 
 
-def _categories(info: DatasetInfo) -> list[dict[str, Any]]:
+def _categories(info: DatasetInfo, palette: Palette) -> list[dict[str, Any]]:
     ids = range(info.num_classes) if info.category_ids is None else info.category_ids
     return [
         {"id": i, "name": name, "isthing": int(k not in info.stuff_classes), "color": list(color)}
-        for k, (i, name, color) in enumerate(zip(ids, info.class_names, info.palette, strict=True))
+        for k, (i, name, color) in enumerate(zip(ids, info.class_names, palette, strict=True))
     ]
-
-
-def void_label(num_classes: int) -> int:
-    """The label of pixels without a class: 255, or 65535 where 255 is a class and label maps have 16 bits.
-
-    Raises:
-        ValueError: more classes than 16 bits tell apart.
-    """
-    if num_classes > MAX_LABEL:
-        raise ValueError(f"the model has {num_classes} classes; label maps hold at most {MAX_LABEL}")
-    return 255 if num_classes <= 255 else MAX_LABEL
 
 
 def _save(path: Path, make: Callable[[], Image.Image]) -> None:
@@ -273,7 +262,7 @@ def _box_of(place: tuple[slice, slice]) -> list[int]:
 def _stacked(
     codes: Sequence[Mapping], labels: Sequence[int], order: Sequence[int], size: tuple[int, int]
 ) -> SegmentMap:
-    """Masks over each other, the first of ``order`` on top, of an image of (width, height) pixels."""
+    """The masks of an image of (width, height) pixels over each other, the first of ``order`` on top."""
     ids = np.zeros(size[::-1], np.int32)
     for k in reversed(order):
         ids[draw(codes[k], size[::-1])] = k + 1

@@ -1,9 +1,9 @@
-"""Draws segmentations: colors over the picture, outlines, names, and a legend of what occurs."""
+"""Draws segmentations: colors over the picture, outlines, names, and a legend of the classes."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,16 +21,16 @@ OUTLINE: Color = (255, 255, 255)
 SEGMENT_SHADES = (0.0, 0.22, -0.20, 0.40, -0.34)
 # Longer sides of overlays, in pixels: smaller pictures are enlarged by whole factors, larger ones are reduced.
 SMALLEST_SIDE, LARGEST_SIDE = 800, 1600
-# Names are placed on a map of at most this side: where a name goes need not be exact to the pixel.
+# Names are placed on a map of at most this side, since their places need not be exact to the pixel.
 PLACING_SIDE = 400
-LARGE_REGION = 0.02  # share of the picture from which every region of a segment is named, not its thickest alone
+LARGE_REGION = 0.02  # share of the picture from which every region of a segment is named, not only its thickest
 
 
 class SegmentMap(NamedTuple):
     """The segments of a picture.
 
     Attributes:
-        ids: ``(H, W)`` integers; those of segments within a range that a table has room for, as COCO's 24 bits are.
+        ids: ``(H, W)`` integers; the ids of segments lie within a range that fits into a table, such as COCO's 24 bits.
         classes: the class of each id that is a segment; other pixels are unlabeled.
     """
 
@@ -39,7 +39,7 @@ class SegmentMap(NamedTuple):
 
     @staticmethod
     def of_labels(labels: np.ndarray, num_classes: int) -> SegmentMap:
-        """Of a label map: a segment for each class."""
+        """The segments of a label map, one for each class."""
         return SegmentMap(labels, {label: label for label in range(num_classes)})
 
     def resized(self, size: tuple[int, int]) -> SegmentMap:
@@ -50,7 +50,7 @@ class SegmentMap(NamedTuple):
         return SegmentMap(self.ids[rows.astype(np.int64)[:, None], columns.astype(np.int64)], self.classes)
 
     def indices(self) -> np.ndarray:
-        """``(H, W)`` int32: the place of each pixel's segment in ``classes``, their number where there is none."""
+        """``(H, W)`` int32: the place of each pixel's segment in ``classes``; their number where there is none."""
         known = np.array(list(self.classes), np.int64)
         if len(known) == 0:
             return np.zeros(self.ids.shape, np.int32)
@@ -63,13 +63,13 @@ class SegmentMap(NamedTuple):
 
 
 def draw_overlay(photo: Image.Image, segments: SegmentMap, names: Sequence[str], palette: Palette) -> Image.Image:
-    """The picture with its segments drawn over it, and a legend of their classes below, those with most pixels first.
+    """The picture with its segments drawn over it, and below a legend of their classes, the largest first.
 
-    It is made for the eye: its longer side lies between 800 and 1600 pixels.
+    The longer side of the result lies between 800 and 1600 pixels.
 
     Args:
         photo: the picture, in RGB.
-        segments: what to draw, of any size.
+        segments: the segments to draw, of any size.
         names, palette: the name and the color of each class.
     """
     size = _drawn_size(photo.size)
@@ -95,8 +95,8 @@ def draw_overlay(photo: Image.Image, segments: SegmentMap, names: Sequence[str],
 
 
 def draw_segments(photo: Image.Image, segments: SegmentMap, names: Sequence[str], palette: Palette) -> Image.Image:
-    """The segments in the colors of their classes over the photograph's light and shade, outlined and named; the
-    photograph itself, darker, where there is none. Of the photograph's size, to which the segments are resized.
+    """The segments in the colors of their classes over the photograph's light and shade, outlined and named. Pixels
+    without a segment show the photograph, darkened. The result has the photograph's size.
     """
     indices = segments.indices()
     scaled = SegmentMap(indices, {}).resized(photo.size).ids
@@ -135,7 +135,7 @@ def draw_legend(width: int, names: Sequence[str], palette: Palette, text_size: i
 
 
 @functools.cache
-def text_font(size: int) -> ImageFont.FreeTypeFont:
+def text_font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """The font that comes with Pillow."""
     return ImageFont.load_default(size)
 
@@ -151,7 +151,7 @@ def _text_size(size: tuple[int, int]) -> int:
     return min(max(round(max(size) / 70), 13), 22)
 
 
-def _segment_colors(classes: Sequence[int], palette: Palette) -> np.ndarray:
+def _segment_colors(classes: Iterable[int], palette: Palette) -> np.ndarray:
     """``(S + 1, 3)``: the colors of segments, the last one unused."""
     seen: dict[int, int] = {}
     colors = []
@@ -180,8 +180,8 @@ def _outlines(indices: np.ndarray) -> np.ndarray:
 
 
 def _write_names(panel: Image.Image, indices: np.ndarray, classes: Sequence[int], names: Sequence[str]) -> None:
-    """Writes names where segments are thickest, if they are thick enough there to carry them: of each segment's
-    thickest region, and of its other large ones.
+    """Writes names into the thickest region of each segment and into its other large regions, where they are thick
+    enough.
     """
     shrink = max(1, -(-max(indices.shape) // PLACING_SIDE))
     indices = indices[shrink // 2 :: shrink, shrink // 2 :: shrink] if min(indices.shape) > shrink else indices

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastmask.data import DatasetInfo, ResizeShortSide
+from fastmask.data.folder import void_label
 from fastmask.data.image_files import reading
 from fastmask.data.palette import distinct_colors
 from fastmask.data.pictures import decode_picture
@@ -22,23 +23,23 @@ from fastmask.models._registry import load_model, task_of_run
 from fastmask.models._views import view_options
 from fastmask.models.precision import autocast, check_precision
 from fastmask.prediction.inputs import ImageFile, find_images
-from fastmask.prediction.outputs import FILES, Outputs, void_label
+from fastmask.prediction.outputs import FILES, Outputs
 from fastmask.prediction.overlay import Palette
 
-# The options of ``predict`` that only some tasks have, and their defaults.
+# The options of ``predict`` for single tasks, and their defaults.
 THRESHOLDS = {"panoptic": {"threshold": 0.8, "overlap_threshold": 0.8}, "instance": {"threshold": 0.5, "top_k": 100}}
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What :func:`predict` did.
+    """The outcome of :func:`predict`.
 
     Attributes:
-        task: that the model was asked for.
+        task: the predicted task.
         written: the names of the images whose results were written.
         failures: the images that could not be read, each with the reason.
-        paths: of the folders and files that were written.
-        seconds: from the first image to the last, without loading the model.
+        paths: the folders and files that were written.
+        seconds: the time for all images, without loading the model.
     """
 
     task: str
@@ -49,7 +50,7 @@ class Predictions:
 
     @property
     def images_per_second(self) -> float:
-        """Images written a second."""
+        """Images written per second."""
         return len(self.written) / max(self.seconds, 1e-9)
 
 
@@ -77,74 +78,71 @@ def predict(
     overwrite: bool = False,
     progress: bool = False,
 ) -> Predictions:
-    """Segments images and writes what was found; NAME is an image's path in its folder, without suffix.
+    """Segments images and writes the results. NAME is an image's path in its folder, without suffix.
 
     "semantic" and "general": ``labels/NAME.png``, the class index of each pixel in 8 bits, or in 16 if there are more
     than 255 classes; 255 (65535) is void, which "semantic" never gives. ``classes.json`` names the classes, in the form
     that data sets of the layout "folder" have.
 
-    "panoptic": ``panoptic/NAME.png`` and ``panoptic.json`` in COCO's panoptic format, with the score of each segment
-    besides; and ``labels/NAME.png`` and ``classes.json`` as above.
+    "panoptic": ``panoptic/NAME.png`` and ``panoptic.json`` in COCO's panoptic format, with an additional score for each
+    segment; and ``labels/NAME.png`` and ``classes.json`` as above.
 
-    "instance": ``instances.json`` in COCO's format of results, with every instance whatever its score; and
-    ``images.json``, the list of images and categories that they refer to, as pycocotools wants it.
+    "instance": ``instances.json`` in COCO's format of results, with all instances regardless of score; and
+    ``images.json``, the list of their images and categories, as pycocotools expects it.
 
-    All of them: ``overlays/NAME.png``, a picture for the eye of at most 1600 pixels a side.
+    All tasks: ``overlays/NAME.png``, a picture of at most 1600 pixels a side that shows the result.
 
-    Each picture appears whole or not at all. The JSON files appear at the end, also if that is an error or Ctrl-C, and
-    hold the images that were written. One batch of images is in memory at a time. A file that cannot be read does not
-    stop the others.
+    Each picture is written whole or not at all. The JSON files are written at the end, even after an error or Ctrl-C,
+    and list the images that were written. One batch of images is in memory at a time. A file that cannot be read does
+    not stop the others.
 
     Args:
-        model: a network, or a folder that one was saved in (a run of training too).
-        images: a file, a folder or several; :func:`fastmask.prediction.find_images` says which files count, what their
-            results are called and which number COCO's files give them. Pictures are turned as their EXIF orientation
-            says; :func:`fastmask.data.pictures.decode_picture` says how they become RGB.
+        model: a network, or the folder of a saved network or of a training run.
+        images: a file, a folder or several; :func:`fastmask.prediction.find_images` says which files count, and how
+            their results are named and numbered. Pictures are turned as their EXIF orientation says;
+            :func:`fastmask.data.pictures.decode_picture` says how they become RGB.
         output: the folder to write to.
-        task: "semantic", "general", "panoptic" or "instance". By default what a run of training was for if it says so;
-            else "panoptic" of a MaskFormer that tells stuff from things, and otherwise "semantic", which is all that
-            other networks can do.
-        info: a data set's: the names, colors and stuff of the classes and the category ids of the JSON files. By
-            default names and stuff are the model's, and a category id is the index of its class.
-        palette: a color for each class; by default the data set's or distinct ones.
-        batch_size: images of one size that are predicted together, if they follow each other.
-        workers: threads that draw and write results while the model goes on, each of which holds one more image in
-            memory.
+        task: "semantic", "general", "panoptic" or "instance". By default the task of the training run; without one
+            "panoptic" for a MaskFormer with stuff classes, otherwise "semantic", the only task of other networks.
+        info: a data set's description: names, colors and stuff of the classes, and the category ids of the JSON files.
+            By default names and stuff are the model's, and a category id is the index of its class.
+        palette: a color for each class; by default the data set's, or distinct colors.
+        batch_size: the most consecutive images of one size to predict together.
+        workers: threads that draw and write results while the model continues; each holds one more image in memory.
         device: where to predict; the model moves there. By default its own, and for a folder a GPU if there is one.
         precision: "float32", or "bfloat16" or "float16" for autocast.
-        short_side: resize images to this shorter side for the network, in pixels: the size that it was trained with.
-            Results have the image's own size all the same. None leaves images as they are.
+        short_side: resize images to this shorter side for the network, in pixels, such as its training size. Results
+            still have the image's own size. None for no resizing.
         max_side: with ``short_side``, the limit of the longer side.
-        window: (size, stride) of the windows that images are predicted in, in pixels, or a size that is the stride too:
-            bounds the memory that large images need. None for whole images, and for Segmenter its configuration's.
-            MaskFormer has it for "semantic" only, and so it is with the next two.
-        scales: how much to enlarge each image; results are averaged. MaskFormer only.
+        window: (size, stride) of the windows in which images are predicted, in pixels, or one number for both; bounds
+            the memory for large images. None for whole images, and for Segmenter the windows of its configuration.
+            MaskFormer takes ``window``, ``scales`` and ``flip`` for "semantic" only.
+        scales: factors by which each image is enlarged; results are averaged. MaskFormer only.
         flip: predict mirror images too. MaskFormer only.
         threshold: "panoptic": the class probability that a segment must exceed, 0.8. "instance": the score that an
             instance must exceed to be drawn, 0.5.
         overlap_threshold: "panoptic": the least visible share of a segment, 0.8.
         top_k: "instance": the most instances of an image, 100.
-        overlays: write them.
-        overwrite: replace files that are there already.
+        overlays: write overlays.
+        overwrite: replace existing files.
         progress: show a bar, if tqdm is installed.
 
     Raises:
         FileNotFoundError: no such model, file or folder, or no image.
-        FileExistsError: a result is there already; nothing was predicted.
+        FileExistsError: a result exists; nothing was predicted.
         TypeError: a model that does not segment color images.
-        ValueError: a task or option that the model does not have, an argument out of range, or an ``info`` or palette
-            of another number of classes.
+        ValueError: a task or option that the model lacks, an argument out of range, or an ``info`` or palette with
+            another number of classes.
         OSError: the results cannot be written.
     """
     files = find_images(images, output)
     if isinstance(model, str | Path):
         task = task or task_of_run(model)
-        model = load_model(model)
         device = device or ("cuda" if torch.cuda.is_available() else None)
-    _check_model(model)
-    task = _task_of(model, task)
-    info = _class_info(model, info, palette)
-    options = view_options(model, [task], window, scales, flip)
+    network = _image_model(load_model(model) if isinstance(model, str | Path) else model)
+    task = _task_of(network, task)
+    info = _class_info(network, info, palette)
+    options = view_options(network, [task], window, scales, flip)
     limits = _limits(task, threshold=threshold, overlap_threshold=overlap_threshold, top_k=top_k)
     check_precision(precision)
     counts = {"batch_size": batch_size, "workers": workers, "short_side": short_side, "max_side": max_side}
@@ -153,10 +151,10 @@ def predict(
             raise ValueError(f"{name} must be at least 1, got {value}")
     if short_side is None and max_side is not None:
         raise ValueError("max_side goes with short_side")
-    if short_side is not None and window is not None and "scales" in model.views:
+    if short_side is not None and window is not None and "scales" in network.views:
         raise ValueError("short_side does not go with window, whose results have the size that the network sees")
     resize = None if short_side is None else ResizeShortSide((short_side,), max_side)
-    if len(model.tasks) > 1:
+    if len(network.tasks) > 1:
         options |= {"task": task, **_task_options(task, info, limits)}
 
     outputs = Outputs(Path(output), task, info, limits.get("threshold", 0.0), overlays, workers)
@@ -165,12 +163,12 @@ def predict(
         what = f"{existing[0]} exists" if len(existing) == 1 else f"{existing[0]} and {len(existing) - 1} more exist"
         raise FileExistsError(f"{what} already; overwrite replaces them")
     if device is not None:
-        model.to(usable_device(device))
+        network.to(usable_device(device))
     failures: list[tuple[Path, str]] = []
     start = time.perf_counter()
     with outputs, _Bar(len(files), progress) as bar:
         for batch in _batches(files, failures, bar, batch_size):
-            for (file, image), result in zip(batch, _run(model, batch, resize, precision, options), strict=True):
+            for (file, image), result in zip(batch, _run(network, batch, resize, precision, options), strict=True):
                 outputs.write(file, image, result)
                 bar.advance()
     seconds = time.perf_counter() - start
@@ -182,7 +180,7 @@ def predict(
 def _batches(
     files: Sequence[ImageFile], failures: list[tuple[Path, str]], bar: _Bar, batch_size: int
 ) -> Iterator[list[tuple[ImageFile, Tensor]]]:
-    """Images ``(3, H, W)`` uint8 of one size that follow each other; what cannot be read goes to ``failures``."""
+    """Batches of consecutive images ``(3, H, W)`` uint8 of one size; unreadable files go to ``failures``."""
     batch: list[tuple[ImageFile, Tensor]] = []
     for file in files:
         try:
@@ -210,7 +208,7 @@ def _run(
     options: dict[str, Any],
 ) -> list[Any]:
     """The model's result for each image, of the image's size."""
-    sizes = [tuple(image.shape[1:]) for _, image in batch]
+    sizes = [(image.shape[1], image.shape[2]) for _, image in batch]
     images = [image for _, image in batch]
     if resize is not None:
         images = list(map(resize.of_image, images))
@@ -220,12 +218,13 @@ def _run(
         return model.predict(pixels, sizes=sizes, **options)
 
 
-def _check_model(model: Any) -> None:
+def _image_model(model: Any) -> SegmentationModel:
     if not isinstance(model, SegmentationModel):
         raise TypeError(f"a {type(model).__name__} does not segment images")
     channels = len(model.config.pixel_mean)
     if channels != 3:
         raise TypeError(f"the model takes images of {channels} channels; expected 3, red, green and blue")
+    return model
 
 
 def _task_of(model: SegmentationModel, task: str | None) -> str:
@@ -239,7 +238,7 @@ def _task_of(model: SegmentationModel, task: str | None) -> str:
 
 
 def _class_info(model: SegmentationModel, info: DatasetInfo | None, palette: Palette | None) -> DatasetInfo:
-    """Names, stuff, colors, category ids and void of the model's classes."""
+    """The description of the model's classes."""
     config = model.config
     num_classes = config.num_classes
     if info is None:
@@ -251,15 +250,15 @@ def _class_info(model: SegmentationModel, info: DatasetInfo | None, palette: Pal
     colors = palette if palette is not None else info.palette or distinct_colors(num_classes)
     if len(colors) != num_classes:
         raise ValueError(f"palette has {len(colors)} colors; the model has {num_classes} classes")
-    colors = tuple(tuple(int(channel) for channel in color) for color in colors)
     for color in colors:
         if len(color) != 3 or not all(0 <= channel <= 255 for channel in color):
-            raise ValueError(f"palette holds {color}; expected three values in 0..255")
-    return replace(info, palette=colors, ignore_index=void_label(num_classes))
+            raise ValueError(f"palette holds {tuple(map(int, color))}; expected three values in 0..255")
+    checked = tuple((int(red), int(green), int(blue)) for red, green, blue in colors)
+    return replace(info, palette=checked, ignore_index=void_label(num_classes))
 
 
 def _limits(task: str, **given: float | None) -> dict[str, Any]:
-    """The task's thresholds, its defaults where none were given."""
+    """The task's thresholds, by default those of ``THRESHOLDS``."""
     limits = dict(THRESHOLDS.get(task, {}))
     for name, value in given.items():
         if value is None:
@@ -273,7 +272,7 @@ def _limits(task: str, **given: float | None) -> dict[str, Any]:
 
 
 def _task_options(task: str, info: DatasetInfo, limits: dict[str, Any]) -> dict[str, Any]:
-    """Further arguments of MaskFormer's ``predict``."""
+    """The other arguments of MaskFormer's ``predict``."""
     if task == "general":
         return {"ignore_index": info.ignore_index}
     if task == "panoptic":
@@ -284,7 +283,7 @@ def _task_options(task: str, info: DatasetInfo, limits: dict[str, Any]) -> dict[
 
 
 class _Bar:
-    """A progress bar, if it is wanted and tqdm is there."""
+    """A progress bar, if it is wanted and tqdm is installed."""
 
     def __init__(self, total: int, shown: bool):
         self._bar = None

@@ -1,4 +1,4 @@
-"""A list of JSON records that grows on disk."""
+"""A list of JSON records, written to disk one by one."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from typing import Any
 
 
 class RecordFile:
-    """A JSON file that holds a long list, written record by record under a temporary name; it gets its own name when it
-    is whole.
+    """A JSON file with a long list, written record by record under a temporary name and renamed when complete.
 
     Args:
-        path: of the file.
-        prefix: what stands before the records.
+        path: the path of the file.
+        prefix: the text before the records.
     """
 
     def __init__(self, path: Path, prefix: str):
@@ -31,7 +30,7 @@ class RecordFile:
         self._separator = ",\n"
 
     def finish(self, suffix: str) -> None:
-        """Writes what stands after the records, and gives the file its name."""
+        """Writes the text after the records, and gives the file its name."""
         self._file.write("\n" + suffix)
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -39,6 +38,6 @@ class RecordFile:
         os.replace(self._temporary, self._path)
 
     def discard(self) -> None:
-        """Deletes the file unless it was finished."""
+        """Deletes the file unless it is finished."""
         self._file.close()
         self._temporary.unlink(missing_ok=True)

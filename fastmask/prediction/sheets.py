@@ -1,4 +1,4 @@
-"""Results beside their truth, in rows and on sheets."""
+"""Pictures of results beside their truth, in rows and on sheets."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def side_by_side(
 
     Args:
         image: ``(3, H, W)`` float in 0..1.
-        truth_segments: ``(H, W)`` integers, the index of each pixel's segment; any other value is unlabeled.
+        truth_segments: ``(H, W)`` integers, the index of each pixel's segment; other values are unlabeled.
         truth_labels: ``(M,)`` the class of each segment.
         semantic: ``(H, W)`` integers, the class of each pixel.
         panoptic: ``(H, W)`` integers, the id of each pixel's segment, and the segments' ``"id"`` and ``"category_id"``,
             as ``panoptic_inference`` returns them.
         class_names, palette: the name and the color of each class.
-        magnification: how many pixels of the picture show one pixel of the image, along each side.
-        captions: write above each panel what it shows.
+        magnification: the pixels of the picture for one pixel of the image, along each side.
+        captions: write a title above each panel.
     """
     pixels = np.clip(np.rint(np.moveaxis(_array(image), 0, -1) * 255), 0, 255).astype(np.uint8)
     height, width = pixels.shape[:2]
@@ -67,7 +67,7 @@ def side_by_side(
 def contact_sheet(
     rows: Sequence[Image.Image], class_names: Sequence[str] = (), palette: Palette = (), *, title: str = ""
 ) -> Image.Image:
-    """The rows below each other with a margin around them, a title above, and below a legend of the classes.
+    """The rows below each other with a margin, a title above and a legend of the classes below.
 
     Raises:
         ValueError: no rows.

@@ -11,6 +11,7 @@ from typing import Any
 from fastmask.data import open_dataset
 from fastmask.data.open import COMPOSED_SCENES
 from fastmask.data.sample import TASKS
+from fastmask.data.shards import is_url
 from fastmask.models import efficientnet
 from fastmask.models._configuration import ModelConfig, PlainConfig, require
 from fastmask.models._registry import config_from_dict, load_config, make_config
@@ -33,7 +34,7 @@ class TrainingConfig(PlainConfig):
     """Everything that decides a run of :func:`fastmask.training.train`, except the machine.
 
     Args:
-        data: the data set's folder, kept as an absolute path, or "composed:scenes".
+        data: the data set's folder or shards, kept as an absolute path, or "composed:scenes".
         model: the network, with the data set's classes; a configuration or what ``to_dict`` of one gives.
         recipe: optimizer, schedule, steps, batch and augmentation; a :class:`Recipe` or what its ``to_dict`` gives.
         kind: the data set's layout, see :func:`fastmask.data.open_dataset`.
@@ -93,7 +94,7 @@ class TrainingConfig(PlainConfig):
         super().__post_init__()
         require(self.data != "", "data", "''", 'a folder or "composed:scenes"')
         for name in ("data", "pretrained"):
-            if (path := getattr(self, name)) not in ("", COMPOSED_SCENES):
+            if (path := getattr(self, name)) not in ("", COMPOSED_SCENES) and not is_url(path):
                 object.__setattr__(self, name, os.path.abspath(path))  # a run may be resumed from another place
         require(self.train_split != "", "train_split", "''", "the name of a split")
         segments = hasattr(self.model, "pixel_mean")

@@ -16,7 +16,16 @@ import torch
 from torch import distributed as dist
 from torch.utils.data import DataLoader
 
-from fastmask.data import Augmented, Compose, SegmentationDataset, check_datasets, collate, open_dataset
+from fastmask.data import (
+    Augmented,
+    Compose,
+    SegmentationDataset,
+    ShardDataset,
+    ShardStream,
+    check_datasets,
+    collate,
+    open_dataset,
+)
 from fastmask.files import read_json, write_json
 from fastmask.metrics import InstanceMetrics
 from fastmask.models._base import PretrainedModel
@@ -208,9 +217,19 @@ class _Run:
             world_size=processes.world_size,
             accumulate=config.accumulate,
         )
+        source: dict[str, Any] = {
+            "dataset": Augmented(self.train_set, transform, config.seed),
+            "batch_sampler": sampler,
+        }
+        if isinstance(self.train_set, ShardDataset):
+            size = config.recipe.batch_size // (processes.world_size * config.accumulate)
+            first_batch, ranks = self.trainer.steps * config.accumulate, (processes.rank, processes.world_size)
+            source = {
+                "dataset": ShardStream(self.train_set, transform, config.seed, size, first_batch, *ranks),
+                "batch_size": size,
+            }
         return DataLoader(
-            Augmented(self.train_set, transform, config.seed),
-            batch_sampler=sampler,
+            **source,
             collate_fn=collate,
             num_workers=config.workers,
             worker_init_fn=prepare_worker,

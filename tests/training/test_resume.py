@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fastmask.data import open_dataset, write_shards
 from fastmask.models import load_model
 from fastmask.training import train
 from fastmask.training.run_folder import MetricsFile, RunFolder
@@ -87,6 +88,18 @@ def test_interrupted_and_resumed_equals_uninterrupted(config, uninterrupted, tmp
     result = train(None, tmp_path / "run", resume=True)
     assert_same_run(tmp_path / "run", uninterrupted)
     assert (result.folder, result.best) == (tmp_path / "run", tmp_path / "run" / "best")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_continue_with_the_same_samples(scenes, tmp_path, workers):
+    for split in ("train", "val"):
+        write_shards(open_dataset(scenes, split), tmp_path / "shards", samples_per_shard=3)
+    config = tiny_config(f"{tmp_path}/shards/*.tar", workers=workers, log_every=2, eval_every=3)
+    train(config, tmp_path / "whole")
+    with signal_in_step(4), pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "run")
+    train(None, tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 def test_sigterm_saves_too(config, tmp_path, uninterrupted):

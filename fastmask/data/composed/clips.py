@@ -42,12 +42,12 @@ class Clip(NamedTuple):
 class ComposedClips(Dataset[Clip]):
     """Drums, tabla, bells and bass notes over ambience: real recordings, put together.
 
-    Clip ``i`` depends on ``split``, ``seed``, ``duration`` and ``i`` alone. The two splits share no recording. A clip
-    has up to six events, which may overlap, or none at all.
+    Clip ``i`` depends only on ``split``, ``seed``, ``duration`` and ``i``. The two splits share no recording. A clip
+    has at most six events, which may overlap.
 
     Args:
         split: ``"train"`` or ``"val"``.
-        length: how many clips; 2048 for train and 256 for val by default.
+        length: the number of clips; 2048 for train and 256 for val by default.
         duration: of a clip, in seconds, at least 1.
         seed: chooses other clips, 0..2**64-1.
 
@@ -55,7 +55,7 @@ class ComposedClips(Dataset[Clip]):
         TypeError: a length or seed that is no integer.
         ValueError: an unknown split, a negative length, a duration below one second, or a seed out of range.
         FileNotFoundError: the package was installed without its sounds.
-        ImportError: the package soundfile is missing.
+        ImportError: soundfile is missing.
     """
 
     def __init__(self, split: str, length: int | None = None, duration: float = 4.0, seed: int = 0):
@@ -111,7 +111,7 @@ def collate_clips(clips: Sequence[Clip]) -> tuple[Tensor, list[dict[str, Tensor]
 
 
 def _ambience(recordings: Sequence[np.ndarray], samples: int, draws: Draws) -> np.ndarray:
-    """A recording from a random sample on, repeated to and fro so that nothing clicks."""
+    """A recording from a random sample on, played forwards and backwards in turn so that nothing clicks."""
     recording = recordings[draws.below(len(recordings))]
     loop = np.concatenate([recording, recording[::-1]])
     positions = (draws.below(len(loop)) + np.arange(samples)) % len(loop)

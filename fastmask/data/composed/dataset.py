@@ -1,4 +1,4 @@
-"""The composed scenes in the form of every other data set."""
+"""The composed scenes as a data set of samples."""
 
 from __future__ import annotations
 

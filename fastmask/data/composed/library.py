@@ -1,4 +1,4 @@
-"""The real pixels that scenes are composed from, read from the package and made ready for sampling."""
+"""The real pixels of the scenes, read from the package and prepared for sampling."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SPRITE_SIZE = 28
 TEXTURE_SIZE = 384
 SPRITE_MARGIN = 2
 OVERSAMPLING = 2
-# Side of a sprite that is ready for sampling, in its own pixels.
+# Side of a sprite prepared for sampling, in its own pixels.
 STAMP_SIZE = (SPRITE_SIZE + 2 * SPRITE_MARGIN) * OVERSAMPLING
 OPAQUE = 128
 # 256 times the weights of cubic convolution (Keys 1981, a = -1/2) at distances 1.75, 0.75, 0.25, 1.25.
@@ -98,9 +98,9 @@ def _read(name: str) -> np.ndarray:
 def _make_stamps(sprites: np.ndarray) -> np.ndarray:
     """``(n, 28, 28)`` uint8 sprites to ``(n, 64, 64)`` uint32 stamps of brightness and coverage.
 
-    A sprite's rim is a mixture of garment and black: the share of the garment is the rim's brightness relative to the
-    mean of the garment beside it. That mean is carried into the rim and past it, so that interpolation there mixes
-    garment with garment.
+    A sprite's rim is a mixture of garment and black: the garment's share is the rim's brightness relative to the mean
+    of the garment beside it. That mean extends into the rim and beyond, so that interpolation there mixes garment with
+    garment.
     """
     margin = ((0, 0), (SPRITE_MARGIN, SPRITE_MARGIN), (SPRITE_MARGIN, SPRITE_MARGIN))
     sprites = np.pad(sprites, margin).astype(np.int16)

@@ -1,4 +1,4 @@
-"""What a scene shows: a plan drawn from random numbers, all of it in simple numbers that a test can read."""
+"""The plan of a scene, drawn from random numbers: textures and garments as plain numbers that a test can read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_GARMENTS = 6
 EMPTY_SHARE = 0.04
 # How often a scene has one texture, and how often at most two.
 TEXTURE_SHARES = (0.40, 0.85)
-# Texture pixels to a pixel of the scene: beyond this, bilinear samples would skip over the texture's grain.
+# Texture pixels per pixel of the scene; with more, bilinear samples would skip the texture's grain.
 MAX_REDUCTION = 1.5
 STRAIGHT_SHARE = 0.4
 # Natural hues that overlap, so that color alone does not tell the textures apart.
@@ -29,7 +29,7 @@ MAX_HALF_TURN = 0.16
 class Draws:
     """Random numbers that depend on the key alone.
 
-    Only the raw words of the Philox generator are used, which NumPy keeps the same from version to version.
+    They use only the raw words of the Philox generator, which NumPy keeps the same in all versions.
     """
 
     def __init__(self, seed: int, split_index: int, index: int):
@@ -63,7 +63,7 @@ class Draws:
 
 @dataclass(frozen=True)
 class Boundary:
-    """The curve beyond which a texture covers those laid before it: a line through (x, y), or a wave along it."""
+    """The curve beyond which a texture covers earlier ones: a line through (x, y), or a wave along it."""
 
     x: float
     y: float
@@ -75,7 +75,7 @@ class Boundary:
 
 @dataclass(frozen=True)
 class Region:
-    """One texture of the background: which class, which part of its picture, and its look."""
+    """One texture of the background: its class, the part of its picture that it shows, and its look."""
 
     stuff: int
     box: tuple[float, float, float, float]
@@ -89,7 +89,7 @@ class Region:
 
 @dataclass(frozen=True)
 class Garment:
-    """One garment: which, where its center lies, how long its 28-pixel sprite is in pixels, and its look.
+    """One garment: its class and number, its center, the length of its 28-pixel sprite in pixels, and its look.
 
     ``half_turn`` is the tangent of half the angle by which it is turned.
     """
@@ -106,10 +106,10 @@ class Garment:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a scene of (height, width) pixels shows: textures in the order they are laid, garments back to front.
+    """The content of a scene of (height, width) pixels: textures in the order they are laid, garments back to front.
 
-    A garment's shadow falls ``shadow`` = (rows, columns) from it and takes ``shadow_depth`` 256ths of the light. It
-    changes no truth.
+    A garment's shadow lies ``shadow`` = (rows, columns) from it and takes ``shadow_depth`` 256ths of the light. It does
+    not change the truth.
     """
 
     size: tuple[int, int]
@@ -182,5 +182,6 @@ def _draw_garment(library: Library, draws: Draws, size: tuple[int, int]) -> Garm
 
 def _color(hue: float, saturation: float, value: float) -> tuple[float, float, float]:
     """Red, green and blue in 0..1 of a color in the HSV hexcone."""
-    red, green, blue = (min(max(abs((6 * hue + shift) % 6 - 3) - 1, 0.0), 1.0) for shift in (0, 4, 2))
-    return tuple(value * (1 - saturation * (1 - part)) for part in (red, green, blue))
+    parts = (min(max(abs((6 * hue + shift) % 6 - 3) - 1, 0.0), 1.0) for shift in (0, 4, 2))
+    red, green, blue = (value * (1 - saturation * (1 - part)) for part in parts)
+    return red, green, blue

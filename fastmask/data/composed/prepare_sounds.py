@@ -1,11 +1,11 @@
-"""Makes the recordings in ``fastmask/data/assets`` from those of Sonic Pi.
+"""Makes the recordings in ``fastmask/data/assets`` from the samples of Sonic Pi.
 
     sudo apt-get install sonic-pi-samples
     pip install soundfile scipy
     python -m fastmask.data.composed.prepare_sounds
 
-Each recording is mixed to mono, resampled to 16 kHz, cut to where it is heard and scaled to a peak of 1. Of every
-class's recordings, in alphabetical order, each third goes to the val split and the others to train.
+Each recording is mixed to mono, resampled to 16 kHz, cut to its audible part and scaled to a peak of 1. In alphabetical
+order, every third recording of a class goes to the val split and the others to train.
 """
 
 from __future__ import annotations
@@ -55,8 +55,7 @@ ENVELOPE = 0.01  # seconds over which loudness is measured
 
 
 def prepare(samples: np.ndarray, rate: int, longest: float) -> np.ndarray:
-    """A recording ``(S,)`` or ``(S, channels)`` as the library holds it: from where it is first heard until it no
-    longer is, or ``longest`` seconds."""
+    """The audible part of a recording ``(S,)`` or ``(S, channels)``, of at most ``longest`` seconds."""
     from scipy.signal import resample_poly
 
     mono = samples.mean(1) if samples.ndim == 2 else samples
@@ -83,7 +82,8 @@ def main() -> None:
         longest = LONGEST["ambience" if kind == AMBIENCE else "event"]
         for i, name in enumerate(sorted(SOURCES[kind].split())):
             split = "val" if i % VAL_STEP == VAL_STEP - 1 else "train"
-            sound = prepare(*soundfile.read(source / f"{name}.flac"), longest)
+            samples, rate = soundfile.read(source / f"{name}.flac")
+            sound = prepare(samples, rate, longest)
             sounds[split].append(sound)
             index[split].append({"name": name, "class": kind, "samples": len(sound)})
     for split in SPLITS:

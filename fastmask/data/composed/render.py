@@ -1,7 +1,7 @@
 """The pixels and the truth of a planned scene.
 
-All of it is integer arithmetic, or float64 arithmetic of single additions, multiplications and divisions, so that the
-same plan gives the same bits on any machine.
+It uses integer arithmetic, and float64 additions, multiplications and divisions one at a time, so that the same plan
+gives the same bits on any machine.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from fastmask.data.composed.library import OPAQUE, OVERSAMPLING, SPRITE_MARGIN, 
 from fastmask.data.composed.plan import Boundary, Garment, Plan, Region
 
 VOID = 255
-# A garment of which less can be seen is left out of the scene; a texture of which less can be seen is void.
+# A garment with a smaller visible part is left out of the scene; a texture with a smaller one is void.
 MIN_VISIBLE_PIXELS = 24
 MIN_VISIBLE_SHARE = 0.25
-# Gray levels that a texture's mean and a garment's black become before they are tinted.
+# The gray levels of a texture's mean and a garment's black before tinting.
 TEXTURE_LEVEL = 155
 GARMENT_BLACK = 70
 FIXED_POINT = 16
@@ -27,8 +27,8 @@ Window = tuple[slice, slice]
 def render_scene(library: Library, plan: Plan) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """The pixels and the truth of a plan.
 
-    A garment owns the pixels that it covers by half or more; of two, the one in front. A pixel that no garment owns
-    belongs to its texture. Garments of which too little can be seen are not painted at all.
+    A garment owns the pixels that it covers by half or more; where two do, the front one owns them. A pixel without a
+    garment belongs to its texture. Garments with too small a visible part are not painted.
 
     Returns:
         image: ``(H, W, 3)`` uint8.
@@ -54,7 +54,7 @@ def render_scene(library: Library, plan: Plan) -> tuple[np.ndarray, np.ndarray, 
         _paint(image, plan.garments[i], *covers[i])
 
     lookup = np.full(num_regions + len(covers), VOID, np.uint8)
-    labels = []
+    labels: list[int] = []
     for i in shown:
         lookup[num_regions + i] = len(labels)
         labels.append(plan.garments[i].label)
@@ -75,6 +75,7 @@ def _background(library: Library, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
     ground = np.zeros(plan.size, np.uint8)
     image = _texture(library, plan.size, plan.regions[0])
     for r, region in enumerate(plan.regions[1:], 1):
+        assert region.boundary is not None  # only the first region has none
         distance = _distance(plan.size, region.boundary)
         ground[distance >= 0] = r
         weight = np.clip(np.rint(256 * distance) + 128, 0, 256).astype(np.int32)[:, :, None]
@@ -92,7 +93,7 @@ def _distance(size: tuple[int, int], boundary: Boundary) -> np.ndarray:
         return across
     along = (rows * cosine - columns * sine) / boundary.wavelength + boundary.phase
     part = along - np.floor(along)
-    # Two parabolas stand in for a sine, whose last bit differs from one mathematics library to another.
+    # Two parabolas replace a sine, whose last bit differs between mathematics libraries.
     wave = np.where(part < 0.5, part * (0.5 - part), (part - 0.5) * (part - 1)) * 16
     return across + boundary.amplitude * wave
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,8 +26,8 @@ class Scene(NamedTuple):
     Attributes:
         image: ``(3, H, W)`` float32 in 0..1.
         segments: ``(H, W)`` uint8, the index ``0..M-1`` of the segment that owns the pixel, or 255 at void.
-        labels: ``(M,)`` int64, the class of each segment: 0..9 garments, 10..12 textures. Every garment is a segment
-            of its own, from back to front; the textures follow, one segment each.
+        labels: ``(M,)`` int64, the class of each segment: 0..9 garments, 10..12 textures. Every garment is one segment,
+            from back to front; the textures follow, one segment each.
     """
 
     image: Tensor
@@ -38,13 +38,13 @@ class Scene(NamedTuple):
 class ComposedScenes(Dataset[Scene]):
     """Garments of Fashion-MNIST over brick, grass and gravel: real pixels, put together.
 
-    Scene ``i`` depends on ``split``, ``seed``, ``size`` and ``i`` alone: not on the length, on the order in which
-    scenes are read, or on the process that reads them. The two splits share no garment and no part of a texture.
-    A scene has up to six garments, which hide each other and reach over the border, or none at all.
+    Scene ``i`` depends only on ``split``, ``seed``, ``size`` and ``i``: not on the length, the order in which scenes
+    are read, or the process that reads them. The two splits share no garment and no part of a texture. A scene has at
+    most six garments, which may hide each other and cross the border.
 
     Args:
         split: ``"train"`` or ``"val"``.
-        length: how many scenes; 4096 for train and 512 for val by default.
+        length: the number of scenes; 4096 for train and 512 for val by default.
         size: (H, W) in pixels, at least 32 each.
         seed: chooses other scenes, 0..2**64-1.
 
@@ -88,7 +88,7 @@ class ComposedScenes(Dataset[Scene]):
         )
 
     def plan(self, index: int) -> Plan:
-        """What scene ``index`` is composed of."""
+        """The plan of scene ``index``."""
         index = _integer("index", index)
         if not 0 <= index < self.length:
             raise IndexError(f"index {index} is out of range for the {self.length} scenes of split {self.split!r}")
@@ -97,7 +97,7 @@ class ComposedScenes(Dataset[Scene]):
     def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in vars(self).items() if name != "_library"}
 
-    def __setstate__(self, state: dict[str, object]) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _library=load_library(state["split"]))
 
 

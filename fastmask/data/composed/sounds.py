@@ -1,15 +1,15 @@
-"""The recordings that clips are composed from, read from the package."""
+"""The recordings of the clips, read from the package."""
 
 from __future__ import annotations
 
 import functools
-import json
 from dataclasses import dataclass
 
 import numpy as np
 
 from fastmask.data.composed.library import ASSET_DIRECTORY
 from fastmask.extras import extra
+from fastmask.files import read_json
 
 EVENT_CLASSES = ("kick", "snare", "cymbal", "tom", "tabla", "bell", "bass")
 AMBIENCE = "ambience"
@@ -26,7 +26,7 @@ class SoundLibrary:
     """Recordings of one split, mono at 16 kHz, float32 with a peak of 1.
 
     Attributes:
-        events: for each class of ``EVENT_CLASSES`` its recordings, which begin and end where they are heard.
+        events: for each class of ``EVENT_CLASSES`` its recordings, cut to their audible part.
         ambience: recordings without events.
     """
 
@@ -40,7 +40,7 @@ def load_sounds(split: str) -> SoundLibrary:
 
     Raises:
         FileNotFoundError: the package was installed without its sounds.
-        ImportError: the package soundfile is missing.
+        ImportError: soundfile is missing.
     """
     with extra("sound"):
         import soundfile
@@ -49,7 +49,7 @@ def load_sounds(split: str) -> SoundLibrary:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; install fastmask with its data files")
     samples, _ = soundfile.read(path, dtype="float32")
-    index = json.loads((ASSET_DIRECTORY / INDEX_FILE).read_text(encoding="utf-8"))[split]
+    index = read_json(ASSET_DIRECTORY / INDEX_FILE)[split]
     recordings: dict[str, list[np.ndarray]] = {name: [] for name in (*EVENT_CLASSES, AMBIENCE)}
     begin = 0
     for entry in index:
