@@ -55,7 +55,7 @@ class PredictionOptions:
 def with_shared_options(command: Callable[..., None]) -> Callable[..., None]:
     """Replaces the parameters of a command that are dataclasses by one option for each of their fields."""
     hints = get_type_hints(command, include_extras=True)
-    groups = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
     parameters = []
     for name, parameter in inspect.signature(command).parameters.items():
         if name not in groups:

@@ -60,10 +60,10 @@ class ShardDataset(SegmentationDataset):
     folder, or ``KEY.panoptic.png`` and ``KEY.segments.json``: segment ids R + 256 G + 65536 B, 0 at void, and a list of
     {"id", "category_id", "iscrowd"}, where the category is the index of a class. :func:`write_shards` writes all of it.
 
-    Shards are local files or whatever URLs webdataset opens ("https:", "gs:", "pipe:COMMAND"). Training reads them with
-    a :class:`ShardStream`. ``dataset[i]`` reads the shard of the sample up to the sample, unless it continues with a
-    later sample of the same shard, so that reading in order costs one pass. ``check_dataset`` does not read shards:
-    broken samples raise errors when they are read.
+    Shards are local files or URLs that webdataset opens ("https:", "gs:", "pipe:COMMAND"). Training reads them with a
+    :class:`ShardStream`. ``dataset[i]`` reads the shard from its beginning, or on from the last sample: reading in
+    order, as evaluation does, costs one pass in each process. ``check_dataset`` does not read shards: broken samples
+    raise errors when they are read.
 
     Args:
         pattern: paths or URLs with ranges and lists in braces; local paths may have ``*``. Shards of other splits are
@@ -209,8 +209,8 @@ class ShardStream(IterableDataset[Sample]):
         share, shares = self.rank * workers + part, self.world_size * workers
         if len(counts) < shares:
             raise ValueError(
-                f"{len(counts)} shards of split {self.dataset.split!r} for {self.world_size} processes with {workers} "
-                "workers each; expected one for each at least"
+                f"{len(counts)} shards of split {self.dataset.split!r} for {self.world_size} processes times {workers} "
+                "workers; expected at least one for each worker"
             )
         skipped = len(range(part, self.first_batch, workers)) * self.batch_size
         for epoch in itertools.count():

@@ -31,7 +31,7 @@ def evaluate(truth: dict[str, Any], found: dict[str, Any]) -> tuple[np.ndarray, 
     import hotcoco
 
     _threads_of = os.getpid()
-    evaluation = hotcoco.COCOeval(hotcoco.COCO(truth), hotcoco.COCO(found), "segm")
+    evaluation: Any = hotcoco.COCOeval(hotcoco.COCO(truth), hotcoco.COCO(found), "segm")
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation.run()
     return evaluation.stats, evaluation.eval["precision"]

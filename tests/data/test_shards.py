@@ -135,7 +135,7 @@ def test_what_is_wrong_is_named(folder, tmp_path):
         open_dataset(pattern(folder), "test")
     with pytest.raises(FileNotFoundError, match="no shard of split 'val'"):
         open_dataset(pattern(folder), "val")
-    with pytest.raises(ValueError, match="6 shards of split 'train' for 7 processes with 1 workers each"):
+    with pytest.raises(ValueError, match="6 shards of split 'train' for 7 processes times 1 workers"):
         next(iter(ShardStream(open_dataset(pattern(folder), "train"), CROP, 0, 1, world_size=7)))
     copy = tmp_path / "copy"
     copy.mkdir()

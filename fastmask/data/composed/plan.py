@@ -63,10 +63,9 @@ class Draws:
 
 @dataclass(frozen=True)
 class Boundary:
-    """The curve beyond which a texture covers earlier ones: a line through (x, y), or a wave along it."""
+    """The curve beyond which a texture covers earlier ones: a line through a point (x, y), or a wave along it."""
 
-    x: float
-    y: float
+    point: tuple[float, float]
     normal: tuple[float, float]
     amplitude: float
     wavelength: float
@@ -147,8 +146,7 @@ def _draw_region(library: Library, draws: Draws, size: tuple[int, int], stuff: i
         shorter = min(size)
         amplitude = 0.0 if draws.uniform() < STRAIGHT_SHARE else shorter * draws.uniform(0.02, 0.07)
         boundary = Boundary(
-            x=width * draws.uniform(0.2, 0.8),
-            y=height * draws.uniform(0.2, 0.8),
+            point=(width * draws.uniform(0.2, 0.8), height * draws.uniform(0.2, 0.8)),
             normal=draws.direction(),
             amplitude=amplitude,
             wavelength=shorter * draws.uniform(0.5, 1.2),

@@ -85,8 +85,9 @@ def _background(library: Library, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
 
 def _distance(size: tuple[int, int], boundary: Boundary) -> np.ndarray:
     """``(H, W)`` float64: about how many pixels each pixel lies beyond the boundary; negative before it."""
-    rows = np.arange(size[0])[:, None] + (0.5 - boundary.y)
-    columns = np.arange(size[1])[None, :] + (0.5 - boundary.x)
+    x, y = boundary.point
+    rows = np.arange(size[0])[:, None] + (0.5 - y)
+    columns = np.arange(size[1])[None, :] + (0.5 - x)
     cosine, sine = boundary.normal
     across = columns * cosine + rows * sine
     if boundary.amplitude == 0:
