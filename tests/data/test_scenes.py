@@ -110,8 +110,8 @@ def _ground(plan):
         line = region.boundary
         nx, ny = line.normal
         assert np.hypot(nx, ny) == pytest.approx(1)
-        across = (x - line.x) * nx + (y - line.y) * ny
-        phase = (((y - line.y) * nx - (x - line.x) * ny) / line.wavelength + line.phase) % 1
+        across = (x - line.point[0]) * nx + (y - line.point[1]) * ny
+        phase = (((y - line.point[1]) * nx - (x - line.point[0]) * ny) / line.wavelength + line.phase) % 1
         wave = 4 * np.where(phase < 0.5, 2 * phase * (1 - 2 * phase), -(2 * phase - 1) * (2 - 2 * phase))
         ground[across + line.amplitude * wave >= 0] = region.stuff
     return ground
