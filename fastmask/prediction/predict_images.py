@@ -221,7 +221,7 @@ def _run(
 def _image_model(model: Any) -> SegmentationModel:
     if not isinstance(model, SegmentationModel):
         raise TypeError(f"a {type(model).__name__} does not segment images")
-    channels = len(model.config.pixel_mean)
+    channels = len(model.pixel_mean)
     if channels != 3:
         raise TypeError(f"the model takes images of {channels} channels; expected 3, red, green and blue")
     return model
