@@ -76,22 +76,20 @@ bench: setup ## run the benchmarks and render the tables of README and docs
 	$(BIN)/python benchmarks/report.py
 
 docs: $(VENV)/.installed ## build the documentation into build/site; a broken link or reference fails
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[docs]"
 	$(BIN)/python benchmarks/report.py --check
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # The wheel is built from the source distribution. Torch's libraries stay out of it: they are loaded before ours.
 wheel: $(VENV)/.installed ## build sdist and wheel into dist, repair the wheel, and try it in a new environment
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[wheel]"
 	rm -rf build/wheel && mkdir -p build/wheel
 	$(BIN)/python -m build --no-isolation --outdir build/wheel
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' \
-	  --wheel-dir dist build/wheel/*.whl
-	cp build/wheel/*.tar.gz dist
+	  --wheel-dir build/wheel/repaired build/wheel/*.whl
 	$(PYTHON) -m venv build/wheel/env
 	build/wheel/env/bin/python -m pip install --quiet "$(TORCH)" numpy
-	build/wheel/env/bin/python -m pip install --quiet --find-links dist --only-binary fastmask-kernels fastmask-kernels
+	build/wheel/env/bin/python -m pip install --quiet build/wheel/repaired/*.whl
 	cd build/wheel && env/bin/python $(CURDIR)/.ci/wheel_smoke.py
+	mkdir -p dist && cp build/wheel/*.tar.gz build/wheel/repaired/*.whl dist
 
 lint: $(VENV)/.installed ## check style: ruff and clang-format; the workflows: zizmor, and actionlint if it is installed
 	$(BIN)/ruff check .
