@@ -64,8 +64,11 @@ def test_wheel_works_where_it_is_installed(wheel, tmp_path):
     site = tmp_path / "site"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, wheel]
     subprocess.run(install, check=True)
-    code = USE.format(site=str(site))
     environment = {**os.environ, "PYTHONPATH": str(site)}
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert "mask_cost          native" in run.stdout
+    for arguments in (["-c", USE.format(site=str(site))], [ROOT / ".ci" / "wheel_smoke.py"]):
+        run = subprocess.run(
+            [sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert run.returncode == 0, run.stderr
+        assert "mask_cost          native" in run.stdout
+    assert f"from {site}" in run.stdout
