@@ -16,7 +16,7 @@ import torch
 import typer
 from tqdm import tqdm
 
-from benchmarks.harness.machine import ROOT, best_rates, commit, default_name, describe_machine
+from benchmarks.harness.machine import ROOT, best_rates, commit, default_name, describe_machine, use_device
 from benchmarks.harness.registry import Case, Operation, load_operations
 from benchmarks.harness.results import read_results, write_results
 from benchmarks.harness.runner import Row, measure_case
@@ -58,12 +58,10 @@ def main(
     output: Annotated[Path | None, typer.Option(help="Result file; by default one for each machine.")] = None,
 ) -> None:
     """Checks that all providers agree, times them in turns, and merges the rows into a JSON file."""
-    if device not in ("cpu", "cuda"):
-        raise typer.BadParameter(f"device must be cpu or cuda, got {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter("device is cuda, but torch finds no CUDA device")
-    if threads is not None:
-        torch.set_num_threads(threads)
+    try:
+        used = use_device(device, threads)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     operations = load_operations()
     if unknown := [name for name in op if name not in operations]:
         raise typer.BadParameter(f"no operation {', '.join(unknown)}; there are {', '.join(operations)}")
@@ -84,7 +82,7 @@ def main(
     folder = TRIALS if suite == "quick" else RESULTS
     names = {p.name for operation, *_ in chosen for p in operation.providers if compiled or not p.compiles}
     providers = names & set(provider) if provider else names
-    rows, path = run(chosen, torch.device(device), plan, providers, folder, output)
+    rows, path = run(chosen, used, plan, providers, folder, output)
     if plots:
         from benchmarks.harness.plots import write_plots
 

@@ -14,7 +14,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from tqdm import tqdm
 
@@ -22,7 +21,7 @@ from benchmarks.ablations.images import SCENES
 from benchmarks.ablations.plan import COMPARISONS, LAYERS, QUERIES, Run, Settings, plan
 from benchmarks.ablations.sounds import CLIPS
 from benchmarks.ablations.training import Bench
-from benchmarks.harness.machine import ROOT, commit, default_name, describe_machine
+from benchmarks.harness.machine import ROOT, commit, default_name, describe_machine, use_device
 from benchmarks.harness.results import read_results, write_results
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -55,16 +54,10 @@ def main(
     Each finished run is kept as it ends. The same command continues after an interruption; more seeds or comparisons
     add to what is there, with the steps that it was trained with.
     """
-    if device not in ("cpu", "cuda"):
-        raise typer.BadParameter(f"device must be cpu or cuda, got {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter("device is cuda, but torch finds no CUDA device")
-    if threads is not None:
-        torch.set_num_threads(threads)
     images = Settings(data, model, pretrained, size, val_samples, batch_size, steps or 1, learning_rate, precision)
     sound = replace(images, data=CLIPS, model=SOUND_MODEL, pretrained="", size=CLIP_SECONDS)
     try:
-        bench = Bench(images, sound, torch.device(device), workers)
+        bench = Bench(images, sound, use_device(device, threads), workers)
         runs = plan(bench.comparisons(queries, layers), only, seeds)
     except (ValueError, FileNotFoundError) as error:
         raise typer.BadParameter(str(error)) from error

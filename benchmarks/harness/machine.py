@@ -144,6 +144,17 @@ def _best_seconds(call: Callable[[], Any], repeats: int) -> float:
     return min(times)
 
 
+def use_device(name: str, threads: int | None) -> torch.device:
+    """The device of the options ``--device`` and ``--threads``, checked and set. ValueError: it is not there."""
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu or cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda, but torch finds no CUDA device")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return torch.device(name)
+
+
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """Names, sizes and versions, for the result file."""
     machine: dict[str, Any] = {

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.harness.agreement import ErrorBudget
 from benchmarks.harness.graphs import captured
@@ -18,7 +18,6 @@ from fastmask import HungarianMatcher, SetCriterion, assign, class_loss
 
 EOS_COEF = 0.1
 WEIGHTS = {"loss_ce": 1.0, "loss_mask": mask_loss.WEIGHT_MASK, "loss_dice": mask_loss.WEIGHT_DICE}
-TRANSFORMERS_NAMES = {"loss_ce": "loss_cross_entropy", "loss_mask": "loss_mask", "loss_dice": "loss_dice"}
 CASES = (
     Case("quick", QUICK, ("quick",)),
     Case("B2 L7 M20, segment map", TRAINING, ("cpu",)),
@@ -134,31 +133,34 @@ def as_outputs(leaves: Leaves) -> dict[str, object]:
     return {**layers[-1], "aux_outputs": layers[:-1]}
 
 
-def prepare_transformers(inputs: Inputs) -> Callable[[], Losses]:
-    """MaskFormerLoss as transformers' models call it. Logits in float32, as its arithmetic in bfloat16 would miss the
-    error budget."""
-    from transformers.models.maskformer.modeling_maskformer import MaskFormerHungarianMatcher, MaskFormerLoss
+def transformers_losses(
+    judge: nn.Module, class_logits: Iterable[Tensor], mask_logits: Iterable[Tensor], masks: list, labels: list
+) -> dict[str, Tensor]:
+    """As transformers' models call their losses, under our names. Logits in float32, as their arithmetic in bfloat16
+    would miss the error budget."""
+    layers = [
+        {"class_queries_logits": c.float(), "masks_queries_logits": m.float()}
+        for c, m in zip(class_logits, mask_logits, strict=True)
+    ]
+    losses = judge(**layers[-1], mask_labels=masks, class_labels=labels, auxiliary_predictions=layers[:-1])
+    return {name.replace("cross_entropy", "ce"): loss for name, loss in losses.items()}
 
-    matcher = MaskFormerHungarianMatcher(**mask_cost.WEIGHTS)
-    criterion = MaskFormerLoss(inputs.num_classes, matcher, WEIGHTS, EOS_COEF).to(inputs.mask_logits.device)
+
+def transformers_call(inputs: Inputs, judge: nn.Module, weights: Mapping[str, float]) -> Callable[[], Losses]:
+    judge.to(inputs.mask_logits.device)
     masks, labels = as_lists(inputs)
     leaves = layer_leaves(inputs)
-
-    def call() -> Losses:
-        layers = [
-            {"class_queries_logits": c.float(), "masks_queries_logits": m.float()} for c, m in zip(*leaves, strict=True)
-        ]
-        losses = criterion(**layers[-1], mask_labels=masks, class_labels=labels, auxiliary_predictions=layers[:-1])
-        ours = {theirs: name for name, theirs in TRANSFORMERS_NAMES.items()}
-        return backward({rename(name, ours): loss for name, loss in losses.items()}, leaves)
-
-    return call
+    return lambda: backward(transformers_losses(judge, *leaves, masks, labels), leaves, weights)
 
 
-def rename(name: str, names: Mapping[str, str]) -> str:
-    """``name`` with its stem replaced and its layer suffix kept."""
-    stem = name.rstrip("_0123456789")
-    return names[stem] + name.removeprefix(stem)
+def make_transformers_loss(num_classes: int) -> nn.Module:
+    from transformers.models.maskformer.modeling_maskformer import MaskFormerHungarianMatcher, MaskFormerLoss
+
+    return MaskFormerLoss(num_classes, MaskFormerHungarianMatcher(**mask_cost.WEIGHTS), WEIGHTS, EOS_COEF)
+
+
+def prepare_transformers(inputs: Inputs) -> Callable[[], Losses]:
+    return transformers_call(inputs, make_transformers_loss(inputs.num_classes), WEIGHTS)
 
 
 OPERATION = Operation(

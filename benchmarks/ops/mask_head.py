@@ -128,25 +128,14 @@ def prepare_logits(head: HeadInputs) -> Callable[[], Any]:
 
 def prepare_transformers(head: HeadInputs) -> Callable[[], Any]:
     """A product a layer and MaskFormerLoss, in float32 as in the criterion's benchmark."""
-    from transformers.models.maskformer.modeling_maskformer import MaskFormerHungarianMatcher, MaskFormerLoss
-
-    matcher = MaskFormerHungarianMatcher(**criterion.mask_cost.WEIGHTS)
-    num_classes = head.class_logits.shape[-1] - 1
-    judge = MaskFormerLoss(num_classes, matcher, criterion.WEIGHTS, criterion.EOS_COEF).to(head.mask_embed.device)
+    judge = criterion.make_transformers_loss(head.class_logits.shape[-1] - 1).to(head.mask_embed.device)
     masks, labels = inputs.as_lists(head.as_logits(head.mask_embed))
     leaves = head.leaves
-    ours = {theirs: name for name, theirs in criterion.TRANSFORMERS_NAMES.items()}
 
     def call() -> Any:
-        layers = [
-            {
-                "class_queries_logits": classes.float(),
-                "masks_queries_logits": torch.einsum("bnc,bchw->bnhw", embed, leaves[2]).float(),
-            }
-            for classes, embed in zip(leaves[0], leaves[1], strict=True)
-        ]
-        losses = judge(**layers[-1], mask_labels=masks, class_labels=labels, auxiliary_predictions=layers[:-1])
-        return criterion.backward({criterion.rename(name, ours): loss for name, loss in losses.items()}, (leaves, []))
+        mask_logits = (torch.einsum("bnc,bchw->bnhw", embed, leaves[2]) for embed in leaves[1])
+        losses = criterion.transformers_losses(judge, leaves[0], mask_logits, masks, labels)
+        return criterion.backward(losses, (leaves, []))
 
     return call
 

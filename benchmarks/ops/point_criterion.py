@@ -21,18 +21,17 @@ from benchmarks.ops.criterion import (
     drop_in_call,
     layer_leaves,
     reference_call,
-    rename,
     require_kernels,
     stacked_call,
+    transformers_call,
 )
-from benchmarks.ops.inputs import GPU_TRAINING, QUICK, TRAINING, Inputs, as_lists, judged, judged_layers, make_inputs
+from benchmarks.ops.inputs import GPU_TRAINING, QUICK, TRAINING, Inputs, judged, judged_layers, make_inputs
 from fastmask import HungarianMatcher, MaskTerm, PointSampling, SetCriterion
 
 WEIGHTS = {"loss_ce": 2.0, "loss_mask": 5.0, "loss_dice": 5.0}
 COSTS = {"cost_class": 2.0, "cost_mask": 5.0, "cost_dice": 5.0}
 EOS_COEF = 0.1
 SAMPLING = PointSampling()
-TRANSFORMERS_NAMES = {"loss_cross_entropy": "loss_ce", "loss_mask": "loss_mask", "loss_dice": "loss_dice"}
 CASES = (
     Case("quick", QUICK, ("quick",)),
     Case("B2 L10 M20, segment map", TRAINING | {"layers": 10}, ("cpu",)),
@@ -124,7 +123,6 @@ def prepare_reference(inputs: Inputs) -> Callable[[], Losses]:
 
 
 def prepare_transformers(inputs: Inputs) -> Callable[[], Losses]:
-    """Mask2FormerLoss as transformers' models call it. Logits in float32, as in the other benchmarks."""
     from transformers import Mask2FormerConfig
     from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
 
@@ -138,18 +136,7 @@ def prepare_transformers(inputs: Inputs) -> Callable[[], Losses]:
         oversample_ratio=SAMPLING.oversample_ratio,
         importance_sample_ratio=SAMPLING.importance_sample_ratio,
     )
-    criterion = Mask2FormerLoss(config, WEIGHTS).to(inputs.mask_logits.device)
-    masks, labels = as_lists(inputs)
-    leaves = layer_leaves(inputs)
-
-    def call() -> Losses:
-        layers = [
-            {"class_queries_logits": c.float(), "masks_queries_logits": m.float()} for c, m in zip(*leaves, strict=True)
-        ]
-        losses = criterion(**layers[-1], mask_labels=masks, class_labels=labels, auxiliary_predictions=layers[:-1])
-        return backward({rename(name, TRANSFORMERS_NAMES): loss for name, loss in losses.items()}, leaves, WEIGHTS)
-
-    return call
+    return transformers_call(inputs, Mask2FormerLoss(config, WEIGHTS), WEIGHTS)
 
 
 OPERATION = Operation(
