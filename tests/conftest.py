@@ -13,7 +13,7 @@ import torch
 
 from fastmask.ops._registry import EXTENSION, EXTENSION_ERROR, SIMD_LEVELS
 from fastmask.testing import cap_simd_level, simd_levels
-from tests.helpers.interpreter import interpreted_kernels
+from tests.helpers import backends
 
 if TYPE_CHECKING:
     from tests.helpers.compiled import Emulation
@@ -61,6 +61,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.randomly_reset_seed = False  # to numbers that are others in each run; see _seeded
     if config.getoption("--compiled") is not None:
         config.stash[EMULATION] = emulation(config)
+    elif not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 
 
 def emulation(config: pytest.Config) -> Emulation:
@@ -140,8 +142,11 @@ def generator(request: pytest.FixtureRequest) -> torch.Generator:
 @pytest.fixture(scope="module")
 def triton_kernels(request: pytest.FixtureRequest) -> Iterator[None]:
     """``backend="triton"`` runs on CPU tensors: in Triton's interpreter, or with --compiled in an emulator of a GPU."""
-    emulation = request.config.stash.get(EMULATION, None)
-    with interpreted_kernels() if emulation is None else emulation.triton_kernels():
+    if EMULATION in request.config.stash:
+        with request.config.stash[EMULATION].triton_kernels():
+            yield
+    else:
+        backends.interpret()
         yield
 
 

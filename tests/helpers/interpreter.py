@@ -1,12 +1,11 @@
-"""Runs Triton kernels on the CPU, through Triton's interpreter, inside an ordinary test process.
+"""Triton's interpreter, made faster, and independent of the processor.
 
-Triton decides whether a kernel is compiled or interpreted where ``@triton.jit`` decorates it, from TRITON_INTERPRET.
-That variable must not be set for the whole process: other tests compile the same kernels for GPUs, or want to hear
-that there is no kernel for CPU tensors. So the variable's value is changed for a while, our kernels are imported
-afresh in that time, and those functions of ``triton.language`` that are kernels themselves (``tl.sum``), or are called
-by such (those of ``tl.random``), are replaced by interpreted ones. Afterwards all is as before, also what the
-interpreter patches in ``triton.language`` and leaves so. It would patch at each call of a kernel and of a function that
-a kernel calls, which takes as long as much of what they compute: here it does so once.
+``tests/conftest.py`` sets TRITON_INTERPRET=1 where there is no GPU and no ``--compiled``, before Triton is imported: it
+decides whether a kernel is compiled or interpreted where ``@triton.jit`` decorates it.
+
+For each call of a kernel, and of a function that a kernel calls, the interpreter patches ``triton.language``; for each
+operation it builds the types of the result anew. That takes several times as long as the operation itself. Here each is
+done once.
 
 The interpreter leaves ``tl.dot`` to NumPy's BLAS, which sums in an order that depends on the processor, and on where in
 a tile a row or column lies. As on a GPU, an element of a product depends here on its own row and column alone, so that
@@ -15,21 +14,14 @@ tests may ask for equal bits of what two tilings compute.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import functools
 from typing import Any
 
 import numpy as np
-import triton
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-from triton.runtime.jit import JITFunction
-
-
-def _kernel_modules() -> list[str]:
-    return [name for name in sys.modules if name.startswith("fastmask.kernels.")]
 
 
 def _dot(_: InterpreterBuilder, a: TensorHandle, b: TensorHandle, d: TensorHandle, *precision: Any) -> TensorHandle:
@@ -43,51 +35,69 @@ def _dot(_: InterpreterBuilder, a: TensorHandle, b: TensorHandle, d: TensorHandl
 
 
 class _Patches:
-    """Of ``triton.language``, by the modules of it that a function names; each is made once, and undone at the end."""
+    """Patches ``triton.language`` once for each set of its modules that a function names, and leaves it so."""
 
     def __init__(self) -> None:
-        self.patch, self.scopes = interpreter._patch_lang, {}
+        self.patch, self.done = interpreter._patch_lang, set()
 
     def __call__(self, function: Any) -> _Patches:
         modules = frozenset(x.__name__ for x in function.__globals__.values() if x is tl or x is tl.core)
-        if modules not in self.scopes:
-            self.scopes[modules] = self.patch(function)
+        if modules not in self.done:
+            self.patch(function)
+            self.done.add(modules)
         return self
 
     def restore(self) -> None:
-        """What the interpreter asks for after each kernel."""
-
-    def undo(self) -> None:
-        for scope in reversed(self.scopes.values()):
-            scope.restore()
+        """The interpreter calls this after each kernel."""
 
 
-@contextmanager
-def interpreted_kernels() -> Iterator[None]:
-    """``backend="triton"`` runs on CPU tensors here."""
-    language = (tl, tl.core, tl.math, tl.standard, tl.tensor, tl.core.tensor_descriptor_base, tl.random)
-    patched = (*language, InterpreterBuilder)
-    before = [dict(vars(owner)) for owner in patched]
-    kernels = {name: sys.modules.pop(name) for name in _kernel_modules()}
-    interpret = triton.knobs.runtime.interpret
-    triton.knobs.runtime.interpret = True
-    patches = _Patches()
-    try:
-        interpreter._patch_lang = patches
-        InterpreterBuilder.create_dot = _dot
-        for owner in (tl, tl.random):
-            for name, member in list(vars(owner).items()):
-                if isinstance(member, JITFunction):
-                    setattr(owner, name, triton.jit(member.fn))
-        yield
-    finally:
-        interpreter._patch_lang = patches.patch
-        patches.undo()
-        triton.knobs.runtime.interpret = interpret
-        for owner, members in zip(patched, before, strict=True):
-            for name, member in members.items():
-                if vars(owner).get(name) is not member:
-                    setattr(owner, name, member)
-        for name in _kernel_modules():
-            del sys.modules[name]
-        sys.modules.update(kernels)
+def _intern_block_types() -> None:
+    """Equal block types are one object."""
+    initialize, types = tl.block_type.__init__, {}
+
+    def __new__(cls: type[tl.block_type], element_ty: tl.dtype, shape: Any) -> tl.block_type:
+        key = (element_ty, *[getattr(size, "value", size) for size in shape])
+        if key not in types:
+            types[key] = object.__new__(cls)
+            initialize(types[key], element_ty, shape)
+        return types[key]
+
+    tl.block_type.__new__, tl.block_type.__init__ = __new__, lambda *_: None
+    tl.block_type.__hash__, tl.pointer_type.__hash__ = object.__hash__, lambda self: hash(self.name)
+
+
+def _make_tensors_by_type() -> None:
+    """All tensors of one type share what follows from it."""
+    initialize = tl.tensor.__init__
+
+    def __init__(self: tl.tensor, handle: Any, type: tl.dtype) -> None:
+        if "_of_tensors" not in vars(type):
+            initialize(self, handle, type)
+            type._of_tensors = {name: value for name, value in vars(self).items() if name != "handle"}
+        vars(self).update(vars(type)["_of_tensors"])
+        self.handle = handle
+
+    tl.tensor.__init__ = __init__
+
+
+def _leave_equal_shapes() -> None:
+    """Tensors of equal shapes are not broadcast."""
+    broadcast = TritonSemantic.broadcast_impl_value
+
+    def broadcast_impl_value(self: Any, lhs: Any, rhs: Any) -> tuple[Any, Any]:
+        if lhs.type.is_block() and rhs.type.is_block() and lhs.type.shape.values == rhs.type.shape.values:
+            return lhs, rhs
+        return broadcast(self, lhs, rhs)
+
+    TritonSemantic.broadcast_impl_value = broadcast_impl_value
+
+
+@functools.cache
+def improve() -> None:
+    """Changes the interpreter of this process as the module's docstring says."""
+    interpreter._patch_lang = _Patches()
+    interpreter._get_np_dtype = functools.cache(interpreter._get_np_dtype)
+    InterpreterBuilder.create_dot = _dot
+    _intern_block_types()
+    _make_tensors_by_type()
+    _leave_equal_shapes()

@@ -50,6 +50,14 @@ def test_a_backend_asked_for_by_name_never_falls_back():
         _registry.choose_backend(OPERATOR, "native", torch.empty(1))
 
 
+@pytest.mark.parametrize("operator", [x for x in OPERATORS.values() if x.triton], ids=lambda x: x.name)
+def test_compiled_triton_kernels_take_no_cpu_tensors(operator, monkeypatch):
+    monkeypatch.setattr(_registry, "triton_interpreted", lambda: False)
+    message = f"backend='triton' cannot run {operator.name}: Triton kernels run on CUDA tensors, got a cpu tensor"
+    with pytest.raises(RuntimeError, match=message):
+        _registry.choose_backend(operator, "triton", torch.empty(1))
+
+
 @pytest.mark.usefixtures("without_extension")
 def test_show_config_says_why_the_extension_is_missing(capsys):
     assert "was not built" in fastmask.show_config()

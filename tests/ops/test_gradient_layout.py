@@ -9,8 +9,8 @@ import torch
 import fastmask
 from fastmask import MaskTerm
 from fastmask.testing import simd_levels
+from tests.helpers.backends import kernels
 from tests.helpers.inputs import random_assignment, random_points, random_targets
-from tests.ops.test_non_finite import kernels
 
 # (L, B, N, h, w) each, of memory enough for all.
 SHAPE = (2, 2, 5, 3, 16)

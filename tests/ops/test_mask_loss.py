@@ -246,7 +246,6 @@ BAD_ARGUMENTS = {
     "integer logits": (lambda m, t, a: (m.int(), t, a), {}, TypeError, "mask_logits must be floating point"),
     "unknown reduction": (lambda m, t, a: (m, t, a), {"reduction": "mean"}, ValueError, "reduction must be one of"),
     "no term": (lambda m, t, a: (m, t, a), {"term": "bce"}, TypeError, "term must be a fastmask.MaskTerm, got str"),
-    "no Triton kernel on the CPU": (lambda m, t, a: (m, t, a), {"backend": "triton"}, RuntimeError, "mask_loss"),
 }
 
 

@@ -11,7 +11,7 @@ import fastmask
 from fastmask import masked_attention, reference
 from fastmask.measure import peak_memory
 from fastmask.testing import assert_within_budget, simd_level, simd_levels
-from tests.helpers.interpreter import interpreted_kernels
+from tests.helpers.backends import kernels
 
 # (B, N, heads, channels of a head, key grid, size of the mask logits): each shape is there for a reason. Where a result
 # has few elements, chance decides whether the reference's largest error or the kernel's is twice the other.
@@ -415,7 +415,6 @@ BAD_ARGUMENTS = {
     "padding": ({"key_padding_mask": torch.zeros(3, 34) > 0}, ValueError, "key_padding_mask has shape"),
     "dropout": ({"dropout_p": 1.5}, ValueError, r"dropout_p must lie in 0\.\.1, got 1.5"),
     "backend": ({"backend": "cuda"}, ValueError, "backend must be one of"),
-    "no Triton kernel on the CPU": ({"backend": "triton"}, RuntimeError, "Triton kernels run on CUDA tensors"),
 }
 
 
@@ -438,7 +437,7 @@ def test_float64_takes_the_reference_and_no_kernel(generator):
 def test_heads_too_wide_for_the_triton_kernels_are_named(generator):
     q, k, v, mask_logits, options = random_inputs(SHAPES["wider than the GPU's"], generator)
     with (
-        interpreted_kernels(),
+        kernels("triton"),
         pytest.raises(RuntimeError, match="its kernels take heads of up to 128 channels, got 200"),
     ):
         masked_attention(q, k, v, mask_logits, backend="triton", **options)

@@ -12,8 +12,6 @@ The rules:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from fractions import Fraction
 
 import pytest
@@ -22,23 +20,14 @@ from torch import Tensor
 
 import fastmask
 from fastmask import MaskTerm, Targets
-from fastmask.testing import assert_within_budget, simd_level, simd_levels
+from fastmask.testing import assert_within_budget
 from tests.gpu.test_triton_masked_attention import attended_keys
+from tests.helpers.backends import KERNELS, kernels
 from tests.helpers.inputs import random_assignment, random_logits, random_points, random_targets
-from tests.helpers.interpreter import interpreted_kernels
 
 INF, NAN = torch.inf, torch.nan
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 AT_POINTS = pytest.mark.parametrize("at_points", [False, True], ids=["all pixels", "points"])
-KERNELS = [*(f"native-{level}" for level in simd_levels()), "triton"]
-
-
-@contextmanager
-def kernels(name: str) -> Iterator[str]:
-    """The backend to ask for; a SIMD level of the native one, or Triton through its interpreter."""
-    backend, _, level = name.partition("-")
-    with simd_level(level) if level else interpreted_kernels() if name == "triton" else pytest.MonkeyPatch.context():
-        yield backend
 
 
 def shares(i: int, inputs: int, outputs: int) -> list[tuple[int, Fraction]]:

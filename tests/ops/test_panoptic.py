@@ -388,7 +388,6 @@ BAD_ARGUMENTS = {
     "crop beyond the map": ({"valid_size": (10, 4)}, ValueError, "valid_size"),
     "integer logits": ({"mask_logits": torch.zeros(2, 9, 9, 11).int()}, TypeError, "mask_logits must be floating"),
     "other queries": ({"mask_logits": torch.zeros(2, 8, 9, 11)}, ValueError, "mask_logits"),
-    "no Triton kernel on the CPU": ({"backend": "triton"}, RuntimeError, "panoptic_winners"),
 }
 
 

@@ -192,7 +192,6 @@ BAD_ARGUMENTS = {
         TypeError,
         "term must be a fastmask.MaskTerm, got str",
     ),
-    "a Triton kernel on the CPU": (lambda c, m, t, p: (c, m, t, p), {"backend": "triton"}, RuntimeError, "point_mask"),
 }
 
 

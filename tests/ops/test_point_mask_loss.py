@@ -278,7 +278,6 @@ BAD_ARGUMENTS = {
         TypeError,
         "term must be a fastmask.MaskTerm, got str",
     ),
-    "a Triton kernel on the CPU": (lambda m, t, a, p: (m, t, a, p), {"backend": "triton"}, RuntimeError, "point_mask"),
 }
 
 

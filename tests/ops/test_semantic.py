@@ -324,7 +324,6 @@ BAD_ARGUMENTS = {
     "valid beyond": (lambda c, m: (c, m, (4, 4)), {"valid_size": (33, 1)}, ValueError, "does not lie within"),
     "one embedding": (lambda c, m: (c, (m,), (4, 4)), {}, TypeError, "a pair"),
     "embeddings do not fit": (lambda c, m: (c, (c, m), (4, 4)), {}, ValueError, "mask_embed"),
-    "no Triton kernel on the CPU": (lambda c, m: (c, m, (4, 4)), {"backend": "triton"}, RuntimeError, "semantic"),
     "float64": (lambda c, m: (c, m.double(), (4, 4)), {"backend": "native"}, RuntimeError, "do not read float64"),
 }
 

@@ -4,7 +4,6 @@ pixel, and any byte but 0 is foreground in a mask."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -13,8 +12,8 @@ from torch import Tensor
 
 from fastmask import MaskTerm, Targets, mask_cost, mask_loss
 from fastmask.models._images import fit_targets, pad_images
+from tests.helpers.backends import kernels
 from tests.helpers.inputs import random_assignment, random_logits, random_points, random_targets
-from tests.helpers.interpreter import interpreted_kernels
 
 SHAPE = (1, 2, 3, 3, 2, 3, 4, 6, 8)
 # What would be -1 (or 255) if it were cut down to the map's dtype; and what would be the index of a target then, in any
@@ -30,8 +29,8 @@ IDS = [f"{dtype}, {void}".removeprefix("torch.") for dtype, void in CASES]
 
 @pytest.fixture(params=["reference", "native", "triton"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with interpreted_kernels() if request.param == "triton" else nullcontext():
-        yield request.param
+    with kernels(request.param) as name:
+        yield name
 
 
 def targets_of(dtype: torch.dtype, generator: torch.Generator) -> Targets:

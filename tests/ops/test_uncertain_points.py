@@ -145,7 +145,6 @@ BAD_ARGUMENTS = {
     "query beyond N": (lambda m, a: (m, a + 20), {}, ValueError, "assignment holds"),
     "integer logits": (lambda m, a: (m.int(), a), {}, TypeError, "mask_logits must be floating point"),
     "maps without pixels": (lambda m, a: (m[..., :0], a), {}, ValueError, "at least one pixel"),
-    "a Triton kernel on the CPU": (lambda m, a: (m, a), {"backend": "triton"}, RuntimeError, "uncertain_points"),
 }
 
 
