@@ -43,7 +43,7 @@ build = FASTMASK_CUDA_ARCHS= CXX="$(2)" $(BIN)/python setup.py --quiet build --b
 in = PYTHONPATH="$$(echo $(CURDIR)/build/$(1)/lib.*):$(CURDIR)"
 
 COMPILERS ?= $(notdir $(foreach name,g++-11 g++ clang++,$(shell command -v $(name))))
-OPERATOR_TESTS := $(addprefix tests/ops/test_,$(addsuffix .py,mask_cost point_mask_cost mask_loss point_mask_loss \
+OPERATOR_TESTS := $(addprefix tests/ops/test_,$(addsuffix .py,battery mask_cost mask_loss \
   uncertain_points assign linear_sum_assignment masked_attention semantic panoptic instance))
 
 compilers: $(addprefix compiler-,$(COMPILERS)) ## build with each of COMPILERS that is installed and test the operators

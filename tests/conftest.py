@@ -62,7 +62,17 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--compiled") is not None:
         config.stash[EMULATION] = emulation(config)
     elif not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+        interpret_triton_kernels()
+
+
+def interpret_triton_kernels() -> None:
+    """In this process, from the import of Triton on: it has kernels of its own. Processes that tests start compile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        from triton import knobs
+
+        patch.setattr(knobs, "propagate_env", False)
+        knobs.runtime.interpret = True
 
 
 def emulation(config: pytest.Config) -> Emulation:
@@ -92,7 +102,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests marked cuda are skipped without a GPU, slow ones unless asked for; --compiled leaves those of kernels."""
     if EMULATION in config.stash:
-        chosen = [item for item in items if {"triton_kernels", "emulated"} & set(item.fixturenames)]
+        chosen = [item for item in items if runs_kernels(item)]
         config.hook.pytest_deselected(items=list(set(items) - set(chosen)))
         items[:] = chosen
     for item in items:
@@ -102,6 +112,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
         if item.get_closest_marker("slow") and "slow" not in item.config.getoption("-m"):
             item.add_marker(pytest.mark.skip(reason="takes minutes; run with -m slow"))
+
+
+def runs_kernels(item: pytest.Item) -> bool:
+    """Whether a test is one of GPU kernels, which --compiled runs."""
+    backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+    return backend == "triton" or bool({"triton_kernels", "emulated"} & set(item.fixturenames))
 
 
 @contextmanager
@@ -148,6 +164,14 @@ def triton_kernels(request: pytest.FixtureRequest) -> Iterator[None]:
     else:
         backends.interpret()
         yield
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> str:
+    """The parameter of that name, set indirectly: of "triton" the kernels run on CPU tensors, as ``triton_kernels``."""
+    if request.param == "triton":
+        request.getfixturevalue("triton_kernels")
+    return request.param
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,6 +12,7 @@ import torch
 import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from fastmask.ops import OPERATORS, _registry
@@ -119,13 +120,14 @@ class IndexingByShape(TorchFunctionMode):
 def recorded_launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[RecordingDriver]:
     driver = RecordingDriver()
 
-    def run(kernel: JITFunction, **_: Any) -> None:
+    def run(kernel: JITFunction | InterpretedFunction, **_: Any) -> None:
         driver.launched_on.append((kernel.fn.__name__, triton.runtime.driver.active.get_current_device()))
 
     for name in ("_exchange_device", "_maybe_exchange_device"):
         monkeypatch.setattr(torch.cuda, name, driver.exchange_device)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(JITFunction, "run", run)
+    for kind in (JITFunction, InterpretedFunction):
+        monkeypatch.setattr(kind, "run", run)
     active = triton.runtime.driver._active
     triton.runtime.driver.set_active(driver)
     try:

@@ -10,7 +10,8 @@ from fastmask import masked_attention
 from fastmask.ops.masked_attention import MASKED_ATTENTION
 from fastmask.testing import assert_within_budget
 from tests.helpers import gpu_errors
-from tests.ops.test_masked_attention import SHAPES, output_and_gradients, random_inputs, strided
+from tests.helpers.attention_operator import SHAPES, output_and_gradients, random_inputs
+from tests.helpers.op_info import LAYOUTS
 
 pytestmark = pytest.mark.cuda
 
@@ -146,14 +147,14 @@ def test_padding_may_hold_anything_and_images_of_padding_alone_give_zero(generat
         assert not actual[2][padding].any()
 
 
-@pytest.mark.parametrize("form", ["sequence first", "part of a projection", "channels strided"])
-def test_non_contiguous_inputs(form, generator):
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
+def test_non_contiguous_inputs(layout, generator):
     *inputs, options = cuda_inputs(GPU_SHAPES["odd sizes"], generator, torch.bfloat16, padding=True)
     grad_out = torch.randn_like(inputs[0])
     expected = triton_results(*inputs, grad_out, **options)
-    leaves = [strided(x, form).requires_grad_() for x in inputs[:3]]
+    leaves = [layout(x).requires_grad_() for x in inputs[:3]]
     out = masked_attention(*leaves, inputs[3].mT.contiguous().mT, **options)
-    actual = out.detach(), *torch.autograd.grad(out, leaves, strided(grad_out, form))
+    actual = out.detach(), *torch.autograd.grad(out, leaves, layout(grad_out))
     assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
 
 

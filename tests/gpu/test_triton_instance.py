@@ -15,6 +15,7 @@ from fastmask.testing import assert_within_budget
 from tests.helpers import gpu_errors
 from tests.helpers.geometries import GEOMETRIES, random_classes, random_masks, steps
 from tests.helpers.inputs import at_odd_address
+from tests.helpers.op_info import poisoned_memory
 
 USUAL = GEOMETRIES["stride 4"]
 # Logits this near to 0 may be rounded to either side of it.
@@ -143,12 +144,8 @@ def test_strided_logits(generator):
 def test_two_runs_give_the_same_bits_whatever_was_in_memory(generator):
     arguments = (*inputs(USUAL, generator), USUAL)
     first = kernel(*arguments)
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    try:
-        torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
+    with poisoned_memory():
         second = kernel(*arguments)
-    finally:
-        torch.use_deterministic_algorithms(deterministic)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 

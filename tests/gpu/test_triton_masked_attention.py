@@ -1,6 +1,5 @@
-"""The Triton kernels of masked_attention against the reference in float64, on the CPU: interpreted or,
-with --compiled, as PTX.
-"""
+"""The Triton kernels of masked_attention, interpreted or, with --compiled, as PTX: what the battery of operators does
+not ask of every operator."""
 
 from __future__ import annotations
 
@@ -13,21 +12,18 @@ from torch.nn import functional as F
 
 from fastmask import masked_attention
 from fastmask.ops.masked_attention import MASKED_ATTENTION
-from fastmask.testing import assert_within_budget
-from tests.helpers import gpu_errors
-from tests.helpers.inputs import at_odd_address
-from tests.ops.test_masked_attention import SHAPES, output_and_gradients, random_inputs, strided, uniform
+from tests.helpers.attention_operator import (
+    SEVERAL_BLOCKS,
+    SMALL,
+    attended_keys,
+    check_attention,
+    output_and_gradients,
+    random_inputs,
+)
+from tests.ops.test_masked_attention import uniform
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
 
-NAMES = ("out", "grad_q", "grad_k", "grad_v")
-SMALL = (2, 7, 2, 24, (5, 7), (13, 9))
-SEVERAL_BLOCKS = (1, 6, 2, 16, (11, 29), (13, 17))
-SLOW = ("usual", "several blocks of queries", "wide heads", "many keys")  # at 40 ms a block of keys
-SHAPES_HERE = {name: shape for name, shape in SHAPES.items() if name not in (*SLOW, "wider than the GPU's")} | {
-    "several blocks of queries": (1, 70, 1, 16, (3, 5), (6, 7)),
-    "several blocks of keys": SEVERAL_BLOCKS,
-}
 # The interpreter's ``tl.dot`` is wrong for bfloat16.
 HALVES = pytest.mark.parametrize(
     "dtype", [pytest.param(torch.bfloat16, marks=pytest.mark.compiled), torch.float16], ids=["bfloat16", "float16"]
@@ -45,35 +41,6 @@ def triton_results(q, k, v, mask_logits, grad_out, **options):
     return output_and_gradients(q, k, v, mask_logits, grad_out, backend="triton", **options)
 
 
-def check_against_reference(q, k, v, mask_logits, generator, **options):
-    """Weights and their gradients are factors of products, and so of the type of ``q``, as they are for PyTorch."""
-    grad_out = torch.randn(q.shape, generator=generator).to(q.dtype)
-    run = (q, k, v, mask_logits, grad_out)
-    exact = output_and_gradients(*run, torch.float64, backend="reference", **options)
-    same_dtype = output_and_gradients(*run, backend="reference", **options)
-    actual = triton_results(*run, **options)
-    head_dim = q.shape[-1] // options["num_heads"]
-    gpu = gpu_errors.masked_attention(k.shape[1], head_dim, tensor_cores=q.dtype != torch.float32)
-    for name, *results, error in zip(NAMES, actual, same_dtype, exact, gpu, strict=True):
-        assert results[0].dtype == q.dtype
-        assert_within_budget(*results, name=name, gpu=error)
-    return actual
-
-
-@pytest.mark.parametrize("padding", [False, True], ids=["whole", "padded"])
-@pytest.mark.parametrize("shape", SHAPES_HERE.values(), ids=SHAPES_HERE)
-def test_shapes(shape, padding, generator):
-    q, k, v, mask_logits, options = random_inputs(shape, generator, padding=padding)
-    check_against_reference(q, k, v, mask_logits, generator, **options)
-
-
-@pytest.mark.parametrize("padding", [False, True], ids=["whole", "padded"])
-@pytest.mark.parametrize("shape", [SMALL, SHAPES["one key"], SEVERAL_BLOCKS], ids=["small", "one key", "many keys"])
-def test_plain_cross_attention(shape, padding, generator):
-    q, k, v, _, options = random_inputs(shape, generator, padding=padding)
-    check_against_reference(q, k, v, None, generator, **options)
-
-
 @pytest.mark.parametrize(
     "shape",
     [SMALL, (1, 140, 1, 16, (3, 25), (8, 8)), (1, 3, 1, 16, (128, 33), (64, 64))],
@@ -82,14 +49,7 @@ def test_plain_cross_attention(shape, padding, generator):
 @HALVES
 def test_half_precision(dtype, shape, generator):
     q, k, v, mask_logits, options = random_inputs(shape, generator, padding=True)
-    check_against_reference(*(x.to(dtype) for x in (q, k, v, mask_logits)), generator, **options)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES.args[1]])
-def test_odd_addresses(dtype, generator):
-    q, k, v, mask_logits, options = random_inputs((1, 9, 2, 32, (6, 6), (12, 12)), generator)
-    odd = (at_odd_address(x.to(dtype)) for x in (q, k, v, mask_logits))
-    check_against_reference(*odd, generator, **options)
+    check_attention(*(x.to(dtype) for x in (q, k, v, mask_logits)), "triton", **options)
 
 
 @pytest.mark.parametrize("major", [9, 10])
@@ -98,27 +58,15 @@ def test_odd_addresses(dtype, generator):
 def test_configurations_of_other_gpus(dtype, head_dim, major, generator, monkeypatch):
     monkeypatch.setattr(import_module("fastmask.kernels._common"), "generation", lambda _: major)
     q, k, v, mask_logits, options = random_inputs((1, 70, 1, head_dim, (9, 17), (20, 20)), generator, padding=True)
-    check_against_reference(*(x.to(dtype) for x in (q, k, v)), mask_logits, generator, **options)
-
-
-@pytest.mark.parametrize("head_dim", [1, 15, 17, 33, 64, 100])
-def test_head_dimensions(head_dim, generator):
-    q, k, v, mask_logits, options = random_inputs((1, 5, 2, head_dim, (5, 9), (10, 18)), generator)
-    check_against_reference(q, k, v, mask_logits, generator, **options)
+    check_attention(*(x.to(dtype) for x in (q, k, v)), mask_logits, "triton", **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_mask_logits_of_another_dtype(dtype, generator):
     q, k, v, mask_logits, options = random_inputs(SMALL, generator)
     mask_logits = mask_logits.to(dtype)
-    out = check_against_reference(q, k, v, mask_logits, generator, **options)[0]
+    out = check_attention(q, k, v, mask_logits, "triton", **options)
     assert torch.equal(out, masked_attention(q, k, v, mask_logits.float(), backend="triton", **options))
-
-
-@pytest.mark.parametrize("scale", [-0.7, 0.0, 3.0])
-def test_scale(scale, generator):
-    q, k, v, mask_logits, options = random_inputs(SMALL, generator)
-    check_against_reference(q, k, v, mask_logits, generator, scale=scale, **options)
 
 
 @pytest.mark.parametrize("changes", [{"programs": 1}, {"least_keys": 32}], ids=["no splits", "a split a block"])
@@ -128,19 +76,7 @@ def test_splits_of_the_keys(padding, changes, generator, monkeypatch):
     change_configs(monkeypatch, **changes)
     shape = (1, 5, 1, 16, (37, 35), (13, 17)) if "programs" in changes else SEVERAL_BLOCKS
     q, k, v, mask_logits, options = random_inputs(shape, generator, padding=padding)
-    check_against_reference(q, k, v, mask_logits, generator, **options)
-
-
-def attended_keys(mask_logits, padding, grid, block):
-    """The bits as ``(B, N, S)`` bool and the occupied blocks ``(B, ceil(N / 4), blocks)``, by the kernel."""
-    from fastmask.kernels.attended_keys import attended_keys
-
-    batch_size, num_queries = mask_logits.shape[:2]
-    arguments = attended_keys(mask_logits, padding, torch.empty(batch_size, num_queries, 1), grid, block)
-    bits = (arguments["bits_ptr"].mT[..., None] >> torch.arange(64)) & 1  # [B, N, words, 64]
-    keys = grid[0] * grid[1]
-    assert not bits.flatten(2)[..., keys:].any()
-    return bits.flatten(2)[..., :keys] != 0, arguments["occupied_ptr"] != 0
+    check_attention(q, k, v, mask_logits, "triton", **options)
 
 
 @pytest.mark.parametrize("block", [16, 32, 64, 128])
@@ -182,10 +118,10 @@ def test_blocks_that_no_query_needs_are_not_read(generator):
     grid = options["grid"]
     mask_logits = torch.ones(1, 6, *grid)
     mask_logits.flatten(2)[..., 96:288] = -1
-    expected = check_against_reference(q, k, v, mask_logits, generator, **options)
+    expected = check_attention(q, k, v, mask_logits, "triton", **options)
     k[:, 96:288], v[:, 96:288] = torch.nan, torch.inf
     actual = triton_results(q, k, v, mask_logits, torch.ones_like(q), **options)
-    assert torch.equal(actual[0], expected[0])
+    assert torch.equal(actual[0], expected)
     assert all(x.isfinite().all() for x in actual)
     assert not any(x[:, 96:288].any() for x in actual[2:])
 
@@ -194,27 +130,17 @@ def test_padding_may_hold_anything_and_images_of_padding_alone_give_zero(generat
     q, k, v, mask_logits, options = random_inputs(SMALL, generator, padding=True)
     padding = options["key_padding_mask"]
     padding[1] = True
-    expected = check_against_reference(q, k, v, mask_logits, generator, **options)
+    expected = check_attention(q, k, v, mask_logits, "triton", **options)
     k[padding], v[padding] = torch.nan, torch.inf
     for masks in (mask_logits, None):
         actual = triton_results(q, k, v, masks, torch.ones_like(q), **options)
         if masks is not None:
-            assert torch.equal(actual[0], expected[0])
+            assert torch.equal(actual[0], expected)
         assert not actual[0][1].any()
         assert all(x.isfinite().all() for x in actual)
         assert not actual[1][1].any()
         assert not actual[2][padding].any()
         assert not actual[3][padding].any()
-
-
-def test_nan_queries_give_nan_to_their_rows_only(generator):
-    q, k, v, mask_logits, options = random_inputs(SMALL, generator)
-    expected = masked_attention(q, k, v, mask_logits, backend="triton", **options)
-    q[0, 3] = torch.nan
-    actual = masked_attention(q, k, v, mask_logits, backend="triton", **options)
-    assert actual[0, 3].isnan().all()
-    actual[0, 3] = expected[0, 3]
-    assert torch.equal(actual, expected)
 
 
 def test_large_scores_do_not_overflow(generator):
@@ -257,20 +183,6 @@ def test_dropout_of_everything(generator):
     assert not any(x.any() for x in nothing)
 
 
-@pytest.mark.parametrize("form", ["sequence first", "part of a projection", "channels strided"])
-def test_strided_inputs(form, generator):
-    q, k, v, mask_logits, options = random_inputs(SMALL, generator, padding=True)
-    grad_out = torch.randn(q.shape, generator=generator)
-    expected = triton_results(q, k, v, mask_logits, grad_out, **options)
-    options["key_padding_mask"] = options["key_padding_mask"].mT.contiguous().mT
-    for masks in (mask_logits.mT.contiguous().mT, mask_logits.transpose(0, 1).contiguous().transpose(0, 1)):
-        leaves = [strided(x, form).requires_grad_() for x in (q, k, v)]
-        out = masked_attention(*leaves, masks, backend="triton", **options)
-        actual = out.detach(), *torch.autograd.grad(out, leaves, strided(grad_out, form))
-        for x, y in zip(actual, expected, strict=True):
-            assert torch.equal(x, y)
-
-
 def test_expanded_gradient(generator):
     q, k, v, mask_logits, options = random_inputs(SMALL, generator)
     leaves = [x.requires_grad_() for x in (q, k, v)]
@@ -278,19 +190,6 @@ def test_expanded_gradient(generator):
     summed = torch.autograd.grad(out.sum(), leaves)
     expected = triton_results(q, k, v, mask_logits, torch.ones_like(q), **options)[1:]
     assert all(torch.equal(x, y) for x, y in zip(summed, expected, strict=True))
-
-
-def test_two_runs_give_the_same_bits_whatever_was_in_memory(generator):
-    q, k, v, mask_logits, options = random_inputs(SHAPES["a key more than a block"], generator, padding=True)
-    grad_out = torch.randn(q.shape, generator=generator)
-    first = triton_results(q, k, v, mask_logits, grad_out, **options)
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    try:
-        torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
-        second = triton_results(q, k, v, mask_logits, grad_out, **options)
-    finally:
-        torch.use_deterministic_algorithms(deterministic)
-    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
 def test_no_keys():

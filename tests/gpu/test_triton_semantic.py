@@ -14,14 +14,15 @@ import pytest
 import torch
 
 from fastmask import reference, semantic_inference
-from fastmask.testing import assert_within_budget, error_budget
+from fastmask.ops.semantic import label_dtype
+from fastmask.testing import error_budget
 from tests.helpers import gpu_errors
 from tests.helpers.geometries import GEOMETRIES, random_classes, random_masks, steps
-from tests.helpers.inputs import at_odd_address
+from tests.helpers.op_info import HALVES, poisoned_memory
+from tests.helpers.semantic_operator import SEMANTIC_INFERENCE
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 USUAL = GEOMETRIES["stride 4"]
 
 
@@ -48,20 +49,6 @@ def assert_labels(labels, same_dtype, exact, queries):
     assert torch.equal(labels.long()[sure], exact.argmax(1)[sure])
 
 
-def check(class_logits, mask_logits, sizes, order="masks"):
-    """Scores and labels; returns the labels."""
-    own = torch.bfloat16 if mask_logits.dtype == torch.bfloat16 else torch.float32
-    exact = reference_scores(class_logits, mask_logits, sizes, torch.float64, order)
-    same_dtype = reference_scores(class_logits, mask_logits, sizes, own, order)
-    options = {"order": order, "backend": "triton", **steps(sizes)}
-    scores = semantic_inference(class_logits, mask_logits, sizes.size, output="scores", **options)
-    queries = mask_logits.shape[1]
-    assert_within_budget(scores, same_dtype, exact, name="scores", gpu=gpu_errors.semantic(queries))
-    labels = semantic_inference(class_logits, mask_logits, sizes.size, **options)
-    assert_labels(labels, same_dtype, exact, queries)
-    return labels
-
-
 def inputs(sizes, generator, batch=1, queries=18, classes=5, dtype=torch.float32):
     return (
         random_classes(batch, queries, classes, generator, dtype),
@@ -69,37 +56,29 @@ def inputs(sizes, generator, batch=1, queries=18, classes=5, dtype=torch.float32
     )
 
 
-@pytest.mark.parametrize("order", ["masks", "scores"])
-@pytest.mark.parametrize("sizes", GEOMETRIES.values(), ids=GEOMETRIES)
-def test_geometries(sizes, order, generator):
-    check(*inputs(sizes, generator), sizes, order)
+def check_labels(class_logits, mask_logits, size, order, **sizes):
+    """The labels are the best classes of the scores that the battery of operators checks."""
+    own = torch.bfloat16 if mask_logits.dtype == torch.bfloat16 else torch.float32
+    exact, same_dtype = (
+        reference.semantic_inference(
+            class_logits.to(dtype), mask_logits.to(dtype), size, order=order, output="scores", **sizes
+        )
+        for dtype in (torch.float64, own)
+    )
+    labels = semantic_inference(class_logits, mask_logits, size, order=order, backend="triton", **sizes)
+    assert labels.dtype == label_dtype(exact.shape[1])
+    assert_labels(labels, same_dtype, exact, mask_logits.shape[1])
 
 
-@pytest.mark.parametrize("order", ["masks", "scores"])
-@pytest.mark.parametrize("dtype", DTYPES[1:])
-def test_half_precision_logits(dtype, order, generator):
-    sizes = GEOMETRIES["both steps"]
-    check(*inputs(sizes, generator, 2, dtype=dtype), sizes, order)
+@pytest.mark.parametrize("case", SEMANTIC_INFERENCE.triton.values(), ids=SEMANTIC_INFERENCE.triton)
+def test_labels(case, generator):
+    check_labels(**case(generator))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_odd_addresses(dtype, generator):
-    class_logits, mask_logits = inputs(USUAL, generator, dtype=dtype)
-    check(at_odd_address(class_logits), at_odd_address(mask_logits), USUAL)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("queries", "classes"), [(1, 1), (16, 19), (33, 1), (100, 150)])
-def test_numbers_of_queries_and_classes(queries, classes, dtype, generator):
-    sizes = GEOMETRIES["no ratio"]
-    labels = check(*inputs(sizes, generator, 1, queries, classes, dtype), sizes)
-    assert labels.dtype == torch.uint8
-
-
-def test_more_classes_than_a_program_holds(generator):
-    sizes = GEOMETRIES["no ratio"]
-    labels = check(*inputs(sizes, generator, 1, 40, 400), sizes)
-    assert labels.dtype == torch.int16 and labels.max() > 256
+@pytest.mark.parametrize("name", ["both steps, masks first", "both steps, scores first", "100 queries, 150 classes"])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_labels_by_half_precision_logits(dtype, name, generator):
+    check_labels(**SEMANTIC_INFERENCE.cast(SEMANTIC_INFERENCE.triton[name](generator), dtype))
 
 
 @pytest.mark.parametrize("classes", [1, 3, 40, 200])
@@ -159,7 +138,9 @@ def test_nan_and_infinite_logits(order, generator):
     mask_logits[0, 1] = float("nan")
     mask_logits[0, 2, 1, :3] = float("inf")
     mask_logits[1, 3, :, 4] = -float("inf")
-    check(class_logits, mask_logits, sizes, order)
+    arguments = {"class_logits": class_logits, "mask_logits": mask_logits, "size": sizes.size, "order": order}
+    SEMANTIC_INFERENCE.check(arguments | steps(sizes), torch.float32, "triton")
+    check_labels(**arguments, **steps(sizes))
     options = {"order": order, "details": True, "backend": "triton", **steps(sizes)}
     nan_logits = semantic_inference(class_logits, mask_logits, sizes.size, **options).nan_logits
     assert nan_logits[0, :2].tolist() == [1, 42] and nan_logits.sum() == 43
@@ -176,19 +157,6 @@ def test_small_scores_are_as_precise_as_large_ones(dtype, precision, generator):
     scores = semantic_inference(class_logits, mask_logits, USUAL.size, output="scores", backend="triton")
     best = exact.amax(1, keepdim=True)
     assert ((scores - exact).abs() <= precision * best).all()
-
-
-def test_strided_logits(generator):
-    class_logits, mask_logits = inputs(USUAL, generator)
-    expected = semantic_inference(class_logits, mask_logits, USUAL.size, output="scores", backend="triton")
-    channels_last = mask_logits.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-    wide = torch.full((1, 18, 9, 12), float("nan"))
-    wide[:, :, 2:7, 3:10] = mask_logits
-    for strided in (channels_last, wide[:, :, 2:7, 3:10]):
-        result = semantic_inference(
-            class_logits.mT.contiguous().mT, strided, USUAL.size, output="scores", backend="triton"
-        )
-        assert torch.equal(result, expected)
 
 
 @pytest.mark.parametrize("order", ["masks", "scores"])
@@ -225,12 +193,8 @@ def test_no_queries():
 def test_two_runs_give_the_same_bits_whatever_was_in_memory(generator):
     arguments = (*inputs(USUAL, generator), USUAL.size)
     first = semantic_inference(*arguments, details=True, backend="triton")
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    try:
-        torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
+    with poisoned_memory():
         second = semantic_inference(*arguments, details=True, backend="triton")
-    finally:
-        torch.use_deterministic_algorithms(deterministic)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -57,17 +55,6 @@ def layouts(mask_logits: Tensor) -> dict[str, Tensor]:
         "images inside": mask_logits.transpose(0, 1).contiguous().transpose(0, 1),
         "transposed": mask_logits.mT.contiguous().mT,
     }
-
-
-@contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """New tensors hold the largest integer, True or NaN until they are written."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.empty(1).isnan()
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def exact_embeddings(generator: torch.Generator, grid: tuple[int, int], **sizes: Any) -> tuple[Tensor, Tensor]:

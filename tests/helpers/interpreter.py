@@ -1,6 +1,6 @@
 """Triton's interpreter, made faster, and independent of the processor.
 
-``tests/conftest.py`` sets TRITON_INTERPRET=1 where there is no GPU and no ``--compiled``, before Triton is imported: it
+``tests/conftest.py`` sets TRITON_INTERPRET=1 where there is no GPU and no ``--compiled``, when Triton is imported: it
 decides whether a kernel is compiled or interpreted where ``@triton.jit`` decorates it.
 
 For each call of a kernel, and of a function that a kernel calls, the interpreter patches ``triton.language``; for each

@@ -8,8 +8,6 @@ import torch
 
 import fastmask
 from fastmask import MaskTerm
-from fastmask.testing import simd_levels
-from tests.helpers.backends import kernels
 from tests.helpers.inputs import random_assignment, random_points, random_targets
 
 # (L, B, N, h, w) each, of memory enough for all.
@@ -33,11 +31,21 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", [f"native-{simd_levels()[-1]}", "triton"])
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+# One of each kind, for the interpreter's sake: planes, rows or logits that overlap, axes in another order, none at all.
+TRITON_LAYOUTS = (
+    "queries within each other", "rows that overlap", "one layer for all", "one logit for all", "images outermost",
+    "gaps between queries", "columns before rows", "one column", "no images",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("layout", "backend"),
+    [*((layout, "native") for layout in LAYOUTS), *((layout, "triton") for layout in TRITON_LAYOUTS)],
+    indirect=["backend"],
+)
 @pytest.mark.parametrize("at_points", [False, True], ids=["all pixels", "points"])
-def test_values(at_points, layout, name, generator):
-    mask_logits = layout(torch.randn(4000, generator=generator))
+def test_values(at_points, layout, backend, generator):
+    mask_logits = LAYOUTS[layout](torch.randn(4000, generator=generator))
     layers, batch, queries, h, w = mask_logits.shape
     shape = (layers, batch, queries, 3, 3, h, w, 2 * h, w)
     targets = random_targets(shape, generator, "segments") if batch > 0 else no_images(2 * h, w)
@@ -48,9 +56,8 @@ def test_values(at_points, layout, name, generator):
     results = []
     for logits in (mask_logits, mask_logits.contiguous().clone()):
         logits.requires_grad_()
-        with kernels(name) as backend:
-            pairs = fastmask.mask_loss(logits, targets, assignment, points, backend=backend, **options)
-            (gradient,) = torch.autograd.grad(sum((x * weights).sum() for x in pairs), logits)
+        pairs = fastmask.mask_loss(logits, targets, assignment, points, backend=backend, **options)
+        (gradient,) = torch.autograd.grad(sum((x * weights).sum() for x in pairs), logits)
         results.append((*pairs, gradient))
     for actual, expected in zip(*results, strict=True):
         assert torch.equal(actual, expected)

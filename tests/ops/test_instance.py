@@ -24,8 +24,8 @@ from tests.helpers.inference_inputs import (
     layouts,
     make_class_logits,
     make_logits,
-    poisoned_memory,
 )
+from tests.helpers.op_info import poisoned_memory
 
 RULES = ("mask2former", "huggingface")
 

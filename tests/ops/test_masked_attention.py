@@ -1,80 +1,25 @@
-from __future__ import annotations
+"""Masked attention on CPUs: what the battery of operators does not ask of every operator."""
 
-import itertools
+from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-import fastmask
 from fastmask import masked_attention, reference
 from fastmask.measure import peak_memory
 from fastmask.testing import assert_within_budget, simd_level, simd_levels
+from tests.helpers.attention_operator import SHAPES, check_attention, output_and_gradients, random_inputs
 from tests.helpers.backends import kernels
 
-# (B, N, heads, channels of a head, key grid, size of the mask logits): each shape is there for a reason. Where a result
-# has few elements, chance decides whether the reference's largest error or the kernel's is twice the other.
-SHAPES = {
-    "usual": (2, 20, 4, 32, (16, 16), (32, 32)),
-    "odd sizes": (3, 7, 3, 24, (5, 7), (13, 9)),
-    "one of everything": (1, 1, 1, 1, (1, 1), (1, 1)),
-    "one key": (2, 5, 2, 16, (1, 1), (8, 8)),
-    "a key more than a block": (8, 3, 2, 16, (3, 11), (6, 6)),
-    "grid finer than the logits": (1, 4, 2, 16, (17, 23), (3, 5)),
-    "grid of the logits' size": (1, 9, 2, 16, (12, 10), (12, 10)),
-    "one row": (1, 6, 2, 20, (1, 70), (4, 100)),
-    "one column": (1, 6, 2, 20, (70, 1), (100, 4)),
-    "several blocks of queries": (1, 300, 2, 16, (8, 8), (16, 16)),
-    "wide heads": (1, 10, 2, 128, (6, 6), (12, 12)),
-    "wider than the GPU's": (1, 3, 1, 200, (4, 4), (8, 8)),
-    "many keys": (1, 12, 1, 32, (128, 128), (64, 64)),
-    "no queries": (2, 0, 2, 8, (2, 2), (3, 3)),
-    "no images": (0, 3, 2, 8, (2, 2), (3, 3)),
-}
 HALF = (torch.bfloat16, torch.float16)
-
-
-def random_inputs(shape, generator, *, padding=False):
-    batch_size, num_queries, heads, head_dim, grid, mask_size = shape
-    keys = grid[0] * grid[1]
-    q, k, v = (torch.randn(batch_size, n, heads * head_dim, generator=generator) for n in (num_queries, keys, keys))
-    # Coarse noise and fine noise: blobs with rough edges, of which many queries see nothing in whole blocks of keys.
-    mask_logits = torch.randn(batch_size, num_queries, *mask_size, generator=generator)
-    mask_logits += 4 * torch.randn(batch_size, num_queries, 1, 1, generator=generator)
-    padding_mask = torch.rand(batch_size, keys, generator=generator) < 0.4 if padding else None
-    return q, k, v, mask_logits, {"grid": grid, "num_heads": heads, "key_padding_mask": padding_mask}
-
-
-def output_and_gradients(q, k, v, mask_logits, grad_out, dtype=None, **options):
-    leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in (q, k, v)]
-    out = masked_attention(*leaves, mask_logits, **options)
-    return out.detach(), *torch.autograd.grad(out, leaves, grad_out.to(out.dtype))
-
-
-def check_against_reference(q, k, v, mask_logits, generator, **options):
-    grad_out = torch.randn(q.shape, generator=generator).to(q.dtype)
-    run = (q, k, v, mask_logits, grad_out)
-    exact = output_and_gradients(*run, torch.float64, backend="reference", **options)
-    same_dtype = output_and_gradients(*run, torch.float32, backend="reference", **options)
-    actual = output_and_gradients(*run, backend="native", **options)
-    for name, *results in zip(("out", "grad_q", "grad_k", "grad_v"), actual, same_dtype, exact, strict=True):
-        assert results[0].dtype == q.dtype
-        assert_within_budget(*results, name=name)
-    return actual
-
-
-@pytest.mark.parametrize("padding", [False, True], ids=["whole", "padded"])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_equals_the_reference(shape, padding, generator):
-    q, k, v, mask_logits, options = random_inputs(shape, generator, padding=padding)
-    check_against_reference(q, k, v, mask_logits, generator, **options)
 
 
 @pytest.mark.parametrize("shape", ["usual", "odd sizes", "one key", "several blocks of queries"])
 def test_plain_cross_attention(shape, generator):
     q, k, v, _, options = random_inputs(SHAPES[shape], generator, padding=True)
-    out = check_against_reference(q, k, v, None, generator, **options)[0]
+    out = check_attention(q, k, v, None, **options)
     heads = options["num_heads"]
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     attended = ~options["key_padding_mask"][:, None, None]
@@ -83,27 +28,12 @@ def test_plain_cross_attention(shape, generator):
     torch.testing.assert_close(out[rows], expected[rows], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("shape", ["usual", "odd sizes", "one row", "several blocks of queries"])
-def test_half_precision(shape, dtype, generator):
-    q, k, v, mask_logits, options = random_inputs(SHAPES[shape], generator, padding=True)
-    check_against_reference(q.to(dtype), k.to(dtype), v.to(dtype), mask_logits, generator, **options)
-
-
 @pytest.mark.parametrize("dtype", [*HALF, torch.float64])
 def test_mask_logits_of_another_dtype(dtype, generator):
     q, k, v, mask_logits, options = random_inputs(SHAPES["odd sizes"], generator)
     mask_logits = mask_logits.to(dtype)
-    out = check_against_reference(q, k, v, mask_logits, generator, **options)[0]
+    out = check_attention(q, k, v, mask_logits, **options)
     assert torch.equal(out, masked_attention(q, k, v, mask_logits.float(), **options))
-
-
-@pytest.mark.parametrize("level", simd_levels())
-def test_every_simd_level(level, generator):
-    with simd_level(level):
-        for shape, dtype in itertools.product(("usual", "odd sizes", "wide heads"), (torch.float32, *HALF)):
-            q, k, v, mask_logits, options = random_inputs(SHAPES[shape], generator, padding=True)
-            check_against_reference(q.to(dtype), k.to(dtype), v.to(dtype), mask_logits, generator, **options)
 
 
 @pytest.mark.parametrize("level", simd_levels())
@@ -111,13 +41,7 @@ def test_every_simd_level(level, generator):
 def test_any_head_dimension(head_dim, level, generator):
     inputs = random_inputs((1, 11, 2, head_dim, (5, 9), (10, 18)), generator)
     with simd_level(level):
-        check_against_reference(*inputs[:4], generator, **inputs[4])
-
-
-@pytest.mark.parametrize("scale", [0.0, 0.01, 3.0])
-def test_scale(scale, generator):
-    q, k, v, mask_logits, options = random_inputs(SHAPES["odd sizes"], generator)
-    check_against_reference(q, k, v, mask_logits, generator, scale=scale, **options)
+        check_attention(*inputs[:4], **inputs[4])
 
 
 @pytest.mark.parametrize("level", simd_levels())
@@ -157,36 +81,16 @@ def test_padding_may_hold_anything_and_images_of_padding_alone_give_zero(generat
     q, k, v, mask_logits, options = random_inputs(SHAPES["usual"], generator, padding=True)
     padding = options["key_padding_mask"]
     padding[1] = True
-    expected = check_against_reference(q, k, v, mask_logits, generator, **options)
+    expected = check_attention(q, k, v, mask_logits, **options)
     k[padding], v[padding] = torch.nan, torch.inf
     grad_out = torch.randn(q.shape, generator=generator)
     actual = output_and_gradients(q, k, v, mask_logits, grad_out, **options)
-    assert torch.equal(actual[0], expected[0])
+    assert torch.equal(actual[0], expected)
     assert not actual[0][1].any()
     assert all(x.isfinite().all() for x in actual)
     assert not actual[1][1].any()
     assert not actual[2][padding].any()
     assert not actual[3][padding].any()
-
-
-def test_foreground_in_padding_alone_is_no_foreground(generator):
-    q, k, v, mask_logits, options = random_inputs((1, 3, 2, 16, (4, 8), (4, 8)), generator)
-    padding = torch.zeros(1, 32, dtype=torch.bool)
-    padding[0, 16:] = True
-    mask_logits[:, :, :2], mask_logits[:, :, 2:] = -1, 1
-    options["key_padding_mask"] = padding
-    out = check_against_reference(q, k, v, mask_logits, generator, **options)[0]
-    assert torch.equal(out, masked_attention(q, k, v, None, **options))
-
-
-def test_nan_queries_and_attended_keys_give_nan_to_their_rows_only(generator):
-    q, k, v, mask_logits, options = random_inputs(SHAPES["usual"], generator)
-    expected = masked_attention(q, k, v, mask_logits, **options)
-    q[0, 3] = torch.nan
-    actual = masked_attention(q, k, v, mask_logits, **options)
-    assert actual[0, 3].isnan().all()
-    actual[0, 3] = expected[0, 3]
-    assert torch.equal(actual, expected)
 
 
 def test_large_scores_do_not_overflow(generator):
@@ -270,65 +174,12 @@ def test_dropout_follows_the_generator_of_torch(generator):
     assert not any(x.any() for x in nothing)
 
 
-def strided(x, form):
-    if form == "sequence first":
-        return x.transpose(0, 1).contiguous().transpose(0, 1)
-    if form == "part of a projection":
-        return torch.cat([torch.full_like(x, torch.nan), x], -1)[..., x.shape[-1] :]
-    return x.mT.contiguous().mT  # last dimension strided: copied
-
-
-@pytest.mark.parametrize("form", ["sequence first", "part of a projection", "channels strided"])
-def test_non_contiguous_inputs(form, generator):
-    q, k, v, mask_logits, options = random_inputs(SHAPES["odd sizes"], generator, padding=True)
-    grad_out = torch.randn(q.shape, generator=generator)
-    expected = output_and_gradients(q, k, v, mask_logits, grad_out, **options)
-    options["key_padding_mask"] = options["key_padding_mask"].mT.contiguous().mT
-    for masks in (mask_logits.mT.contiguous().mT, mask_logits.transpose(0, 1).contiguous().transpose(0, 1)):
-        leaves = [strided(x, form).requires_grad_() for x in (q, k, v)]
-        assert not leaves[0].is_contiguous()
-        out = masked_attention(*leaves, masks, **options)
-        actual = out.detach(), *torch.autograd.grad(out, leaves, strided(grad_out, form))
-        for x, y in zip(actual, expected, strict=True):
-            assert torch.equal(x, y)
-
-
 def test_expanded_gradient(generator):
     q, k, v, mask_logits, options = random_inputs(SHAPES["odd sizes"], generator)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     summed = torch.autograd.grad(masked_attention(*leaves, mask_logits, **options).sum(), leaves)
     expected = output_and_gradients(q, k, v, mask_logits, torch.ones_like(q), **options)[1:]
     assert all(torch.equal(x, y) for x, y in zip(summed, expected, strict=True))
-
-
-@pytest.mark.parametrize("shape", ["usual", "several blocks of queries"])
-def test_any_number_of_threads_gives_the_same_bits(shape, generator):
-    q, k, v, mask_logits, options = random_inputs(SHAPES[shape], generator, padding=True)
-    grad_out = torch.randn(q.shape, generator=generator)
-    threads = torch.get_num_threads()
-    runs = []
-    try:
-        for count in (1, 1, 2, 3, 8):
-            torch.set_num_threads(count)
-            runs.append(output_and_gradients(q, k, v, mask_logits, grad_out, **options))
-    finally:
-        torch.set_num_threads(threads)
-    for run in runs[1:]:
-        assert all(torch.equal(x, y) for x, y in zip(runs[0], run, strict=True))
-
-
-def test_every_element_of_the_results_is_written(generator):
-    """Fresh memory holds NaN here."""
-    q, k, v, mask_logits, options = random_inputs(SHAPES["several blocks of queries"], generator, padding=True)
-    grad_out = torch.randn(q.shape, generator=generator)
-    expected = output_and_gradients(q, k, v, mask_logits, grad_out, **options)
-    try:
-        torch.use_deterministic_algorithms(True)
-        assert q.new_empty(3).isnan().all()
-        actual = output_and_gradients(q, k, v, mask_logits, grad_out, **options)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -396,34 +247,6 @@ def test_nothing_of_the_masks_size_is_stored(generator):
     assert memory["resident"] is None or memory["resident"] < 2_000_000
     _, memory = peak_memory(lambda: torch.autograd.grad(out, leaves, torch.ones_like(out)), q.device)
     assert memory["allocator"] < 3 * sum(x.nbytes for x in leaves)
-
-
-BAD_ARGUMENTS = {
-    "grid": ({"grid": (3, 5)}, ValueError, r"grid=\(3, 5\) has 15 cells; k of shape \(3, 35, 72\) has 35 keys"),
-    "empty grid": ({"grid": (0, 35)}, ValueError, r"grid must be \(height, width\), both at least 1, got \(0, 35\)"),
-    "heads": ({"num_heads": 5}, ValueError, "num_heads=5 does not divide the 72 channels"),
-    "no heads": ({"num_heads": 0}, ValueError, "num_heads=0 does not divide"),
-    "one image's queries": ({"q": torch.zeros(7, 72)}, ValueError, r"q has shape \(7, 72\); expected \(B, N, E\)"),
-    "integer queries": ({"q": torch.zeros(3, 7, 72, dtype=torch.int32)}, TypeError, "q must be floating point"),
-    "values": ({"v": torch.zeros(3, 34, 72)}, ValueError, r"v has shape \(3, 34, 72\); expected \(3, 35, 72\)"),
-    "values of another dtype": ({"v": torch.zeros(3, 35, 72).half()}, TypeError, "v has dtype torch.float16; expected"),
-    "mask of other queries": ({"mask_logits": torch.zeros(3, 6, 4, 4)}, ValueError, "mask_logits has shape"),
-    "mask without pixels": ({"mask_logits": torch.zeros(3, 7, 0, 4)}, ValueError, "mask_logits has shape"),
-    "boolean mask": ({"mask_logits": torch.zeros(3, 7, 4, 4) > 0}, TypeError, "mask_logits must be floating point"),
-    "mask elsewhere": ({"mask_logits": torch.zeros(3, 7, 4, 4, device="meta")}, ValueError, "mask_logits is on meta"),
-    "float padding": ({"key_padding_mask": torch.zeros(3, 35)}, TypeError, "key_padding_mask must be bool"),
-    "padding": ({"key_padding_mask": torch.zeros(3, 34) > 0}, ValueError, "key_padding_mask has shape"),
-    "dropout": ({"dropout_p": 1.5}, ValueError, r"dropout_p must lie in 0\.\.1, got 1.5"),
-    "backend": ({"backend": "cuda"}, ValueError, "backend must be one of"),
-}
-
-
-@pytest.mark.parametrize(("change", "error", "message"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
-def test_bad_arguments(change, error, message, generator):
-    q, k, v, mask_logits, options = random_inputs(SHAPES["odd sizes"], generator)
-    arguments = {"q": q, "k": k, "v": v, "mask_logits": mask_logits, **options, **change}
-    with pytest.raises(error, match=message):
-        fastmask.masked_attention(**arguments)
 
 
 def test_float64_takes_the_reference_and_no_kernel(generator):

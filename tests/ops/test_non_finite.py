@@ -21,7 +21,7 @@ from torch import Tensor
 import fastmask
 from fastmask import MaskTerm, Targets
 from fastmask.testing import assert_within_budget
-from tests.gpu.test_triton_masked_attention import attended_keys
+from tests.helpers.attention_operator import attended_keys
 from tests.helpers.backends import KERNELS, kernels
 from tests.helpers.inputs import random_assignment, random_logits, random_points, random_targets
 
@@ -91,7 +91,7 @@ def test_an_attended_key_leaves_its_neighbor_alone(logits, expected, dtype, name
     mask_logits = torch.tensor(logits, dtype=torch.float32).to(dtype)
     for shape, grid in (((1, 1, 1, 2), (1, 2)), ((1, 1, 2, 1), (2, 1))):
         with kernels(name) as backend:
-            assert attended(mask_logits.view(shape), grid, backend)[0].tolist() == expected
+            assert attended_bits(mask_logits.view(shape), grid, backend)[0].tolist() == expected
 
 
 @pytest.mark.parametrize("name", ["reference", *KERNELS])
@@ -171,7 +171,10 @@ def losses(pairs: Pairs, dtype: torch.dtype, backend: str, at_points: bool, **op
 @pytest.mark.parametrize("shape", PIXELS.values(), ids=PIXELS)
 @AT_POINTS
 def test_losses(at_points, shape, value, name, generator):
-    for form, options in (("masks", {"kind": "bce"}), ("segments", {}), ("masks+valid", {"gamma": 0.5})):
+    cases = [("masks", {"kind": "bce"}), ("segments", {}), ("masks+valid", {"gamma": 0.5})]
+    if name == "triton":  # one of them for each shape and each value, for the interpreter's sake
+        cases = [cases[(list(PIXELS.values()).index(shape) + [NAN, INF, -INF].index(value)) % 3]]
+    for form, options in cases:
         pairs = Pairs(shape, generator, form).put(value)
         options = {"term": MaskTerm(**options, ignore_void=True)}
         with kernels(name) as backend:
@@ -360,7 +363,8 @@ def test_inference(operator, corrupt, value, name, generator):
     class_logits = 2 * torch.randn(2, 5, 4, generator=generator)
     mask_logits = 3 * torch.randn(2, 5, 6, 7, generator=generator)
     corrupt(class_logits, mask_logits, value)
-    for size in ((18, 14), (6, 7)):
+    sizes = [(18, 14), (6, 7)]
+    for size in sizes if name != "triton" else [sizes[value == INF]]:  # one, for the interpreter's sake
         with kernels(name) as backend:
             actual = operator(class_logits, mask_logits, size, backend=backend)
         exact = operator(class_logits.double(), mask_logits.double(), size, backend="reference")

@@ -21,8 +21,8 @@ from tests.helpers.inference_inputs import (
     layouts,
     make_class_logits,
     make_logits,
-    poisoned_memory,
 )
+from tests.helpers.op_info import poisoned_memory
 
 # (resize_probabilities, clip_to_mask, mask_threshold); the last two take all pixels and none.
 OPTIONS = {

@@ -11,32 +11,8 @@ from torch.nn.functional import interpolate
 from fastmask import reference, semantic_inference
 from fastmask.ops import _mask_source, semantic
 from fastmask.ops._geometry import Geometry
-from fastmask.testing import assert_within_budget, simd_level, simd_levels
-
-# (B, N, K, (h, w), (H, W)): each shape is there for a reason.
-SHAPES = {
-    "usual": (2, 20, 5, (32, 32), (128, 128)),
-    "odd sizes": (1, 7, 13, (13, 29), (50, 117)),
-    "one of everything": (1, 1, 1, (1, 1), (1, 1)),
-    "one logit, many pixels": (1, 3, 2, (1, 1), (9, 150)),
-    "one row": (2, 5, 4, (1, 70), (1, 280)),
-    "one class": (1, 4, 1, (6, 7), (24, 30)),
-    "same size": (1, 9, 6, (24, 70), (24, 70)),
-    "smaller than the logits": (1, 6, 4, (33, 140), (17, 31)),
-    "much smaller than the logits": (1, 3, 7, (90, 400), (2, 3)),
-    "no queries": (2, 0, 3, (5, 6), (9, 11)),
-    "a query more than a vector": (1, 17, 19, (16, 16), (40, 70)),
-    "as many classes as a byte holds": (1, 4, 256, (5, 6), (20, 24)),
-    "labels of two bytes": (1, 4, 257, (5, 6), (20, 24)),
-    "labels of four bytes": (1, 2, 32769, (2, 2), (3, 3)),
-}
-STEPS = {
-    "one step": {},
-    "two steps": {"padded_size": (96, 160), "valid_size": (90, 131)},
-    "crop only": {"valid_size": (23, 35)},
-    "padding only": {"padded_size": (96, 160)},
-    "smaller, then larger": {"padded_size": (10, 13), "valid_size": (9, 13)},
-}
+from fastmask.testing import simd_level, simd_levels
+from tests.helpers.semantic_operator import SEMANTIC_INFERENCE, SHAPES, STEPS
 
 
 def random_inputs(shape, generator, scale=4.0):
@@ -68,17 +44,11 @@ def all_queries():
         semantic.set_query_skipping(before)
 
 
-def check_against_reference(class_logits, mask_logits, size, **options):
-    """Scores within the budget, labels where the margin is beyond the error, and details of the same bits."""
-    rounded = class_logits.float(), mask_logits.float()
-    exact = semantic_inference(rounded[0].double(), rounded[1].double(), size, output="scores", **options)
-    same_dtype = semantic_inference(*rounded, size, output="scores", backend="reference", **options)
+def check_labels(class_logits, mask_logits, size, **options):
+    """Labels are those of the best scores, which the battery of operators checks, and details have the same bits."""
     scores = semantic_inference(class_logits, mask_logits, size, output="scores", backend="native", **options)
-    assert scores.dtype == torch.float32
-    assert_within_budget(scores, same_dtype, exact, name="scores")
-
     labels = semantic_inference(class_logits, mask_logits, size, backend="native", **options)
-    assert labels.dtype == semantic.label_dtype(exact.shape[1])
+    assert labels.dtype == semantic.label_dtype(scores.shape[1])
     assert torch.equal(labels.long(), scores.argmax(1))
     details = semantic_inference(class_logits, mask_logits, size, details=True, backend="native", **options)
     assert torch.equal(details.labels, labels)
@@ -89,18 +59,15 @@ def check_against_reference(class_logits, mask_logits, size, **options):
     return labels
 
 
-@pytest.mark.parametrize("order", ["masks", "scores"])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_equals_the_reference(shape, order, generator):
-    check_against_reference(*random_inputs(shape, generator), shape[-1], order=order)
+def check_against_reference(class_logits, mask_logits, size, **options):
+    arguments = {"class_logits": class_logits, "mask_logits": mask_logits, "size": size, **options}
+    SEMANTIC_INFERENCE.check(arguments, mask_logits.dtype, "native")
+    return check_labels(class_logits, mask_logits, size, **options)
 
 
-@pytest.mark.parametrize("order", ["masks", "scores"])
-@pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS)
-@pytest.mark.parametrize("size", [(70, 333), (90, 131), (11, 40)])
-def test_both_steps(steps, size, order, generator):
-    shape = (1, 8, 9, (24, 40), size)
-    check_against_reference(*random_inputs(shape, generator), size, order=order, **steps)
+@pytest.mark.parametrize("case", SEMANTIC_INFERENCE.cases.values(), ids=SEMANTIC_INFERENCE.cases)
+def test_labels(case, generator):
+    check_labels(**case(generator))
 
 
 @pytest.mark.parametrize("level", simd_levels())
@@ -310,25 +277,3 @@ def test_compiles_to_one_graph(generator):
         compiled = torch.compile(semantic_inference, fullgraph=True, backend="aot_eager")
         expected = semantic_inference(class_logits, masks, (50, 117), details=True)
         assert all(map(torch.equal, compiled(class_logits, masks, (50, 117), details=True), expected))
-
-
-BAD_ARGUMENTS = {
-    "size 0": (lambda c, m: (c, m, (0, 4)), {}, ValueError, "size must be"),
-    "integer logits": (lambda c, m: (c, m.int(), (4, 4)), {}, TypeError, "mask_logits must be floating point"),
-    "another batch": (lambda c, m: (c[:1], m, (4, 4)), {}, ValueError, "class_logits has shape"),
-    "no classes": (lambda c, m: (c[..., :1], m, (4, 4)), {}, ValueError, "K at least 1"),
-    "no pixels": (lambda c, m: (c, m[..., :0], (4, 4)), {}, ValueError, "expected at least one pixel"),
-    "unknown order": (lambda c, m: (c, m, (4, 4)), {"order": "labels"}, ValueError, "order must be one of"),
-    "unknown output": (lambda c, m: (c, m, (4, 4)), {"output": "masks"}, ValueError, "output must be one of"),
-    "details of scores": (lambda c, m: (c, m, (4, 4)), {"output": "scores", "details": True}, ValueError, "details"),
-    "valid beyond": (lambda c, m: (c, m, (4, 4)), {"valid_size": (33, 1)}, ValueError, "does not lie within"),
-    "one embedding": (lambda c, m: (c, (m,), (4, 4)), {}, TypeError, "a pair"),
-    "embeddings do not fit": (lambda c, m: (c, (c, m), (4, 4)), {}, ValueError, "mask_embed"),
-    "float64": (lambda c, m: (c, m.double(), (4, 4)), {"backend": "native"}, RuntimeError, "do not read float64"),
-}
-
-
-@pytest.mark.parametrize(("change", "options", "error", "message"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
-def test_bad_arguments(change, options, error, message, generator):
-    with pytest.raises(error, match=message):
-        semantic_inference(*change(*random_inputs(SHAPES["usual"], generator)), **options)

@@ -3,7 +3,6 @@ pixel, and any byte but 0 is foreground in a mask."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -12,7 +11,6 @@ from torch import Tensor
 
 from fastmask import MaskTerm, Targets, mask_cost, mask_loss
 from fastmask.models._images import fit_targets, pad_images
-from tests.helpers.backends import kernels
 from tests.helpers.inputs import random_assignment, random_logits, random_points, random_targets
 
 SHAPE = (1, 2, 3, 3, 2, 3, 4, 6, 8)
@@ -27,10 +25,7 @@ CASES = [(dtype, void) for dtype, voids in OUTSIDE.items() for void in voids]
 IDS = [f"{dtype}, {void}".removeprefix("torch.") for dtype, void in CASES]
 
 
-@pytest.fixture(params=["reference", "native", "triton"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with kernels(request.param) as name:
-        yield name
+BACKENDS = pytest.mark.parametrize("backend", ["reference", "native", "triton"], indirect=True)
 
 
 def targets_of(dtype: torch.dtype, generator: torch.Generator) -> Targets:
@@ -62,6 +57,7 @@ def results(targets: Targets, backend: str) -> list[Tensor]:
     return [*costs, *(loss.detach() for loss in losses), gradient]
 
 
+@BACKENDS
 @pytest.mark.parametrize("dtype", OUTSIDE)
 def test_no_operator_takes_a_pixel_for_void(dtype, backend, generator):
     targets = targets_of(dtype, generator)
@@ -75,6 +71,7 @@ def test_no_operator_takes_a_pixel_for_void(dtype, backend, generator):
     assert not any(map(torch.equal, results(targets, backend), expected))
 
 
+@BACKENDS
 def test_any_byte_but_zero_is_foreground(backend, generator):
     targets = random_targets(SHAPE, generator, "masks+valid")
     values = torch.tensor([1, 2, 128, 255], dtype=torch.uint8)

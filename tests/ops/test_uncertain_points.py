@@ -6,7 +6,9 @@ import torch
 import fastmask
 from fastmask import reference, uncertain_points
 from fastmask.testing import simd_level, simd_levels
-from tests.helpers.inputs import SHAPES, random_assignment, random_logits, random_targets
+from tests.helpers.inputs import SHAPES, at_odd_address, random_assignment, random_logits, random_targets
+from tests.helpers.mask_operators import POINT_SHAPES, SMALLER
+from tests.helpers.op_info import DTYPES, HALVES
 
 
 def inputs_of(shape, generator):
@@ -45,18 +47,39 @@ def check_choice(
             assert certainty[row, chosen].max() <= certainty[row, ~chosen].min() + rounding[row]
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_the_choice(shape, generator):
+@pytest.mark.parametrize(
+    ("shape", "num_points", "backend"),
+    [
+        *(pytest.param(shape, 101, "native", id=f"native-{name}") for name, shape in SHAPES.items()),
+        *(pytest.param(shape, 90, "triton", id=f"triton-{name}") for name, shape in POINT_SHAPES.items()),
+        pytest.param(SMALLER, 1, "triton", id="triton-one point"),
+    ],
+    indirect=["backend"],
+)
+def test_the_choice(shape, num_points, backend, generator):
     inputs = inputs_of(shape, generator)
-    check_choice(draw(*inputs, 101), *inputs, 101)
+    check_choice(draw(*inputs, num_points, backend=backend), *inputs, num_points)
 
 
-@pytest.mark.parametrize("options", [(1.0, 0.5), (2.5, 1.0), (3.0, 0.0), (7.3, 0.31), (1.0, 1.0)])
-@pytest.mark.parametrize("num_points", [1, 2, 64, 500])
-def test_ratios_and_numbers(options, num_points, generator):
+@pytest.mark.parametrize("backend", ["native", "triton"], indirect=True)
+@pytest.mark.parametrize("dtype", HALVES)
+def test_the_choice_by_half_precision_logits(dtype, backend, generator):
+    """Many logits are equally sure, and any of those may be taken."""
+    mask_logits, assignment = inputs_of(SMALLER, generator)
+    mask_logits = at_odd_address(mask_logits.to(dtype))
+    check_choice(draw(mask_logits, assignment, 90, backend=backend), mask_logits, assignment, 90)
+
+
+@pytest.mark.parametrize(
+    ("num_points", "backend"),
+    [(1, "native"), (2, "native"), (64, "native"), (500, "native"), (64, "triton")],
+    indirect=["backend"],
+)
+@pytest.mark.parametrize("options", [(1.0, 0.5), (2.5, 1.0), (3.0, 0.0), (7.3, 0.31), (1.0, 1.0), (1.0, 0.0)])
+def test_ratios_and_numbers(options, num_points, backend, generator):
     inputs = inputs_of((1, 2, 5, 3, 3, 11, 14, 20, 20), generator)
     ratios = {"oversample_ratio": options[0], "importance_sample_ratio": options[1]}
-    check_choice(draw(*inputs, num_points, **ratios), *inputs, num_points, **ratios)
+    check_choice(draw(*inputs, num_points, backend=backend, **ratios), *inputs, num_points, **ratios)
 
 
 @pytest.mark.parametrize("level", simd_levels())
@@ -78,11 +101,27 @@ def test_ties_go_to_the_earlier_candidates():
     assert torch.equal(points[0, 0, 0], torch.cat([stream[0, :30], stream[0, 120:]]))
 
 
-def test_nan_is_most_uncertain():
+@pytest.mark.parametrize("backend", ["native", "triton"], indirect=True)
+def test_nan_is_most_uncertain(backend):
     mask_logits = torch.full((1, 1, 1, 16, 16), 3.0)
     mask_logits[..., 8:, :] = float("nan")
-    points = draw(mask_logits, torch.zeros(1, 1, 1, dtype=torch.int64), 100, importance_sample_ratio=1.0)
+    points = draw(
+        mask_logits, torch.zeros(1, 1, 1, dtype=torch.int64), 100, importance_sample_ratio=1.0, backend=backend
+    )
     assert (points[..., 1] > 7 / 16).all()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_the_choice_on_a_gpu(shape, dtype, generator):
+    """The seed is drawn by the device's own generator."""
+    mask_logits, assignment = inputs_of(shape, generator)
+    mask_logits = mask_logits.to(dtype)
+    seed = torch.randint(2**63 - 1, (1,), generator=torch.Generator("cuda").manual_seed(7), device="cuda").cpu()
+    draws = torch.Generator("cuda").manual_seed(7)
+    points = uncertain_points(mask_logits.cuda(), assignment.cuda(), 101, generator=draws)
+    check_choice(points.cpu(), mask_logits, assignment, 101, stream_seed=seed)
 
 
 def test_the_generator_decides(generator):
