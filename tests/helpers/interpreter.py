@@ -97,6 +97,7 @@ def improve() -> None:
     """Changes the interpreter of this process as the module's docstring says."""
     interpreter._patch_lang = _Patches()
     interpreter._get_np_dtype = functools.cache(interpreter._get_np_dtype)
+    TritonSemantic.computation_type_impl = functools.cache(TritonSemantic.computation_type_impl)
     InterpreterBuilder.create_dot = _dot
     _intern_block_types()
     _make_tensors_by_type()

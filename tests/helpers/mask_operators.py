@@ -31,10 +31,10 @@ TERMS = (MaskTerm("bce"), MaskTerm(gamma=2.0), MaskTerm(gamma=0.0), MaskTerm(gam
          MaskTerm(alpha=1.0))  # fmt: skip
 TERMS_OF_TRITON = (MaskTerm("bce"), MaskTerm(), MaskTerm(alpha=1.0, gamma=0.0), MaskTerm(alpha=0.0, gamma=1.5))
 Shape = tuple[int, ...]
-SMALL: Shape = (2, 2, 5, 3, 4, 7, 11, 30, 41)
-SMALLER: Shape = (2, 2, 3, 3, 2, 4, 6, 7, 11)
+SMALL: Shape = (1, 2, 5, 3, 4, 7, 11, 30, 41)
+SMALLER: Shape = (1, 2, 3, 3, 2, 4, 6, 7, 11)
 # Rows of logits that are read 16 bytes at a time, and targets that they divide.
-EVEN: Shape = (1, 2, 7, 3, 4, 8, 12, 32, 48)
+EVEN: Shape = (1, 1, 4, 3, 2, 8, 12, 32, 48)
 # A program of the loss handles one row of targets, and many logits.
 LOSS_SHAPES = {name: SHAPES[name] for name in (
     "one of everything", "one dimension, h = 1", "targets smaller than logits", "no targets"
@@ -157,9 +157,9 @@ def triton_cases(names: tuple[str, ...], points: int, shapes: dict[str, Shape], 
     term = partial(MaskTerm, "bce" if points else "focal")
     make = partial(Inputs, names, points=points)
     turns = [(form, void) for void in (False, True) for form in FORMS]
-    found: dict[str, Case] = {
-        f"{form}{', void left out' if void else ''}": make(small, form, term(ignore_void=void)) for form, void in turns
-    }
+    found: dict[str, Case] = {"two layers": make((2, *small[1:]), "segments", term())}
+    found |= {f"{form}{', void left out' if void else ''}": make(small, form, term(ignore_void=void))
+              for form, void in turns}  # fmt: skip
     for i, (name, shape) in enumerate(shapes.items()):
         form, void = turns[i % len(turns)]
         found[f"{name}, {form}"] = make(shape, form, term(ignore_void=void))
@@ -182,8 +182,13 @@ def triton_cases(names: tuple[str, ...], points: int, shapes: dict[str, Shape], 
     return found
 
 
-TYPICAL = ("odd sizes, segments, void left out", "odd sizes, masks+valid, void left out", "usual, segments", "segments",
-           "masks+valid, void left out")  # fmt: skip
+TYPICAL = (
+    "odd sizes, segments, void left out",
+    "odd sizes, masks+valid, void left out",
+    "usual, segments",
+    "two layers",
+    "masks+valid, void left out",
+)
 
 
 def corrupt_cost(arguments: Arguments) -> dict[str, Tensor]:

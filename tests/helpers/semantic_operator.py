@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmask import semantic_inference
+from fastmask import reference, semantic_inference
 from fastmask.ops._geometry import Geometry
 from fastmask.testing import GpuError
 from tests.helpers import gpu_errors
@@ -86,7 +86,12 @@ for queries, classes in ((1, 1), (16, 19), (33, 1), (100, 150), (40, 400)):  # 4
 
 
 def scores(**arguments: Any) -> Tensor:
-    return semantic_inference(**{"output": "scores"} | arguments)
+    """The reference in the dtype of the logits: the public function has float32 for halves."""
+    arguments = {"output": "scores"} | arguments
+    if arguments.get("backend") == "reference":
+        del arguments["backend"]
+        return reference.semantic_inference(**arguments)
+    return semantic_inference(**arguments)
 
 
 def operands(arguments: Arguments) -> tuple[Any, ...]:

@@ -10,10 +10,12 @@ from torch.nn import functional as F
 from fastmask import masked_attention, reference
 from fastmask.measure import peak_memory
 from fastmask.testing import assert_within_budget, simd_level, simd_levels
-from tests.helpers.attention_operator import SHAPES, check_attention, output_and_gradients, random_inputs
+from tests.helpers.attention_operator import SHAPES, SMALL, check_attention, output_and_gradients, random_inputs
 from tests.helpers.backends import kernels
+from tests.helpers.op_info import HALVES
 
-HALF = (torch.bfloat16, torch.float16)
+BACKENDS = pytest.mark.parametrize("backend", ["native", "triton"], indirect=True)
+SHAPE = {"native": SHAPES["usual"], "triton": SMALL}
 
 
 @pytest.mark.parametrize("shape", ["usual", "odd sizes", "one key", "several blocks of queries"])
@@ -28,12 +30,13 @@ def test_plain_cross_attention(shape, generator):
     torch.testing.assert_close(out[rows], expected[rows], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [*HALF, torch.float64])
-def test_mask_logits_of_another_dtype(dtype, generator):
-    q, k, v, mask_logits, options = random_inputs(SHAPES["odd sizes"], generator)
+@BACKENDS
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float64])
+def test_mask_logits_of_another_dtype(dtype, backend, generator):
+    q, k, v, mask_logits, options = random_inputs(SHAPE[backend], generator)
     mask_logits = mask_logits.to(dtype)
-    out = check_attention(q, k, v, mask_logits, **options)
-    assert torch.equal(out, masked_attention(q, k, v, mask_logits.float(), **options))
+    out = check_attention(q, k, v, mask_logits, backend, **options)
+    assert torch.equal(out, masked_attention(q, k, v, mask_logits.float(), backend=backend, **options))
 
 
 @pytest.mark.parametrize("level", simd_levels())
@@ -77,28 +80,29 @@ def test_zero_is_foreground_and_nan_is_background():
     assert torch.equal(halved[0, 0], torch.tensor([1.0, 0, 0, 0]))  # (1 - 1) / 2 is foreground, (-3 + 1) / 2 is not
 
 
-def test_padding_may_hold_anything_and_images_of_padding_alone_give_zero(generator):
-    q, k, v, mask_logits, options = random_inputs(SHAPES["usual"], generator, padding=True)
+@BACKENDS
+def test_padding_may_hold_anything_and_images_of_padding_alone_give_zero(backend, generator):
+    q, k, v, mask_logits, options = random_inputs(SHAPE[backend], generator, padding=True)
     padding = options["key_padding_mask"]
     padding[1] = True
-    expected = check_attention(q, k, v, mask_logits, **options)
+    expected = check_attention(q, k, v, mask_logits, backend, **options)
     k[padding], v[padding] = torch.nan, torch.inf
-    grad_out = torch.randn(q.shape, generator=generator)
-    actual = output_and_gradients(q, k, v, mask_logits, grad_out, **options)
-    assert torch.equal(actual[0], expected)
-    assert not actual[0][1].any()
-    assert all(x.isfinite().all() for x in actual)
-    assert not actual[1][1].any()
-    assert not actual[2][padding].any()
-    assert not actual[3][padding].any()
+    for masks in (mask_logits, None):
+        out, grad_q, grad_k, grad_v = results = output_and_gradients(
+            q, k, v, masks, torch.ones_like(q), backend=backend, **options
+        )
+        assert masks is None or torch.equal(out, expected)
+        assert all(x.isfinite().all() for x in results)
+        assert not any(x.any() for x in (out[1], grad_q[1], grad_k[padding], grad_v[padding]))
 
 
-def test_large_scores_do_not_overflow(generator):
-    q, k, v, mask_logits, options = random_inputs(SHAPES["usual"], generator)
-    out = output_and_gradients(30 * q, 30 * k, v, mask_logits, torch.ones_like(q), **options)
-    assert all(x.isfinite().all() for x in out)
+@BACKENDS
+def test_large_scores_do_not_overflow(backend, generator):
+    q, k, v, mask_logits, options = random_inputs(SHAPE[backend], generator)
+    results = output_and_gradients(30 * q, 30 * k, v, mask_logits, torch.ones_like(q), backend=backend, **options)
+    assert all(x.isfinite().all() for x in results)
     exact = masked_attention(30 * q.double(), 30 * k.double(), v.double(), mask_logits, **options)
-    torch.testing.assert_close(out[0].double(), exact, rtol=0, atol=1e-3)
+    torch.testing.assert_close(results[0].double(), exact, rtol=0, atol=1e-3)
 
 
 def philox(seed, counter):
@@ -170,15 +174,22 @@ def test_dropout_follows_the_generator_of_torch(generator):
     torch.manual_seed(3)
     assert torch.equal(first, masked_attention(q, k, v, mask_logits, dropout_p=0.3, **options))
     assert not torch.equal(first, second)
-    nothing = output_and_gradients(q, k, v, mask_logits, torch.ones_like(q), dropout_p=1.0, **options)
+
+
+@BACKENDS
+def test_dropout_of_everything(backend, generator):
+    q, k, v, mask_logits, options = random_inputs(SHAPE[backend], generator)
+    ones = torch.ones_like(q)
+    nothing = output_and_gradients(q, k, v, mask_logits, ones, dropout_p=1.0, backend=backend, **options)
     assert not any(x.any() for x in nothing)
 
 
-def test_expanded_gradient(generator):
-    q, k, v, mask_logits, options = random_inputs(SHAPES["odd sizes"], generator)
+@BACKENDS
+def test_expanded_gradient(backend, generator):
+    q, k, v, mask_logits, options = random_inputs(SHAPE[backend], generator)
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    summed = torch.autograd.grad(masked_attention(*leaves, mask_logits, **options).sum(), leaves)
-    expected = output_and_gradients(q, k, v, mask_logits, torch.ones_like(q), **options)[1:]
+    summed = torch.autograd.grad(masked_attention(*leaves, mask_logits, backend=backend, **options).sum(), leaves)
+    expected = output_and_gradients(q, k, v, mask_logits, torch.ones_like(q), backend=backend, **options)[1:]
     assert all(torch.equal(x, y) for x, y in zip(summed, expected, strict=True))
 
 
