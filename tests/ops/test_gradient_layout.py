@@ -33,8 +33,8 @@ LAYOUTS = {
 
 # One of each kind, for the interpreter's sake: planes, rows or logits that overlap, axes in another order, none at all.
 TRITON_LAYOUTS = (
-    "queries within each other", "rows that overlap", "one layer for all", "one logit for all", "images outermost",
-    "gaps between queries", "columns before rows", "one column", "no images",
+    "rows that overlap", "one layer for all", "one logit for all", "images outermost", "columns before rows",
+    "one column", "no images",
 )  # fmt: skip
 
 
