@@ -174,6 +174,7 @@ MASKED_ATTENTION = OpInfo(
     refused=REFUSED,
     operands=operands,
     gpu_error=gpu_error,
+    output_dtype=None,
     differentiable=("q", "k", "v"),
     backward_operands=lambda outputs: (torch.ones_like(outputs[0]), *outputs),
     own_products=HALVES,

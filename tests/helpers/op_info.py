@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmask import Targets
 from fastmask.testing import GpuError, assert_within_budget
 
 Arguments = dict[str, Any]
@@ -23,7 +24,7 @@ HALVES = DTYPES[1:]
 
 @dataclass(frozen=True)
 class OpInfo:
-    """A differentiable or other operator with a reference.
+    """An operator with a reference, and what tests of it need.
 
     Args:
         name: of the entry.
@@ -33,10 +34,11 @@ class OpInfo:
         logits: the arguments that have the dtype under test.
         cases: arguments for the CPU's and CUDA's kernels, float32 and on the CPU.
         triton: the same for Triton's kernels, few and small, as the interpreter needs a millisecond for a line.
-        typical: of each, the names of those that further tests use; the first one has at least two layers.
+        typical: names of the cases, of both tables, that further tests use; where one is enough, the first.
         refused: what must be refused.
         operands: what ``operator`` is called with.
         gpu_error: of each result, for arguments and their dtype.
+        output_dtype: None if it is that of the logits.
         differentiable: the arguments that have a gradient.
         backward_operands: what the gradient's operator is called with before ``operands``, for the operator's outputs.
         corrupt: where NaN makes results NaN, writes it into the arguments; returns masks of what it may change, by the
@@ -57,6 +59,7 @@ class OpInfo:
     refused: Mapping[str, Refused]
     operands: Callable[[Arguments], tuple[Any, ...]]
     gpu_error: Callable[[Arguments, torch.dtype], tuple[GpuError, ...]]
+    output_dtype: torch.dtype | None = torch.float32
     differentiable: tuple[str, ...] = ()
     backward_operands: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] = tuple
     corrupt: Callable[[Arguments], dict[str, Tensor]] | None = None
@@ -99,13 +102,17 @@ class OpInfo:
         actual = self.run(arguments, backend)
         for name, error in zip(self.results, self.gpu_error(arguments, dtype), strict=True):
             assert_within_budget(actual[name], same_dtype[name], exact[name], name=name, gpu=error)
-        for name in self.differentiable:
-            assert actual[f"gradient of {name}"].dtype == dtype
+        assert {actual[name].dtype for name in self.outputs} == {self.output_dtype or dtype}
+        assert {actual[f"gradient of {name}"].dtype for name in self.differentiable} <= {dtype}
         return actual
 
 
 def on_gpu(value: Any) -> Any:
-    return value.to("cuda") if hasattr(value, "to") else value
+    """With the strides and the offset that a tensor has on the CPU."""
+    if isinstance(value, Tensor):
+        storage = value.untyped_storage().cuda()
+        return value.new_empty(0, device="cuda").set_(storage, value.storage_offset(), value.shape, value.stride())
+    return value.to("cuda") if isinstance(value, Targets) else value
 
 
 def weights(output: Tensor, seed: int) -> Tensor:
