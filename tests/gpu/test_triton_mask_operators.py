@@ -62,11 +62,11 @@ def of_segments(arguments: Arguments, *more: Any) -> tuple[Any, ...]:
 
 def test_a_label_beyond_the_classes_reads_nothing_and_costs_nan(generator):
     arguments = drawn("mask_cost", SMALL, generator)
-    logits = arguments["class_logits"], arguments["mask_logits"]
-    expected, cost = (
-        kernels("mask_cost").mask_cost(*logits, *of_segments(arguments, 1.0, 1.0, 1.0, "focal", 0.25, 2.0))
-        for arguments["targets"].labels[1, 2] in (int(arguments["targets"].labels[1, 2]), 1 << 40)
-    )
+    run, logits = kernels("mask_cost").mask_cost, (arguments["class_logits"], arguments["mask_logits"])
+    options = (1.0, 1.0, 1.0, "focal", 0.25, 2.0)
+    expected = run(*logits, *of_segments(arguments, *options))
+    arguments["targets"].labels[1, 2] = 1 << 40
+    cost = run(*logits, *of_segments(arguments, *options))
     assert cost[:, 1, :, 2].isnan().all()
     cost[:, 1, :, 2] = expected[:, 1, :, 2]
     assert torch.equal(cost, expected)
