@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-compiled triton-matrix compilers sanitize bench docs wheel lint format gpu clean
+.PHONY: help setup demo test test-fast test-all test-compiled triton-matrix compilers sanitize bench docs wheel lint format gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -27,8 +27,16 @@ demo: setup ## train MaskFormer on the embedded scenes, evaluate it, write pictu
 	$(BIN)/python -m fastmask.cli.demo
 
 # ARGS: pytest's options; CONTRIBUTING.md has those for a random order and for other processors.
-test: setup ## run the test suite
-	$(BIN)/python -m pytest -n auto $(ARGS)
+# worksteal leaves most files to one worker, which makes what their tests share once.
+PYTEST = $(BIN)/python -m pytest -n auto --dist worksteal
+test: setup ## run the tests, but for those marked slow; seven minutes on two cores
+	$(PYTEST) $(ARGS)
+
+test-fast: setup ## run the tests of operators and modules; 90 seconds
+	$(PYTEST) $(FAST) $(ARGS)
+
+test-all: setup ## run all tests: also what is built, exported, compiled and measured from end to end
+	$(PYTEST) -m "" $(ARGS)
 
 # Needs ptxvm, which executes PTX on a CPU, importable or in ../shared. ARGS: --warp-seed N, --hardware-rounding, -k ...
 CAPABILITIES ?= 80 90 100

@@ -100,7 +100,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked cuda are skipped without a GPU, slow ones unless asked for; --compiled leaves those of kernels."""
+    """Tests marked cuda are skipped without a GPU; --compiled leaves those of kernels."""
     if EMULATION in config.stash:
         chosen = [item for item in items if runs_kernels(item)]
         config.hook.pytest_deselected(items=list(set(items) - set(chosen)))
@@ -110,8 +110,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="Triton's interpreter cannot run it; run with --compiled 90"))
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
-        if item.get_closest_marker("slow") and "slow" not in item.config.getoption("-m"):
-            item.add_marker(pytest.mark.skip(reason="takes minutes; run with -m slow"))
 
 
 def runs_kernels(item: pytest.Item) -> bool:

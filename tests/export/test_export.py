@@ -18,6 +18,7 @@ from tests.helpers.exporting import (
     TINY_SWIN,
     assert_same_labels,
     assert_same_scores,
+    exported,
     maskformer,
     own_operators,
     per_pixel,
@@ -32,11 +33,18 @@ def seed():
     torch.manual_seed(0)
 
 
+def masked_attention():
+    return maskformer(masked_attention=True, encoder_layers=0)
+
+
+def with_encoder():
+    return maskformer(encoder_layers=1)
+
+
 @pytest.mark.parametrize("portable", [True, False])
-@pytest.mark.parametrize("masked_attention", [False, True])
-def test_a_maskformers_labels(masked_attention, portable):
-    model = maskformer(masked_attention=masked_attention, encoder_layers=0 if masked_attention else 1)
-    program = export_program(model, size=SIZE, batch_size=2, portable=portable)
+@pytest.mark.parametrize("make", [with_encoder, masked_attention])
+def test_a_maskformers_labels(make, portable):
+    model, program = exported(make, portable=portable)
     expected = set() if portable else {"fastmask.masked_attention.default", "fastmask.semantic_inference.default"}
     assert own_operators(program) == expected
     images = torch.rand(2, 3, *SIZE)
@@ -53,18 +61,16 @@ def test_a_maskformers_labels(masked_attention, portable):
     ],
 )
 def test_labels_and_scores_of_networks_without_masks(make):
-    model = make()
-    images = torch.rand(1, 3, *SIZE)
-    program = export_program(model, size=SIZE, batch_size=1)
+    images = torch.rand(2, 3, *SIZE)
+    model, program = exported(make)
     assert_same_labels(program.module()(images)["labels"], model, images)
-    program = export_program(model, size=SIZE, batch_size=1, task="scores", output_size=(64, 50))
+    model, program = exported(make, task="scores", output_size=(64, 50))
     assert_same_scores(program.module()(images)["scores"], predicted_scores(model, images, (64, 50)))
 
 
 def test_a_result_of_another_size_than_the_images():
-    model = maskformer()
-    images = torch.rand(1, 3, *SIZE)
-    program = export_program(model, size=SIZE, batch_size=1, output_size=(64, 50))
+    model, program = exported(maskformer, output_size=(64, 50))
+    images = torch.rand(2, 3, *SIZE)
     assert_same_labels(program.module()(images)["labels"], model, images, (64, 50))
 
 
@@ -72,7 +78,7 @@ def test_panoptic_segmentation_of_exported_logits():
     """The post-processing that the program leaves out gives what ``predict`` gives."""
     model = maskformer(stuff_classes=[3, 4])
     images = torch.rand(2, 3, *SIZE)
-    outputs = export_program(model, task="logits", size=SIZE).module()(images)
+    outputs = export_program(model, task="logits", size=SIZE, batch_size=2).module()(images)
     assert outputs["class_logits"].shape == (2, 7, CLASSES + 1) and outputs["mask_logits"].shape == (2, 7, 16, 24)
     steps = {"padded_size": (64, 96), "valid_size": SIZE}
     options = {"threshold": 0.0, "overlap_threshold": 0.0, "stuff_classes": (3, 4)}
@@ -99,7 +105,7 @@ def test_the_network_stays_as_it_is():
     model.backbone.eval()
     modes = {name: module.training for name, module in model.named_modules()}
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    export_program(model, size=SIZE, batch_size=1)
+    export_program(model, size=SIZE, batch_size=1, portable=False)
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -126,11 +132,17 @@ assert ("fastmask" in sys.modules) == {expected}
 
 
 @pytest.mark.parametrize("portable", [True, False])
-def test_a_saved_program_runs_in_a_process_of_its_own(portable, tmp_path):
+def test_the_command_exports_a_saved_network_for_a_process_of_its_own(portable, tmp_path):
     """Without fastmask if it is portable."""
-    model = maskformer(class_names=list("abcde"))
-    path = export_pt2(model, tmp_path / "out" / "model.pt2", size=SIZE, batch_size=3, portable=portable)
+    model = maskformer(backbone="tiny", class_names=list("abcde"))
+    model.save_pretrained(tmp_path / "saved")
+    path = tmp_path / "out" / "model.pt2"
+    arguments = ["export", str(tmp_path / "saved"), str(path), "--size", "45", "70", "--batch", "3"]
+    result = CliRunner().invoke(app, arguments + ["--kernels"] * (not portable), catch_exceptions=False)
+    assert result.exit_code == 0 and "model.pt2" in result.output
     assert [file.name for file in path.parent.iterdir()] == ["model.pt2"]
+    with pytest.raises(FileExistsError):
+        CliRunner().invoke(app, arguments, catch_exceptions=False)
     images = torch.rand(3, 3, *SIZE)
     torch.save(images, tmp_path / "images.pt")
     code = LOADING.format(imports="" if portable else "import fastmask", expected=not portable)
@@ -189,20 +201,6 @@ def test_files_are_not_overwritten_unasked(tmp_path):
     with pytest.raises(ValueError, match="task of a MaskFormer"):
         export_pt2(model, path, overwrite=True, task="events")
     assert path.read_text() == "kept" and len(list(tmp_path.iterdir())) == 1
-
-
-def test_the_command_exports_a_saved_network(tmp_path):
-    model = maskformer()
-    model.save_pretrained(tmp_path / "saved")
-    arguments = ["export", str(tmp_path / "saved"), str(tmp_path / "model.pt2"), "--size", "45", "70", "--batch", "1"]
-    result = CliRunner().invoke(app, [*arguments, "--kernels"], catch_exceptions=False)
-    assert result.exit_code == 0 and "model.pt2" in result.output
-    program = torch.export.load(tmp_path / "model.pt2")
-    assert "fastmask.semantic_inference.default" in own_operators(program)
-    images = torch.rand(1, 3, *SIZE)
-    assert_same_labels(program.module()(images)["labels"], model, images)
-    with pytest.raises(FileExistsError):
-        CliRunner().invoke(app, arguments, catch_exceptions=False)
 
 
 @pytest.mark.parametrize(

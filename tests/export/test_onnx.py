@@ -8,6 +8,7 @@ import torch
 
 from fastmask import __version__
 from fastmask.export import OPSET, export_onnx, onnx_file
+from fastmask.models import MaskFormer, Segmenter
 from tests.helpers.exporting import (
     CLASSES,
     SIZE,
@@ -47,11 +48,13 @@ def run(path, inputs):
     return {name: torch.from_numpy(result) for name, result in zip(names, results, strict=True)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [
         lambda: maskformer(masked_attention=True, decoder_layers=2),
         lambda: maskformer(backbone="resnet", backbone_options=TINY_RESNET50, encoder_layers=1),
+        lambda: maskformer(backbone="swin", backbone_options=TINY_SWIN),
         lambda: per_pixel(transformer_decoder=True),
         lambda: segmenter(decoder="linear", distilled=True),
     ],
@@ -65,54 +68,48 @@ def test_labels_of_any_number_of_images(make, tmp_path):
         assert_same_labels(run(opened, images)["labels"], model, images)
 
 
-@pytest.mark.slow
-def test_labels_with_a_swin_backbone(tmp_path):
-    model = maskformer(backbone="swin", backbone_options=TINY_SWIN)
-    path = export_onnx(model, tmp_path / "model.onnx", size=SIZE)
-    for batch_size in (1, 3):
-        images = torch.rand(batch_size, 3, *SIZE)
-        assert_same_labels(run(path, images)["labels"], model, images)
+def slow(make):
+    return pytest.param(make, marks=pytest.mark.slow)
 
 
-def test_images_of_any_size_and_number(tmp_path):
+NAMED = {"class_names": list("abcde")}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: per_pixel(**NAMED),
+        slow(lambda: maskformer(backbone="tiny", stuff_classes=[4], **NAMED)),
+        slow(lambda: maskformer(masked_attention=True, decoder_layers=3, **NAMED)),
+        slow(lambda: maskformer(backbone="efficientnet-lite0", **NAMED)),
+        slow(segmenter),
+    ],
+)
+def test_images_of_any_size_and_number(make, tmp_path):
     """Smaller and larger than what was traced, odd sides, one pixel, and multiples, which need no padding."""
-    model = maskformer(class_names=list("abcde"), stuff_classes=[4])
+    model = make()
     path = export_onnx(model, tmp_path / "new" / "model.onnx")
     assert [file.name for file in path.parent.iterdir()] == ["model.onnx"]
     opened = session(path)
     assert [(value.name, value.shape) for value in opened.get_inputs()] == [("images", ["batch", 3, "height", "width"])]
     assert [(value.name, value.shape) for value in opened.get_outputs()] == [("labels", ["batch", "height", "width"])]
-    for shape in [(1, 3, 64, 96), (3, 3, 45, 70), (2, 3, 1, 1), (1, 3, 31, 33), (1, 3, 200, 130)]:
+    one_pixel = [] if isinstance(model, Segmenter) else [(2, 3, 1, 1)]  # its images are larger than a patch
+    for shape in [(1, 3, 64, 96), (3, 3, 45, 70), *one_pixel, (1, 3, 31, 33), (1, 3, 200, 130)]:
         images = torch.rand(shape)
-        assert_same_labels(run(opened, images)["labels"], model, images)
+        assert_same_labels(run(opened, images)["labels"], model, images, **whole_images(model))
 
     proto = onnx.load(str(path))
     assert [(entry.domain, entry.version) for entry in proto.opset_import if not entry.domain] == [("", OPSET)]
     assert {node.domain for node in proto.graph.node} <= {""}
     metadata = {entry.key: entry.value for entry in proto.metadata_props}
-    assert metadata["fastmask_version"] == __version__ and metadata["model"] == "MaskFormer"
-    assert json.loads(metadata["class_names"]) == list("abcde") and json.loads(metadata["stuff_classes"]) == [4]
+    assert metadata["fastmask_version"] == __version__ and metadata["model"] == type(model).__name__
+    assert json.loads(metadata["class_names"]) == list("abcde")
+    if isinstance(model, MaskFormer):
+        assert json.loads(metadata["stuff_classes"]) == list(model.config.stuff_classes)
     assert json.loads(metadata["pixel_mean"]) == list(model.config.pixel_mean)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: maskformer(masked_attention=True, decoder_layers=3),
-        lambda: maskformer(backbone="efficientnet-lite0"),
-        segmenter,
-        per_pixel,
-    ],
-)
-def test_other_networks_with_images_of_any_size(make, tmp_path):
-    model = make()
-    opened = session(export_onnx(model, tmp_path / "model.onnx"))
-    for shape in [(1, 3, 64, 96), (3, 3, 45, 70), (2, 3, 31, 33), (1, 3, 200, 130)]:
-        images = torch.rand(shape)
-        assert_same_labels(run(opened, images)["labels"], model, images, **whole_images(model))
-
-
 def test_logits_and_scores(tmp_path):
     model = maskformer()
     images = torch.rand(2, 3, *SIZE)
@@ -128,6 +125,7 @@ def test_logits_and_scores(tmp_path):
     assert_same_scores(scores, predicted_scores(model, images, (64, 50)))
 
 
+@pytest.mark.slow
 def test_clips_of_sound(tmp_path):
     """The short-time Fourier transform is an operator of ONNX."""
     model = sound_detector()

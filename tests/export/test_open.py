@@ -12,6 +12,7 @@ from tests.helpers.exporting import (
     TINY,
     assert_same_labels,
     assert_same_scores,
+    exported,
     maskformer,
     own_operators,
     segmenter,
@@ -34,6 +35,7 @@ def test_images_of_any_size_and_number(portable):
         assert_same_labels(run(images)["labels"], model, images)
 
 
+@pytest.mark.slow
 def test_kernels_of_masked_attention_with_any_size():
     """Grids of the feature levels reach the operator as symbols too."""
     model = maskformer(masked_attention=True, decoder_layers=3)
@@ -67,11 +69,10 @@ def test_a_network_that_holds_for_some_sizes_alone_is_refused():
 
 @pytest.mark.parametrize("portable", [True, False])
 def test_programs_compile_in_one_graph(portable):
-    model = maskformer()
-    run = export_program(model, size=SIZE, batch_size=1, portable=portable).module()
-    images = torch.rand(1, 3, *SIZE)
+    model, program = exported(maskformer, portable=portable)
+    images = torch.rand(2, 3, *SIZE)
     with torch.no_grad():
-        labels = torch.compile(run, fullgraph=True, backend="aot_eager")(images)["labels"]
+        labels = torch.compile(program.module(), fullgraph=True, backend="aot_eager")(images)["labels"]
     assert_same_labels(labels, model, images)
 
 

@@ -252,6 +252,7 @@ SYNCS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("file", "sync"), SYNCS)
 def test_a_missing_barrier_is_noticed(sanitized, tmp_path, file, sync):
     """The first of its kind in the file is taken out."""
@@ -274,6 +275,7 @@ def test_host_threads_with_other_sizes_do_not_disturb_each_other(tmp_path):
     assert sorted(printed) == [f"device 0: {227 * 1024}", f"device 1: {99 * 1024}"]
 
 
+@pytest.mark.slow
 def test_the_kernel_compiles_without_spills(tmp_path, monkeypatch):
     """At most 168 registers a thread, on each architecture that a build takes by default: a block of 384 then fits the
     65,536 of a multiprocessor."""

@@ -35,6 +35,7 @@ def run_module(*arguments: object, path: Path | None = None) -> subprocess.Compl
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_the_cpu_form_from_end_to_end(tmp_path):
     done = run_module("benchmarks.gpu", "--device", "cpu", "--quick", "--seconds", 3000, "--folder", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from fastmask.models import (
-    MaskFormer,
-    MaskFormerConfig,
-    PerPixelBaseline,
-    PerPixelBaselineConfig,
-    Segmenter,
-    SegmenterConfig,
-    SoundEventConfig,
-    SoundEventDetector,
-)
+from fastmask import models
+from fastmask.export import export_program
+from fastmask.models import MaskFormer, PerPixelBaseline, Segmenter, SoundEventDetector
+from tests.helpers.tiny_models import Pooling
 
 SIZE = (45, 70)  # no multiples of what any network pads to
 CLASSES = 5
 TINY = {"decoder_layers": 1, "hidden_dim": 32, "feedforward_dim": 64, "pixel_decoder_dim": 32, "mask_dim": 16}
 TINY_SWIN = {"embed_dim": 16, "depths": [1, 2, 1, 1], "num_heads": [1, 2, 4, 8], "window_size": 3}
 TINY_RESNET50 = {"embedding_size": 16, "hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 2, 1]}
-SEGMENTER = {"hidden_dim": 32, "feedforward_dim": 64, "encoder_layers": 2, "class_names": list("abcde")}
+SEGMENTER = {"hidden_dim": 32, "feedforward_dim": 64, "encoder_layers": 1, "class_names": list("abcde")}
 # Scores and logits of float32 differ by this much, in terms of their largest: the sums have hundreds of terms.
 ROUNDING = 2e-5
 
 
+def backbone_of(options: dict[str, object]) -> dict[str, nn.Module]:
+    """Few operators, as tracing takes its time for each, unless the options name another backbone."""
+    return {} if "backbone" in options else {"backbone": Pooling()}
+
+
 def maskformer(**options: object) -> MaskFormer:
     """A MaskFormer whose queries differ in class and mask, so that results have several classes."""
-    model = MaskFormer(MaskFormerConfig.preset("tiny", CLASSES, **{"num_queries": 7, **TINY, **options}))
+    config = models.MaskFormerConfig.preset("tiny", CLASSES, **{"num_queries": 7, **TINY, **options})
+    model = MaskFormer(config, **backbone_of(options))
     nn.init.normal_(model.predictor.class_embed.weight)
     nn.init.normal_(model.predictor.query_embed.weight)
     nn.init.normal_(model.pixel_decoder.mask_features.weight, std=0.1)
@@ -39,17 +41,26 @@ def maskformer(**options: object) -> MaskFormer:
 
 
 def per_pixel(**options: object) -> PerPixelBaseline:
-    model = PerPixelBaseline(PerPixelBaselineConfig.preset("tiny", CLASSES, **{**TINY, **options}))
+    config = models.PerPixelBaselineConfig.preset("tiny", CLASSES, **{**TINY, **options})
+    model = PerPixelBaseline(config, **backbone_of(options))
     nn.init.normal_(model.pixel_decoder.mask_features.weight, std=0.1)
     return model
 
 
 def segmenter(**options: object) -> Segmenter:
-    return Segmenter(SegmenterConfig.preset("tiny", CLASSES, **{**SEGMENTER, **options}))
+    return Segmenter(models.SegmenterConfig.preset("tiny", CLASSES, **{**SEGMENTER, **options}))
 
 
 def sound_detector(**options: object) -> SoundEventDetector:
-    return SoundEventDetector(SoundEventConfig.preset("tiny", CLASSES, **options))
+    return SoundEventDetector(models.SoundEventConfig.preset("tiny", CLASSES, **options))
+
+
+@functools.cache
+def exported(make: Callable[[], nn.Module], **options: Any) -> tuple[nn.Module, ExportedProgram]:
+    """A network and its program, for two images of one size unless the options say otherwise."""
+    torch.manual_seed(0)
+    model = make()
+    return model, export_program(model, **{"size": SIZE, "batch_size": 2, **options})
 
 
 def own_operators(program: ExportedProgram) -> set[str]:

@@ -1,13 +1,12 @@
-"""Trains tiny models of transformers, plain and patched, as one of the processes of torch.distributed.run or alone, and
-writes what it saw to the JSON file named on the command line."""
+"""Trains tiny models of transformers, plain and patched, as one of several processes, and saves what it saw."""
 
 from __future__ import annotations
 
-import json
-import sys
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
@@ -70,13 +69,8 @@ def named_losses(way: str) -> dict[str, float]:
     return {name: loss.item() for name, loss in losses.items()}
 
 
-def main(path: str, folder: str) -> None:
-    torch.set_num_threads(1)
-    seen = {way: {"curve": loss_curve(way, folder), "losses": named_losses(way)} for way in WAYS}
+def main(folder: Path) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)  # that of the process that forked this one
+    seen = {way: {"curve": loss_curve(way, str(folder)), "losses": named_losses(way)} for way in WAYS}
     if PartialState().is_main_process:
-        with open(path, "w") as file:
-            json.dump(seen | {"processes": PartialState().num_processes}, file)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+        torch.save(seen | {"processes": PartialState().num_processes}, folder / "seen.pt")

@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+import torch
 
+from tests.helpers import patched_training
 from tests.helpers.patched_training import STEPS
-
-ROOT = Path(__file__).parents[2]
-PROCESSES = 2
+from tests.helpers.shared_batches import PROCESSES, fork_together
 
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     """What tests/helpers/patched_training.py saw."""
     folder = tmp_path_factory.mktemp("training")
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
-    command = [sys.executable, *launcher, "-m", "tests.helpers.patched_training"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [*command, str(folder / "seen.json"), str(folder)], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads((folder / "seen.json").read_text())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        fork_together(patched_training.main, folder)
+    result = torch.load(folder / "seen.pt")
     assert result["processes"] == PROCESSES
     return result
 

@@ -4,7 +4,6 @@ import os
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from fastmask.models import MaskFormer, MaskFormerConfig, weight_files
 
@@ -149,31 +148,6 @@ def test_another_number_of_classes_is_refused_unless_asked_for(saved):
     assert (loaded.config.num_classes, loaded.config.class_names, loaded.config.stuff_classes) == (7, (), ())
     assert torch.equal(outputs(loaded), outputs(model))
     assert MaskFormer.from_pretrained(folder, num_classes=4).config == model.config
-
-
-class Pooling(nn.Module):
-    """A backbone of one convolution and average pooling."""
-
-    channels = (8, 8, 8, 8)
-
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 4, 4)
-
-    def forward(self, pixels):
-        stem = self.stem(pixels)
-        return [nn.functional.avg_pool2d(stem, factor) for factor in (1, 2, 4, 8)]
-
-
-def test_a_custom_backbone_is_passed_again(tmp_path):
-    config = MaskFormerConfig.preset("tiny", 4, decoder_layers=2)
-    model = MaskFormer(config, backbone=Pooling()).eval()
-    assert model.config.backbone == "custom"
-    model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="pass the module as backbone="):
-        MaskFormer.from_pretrained(tmp_path)
-    loaded = MaskFormer.from_pretrained(tmp_path, backbone=Pooling()).eval()
-    assert torch.equal(outputs(loaded), outputs(model))
 
 
 def test_a_pretrained_backbone_survives_saving(tmp_path):

@@ -12,6 +12,7 @@ from fastmask.integrations.checkpoints import to_hugging_face_maskformer, to_ori
 from fastmask.models import build_backbone, known_backbones
 from fastmask.models.backbones import describe_backbone, feature_maps
 from fastmask.models.efficientnet import NAME, EfficientNetLite0
+from tests.helpers.tiny_models import learn
 
 SMALL = {"num_classes": 4, "hidden_dim": 32, "mask_dim": 32, "pixel_decoder_dim": 32, "decoder_layers": 2} | {
     "num_heads": 4,
@@ -114,13 +115,6 @@ def test_a_training_step_of_the_preset_lowers_the_loss():
     images = torch.rand(2, 3, 64, 96)
     class_map = torch.arange(96).div(24, rounding_mode="floor").expand(2, 64, 96)
     targets = Targets.from_segmentation(class_map, 4)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    totals = []
-    for _ in range(4):
-        total = sum(model(images, targets).values())
-        optimizer.zero_grad()
-        total.backward()
-        optimizer.step()
-        totals.append(total.item())
+    totals = learn(model, images, targets, 4)
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert totals[-1] < totals[0]

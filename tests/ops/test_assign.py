@@ -327,8 +327,8 @@ def test_it_compiles_as_one_graph(generator):
 
 @pytest.mark.slow
 def test_long_fuzz():
-    """Minutes of random families, shapes, dtypes, layouts and broken pairs."""
-    for seed in range(400_000):
+    """Random families, shapes, dtypes, layouts and broken pairs."""
+    for seed in range(20_000):
         rng = np.random.default_rng(seed)
         n, m = rng.integers(1, 131, 2)
         if rng.random() < 0.5:

@@ -366,6 +366,7 @@ def test_machine_names():
     assert head is None or len(head) >= 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", load_operations())
 def test_every_operation_agrees_on_its_quick_case(name):
     """All providers that need no compiler, so that a benchmark cannot rot unseen."""
@@ -386,6 +387,7 @@ def test_every_operation_agrees_on_its_quick_case(name):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_a_quick_run_from_end_to_end(tmp_path):
     output = tmp_path / "results.json"
     command = [

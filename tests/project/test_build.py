@@ -162,6 +162,7 @@ def test_a_missing_compiler_is_named(monkeypatch):
         SETUP["cxx_command"]()
 
 
+@pytest.mark.slow
 def test_a_path_with_spaces_builds(tmp_path):
     """A small project of the same layout; and what has been built is not compiled again."""
     tree = tmp_path / "a b"
@@ -195,6 +196,7 @@ def test_a_path_with_spaces_builds(tmp_path):
     assert len(re.findall(r"(?:CXX|NVCC) ", again.stdout)) == (4 if shutil.which("nvcc") else 3)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("avx512" not in SETUP["simd_levels"](), reason="needs a compiler for x86-64")
 def test_simd_levels_share_no_function_without_optimization(tmp_path):
     """The linker keeps one copy of a function that several units define (a weak symbol), and AVX-512 instructions in it

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 SOURCES = ("fastmask", "csrc", "kernels", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
 

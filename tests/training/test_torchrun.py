@@ -66,6 +66,7 @@ def assert_same_run(folder, alone):
     assert 0 < expected["evaluation"]["mIoU"] < 1
 
 
+@pytest.mark.slow
 def test_interrupted_in_two_processes_and_continued_in_one(config, alone, tmp_path):
     folder = tmp_path / "run"
     config.replace(strategy="fsdp", activation_checkpointing=True).save(tmp_path / "config.json")

@@ -7,6 +7,7 @@ import torch
 
 from fastmask import MaskFormer, MaskFormerConfig, PerPixelBaseline, Segmenter, Targets
 from fastmask.data import CLASS_NAMES, ComposedScenes, collate_scenes
+from tests.helpers.tiny_models import learn
 
 STEPS = 6
 
@@ -37,69 +38,17 @@ def test_first_steps_follow_the_curve_of_the_reference(seed):
     torch.testing.assert_close(native, reference, rtol=2e-3, atol=1e-5)
 
 
-def one_batch(num_images: int = 2) -> tuple[torch.Tensor, Targets]:
+@pytest.fixture
+def batch() -> tuple[torch.Tensor, Targets]:
+    torch.manual_seed(0)
     scenes = ComposedScenes("train", size=(64, 64))
-    return collate_scenes([scenes[i] for i in range(num_images)])
+    return collate_scenes([scenes[i] for i in range(4)])
 
 
-def test_model_and_criterion_compile_to_one_graph():
-    torch.manual_seed(0)
-    model = MaskFormer(MaskFormerConfig.preset("tiny", len(CLASS_NAMES), decoder_layers=2))
-    images, targets = one_batch()
-    results = []
-    for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
-        model.zero_grad()
-        losses = run(images, targets)
-        sum(losses.values()).backward()
-        results.append(losses | {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    assert results[0].keys() == results[1].keys()
-    for name, value in results[0].items():
-        torch.testing.assert_close(results[1][name], value, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_gives_float32_losses_and_gradients_in_the_parameters_dtype(dtype):
-    torch.manual_seed(0)
-    model = MaskFormer(MaskFormerConfig.preset("tiny", len(CLASS_NAMES), decoder_layers=2))
-    images, targets = one_batch()
-    expected = model(images, targets)
-    with torch.autocast("cpu", dtype=dtype):
-        losses = model(images, targets)
-    assert {loss.dtype for loss in losses.values()} == {torch.float32}
-    sum(losses.values()).backward()
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    assert {gradient.dtype for gradient in gradients} == {torch.float32}
-    assert all(gradient.isfinite().all() for gradient in gradients)
-    for name, loss in losses.items():
-        torch.testing.assert_close(loss, expected[name], rtol=0.1, atol=0.05)
-
-
-def test_a_pure_bfloat16_model_trains():
-    torch.manual_seed(0)
-    model = MaskFormer(MaskFormerConfig.preset("tiny", len(CLASS_NAMES), decoder_layers=2)).bfloat16()
-    images, targets = one_batch()
-    losses = model(images, targets)
-    sum(losses.values()).backward()
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    assert {gradient.dtype for gradient in gradients} == {torch.bfloat16}
-    assert all(gradient.isfinite().all() for gradient in gradients)
-
-
-@pytest.mark.parametrize("matching", ["bipartite", "fixed"])
-def test_both_matchings_learn_one_batch(matching):
-    torch.manual_seed(0)
-    options = {"matching": "fixed", "num_queries": len(CLASS_NAMES)} if matching == "fixed" else {}
+@pytest.mark.parametrize("options", [{}, {"matching": "fixed", "num_queries": len(CLASS_NAMES)}])
+def test_both_matchings_learn_one_batch(batch, options):
     model = MaskFormer(MaskFormerConfig.preset("tiny", len(CLASS_NAMES), decoder_layers=2, **options))
-    images, targets = one_batch(4)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    totals = []
-    for _ in range(40):
-        total = sum(model(images, targets).values())
-        optimizer.zero_grad()
-        total.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        totals.append(total.item())
+    totals = learn(model, *batch, 40)
     assert sum(totals[-5:]) < 0.7 * sum(totals[:5])
 
 
@@ -112,25 +61,15 @@ def test_both_matchings_learn_one_batch(matching):
         (PerPixelBaseline, {"transformer_decoder": True, "decoder_layers": 2}),
     ],
 )
-def test_tiny_presets_of_per_pixel_models_learn_one_batch(kind, options):
-    torch.manual_seed(0)
+def test_tiny_presets_of_per_pixel_models_learn_one_batch(batch, kind, options):
     model = kind(kind.config_class.preset("tiny", len(CLASS_NAMES), **options))
-    scenes = ComposedScenes("train", size=(64, 64))
-    images, targets = collate_scenes([scenes[i] for i in range(4)])
+    images, targets = batch
     truth = targets.class_map()
 
     def accuracy():
         return (torch.stack(model.predict(images)) == truth)[truth != 255].float().mean()
 
     before = accuracy()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    losses = []
-    for _ in range(40):
-        total = sum(model(images, targets).values())
-        optimizer.zero_grad()
-        total.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        losses.append(total.item())
-    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    totals = learn(model, images, targets, 40, 2e-3)
+    assert sum(totals[-5:]) < 0.5 * sum(totals[:5])
     assert accuracy() > max(0.7, before)

@@ -1,0 +1,154 @@
+"""The smallest networks of each family, and how they learn a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmask.models import (
+    MaskFormer,
+    MaskFormerConfig,
+    PerPixelBaseline,
+    PerPixelBaselineConfig,
+    Segmenter,
+    SegmenterConfig,
+    SoundEventConfig,
+    SoundEventDetector,
+)
+from fastmask.targets import Targets
+
+CLASSES = 4
+
+
+class Pooling(nn.Module):
+    """The smallest backbone: averages of one convolution at strides 4 to 32, in a container that ``output`` makes."""
+
+    channels = (8, 8, 8, 8)
+
+    def __init__(self, output: Callable[[Any], Any] = list) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, 4)
+        self.output = output
+
+    def forward(self, pixels: Tensor) -> Any:
+        stem = self.stem(pixels)
+        return self.output(nn.functional.avg_pool2d(stem, factor) for factor in (1, 2, 4, 8))
+
+
+def learn(model: nn.Module, inputs: Any, targets: Any, steps: int, learning_rate: float = 1e-3) -> list[float]:
+    """Trains a model on one batch; its total loss at each step."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+    totals = []
+    for _ in range(steps):
+        total = sum(model(inputs, targets).values())
+        optimizer.zero_grad()
+        total.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        totals.append(total.item())
+    return totals
+
+
+def class_maps(sizes: list[tuple[int, int]], ignored: float = 0.2) -> list[Tensor]:
+    """Classes of pixels, some 255."""
+    maps = [torch.randint(0, CLASSES, size) for size in sizes]
+    return [classes.masked_fill(torch.rand(classes.shape) < ignored, 255) for classes in maps]
+
+
+def mask_targets(sizes: list[tuple[int, int]], counts: list[int]) -> list[dict[str, Tensor]]:
+    """Masks that overlap, ``counts[b]`` of image b."""
+    return [
+        {"labels": torch.randint(0, CLASSES, (count,)), "masks": torch.rand(count, *size) < 0.3}
+        for size, count in zip(sizes, counts, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models, or one form of it.
+
+    Args:
+        kind: the model.
+        config: its configuration.
+        options: of the tiny preset.
+        parts: modules that the constructor takes, made anew for each model.
+        of_classes: the weights that depend on the number of classes, as a regular expression.
+        logits: the output to compare.
+    """
+
+    kind: type
+    config: type
+    options: dict[str, Any]
+    of_classes: str
+    parts: dict[str, Callable[[], nn.Module]] = field(default_factory=dict)
+    logits: str = "logits"
+
+    def make(self, **options: Any) -> nn.Module:
+        """A model whose weights have been shaken, so that pixels and queries differ in their logits."""
+        config = self.config.preset("tiny", CLASSES, **{**self.options, **options})
+        model = self.kind(config, **self.made_parts())
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+        return model
+
+    def made_parts(self) -> dict[str, nn.Module]:
+        return {name: make() for name, make in self.parts.items()}
+
+    def lists(self) -> tuple[list[Tensor] | Tensor, Any]:
+        """Two inputs of different sizes, where there are such, and their targets, which are lists."""
+        if self.kind is SoundEventDetector:
+            events = [{"labels": [1, 3], "onsets": [0.1, 0.3], "offsets": [0.2, 0.6]}, {"labels": [2]}]
+            return torch.randn(2, 12_800), events
+        sizes = [(64, 96), (50, 40)]
+        targets = mask_targets(sizes, [3, 1]) if self.kind is MaskFormer else class_maps(sizes)
+        return [torch.rand(3, *size) for size in sizes], targets
+
+    def batch(self) -> tuple[Tensor, Any]:
+        """Inputs of one size, and their targets in the container."""
+        if self.kind is SoundEventDetector:
+            waveforms, events = self.lists()
+            return waveforms, self.make().targets_of(events, torch.empty(2, CLASSES, 20))
+        images = torch.rand(2, 3, 64, 96)
+        return images, Targets.from_segmentation(torch.stack(class_maps([(64, 96)] * 2)), CLASSES)
+
+
+BACKBONE = {"backbone": Pooling}
+SMALL = {"decoder_layers": 1, "num_heads": 2, "encoder_layers": 1}
+FAMILIES = {
+    "maskformer": Family(
+        MaskFormer,
+        MaskFormerConfig,
+        {"num_queries": 6, **SMALL, "decoder_layers": 2},
+        "predictor.class_embed.bias, predictor.class_embed.weight",
+        BACKBONE,
+        "mask_logits",
+    ),
+    "segmenter": Family(
+        Segmenter,
+        SegmenterConfig,
+        {**SMALL, "distilled": True},
+        "decoder.cls_emb, decoder.mask_norm.bias, decoder.mask_norm.weight",
+    ),
+    "linear segmenter": Family(
+        Segmenter, SegmenterConfig, {**SMALL, "decoder": "linear"}, "decoder.head.bias, decoder.head.weight"
+    ),
+    "per pixel": Family(
+        PerPixelBaseline, PerPixelBaselineConfig, SMALL, "classifier.bias, classifier.weight", BACKBONE
+    ),
+    "per pixel+": Family(
+        PerPixelBaseline,
+        PerPixelBaselineConfig,
+        {**SMALL, "transformer_decoder": True},
+        "predictor.query_embed.weight",
+        BACKBONE,
+    ),
+    "sound": Family(
+        SoundEventDetector, SoundEventConfig, {"channels": (8, 8, 16, 16)}, "predictor.query_embed.weight",
+        logits="mask_logits",
+    ),
+}  # fmt: skip
