@@ -22,7 +22,7 @@ with suppress(ImportError):  # GPU machines may have no Hypothesis
     from hypothesis import HealthCheck, settings
 
     # No test depends on a clock: limits on the time of an example would.
-    settings.register_profile("fastmask", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+    settings.register_profile("fastmask", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("fastmask")
 
 EMULATION = pytest.StashKey()  # tests.helpers.compiled.Emulation, where --compiled asks for it

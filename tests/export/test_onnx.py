@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,12 +21,12 @@ from tests.helpers.exporting import (
     per_pixel,
     predicted_scores,
     segmenter,
+    session,
     sound_detector,
     whole_images,
 )
 
 onnx = pytest.importorskip("onnx")
-onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 
@@ -34,15 +35,9 @@ def seed():
     torch.manual_seed(0)
 
 
-def session(path):
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
 def run(path, inputs):
     """The outputs by name; ``path`` may be a session that is open already."""
-    opened = path if isinstance(path, onnxruntime.InferenceSession) else session(path)
+    opened = session(path) if isinstance(path, Path) else path
     names = [output.name for output in opened.get_outputs()]
     results = opened.run(names, {opened.get_inputs()[0].name: inputs.numpy()})
     return {name: torch.from_numpy(result) for name, result in zip(names, results, strict=True)}

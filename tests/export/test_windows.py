@@ -19,6 +19,7 @@ from tests.helpers.exporting import (
     per_pixel,
     predicted_scores,
     segmenter,
+    session,
 )
 
 OWN = json.dumps([64, 48])  # of the tiny Segmenter
@@ -54,10 +55,9 @@ def test_labels_and_scores_are_those_of_predict(size, window):
 @pytest.mark.slow
 def test_an_onnx_file_has_windows_for_any_number_of_images(tmp_path):
     onnx = pytest.importorskip("onnx")
-    onnxruntime = pytest.importorskip("onnxruntime")
     model = segmenter()
     path = export_onnx(model, tmp_path / "model.onnx", size=(70, 100))
-    opened = onnxruntime.InferenceSession(path)
+    opened = session(path)
     for batch_size in (1, 3):
         images = torch.rand(batch_size, 3, 70, 100)
         (labels,) = opened.run(["labels"], {"images": images.numpy()})

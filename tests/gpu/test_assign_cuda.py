@@ -18,6 +18,7 @@ import torch
 from fastmask.functional import assign
 from tests.conftest import EMULATION
 from tests.helpers.assign_problems import FAMILIES, check_duals, check_matching, make
+from tests.helpers.host_syncs import host_syncs
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 CSRC = HELPERS.parents[1] / "csrc"
@@ -353,11 +354,8 @@ def test_a_cuda_graph_replays_without_the_host(generator):
 def test_no_host_sync(generator):
     cost = torch.randn(8, 50, 20, generator=generator).cuda()
     counts = torch.full((8,), 20, device="cuda")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with host_syncs():
         assign(cost, counts, return_duals=True, return_status=True)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.cuda

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,22 +11,13 @@ from torch import Tensor
 from fastmask import instance_inference, panoptic_inference, reference, semantic_inference
 from fastmask.testing import assert_within_budget, error_budget
 from tests.helpers import gpu_errors
+from tests.helpers.host_syncs import host_syncs
 from tests.helpers.inference_inputs import GEOMETRIES, make_class_logits, make_logits
 
 pytestmark = pytest.mark.cuda
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGE = (2048, 4096)
-
-
-@contextmanager
-def no_host_sync() -> Iterator[None]:
-    """Any call in which the host waits for the device is an error."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def inputs(generator, geometry, dtype=torch.float32, *, batch=2, queries=20, classes=7):
@@ -197,7 +187,7 @@ RUNS = ("labels", "scores", "panoptic", "instance")
 def test_no_host_sync(name, generator):
     run = runs(tuple(x.cuda() for x in inputs(generator, GEOMETRIES["two steps up"])))[name]
     expected = run()
-    with no_host_sync():
+    with host_syncs():
         results = run()
     for a, b in zip(results, expected, strict=True):
         assert torch.equal(a, b)
@@ -209,12 +199,8 @@ def test_panoptic_waits_for_the_device_once(generator):
     logits = [x.cuda() for x in inputs(generator, geometry)]
     arguments = {"stuff_classes": range(0, 7, 2), "threshold": 0.4, **steps(geometry)}
     panoptic_inference(*logits, geometry.size, **arguments)
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with pytest.warns(UserWarning, match="synchronizing") as warnings:
-            panoptic_inference(*logits, geometry.size, **arguments)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with host_syncs("warn"), pytest.warns(UserWarning, match="synchronizing") as warnings:
+        panoptic_inference(*logits, geometry.size, **arguments)
     assert sum("synchronizing" in str(warning.message) for warning in warnings) == 1
 
 

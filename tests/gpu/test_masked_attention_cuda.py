@@ -11,6 +11,7 @@ from fastmask.ops.masked_attention import MASKED_ATTENTION
 from fastmask.testing import assert_within_budget
 from tests.helpers import gpu_errors
 from tests.helpers.attention_operator import SHAPES, output_and_gradients, random_inputs
+from tests.helpers.host_syncs import host_syncs
 from tests.helpers.op_info import LAYOUTS
 
 pytestmark = pytest.mark.cuda
@@ -163,12 +164,8 @@ def test_nothing_waits_for_the_gpu(p, generator):
     *inputs, options = cuda_inputs(GPU_SHAPES["training"], generator, torch.bfloat16, padding=True)
     grad_out = torch.randn_like(inputs[0])
     triton_results(*inputs, grad_out, dropout_p=p, **options)  # compiles
-    mode = torch.cuda.get_sync_debug_mode()
-    try:
-        torch.cuda.set_sync_debug_mode("error")
+    with host_syncs():
         triton_results(*inputs, grad_out, dropout_p=p, **options)
-    finally:
-        torch.cuda.set_sync_debug_mode(mode)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

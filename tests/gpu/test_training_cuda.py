@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
 
 from fastmask import HungarianMatcher, MaskFormer, MaskFormerConfig, SetCriterion
 from fastmask.functional import mask_products
+from tests.helpers.host_syncs import host_syncs
 from tests.helpers.inputs import random_targets
 
 pytestmark = pytest.mark.cuda
 
 SHAPE = (3, 2, 20, 5, 6, 32, 32, 128, 128)
 CHANNELS = 16
-
-
-@contextmanager
-def no_host_sync() -> Iterator[None]:
-    """Any call in which the host waits for the device is an error."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def outputs_on_gpu(
@@ -61,7 +49,7 @@ def test_the_criterion_makes_no_host_sync_and_equals_the_cpu(form, dtype, genera
     targets = random_targets(SHAPE, generator, "segments")
     criterion, on_gpu = make_criterion(SHAPE[3]), targets.to("cuda")
     losses_and_gradients(criterion, outputs, on_gpu, leaves)
-    with no_host_sync():
+    with host_syncs():
         results = losses_and_gradients(criterion, outputs, on_gpu, leaves)
     cpu = {name: value.detach().cpu().float().requires_grad_() for name, value in outputs.items()}
     expected = losses_and_gradients(criterion.cpu(), cpu, targets, list(cpu.values()))
@@ -128,7 +116,7 @@ def test_a_whole_training_step_makes_no_host_sync(masked_attention, generator):
         optimizer.step()
 
     step()  # compiles
-    with no_host_sync():
+    with host_syncs():
         step()
     assert all(p.isfinite().all() for p in model.parameters())
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -61,6 +63,14 @@ def exported(make: Callable[[], nn.Module], **options: Any) -> tuple[nn.Module, 
     torch.manual_seed(0)
     model = make()
     return model, export_program(model, **{"size": SIZE, "batch_size": 2, **options})
+
+
+def session(path: Path) -> Any:
+    """An ONNX file, opened by onnxruntime."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def own_operators(program: ExportedProgram) -> set[str]:

@@ -48,6 +48,11 @@ def with_distinct_queries(model: nn.Module) -> nn.Module:
     return model
 
 
+# What the configurations of several families share.
+COMMON = {"num_labels": NUM_CLASSES, "num_queries": NUM_QUERIES, "train_num_points": NUM_POINTS}
+DECODER = {"encoder_feedforward_dim": 32, "encoder_layers": 1, "num_attention_heads": 4, "dim_feedforward": 32}
+
+
 def tiny_maskformer(
     backbone: str = "swin",
     *,
@@ -56,42 +61,20 @@ def tiny_maskformer(
     cls: type[nn.Module] = MaskFormerForInstanceSegmentation,
 ) -> nn.Module:
     """A seeded model of 3 decoder layers; ``hidden`` shows the hidden states, which auxiliary losses ask for."""
-    decoder = {"d_model": 32, "num_queries": NUM_QUERIES, "dropout": 0.0}
+    decoder = {"model_type": "detr", "d_model": 32, "num_queries": NUM_QUERIES, "dropout": 0.0}
     for part in ("encoder", "decoder"):
         decoder |= {f"{part}_layers": 3, f"{part}_attention_heads": 2, f"{part}_ffn_dim": 32}
+    options = {"use_auxiliary_loss": auxiliary, "output_hidden_states": hidden, "decoder_config": decoder}
+    sizes = {"num_labels": NUM_CLASSES, "fpn_feature_size": 32, "mask_feature_size": 32}
     torch.manual_seed(0)
-    model = cls(
-        MaskFormerConfig(
-            num_labels=NUM_CLASSES,
-            use_auxiliary_loss=auxiliary,
-            output_hidden_states=hidden,
-            fpn_feature_size=32,
-            mask_feature_size=32,
-            backbone_config=tiny_backbone(backbone),
-            decoder_config={"model_type": "detr", **decoder},
-        )
-    )
-    return with_distinct_queries(model)
+    return with_distinct_queries(cls(MaskFormerConfig(backbone_config=tiny_backbone(backbone), **options, **sizes)))
 
 
 def tiny_mask2former(backbone: str = "swin", **options: object) -> nn.Module:
     """A seeded model of 4 decoder layers, which predict 5 times; every level has its turn."""
     torch.manual_seed(0)
-    config = Mask2FormerConfig(
-        num_labels=NUM_CLASSES,
-        backbone_config=tiny_backbone(backbone),
-        feature_size=32,
-        mask_feature_size=32,
-        hidden_dim=32,
-        encoder_feedforward_dim=32,
-        encoder_layers=1,
-        decoder_layers=5,
-        num_attention_heads=4,
-        dim_feedforward=32,
-        num_queries=NUM_QUERIES,
-        train_num_points=NUM_POINTS,
-        **options,
-    )
+    sizes = {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "decoder_layers": 5}
+    config = Mask2FormerConfig(backbone_config=tiny_backbone(backbone), **COMMON, **DECODER, **sizes, **options)
     model = Mask2FormerForUniversalSegmentation(config)
     # Masks of some size: sigmoid rounds the smallest logits of either sign to exactly 0.5, where attention turns over.
     for name, weight in model.named_parameters():
@@ -103,48 +86,19 @@ def tiny_mask2former(backbone: str = "swin", **options: object) -> nn.Module:
 def tiny_oneformer() -> nn.Module:
     """A seeded model with its text encoder, in training."""
     torch.manual_seed(0)
-    model = OneFormerForUniversalSegmentation(
-        OneFormerConfig(
-            num_labels=NUM_CLASSES,
-            is_training=True,
-            backbone_config=tiny_backbone("swin"),
-            conv_dim=64,
-            mask_dim=64,
-            hidden_dim=64,
-            encoder_feedforward_dim=32,
-            encoder_layers=1,
-            decoder_layers=3,
-            num_attention_heads=4,
-            dim_feedforward=32,
-            query_dec_layers=1,
-            num_queries=NUM_QUERIES,
-            train_num_points=NUM_POINTS,
-            text_encoder_width=64,
-            text_encoder_num_layers=1,
-            text_encoder_vocab_size=VOCABULARY,
-            text_encoder_n_ctx=2,
-            dropout=0.0,
-        )
-    )
-    return with_distinct_queries(model).train()
+    sizes = {"conv_dim": 64, "mask_dim": 64, "hidden_dim": 64, "decoder_layers": 3, "query_dec_layers": 1}
+    text = {"width": 64, "num_layers": 1, "vocab_size": VOCABULARY, "n_ctx": 2}
+    text = {f"text_encoder_{name}": value for name, value in text.items()}
+    options = {"is_training": True, "dropout": 0.0, "backbone_config": tiny_backbone("swin")}
+    config = OneFormerConfig(**COMMON, **DECODER, **sizes, **text, **options)
+    return with_distinct_queries(OneFormerForUniversalSegmentation(config)).train()
 
 
 def tiny_eomt() -> nn.Module:
     """A seeded model of 3 layers, the last two with queries."""
     torch.manual_seed(0)
-    return EomtForUniversalSegmentation(
-        EomtConfig(
-            num_labels=NUM_CLASSES,
-            hidden_size=32,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            image_size=SIZE,
-            patch_size=16,
-            num_blocks=2,
-            num_queries=NUM_QUERIES,
-            train_num_points=NUM_POINTS,
-        )
-    ).train()
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "num_blocks": 2}
+    return EomtForUniversalSegmentation(EomtConfig(image_size=SIZE, patch_size=16, **COMMON, **sizes)).train()
 
 
 def random_batch(seed: int, counts: tuple[int, ...] = (4, 2), sizes: tuple[int, ...] = (SIZE, SIZE)) -> dict:

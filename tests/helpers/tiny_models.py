@@ -9,16 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmask.models import (
-    MaskFormer,
-    MaskFormerConfig,
-    PerPixelBaseline,
-    PerPixelBaselineConfig,
-    Segmenter,
-    SegmenterConfig,
-    SoundEventConfig,
-    SoundEventDetector,
-)
+from fastmask.models import MaskFormer, PerPixelBaseline, Segmenter, SoundEventDetector
 from fastmask.targets import Targets
 
 CLASSES = 4
@@ -73,7 +64,6 @@ class Family:
 
     Args:
         kind: the model.
-        config: its configuration.
         options: of the tiny preset.
         parts: modules that the constructor takes, made anew for each model.
         of_classes: the weights that depend on the number of classes, as a regular expression.
@@ -81,7 +71,6 @@ class Family:
     """
 
     kind: type
-    config: type
     options: dict[str, Any]
     of_classes: str
     parts: dict[str, Callable[[], nn.Module]] = field(default_factory=dict)
@@ -89,7 +78,7 @@ class Family:
 
     def make(self, **options: Any) -> nn.Module:
         """A model whose weights have been shaken, so that pixels and queries differ in their logits."""
-        config = self.config.preset("tiny", CLASSES, **{**self.options, **options})
+        config = self.kind.config_class.preset("tiny", CLASSES, **{**self.options, **options})
         model = self.kind(config, **self.made_parts())
         with torch.no_grad():
             for parameter in model.parameters():
@@ -122,7 +111,6 @@ SMALL = {"decoder_layers": 1, "num_heads": 2, "encoder_layers": 1}
 FAMILIES = {
     "maskformer": Family(
         MaskFormer,
-        MaskFormerConfig,
         {"num_queries": 6, **SMALL, "decoder_layers": 2},
         "predictor.class_embed.bias, predictor.class_embed.weight",
         BACKBONE,
@@ -130,25 +118,15 @@ FAMILIES = {
     ),
     "segmenter": Family(
         Segmenter,
-        SegmenterConfig,
         {**SMALL, "distilled": True},
         "decoder.cls_emb, decoder.mask_norm.bias, decoder.mask_norm.weight",
     ),
-    "linear segmenter": Family(
-        Segmenter, SegmenterConfig, {**SMALL, "decoder": "linear"}, "decoder.head.bias, decoder.head.weight"
-    ),
-    "per pixel": Family(
-        PerPixelBaseline, PerPixelBaselineConfig, SMALL, "classifier.bias, classifier.weight", BACKBONE
-    ),
+    "linear segmenter": Family(Segmenter, {**SMALL, "decoder": "linear"}, "decoder.head.bias, decoder.head.weight"),
+    "per pixel": Family(PerPixelBaseline, SMALL, "classifier.bias, classifier.weight", BACKBONE),
     "per pixel+": Family(
-        PerPixelBaseline,
-        PerPixelBaselineConfig,
-        {**SMALL, "transformer_decoder": True},
-        "predictor.query_embed.weight",
-        BACKBONE,
+        PerPixelBaseline, {**SMALL, "transformer_decoder": True}, "predictor.query_embed.weight", BACKBONE
     ),
     "sound": Family(
-        SoundEventDetector, SoundEventConfig, {"channels": (8, 8, 16, 16)}, "predictor.query_embed.weight",
-        logits="mask_logits",
+        SoundEventDetector, {"channels": (8, 8, 16, 16)}, "predictor.query_embed.weight", logits="mask_logits"
     ),
-}  # fmt: skip
+}

@@ -11,8 +11,8 @@ from torch import nn
 import fastmask
 from fastmask.training import distributed
 from fastmask.training.activation_checkpointing import checkpoint_activations
+from tests.helpers.original_criteria import make_criterion, random_inputs
 from tests.helpers.shared_batches import CASES, PROCESSES
-from tests.integrations.test_patch_original import make_criterion, random_inputs
 
 STEPS = 3
 # The normalizers are the strategies' in common; what FSDP adds shows where a process has nothing to learn from.

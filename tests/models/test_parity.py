@@ -14,36 +14,16 @@ LAYERS, QUERIES, CLASSES, DIM = 3, 7, 5, 32
 
 def theirs(backbone):
     backbone.out_features = ["stage1", "stage2", "stage3", "stage4"]
-    decoder = transformers.DetrConfig(
-        d_model=DIM,
-        decoder_layers=LAYERS,
-        decoder_attention_heads=4,
-        decoder_ffn_dim=48,
-        num_queries=QUERIES,
-    )
-    config = transformers.MaskFormerConfig(
-        backbone_config=backbone,
-        decoder_config=decoder.to_dict(),
-        fpn_feature_size=64,
-        mask_feature_size=24,
-        num_labels=CLASSES,
-    )
+    sizes = {"decoder_layers": LAYERS, "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "num_queries": QUERIES}
+    parts = {"backbone_config": backbone, "decoder_config": transformers.DetrConfig(d_model=DIM, **sizes).to_dict()}
+    config = transformers.MaskFormerConfig(**parts, fpn_feature_size=64, mask_feature_size=24, num_labels=CLASSES)
     return transformers.MaskFormerForInstanceSegmentation(config).eval()
 
 
 def ours(backbone: str, options: dict) -> MaskFormer:
-    return MaskFormer(
-        num_classes=CLASSES,
-        backbone=backbone,
-        backbone_options=options,
-        num_queries=QUERIES,
-        hidden_dim=DIM,
-        mask_dim=24,
-        pixel_decoder_dim=64,
-        decoder_layers=LAYERS,
-        num_heads=4,
-        feedforward_dim=48,
-    ).eval()
+    sizes = {"hidden_dim": DIM, "mask_dim": 24, "pixel_decoder_dim": 64, "feedforward_dim": 48}
+    sizes |= {"num_classes": CLASSES, "num_queries": QUERIES, "decoder_layers": LAYERS, "num_heads": 4}
+    return MaskFormer(backbone=backbone, backbone_options=options, **sizes).eval()
 
 
 def converted(weights: dict[str, Tensor]) -> dict[str, Tensor]:

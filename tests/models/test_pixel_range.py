@@ -10,6 +10,7 @@ import torch
 from fastmask.models import _base, make_model
 from fastmask.models._images import PixelRange
 from fastmask.targets import Targets
+from tests.helpers.host_syncs import host_syncs
 
 MODELS = ["tiny", "segmenter-tiny", "per-pixel-tiny"]
 
@@ -82,11 +83,8 @@ def test_a_gpu_is_not_waited_for():
     bright = images(255).cuda()
     model(images(1).cuda() * 0)  # what a first call sets up may wait
     _base.PIXEL_RANGE = PixelRange()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with host_syncs():
         model(bright)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
     with pytest.warns(UserWarning, match="images hold 25"):
         model(bright)

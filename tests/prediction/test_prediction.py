@@ -15,11 +15,8 @@ from PIL import Image
 
 from fastmask import (
     MaskFormer,
-    MaskFormerConfig,
     PerPixelBaseline,
-    PerPixelBaselineConfig,
     Segmenter,
-    SegmenterConfig,
     SoundEventDetector,
 )
 from fastmask.data import DatasetInfo, check_dataset, open_dataset
@@ -34,7 +31,9 @@ SIZES = ((48, 64), (65, 33), (48, 64), (7, 90))
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(5)
-    model = MaskFormer(MaskFormerConfig.preset("tiny", 5, class_names=NAMES, stuff_classes=STUFF, num_queries=12))
+    model = MaskFormer(
+        MaskFormer.config_class.preset("tiny", 5, class_names=NAMES, stuff_classes=STUFF, num_queries=12)
+    )
     with torch.no_grad():  # so that queries differ, and are sure of what they say
         model.predictor.query_embed.weight.mul_(5)
         model.predictor.class_embed.weight.mul_(40)
@@ -208,7 +207,7 @@ def test_label_maps_are_a_data_set(model, photos, tmp_path):
 def test_many_classes(photos, tmp_path, task):
     """Beyond 255 classes label maps have 16 bits, and void is 65535."""
     torch.manual_seed(0)
-    model = MaskFormer(MaskFormerConfig.preset("tiny", 700))
+    model = MaskFormer(MaskFormer.config_class.preset("tiny", 700))
     with torch.no_grad():
         model.predictor.class_embed.bias[:600] -= 20
     options = {"threshold": 0.0} if task in ("panoptic", "instance") else {}
@@ -229,7 +228,7 @@ def test_many_classes(photos, tmp_path, task):
 def test_no_segments_at_all(photos, tmp_path, task):
     """Nothing that is surer than "no object": void everywhere, lists without entries, and still a picture."""
     torch.manual_seed(0)
-    model = MaskFormer(MaskFormerConfig.preset("tiny", 3, stuff_classes=(2,)))
+    model = MaskFormer(MaskFormer.config_class.preset("tiny", 3, stuff_classes=(2,)))
     with torch.no_grad():
         model.predictor.class_embed.bias[3] += 50
     predict(model, photos, tmp_path, task=task)
@@ -259,8 +258,8 @@ def test_narrow_images(model, tmp_path):
 def test_other_networks(photos, tmp_path):
     torch.manual_seed(0)
     image = decode_picture(photos / "101.png").float() / 255
-    segmenter = Segmenter(SegmenterConfig.preset("seg-tiny-mask-16", 4, encoder_layers=1, image_size=(32, 32)))
-    baseline = PerPixelBaseline(PerPixelBaselineConfig.preset("tiny", 4))
+    segmenter = Segmenter(Segmenter.config_class.preset("seg-tiny-mask-16", 4, encoder_layers=1, image_size=(32, 32)))
+    baseline = PerPixelBaseline(PerPixelBaseline.config_class.preset("tiny", 4))
     for network, options in ((segmenter, {}), (segmenter, {"window": (32, 16)}), (baseline, {})):
         result = predict(network, photos, tmp_path, overwrite=True, **options)
         assert result.task == "semantic" and len(result.written) == len(SIZES)
@@ -356,7 +355,9 @@ def test_wrong_arguments(model, photos, tmp_path):
         predict(tmp_path / "absent", photos, tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="no image or folder"):
         predict(model, tmp_path / "absent.jpg", tmp_path / "out")
-    gray = MaskFormerConfig.preset("tiny", 2, pixel_mean=(0.5,), pixel_std=(0.5,), backbone_options={"num_channels": 1})
+    gray = MaskFormer.config_class.preset(
+        "tiny", 2, pixel_mean=(0.5,), pixel_std=(0.5,), backbone_options={"num_channels": 1}
+    )
     gray = MaskFormer(gray)
     with pytest.raises(TypeError, match="the model takes images of 1 channels"):
         predict(gray, photos, tmp_path / "out")
@@ -364,8 +365,6 @@ def test_wrong_arguments(model, photos, tmp_path):
 
 
 def test_a_network_for_sounds(photos, tmp_path):
-    from fastmask import SoundEventConfig
-
-    SoundEventDetector(SoundEventConfig.preset("tiny", 3)).save_pretrained(tmp_path / "sounds")
+    SoundEventDetector(SoundEventDetector.config_class.preset("tiny", 3)).save_pretrained(tmp_path / "sounds")
     with pytest.raises(TypeError, match="a SoundEventDetector does not segment images"):
         predict(tmp_path / "sounds", photos, tmp_path / "out")

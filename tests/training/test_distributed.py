@@ -9,6 +9,7 @@ import torch
 
 from fastmask.training import distributed
 from tests.helpers import two_processes
+from tests.helpers.original_criteria import make_criterion, random_inputs
 from tests.helpers.shared_batches import CASES, PROCESSES, ROOT, fork_together, torchrun
 from tests.helpers.two_processes import (
     MICRO_BATCHES,
@@ -21,7 +22,6 @@ from tests.helpers.two_processes import (
     optimizer_of,
     train,
 )
-from tests.integrations.test_patch_original import make_criterion, random_inputs
 
 # Where the losses are computed in float32 the order of their sums shows; elsewhere all is float64.
 FLOAT32 = ("sound", "points")

@@ -12,12 +12,8 @@ from torch import nn
 
 from fastmask import (
     MaskFormer,
-    MaskFormerConfig,
     PerPixelBaseline,
-    PerPixelBaselineConfig,
     Segmenter,
-    SegmenterConfig,
-    SoundEventConfig,
     SoundEventDetector,
 )
 from fastmask.data import Sample
@@ -43,7 +39,7 @@ TINY = {"num_classes": 3, "backbone": "tiny", "hidden_dim": 32, "mask_dim": 32, 
 
 
 def maskformer(**options):
-    return MaskFormer(MaskFormerConfig(**TINY | {"num_queries": 5} | options))
+    return MaskFormer(MaskFormer.config_class(**TINY | {"num_queries": 5} | options))
 
 
 MODELS = {
@@ -59,11 +55,11 @@ MODELS = {
     ),
     "convnext": lambda: maskformer(backbone="convnext", backbone_options={"depths": [1, 1, 1, 1]}),
     "efficientnet-lite0": lambda: maskformer(backbone="efficientnet-lite0", encoder_layers=1),
-    "per-pixel": lambda: PerPixelBaseline(PerPixelBaselineConfig(**TINY)),
-    "per-pixel+": lambda: PerPixelBaseline(PerPixelBaselineConfig(**TINY, transformer_decoder=True)),
-    "segmenter": lambda: Segmenter(SegmenterConfig.preset("tiny", 3)),
-    "segmenter linear": lambda: Segmenter(SegmenterConfig.preset("tiny", 3, decoder="linear", distilled=True)),
-    "sound": lambda: SoundEventDetector(SoundEventConfig.preset("tiny", 3)),
+    "per-pixel": lambda: PerPixelBaseline(PerPixelBaseline.config_class(**TINY)),
+    "per-pixel+": lambda: PerPixelBaseline(PerPixelBaseline.config_class(**TINY, transformer_decoder=True)),
+    "segmenter": lambda: Segmenter(Segmenter.config_class.preset("tiny", 3)),
+    "segmenter linear": lambda: Segmenter(Segmenter.config_class.preset("tiny", 3, decoder="linear", distilled=True)),
+    "sound": lambda: SoundEventDetector(SoundEventDetector.config_class.preset("tiny", 3)),
 }
 # By hand: the names of what does not decay as weights do.
 NORMS = re.compile(r"norm|frame_encoder.*\.blocks\.\d\.1\.|downsampling_layer\.0\.")
@@ -141,7 +137,7 @@ def test_optimizers_take_the_recipe_and_its_groups():
     assert isinstance(adamw, torch.optim.AdamW)
     rates = {group["name"]: (group["lr"], group["weight_decay"]) for group in adamw.param_groups}
     assert rates["backbone/weights"] == (pytest.approx(1e-5), 1e-4) and rates["head/norms"] == (1e-4, 0.0)
-    sgd = make_optimizer(Segmenter(SegmenterConfig.preset("tiny", 3)), Recipe.preset("segmenter-ade20k"))
+    sgd = make_optimizer(Segmenter(Segmenter.config_class.preset("tiny", 3)), Recipe.preset("segmenter-ade20k"))
     assert isinstance(sgd, torch.optim.SGD)
     assert all(g["momentum"] == 0.9 and g["nesterov"] and g["weight_decay"] == 0 for g in sgd.param_groups)
     assert {g["lr"] for g in sgd.param_groups} == {1e-3}
