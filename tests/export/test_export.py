@@ -28,11 +28,6 @@ from tests.helpers.exporting import (
 )
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def masked_attention():
     return maskformer(masked_attention=True, encoder_layers=0)
 

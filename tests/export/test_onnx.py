@@ -30,11 +30,6 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def run(path, inputs):
     """The outputs by name; ``path`` may be a session that is open already."""
     opened = session(path) if isinstance(path, Path) else path

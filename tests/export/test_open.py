@@ -20,11 +20,6 @@ from tests.helpers.exporting import (
 )
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 @pytest.mark.parametrize("portable", [True, False])
 def test_images_of_any_size_and_number(portable):
     """Smaller and larger than what was traced, odd sides, one pixel, and multiples, which need no padding."""

@@ -25,11 +25,6 @@ from tests.helpers.exporting import (
 OWN = json.dumps([64, 48])  # of the tiny Segmenter
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 @pytest.mark.parametrize(
     ("size", "window"),
     [

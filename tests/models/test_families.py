@@ -10,11 +10,6 @@ from tests.helpers.tiny_models import CLASSES, FAMILIES, Family
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def trained(model, inputs, targets):
     """The losses, and the gradients of all parameters."""
     losses = model(inputs, targets)

@@ -5,11 +5,6 @@ from fastmask.models._images import ImageBatch, fit_targets, pad_images
 from fastmask.targets import Targets
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def image_batch(*sizes, divisibility=32):
     return pad_images([torch.rand(3, *size) for size in sizes], divisibility)
 

@@ -12,11 +12,6 @@ from tests.helpers.tiny_models import CLASSES, Pooling, mask_targets
 QUERIES, LAYERS = 6, 3
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def tiny(**options):
     return MaskFormer(MaskFormerConfig.preset("tiny", CLASSES, **{"num_queries": QUERIES, **options}))
 

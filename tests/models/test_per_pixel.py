@@ -12,11 +12,6 @@ from tests.helpers.inputs import SHAPES, random_targets
 CLASSES, IGNORED = 3, 255
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def image_batch(*sizes):
     return pad_images([torch.rand(3, *size) for size in sizes], 32)
 

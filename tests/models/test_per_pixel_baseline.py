@@ -10,11 +10,6 @@ LAYERS = 3
 FORMS = pytest.mark.parametrize("transformer_decoder", [False, True])
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def tiny(transformer_decoder=True, **options):
     """A model whose weights have been shaken, so that pixels differ in their logits."""
     config = PerPixelBaselineConfig.preset("tiny", CLASSES, transformer_decoder=transformer_decoder, **options)

@@ -9,11 +9,6 @@ from fastmask.models._inference import check_sizes
 CLASSES = 4
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 @pytest.fixture
 def model():
     """A model whose every query predicts some class, with masks of both signs, so that every task finds something."""

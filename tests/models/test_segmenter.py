@@ -10,11 +10,6 @@ from fastmask.targets import Targets
 from tests.helpers.tiny_models import CLASSES, class_maps
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def tiny(**options):
     """A model whose weights have been shaken, so that patches differ in their logits."""
     model = Segmenter(SegmenterConfig.preset("tiny", CLASSES, **{"encoder_layers": 2, **options}))

@@ -12,11 +12,6 @@ from fastmask.models._views import window_starts, windowed_logits
 CLASSES = 3
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 @pytest.fixture
 def model():
     model = Segmenter(SegmenterConfig.preset("tiny", CLASSES, encoder_layers=1, window_size=40, window_stride=24))

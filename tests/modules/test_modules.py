@@ -11,11 +11,6 @@ from fastmask.modules.predictor import TransformerPredictor
 from fastmask.modules.transformer import TransformerDecoder, TransformerDecoderLayer, TransformerEncoder
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def bottom_right_padding(height, width, sizes):
     mask = torch.ones(len(sizes), height, width, dtype=torch.bool)
     for b, (h, w) in enumerate(sizes):
