@@ -18,12 +18,11 @@ CLASSES = 4
 class Pooling(nn.Module):
     """The smallest backbone: averages of one convolution at strides 4 to 32, in a container that ``output`` makes."""
 
-    channels = (8, 8, 8, 8)
-
     def __init__(self, output: Callable[[Any], Any] = list) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 4, 4)
         self.output = output
+        self.channels = (8, 8, 8, 8)
 
     def forward(self, pixels: Tensor) -> Any:
         stem = self.stem(pixels)
@@ -111,7 +110,7 @@ SMALL = {"decoder_layers": 1, "num_heads": 2, "encoder_layers": 1}
 FAMILIES = {
     "maskformer": Family(
         MaskFormer,
-        {"num_queries": 6, **SMALL, "decoder_layers": 2},
+        {"num_queries": 6, **SMALL},
         "predictor.class_embed.bias, predictor.class_embed.weight",
         BACKBONE,
         "mask_logits",
@@ -127,6 +126,9 @@ FAMILIES = {
         PerPixelBaseline, {**SMALL, "transformer_decoder": True}, "predictor.query_embed.weight", BACKBONE
     ),
     "sound": Family(
-        SoundEventDetector, {"channels": (8, 8, 16, 16)}, "predictor.query_embed.weight", logits="mask_logits"
+        SoundEventDetector,
+        {"channels": (8, 8, 16, 16), "decoder_layers": 1},
+        "predictor.query_embed.weight",
+        logits="mask_logits",
     ),
 }

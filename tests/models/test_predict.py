@@ -12,6 +12,7 @@ CLASSES = 4
 @pytest.fixture
 def model():
     """A model whose every query predicts some class, with masks of both signs, so that every task finds something."""
+    torch.manual_seed(0)
     model = MaskFormer(MaskFormerConfig.preset("tiny", CLASSES, num_queries=6, stuff_classes=[2, 3]))
     nn.init.normal_(model.predictor.class_embed.weight)
     nn.init.constant_(model.predictor.class_embed.bias[-1:], -50)

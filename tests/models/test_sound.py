@@ -121,7 +121,7 @@ def test_clips_without_times_or_events_train():
 
 def test_it_learns():
     model = tiny()
-    waveforms, events = batch(6)
+    waveforms, events = batch(4, duration=1.0)
     learn(model, waveforms, events, 80)
     frames = torch.stack([clip["frame_probabilities"] for clip in model.predict(waveforms)])
     activity = model.targets_of(events, frames).activity.bool()

@@ -194,6 +194,7 @@ distributed.any_process(False)
 """
 
 
+@pytest.mark.slow
 def test_the_failure_of_one_process_ends_the_others(tmp_path):
     (tmp_path / "failing.py").write_text(FAILING)
     done = torchrun(str(tmp_path / "failing.py"), PYTHONPATH=str(ROOT))
