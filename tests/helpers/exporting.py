@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from fastmask import models
 from fastmask.export import export_program
 from fastmask.models import MaskFormer, PerPixelBaseline, Segmenter, SoundEventDetector
-from tests.helpers.tiny_models import Pooling
+from tests.helpers.tiny_models import Convolutions
 
 SIZE = (45, 70)  # no multiples of what any network pads to
 CLASSES = 5
@@ -30,7 +30,7 @@ ROUNDING = 2e-5
 
 def backbone_of(options: dict[str, object]) -> dict[str, nn.Module]:
     """Few operators, as tracing takes its time for each, unless the options name another backbone."""
-    return {} if "backbone" in options else {"backbone": Pooling()}
+    return {} if "backbone" in options else {"backbone": Convolutions()}
 
 
 def maskformer(**options: object) -> MaskFormer:

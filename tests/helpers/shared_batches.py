@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastmask import MaskFormer, PerPixelBaseline, Segmenter, SoundEventDetector
 from fastmask.modules import PointSampling
+from tests.helpers.tiny_models import Convolutions
 from tests.helpers.training_runs import ForkedProcess
 
 ROOT = Path(__file__).parents[2]
@@ -47,26 +48,6 @@ def _call_as(rank: int, port: int, call: Callable, args: tuple) -> None:
     group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": PROCESSES, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in group.items()})
     call(*args)
-
-
-class Convolutions(nn.Module):
-    """A backbone without normalization."""
-
-    channels = (8, 8, 16, 16)
-
-    def __init__(self) -> None:
-        super().__init__()
-        strides, inputs = (4, 2, 2, 2), (3, *self.channels)
-        self.stages = nn.ModuleList(
-            nn.Conv2d(inputs[i], self.channels[i], 2 * stride - 1, stride, stride // 2)
-            for i, stride in enumerate(strides)
-        )
-
-    def forward(self, pixels: Tensor) -> list[Tensor]:
-        maps = [pixels]
-        for stage in self.stages:
-            maps.append(stage(maps[-1]).tanh())
-        return maps[1:]
 
 
 class FrameEncoder(nn.Module):

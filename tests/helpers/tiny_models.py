@@ -15,18 +15,25 @@ from fastmask.targets import Targets
 CLASSES = 4
 
 
-class Pooling(nn.Module):
-    """The smallest backbone: averages of one convolution at strides 4 to 32, in a container that ``output`` makes."""
+class Convolutions(nn.Module):
+    """The smallest backbone: a convolution for each of the strides 4 to 32, without normalization; ``output`` makes the
+    container of the maps."""
 
     def __init__(self, output: Callable[[Any], Any] = list) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, 8, 4, 4)
+        self.channels = (8, 8, 16, 16)
         self.output = output
-        self.channels = (8, 8, 8, 8)
+        strides, inputs = (4, 2, 2, 2), (3, *self.channels)
+        self.stages = nn.ModuleList(
+            nn.Conv2d(inputs[i], self.channels[i], 2 * stride - 1, stride, stride // 2)
+            for i, stride in enumerate(strides)
+        )
 
     def forward(self, pixels: Tensor) -> Any:
-        stem = self.stem(pixels)
-        return self.output(nn.functional.avg_pool2d(stem, factor) for factor in (1, 2, 4, 8))
+        maps = [pixels]
+        for stage in self.stages:
+            maps.append(stage(maps[-1]).tanh())
+        return self.output(maps[1:])
 
 
 def learn(model: nn.Module, inputs: Any, targets: Any, steps: int, learning_rate: float = 1e-3) -> list[float]:
@@ -105,7 +112,7 @@ class Family:
         return images, Targets.from_segmentation(torch.stack(class_maps([(64, 96)] * 2)), CLASSES)
 
 
-BACKBONE = {"backbone": Pooling}
+BACKBONE = {"backbone": Convolutions}
 SMALL = {"decoder_layers": 1, "num_heads": 2, "encoder_layers": 1}
 FAMILIES = {
     "maskformer": Family(

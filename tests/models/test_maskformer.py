@@ -7,7 +7,7 @@ from torch import nn
 from fastmask.mask_term import MaskTerm
 from fastmask.models import MaskFormer, MaskFormerConfig
 from fastmask.targets import Targets
-from tests.helpers.tiny_models import CLASSES, Pooling, mask_targets
+from tests.helpers.tiny_models import CLASSES, Convolutions, mask_targets
 
 QUERIES, LAYERS = 6, 3
 
@@ -103,13 +103,13 @@ def test_padding_is_not_attended_to():
 @pytest.mark.parametrize("output", [list, tuple])
 def test_any_module_can_be_the_backbone(output):
     config = MaskFormerConfig.preset("tiny", CLASSES)
-    silent = Pooling(output)
+    silent = Convolutions(output)
     del silent.channels
-    with pytest.raises(ValueError, match="Pooling.*pass backbone_channels"):
+    with pytest.raises(ValueError, match="Convolutions.*pass backbone_channels"):
         MaskFormer(config, backbone=silent)
-    model = MaskFormer(config, backbone=silent, backbone_channels=(8, 8, 8, 8))
+    model = MaskFormer(config, backbone=silent, backbone_channels=(8, 8, 16, 16))
     assert model(torch.rand(1, 3, 64, 64))["pred_masks"].shape == (1, 25, 16, 16)
-    model = MaskFormer(num_classes=CLASSES, backbone=silent, backbone_channels=[8] * 4, num_queries=3)
+    model = MaskFormer(num_classes=CLASSES, backbone=silent, backbone_channels=[8, 8, 16, 16], num_queries=3)
     assert model.config.backbone == "custom"
     assert model(torch.rand(1, 3, 64, 64))["pred_masks"].shape == (1, 3, 16, 16)
 
@@ -135,7 +135,7 @@ def test_fields_as_keywords_make_the_configuration():
         ((MaskFormerConfig(3, backbone="custom"),), {}, ValueError, "pass the module as backbone="),
         (
             (MaskFormerConfig(3),),
-            {"backbone": Pooling(), "backbone_channels": [8] * 4, "pretrained_backbone": "x"},
+            {"backbone": Convolutions(), "backbone_channels": [8, 8, 16, 16], "pretrained_backbone": "x"},
             TypeError,
             "pretrained_backbone goes with a backbone by name",
         ),
