@@ -28,12 +28,12 @@ demo: setup ## train MaskFormer on the embedded scenes, evaluate it, write pictu
 
 # ARGS: pytest's options; CONTRIBUTING.md has those for a random order and for other processors.
 # worksteal leaves most files to one worker, which makes what their tests share once.
-FAST := $(addprefix tests/,reference ops modules models data metrics project/test_architecture.py)
+FAST := $(addprefix tests/,reference ops modules data metrics project/test_architecture.py)
 PYTEST = $(BIN)/python -m pytest -n auto --dist worksteal
 test: setup ## run the tests, but for those marked slow; seven minutes on two cores
 	$(PYTEST) $(ARGS)
 
-test-fast: setup ## run the tests of operators, modules, models, data and metrics; 90 seconds
+test-fast: setup ## run the tests of operators, modules, data and metrics; 90 seconds
 	$(PYTEST) $(FAST) $(ARGS)
 
 test-all: setup ## run all tests: also what is built, exported, compiled and measured from end to end
