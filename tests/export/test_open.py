@@ -23,7 +23,7 @@ from tests.helpers.exporting import (
 @pytest.mark.parametrize("portable", [True, False])
 def test_images_of_any_size_and_number(portable):
     """Smaller and larger than what was traced, odd sides, one pixel, and multiples, which need no padding."""
-    model = maskformer()
+    model = maskformer(backbone="tiny")  # strides up to 16: guards refuse images of one cell
     run = export_program(model, portable=portable).module()
     for shape in [(1, 3, 64, 96), (3, 3, 45, 70), (2, 3, 1, 1), (1, 3, 31, 33), (1, 3, 200, 130)]:
         images = torch.rand(shape)
