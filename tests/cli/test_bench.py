@@ -175,6 +175,7 @@ def test_wrong_arguments_are_named():
         benchmark(model, *batch, precision="int8")
 
 
+@pytest.mark.slow
 def test_command_by_name_and_by_folder(tmp_path):
     options = ["--size", "32", "64", "--batch-size", "1", "--targets", "3", "--seconds", "0.001", "--device", "cpu"]
     result = RUNNER.invoke(app, ["bench", "tiny", "--classes", "5", *options, "--json", str(tmp_path / "x.json")])

@@ -126,7 +126,7 @@ assert ("fastmask" in sys.modules) == {expected}
 """
 
 
-@pytest.mark.parametrize("portable", [True, False])
+@pytest.mark.parametrize("portable", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_command_exports_a_saved_network_for_a_process_of_its_own(portable, tmp_path):
     """Without fastmask if it is portable."""
     model = maskformer(backbone="tiny", class_names=list("abcde"))

@@ -15,12 +15,13 @@ from tests.helpers.exporting import (
     exported,
     maskformer,
     own_operators,
+    portable_or_not,
     segmenter,
     whole_images,
 )
 
 
-@pytest.mark.parametrize("portable", [True, False])
+@portable_or_not
 def test_images_of_any_size_and_number(portable):
     """Smaller and larger than what was traced, odd sides, one pixel, and multiples, which need no padding."""
     model = maskformer(backbone="tiny")  # strides up to 16: guards refuse images of one cell
@@ -62,7 +63,7 @@ def test_a_network_that_holds_for_some_sizes_alone_is_refused():
         export_program(model, batch_size=1, task="logits")
 
 
-@pytest.mark.parametrize("portable", [True, False])
+@portable_or_not
 def test_programs_compile_in_one_graph(portable):
     model, program = exported(maskformer, portable=portable)
     images = torch.rand(2, 3, *SIZE)
@@ -71,7 +72,9 @@ def test_programs_compile_in_one_graph(portable):
     assert_same_labels(labels, model, images)
 
 
-@pytest.mark.parametrize("make", [lambda: maskformer(masked_attention=True), segmenter])
+@pytest.mark.parametrize(
+    "make", [lambda: maskformer(masked_attention=True), pytest.param(segmenter, marks=pytest.mark.slow)]
+)
 def test_the_way_from_images_to_labels_compiles_in_one_graph(make):
     """What ``predict`` does, as torch.compile traces it; the second size compiles for sizes that vary."""
     model = make().eval()

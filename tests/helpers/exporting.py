@@ -23,6 +23,8 @@ TINY = {"decoder_layers": 1, "hidden_dim": 32, "feedforward_dim": 64, "pixel_dec
 TINY_SWIN = {"embed_dim": 16, "depths": [1, 2, 1, 1], "num_heads": [1, 2, 4, 8], "window_size": 3}
 TINY_RESNET50 = {"embedding_size": 16, "hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 2, 1]}
 SEGMENTER = {"hidden_dim": 32, "feedforward_dim": 64, "encoder_layers": 1, "class_names": list("abcde")}
+# Each takes seconds; of two that differ in this alone, an edit waits for one.
+portable_or_not = pytest.mark.parametrize("portable", [pytest.param(True, marks=pytest.mark.slow), False])
 SOUND = {"channels": (8, 8, 16, 16), "decoder_layers": 1}
 # Scores and logits of float32 differ by this much, in terms of their largest: the sums have hundreds of terms.
 ROUNDING = 2e-5

@@ -69,7 +69,13 @@ def test_a_model_of_bfloat16_trains(family: Family):
         assert gradients[name].isfinite().all()
 
 
-@every_family
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, id=name, marks=[] if name in ("maskformer", "segmenter") else pytest.mark.slow)
+        for name, family in FAMILIES.items()
+    ],
+)
 def test_predictions_and_training_compile_to_one_graph(family: Family):
     torch._dynamo.reset()
     model = family.make().eval()
