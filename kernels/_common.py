@@ -1,4 +1,4 @@
-"""What the kernels of several operators share: functions of a logit, targets as arguments, and how they are launched.
+"""What the kernels of several operators share: functions of a logit, arguments for targets and planes, launching.
 
 Arithmetic is float32 whatever the type of the logits.
 """
@@ -21,16 +21,16 @@ COMPILER_OPTIONS = {"enable_fp_fusion": True}
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
-
-# Elements of which logits' planes, or rows, may be a multiple: 16 bytes, the most that a thread loads at a time.
+# Elements of which the planes or rows of logits may be a multiple: 16 bytes, the most that a thread loads at a time.
 UNIT = 8
 
 
 def kernel(function: Callable[..., None]) -> Any:
     """A Triton kernel that is compiled once for all sizes.
 
-    Of every integer Triton would make a constant if it is one, and compile apart multiples of 16 and other numbers:
-    dozens of kernels over the images of a data set. What must be known of a size is a constexpr instead; see ``unit``.
+    By default Triton makes a constant of an integer that is 1, and compiles one kernel for multiples of 16 and another
+    for other numbers: dozens of kernels over the images of a data set. What the compiler must know of a size is a
+    constexpr instead; see ``unit``. Sizes and strides are no tuples, as Triton specializes integers in those always.
     """
     sizes = [
         name
@@ -41,8 +41,11 @@ def kernel(function: Callable[..., None]) -> Any:
 
 
 def unit(*sizes: int) -> int:
-    """UNIT if all sizes are multiples of it, else 1. Kernels take such sizes in units, which a constexpr gives: what
-    they multiply by it is known to be aligned, so that loads are of 16 bytes where they can be."""
+    """UNIT if all sizes are multiples of it, else 1.
+
+    Kernels take such sizes in units, and the unit as a constexpr: the compiler then knows that their product is
+    aligned, and loads 16 bytes at a time where it can.
+    """
     return UNIT if all(size % UNIT == 0 for size in sizes) else 1
 
 
@@ -52,7 +55,7 @@ def generation(device: torch.device) -> int | None:
 
 
 def pick_config(configs: dict[int | None, Config], device: torch.device) -> Config:
-    """The configuration for a device: by its generation, else that of the key None.
+    """The configuration of a device's generation, or that of the key None.
 
     Nothing is tuned at run time. Tuning would launch kernels while a CUDA graph is captured, could choose differently
     from run to run and so change the order of sums, and fails in the interpreter.
@@ -61,7 +64,7 @@ def pick_config(configs: dict[int | None, Config], device: torch.device) -> Conf
 
 
 def power_of_two(size: int, least: int, most: int) -> int:
-    """The least power of two that holds ``size``, within bounds: block shapes that follow a size take few values."""
+    """The least power of two that holds ``size``, within bounds, so that block shapes take few values."""
     return min(max(1 << (size - 1).bit_length() if size > 1 else 1, least), most)
 
 
@@ -72,7 +75,7 @@ def with_contiguous_rows(x: Tensor) -> Tensor:
 
 def plane_arguments(logits: Tensor, grad: Tensor | None = None, *sizes: int) -> dict[str, Any]:
     """The arguments by which kernels find the planes of logits ``(L, B, N, h, w)``, and of their gradient; see
-    ``_plane``. The sizes are in units too, but left to the caller."""
+    ``_plane``. The caller passes the ``sizes`` in the same units."""
     strides = dict(zip(("stride_l", "stride_b", "stride_n"), logits.stride(), strict=False))
     if grad is not None:
         strides |= zip(("grad_stride_l", "grad_stride_b", "grad_stride_n"), grad.stride(), strict=False)
@@ -84,7 +87,7 @@ def plane_arguments(logits: Tensor, grad: Tensor | None = None, *sizes: int) -> 
 def target_arguments(
     masks: Tensor | None, segments: Tensor | None, valid: Tensor | None, void_value: int, ignore_void: bool
 ) -> dict[str, Any]:
-    """The arguments by which kernels read the targets of B images; see ``_counted`` and ``_belongs``."""
+    """The arguments by which kernels read the targets of B images; see ``_counted``."""
     plane = masks if segments is None else segments
     has_void = ignore_void and (segments is not None or valid is not None)
     plane = plane.contiguous()
@@ -101,6 +104,18 @@ def target_arguments(
     }
 
 
+def term_arguments(mask_term: str, alpha: float, gamma: float) -> dict[str, Any]:
+    """The arguments by which kernels compute the mask term."""
+    return {"alpha": alpha, "gamma": gamma, "FOCAL": mask_term == "focal", "SQUARE": gamma == 2.0}
+
+
+def check_positions(targets: dict[str, Any], *sizes: int) -> None:
+    """Positions among the targets' pixels, and all ``sizes``, fit in 32 bits."""
+    height, width = targets["H"], targets["W"]
+    if max(height * width, *sizes) >= 1 << 31:
+        raise ValueError(f"targets of {height} x {width} pixels are too large for 32-bit positions")
+
+
 @triton.jit
 def _plane(ptr, layer, image, query, stride_l, stride_b, stride_n, UNIT: tl.constexpr):
     """Where planes of ``plane_arguments`` begin."""
@@ -109,27 +124,27 @@ def _plane(ptr, layer, image, query, stride_l, stride_b, stride_n, UNIT: tl.cons
 
 
 @triton.jit
+def _special_function(x, NAME: tl.constexpr):
+    """An instruction of the special-function unit; it reads and writes 0 for numbers below 2^-126."""
+    return tl.inline_asm_elementwise(NAME + ".approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def _reciprocal(x):
     """1 / x to one unit in the last place, for normal x: one instruction, where a division takes nine."""
-    if INTERPRETED:
-        result = 1.0 / x
-    else:
-        result = tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    return result
+    return 1.0 / x if INTERPRETED else _special_function(x, "rcp")
 
 
 @triton.jit
 def _log2(x):
-    """log2(x) to 2^-22, absolute, for x in [1, 2]: the special-function unit's own."""
-    if INTERPRETED:
-        result = tl.log2(x)
-    else:
-        result = tl.inline_asm_elementwise(
-            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    return result
+    """log2(x) for x in [1, 2], with an absolute error of up to 2^-22."""
+    return tl.log2(x) if INTERPRETED else _special_function(x, "lg2")
+
+
+@triton.jit
+def _exp2(x):
+    """2^x in one instruction; results below 2^-126 are 0."""
+    return tl.exp2(x) if INTERPRETED else _special_function(x, "ex2")
 
 
 @triton.jit
@@ -137,9 +152,9 @@ def _focal_of_magnitude(a, gamma, SQUARE: tl.constexpr):
     """For a >= 0: sigmoid(a), sigmoid(-a), and the focal terms of a logit a, without alpha and over log(2): of
     foreground, sigmoid(-a)^gamma softplus(-a) / log(2), and of background, sigmoid(a)^gamma softplus(a) / log(2).
 
-    Three special functions and 8 other instructions for gamma = 2; with the polynomial of ``_sigmoid_of_magnitude``
-    they would be two and 17. The logarithm's error of 2^-22 is no part of small terms as it would be of
-    softplus alone: sigmoid(-a)^gamma weighs it.
+    For gamma = 2 these are three special functions and 8 other instructions; with the polynomial of
+    ``_sigmoid_of_magnitude`` they would be two and 17. The logarithm's error of 2^-22 would dominate a small softplus;
+    here sigmoid(-a)^gamma scales it down.
     """
     a = a * 1.44269502
     e = tl.exp2(-a)
@@ -156,12 +171,12 @@ def _focal_of_magnitude(a, gamma, SQUARE: tl.constexpr):
 def _sigmoid_of_magnitude(a, RELATIVE: tl.constexpr):
     """sigmoid(a), sigmoid(-a) and softplus(-a) for a >= 0; softplus(a) is a + softplus(-a).
 
-    One exponential e = exp(-a) and one reciprocal are all the work of the special-function unit: softplus(-a) =
-    log(1 + e) is e times a degree-8 minimax polynomial (relative error 3e-8 before rounding, 1.5e-7 after). The unit's
-    own logarithm has an absolute error instead, which is too large where the result is small.
+    The special-function unit computes one exponential e = exp(-a) and one reciprocal: softplus(-a) = log(1 + e) is e
+    times a degree-8 minimax polynomial (relative error 3e-8 before rounding, 1.5e-7 after). The unit's own logarithm
+    has an absolute error, which is too large where the result is small.
 
     Rounding a / log(2) is an error of up to a * 2^-24 relative to e, harmless in sums with terms near one. RELATIVE
-    takes it back, with four instructions, for sums whose terms may all be small.
+    corrects it by four instructions, for sums whose terms may all be small.
     """
     if RELATIVE:
         a = tl.minimum(a, 200.0, propagate_nan=tl.PropagateNan.ALL)  # e is 0 there, and infinity has no rest
@@ -190,7 +205,7 @@ def _power(base, minus_log, gamma, SQUARE: tl.constexpr):
 
 @triton.jit
 def _counted(segment_ptrs, valid_ptrs, inside, void_value, HAS_SEGMENTS: tl.constexpr, HAS_VOID: tl.constexpr):
-    """Which of the pixels ``inside`` are to be counted; and their segments, where the targets are no masks."""
+    """Which of the pixels ``inside`` count; and their segments, where the targets are a segment map."""
     counted = inside
     segment = inside
     if HAS_SEGMENTS:

@@ -1,4 +1,4 @@
-"""What the kernels of points share: bilinear samples, the targets around a point, a point's loss, random points."""
+"""What kernels at points share: bilinear samples, the targets around a point, a point's loss, random points."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LEAST_WEIGHT = tl.constexpr(1e-6)
 @triton.jit
 def _axis_taps(position, size):
     """The first, -1..size-1, of the two pixels that a position in 0..1 lies between, and the weight of the second. A
-    position off the map, or NaN, lies on a pixel beyond its border."""
+    position off the map, or NaN, counts as one beyond its border."""
     at = tl.fma(position, tl.cast(size, tl.float32), -0.5)
     at = tl.where(at > -1.0, at, -1.0)
     at = tl.where(at < size, at, tl.cast(size, tl.float32))
@@ -24,8 +24,8 @@ def _axis_taps(position, size):
 
 @triton.jit
 def _four_pixels(x, y, h, w, inside):
-    """Of an h x w map: the position of the upper left of the four pixels around each point, which of their columns and
-    rows are on the map and have a weight (0 * inf is NaN), and the weights of the right and the lower ones."""
+    """The four pixels around each point of an h x w map: the position of the upper left one, which of their columns and
+    rows lie on the map and have a weight (0 * inf is NaN), and the weights of the right and the lower ones."""
     column, right = _axis_taps(x, w)
     row, lower = _axis_taps(y, h)
     on_left, on_right = (column >= 0) & (right < 1.0), (column + 1 < w) & (right > 0.0)
@@ -38,6 +38,14 @@ def _between(upper_left, upper_right, lower_left, lower_right, right, lower):
     upper = tl.fma(upper_right, right, upper_left * (1.0 - right))
     lower_row = tl.fma(lower_right, right, lower_left * (1.0 - right))
     return tl.fma(lower_row, lower, upper * (1.0 - lower))
+
+
+@triton.jit
+def _load_points(points_ptr, i, inside):
+    """x and y of the points i, off the map where there is none."""
+    x = tl.load(points_ptr + i * 2, mask=inside, other=-1.0)
+    y = tl.load(points_ptr + i * 2 + 1, mask=inside, other=-1.0)
+    return x, y
 
 
 @triton.jit
@@ -54,8 +62,8 @@ def _sample(plane_ptr, x, y, h, w, inside):
 @triton.jit
 def _pixel_share(target_ptrs, valid_ptrs, on, of_target, target, void_value, HAS_SEGMENTS: tl.constexpr,
                  HAS_VOID: tl.constexpr):  # fmt: skip
-    """One where a pixel ``on`` the map belongs to the target, and one where it is void, else zero; float32. Masks are
-    read ``of_target``."""
+    """1 or 0, float32: whether a pixel ``on`` the map belongs to the target, and whether it is void. What is not
+    ``of_target`` does not belong, and no mask is read there."""
     value = tl.load(target_ptrs, mask=of_target, other=0).to(tl.int32)
     counts = on
     if HAS_VOID:
@@ -78,7 +86,7 @@ def _weigh(t, void_share, inside, HAS_VOID: tl.constexpr):
 @triton.jit
 def _target_at(x, y, inside, image, target, target_ptr, valid_ptr, void_value, M, H, W, HAS_SEGMENTS: tl.constexpr,
                HAS_VOID: tl.constexpr):  # fmt: skip
-    """The target's bilinear share t of each point, and the point's weight v; nothing else of the targets is read."""
+    """The target's bilinear share t of each point, and the point's weight v."""
     at, on_left, on_right, on_upper, on_lower, right, lower = _four_pixels(x, y, H, W, inside)
     plane = tl.cast(H, tl.int64) * W
     pixels = target_ptr + (image if HAS_SEGMENTS else image * M + target) * plane + at

@@ -1,25 +1,26 @@
 """Mask logits on their way from the grid to the pixels of a result, as the inference kernels read them.
 
-Both bilinear steps become tables of taps, a row and a column of them for each pixel. The logits are staged once, a band
-of rows at a time, with the queries innermost: a thread then reads 16 bytes of queries for each tap of its pixel, where
-planes of queries would take a load for each query. Staging is also where logits out of bounds are put in their place.
+Both bilinear steps become tables of taps: those of the rows, and those of the columns. The logits are staged once, a
+band of rows at a time, with the queries innermost: a thread then reads 16 bytes of queries for each tap of its pixel,
+where planes of queries would take a load for each query. Staging also brings logits within bounds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmask.kernels._common import COMPILER_OPTIONS, INTERPRETED, _reciprocal, kernel, unit
+from fastmask.kernels._common import COMPILER_OPTIONS, INTERPRETED, _exp2, _reciprocal, kernel, unit
 
 # Queries that a program takes at a time; staged queries are padded to a multiple of it.
-BLOCK_N = 16
+BLOCK_N = tl.constexpr(16)
 
 # Above 2^-126: of a constant below that, Triton would make a float64 and compute with it.
 LEAST_NORMAL = tl.constexpr(1.2e-38)
@@ -61,13 +62,26 @@ class Axis:
         return first, max(last, first) + 1
 
 
-def axes(
-    grid: list[int], padded_size: list[int] | None, valid_size: list[int] | None, size: list[int]
-) -> tuple[Axis, Axis]:
-    """Rows and columns, from the operators' arguments."""
-    padded = grid if padded_size is None else padded_size
-    valid = padded if valid_size is None else valid_size
-    return Axis(grid[0], padded[0], valid[0], size[0]), Axis(grid[1], padded[1], valid[1], size[1])
+class Resampling(NamedTuple):
+    """The last arguments of the inference operators.
+
+    The mask logits hold the rows of the grid from ``in_top`` on; the result holds ``out_rows`` rows of ``size`` from
+    ``out_top`` on.
+    """
+
+    grid: Sequence[int]
+    padded_size: Sequence[int] | None
+    valid_size: Sequence[int] | None
+    size: Sequence[int]
+    in_top: int
+    out_top: int
+    out_rows: int
+
+    def axes(self) -> tuple[Axis, Axis]:
+        """Rows and columns."""
+        padded = self.padded_size or self.grid
+        rows, columns = zip(self.grid, padded, self.valid_size or padded, self.size, strict=True)
+        return Axis(*rows), Axis(*columns)
 
 
 @triton.jit
@@ -111,7 +125,7 @@ def _table_pitch(count):
 
 @triton.jit
 def _axis_taps(index_ptr, weight_ptr, i, grid, padded, valid, size, begin, count, base, limit, TAPS: tl.constexpr):
-    """Weights of both steps are multiplied and rounded once. Three taps are neighbors; their shares are added up."""
+    """Multiplies the weights of both steps, and rounds once. Three taps are neighbors, whose shares are added up."""
     first, second, outer = _bilinear_taps(begin + i, valid, size)
     inner_first, inner_second, inner = _bilinear_taps(first, grid, padded)
     last_first, last_second, last = _bilinear_taps(second, grid, padded)
@@ -207,18 +221,6 @@ def _within_bounds(x, KEEP_NAN: tl.constexpr):
 
 
 @triton.jit
-def _exp2(x):
-    """2^x, one instruction; results below 2^-126 are 0."""
-    if INTERPRETED:
-        result = tl.exp2(x)
-    else:
-        result = tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    return result
-
-
-@triton.jit
 def _widen(x):
     """float32 of staged values. Two bfloat16 take two instructions, where the compiler's own conversion takes three."""
     if INTERPRETED or x.dtype == tl.float32:
@@ -232,10 +234,19 @@ def _widen(x):
 
 @triton.jit
 def _tile_taps(
-    row_index_ptr, row_weight_ptr, column_index_ptr, column_weight_ptr, y, x, count, columns, W,
-    TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr,
+    row_index_ptr, row_weight_ptr, column_index_ptr, column_weight_ptr, columns, top, count, H, W, tiles_x,
+    TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr,
 ):  # fmt: skip
-    """The cells of the stage, and their weights, that the pixels at y and x of a band's ``count`` rows of W read."""
+    """Of the pixels of a program's tile, in a band of ``count`` rows from ``top`` on: whether they exist, their place
+    in the result's planes of H x W, which cells of the stage they read, and with which weights. Pixels that do not
+    exist read the same cells as the nearest that does."""
+    pixel = tl.arange(0, TILE_Y * TILE_X)  # [PIXELS]
+    y = tl.program_id(0) // tiles_x * TILE_Y + pixel // TILE_X
+    x = tl.program_id(0) % tiles_x * TILE_X + pixel % TILE_X
+    inside = (y < count) & (x < W)
+    at = tl.program_id(1).to(tl.int64) * H * W + (top + y).to(tl.int64) * W + x
+    y = tl.minimum(y, count - 1)
+    x = tl.minimum(x, W - 1)
     cells = ()
     weights = ()
     for ty in tl.static_range(TAPS_Y):
@@ -244,7 +255,7 @@ def _tile_taps(
         for tx in tl.static_range(TAPS_X):
             cells = cells + (row + tl.load(column_index_ptr + tx * _table_pitch(W) + x),)  # noqa: RUF005 (Triton has no stars)
             weights = weights + (weight * tl.load(column_weight_ptr + tx * _table_pitch(W) + x),)  # noqa: RUF005
-    return cells, weights
+    return inside, at, cells, weights
 
 
 @triton.jit
@@ -269,7 +280,7 @@ def _nan_count_kernel(logits_ptr, stride_b, stride_n, count_ptr, N, pixels, UNIT
 
 
 def count_nans(mask_logits: Tensor) -> Tensor:
-    """``(B, N)`` int32 of ``(B, N, rows, w)``, planes contiguous: how many logits of each query are NaN."""
+    """``(B, N)`` int32: how many logits of each query are NaN, of ``(B, N, rows, w)`` with contiguous planes."""
     batch, queries, rows, w = mask_logits.shape
     count = torch.zeros((batch, queries), dtype=torch.int32, device=mask_logits.device)
     if mask_logits.numel():
@@ -288,7 +299,7 @@ def count_nans(mask_logits: Tensor) -> Tensor:
 
 
 def strides_in_units(mask_logits: Tensor, *sizes: int) -> dict[str, int]:
-    """Those of images and queries, in the unit that these and the sizes have."""
+    """The strides of images and queries, in units; see ``unit``."""
     stride_b, stride_n = mask_logits.stride()[:2]
     size = unit(stride_b, stride_n, *sizes)
     return {"stride_b": stride_b // size, "stride_n": stride_n // size, "UNIT": size}
@@ -300,15 +311,14 @@ def _stage_kernel(
     row_index_ptr, row_weight_ptr, column_index_ptr, column_weight_ptr, stage_ptr, peak_ptr,
     N, blocks, w, first, rows, columns,
     TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, PROBABILITIES: tl.constexpr, PEAKS: tl.constexpr,
-    KEEP_NAN: tl.constexpr, UNIT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+    KEEP_NAN: tl.constexpr, UNIT: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Queries innermost, in the given order: logits within bounds, or with PROBABILITIES their sigmoid after the first
-    of both bilinear steps, by the taps given.
+    """Stages the queries innermost, in the given order: logits within bounds; or with PROBABILITIES the sigmoids of
+    logits after the first of both bilinear steps, by the given taps.
 
-        logits  (B, N, h, w), planes contiguous, strides and columns in units; the rows from ``first`` on, where no
-                taps are given
-        order   (B, N), the query at each place; weight (B, padded_n), a factor of it, padded_n = blocks * BLOCK_N
-        stage   (B, rows * columns, padded_n), that of some query where there is none
+        logits  (B, N, h, w), planes contiguous, strides and columns in units; without taps the rows from ``first`` on
+        order   (B, N), the query at each place; weight (B, padded_n), its factor, padded_n = blocks * BLOCK_N
+        stage   (B, rows * columns, padded_n); places beyond N hold some query's
         peak    (B, rows * columns), an upper bound of log2(weight * sigmoid(x)) over the queries x
     """
     image = tl.program_id(1).to(tl.int64)
@@ -359,8 +369,8 @@ class Band:
         stage: ``(B, cells, padded_n)`` at its beginning, the cells in rows of ``columns``.
         peaks: ``(B, cells)`` float32 upper bounds at its beginning; see ``_stage_kernel``.
         taps: of the result's rows and columns, into the stage.
-        top: the first of the result's rows, counted from the first that was asked for.
-        count: of the result's rows.
+        columns: of the stage; cells: all of it; padded_n: places of queries in each cell.
+        top, count: the first row of the result in this band, counted from ``out_top``, and how many there are.
     """
 
     stage: Tensor
@@ -372,9 +382,30 @@ class Band:
     top: int
     count: int
 
+    def launch(self, result: Tensor, tile_rows: int, tile_columns: int) -> tuple[tuple[int, int], dict[str, Any]]:
+        """The grid of programs, one a tile of the ``result (B, ..., H, W)``, and what kernels take alike."""
+        height, width = result.shape[-2:]
+        tiles_x = triton.cdiv(width, tile_columns)
+        return (triton.cdiv(self.count, tile_rows) * tiles_x, result.shape[0]), {
+            "stage_ptr": self.stage,
+            **self.taps.arguments(),
+            "blocks": self.padded_n // BLOCK_N.value,
+            "cells": self.cells,
+            "columns": self.columns,
+            "top": self.top,
+            "count": self.count,
+            "H": height,
+            "W": width,
+            "tiles_x": tiles_x,
+            "TILE_Y": tile_rows,
+            "TILE_X": tile_columns,
+            "num_stages": 1,
+            **COMPILER_OPTIONS,
+        }
+
 
 def padded_queries(count: int) -> int:
-    return triton.cdiv(count, BLOCK_N) * BLOCK_N
+    return triton.cdiv(count, BLOCK_N.value) * BLOCK_N.value
 
 
 def staged_bands(
@@ -383,31 +414,25 @@ def staged_bands(
     weight: Tensor | None,
     probabilities: bool,
     keep_nan: bool,
-    grid: list[int],
-    padded_size: list[int] | None,
-    valid_size: list[int] | None,
-    size: list[int],
-    in_top: int,
-    out_top: int,
-    out_rows: int,
+    resampling: Resampling,
     tile_rows: int,
 ) -> Iterator[Band]:
-    """The result in bands of whole tiles' rows, each with at most ``STAGE_BYTES`` staged, or one tile's rows.
+    """The result in bands of whole rows of tiles, as many as keep the stage within ``STAGE_BYTES``, or one.
 
-    All bands share their memory: each is to be read, on the same stream, before the next is asked for.
+    All bands share their memory: launch what reads a band, on the same stream, before taking the next.
 
     Args:
         mask_logits: ``(B, N, rows, w)``, planes contiguous.
         order: ``(B, N)`` int64, the query at each place of the stage.
         weight: ``(B, padded_n)`` float32 for peaks; None: no peaks.
         probabilities: stage the sigmoid of the valid grid, and leave the second step to the taps.
-        keep_nan: stage NaN as NaN, rather than as what never wins.
-        tile_rows: of the result, to whose multiples the bands are cut.
-        The other arguments are those of the operators.
+        keep_nan: stage NaN as NaN, rather than as a logit that never wins.
+        tile_rows: of the result; bands hold multiples of it.
     """
     batch, queries, in_rows, in_width = mask_logits.shape
     device = mask_logits.device
-    rows, columns = axes(grid, padded_size, valid_size, size)
+    rows, columns = resampling.axes()
+    *_, in_top, out_top, out_rows = resampling
     padded_n = padded_queries(queries)
     dtype = torch.bfloat16 if mask_logits.dtype == torch.bfloat16 and not probabilities else torch.float32
     source, source_columns = (rows.second_step(), columns.second_step()) if probabilities else (rows, columns)
@@ -439,7 +464,7 @@ def staged_bands(
             stage_ptr=stage,
             peak_ptr=peaks,
             N=queries,
-            blocks=padded_n // BLOCK_N,
+            blocks=padded_n // BLOCK_N.value,
             w=in_width,
             first=first - in_top,
             rows=end - first,
@@ -448,7 +473,6 @@ def staged_bands(
             PEAKS=weight is not None,
             KEEP_NAN=keep_nan,
             BLOCK_C=64,
-            BLOCK_N=BLOCK_N,
             num_warps=4,
             **COMPILER_OPTIONS,
         )

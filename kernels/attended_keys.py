@@ -43,6 +43,15 @@ def _or(a, b):
 
 
 @triton.jit
+def _readable(padding_ptr, s, S, HAS_PADDING: tl.constexpr):
+    """Which keys s are there, and not padding."""
+    readable = s < S
+    if HAS_PADDING:
+        readable = readable & (tl.load(padding_ptr + s, mask=readable, other=1) == 0)
+    return readable
+
+
+@triton.jit
 def _store_queries(packed, begin, queries, byte_ptr, occupied_ptr, N, words, blocks, BLOCK_S: tl.constexpr):
     """Stores BLOCK_C / 8 bytes of each query of which ``queries`` has the bits, and whether blocks have any bit."""
     BYTES: tl.constexpr = packed.shape[0]
@@ -84,9 +93,7 @@ def _attended_keys_kernel(
     foreground = tl.zeros([BLOCK_C // 8], dtype=tl.int32)
     for begin in range(0, S, BLOCK_C):
         s = begin + tl.arange(0, BLOCK_C // 8)[:, None] * 8 + bit  # [BLOCK_C / 8, 8]
-        present = s < S
-        if HAS_PADDING:
-            present = present & (tl.load(padding_ptrs + s, mask=present, other=1) == 0)
+        present = _readable(padding_ptrs, s, S, HAS_PADDING)
         packed = tl.zeros([BLOCK_C // 8, 8], dtype=tl.int32)
         if HAS_LOGITS:
             y = s // grid_width
@@ -121,9 +128,7 @@ def _attended_keys_kernel(
             tl.debug_barrier()  # what was stored above is overwritten
             for begin in range(0, S, BLOCK_C):
                 s = begin + tl.arange(0, BLOCK_C // 8)[:, None] * 8 + bit
-                present = s < S
-                if HAS_PADDING:
-                    present = present & (tl.load(padding_ptrs + s, mask=present, other=1) == 0)
+                present = _readable(padding_ptrs, s, S, HAS_PADDING)
                 packed = tl.reduce(tl.where(present, 0x01010101, 0) << bit, 1, _or)
                 _store_queries(packed, begin, without, byte_ptr, occupied_ptr, N, words, blocks, BLOCK_S)
 

@@ -1,29 +1,22 @@
-"""Instance inference: binary masks of chosen queries, what their scores need, and boxes, in two launches for the batch.
+"""Instance inference: binary masks of chosen queries, sums for their scores, and boxes, in two launches for the batch.
 
-A program makes some rows and columns of one mask straight from its plane of logits: what it writes is 16 times what it
-reads at the usual stride of 4. Its sums and bounds go to places of their own, which a second kernel puts together in
-order.
+A program makes some rows and columns of one mask straight from its plane of logits: at the usual stride of 4 it writes
+16 times as many pixels as it reads logits. A second kernel combines the programs' sums and bounds in their order.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmask.kernels._common import COMPILER_OPTIONS, _reciprocal, kernel, pick_config
+from fastmask.kernels._common import COMPILER_OPTIONS, _exp2, _reciprocal, kernel, pick_config
 from fastmask.kernels._layout import with_contiguous_planes
-from fastmask.kernels._resample import (
-    _exp2,
-    _table_pitch,
-    _within_bounds,
-    axes,
-    count_nans,
-    make_taps,
-)
+from fastmask.kernels._resample import Resampling, _table_pitch, _within_bounds, count_nans, make_taps
 
 
 @dataclass(frozen=True)
@@ -142,18 +135,14 @@ def instance_masks(
     mask_logits: Tensor,
     queries: Tensor,
     packed: bool,
-    grid: list[int],
-    padded_size: list[int] | None,
-    valid_size: list[int] | None,
-    size: list[int],
-    in_top: int,
-    out_top: int,
-    out_rows: int,
+    *geometry: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``fastmask::instance_masks``: masks (B, R, out_rows, W) bool or packed (B, R, out_rows, ceil(W / 8)) uint8, the
-    foreground sum, area, box (left, top, right, bottom) and number of NaN logits of each."""
+    foreground sum, area, box (left, top, right, bottom) and number of NaN logits of each. ``geometry``: see
+    ``Resampling``."""
     device = mask_logits.device
-    height, width = out_rows, size[1]
+    resampling = Resampling(*geometry)
+    height, width, out_top = resampling.out_rows, resampling.size[1], resampling.out_top
     mask_logits = with_contiguous_planes(mask_logits)
     count = mask_logits.shape[1]
     groups_x = triton.cdiv(width, 8)
@@ -175,8 +164,7 @@ def instance_masks(
     parts = column_blocks * triton.cdiv(height, config.rows)
     sums = torch.empty((pairs, parts), dtype=torch.float32, device=device)
     bounds = torch.empty((pairs, parts, 5), dtype=torch.int32, device=device)
-    rows, columns = axes(grid, padded_size, valid_size, size)
-    taps = make_taps(rows, columns, out_top, height, in_top, mask_logits.shape[2], width, device)
+    taps = make_taps(*resampling.axes(), out_top, height, resampling.in_top, mask_logits.shape[2], width, device)
     _instance_fwd_kernel[(pairs, parts)](
         logits_ptr=mask_logits,
         stride_b=stride_b,

@@ -30,10 +30,10 @@ from fastmask.kernels._common import (
     kernel,
     pick_config,
     plane_arguments,
-    power_of_two,
     target_arguments,
-    with_contiguous_rows,
+    term_arguments,
 )
+from fastmask.kernels._costs import CostSums, _pair_sums, _store_sums, add_up
 from fastmask.kernels._layout import with_contiguous_planes
 
 
@@ -43,11 +43,10 @@ class MaskCostConfig:
 
     Args:
         rows: of logits (layers and queries of one image) that a program reads.
-        pixels: that it reads at a time.
-        programs: how many to split the pixels into, if there are enough of them.
-        least_pixels: of a split, a multiple of the other numbers of pixels.
-        target_pixels: that a program of the targets' kernel reads at a time.
-        reduce_rows: that a program of the last kernel sums.
+        pixels: read at a time.
+        programs: how many to have by splitting the pixels, if there are enough of them.
+        least_pixels: of a split; a multiple of the other numbers of pixels.
+        target_pixels: read at a time by a program of the targets' kernel.
     """
 
     rows: int = 64
@@ -55,7 +54,6 @@ class MaskCostConfig:
     programs: int = 2048
     least_pixels: int = 256
     target_pixels: int = 128
-    reduce_rows: int = 16
     num_warps: int = 4
     num_stages: int = 3
 
@@ -63,18 +61,6 @@ class MaskCostConfig:
 _ONE_STAGE = MaskCostConfig(num_stages=1)
 # More stages for sm_100 do not end in an emulator under Triton 3.6 (no card has run them); for sm_120 three spill.
 CONFIGS = {10: _ONE_STAGE, 12: _ONE_STAGE, None: MaskCostConfig()}
-
-
-@triton.jit
-def _pair_sums(values, t):
-    """``[R, C]`` float32 times ``[C, M]`` of zeros and ones, both parts of each value in tf32.
-
-    The caller adds the result of each block to its sums: in the tensor core's own accumulator every step would
-    truncate, and over thousands of pixels that is a bias of 1e-5.
-    """
-    high = (values.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-    low_sums = tl.dot(values - high, t, input_precision="tf32")
-    return tl.dot(high, t, low_sums, input_precision="tf32")
 
 
 @kernel
@@ -174,9 +160,9 @@ def _mask_cost_fwd_kernel(
         else:
             large, small, right = _sigmoid_of_magnitude(magnitude, RELATIVE=False)
             wrong = magnitude + right
-        probability += _pair_sums(tl.where(negative, small, large), t)
-        foreground = _pair_sums(tl.where(negative, wrong, right), t)
-        background = _pair_sums(tl.where(negative, right, wrong), not_t)
+        probability += _pair_sums(tl.where(negative, small, large), t, WHOLE=True)
+        foreground = _pair_sums(tl.where(negative, wrong, right), t, WHOLE=True)
+        background = _pair_sums(tl.where(negative, right, wrong), not_t, WHOLE=True)
         if FOCAL:
             loss += (alpha * 0.693147181) * foreground
             loss += ((1.0 - alpha) * 0.693147181) * background
@@ -184,136 +170,14 @@ def _mask_cost_fwd_kernel(
             loss += foreground
             loss += background
 
-    block_size = tl.cast(R, tl.int64) * BLOCK_M
-    of_split = tl.program_id(2).to(tl.int64) * 2 * tl.num_programs(1) * B
-    at = rows.to(tl.int64)[:, None] * BLOCK_M + bits[None, :]
-    tl.store(sums_ptr + (of_split + image_block) * block_size + at, probability, mask=(rows < R)[:, None])
-    of_loss = of_split + tl.cast(B, tl.int64) * tl.num_programs(1)
-    tl.store(sums_ptr + (of_loss + image_block) * block_size + at, loss, mask=(rows < R)[:, None])
-
-
-@kernel
-def _mask_cost_reduce_kernel(
-    class_ptr, stride_l, stride_b, stride_n, labels_ptr, sums_ptr, areas_ptr, cost_ptr,
-    B, N, M, R, K, splits, blocks, row_blocks, cost_class, cost_mask, cost_dice,
-    BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """cost = -cost_class softmax(class_logits)[label] + cost_mask sums[1] / pixels + cost_dice dice, with
-    dice = 1 - (2 sum_c p T + 1) / (sum_c p + sum_c T + 1) (V-Net, arXiv:1606.04797), the splits in their order.
-
-        class_logits  (L, B, N, K), rows contiguous, the last class being no-object
-        cost          (L, B, N, M); 0 where labels are -1, NaN where they are no class
-    """
-    image = (tl.program_id(0) // row_blocks).to(tl.int64)
-    rows = (tl.program_id(0) % row_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
-    present = (rows < R)[:, None]
-    layer = (rows // N).to(tl.int64)
-    query = (rows % N).to(tl.int64)
-    class_ptrs = (class_ptr + image * stride_b + layer * stride_l + query * stride_n)[:, None]  # [BLOCK_R, 1]
-    # Reduced after the loops, not within: that is less work, and Triton up to 3.8 fails on a reduction within of as
-    # many columns as another tensor of the same layout has.
-    k = tl.arange(0, BLOCK_K)[None, :]
-    largest = tl.full([BLOCK_R, BLOCK_K], float("-inf"), dtype=tl.float32)
-    for block in range(0, K, BLOCK_K):
-        x = tl.load(class_ptrs + (block + k), mask=present & (block + k < K), other=float("-inf"))
-        largest = tl.maximum(largest, x.to(tl.float32))
-    maximum = tl.max(largest, 1)
-    totals = tl.zeros([BLOCK_R, BLOCK_K], dtype=tl.float32)
-    for block in range(0, K, BLOCK_K):
-        x = tl.load(class_ptrs + (block + k), mask=present & (block + k < K), other=float("-inf"))
-        totals += tl.exp2((x.to(tl.float32) - maximum[:, None]) * 1.4426950408889634)
-    total = tl.sum(totals, 1)
-
-    image_block = image * blocks + tl.program_id(1)
-    image_blocks = tl.cast(B, tl.int64) * blocks
-    bits = tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    m = tl.program_id(1) * (BLOCK_M - 1) + bits
-    wanted = present & ((bits < BLOCK_M - 1) & (m < M))[None, :]
-    intersection = tl.zeros([BLOCK_R, BLOCK_M], dtype=tl.float64)
-    loss = tl.zeros([BLOCK_R, BLOCK_M], dtype=tl.float64)
-    all_probability = tl.zeros([BLOCK_R], dtype=tl.float64)
-    area = tl.zeros([BLOCK_M], dtype=tl.float64)
-    pixels = tl.zeros([], dtype=tl.float64)
-    for split in range(splits):
-        of_split = (split * 2 * image_blocks + image_block) * R
-        at = (of_split + rows)[:, None] * BLOCK_M + bits[None, :]
-        intersection += tl.load(sums_ptr + at, mask=wanted, other=0.0)
-        loss += tl.load(sums_ptr + image_blocks * R * BLOCK_M + at, mask=wanted, other=0.0)
-        all_probability += tl.load(sums_ptr + (of_split + rows + 1) * BLOCK_M - 1, mask=rows < R, other=0.0)
-        area_ptrs = areas_ptr + (split * image_blocks + image_block) * BLOCK_M
-        area += tl.load(area_ptrs + bits)
-        pixels += tl.load(area_ptrs + BLOCK_M - 1)
-    label = tl.load(labels_ptr + image * M + m, mask=(bits < BLOCK_M - 1) & (m < M), other=-1)[None, :]  # [1, BLOCK_M]
-    known = (label >= 0) & (label < K)
-    x = tl.load(class_ptrs + label, mask=wanted & known, other=float("nan")).to(tl.float32)
-    probability = tl.exp2((x - maximum[:, None]) * 1.4426950408889634) / total[:, None]
-    dice = 1.0 - (2.0 * intersection + 1.0) / (all_probability[:, None] + area[None, :] + 1.0)
-    cost = cost_mask * (loss / tl.maximum(pixels, 1.0)) + cost_dice * dice - cost_class * probability
-    cost = tl.where(label < 0, 0.0, cost).to(tl.float32)
-    row = (layer * B + image) * N + query
-    tl.store(cost_ptr + row[:, None] * M + m[None, :], cost, mask=wanted)
-
-
-def add_up(
-    config: MaskCostConfig,
-    class_logits: Tensor,
-    labels: Tensor,
-    sums: Tensor,
-    areas: Tensor,
-    cost: Tensor,
-    cost_class: float,
-    cost_mask: float,
-    cost_dice: float,
-) -> None:
-    """Writes ``cost`` (L, B, N, M) from the class logits and the sums (splits, 2, B, blocks, L * N, BLOCK_M)."""
-    _, batch, queries, num_targets = cost.shape
-    splits, _, _, blocks, rows, block_targets = sums.shape
-    row_blocks = triton.cdiv(rows, config.reduce_rows)
-    class_logits = with_contiguous_rows(class_logits)
-    _mask_cost_reduce_kernel[(batch * row_blocks, blocks)](
-        class_ptr=class_logits,
-        stride_l=class_logits.stride(0),
-        stride_b=class_logits.stride(1),
-        stride_n=class_logits.stride(2),
-        labels_ptr=labels.contiguous(),
-        sums_ptr=sums,
-        areas_ptr=areas,
-        cost_ptr=cost,
-        B=batch,
-        N=queries,
-        M=num_targets,
-        R=rows,
-        K=class_logits.shape[-1],
-        splits=splits,
-        blocks=blocks,
-        row_blocks=row_blocks,
-        cost_class=cost_class,
-        cost_mask=cost_mask,
-        cost_dice=cost_dice,
-        BLOCK_R=config.reduce_rows,
-        BLOCK_M=block_targets,
-        BLOCK_K=power_of_two(class_logits.shape[-1], 16, 128),
-        num_warps=4,
-        **COMPILER_OPTIONS,
-    )
+    _store_sums(sums_ptr, probability, loss, image_block, rows, B, R, BLOCK_M)
 
 
 def mask_cost(
-    class_logits: Tensor,
-    mask_logits: Tensor,
-    labels: Tensor,
-    masks: Tensor | None,
-    segments: Tensor | None,
-    valid: Tensor | None,
-    void_value: int,
-    ignore_void: bool,
-    cost_class: float,
-    cost_mask: float,
-    cost_dice: float,
-    mask_term: str,
-    alpha: float,
-    gamma: float,
-) -> Tensor:
+    class_logits: Tensor, mask_logits: Tensor, labels: Tensor, masks: Tensor | None, segments: Tensor | None,
+    valid: Tensor | None, void_value: int, ignore_void: bool, cost_class: float, cost_mask: float, cost_dice: float,
+    mask_term: str, alpha: float, gamma: float,
+) -> Tensor:  # fmt: skip
     """``fastmask::mask_cost``, (L, B, N, M) float32; launches only, so it can be captured in a CUDA graph."""
     layers, batch, queries, h, w = mask_logits.shape
     num_targets = labels.shape[1]
@@ -321,57 +185,47 @@ def mask_cost(
     if cost.numel() == 0:
         return cost
     config = pick_config(CONFIGS, mask_logits.device)
-    mask_logits = with_contiguous_planes(mask_logits)
-    planes = plane_arguments(mask_logits)
+    planes = plane_arguments(with_contiguous_planes(mask_logits))
     targets = target_arguments(masks, segments, valid, void_value, ignore_void)
-    rows, pixels = layers * queries, h * w
-    block_targets = power_of_two(num_targets + 1, 16, 64)
-    blocks, row_blocks = triton.cdiv(num_targets, block_targets - 1), triton.cdiv(rows, config.rows)
-    splits = config.programs // (batch * row_blocks * blocks)
-    splits = max(1, min(splits, triton.cdiv(pixels, config.least_pixels)))
-    per_split = triton.cdiv(triton.cdiv(pixels, splits), config.least_pixels) * config.least_pixels
-    splits = triton.cdiv(pixels, per_split)
-    block_pixels = config.pixels if block_targets < 64 else config.pixels // 2  # sums take twice the registers
-    words = labels.new_empty((batch, blocks, pixels), dtype=torch.int64 if block_targets == 64 else torch.int32)
-    areas = cost.new_empty((splits, batch, blocks, block_targets))
-    sums = cost.new_empty((splits, 2, batch, blocks, rows, block_targets))
-    _mask_cost_targets_kernel[(batch, blocks, splits)](
+    sums = CostSums.empty(cost, h * w, config.rows, config.programs, config.least_pixels)
+    wide = sums.block_targets == 64
+    block_pixels = config.pixels // 2 if wide else config.pixels  # sums take twice the registers
+    _, blocks, _ = sums.target_programs
+    words = labels.new_empty((batch, blocks, h * w), dtype=torch.int64 if wide else torch.int32)
+    _mask_cost_targets_kernel[sums.target_programs](
         **targets,
         words_ptr=words,
-        areas_ptr=areas,
+        areas_ptr=sums.areas,
         B=batch,
         M=num_targets,
         h=h,
         w=w,
         scale_y=targets["H"] / h,
         scale_x=targets["W"] / w,
-        pixels_per_split=per_split,
-        BLOCK_C=config.target_pixels if block_targets < 64 else config.target_pixels // 4,  # int64 words would spill
-        BLOCK_M=block_targets,
+        pixels_per_split=sums.per_split,
+        BLOCK_C=config.target_pixels // 4 if wide else config.target_pixels,  # int64 words would spill
+        BLOCK_M=sums.block_targets,
         num_warps=4,
         **COMPILER_OPTIONS,
     )
-    _mask_cost_fwd_kernel[(batch * row_blocks, blocks, splits)](
+    _mask_cost_fwd_kernel[sums.programs](
         **planes,
         words_ptr=words,
-        sums_ptr=sums,
+        sums_ptr=sums.sums,
         B=batch,
         N=queries,
-        R=rows,
-        P=pixels // planes["UNIT"],
-        blocks_per_split=per_split // block_pixels,
-        row_blocks=row_blocks,
-        alpha=alpha,
-        gamma=gamma,
-        FOCAL=mask_term == "focal",
-        SQUARE=gamma == 2.0,
+        R=layers * queries,
+        P=h * w // planes["UNIT"],
+        blocks_per_split=sums.per_split // block_pixels,
+        row_blocks=sums.row_blocks,
+        **term_arguments(mask_term, alpha, gamma),
         HAS_VOID=targets["HAS_VOID"],
         BLOCK_R=config.rows,
         BLOCK_C=block_pixels,
-        BLOCK_M=block_targets,
+        BLOCK_M=sums.block_targets,
         num_warps=config.num_warps,
-        num_stages=config.num_stages if block_targets < 64 else min(config.num_stages, 2),  # three spill on sm_80
+        num_stages=min(config.num_stages, 2) if wide else config.num_stages,  # three spill on sm_80
         **COMPILER_OPTIONS,
     )
-    add_up(config, class_logits, labels, sums, areas, cost, cost_class, cost_mask, cost_dice)
+    add_up(sums, class_logits, labels, cost, cost_class, cost_mask, cost_dice)
     return cost

@@ -23,18 +23,24 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmask.kernels._common import (
-    COMPILER_OPTIONS,
     _counted,
     _plane,
     _power,
     _sigmoid_of_magnitude,
+    check_positions,
     kernel,
     pick_config,
-    plane_arguments,
     power_of_two,
-    target_arguments,
 )
 from fastmask.kernels._layout import empty_gradient, with_contiguous_planes
+from fastmask.kernels._pairs import (
+    _matched_query,
+    _next_target,
+    _store_part,
+    _targets_of_query,
+    add_parts,
+    pair_arguments,
+)
 
 
 @dataclass(frozen=True)
@@ -165,8 +171,8 @@ def _mask_loss_fwd_kernel(
     FOCAL: tl.constexpr, SQUARE: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_VOID: tl.constexpr,
     ONE_CHUNK: tl.constexpr, UNIT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Sums over some output rows and cells of one pair, written in parts that ``_mask_loss_reduce_kernel`` adds:
-    the loss, sum p t, sum p, sum t and the number of counted pixels.
+    """Sums over some output rows and cells of one pair, in parts that ``_pair_losses_kernel`` adds: the loss, sum p t,
+    sum p, sum t and the number of counted pixels.
 
     The loss of a pixel is alpha_t (1-p_t)^gamma (-log p_t) (RetinaNet, arXiv:1708.02002, equation 5) or -log p_t.
 
@@ -181,11 +187,8 @@ def _mask_loss_fwd_kernel(
     half_step_y = tl.cast(half_step_y, tl.float32)
     half_step_x = tl.cast(half_step_x, tl.float32)
     pair = tl.program_id(0).to(tl.int64)
-    target = (pair % M).to(tl.int32)
-    image = pair // M % B
-    query = tl.load(assignment_ptr + pair)
-    label = tl.load(labels_ptr + image * M + target)
-    if (query >= 0) & (query < N) & (label >= 0):
+    image, target, query, matched = _matched_query(assignment_ptr, labels_ptr, pair, B, N, M)
+    if matched:
         plane_ptr = _plane(logits_ptr, pair // M // B, image, query, stride_l, stride_b, stride_n, UNIT)
         cell = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
         start = _cell_start(cell, w, W)
@@ -228,142 +231,50 @@ def _mask_loss_fwd_kernel(
 
         parts = tl.num_programs(1) * tl.num_programs(2)
         part_ptr = sums_ptr + (pair * parts + tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * 5
-        intersection = tl.sum(intersections, 0)
-        tl.store(part_ptr, tl.sum(losses, 0))
-        tl.store(part_ptr + 1, intersection)
-        tl.store(part_ptr + 2, intersection + tl.sum(outsides, 0))
-        tl.store(part_ptr + 3, tl.sum(target_pixels, 0).to(tl.float32))
-        tl.store(part_ptr + 4, tl.sum(counted_pixels, 0).to(tl.float32))
-
-
-@kernel
-def _mask_loss_reduce_kernel(
-    assignment_ptr, labels_ptr, parts_ptr, mask_ptr, dice_ptr, sums_ptr, pairs, B, N, M, parts, BLOCK_P: tl.constexpr
-):
-    """mask = loss / pixels and dice = 1 - (2 sum p t + 1) / (sum p + sum t + 1) (V-Net, arXiv:1606.04797) of each pair,
-    the parts in their order; zero for targets without a query.
-
-        parts  (pairs, parts, 5);  mask, dice  (pairs);  sums  (pairs, 4): sum p t, sum p, sum t, counted pixels
-    """
-    pair = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)  # [BLOCK_P]
-    present = pair < pairs
-    query = tl.load(assignment_ptr + pair, mask=present, other=-1)
-    label = tl.load(labels_ptr + pair // M % B * M + pair % M, mask=present, other=-1)
-    matched = (query >= 0) & (query < N) & (label >= 0)
-    loss = tl.zeros([BLOCK_P], dtype=tl.float64)
-    intersection = tl.zeros([BLOCK_P], dtype=tl.float64)
-    prediction = tl.zeros([BLOCK_P], dtype=tl.float64)
-    target = tl.zeros([BLOCK_P], dtype=tl.float64)
-    pixels = tl.zeros([BLOCK_P], dtype=tl.float64)
-    for part in range(parts):
-        part_ptrs = parts_ptr + (pair * parts + part) * 5
-        loss += tl.load(part_ptrs, mask=matched, other=0.0)
-        intersection += tl.load(part_ptrs + 1, mask=matched, other=0.0)
-        prediction += tl.load(part_ptrs + 2, mask=matched, other=0.0)
-        target += tl.load(part_ptrs + 3, mask=matched, other=0.0)
-        pixels += tl.load(part_ptrs + 4, mask=matched, other=0.0)
-    dice = 1.0 - (2.0 * intersection + 1.0) / (prediction + target + 1.0)
-    tl.store(mask_ptr + pair, (loss / tl.maximum(pixels, 1.0)).to(tl.float32), mask=present)
-    tl.store(dice_ptr + pair, dice.to(tl.float32), mask=present)
-    tl.store(sums_ptr + pair * 4, intersection.to(tl.float32), mask=present)
-    tl.store(sums_ptr + pair * 4 + 1, prediction.to(tl.float32), mask=present)
-    tl.store(sums_ptr + pair * 4 + 2, target.to(tl.float32), mask=present)
-    tl.store(sums_ptr + pair * 4 + 3, pixels.to(tl.float32), mask=present)
+        loss, intersection, outside = tl.sum(losses, 0), tl.sum(intersections, 0), tl.sum(outsides, 0)
+        target_area, counted_area = tl.sum(target_pixels, 0).to(tl.float32), tl.sum(counted_pixels, 0).to(tl.float32)
+        _store_part(part_ptr, loss, intersection, intersection + outside, target_area, counted_area)
 
 
 def launch_arguments(
-    config: MaskLossConfig,
-    mask_logits: Tensor,
-    assignment: Tensor,
-    labels: Tensor,
-    targets: dict[str, Any],
-    mask_term: str,
-    alpha: float,
-    gamma: float,
-    grad: Tensor | None = None,
+    config: MaskLossConfig, mask_logits: Tensor, *inputs: Any, grad: Tensor | None = None
 ) -> dict[str, Any]:
-    """What the kernels of forward and backward take alike. ``mask_logits`` and ``grad`` have contiguous planes."""
-    _, batch, queries, h, w = mask_logits.shape
-    if max(2 * targets["H"] * h, targets["H"] * targets["W"]) >= 1 << 31:
-        raise ValueError(f"targets of {targets['H']} x {targets['W']} pixels are too large for 32-bit positions")
+    """What the kernels of forward and backward take alike; ``inputs`` as those of ``pair_arguments``."""
+    h, w = mask_logits.shape[-2:]
+    arguments = pair_arguments(mask_logits, *inputs, grad=grad, sizes=(w,))
+    check_positions(arguments, 2 * arguments["H"] * h)
     cells = power_of_two(w, 32, config.cells)
-    outputs = triton.cdiv(targets["W"], w)  # most outputs of a cell
+    outputs = triton.cdiv(arguments["W"], w)  # most outputs of a cell
     block_outputs = power_of_two(outputs, 1, config.outputs)
-    planes = plane_arguments(mask_logits, grad, w)
-    return {
-        **planes,
-        "assignment_ptr": assignment.contiguous(),
-        "labels_ptr": labels.contiguous(),
-        **targets,
-        "B": batch,
-        "N": queries,
-        "M": labels.shape[1],
-        "h": h,
-        "w": w // planes["UNIT"],
-        "half_step_y": 0.5 / targets["H"],
-        "half_step_x": 0.5 / targets["W"],
+    return arguments | {
+        "w": w // arguments["UNIT"],
+        "half_step_y": 0.5 / arguments["H"],
+        "half_step_x": 0.5 / arguments["W"],
         "chunks": triton.cdiv(outputs, block_outputs),
-        "alpha": alpha,
-        "gamma": gamma,
-        "FOCAL": mask_term == "focal",
-        "SQUARE": gamma == 2.0,
         "ONE_CHUNK": outputs <= block_outputs,
         "BLOCK_C": cells,
         "BLOCK_K": block_outputs,
         "num_warps": max(1, cells // config.cells_per_warp),
-        **COMPILER_OPTIONS,
     }
 
 
-def mask_loss(
-    mask_logits: Tensor,
-    assignment: Tensor,
-    labels: Tensor,
-    masks: Tensor | None,
-    segments: Tensor | None,
-    valid: Tensor | None,
-    void_value: int,
-    ignore_void: bool,
-    mask_term: str,
-    alpha: float,
-    gamma: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def mask_loss(mask_logits: Tensor, assignment: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     """``fastmask::mask_loss``: both losses (L, B, M) and the sums (L, B, M, 4) for backward."""
-    pair_mask = mask_logits.new_empty(assignment.shape, dtype=torch.float32)
-    pair_dice = torch.empty_like(pair_mask)
-    sums = pair_mask.new_empty((*assignment.shape, 4))
-    pairs = assignment.numel()
-    if pairs == 0:
-        return pair_mask, pair_dice, sums
     config = pick_config(CONFIGS, mask_logits.device)
-    targets = target_arguments(masks, segments, valid, void_value, ignore_void)
-    arguments = launch_arguments(
-        config, with_contiguous_planes(mask_logits), assignment, labels, targets, mask_term, alpha, gamma
-    )
+    arguments = launch_arguments(config, with_contiguous_planes(mask_logits), assignment, *inputs)
     column_blocks = triton.cdiv(mask_logits.shape[-1], arguments["BLOCK_C"])
     height = arguments["H"]
-    splits = max(1, min(config.programs // (pairs * column_blocks), triton.cdiv(height, config.least_rows)))
+    pairs = assignment.numel()
+    splits = config.programs // max(pairs * column_blocks, 1)
+    splits = max(1, min(splits, triton.cdiv(height, config.least_rows)))
     rows_per_split = triton.cdiv(height, splits)
     splits = triton.cdiv(height, rows_per_split)
-    parts = pair_mask.new_empty((pairs, splits * column_blocks, 5))
-    _mask_loss_fwd_kernel[(pairs, column_blocks, splits)](**arguments, sums_ptr=parts, rows_per_split=rows_per_split)
-    _mask_loss_reduce_kernel[(triton.cdiv(pairs, 32),)](
-        assignment_ptr=arguments["assignment_ptr"],
-        labels_ptr=arguments["labels_ptr"],
-        parts_ptr=parts,
-        mask_ptr=pair_mask,
-        dice_ptr=pair_dice,
-        sums_ptr=sums,
-        pairs=pairs,
-        B=arguments["B"],
-        N=arguments["N"],
-        M=arguments["M"],
-        parts=splits * column_blocks,
-        BLOCK_P=32,
-        num_warps=1,
-        **COMPILER_OPTIONS,
-    )
-    return pair_mask, pair_dice, sums
+    parts = mask_logits.new_empty((pairs, splits * column_blocks, 5), dtype=torch.float32)
+    if pairs > 0:
+        _mask_loss_fwd_kernel[(pairs, column_blocks, splits)](
+            **arguments, sums_ptr=parts, rows_per_split=rows_per_split
+        )
+    return add_parts(arguments, parts)
 
 
 @triton.jit
@@ -461,10 +372,7 @@ def _mask_loss_bwd_kernel(
     cell = tl.program_id(1) * (BLOCK_C - 2 * HALO) - HALO + lane  # [BLOCK_C]
     owned = (lane >= HALO) & (lane < BLOCK_C - HALO) & (cell < w)
 
-    m = tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    assigned = tl.load(assignment_ptr + first_pair + m, mask=m < M, other=-1)
-    of_query = (assigned == query) & (tl.load(labels_ptr + image * M + m, mask=m < M, other=-1) >= 0)
-    matches = tl.sum(of_query.to(tl.int32), 0)
+    of_query, matches = _targets_of_query(assignment_ptr, labels_ptr, first_pair, image, query, M, BLOCK_M)
     if matches == 0:
         for i in range(row_begin, row_end):
             zeros = tl.zeros([BLOCK_C], dtype=grad_ptr.dtype.element_ty)
@@ -472,7 +380,7 @@ def _mask_loss_bwd_kernel(
     else:
         start = _cell_start(cell, w, W)
         outputs = tl.where((cell >= 0) & (cell < w), _cell_start(cell + 1, w, W) - start, 0)
-        first_target = tl.min(tl.where(of_query, m, BLOCK_M), 0)
+        first_target = _next_target(of_query, -1, BLOCK_M)
         first_mask, first_outside, first_inside = _pair_slopes(
             first_pair + first_target, sums_ptr, grad_mask_ptr, grad_dice_ptr
         )
@@ -506,7 +414,7 @@ def _mask_loss_bwd_kernel(
                 target, mask_slope, dice_outside, dice_inside = first_target, first_mask, first_outside, first_inside
                 for match in range(matches):
                     if match > 0:
-                        target = tl.min(tl.where(of_query & (m > target), m, BLOCK_M), 0)
+                        target = _next_target(of_query, target, BLOCK_M)
                         mask_slope, dice_outside, dice_inside = _pair_slopes(
                             first_pair + target, sums_ptr, grad_mask_ptr, grad_dice_ptr
                         )
@@ -529,31 +437,15 @@ def _mask_loss_bwd_kernel(
 
 
 def mask_loss_backward(
-    grad_mask: Tensor,
-    grad_dice: Tensor,
-    sums: Tensor,
-    mask_logits: Tensor,
-    assignment: Tensor,
-    labels: Tensor,
-    masks: Tensor | None,
-    segments: Tensor | None,
-    valid: Tensor | None,
-    void_value: int,
-    ignore_void: bool,
-    mask_term: str,
-    alpha: float,
-    gamma: float,
+    grad_mask: Tensor, grad_dice: Tensor, sums: Tensor, mask_logits: Tensor, assignment: Tensor, *inputs: Any
 ) -> Tensor:
     """``fastmask::mask_loss_backward``: the gradient; see ``empty_gradient`` for its layout."""
     mask_logits = with_contiguous_planes(mask_logits)
     grad = empty_gradient(mask_logits)
-    if grad.numel() == 0:
-        return grad
-    if labels.shape[1] == 0:
+    if grad.numel() == 0 or assignment.numel() == 0:
         return grad.zero_()
     config = pick_config(CONFIGS, mask_logits.device)
-    targets = target_arguments(masks, segments, valid, void_value, ignore_void)
-    arguments = launch_arguments(config, mask_logits, assignment, labels, targets, mask_term, alpha, gamma, grad)
+    arguments = launch_arguments(config, mask_logits, assignment, *inputs, grad=grad)
     h, w, cells = *mask_logits.shape[-2:], arguments["BLOCK_C"]
     halo = 0 if w <= cells else 1  # cells beyond both ends of a program's columns, whose outputs reach into them
     rows_per_split = min(config.backward_rows, h)

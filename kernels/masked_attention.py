@@ -23,7 +23,6 @@ cores 28 us. Smaller grids take time in proportion.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,107 +30,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmask.kernels._common import (
-    COMPILER_OPTIONS,
-    kernel,
-    pick_config,
-    power_of_two,
-    unit,
-    with_contiguous_rows,
-)
-from fastmask.kernels.attended_keys import (
-    _attends,
-    _lowest_block,
-    _occupied_blocks,
-    attended_keys,
-)
+from fastmask.kernels._attention_configs import BACKWARD_CONFIGS, FORWARD_CONFIGS, Configs, config_of_heads
+from fastmask.kernels._common import COMPILER_OPTIONS, kernel, power_of_two, unit, with_contiguous_rows
+from fastmask.kernels.attended_keys import _attends, _lowest_block, _occupied_blocks, _readable, attended_keys
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-@dataclass(frozen=True)
-class MaskedAttentionConfig:
-    """Tuning of the forward or the backward kernel.
-
-    Args:
-        queries: most queries of a program, a power of two.
-        keys: of a block, which a program handles at a time.
-        warp_queries: queries of a warp, if there are ``least_warps`` or more.
-        programs: how many to have by splitting the keys, if there are enough of them: two for each of 132 SMs.
-        least_keys: of a split.
-        registers: of a thread, at most. By itself ptxas spills a few where one more block then fits a multiprocessor.
-    """
-
-    queries: int
-    keys: int
-    warp_queries: int
-    num_stages: int = 2
-    programs: int = 264
-    least_keys: int = 256
-    least_warps: int = 4
-    registers: int | None = None
-
-
-# By head dimension, for GPUs by the major version of their compute capability. At B=16 and N=100 none in half precision
-# spills registers, and float32 at most 32 bytes; the general ones fit a multiprocessor with 100 KB of shared memory.
-_HALF = {
-    32: MaskedAttentionConfig(queries=64, keys=128, warp_queries=16, num_stages=3, registers=255),
-    64: MaskedAttentionConfig(queries=128, keys=64, warp_queries=16, num_stages=3),
-    128: MaskedAttentionConfig(queries=128, keys=64, warp_queries=16, num_stages=3),
-}
-_DROPOUT = MaskedAttentionConfig(queries=64, keys=32, warp_queries=8, registers=255)
-FORWARD_CONFIGS = {
-    "half": {
-        9: _HALF,
-        10: _HALF,
-        None: _HALF | {128: MaskedAttentionConfig(queries=64, keys=32, warp_queries=8, num_stages=3, registers=255)},
-    },
-    # Random numbers take registers: as many as there are weights in a block.
-    "half, dropout": {None: {32: _DROPOUT, 64: _DROPOUT, 128: _DROPOUT}},
-    # Products of float32 are fused multiply-adds with operands in registers.
-    "float32": {
-        None: {
-            32: MaskedAttentionConfig(queries=64, keys=32, warp_queries=8, num_stages=3, registers=255),
-            64: MaskedAttentionConfig(queries=32, keys=32, warp_queries=8),
-            128: MaskedAttentionConfig(queries=32, keys=32, warp_queries=4),
-        }
-    },
-}
-# As in forward. Products of 64 keys with queries run on warp groups; on other GPUs a warp holds whole operands.
-_BACKWARD_DROPOUT = MaskedAttentionConfig(queries=64, keys=32, warp_queries=8, num_stages=1, registers=255)
-BACKWARD_CONFIGS = {
-    "half": {
-        9: {
-            32: MaskedAttentionConfig(queries=256, keys=64, warp_queries=32, num_stages=3, least_warps=8),
-            64: MaskedAttentionConfig(queries=128, keys=64, warp_queries=16),
-            128: MaskedAttentionConfig(queries=64, keys=32, warp_queries=8),
-        },
-        10: {
-            32: MaskedAttentionConfig(queries=128, keys=64, warp_queries=16),
-            64: MaskedAttentionConfig(queries=128, keys=32, warp_queries=16),
-            128: MaskedAttentionConfig(queries=128, keys=32, warp_queries=16),
-        },
-        None: {
-            32: MaskedAttentionConfig(queries=128, keys=64, warp_queries=16),
-            64: MaskedAttentionConfig(queries=64, keys=32, warp_queries=8),
-            128: MaskedAttentionConfig(queries=64, keys=32, warp_queries=8, num_stages=1),
-        },
-    },
-    "half, dropout": {
-        None: {
-            32: _BACKWARD_DROPOUT,
-            64: _BACKWARD_DROPOUT,
-            128: MaskedAttentionConfig(queries=32, keys=32, warp_queries=4, num_stages=1, registers=255),
-        }
-    },
-    "float32": {
-        None: {
-            32: MaskedAttentionConfig(queries=32, keys=32, warp_queries=4),
-            64: MaskedAttentionConfig(queries=32, keys=32, warp_queries=4),
-            128: MaskedAttentionConfig(queries=16, keys=16, warp_queries=2, registers=255),
-        }
-    },
-}
+@triton.jit
+def _rows(ptr, first, stride, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """``[BLOCK, BLOCK_D]``, where one head's channels of the rows from ``first`` on are."""
+    row = tl.arange(0, BLOCK)[:, None]
+    return ptr + tl.cast(first, tl.int64) * stride + (row * stride + tl.arange(0, BLOCK_D)[None, :])
 
 
 @triton.jit
@@ -164,14 +74,12 @@ def _masked_attention_fwd_kernel(
     channels = heads * HEAD_DIM
     channel = (pair % heads) * HEAD_DIM
     first_query = (tl.program_id(0) % query_blocks) * BLOCK_N
-    r = tl.arange(0, BLOCK_N)
-    n = first_query + r  # [BLOCK_N]
+    n = first_query + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     i = tl.arange(0, BLOCK_S)
     d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     there = (n < N)[:, None] & (d < HEAD_DIM)[None, :]
-    q_ptr += (image * stride_qb + tl.cast(first_query, tl.int64) * stride_qn) * UNIT + channel
-    stride_qn = stride_qn * UNIT
-    q = tl.load(q_ptr + (r[:, None] * stride_qn + d[None, :]), mask=there, other=0.0)  # [BLOCK_N, BLOCK_D]
+    q_ptr += image * stride_qb * UNIT + channel
+    q = tl.load(_rows(q_ptr, first_query, stride_qn * UNIT, BLOCK_N, BLOCK_D), mask=there, other=0.0)
     if q.dtype == tl.float32:
         q *= scale  # as the reference does, and with its rounding
         scale = 1.0
@@ -207,13 +115,10 @@ def _masked_attention_fwd_kernel(
             remaining ^= lowest
             block += first
             s = block * BLOCK_S + i  # [BLOCK_S]
-            readable = s < S
-            if HAS_PADDING:
-                readable = readable & (tl.load(padding_ptr + s, mask=readable, other=1) == 0)
-            in_keys = readable[:, None] & (d < HEAD_DIM)[None, :]
+            in_keys = _readable(padding_ptr, s, S, HAS_PADDING)[:, None] & (d < HEAD_DIM)[None, :]
             start = tl.cast(block, tl.int64) * BLOCK_S
-            k = tl.load(k_ptr + start * stride_ks + (i[:, None] * stride_ks + d[None, :]), mask=in_keys, other=0.0)
-            v = tl.load(v_ptr + start * stride_vs + (i[:, None] * stride_vs + d[None, :]), mask=in_keys, other=0.0)
+            k = tl.load(_rows(k_ptr, start, stride_ks, BLOCK_S, BLOCK_D), mask=in_keys, other=0.0)
+            v = tl.load(_rows(v_ptr, start, stride_vs, BLOCK_S, BLOCK_D), mask=in_keys, other=0.0)
             attended = _attends(bits_ptr, stride_bits_w, block, n, N, S, HAS_BITS, OWN_BITS, BLOCK_S)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_N, BLOCK_S]
             scores = tl.where(attended, scores, float("-inf"))
@@ -236,9 +141,9 @@ def _masked_attention_fwd_kernel(
     if HAS_DROPOUT:
         factor *= tl.where(dropout_p < 1.0, 1.0 / (1.0 - dropout_p), 0.0)
     split = tl.program_id(1).to(tl.int64)
-    out_ptr += ((split * B + image) * N + first_query) * channels + channel
+    out_ptr += (split * B + image) * N * channels + channel
     out = (out * factor[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + (r[:, None] * channels + d[None, :]), out, mask=there)
+    tl.store(_rows(out_ptr, first_query, channels, BLOCK_N, BLOCK_D), out, mask=there)
     lse = tl.where(present, maximum * scale + tl.log(total), float("inf"))
     tl.store(lse_ptr + (split * B * heads + pair) * N + n, lse, mask=n < N)
 
@@ -308,111 +213,88 @@ def add_splits(parts: Tensor, lse_parts: Tensor | None, out: Tensor, lse: Tensor
     )
 
 
-def config_of_heads(
-    configs: dict[str, dict[int | None, dict[int, MaskedAttentionConfig]]], q: Tensor, head_dim: int, dropout_p: float
-) -> MaskedAttentionConfig:
-    kind = "float32" if q.dtype == torch.float32 else "half, dropout" if dropout_p > 0.0 else "half"
-    return pick_config(configs[kind], q.device)[power_of_two(head_dim, 32, 128)]
-
-
 def with_near_rows(x: Tensor) -> Tensor:
     """``(B, N or S, E)`` whose rows are contiguous, and near enough for 32-bit positions within a block."""
     return with_contiguous_rows(x if x.stride(1) < 1 << 22 else x.contiguous())
 
 
 def launch_arguments(
-    config: MaskedAttentionConfig,
-    block_queries: int,
-    programs: int,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask_logits: Tensor | None,
-    key_padding_mask: Tensor | None,
-    grid: tuple[int, int],
-    num_heads: int,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
+    configs: Configs, q: Tensor, k: Tensor, v: Tensor, mask_logits: Tensor | None, key_padding_mask: Tensor | None,
+    grid_height: int, grid_width: int, num_heads: int, scale: float, dropout_p: float, seed: Tensor | None,
     grad_out: Tensor | None = None,
-) -> tuple[dict[str, Any], int]:
-    """What the kernels of forward and backward take alike, and into how many splits the keys go."""
+) -> tuple[dict[str, Any], int, int]:  # fmt: skip
+    """What the kernels of forward and backward take alike, the number of blocks of queries, and that of splits of the
+    keys."""
     batch, queries, channels = q.shape
-    keys = k.shape[1]
+    keys, head_dim = k.shape[1], channels // num_heads
+    config = config_of_heads(configs, q, head_dim, dropout_p)
+    block_queries = power_of_two(queries, min(64, config.queries), config.queries)
+    query_blocks = triton.cdiv(queries, block_queries)
+    programs = batch * num_heads * (query_blocks if grad_out is None else 1)  # in backward they come in turns
     blocks = triton.cdiv(keys, config.keys)
     splits = max(1, min(config.programs // programs, triton.cdiv(keys, config.least_keys)))
     blocks_per_split = triton.cdiv(blocks, splits)
-    q, k, v = (with_near_rows(x) for x in (q, k, v))
-    pointers = {"q_ptr": q, "k_ptr": k, "v_ptr": v}
-    names = [("stride_qb", "stride_qn"), ("stride_kb", "stride_ks"), ("stride_vb", "stride_vs")]
+    tensors = {"q": with_near_rows(q), "k": with_near_rows(k), "v": with_near_rows(v)}
     if grad_out is not None:
-        pointers["grad_out_ptr"] = with_near_rows(grad_out)
-        names.append(("stride_gb", "stride_gn"))
-    strides = {
-        name: x.stride(i) for x, pair in zip(pointers.values(), names, strict=True) for i, name in enumerate(pair)
-    }
-    size = unit(*strides.values())
-    return {
-        **pointers,
-        **{name: stride // size for name, stride in strides.items()},
-        "padding_ptr": None if key_padding_mask is None else key_padding_mask.contiguous().view(torch.uint8),
-        **attended_keys(mask_logits, key_padding_mask, q, grid, config.keys),
-        "seed_ptr": seed if dropout_p > 0.0 else None,
-        "B": batch,
-        "N": queries,
-        "S": keys,
-        "heads": num_heads,
-        "blocks_per_split": blocks_per_split,
-        "scale": scale,
-        "dropout_p": dropout_p,
-        "HAS_PADDING": key_padding_mask is not None,
-        "HAS_DROPOUT": dropout_p > 0.0,
-        "UNIT": size,
-        "HEAD_DIM": channels // num_heads,
-        "BLOCK_N": block_queries,
-        "BLOCK_S": config.keys,
-        "BLOCK_D": power_of_two(channels // num_heads, 16, 128),
-        "num_warps": max(config.least_warps, block_queries // config.warp_queries),
-        "num_stages": config.num_stages,
-        "maxnreg": config.registers,
-        **COMPILER_OPTIONS,
-    }, triton.cdiv(blocks, blocks_per_split)
+        tensors["grad_out"] = with_near_rows(grad_out)
+    size = unit(*(stride for x in tensors.values() for stride in x.stride()[:2]))
+    strides = {"q": ("qb", "qn"), "k": ("kb", "ks"), "v": ("vb", "vs"), "grad_out": ("gb", "gn")}
+    return (
+        {
+            **{f"{name}_ptr": x for name, x in tensors.items()},
+            **{
+                f"stride_{axis}": x.stride(i) // size
+                for name, x in tensors.items()
+                for i, axis in enumerate(strides[name])
+            },
+            "padding_ptr": None if key_padding_mask is None else key_padding_mask.contiguous().view(torch.uint8),
+            **attended_keys(mask_logits, key_padding_mask, q, (grid_height, grid_width), config.keys),
+            "seed_ptr": seed if dropout_p > 0.0 else None,
+            "B": batch,
+            "N": queries,
+            "S": keys,
+            "heads": num_heads,
+            "blocks_per_split": blocks_per_split,
+            "scale": scale,
+            "dropout_p": dropout_p,
+            "HAS_PADDING": key_padding_mask is not None,
+            "HAS_DROPOUT": dropout_p > 0.0,
+            "UNIT": size,
+            "HEAD_DIM": head_dim,
+            "BLOCK_N": block_queries,
+            "BLOCK_S": config.keys,
+            "BLOCK_D": power_of_two(head_dim, 16, 128),
+            "num_warps": max(config.least_warps, block_queries // config.warp_queries),
+            "num_stages": config.num_stages,
+            "maxnreg": config.registers,
+            **COMPILER_OPTIONS,
+        },
+        query_blocks,
+        triton.cdiv(blocks, blocks_per_split),
+    )
 
 
 def masked_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask_logits: Tensor | None,
-    key_padding_mask: Tensor | None,
-    grid_height: int,
-    grid_width: int,
-    num_heads: int,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, mask_logits: Tensor | None, key_padding_mask: Tensor | None, grid_height: int,
+    grid_width: int, num_heads: int, scale: float, dropout_p: float, seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``fastmask::masked_attention``: out (B, N, E) and logsumexp (B, heads, N)."""
-    batch, queries, channels = q.shape
+    batch, queries, _ = q.shape
     out = q.new_empty(q.shape)
     lse = q.new_empty((batch, num_heads, queries), dtype=torch.float32)
     if k.numel() == 0:
         return out.zero_(), lse.fill_(float("inf"))
     if q.numel() == 0:
         return out, lse
-    config = config_of_heads(FORWARD_CONFIGS, q, channels // num_heads, dropout_p)
-    block_queries = power_of_two(queries, min(64, config.queries), config.queries)
-    query_blocks = triton.cdiv(queries, block_queries)
-    programs = batch * num_heads * query_blocks
-    arguments, splits = launch_arguments(
-        config, block_queries, programs, q, k, v, mask_logits, key_padding_mask, (grid_height, grid_width), num_heads,
-        scale, dropout_p, seed,
+    arguments, query_blocks, splits = launch_arguments(
+        FORWARD_CONFIGS, q, k, v, mask_logits, key_padding_mask, grid_height, grid_width, num_heads, scale, dropout_p,
+        seed,
     )  # fmt: skip
     parts, lse_parts = out, lse
     if splits > 1:
         parts = out.new_empty((splits, *out.shape), dtype=torch.float32)
         lse_parts = lse.new_empty((splits, *lse.shape))
-    _masked_attention_fwd_kernel[(programs, splits)](
+    _masked_attention_fwd_kernel[(batch * num_heads * query_blocks, splits)](
         **arguments, out_ptr=parts, lse_ptr=lse_parts, query_blocks=query_blocks
     )
     if splits > 1:
@@ -450,24 +332,20 @@ def _masked_attention_bwd_kernel(
     image = pair // heads
     channel = (pair % heads) * HEAD_DIM
     channels = heads * HEAD_DIM
-    r = tl.arange(0, BLOCK_N)
-    n = first_query + r  # [BLOCK_N]
+    n = first_query + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     i = tl.arange(0, BLOCK_S)
     d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     there = (n < N)[:, None] & (d < HEAD_DIM)[None, :]
-    q_ptr += (image * stride_qb + tl.cast(first_query, tl.int64) * stride_qn) * UNIT + channel
-    stride_qn = stride_qn * UNIT
-    grad_out_ptr += (image * stride_gb + tl.cast(first_query, tl.int64) * stride_gn) * UNIT + channel
-    stride_gn = stride_gn * UNIT
-    # [BLOCK_N, BLOCK_D]
-    q = tl.load(q_ptr + (r[:, None] * stride_qn + d[None, :]), mask=there, other=0.0)
-    g = tl.load(grad_out_ptr + (r[:, None] * stride_gn + d[None, :]), mask=there, other=0.0)
+    q_ptr += image * stride_qb * UNIT + channel
+    grad_out_ptr += image * stride_gb * UNIT + channel
+    q = tl.load(_rows(q_ptr, first_query, stride_qn * UNIT, BLOCK_N, BLOCK_D), mask=there, other=0.0)
+    g = tl.load(_rows(grad_out_ptr, first_query, stride_gn * UNIT, BLOCK_N, BLOCK_D), mask=there, other=0.0)
     delta = tl.zeros([BLOCK_N], dtype=tl.float32)
     total = tl.zeros([BLOCK_N], dtype=tl.float32)
     split_size = tl.cast(B, tl.int64) * heads * N
     if DELTA == "out":
-        out_ptr += (image * N + first_query) * channels + channel
-        out = tl.load(out_ptr + (r[:, None] * channels + d[None, :]), mask=there, other=0.0)
+        out_ptr += image * N * channels + channel
+        out = tl.load(_rows(out_ptr, first_query, channels, BLOCK_N, BLOCK_D), mask=there, other=0.0)
         delta = tl.sum(out.to(tl.float32) * g.to(tl.float32), 1)
     elif DELTA == "known":
         for split in range(tl.num_programs(1)):
@@ -509,23 +387,20 @@ def _masked_attention_bwd_kernel(
                 unoccupied ^= lowest
                 s = (first + block) * BLOCK_S + i
                 inside = (s < S)[:, None] & (d < HEAD_DIM)[None, :]
-                start = tl.cast(first + block, tl.int64) * BLOCK_S * channels
+                start = tl.cast(first + block, tl.int64) * BLOCK_S
                 zeros = tl.zeros([BLOCK_S, BLOCK_D], dtype=grad_k_ptr.dtype.element_ty)
-                tl.store(grad_k_ptr + start + (i[:, None] * channels + d[None, :]), zeros, mask=inside)
-                tl.store(grad_v_ptr + start + (i[:, None] * channels + d[None, :]), zeros, mask=inside)
+                tl.store(_rows(grad_k_ptr, start, channels, BLOCK_S, BLOCK_D), zeros, mask=inside)
+                tl.store(_rows(grad_v_ptr, start, channels, BLOCK_S, BLOCK_D), zeros, mask=inside)
         for _ in range(count):
             lowest, block = _lowest_block(remaining)
             remaining ^= lowest
             block += first
             s = block * BLOCK_S + i  # [BLOCK_S]
             inside = (s < S)[:, None] & (d < HEAD_DIM)[None, :]
-            readable = s < S
-            if HAS_PADDING:
-                readable = readable & (tl.load(padding_ptr + s, mask=readable, other=1) == 0)
-            in_keys = readable[:, None] & (d < HEAD_DIM)[None, :]
+            in_keys = _readable(padding_ptr, s, S, HAS_PADDING)[:, None] & (d < HEAD_DIM)[None, :]
             start = tl.cast(block, tl.int64) * BLOCK_S
-            k = tl.load(k_ptr + start * stride_ks + (i[:, None] * stride_ks + d[None, :]), mask=in_keys, other=0.0)
-            v = tl.load(v_ptr + start * stride_vs + (i[:, None] * stride_vs + d[None, :]), mask=in_keys, other=0.0)
+            k = tl.load(_rows(k_ptr, start, stride_ks, BLOCK_S, BLOCK_D), mask=in_keys, other=0.0)
+            v = tl.load(_rows(v_ptr, start, stride_vs, BLOCK_S, BLOCK_D), mask=in_keys, other=0.0)
             attended = _attends(bits_ptr, stride_bits_w, block, n, N, S, HAS_BITS, OWN_BITS, BLOCK_S)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_N, BLOCK_S]
             if q.dtype == tl.float32:
@@ -544,7 +419,7 @@ def _masked_attention_bwd_kernel(
                 delta += tl.sum(kept_weights * tl.dot(g, tl.trans(v), input_precision="ieee"), 1)
             else:
                 grad_v = tl.dot(tl.trans(kept_weights.to(g.dtype)), g, input_precision="ieee")  # [BLOCK_S, BLOCK_D]
-                grad_v_ptrs = grad_v_ptr + start * channels + (i[:, None] * channels + d[None, :])
+                grad_v_ptrs = _rows(grad_v_ptr, start, channels, BLOCK_S, BLOCK_D)
                 if ADDS:
                     grad_v += tl.load(grad_v_ptrs, mask=inside, other=0.0)
                 tl.store(grad_v_ptrs, grad_v.to(grad_v_ptr.dtype.element_ty), mask=inside)
@@ -556,7 +431,7 @@ def _masked_attention_bwd_kernel(
                 grad_k = tl.dot(tl.trans(slopes), q, input_precision="ieee")  # [BLOCK_S, BLOCK_D]
                 if q.dtype != tl.float32:
                     grad_k *= scale
-                grad_k_ptrs = grad_k_ptr + start * channels + (i[:, None] * channels + d[None, :])
+                grad_k_ptrs = _rows(grad_k_ptr, start, channels, BLOCK_S, BLOCK_D)
                 if ADDS:
                     grad_k += tl.load(grad_k_ptrs, mask=inside, other=0.0)
                 tl.store(grad_k_ptrs, grad_k.to(grad_k_ptr.dtype.element_ty), mask=inside)
@@ -567,47 +442,29 @@ def _masked_attention_bwd_kernel(
         tl.store(delta_ptrs, delta, mask=n < N)
         tl.store(delta_ptrs + split_size, total, mask=n < N)
     else:
-        grad_q_ptr += ((split * B + image) * N + first_query) * channels + channel
-        grad_q_ptrs = grad_q_ptr + (r[:, None] * channels + d[None, :])
+        grad_q_ptr += (split * B + image) * N * channels + channel
+        grad_q_ptrs = _rows(grad_q_ptr, first_query, channels, BLOCK_N, BLOCK_D)
         tl.store(grad_q_ptrs, (grad_q * scale).to(grad_q_ptr.dtype.element_ty), mask=there)
 
 
 def masked_attention_backward(
-    grad_out: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask_logits: Tensor | None,
-    key_padding_mask: Tensor | None,
-    grid_height: int,
-    grid_width: int,
-    num_heads: int,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
+    grad_out: Tensor, out: Tensor, logsumexp: Tensor, q: Tensor, k: Tensor, v: Tensor, *inputs: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``fastmask::masked_attention_backward``: the gradients of q, k and v, contiguous."""
+    """``fastmask::masked_attention_backward``: the gradients of q, k and v, contiguous; ``inputs`` as of forward."""
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    batch, queries, channels = q.shape
-    config = config_of_heads(BACKWARD_CONFIGS, q, channels // num_heads, dropout_p)
-    block_queries = power_of_two(queries, min(64, config.queries), config.queries)
-    arguments, splits = launch_arguments(
-        config, block_queries, batch * num_heads, q, k, v, mask_logits, key_padding_mask, (grid_height, grid_width),
-        num_heads, scale, dropout_p, seed, grad_out,
-    )  # fmt: skip
+    arguments, query_blocks, splits = launch_arguments(BACKWARD_CONFIGS, q, k, v, *inputs, grad_out=grad_out)
+    pairs = arguments["B"] * arguments["heads"]
     grad_q = q.new_empty(q.shape)
     parts = grad_q if splits == 1 else grad_q.new_empty((splits, *q.shape), dtype=torch.float32)
     # Sums over several blocks of queries stay in memory until they are complete.
-    grad_dtype = k.dtype if queries <= block_queries else torch.float32
+    grad_dtype = k.dtype if query_blocks == 1 else torch.float32
     grad_k, grad_v = (k.new_empty(k.shape, dtype=grad_dtype) for _ in range(2))
     single = q.dtype == torch.float32
     delta = logsumexp.new_empty((splits, 2, *logsumexp.shape)) if single else None
-    for first_query in range(0, queries, block_queries):
+    for first_query in range(0, q.shape[1], arguments["BLOCK_N"]):
         for step in ("summed", "known") if single else ("out",):
-            _masked_attention_bwd_kernel[(batch * num_heads, splits)](
+            _masked_attention_bwd_kernel[(pairs, splits)](
                 **arguments,
                 out_ptr=out.contiguous(),
                 lse_ptr=logsumexp.contiguous(),
@@ -620,5 +477,5 @@ def masked_attention_backward(
                 ADDS=first_query > 0,
             )
     if splits > 1:
-        add_splits(parts, None, grad_q, None, num_heads)
+        add_splits(parts, None, grad_q, None, arguments["heads"])
     return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)

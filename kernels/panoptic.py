@@ -1,7 +1,7 @@
 """Panoptic inference: the query that wins each pixel, and the areas of all queries, in one launch for the batch.
 
-The queries that were kept are staged first, in their order, so that the loop over them ends where they do. A thread
-holds pixels and queries both, and remembers for each of its columns of queries the best so far; columns meet once at
+Kept queries are staged first, in their order, so that the loop over queries ends after the last of them. A thread holds
+several pixels and several columns of queries, and the best query so far of each column; columns are compared once, at
 the end.
 """
 
@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmask.kernels._common import COMPILER_OPTIONS, _reciprocal, kernel, pick_config
+from fastmask.kernels._common import _exp2, _reciprocal, kernel, pick_config
 from fastmask.kernels._layout import with_contiguous_planes
-from fastmask.kernels._resample import BLOCK_N, _exp2, _interpolate, _tile_taps, count_nans, staged_bands
+from fastmask.kernels._resample import BLOCK_N, Resampling, _interpolate, _tile_taps, count_nans, staged_bands
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,9 @@ CONFIGS = {None: PanopticConfig()}
 
 
 @triton.jit
-def _column_counts(inside, PIXELS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """How many of [PIXELS, BLOCK_N] are true in each column. Four columns' counts travel in one integer between the
-    threads, a byte each."""
+def _column_counts(inside, PIXELS: tl.constexpr):
+    """How many of [PIXELS, BLOCK_N] are true in each column. Threads exchange four columns' counts as the bytes of one
+    integer."""
     byte = tl.arange(0, 4)[None, None, :] * 8
     flags = tl.reshape(inside.to(tl.int32), [PIXELS, BLOCK_N // 4, 4])
     packed = tl.sum(tl.sum(flags << byte, 2), 0)  # [BLOCK_N / 4]
@@ -49,7 +50,7 @@ def _panoptic_fwd_kernel(
     scores_ptr, order_ptr, kept_ptr, winner_ptr, areas_ptr,
     N, blocks, cells, columns, top, count, H, W, tiles_x, threshold,
     TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, PROBABILITIES: tl.constexpr, CLIP: tl.constexpr,
-    TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_N: tl.constexpr,
+    TILE_Y: tl.constexpr, TILE_X: tl.constexpr,
 ):  # fmt: skip
     """winner = argmax_n scores[n] sigmoid(x[n]) over the queries kept, the lowest of equals, for one tile of pixels
     (MaskFormer, arXiv:2107.06278, section 3.4); x is interpolated from the stage, or sigmoid(x) is (PROBABILITIES).
@@ -65,16 +66,10 @@ def _panoptic_fwd_kernel(
     padded_n = blocks * BLOCK_N
     image = tl.program_id(1).to(tl.int64)
     PIXELS: tl.constexpr = TILE_Y * TILE_X
-    pixel = tl.arange(0, PIXELS)  # [PIXELS]
-    y = tl.program_id(0) // tiles_x * TILE_Y + pixel // TILE_X
-    x = tl.program_id(0) % tiles_x * TILE_X + pixel % TILE_X
-    visible = (y < count) & (x < W)
-    at = image * H * W + (top + y).to(tl.int64) * W + x
-    y = tl.minimum(y, count - 1)
-    x = tl.minimum(x, W - 1)
-    taps, shares = _tile_taps(
-        row_index_ptr, row_weight_ptr, column_index_ptr, column_weight_ptr, y, x, count, columns, W, TAPS_Y, TAPS_X
-    )
+    visible, at, taps, shares = _tile_taps(
+        row_index_ptr, row_weight_ptr, column_index_ptr, column_weight_ptr, columns, top, count, H, W, tiles_x,
+        TAPS_Y, TAPS_X, TILE_Y, TILE_X,
+    )  # fmt: skip
     offsets = ()
     weights = ()
     for tap in tl.static_range(TAPS_Y * TAPS_X):
@@ -103,7 +98,7 @@ def _panoptic_fwd_kernel(
         better = product > best
         best = tl.where(better, product, best)
         mark = tl.where(better, 2 * block + inside.to(tl.int32) if CLIP else 2 * block, mark)
-        area = _column_counts(inside, PIXELS, BLOCK_N)
+        area = _column_counts(inside, PIXELS)
         tl.atomic_add(areas_ptr + n * 3 + 1, area, mask=(n < kept) & (area > 0), sem="relaxed")
 
     winning = tl.max(best, 1)[:, None]
@@ -129,27 +124,18 @@ def _panoptic_fwd_kernel(
 
 
 def panoptic_winners(
-    scores: Tensor,
-    mask_logits: Tensor,
-    resize_probabilities: bool,
-    clip_to_mask: bool,
-    mask_threshold: float,
-    grid: list[int],
-    padded_size: list[int] | None,
-    valid_size: list[int] | None,
-    size: list[int],
-    in_top: int,
-    out_top: int,
-    out_rows: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+    scores: Tensor, mask_logits: Tensor, resize_probabilities: bool, clip_to_mask: bool, mask_threshold: float,
+    *geometry: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """``fastmask::panoptic_winners``: the winner (B, out_rows, W) of each pixel, areas (B, N, 3) and how many logits of
-    each query that was kept are NaN (B, N)."""
+    each kept query are NaN (B, N). ``geometry``: see ``Resampling``."""
     batch, queries = scores.shape
-    height, width = out_rows, size[1]
+    resampling = Resampling(*geometry)
     scores, mask_logits = scores.contiguous(), with_contiguous_planes(mask_logits)
     keep = scores > 0
     nan_logits = count_nans(mask_logits) * keep
-    winner = torch.full((batch, height, width), -1, dtype=torch.int32, device=scores.device)
+    shape = (batch, resampling.out_rows, resampling.size[1])
+    winner = torch.full(shape, -1, dtype=torch.int32, device=scores.device)
     areas = torch.zeros((batch, queries, 3), dtype=torch.int32, device=scores.device)
     if batch == 0 or queries == 0:
         return winner, areas, nan_logits
@@ -160,35 +146,20 @@ def panoptic_winners(
     threshold = mask_threshold
     if not resize_probabilities:
         threshold = -math.log(1 / mask_threshold - 1) if 0 < mask_threshold < 1 else math.inf * (mask_threshold - 0.5)
-    geometry = grid, padded_size, valid_size, size, in_top, out_top, out_rows
-    for band in staged_bands(mask_logits, order, None, resize_probabilities, True, *geometry, config.tile_rows):
-        tiles_x = triton.cdiv(width, config.tile_columns)
-        _panoptic_fwd_kernel[(triton.cdiv(band.count, config.tile_rows) * tiles_x, batch)](
-            stage_ptr=band.stage,
-            **band.taps.arguments(),
+    for band in staged_bands(mask_logits, order, None, resize_probabilities, True, resampling, config.tile_rows):
+        programs, tiles = band.launch(winner, config.tile_rows, config.tile_columns)
+        _panoptic_fwd_kernel[programs](
+            **tiles,
             scores_ptr=placed_scores,
             order_ptr=order,
             kept_ptr=kept,
             winner_ptr=winner,
             areas_ptr=areas,
             N=queries,
-            blocks=band.padded_n // BLOCK_N,
-            cells=band.cells,
-            columns=band.columns,
-            top=band.top,
-            count=band.count,
-            H=height,
-            W=width,
-            tiles_x=tiles_x,
             threshold=threshold,
             PROBABILITIES=resize_probabilities,
             CLIP=clip_to_mask,
-            TILE_Y=config.tile_rows,
-            TILE_X=config.tile_columns,
-            BLOCK_N=BLOCK_N,
             num_warps=config.num_warps,
-            num_stages=1,
-            **COMPILER_OPTIONS,
         )
     places = order.argsort(dim=-1)
     return winner, areas.gather(1, places[:, :, None].expand(-1, -1, 3)), nan_logits

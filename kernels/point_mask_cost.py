@@ -18,16 +18,16 @@ from torch import Tensor
 from fastmask.kernels._common import (
     COMPILER_OPTIONS,
     _plane,
+    check_positions,
     kernel,
     pick_config,
     plane_arguments,
-    power_of_two,
     target_arguments,
+    term_arguments,
 )
+from fastmask.kernels._costs import CostSums, _pair_sums, _store_sums, add_up
 from fastmask.kernels._layout import with_contiguous_planes
-from fastmask.kernels._points import _between, _four_pixels, _pixel_share, _point_terms, _sample, _weigh
-from fastmask.kernels.mask_cost import CONFIGS as SUMS_CONFIGS
-from fastmask.kernels.mask_cost import add_up
+from fastmask.kernels._points import _between, _four_pixels, _load_points, _pixel_share, _point_terms, _sample, _weigh
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class PointMaskCostConfig:
 
     Args:
         rows: of logits (layers and queries of one image) that a program samples.
-        points: that it reads at a time.
-        programs: how many to split the points into, if there are enough of them.
-        least_points: of a split, a multiple of the other numbers of points.
-        target_points: that a program of the targets' kernel reads at a time.
+        points: read at a time.
+        programs: how many to have by splitting the points, if there are enough of them.
+        least_points: of a split; a multiple of the other numbers of points.
+        target_points: read at a time by a program of the targets' kernel.
     """
 
     rows: int = 16
@@ -51,20 +51,6 @@ class PointMaskCostConfig:
 
 
 CONFIGS = {None: PointMaskCostConfig()}
-
-
-@triton.jit
-def _pair_sums(values, t):
-    """``[R, C]`` times ``[C, M]``, float32 with both parts of either in tf32; the parts that count least are left out.
-
-    The caller adds the result of each block to its sums: in the tensor core's own accumulator every step would
-    truncate, and over thousands of points that is a bias of 1e-5.
-    """
-    high = (values.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-    t_high = (t.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-    sums = tl.dot(values - high, t_high, input_precision="tf32")
-    sums = tl.dot(high, t - t_high, sums, input_precision="tf32")
-    return tl.dot(high, t_high, sums, input_precision="tf32")
 
 
 @triton.jit
@@ -106,8 +92,7 @@ def _point_mask_cost_targets_kernel(
     for block in range(begin, begin + points_per_split, BLOCK_C):
         i = block + tl.arange(0, BLOCK_C)  # [BLOCK_C]
         inside = i < P
-        px = tl.load(points_ptr + (image * P + i) * 2, mask=inside, other=-1.0)
-        py = tl.load(points_ptr + (image * P + i) * 2 + 1, mask=inside, other=-1.0)
+        px, py = _load_points(points_ptr, image * P + i, inside)
         at, on_left, on_right, on_upper, on_lower, right, lower = _four_pixels(px, py, H, W, inside)
         ta, va = _shares_at(target_ptr, valid_ptr, image, at, on_upper & on_left, targets, void_value, M, plane,
                             HAS_SEGMENTS, HAS_VOID)  # fmt: skip
@@ -160,24 +145,19 @@ def _point_mask_cost_fwd_kernel(
     begin = tl.program_id(2) * points_per_split
     for block in range(begin, begin + points_per_split, BLOCK_C):
         i = block + tl.arange(0, BLOCK_C)  # [BLOCK_C]
-        px = tl.load(points_ptr + (image * P + i) * 2, mask=i < P, other=-1.0)[None, :]
-        py = tl.load(points_ptr + (image * P + i) * 2 + 1, mask=i < P, other=-1.0)[None, :]
+        px, py = _load_points(points_ptr, image * P + i, i < P)
         share_ptrs = shares_ptr + (image_block * P + i) * BLOCK_M
         v = tl.load(share_ptrs + BLOCK_M - 1, mask=i < P, other=0.0)
         t = tl.load(share_ptrs[:, None] + slots[None, :], mask=(i < P)[:, None], other=0.0)  # [BLOCK_C, BLOCK_M]
-        x = _sample(row_ptrs[:, None], px, py, h, w, (rows < R)[:, None] & (i < P)[None, :])  # [BLOCK_R, BLOCK_C]
+        inside = (rows < R)[:, None] & (i < P)[None, :]
+        x = _sample(row_ptrs[:, None], px[None, :], py[None, :], h, w, inside)  # [BLOCK_R, BLOCK_C]
         x = tl.where((v > 0.0)[None, :], x, 0.0)  # a logit that does not count may be NaN
         p, _, foreground, background, _, _ = _point_terms(x, alpha, gamma, FOCAL, SQUARE)
-        probability += _pair_sums(p, t)
-        loss += _pair_sums(foreground, t)
-        loss += _pair_sums(background, v[:, None] - t)
+        probability += _pair_sums(p, t, WHOLE=False)
+        loss += _pair_sums(foreground, t, WHOLE=False)
+        loss += _pair_sums(background, v[:, None] - t, WHOLE=False)
 
-    block_size = tl.cast(R, tl.int64) * BLOCK_M
-    of_split = tl.program_id(2).to(tl.int64) * 2 * tl.num_programs(1) * B
-    at = rows.to(tl.int64)[:, None] * BLOCK_M + slots[None, :]
-    tl.store(sums_ptr + (of_split + image_block) * block_size + at, probability, mask=(rows < R)[:, None])
-    of_loss = of_split + tl.cast(B, tl.int64) * tl.num_programs(1)
-    tl.store(sums_ptr + (of_loss + image_block) * block_size + at, loss, mask=(rows < R)[:, None])
+    _store_sums(sums_ptr, probability, loss, image_block, rows, B, R, BLOCK_M)
 
 
 def sorted_by_cell(points: Tensor, h: int, w: int) -> Tensor:
@@ -188,22 +168,10 @@ def sorted_by_cell(points: Tensor, h: int, w: int) -> Tensor:
 
 
 def point_mask_cost(
-    class_logits: Tensor,
-    mask_logits: Tensor,
-    labels: Tensor,
-    masks: Tensor | None,
-    segments: Tensor | None,
-    valid: Tensor | None,
-    void_value: int,
-    ignore_void: bool,
-    points: Tensor,
-    cost_class: float,
-    cost_mask: float,
-    cost_dice: float,
-    mask_term: str,
-    alpha: float,
-    gamma: float,
-) -> Tensor:
+    class_logits: Tensor, mask_logits: Tensor, labels: Tensor, masks: Tensor | None, segments: Tensor | None,
+    valid: Tensor | None, void_value: int, ignore_void: bool, points: Tensor,
+    cost_class: float, cost_mask: float, cost_dice: float, mask_term: str, alpha: float, gamma: float,
+) -> Tensor:  # fmt: skip
     """``fastmask::point_mask_cost``, (L, B, N, M) float32; launches only, so it can be captured in a CUDA graph."""
     layers, batch, queries, h, w = mask_logits.shape
     num_targets, num_points = labels.shape[1], points.shape[1]
@@ -211,58 +179,37 @@ def point_mask_cost(
     if cost.numel() == 0:
         return cost
     config = pick_config(CONFIGS, mask_logits.device)
-    mask_logits = with_contiguous_planes(mask_logits)
     targets = target_arguments(masks, segments, valid, void_value, ignore_void)
-    if max(targets["H"] * targets["W"], h * w) >= 1 << 31:
-        raise ValueError(f"targets of {targets['H']} x {targets['W']} pixels are too large for 32-bit positions")
+    check_positions(targets, h * w)
     points = sorted_by_cell(points, h, w)
-    rows = layers * queries
-    block_targets = power_of_two(num_targets + 1, 16, 64)
-    blocks, row_blocks = triton.cdiv(num_targets, block_targets - 1), triton.cdiv(rows, config.rows)
-    splits = config.programs // (batch * row_blocks * blocks)
-    splits = max(1, min(splits, triton.cdiv(num_points, config.least_points)))
-    per_split = triton.cdiv(triton.cdiv(num_points, splits), config.least_points) * config.least_points
-    splits = triton.cdiv(num_points, per_split)
-    shares = cost.new_empty((batch, blocks, num_points, block_targets))
-    areas = cost.new_empty((splits, batch, blocks, block_targets))
-    sums = cost.new_empty((splits, 2, batch, blocks, rows, block_targets))
-    _point_mask_cost_targets_kernel[(batch, blocks, splits)](
-        points_ptr=points,
-        **targets,
-        shares_ptr=shares,
-        areas_ptr=areas,
-        B=batch,
-        M=num_targets,
-        P=num_points,
-        points_per_split=per_split,
-        BLOCK_C=config.target_points,
-        BLOCK_M=block_targets,
-        num_warps=4,
+    sums = CostSums.empty(cost, num_points, config.rows, config.programs, config.least_points)
+    _, blocks, _ = sums.target_programs
+    shares = cost.new_empty((batch, blocks, num_points, sums.block_targets))
+    of_points = {
+        "points_ptr": points,
+        "shares_ptr": shares,
+        "B": batch,
+        "P": num_points,
+        "points_per_split": sums.per_split,
+        "BLOCK_M": sums.block_targets,
         **COMPILER_OPTIONS,
+    }
+    _point_mask_cost_targets_kernel[sums.target_programs](
+        **of_points, **targets, areas_ptr=sums.areas, M=num_targets, BLOCK_C=config.target_points, num_warps=4
     )
-    _point_mask_cost_fwd_kernel[(batch * row_blocks, blocks, splits)](
-        **plane_arguments(mask_logits),
-        points_ptr=points,
-        shares_ptr=shares,
-        sums_ptr=sums,
-        B=batch,
+    _point_mask_cost_fwd_kernel[sums.programs](
+        **of_points,
+        **plane_arguments(with_contiguous_planes(mask_logits)),
+        sums_ptr=sums.sums,
         N=queries,
-        R=rows,
-        P=num_points,
+        R=layers * queries,
         h=h,
         w=w,
-        points_per_split=per_split,
-        row_blocks=row_blocks,
-        alpha=alpha,
-        gamma=gamma,
-        FOCAL=mask_term == "focal",
-        SQUARE=gamma == 2.0,
+        row_blocks=sums.row_blocks,
+        **term_arguments(mask_term, alpha, gamma),
         BLOCK_R=config.rows,
         BLOCK_C=config.points,
-        BLOCK_M=block_targets,
         num_warps=config.num_warps,
-        **COMPILER_OPTIONS,
     )
-    sums_config = pick_config(SUMS_CONFIGS, mask_logits.device)
-    add_up(sums_config, class_logits, labels, sums, areas, cost, cost_class, cost_mask, cost_dice)
+    add_up(sums, class_logits, labels, cost, cost_class, cost_mask, cost_dice)
     return cost

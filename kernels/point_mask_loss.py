@@ -1,12 +1,12 @@
 """Both losses of the matched pairs at points of their own, forward and backward.
 
-A point takes four logits and four pixels of the targets, wherever they are: 40 M points at B=16, L=10, M=20 with 12,544
-each. Where the targets are a segment map, its four values tell everything.
+A point reads four logits and four pixels of the targets, wherever they are; at B=16, L=10, M=20 with 12,544 points each
+there are 40 M points. Of a segment map the four values suffice.
 
-Backward must give every point's gradient to four logits, and points are in no order. Floating-point atomics would add
-in another order each time. Instead each pair's gradients are added as integers of 64 bits, in units of 2^-40 of a bound
-that holds for each of its points, which is exact in any order; a last launch turns them into the logits' type.
-They take 8 bytes for each pair and logit: 419 MB at those sizes and 128 x 128 logits, where the gradient takes 524 MB.
+Backward adds every point's gradient to four logits, and points come in no order. Floating-point atomics would add in
+another order each time. Instead each pair's gradients are added as integers of 64 bits, in units of 2^-40 of a bound
+that holds for each of its points, which is exact in any order; a last launch converts them to the logits' type. They
+take 8 bytes for each pair and logit: 419 MB at those sizes and 128 x 128 logits, where the gradient takes 524 MB.
 """
 
 from __future__ import annotations
@@ -22,15 +22,22 @@ from torch import Tensor
 from fastmask.kernels._common import (
     COMPILER_OPTIONS,
     _plane,
+    check_positions,
     kernel,
     pick_config,
     plane_arguments,
     power_of_two,
-    target_arguments,
 )
 from fastmask.kernels._layout import empty_gradient, with_contiguous_planes
-from fastmask.kernels._points import _four_pixels, _point_terms, _sample, _target_at
-from fastmask.kernels.mask_loss import _mask_loss_reduce_kernel
+from fastmask.kernels._pairs import (
+    _matched_query,
+    _next_target,
+    _store_part,
+    _targets_of_query,
+    add_parts,
+    pair_arguments,
+)
+from fastmask.kernels._points import _four_pixels, _load_points, _point_terms, _sample, _target_at
 
 MOST_POINTS = 1 << 22  # of a pair, so that sums in units of 2^-40 of the bound stay below 2^63
 
@@ -40,9 +47,9 @@ class PointMaskLossConfig:
     """Tuning of forward and backward.
 
     Args:
-        points: that a program reads at a time.
-        points_per_split: that a forward program sums, a multiple of ``points``.
-        cells: logits that a program of the last kernel of backward writes.
+        points: read at a time by a program.
+        points_per_split: summed by a forward program; a multiple of ``points``.
+        cells: logits written by a program of the last kernel of backward.
     """
 
     points: int = 256
@@ -62,8 +69,8 @@ def _point_mask_loss_fwd_kernel(
     FOCAL: tl.constexpr, SQUARE: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_VOID: tl.constexpr,
     UNIT: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Sums over some points of one pair, written in parts that ``_mask_loss_reduce_kernel`` adds: the loss
-    t F+ + (v - t) F-, p t, v p, t and v (Mask2Former, arXiv:2112.01527, section 3.3).
+    """Sums over some points of one pair, in parts that ``_pair_losses_kernel`` adds: the loss t F+ + (v - t) F-, p t,
+    v p, t and v (Mask2Former, arXiv:2112.01527, section 3.3).
 
         logits      (L, B, N, h, w)
         assignment  (L, B, M), labels (B, M), points (L, B, M, P, 2)
@@ -73,11 +80,8 @@ def _point_mask_loss_fwd_kernel(
     alpha = tl.cast(alpha, tl.float32)
     gamma = tl.cast(gamma, tl.float32)
     pair = tl.program_id(0).to(tl.int64)
-    target = (pair % M).to(tl.int32)
-    image = pair // M % B
-    query = tl.load(assignment_ptr + pair)
-    label = tl.load(labels_ptr + image * M + target)
-    if (query >= 0) & (query < N) & (label >= 0):
+    image, target, query, matched = _matched_query(assignment_ptr, labels_ptr, pair, B, N, M)
+    if matched:
         plane_ptr = _plane(logits_ptr, pair // M // B, image, query, stride_l, stride_b, stride_n, UNIT)
         zero = tl.zeros([BLOCK_P], dtype=tl.float32)
         losses, intersections, predictions, target_shares, weights = zero, zero, zero, zero, zero
@@ -85,8 +89,7 @@ def _point_mask_loss_fwd_kernel(
         for block in range(begin, begin + points_per_split, BLOCK_P):
             i = block + tl.arange(0, BLOCK_P)  # [BLOCK_P]
             inside = i < P
-            px = tl.load(points_ptr + (pair * P + i) * 2, mask=inside, other=-1.0)
-            py = tl.load(points_ptr + (pair * P + i) * 2 + 1, mask=inside, other=-1.0)
+            px, py = _load_points(points_ptr, pair * P + i, inside)
             t, v = _target_at(
                 px, py, inside, image, target, target_ptr, valid_ptr, void_value, M, H, W, HAS_SEGMENTS, HAS_VOID
             )
@@ -99,17 +102,15 @@ def _point_mask_loss_fwd_kernel(
             target_shares += t
             weights += v
         part_ptr = sums_ptr + (pair * tl.num_programs(1) + tl.program_id(1)) * 5
-        tl.store(part_ptr, tl.sum(losses, 0))
-        tl.store(part_ptr + 1, tl.sum(intersections, 0))
-        tl.store(part_ptr + 2, tl.sum(predictions, 0))
-        tl.store(part_ptr + 3, tl.sum(target_shares, 0))
-        tl.store(part_ptr + 4, tl.sum(weights, 0))
+        loss, intersection, prediction = tl.sum(losses, 0), tl.sum(intersections, 0), tl.sum(predictions, 0)
+        _store_part(part_ptr, loss, intersection, prediction, tl.sum(target_shares, 0), tl.sum(weights, 0))
 
 
 @triton.jit
 def _pair_slopes(pair, sums_ptr, grad_mask_ptr, grad_dice_ptr, gamma, FOCAL: tl.constexpr):
-    """What the gradient of a point is made of, and a bound of it. With U = sum v p + sum t + 1, I = 2 sum p t + 1:
-    d mask / dx = mask_slope (t dF+/dx + (v - t) dF-/dx) and d dice / dx = (v of_v + t of_t) p (1 - p)."""
+    """The factors of a point's gradient, and a bound on it. With U = sum v p + sum t + 1 and I = 2 sum p t + 1:
+    d mask / dx = mask_slope (t dF+/dx + (v - t) dF-/dx) and d dice / dx = (v of_v + t of_t) p (1 - p), where
+    of_v = I / U^2 and of_t = -2 / U, times the gradient of the dice loss."""
     intersection = tl.load(sums_ptr + pair * 4)
     both = tl.load(sums_ptr + pair * 4 + 1) + tl.load(sums_ptr + pair * 4 + 2) + 1.0
     mask_slope = tl.load(grad_mask_ptr + pair) / tl.maximum(tl.load(sums_ptr + pair * 4 + 3), 1.0)
@@ -120,7 +121,7 @@ def _pair_slopes(pair, sums_ptr, grad_mask_ptr, grad_dice_ptr, gamma, FOCAL: tl.
     if FOCAL:
         bound *= 1.0 + gamma
     bound += 0.25 * (tl.abs(of_v) + tl.abs(of_t))
-    # A power of two, so that division by it is exact, twice as large at least, as weights may be a rounding above one.
+    # A power of two, so that division by it is exact, and at least twice the bound: weights may round to above one.
     bound = 4.0 * (bound.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     return mask_slope, of_v, of_t, bound
 
@@ -140,18 +141,14 @@ def _point_mask_loss_bwd_kernel(
     alpha = tl.cast(alpha, tl.float32)
     gamma = tl.cast(gamma, tl.float32)
     pair = tl.program_id(0).to(tl.int64)
-    target = (pair % M).to(tl.int32)
-    image = pair // M % B
-    query = tl.load(assignment_ptr + pair)
-    label = tl.load(labels_ptr + image * M + target)
+    image, target, query, matched = _matched_query(assignment_ptr, labels_ptr, pair, B, N, M)
     mask_slope, of_v, of_t, bound = _pair_slopes(pair, sums_ptr, grad_mask_ptr, grad_dice_ptr, gamma, FOCAL)
-    # With a bound that is infinite the whole gradient becomes NaN.
-    if (query >= 0) & (query < N) & (label >= 0) & (bound > 0.0) & (bound < float("inf")):
+    # With an infinite bound the whole gradient becomes NaN.
+    if matched & (bound > 0.0) & (bound < float("inf")):
         plane_ptr = _plane(logits_ptr, pair // M // B, image, query, stride_l, stride_b, stride_n, UNIT)
         i = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)  # [BLOCK_P]
         inside = i < P
-        px = tl.load(points_ptr + (pair * P + i) * 2, mask=inside, other=-1.0)
-        py = tl.load(points_ptr + (pair * P + i) * 2 + 1, mask=inside, other=-1.0)
+        px, py = _load_points(points_ptr, pair * P + i, inside)
         t, v = _target_at(
             px, py, inside, image, target, target_ptr, valid_ptr, void_value, M, H, W, HAS_SEGMENTS, HAS_VOID
         )
@@ -176,7 +173,7 @@ def _point_mask_loss_grad_kernel(
     grad_mask_ptr, grad_dice_ptr, sums_ptr, units_ptr, B, N, M, cells, gamma,
     FOCAL: tl.constexpr, UNIT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of one query's logits, the pairs it belongs to in their order; zero where there are none.
+    """The gradient of one query's logits, summed over its pairs in their order; zero if it has none.
 
     grad  (L, B, N, cells), strides and cells in units
     """
@@ -186,16 +183,12 @@ def _point_mask_loss_grad_kernel(
     query = row % N
     layer_image = row // N
     image = layer_image % B
-    m = tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    queries = tl.load(assignment_ptr + layer_image * M + m, mask=m < M, other=-1)
-    labels = tl.load(labels_ptr + image * M + m, mask=m < M, other=-1)
-    of_query = (queries == query) & (labels >= 0)
-    matches = tl.sum(of_query.to(tl.int32), 0)
+    of_query, matches = _targets_of_query(assignment_ptr, labels_ptr, layer_image * M, image, query, M, BLOCK_M)
     cell = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
     grad = tl.zeros([BLOCK_C], dtype=tl.float32)
     target = -1
     for _ in range(matches):
-        target = tl.min(tl.where(of_query & (m > target), m, BLOCK_M), 0)
+        target = _next_target(of_query, target, BLOCK_M)
         pair = layer_image * M + target
         _, _, _, bound = _pair_slopes(pair, sums_ptr, grad_mask_ptr, grad_dice_ptr, gamma, FOCAL)
         units = tl.load(units_ptr + pair * cells + cell, mask=cell < cells, other=0)
@@ -205,119 +198,46 @@ def _point_mask_loss_grad_kernel(
 
 
 def launch_arguments(
-    config: PointMaskLossConfig,
-    mask_logits: Tensor,
-    assignment: Tensor,
-    labels: Tensor,
-    points: Tensor,
-    targets: dict[str, Any],
-    mask_term: str,
-    alpha: float,
-    gamma: float,
+    config: PointMaskLossConfig, mask_logits: Tensor, assignment: Tensor, *inputs: Any
 ) -> dict[str, Any]:
-    """What the kernels of forward and backward take alike. ``mask_logits`` has contiguous planes."""
-    _, batch, queries, h, w = mask_logits.shape
-    if max(targets["H"] * targets["W"], h * w) >= 1 << 31:
-        raise ValueError(f"targets of {targets['H']} x {targets['W']} pixels are too large for 32-bit positions")
+    """What the kernels of forward and backward take alike; ``inputs`` as those of ``pair_arguments``, with the points
+    before the mask term."""
+    *targets, points, mask_term, alpha, gamma = inputs
+    arguments = pair_arguments(mask_logits, assignment, *targets, mask_term, alpha, gamma)
+    check_positions(arguments, arguments["h"] * arguments["w"])
     if points.shape[3] > MOST_POINTS:
         raise ValueError(f"points has {points.shape[3]} points a pair; at most {MOST_POINTS} are supported")
-    return {
-        **plane_arguments(mask_logits),
-        "assignment_ptr": assignment.contiguous(),
-        "labels_ptr": labels.contiguous(),
+    return arguments | {
         "points_ptr": points.contiguous(),
-        **targets,
-        "B": batch,
-        "N": queries,
-        "M": labels.shape[1],
         "P": points.shape[3],
-        "h": h,
-        "w": w,
-        "alpha": alpha,
-        "gamma": gamma,
-        "FOCAL": mask_term == "focal",
-        "SQUARE": gamma == 2.0,
         "BLOCK_P": config.points,
         "num_warps": config.num_warps,
-        **COMPILER_OPTIONS,
     }
 
 
-def point_mask_loss(
-    mask_logits: Tensor,
-    assignment: Tensor,
-    labels: Tensor,
-    masks: Tensor | None,
-    segments: Tensor | None,
-    valid: Tensor | None,
-    void_value: int,
-    ignore_void: bool,
-    points: Tensor,
-    mask_term: str,
-    alpha: float,
-    gamma: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def point_mask_loss(mask_logits: Tensor, assignment: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     """``fastmask::point_mask_loss``: both losses (L, B, M) and the sums (L, B, M, 4) for backward."""
-    pair_mask = mask_logits.new_empty(assignment.shape, dtype=torch.float32)
-    pair_dice = torch.empty_like(pair_mask)
-    sums = pair_mask.new_empty((*assignment.shape, 4))
-    pairs = assignment.numel()
-    if pairs == 0:
-        return pair_mask, pair_dice, sums
     config = pick_config(CONFIGS, mask_logits.device)
-    targets = target_arguments(masks, segments, valid, void_value, ignore_void)
-    arguments = launch_arguments(
-        config, with_contiguous_planes(mask_logits), assignment, labels, points, targets, mask_term, alpha, gamma
-    )
-    splits = triton.cdiv(points.shape[3], config.points_per_split)
-    parts = pair_mask.new_empty((pairs, splits, 5))
-    _point_mask_loss_fwd_kernel[(pairs, splits)](**arguments, sums_ptr=parts, points_per_split=config.points_per_split)
-    _mask_loss_reduce_kernel[(triton.cdiv(pairs, 32),)](
-        assignment_ptr=arguments["assignment_ptr"],
-        labels_ptr=arguments["labels_ptr"],
-        parts_ptr=parts,
-        mask_ptr=pair_mask,
-        dice_ptr=pair_dice,
-        sums_ptr=sums,
-        pairs=pairs,
-        B=arguments["B"],
-        N=arguments["N"],
-        M=arguments["M"],
-        parts=splits,
-        BLOCK_P=32,
-        num_warps=1,
-        **COMPILER_OPTIONS,
-    )
-    return pair_mask, pair_dice, sums
+    arguments = launch_arguments(config, with_contiguous_planes(mask_logits), assignment, *inputs)
+    pairs, splits = assignment.numel(), triton.cdiv(arguments["P"], config.points_per_split)
+    parts = mask_logits.new_empty((pairs, splits, 5), dtype=torch.float32)
+    if pairs > 0:
+        _point_mask_loss_fwd_kernel[(pairs, splits)](
+            **arguments, sums_ptr=parts, points_per_split=config.points_per_split
+        )
+    return add_parts(arguments, parts)
 
 
 def point_mask_loss_backward(
-    grad_mask: Tensor,
-    grad_dice: Tensor,
-    sums: Tensor,
-    mask_logits: Tensor,
-    assignment: Tensor,
-    labels: Tensor,
-    masks: Tensor | None,
-    segments: Tensor | None,
-    valid: Tensor | None,
-    void_value: int,
-    ignore_void: bool,
-    points: Tensor,
-    mask_term: str,
-    alpha: float,
-    gamma: float,
+    grad_mask: Tensor, grad_dice: Tensor, sums: Tensor, mask_logits: Tensor, assignment: Tensor, *inputs: Any
 ) -> Tensor:
     """``fastmask::point_mask_loss_backward``: the gradient; see ``empty_gradient`` for its layout."""
     mask_logits = with_contiguous_planes(mask_logits)
     grad = empty_gradient(mask_logits)
-    if grad.numel() == 0:
-        return grad
-    if labels.shape[1] == 0:
+    if grad.numel() == 0 or assignment.numel() == 0:
         return grad.zero_()
     config = pick_config(CONFIGS, mask_logits.device)
-    targets = target_arguments(masks, segments, valid, void_value, ignore_void)
-    arguments = launch_arguments(config, mask_logits, assignment, labels, points, targets, mask_term, alpha, gamma)
+    arguments = launch_arguments(config, mask_logits, assignment, *inputs)
     cells = arguments["h"] * arguments["w"]
     planes = plane_arguments(grad)
     planes["grad_ptr"] = planes.pop("logits_ptr")

@@ -31,19 +31,27 @@ query, 235 M as N is padded to 112), for bfloat16 / float32 logits, reckoned and
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmask.kernels._common import COMPILER_OPTIONS, INTERPRETED, _reciprocal, kernel, pick_config, power_of_two
+from fastmask.kernels._common import (
+    COMPILER_OPTIONS,
+    INTERPRETED,
+    _exp2,
+    _reciprocal,
+    kernel,
+    pick_config,
+    power_of_two,
+)
 from fastmask.kernels._layout import with_contiguous_planes
 from fastmask.kernels._resample import (
     BLOCK_N,
     LEAST_NORMAL,
-    Band,
-    _exp2,
+    Resampling,
     _interpolate,
     _tile_taps,
     count_nans,
@@ -93,7 +101,7 @@ def _to_half(x):
 def _semantic_classes_kernel(
     probabilities_ptr, order_ptr, largest_ptr, weight_ptr, high_ptr, low_ptr, stop_ptr, rest_ptr,
     N, K, blocks, least_skipped, negligible,
-    SKIP: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SKIP: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Class probabilities in the order of the stage, each query's divided by its largest, as factors of products.
 
@@ -146,7 +154,7 @@ def _semantic_fwd_kernel(
     K, blocks, cells, columns, top, count, H, W, tiles_x, slack,
     TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, PROBABILITIES: tl.constexpr, PARTS: tl.constexpr,
     SCORES: tl.constexpr, DETAILS: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr,
-    CLASS_BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
+    CLASS_BLOCKS: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     """score[k] = sum_n P[n, k] sigmoid(x[n]) for one tile of pixels, label = the lowest argmax_k score[k] (MaskFormer,
     arXiv:2107.06278, section 3.4); x is interpolated from the stage, or sigmoid(x) is (PROBABILITIES).
@@ -166,18 +174,11 @@ def _semantic_fwd_kernel(
     image = tl.program_id(1).to(tl.int64)
     PIXELS: tl.constexpr = TILE_Y * TILE_X
     WIDTH: tl.constexpr = BLOCK_A + BLOCK_B
-    pixel = tl.arange(0, PIXELS)  # [PIXELS]
-    y = tl.program_id(0) // tiles_x * TILE_Y + pixel // TILE_X
-    x = tl.program_id(0) % tiles_x * TILE_X + pixel % TILE_X
-    inside = (y < count) & (x < W)
-    at = image * H * W + (top + y).to(tl.int64) * W + x
-    y = tl.minimum(y, count - 1)
-    x = tl.minimum(x, W - 1)
-
     padded_n = blocks * BLOCK_N
-    taps, shares = _tile_taps(
-        row_index_ptr, row_weight_ptr, column_index_ptr, column_weight_ptr, y, x, count, columns, W, TAPS_Y, TAPS_X
-    )
+    inside, at, taps, shares = _tile_taps(
+        row_index_ptr, row_weight_ptr, column_index_ptr, column_weight_ptr, columns, top, count, H, W, tiles_x,
+        TAPS_Y, TAPS_X, TILE_Y, TILE_X,
+    )  # fmt: skip
     offsets = ()
     weights = ()
     peak = tl.full([PIXELS], float("-inf"), dtype=tl.float32)
@@ -335,13 +336,12 @@ def class_tables(probabilities: Tensor, parts: int, skip: bool, config: Semantic
         rest_ptr=tables.rest,
         N=queries,
         K=classes,
-        blocks=padded_n // BLOCK_N,
+        blocks=padded_n // BLOCK_N.value,
         least_skipped=config.least_skipped,
         negligible=config.negligible,
         SKIP=skip and blocks == 1,
         PARTS=parts,
         WIDTH=width,
-        BLOCK_N=BLOCK_N,
         BLOCK_K=power_of_two(width, 16, 1 << 30),
         num_warps=4,
         **COMPILER_OPTIONS,
@@ -355,27 +355,22 @@ def semantic_inference(
     order: str,
     output: str,
     details: bool,
-    grid: list[int],
-    padded_size: list[int] | None,
-    valid_size: list[int] | None,
-    size: list[int],
-    in_top: int,
-    out_top: int,
-    out_rows: int,
-    *,
+    *geometry: Any,
     skip: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``fastmask::semantic_inference``: labels (B, out_rows, W) or scores (B, K, out_rows, W), the winning score and
     its margin (B, out_rows, W) or empty, and how many logits of each query (B, N) are NaN.
 
     Args:
+        geometry: see ``Resampling``.
         skip: ask whether the least probable queries matter before they are computed; the result is the same.
     """
     batch, queries, classes = probabilities.shape
+    resampling = Resampling(*geometry)
     parts = 1 if mask_logits.dtype == torch.bfloat16 else 2
     config = pick_config(CONFIGS[parts], mask_logits.device)
     scores = output == "scores"
-    shape = (batch, out_rows, size[1])
+    shape = (batch, resampling.out_rows, resampling.size[1])
     if scores:
         result = probabilities.new_empty((batch, classes, *shape[1:]))
     else:
@@ -387,65 +382,32 @@ def semantic_inference(
     if queries == 0 or batch == 0:
         return result.zero_(), score.zero_(), margin.zero_(), nan_logits
     tables = class_tables(probabilities, parts, skip and not (scores or details), config)
-    geometry = grid, padded_size, valid_size, size, in_top, out_top, out_rows
     bands = staged_bands(
-        mask_logits, tables.order, tables.weight, order == "scores", False, *geometry, config.tile_rows
+        mask_logits, tables.order, tables.weight, order == "scores", False, resampling, config.tile_rows
     )
+    count, block_a, block_b = class_blocks(classes, config.classes)
     for band in bands:
-        _launch(config, band, tables, order == "scores", scores, details, classes, result, score, margin)
+        programs, tiles = band.launch(result, config.tile_rows, config.tile_columns)
+        _semantic_fwd_kernel[programs](
+            **tiles,
+            peak_ptr=band.peaks,
+            weight_ptr=tables.weight,
+            high_ptr=tables.high,
+            low_ptr=tables.low,
+            stop_ptr=tables.stop,
+            rest_ptr=tables.rest,
+            result_ptr=result,
+            score_ptr=score if details else None,
+            margin_ptr=margin if details else None,
+            K=classes,
+            slack=tiles["blocks"] * 3 * 2.0**-21,  # what the sums of three products may be rounded by
+            PROBABILITIES=order == "scores",
+            PARTS=parts,
+            SCORES=scores,
+            DETAILS=details,
+            CLASS_BLOCKS=count,
+            BLOCK_A=block_a,
+            BLOCK_B=block_b,
+            num_warps=config.num_warps,
+        )
     return result, score, margin, nan_logits
-
-
-def _launch(
-    config: SemanticConfig,
-    band: Band,
-    tables: ClassTables,
-    probabilities: bool,
-    scores: bool,
-    details: bool,
-    classes: int,
-    result: Tensor,
-    score: Tensor,
-    margin: Tensor,
-) -> None:
-    batch, height, width = result.shape[0], *result.shape[-2:]
-    blocks, block_a, block_b = class_blocks(classes, config.classes)
-    tiles_x = triton.cdiv(width, config.tile_columns)
-    tiles = triton.cdiv(band.count, config.tile_rows) * tiles_x
-    query_blocks = band.padded_n // BLOCK_N
-    _semantic_fwd_kernel[(tiles, batch)](
-        stage_ptr=band.stage,
-        peak_ptr=band.peaks,
-        **band.taps.arguments(),
-        weight_ptr=tables.weight,
-        high_ptr=tables.high,
-        low_ptr=tables.low,
-        stop_ptr=tables.stop,
-        rest_ptr=tables.rest,
-        result_ptr=result,
-        score_ptr=score if details else None,
-        margin_ptr=margin if details else None,
-        K=classes,
-        blocks=query_blocks,
-        cells=band.cells,
-        columns=band.columns,
-        top=band.top,
-        count=band.count,
-        H=height,
-        W=width,
-        tiles_x=tiles_x,
-        slack=query_blocks * 3 * 2.0**-21,  # what the sums of three products may be rounded by
-        PROBABILITIES=probabilities,
-        PARTS=1 if tables.low is None else 2,
-        SCORES=scores,
-        DETAILS=details,
-        TILE_Y=config.tile_rows,
-        TILE_X=config.tile_columns,
-        CLASS_BLOCKS=blocks,
-        BLOCK_N=BLOCK_N,
-        BLOCK_A=block_a,
-        BLOCK_B=block_b,
-        num_warps=config.num_warps,
-        num_stages=1,
-        **COMPILER_OPTIONS,
-    )

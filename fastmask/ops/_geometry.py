@@ -7,15 +7,23 @@ from dataclasses import dataclass
 
 Size = tuple[int, int]
 
-# The last arguments of each operator. It is given the rows [in_top, in_top + mask_logits.shape[-2]) of the grid and
-# makes the rows [out_top, out_top + out_rows) of the result.
+# The last arguments of each operator, and their types. The mask logits are the rows of the grid from in_top on, the
+# result the out_rows rows of the whole from out_top on.
 GEOMETRY = (
     "SymInt[] grid, SymInt[]? padded_size, SymInt[]? valid_size, SymInt[] size, SymInt in_top, SymInt out_top, "
     "SymInt out_rows"
 )
+GeometryArguments = tuple[Size, Size | None, Size | None, Size, int, int, int]
 
-# Logits beyond these bounds, also infinite ones, are read as the bound, and NaN as the lower one: arithmetic on them
-# stays finite, a query never wins where it reads a NaN, and other pixels and queries do not notice.
+
+def result_size(geometry: GeometryArguments) -> Size:
+    """(rows, columns) of an operator's result."""
+    _, _, _, (_, width), _, _, out_rows = geometry
+    return out_rows, width
+
+
+# Logits beyond these bounds, also infinite ones, count as the bound, and NaN as the lower one: arithmetic stays finite,
+# a query never wins where it reads a NaN, and other pixels and queries are not affected.
 LOGIT_BOUND = 1e30
 
 
@@ -40,10 +48,8 @@ class Geometry:
     valid_size: Size | None
     size: Size
 
-    def arguments(
-        self, in_top: int = 0, out_top: int = 0, out_rows: int | None = None
-    ) -> tuple[Size, Size | None, Size | None, Size, int, int, int]:
-        """The operators' last arguments, for all of the result unless told otherwise."""
+    def arguments(self, in_top: int = 0, out_top: int = 0, out_rows: int | None = None) -> GeometryArguments:
+        """The operators' last arguments, by default for all of the result."""
         rows = self.size[0] if out_rows is None else out_rows
         return self.grid, self.padded_size, self.valid_size, self.size, in_top, out_top, rows
 

@@ -1,4 +1,4 @@
-"""What semantic, panoptic and instance inference share: checks, and mask logits by bands of the result's rows."""
+"""What semantic, panoptic and instance inference share: checks, and mask logits in bands of the result's rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastmask.ops._checks import check_floating, computing_dtype
-from fastmask.ops._geometry import Geometry, Size
+from fastmask.ops._geometry import Geometry, GeometryArguments, Size
 from fastmask.ops._registry import Operator, choose_backend
 from fastmask.ops._tracing import as_size
 from fastmask.ops.embeddings import mask_products
@@ -26,57 +26,62 @@ class Band(NamedTuple):
     Args:
         mask_logits: ``(B, N, rows, w)``.
         rows: of the result.
-        repeated: how many of its first rows of mask logits the band before has had too.
+        repeated: how many of its first rows of mask logits the previous band has read as well.
         geometry: the operators' last arguments.
     """
 
     mask_logits: Tensor
     rows: slice
     repeated: int
-    geometry: tuple[object, ...]
+    geometry: GeometryArguments
 
     def repeated_nan_logits(self) -> Tensor:
-        """``(B, N)`` int32: how many logits of each query the band before has counted as NaN too."""
+        """``(B, N)`` int32: how many NaN logits of each query the previous band has counted as well."""
         return self.mask_logits[:, :, : self.repeated].isnan().sum((-2, -1), dtype=torch.int32)
 
 
 @dataclass(frozen=True)
 class MaskSource:
-    """Mask logits ``(B, N, h, w)``, or ``mask_embed (B, N, C)`` and ``pixel_embed (B, C, h, w)`` whose product they
-    are, and how they become the pixels of a result."""
+    """Where mask logits come from, and how they become the pixels of a result.
 
-    mask_logits: Tensor | None
-    mask_embed: Tensor | None
-    pixel_embed: Tensor | None
+    Args:
+        masks: mask logits ``(B, N, h, w)``, or ``mask_embed (B, N, C)`` and ``pixel_embed (B, C, h, w)``, whose product
+            they are.
+        geometry: from their grid to the result.
+    """
+
+    masks: Tensor | tuple[Tensor, Tensor]
     geometry: Geometry
 
     @property
     def tensor(self) -> Tensor:
         """One of the tensors, for its device and dtype."""
-        return self.mask_embed if self.mask_logits is None else self.mask_logits
+        return self.masks if isinstance(self.masks, Tensor) else self.masks[0]
 
     def of_used_queries(self, used: Tensor) -> tuple[MaskSource, Tensor]:
-        """The masks of queries that are ``used (B, N)`` bool, where leaving out the others spares work, and ``(B, U)``
-        int64: which queries they are, those used first, as they come.
+        """The masks of the ``used (B, N)`` queries, where leaving out the others saves work; and ``(B, U)`` int64, the
+        indices of these queries, used ones first, in their order.
 
         Only embeddings on a CPU leave out any: elsewhere the host would have to wait for their number.
         """
-        if self.mask_embed is None or used.device.type != "cpu":
+        if isinstance(self.masks, Tensor) or used.device.type != "cpu":
             return self, torch.arange(used.shape[1], device=used.device).expand_as(used)
         count = max(int(used.sum(1).max()), 1) if used.numel() > 0 else used.shape[1]
         queries = used.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]
-        mask_embed = self.mask_embed.gather(1, queries[..., None].expand(-1, -1, self.mask_embed.shape[2]))
-        return replace(self, mask_embed=mask_embed), queries
+        mask_embed, pixel_embed = self.masks
+        mask_embed = mask_embed.gather(1, queries[..., None].expand(-1, -1, mask_embed.shape[2]))
+        return replace(self, masks=(mask_embed, pixel_embed)), queries
 
     def bands(self) -> Iterator[Band]:
-        """All of the result in one band, or from embeddings in as many as keep the mask logits small."""
+        """All of the result in one band; from embeddings, in as many as keep the mask logits small."""
         height = self.geometry.size[0]
-        if self.mask_logits is not None:
-            yield Band(self.mask_logits, slice(0, height), 0, self.geometry.arguments())
+        if isinstance(self.masks, Tensor):
+            yield Band(self.masks, slice(0, height), 0, self.geometry.arguments())
             return
+        mask_embed, _ = self.masks
         grid_rows, w = self.geometry.grid
-        row_bytes = self.mask_embed.shape[0] * self.mask_embed.shape[1] * w * self.mask_embed.element_size()
-        most_rows = BAND_BYTES.get(self.tensor.device.type, BAND_BYTES["cuda"]) // max(row_bytes, 1)
+        row_bytes = mask_embed.shape[0] * mask_embed.shape[1] * w * mask_embed.element_size()
+        most_rows = BAND_BYTES.get(mask_embed.device.type, BAND_BYTES["cuda"]) // max(row_bytes, 1)
         count = -(-grid_rows // max(most_rows - 2, 2))
         tops = [height * band // min(count, height) for band in range(min(count, height) + 1)]
         seen = 0
@@ -92,15 +97,17 @@ class MaskSource:
 
     def logits_of_rows(self, first: int, end: int) -> Tensor:
         """``(B, N, end - first, w)``."""
-        if self.mask_logits is not None:
-            return self.mask_logits[:, :, first:end]
-        return mask_products(self.mask_embed, self.pixel_embed[:, :, first:end])
+        if isinstance(self.masks, Tensor):
+            return self.masks[:, :, first:end]
+        mask_embed, pixel_embed = self.masks
+        return mask_products(mask_embed, pixel_embed[:, :, first:end])
 
     def full_logits(self, dtype: torch.dtype) -> Tensor:
-        """``(B, N, h, w)`` of a dtype, which embeddings are converted to before their product: for the reference."""
-        if self.mask_logits is not None:
-            return self.mask_logits.to(dtype)
-        return mask_products(self.mask_embed.to(dtype), self.pixel_embed.to(dtype))
+        """``(B, N, h, w)`` in ``dtype``, to which embeddings are converted before their product: for the reference."""
+        if isinstance(self.masks, Tensor):
+            return self.masks.to(dtype)
+        mask_embed, pixel_embed = self.masks
+        return mask_products(mask_embed.to(dtype), pixel_embed.to(dtype))
 
 
 def belong_to(labels: Tensor, classes: Collection[int]) -> Tensor:
@@ -123,21 +130,23 @@ def prepare(
     if class_logits.dim() != 3 or class_logits.shape[-1] < 2:
         raise ValueError(f"class_logits has shape {tuple(class_logits.shape)}; expected (B, N, K+1), K at least 1")
     if isinstance(mask_logits, Tensor):
-        source, tensors = _from_logits(class_logits, mask_logits), (mask_logits,)
+        _check_logits(class_logits, mask_logits)
+        tensors = [mask_logits]
     else:
-        source, tensors = _from_embeddings(class_logits, mask_logits), tuple(mask_logits)
-    grid, mask_embed, pixel_embed = source
+        _check_embeddings(class_logits, mask_logits)
+        mask_logits = tuple(mask_logits)
+        tensors = list(mask_logits)
     for tensor in tensors:
         if tensor.device != class_logits.device:
             raise ValueError(f"class_logits is on {class_logits.device}, the masks are on {tensor.device}")
-    geometry = _geometry(grid, size, padded_size, valid_size)
-    masks = MaskSource(mask_logits if mask_embed is None else None, mask_embed, pixel_embed, geometry)
+    height, width = tensors[-1].shape[2:]
+    masks = MaskSource(mask_logits, _geometry((height, width), size, padded_size, valid_size))
     dtype = computing_dtype(class_logits, *tensors)
     probe = next((tensor for tensor in (class_logits, *tensors) if tensor.dtype == dtype), masks.tensor)
     return masks, choose_backend(operator, backend, probe if dtype == torch.float64 else masks.tensor), dtype
 
 
-def _from_logits(class_logits: Tensor, mask_logits: Tensor) -> tuple[Size, None, None]:
+def _check_logits(class_logits: Tensor, mask_logits: Tensor) -> None:
     check_floating("mask_logits", mask_logits, 4, "(B, N, h, w)")
     if mask_logits.dim() != 4 or mask_logits.shape[:2] != class_logits.shape[:2]:
         raise ValueError(
@@ -146,10 +155,9 @@ def _from_logits(class_logits: Tensor, mask_logits: Tensor) -> tuple[Size, None,
         )
     if 0 in mask_logits.shape[2:]:
         raise ValueError(f"mask_logits has shape {tuple(mask_logits.shape)}; expected at least one pixel")
-    return tuple(mask_logits.shape[2:]), None, None
 
 
-def _from_embeddings(class_logits: Tensor, embeddings: tuple[Tensor, Tensor]) -> tuple[Size, Tensor, Tensor]:
+def _check_embeddings(class_logits: Tensor, embeddings: tuple[Tensor, Tensor]) -> None:
     if not isinstance(embeddings, tuple | list) or len(embeddings) != 2:
         raise TypeError(
             "mask_logits must be a tensor (B, N, h, w) or a pair (mask_embed, pixel_embed), "
@@ -173,16 +181,16 @@ def _from_embeddings(class_logits: Tensor, embeddings: tuple[Tensor, Tensor]) ->
         raise ValueError(f"pixel_embed has shape {tuple(pixel_embed.shape)}; expected at least one pixel")
     if mask_embed.dtype != pixel_embed.dtype:
         raise TypeError(f"mask_embed is {mask_embed.dtype}, pixel_embed {pixel_embed.dtype}; expected one dtype")
-    return tuple(pixel_embed.shape[2:]), mask_embed, pixel_embed
 
 
 def _geometry(grid: Size, size: Size, padded_size: Size | None, valid_size: Size | None) -> Geometry:
-    for name, value in (("size", size), ("padded_size", padded_size), ("valid_size", valid_size)):
-        if value is None and name != "size":
-            continue
+    given = {"size": size} | ({} if padded_size is None else {"padded_size": padded_size})
+    given |= {} if valid_size is None else {"valid_size": valid_size}
+    for name, value in given.items():
         if len(value) != 2 or min(value) < 1:
             raise ValueError(f"{name} must be (height, width), both at least 1, got {tuple(value)}")
     padded = grid if padded_size is None else padded_size
     if valid_size is not None and (valid_size[0] > padded[0] or valid_size[1] > padded[1]):
         raise ValueError(f"valid_size={tuple(valid_size)} does not lie within the {tuple(padded)} map")
-    return Geometry(grid, *(None if value is None else as_size(value) for value in (padded_size, valid_size, size)))
+    padded_size, valid_size = (None if side is None else as_size(side) for side in (padded_size, valid_size))
+    return Geometry(grid, padded_size, valid_size, as_size(size))

@@ -1,4 +1,4 @@
-"""The operator library ``fastmask::``, and which implementation runs a call.
+"""The operator library ``fastmask::``, and the choice of the implementation that runs a call.
 
 Importing this module loads ``libfastmask.so``. Where that fails, the operators still exist, trace and compile;
 ``EXTENSION_ERROR`` says why they cannot run.
@@ -10,6 +10,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,8 @@ class Gradient:
 
     Args:
         operator: returns their gradients.
-        save: of the context of ``torch.autograd.Function``, the inputs and the outputs of the forward operator.
-        arguments: of the context and the gradients of the forward operator's outputs: what ``operator`` is called with.
+        save: called with the context of ``torch.autograd.Function``, the inputs and the outputs of the forward pass.
+        arguments: makes the arguments of ``operator`` from the context and the gradients of the forward outputs.
     """
 
     operator: Operator
@@ -53,7 +54,7 @@ class Gradient:
 
 @dataclass(frozen=True, eq=False)
 class Operator:
-    """Registers ``fastmask::name`` and says which kernels it has; calling it runs them.
+    """Registers ``fastmask::name`` and its kernels; calling it runs them.
 
     Args:
         name: of the operator.
@@ -61,7 +62,7 @@ class Operator:
         fake: its fake kernel: shapes, strides and dtypes of the results.
         native: device types that the C++/CUDA extension serves.
         triton: the module of ``fastmask.kernels`` whose function ``name`` launches Triton kernels for CUDA tensors.
-        dtypes: of the tensors that the kernels read; arithmetic is float32 whichever it is.
+        dtypes: of the tensors that the kernels read; arithmetic is float32 in any case.
         gradient: None if it has none.
     """
 
@@ -78,15 +79,16 @@ class Operator:
         torch.library.define(name, self.schema)
         torch.library.register_fake(name, self.fake)
         if self.gradient is not None:
-            torch.library.register_autograd(name, self._backward, setup_context=self.gradient.save)
+            backward = partial(self._backward, self.gradient)
+            torch.library.register_autograd(name, backward, setup_context=self.gradient.save)
         if self.triton is not None:
             torch.library.impl(name, "cuda", self.on_tensors_device)
 
     def __call__(self, backend: str, *arguments: Any) -> Any:
-        """Runs the operator on the backend chosen, which is not the reference.
+        """Runs the operator on the chosen backend, which is not the reference.
 
-        The dispatcher has C++ for CPU tensors. Their Triton kernels, which Triton's interpreter runs, are called past
-        it.
+        The dispatcher runs C++ on CPU tensors. Triton kernels on CPU tensors, which Triton's interpreter runs, are
+        called directly.
         """
         if backend != "triton" or arguments[0].device.type != "cpu":
             return getattr(torch.ops.fastmask, self.name)(*arguments)
@@ -101,9 +103,9 @@ class Operator:
         with torch.cuda.device(next(x.device for x in arguments if isinstance(x, Tensor))):
             return self.launch(*arguments)
 
-    def _backward(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        run = getattr(torch.ops.fastmask, self.gradient.operator.name)
-        return self.padded(run(*self.gradient.arguments(ctx, *grads)))
+    def _backward(self, gradient: Gradient, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        run = getattr(torch.ops.fastmask, gradient.operator.name)
+        return self.padded(run(*gradient.arguments(ctx, *grads)))
 
     def padded(self, gradients: Tensor | tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
         """Gradients of the first arguments, and None for each of the others."""
@@ -165,8 +167,8 @@ def unavailable_reason(operator: Operator, backend: str, tensor: Tensor) -> str 
 
 
 def _constant_in_traces(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What torch.compiler.assume_constant_result does, without the import of torch._dynamo."""
-    function._dynamo_marked_constant = True
+    """As torch.compiler.assume_constant_result, without importing torch._dynamo."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # PyTorch's own mark
     return function
 
 
@@ -194,15 +196,15 @@ _warned: set[str] = set()
 
 
 def choose_backend(operator: Operator, backend: str, tensor: Tensor) -> str:
-    """Resolves ``backend`` for tensors like this one; a backend asked for by name never falls back.
+    """Resolves ``backend`` for tensors like this one; a backend given by name never falls back.
 
-    "auto" takes the Triton or C++/CUDA kernel, whichever the operator has for the device. Where that cannot run (the
-    extension or Triton is missing, or the GPU is too old or not NVIDIA's), it warns once and takes the reference; it
-    takes the reference silently for what no kernel is meant for (float64, or a device without kernels).
+    "auto" takes the operator's Triton or C++/CUDA kernel for the device. Where that cannot run (the extension or Triton
+    is missing, or the GPU is too old or not NVIDIA's), it warns once and takes the reference. Where there is no kernel
+    (float64, or another device), it takes the reference silently.
 
     Raises:
         ValueError: an unknown backend.
-        RuntimeError: the backend was asked for by name and cannot run; the message says why.
+        RuntimeError: the backend was given by name and cannot run; the message says why.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -214,7 +216,7 @@ def choose_backend(operator: Operator, backend: str, tensor: Tensor) -> str:
 
 
 def automatic(operator: Operator, tensor: Tensor) -> str:
-    """What ``backend="auto"`` takes."""
+    """The backend that ``backend="auto"`` takes."""
     device = tensor.device.type
     if tensor.dtype not in operator.dtypes:
         return "reference"

@@ -6,6 +6,8 @@ finite; ``fastmask::assign_duals`` also returns the duals, which prove the resul
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,13 @@ from fastmask.ops._registry import Operator, choose_backend
 POLICIES = ("last", "raise")
 
 
+@overload
+def assign(cost: Tensor, counts: Tensor | None = None, *, policy: str = "last", backend: str = "auto") -> Tensor: ...
+@overload
+def assign(
+    cost: Tensor, counts: Tensor | None = None, *, return_duals: bool = False, return_status: bool = False,
+    policy: str = "last", backend: str = "auto",
+) -> Tensor | tuple[Tensor | tuple[Tensor, ...], ...]: ...  # fmt: skip
 def assign(
     cost: Tensor,
     counts: Tensor | None = None,
@@ -23,7 +32,7 @@ def assign(
     return_status: bool = False,
     policy: str = "last",
     backend: str = "auto",
-) -> Tensor | tuple[Tensor | tuple[Tensor, Tensor], ...]:
+) -> Tensor | tuple[Tensor | tuple[Tensor, ...], ...]:
     """The query of each target, so that the total cost of the pairs is least, for a batch of problems at once.
 
     min over injective a of sum_m cost[a(m), m] (MaskFormer, arXiv:2107.06278, section 3.2), by an auction (Bertsekas,
@@ -69,6 +78,7 @@ def assign(
         counts = _check_counts(cost, counts)
     if policy == "raise":
         _raise_on_invalid(cost, counts)
+    outputs: tuple[Tensor, ...]
     if choose_backend(ASSIGN, backend, cost) == "reference":
         outputs = _reference(cost, counts, return_duals)
     elif return_duals:

@@ -4,7 +4,7 @@
 
 Args of ``instance_masks``:
     mask_logits: ``(B, N, rows, w)`` float32, bfloat16 or float16.
-    queries: ``(B, R)`` int64, the query of each mask, each interpolated once however often it occurs; -1 for padding.
+    queries: ``(B, R)`` int64, the query of each mask; -1 for padding.
     packed: masks as bits.
     The other arguments are the geometry that all inference operators share.
 
@@ -18,31 +18,34 @@ Returns of ``instance_masks``:
         exclusive; zeros for an empty mask.
     nan_logits: ``(B, R)`` int32, how many of the given logits of the query are NaN.
 
-``rle_encode`` runs on the CPU alone: run lengths are data for the host. It takes ``(R, H, W)`` bool or the packed
-``(R, H, ceil(W / 8))`` uint8, and the width W. It returns the compressed counts of pycocotools, columns first, of all
-masks one after the other, ``(T,)`` uint8; and ``(R + 1,)`` int64, where each begins and the last ends.
+``rle_encode`` runs on the CPU alone, as the host uses run lengths. It takes ``(R, H, W)`` bool or the packed
+``(R, H, ceil(W / 8))`` uint8, and the width W. It returns ``(T,)`` uint8, the compressed counts of pycocotools (columns
+first) of all masks one after another; and ``(R + 1,)`` int64, where each mask's counts begin and the last end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastmask.ops._checks import check_choice
-from fastmask.ops._geometry import GEOMETRY
+from fastmask.ops._geometry import GEOMETRY, GeometryArguments, result_size
 from fastmask.ops._mask_source import MaskSource, belong_to, prepare
 from fastmask.ops._registry import EXTENSION_ERROR, Operator
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 RULES = ("mask2former", "huggingface")
 OUTPUTS = ("masks", "rle")
 
-# Of binary masks that exist at once where only their run lengths are asked for.
+# Of binary masks that exist at once where run lengths are the output.
 MASK_BYTES = 16 << 20
 
 
@@ -65,7 +68,7 @@ def instance_inference(
     """The most probable (query, class) pairs of each image, with binary masks and scores.
 
     score = class probability * mean of sigmoid(x) over the mask x > 0 (Mask2Former, arXiv:2112.01527). A query that is
-    picked for several classes is upsampled once. Pixels that are made of a NaN mask logit are background, and a query
+    picked for several classes is upsampled once. Pixels interpolated from a NaN mask logit are background, and a query
     with a NaN class logit has probability 0.
 
     Args:
@@ -73,12 +76,12 @@ def instance_inference(
         mask_logits: ``(B, N, h, w)`` floating point; or a pair of ``mask_embed (B, N, C)`` and ``pixel_embed
             (B, C, h, w)``, whose product over C they are.
         size: (H, W) of the masks, in pixels.
-        top_k: how many pairs an image gives at most.
+        top_k: the most pairs of an image.
         rule: "mask2former" or "huggingface"; ``fastmask.reference.instance`` says how they differ.
         stuff_classes: classes that give no instances.
         output: "masks", or "rle": run lengths as ``pycocotools.mask`` has them, made of one bit a pixel.
-        boxes: also give the masks' bounding boxes.
-        details: also give the query of each mask, and how many of its logits are NaN.
+        boxes: also return the masks' bounding boxes.
+        details: also return the query of each mask, and how many of its logits are NaN.
         padded_size, valid_size: as in ``semantic_inference``.
         backend: "auto", "reference", "native" or "triton". Run lengths are encoded on the host.
 
@@ -87,8 +90,8 @@ def instance_inference(
         "scores": ``(R,)`` float32 (float64 for float64 logits, which only the reference reads);
         "labels": ``(R,)`` int64;
         "masks": ``(R, H, W)`` bool, or "rle": a list of R dicts {"size": [H, W], "counts": bytes};
-        "boxes", if asked for: ``(R, 4)`` int32, (left, top, right, bottom) in pixels, right and bottom exclusive, so
-        that widths are differences; zeros for an empty mask;
+        "boxes" with ``boxes``: ``(R, 4)`` int32, (left, top, right, bottom) in pixels, right and bottom exclusive;
+        zeros for an empty mask;
         "queries" ``(R,)`` int64 and "nan_logits" ``(R,)`` int32 with ``details``.
 
     Raises:
@@ -103,26 +106,29 @@ def instance_inference(
     masks, backend, dtype = prepare(INSTANCE_MASKS, class_logits, mask_logits, size, padded_size, valid_size, backend)
     if output == "rle" and backend != "reference" and EXTENSION_ERROR is not None:
         raise RuntimeError(f"the C++ encoder of run lengths is missing: {EXTENSION_ERROR}")
+    options = _Options(top_k, rule, stuff_classes, output, boxes)
     if backend == "reference":
-        results = _reference(class_logits.to(dtype), masks, dtype, top_k, rule, stuff_classes, output, boxes)
+        results = _reference(class_logits.to(dtype), masks, dtype, options)
     else:
-        results = _results(backend, class_logits, masks, top_k, rule, stuff_classes, output, boxes)
+        results = _results(backend, class_logits, masks, options)
     wanted = {"scores", "labels", output}
     wanted |= {"boxes"} if boxes else set()
     wanted |= {"queries", "nan_logits"} if details else set()
     return [{name: value for name, value in result.items() if name in wanted} for result in results]
 
 
-def _results(
-    backend: str,
-    class_logits: Tensor,
-    masks: MaskSource,
-    top_k: int,
-    rule: str,
-    stuff_classes: Collection[int],
-    output: str,
-    boxes: bool,
-) -> list[dict[str, Any]]:
+class _Options(NamedTuple):
+    """Those of ``instance_inference``."""
+
+    top_k: int
+    rule: str
+    stuff_classes: Collection[int]
+    output: str
+    boxes: bool
+
+
+def _results(backend: str, class_logits: Tensor, masks: MaskSource, options: _Options) -> list[dict[str, Any]]:
+    top_k, rule, stuff_classes, output, boxes = options
     values, labels, queries, counts = _pick(class_logits, top_k, stuff_classes)
     size = masks.geometry.size
     nearest = rule == "huggingface"
@@ -172,7 +178,7 @@ def _pick(class_logits: Tensor, top_k: int, stuff_classes: Collection[int]) -> t
 def _run_bands(
     backend: str, masks: MaskSource, queries: Tensor, packed: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What the operator returns, all bands put together; NaN logits of rows that two bands read are counted once."""
+    """The operator's results, with bands combined; NaN logits of rows that two bands read count once."""
     num_queries = masks.tensor.shape[1]
     used = torch.zeros(len(queries), num_queries + 1, dtype=torch.bool, device=queries.device)
     used = used.scatter(1, queries.where(queries >= 0, num_queries), True)[:, :-1]
@@ -189,11 +195,11 @@ def _run_bands(
         bands.append((*sums, nan_logits))
     if len(bands) == 1:
         return bands[0]
-    maps, foreground, area, boxes, nan_logits = zip(*bands, strict=True)
-    areas, boxes = torch.stack(area), torch.stack(boxes)  # [bands, B, R] and [bands, B, R, 4]
-    least = boxes[..., :2].masked_fill((areas == 0)[..., None], torch.iinfo(torch.int32).max).amin(0)
+    maps, foreground, *columns, nan_logits = zip(*bands, strict=True)
+    areas, boxes = map(torch.stack, columns)  # [bands, B, R] and [bands, B, R, 4]
+    least = boxes[..., :2].masked_fill(areas[..., None].eq(0), torch.iinfo(torch.int32).max).amin(0)
     area = areas.sum(0, dtype=torch.int32)
-    least = least.masked_fill((area == 0)[..., None], 0)
+    least = least.masked_fill(area[..., None].eq(0), 0)
     return (
         torch.cat(maps, 2),
         torch.stack(foreground).sum(0),
@@ -235,35 +241,26 @@ def _bounding_boxes(maps: Tensor) -> Tensor:
     return torch.stack([left, top, right, bottom], 1).to(torch.int32)
 
 
-def _reference(
-    class_logits: Tensor,
-    masks: MaskSource,
-    dtype: torch.dtype,
-    top_k: int,
-    rule: str,
-    stuff_classes: Collection[int],
-    output: str,
-    boxes: bool,
-) -> list[dict[str, Any]]:
+def _reference(class_logits: Tensor, masks: MaskSource, dtype: torch.dtype, options: _Options) -> list[dict[str, Any]]:
     from fastmask import reference
 
     mask_logits, geometry = masks.full_logits(dtype), masks.geometry
-    results = reference.instance_inference(
+    results: list[dict[str, Any]] = reference.instance_inference(
         class_logits,
         mask_logits,
         geometry.size,
-        top_k=top_k,
-        rule=rule,
-        stuff_classes=stuff_classes,
+        top_k=options.top_k,
+        rule=options.rule,
+        stuff_classes=options.stuff_classes,
         padded_size=geometry.padded_size,
         valid_size=geometry.valid_size,
     )
     for b, result in enumerate(results):
         nan_logits = mask_logits[b].isnan().sum((-2, -1), dtype=torch.int32)
         result["nan_logits"] = nan_logits[result["queries"]]
-        if boxes:
+        if options.boxes:
             result["boxes"] = _bounding_boxes(result["masks"])
-        if output == "rle":
+        if options.output == "rle":
             result["rle"] = reference.rle_encode(result["masks"])
     return results
 
@@ -272,20 +269,15 @@ def _fake(
     mask_logits: Tensor,
     queries: Tensor,
     packed: bool,
-    grid: Sequence[int],
-    padded_size: Sequence[int] | None,
-    valid_size: Sequence[int] | None,
-    size: Sequence[int],
-    in_top: int,
-    out_top: int,
-    out_rows: int,
+    *geometry: Unpack[GeometryArguments],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    groups = (size[1] + 7) // 8
+    height, width = result_size(geometry)
+    groups = (width + 7) // 8
     if packed:
-        masks = queries.new_empty((*queries.shape, out_rows, groups), dtype=torch.uint8)
+        masks = queries.new_empty((*queries.shape, height, groups), dtype=torch.uint8)
     else:
-        pitch = size[1] if queries.device.type == "cpu" else 8 * groups
-        masks = queries.new_empty((*queries.shape, out_rows, pitch), dtype=torch.bool)[..., : size[1]]
+        pitch = width if queries.device.type == "cpu" else 8 * groups
+        masks = queries.new_empty((*queries.shape, height, pitch), dtype=torch.bool)[..., :width]
     return (
         masks,
         queries.new_empty(queries.shape, dtype=torch.float32),

@@ -3,32 +3,35 @@
 ``fastmask::panoptic_winners``: the query that wins each pixel, and how many pixels each query has.
 
 Args of the operator:
-    scores: ``(B, N)`` float32, the class probability of each query that was kept and 0 for each that was dropped.
+    scores: ``(B, N)`` float32, the class probability of each kept query; 0 for those dropped.
     mask_logits: ``(B, N, rows, w)`` float32, bfloat16 or float16.
     resize_probabilities: resample sigmoid(mask logits), by the second step alone, rather than the logits.
-    clip_to_mask: the winner gets only those of its pixels where its own mask reaches ``mask_threshold``.
+    clip_to_mask: the winner only gets pixels where its own mask reaches ``mask_threshold``.
     mask_threshold: the probability at which a pixel belongs to a mask.
     The other arguments are the geometry that all inference operators share.
 
 Returns of the operator:
     winner: ``(B, out_rows, W)`` int32, the kept query of highest score * probability, the lowest of equals; -1 where
-        there is none: nothing was kept, all that was kept is NaN there, or ``clip_to_mask`` took the pixel away.
-    areas: ``(B, N, 3)`` int32, pixels that the query wins, pixels of its own mask, and pixels where ``winner`` is it.
+        no query was kept, all kept queries are NaN, or ``clip_to_mask`` took the pixel away.
+    areas: ``(B, N, 3)`` int32, pixels that the query wins, pixels of its mask, and pixels where ``winner`` names it.
     nan_logits: ``(B, N)`` int32, how many of the given logits of a kept query are NaN; 0 for those dropped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from collections.abc import Collection
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastmask.ops._checks import check_choice
-from fastmask.ops._geometry import GEOMETRY
+from fastmask.ops._geometry import GEOMETRY, GeometryArguments, result_size
 from fastmask.ops._mask_source import MaskSource, belong_to, prepare
 from fastmask.ops._registry import Operator
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 RULES = ("maskformer", "mask2former", "huggingface", "huggingface-exact")
 
@@ -36,7 +39,7 @@ Segments = list[dict[str, int | float | bool]]
 
 
 class PanopticDetails(NamedTuple):
-    """The result of one image, and what was wrong with its logits.
+    """The result of one image, and how many of its logits are NaN.
 
     Args:
         segmentation: ``(H, W)`` int32.
@@ -153,8 +156,8 @@ def _kept(class_logits: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tenso
 def kept_queries(
     class_logits: Tensor, masks: MaskSource, threshold: float
 ) -> tuple[MaskSource, Tensor, Tensor, Tensor]:
-    """The masks that are read, of U queries; and ``(B, U)`` their scores, 0 for those that are dropped, their classes,
-    and which queries they are.
+    """The masks of U queries that are read; and, ``(B, U)`` each, the scores of these queries (0 for those dropped),
+    their classes, and their indices.
 
     Kept are queries whose most likely class is not "no object" and more probable than ``threshold``.
     """
@@ -172,14 +175,16 @@ def pixel_winners(
     clip_to_mask: bool = False,
     mask_threshold: float = 0.5,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the operator returns, all bands put together; NaN logits of rows that two bands read are counted once."""
+    """The operator's results, with bands combined; NaN logits of rows that two bands read count once."""
     options = (resize_probabilities, clip_to_mask, mask_threshold)
-    winners, areas, nan_logits = [], 0, 0
+    bands = []
     for band in masks.bands():
-        winner, band_areas, nan = PANOPTIC_WINNERS(backend, scores, band.mask_logits, *options, *band.geometry)
-        winners.append(winner)
-        areas, nan_logits = areas + band_areas, nan_logits + nan - (scores > 0) * band.repeated_nan_logits()
-    return winners[0] if len(winners) == 1 else torch.cat(winners, 1), areas, nan_logits
+        winner, areas, nan_logits = PANOPTIC_WINNERS(backend, scores, band.mask_logits, *options, *band.geometry)
+        bands.append((winner, areas, nan_logits - (scores > 0) * band.repeated_nan_logits()))
+    if len(bands) == 1:
+        return bands[0]
+    winners, all_areas, all_nan_logits = zip(*bands, strict=True)
+    return torch.cat(winners, 1), sum(all_areas), sum(all_nan_logits)
 
 
 def _segments(
@@ -195,7 +200,7 @@ def _segments(
 
     Args:
         winner: ``(B, H, W)`` int32, -1 where there is none; overwritten.
-        areas: ``(B, N, 3)``, pixels won, pixels of the query's own mask, and pixels where ``winner`` is it.
+        areas: ``(B, N, 3)``, pixels won, pixels of the query's own mask, and pixels where ``winner`` names it.
         scores: ``(B, N)``, 0 for queries that were dropped. classes: ``(B, N)``.
     """
     batch_size, num_queries = scores.shape
@@ -242,17 +247,11 @@ def _fake(
     resize_probabilities: bool,
     clip_to_mask: bool,
     mask_threshold: float,
-    grid: Sequence[int],
-    padded_size: Sequence[int] | None,
-    valid_size: Sequence[int] | None,
-    size: Sequence[int],
-    in_top: int,
-    out_top: int,
-    out_rows: int,
+    *geometry: Unpack[GeometryArguments],
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch_size, num_queries = scores.shape
     return (
-        scores.new_empty((batch_size, out_rows, size[1]), dtype=torch.int32),
+        scores.new_empty((batch_size, *result_size(geometry)), dtype=torch.int32),
         scores.new_empty((batch_size, num_queries, 3), dtype=torch.int32),
         scores.new_empty((batch_size, num_queries), dtype=torch.int32),
     )

@@ -1,22 +1,25 @@
 """Semantic segmentation from class logits, and mask logits or embeddings.
 
 ``fastmask::semantic_inference`` takes class probabilities and mask logits. It returns labels or scores of pixels, the
-winning score, the winning score minus that of the runner-up, and the number of NaN logits of each query; the two in the
-middle are empty without ``details``.
+winning score, its margin over the next class, and the number of NaN logits of each query; score and margin are empty
+without ``details``.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastmask.ops._checks import check_choice
-from fastmask.ops._geometry import GEOMETRY
+from fastmask.ops._geometry import GEOMETRY, GeometryArguments, result_size
 from fastmask.ops._mask_source import MaskSource, prepare
 from fastmask.ops._registry import Operator
 from fastmask.targets import label_dtype
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 ORDERS = ("masks", "scores")
 OUTPUTS = ("labels", "scores")
@@ -27,8 +30,8 @@ class SemanticDetails(NamedTuple):
 
     Args:
         labels: ``(B, H, W)``.
-        score: ``(B, H, W)`` float32, the winning class's.
-        margin: ``(B, H, W)`` float32, by how much it exceeds the next class's score; the score itself if K is 1.
+        score: ``(B, H, W)`` float32, of the winning class.
+        margin: ``(B, H, W)`` float32, the winning score minus that of the next class, or the winning score if K is 1.
         nan_logits: ``(B, N)`` int32, how many mask logits of each query are NaN.
     """
 
@@ -54,8 +57,8 @@ def semantic_inference(
     """score[k] = sum_n softmax(class_logits[n])[k] sigmoid(mask_logits[n]); label = argmax_k score[k].
 
     MaskFormer (arXiv:2107.06278), section 3.4, "semantic inference". Resizing is bilinear (align_corners=False).
-    Nothing of the size N * H * W or K * H * W exists, unless the scores are what is asked for; from embeddings, only a
-    band of rows of the mask logits does at a time.
+    Nothing of the size N * H * W exists, nor of K * H * W unless scores are the output; from embeddings, the mask
+    logits exist for a band of rows at a time.
 
     Infinite mask logits count as -1e30 and 1e30, NaN as -1e30: a query never wins where it reads a NaN.
 
@@ -99,7 +102,7 @@ def semantic_inference(
 def _run_bands(
     backend: str, probabilities: Tensor, masks: MaskSource, order: str, output: str, details: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The operator's results, the bands put together; NaN logits of rows that two bands read are counted once."""
+    """The operator's results, with bands concatenated; NaN logits of rows that two bands read count once."""
     bands = []
     for band in masks.bands():
         *maps, nan_logits = SEMANTIC_INFERENCE(
@@ -110,12 +113,9 @@ def _run_bands(
         bands.append((*maps, nan_logits))
     if len(bands) == 1:
         return bands[0]
-    result, score, margin, nan_logits = zip(*bands, strict=True)
-    if details:
-        score, margin = torch.cat(score, -2), torch.cat(margin, -2)
-    else:
-        score, margin = score[0], margin[0]
-    return torch.cat(result, -2), score, margin, torch.stack(nan_logits).sum(0, dtype=torch.int32)
+    results, scores, margins, nan_logits = zip(*bands, strict=True)
+    score, margin = (torch.cat(parts, -2) if details else parts[0] for parts in (scores, margins))
+    return torch.cat(results, -2), score, margin, torch.stack(nan_logits).sum(0, dtype=torch.int32)
 
 
 def _reference(
@@ -147,16 +147,10 @@ def _fake(
     order: str,
     output: str,
     details: bool,
-    grid: list[int],
-    padded_size: list[int] | None,
-    valid_size: list[int] | None,
-    size: list[int],
-    in_top: int,
-    out_top: int,
-    out_rows: int,
+    *geometry: Unpack[GeometryArguments],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch_size, num_queries, num_classes = probabilities.shape
-    pixels = (batch_size, out_rows, size[1])
+    pixels = (batch_size, *result_size(geometry))
     if output == "labels":
         result = mask_logits.new_empty(pixels, dtype=label_dtype(num_classes))
     else:

@@ -82,16 +82,15 @@ def merge_views(
     check_choice("output", output, OUTPUTS)
     height, width = size
     waiting = _Waiting(views, size, order, backend)
-    result = memory = None
+    first = waiting.until(0)[0]
+    num_classes, dtype = first.num_classes, first.dtype
+    rows = min(height, max(1, BAND_BYTES // (num_classes * width * dtype.itemsize)))
+    memory = torch.empty(num_classes * rows * width, dtype=dtype, device=first.device)
+    shape = (height, width) if output == "labels" else (num_classes, height, width)
+    result = memory.new_empty(shape, dtype=label_dtype(num_classes) if output == "labels" else dtype)
     top = 0
     while top < height:
         active = waiting.until(top)
-        num_classes, dtype = active[0].num_classes, active[0].dtype
-        if result is None:
-            rows = min(height, max(1, BAND_BYTES // (num_classes * width * dtype.itemsize)))
-            memory = torch.empty(num_classes * rows * width, dtype=dtype, device=active[0].device)
-            shape = (height, width) if output == "labels" else (num_classes, height, width)
-            result = memory.new_empty(shape, dtype=label_dtype(num_classes) if output == "labels" else dtype)
         # A band ends where a view begins or ends, so that every view of it covers all of its rows.
         end = min(top + rows, height, waiting.next_top, *(scores.view.end for scores in active))
         total = memory[: num_classes * (end - top) * width].view(num_classes, end - top, width)
@@ -108,8 +107,12 @@ class _Scores:
     """The scores of a view, any rows of it."""
 
     def __init__(self, view: SemanticView, order: str, backend: str) -> None:
-        masks = view.mask_logits
-        masks = masks[None] if isinstance(masks, Tensor) else tuple(part[None] for part in masks)
+        masks: Tensor | tuple[Tensor, Tensor]
+        if isinstance(view.mask_logits, Tensor):
+            masks = view.mask_logits[None]
+        else:
+            mask_embed, pixel_embed = view.mask_logits
+            masks = mask_embed[None], pixel_embed[None]
         class_logits = view.class_logits[None]
         self.view = view
         self.order = order

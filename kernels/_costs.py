@@ -1,0 +1,203 @@
+"""What the matching costs at pixels and at points share: how the sums are split over programs, stored and added."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastmask.kernels._common import COMPILER_OPTIONS, kernel, power_of_two, with_contiguous_rows
+
+REDUCED_ROWS = 16  # of a program that adds up the splits
+
+
+@dataclass(frozen=True)
+class CostSums:
+    """Memory for the sums over the pixels or points of each image, which are split over programs.
+
+    Targets come in blocks of ``block_targets`` - 1; the last column of a block stands for all pixels that count.
+
+    Args:
+        sums: ``(splits, 2, B, blocks, rows, block_targets)`` of probabilities and losses; rows are layers and queries.
+        areas: ``(splits, B, blocks, block_targets)`` of the targets.
+        per_split: pixels or points of a split.
+        row_blocks: programs that share the rows of an image.
+    """
+
+    sums: Tensor
+    areas: Tensor
+    per_split: int
+    row_blocks: int
+
+    @property
+    def block_targets(self) -> int:
+        return self.areas.shape[-1]
+
+    @property
+    def target_programs(self) -> tuple[int, int, int]:
+        """The grid of the kernel that reads the targets."""
+        splits, batch, blocks, _ = self.areas.shape
+        return batch, blocks, splits
+
+    @property
+    def programs(self) -> tuple[int, int, int]:
+        """The grid of the kernel that reads the logits."""
+        splits, batch, blocks, _ = self.areas.shape
+        return batch * self.row_blocks, blocks, splits
+
+    @staticmethod
+    def empty(cost: Tensor, size: int, rows: int, programs: int, least: int) -> CostSums:
+        """For a ``cost`` (L, B, N, M) over ``size`` pixels or points.
+
+        Args:
+            rows: of a program.
+            programs: how many to have by splitting the pixels or points, if there are enough of these.
+            least: of a split, which holds a multiple of it.
+        """
+        layers, batch, queries, num_targets = cost.shape
+        block_targets = power_of_two(num_targets + 1, 16, 64)
+        blocks, row_blocks = triton.cdiv(num_targets, block_targets - 1), triton.cdiv(layers * queries, rows)
+        splits = max(1, min(programs // (batch * row_blocks * blocks), triton.cdiv(size, least)))
+        per_split = triton.cdiv(triton.cdiv(size, splits), least) * least
+        splits = triton.cdiv(size, per_split)
+        return CostSums(
+            cost.new_empty((splits, 2, batch, blocks, layers * queries, block_targets)),
+            cost.new_empty((splits, batch, blocks, block_targets)),
+            per_split,
+            row_blocks,
+        )
+
+
+@triton.jit
+def _high_part(x):
+    """The 11 bits of a float32 that a tf32 holds."""
+    return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _pair_sums(values, t, WHOLE: tl.constexpr):
+    """``[R, C]`` times ``[C, M]``, float32, each as a high and a low part in tf32, without the product of low parts. A
+    WHOLE ``t`` of zeros and ones has no low part.
+
+    The caller adds the result of each block to its sums: in the tensor core's own accumulator every step would
+    truncate, and over thousands of pixels that is a bias of 1e-5.
+    """
+    high = _high_part(values)
+    if WHOLE:
+        sums = tl.dot(values - high, t, input_precision="tf32")
+        t_high = t
+    else:
+        t_high = _high_part(t)
+        sums = tl.dot(values - high, t_high, input_precision="tf32")
+        sums = tl.dot(high, t - t_high, sums, input_precision="tf32")
+    return tl.dot(high, t_high, sums, input_precision="tf32")
+
+
+@triton.jit
+def _store_sums(sums_ptr, probability, loss, image_block, rows, B, R, BLOCK_M: tl.constexpr):
+    """Stores both sums ``[BLOCK_R, BLOCK_M]`` of a program's split."""
+    block_size = tl.cast(R, tl.int64) * BLOCK_M
+    of_split = tl.program_id(2).to(tl.int64) * 2 * tl.num_programs(1) * B
+    at = rows.to(tl.int64)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+    tl.store(sums_ptr + (of_split + image_block) * block_size + at, probability, mask=(rows < R)[:, None])
+    of_loss = of_split + tl.cast(B, tl.int64) * tl.num_programs(1)
+    tl.store(sums_ptr + (of_loss + image_block) * block_size + at, loss, mask=(rows < R)[:, None])
+
+
+@kernel
+def _mask_cost_reduce_kernel(
+    class_ptr, stride_l, stride_b, stride_n, labels_ptr, sums_ptr, areas_ptr, cost_ptr,
+    B, N, M, R, K, splits, blocks, row_blocks, cost_class, cost_mask, cost_dice,
+    BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """cost = -cost_class softmax(class_logits)[label] + cost_mask sums[1] / pixels + cost_dice dice, with
+    dice = 1 - (2 sum_c p T + 1) / (sum_c p + sum_c T + 1) (V-Net, arXiv:1606.04797), the splits in their order.
+
+        class_logits  (L, B, N, K), rows contiguous, the last class being no-object
+        cost          (L, B, N, M); 0 where labels are -1, NaN where they are no class
+    """
+    image = (tl.program_id(0) // row_blocks).to(tl.int64)
+    rows = (tl.program_id(0) % row_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
+    present = (rows < R)[:, None]
+    layer = (rows // N).to(tl.int64)
+    query = (rows % N).to(tl.int64)
+    class_ptrs = (class_ptr + image * stride_b + layer * stride_l + query * stride_n)[:, None]  # [BLOCK_R, 1]
+    # Reduced after the loops, not within: that is less work, and Triton up to 3.8 fails on a reduction within of as
+    # many columns as another tensor of the same layout has.
+    k = tl.arange(0, BLOCK_K)[None, :]
+    largest = tl.full([BLOCK_R, BLOCK_K], float("-inf"), dtype=tl.float32)
+    for block in range(0, K, BLOCK_K):
+        x = tl.load(class_ptrs + (block + k), mask=present & (block + k < K), other=float("-inf"))
+        largest = tl.maximum(largest, x.to(tl.float32))
+    maximum = tl.max(largest, 1)
+    totals = tl.zeros([BLOCK_R, BLOCK_K], dtype=tl.float32)
+    for block in range(0, K, BLOCK_K):
+        x = tl.load(class_ptrs + (block + k), mask=present & (block + k < K), other=float("-inf"))
+        totals += tl.exp2((x.to(tl.float32) - maximum[:, None]) * 1.4426950408889634)
+    total = tl.sum(totals, 1)
+
+    image_block = image * blocks + tl.program_id(1)
+    image_blocks = tl.cast(B, tl.int64) * blocks
+    bits = tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    m = tl.program_id(1) * (BLOCK_M - 1) + bits
+    wanted = present & ((bits < BLOCK_M - 1) & (m < M))[None, :]
+    intersection = tl.zeros([BLOCK_R, BLOCK_M], dtype=tl.float64)
+    loss = tl.zeros([BLOCK_R, BLOCK_M], dtype=tl.float64)
+    all_probability = tl.zeros([BLOCK_R], dtype=tl.float64)
+    area = tl.zeros([BLOCK_M], dtype=tl.float64)
+    pixels = tl.zeros([], dtype=tl.float64)
+    for split in range(splits):
+        of_split = (split * 2 * image_blocks + image_block) * R
+        at = (of_split + rows)[:, None] * BLOCK_M + bits[None, :]
+        intersection += tl.load(sums_ptr + at, mask=wanted, other=0.0)
+        loss += tl.load(sums_ptr + image_blocks * R * BLOCK_M + at, mask=wanted, other=0.0)
+        all_probability += tl.load(sums_ptr + (of_split + rows + 1) * BLOCK_M - 1, mask=rows < R, other=0.0)
+        area_ptrs = areas_ptr + (split * image_blocks + image_block) * BLOCK_M
+        area += tl.load(area_ptrs + bits)
+        pixels += tl.load(area_ptrs + BLOCK_M - 1)
+    label = tl.load(labels_ptr + image * M + m, mask=(bits < BLOCK_M - 1) & (m < M), other=-1)[None, :]  # [1, BLOCK_M]
+    known = (label >= 0) & (label < K)
+    x = tl.load(class_ptrs + label, mask=wanted & known, other=float("nan")).to(tl.float32)
+    probability = tl.exp2((x - maximum[:, None]) * 1.4426950408889634) / total[:, None]
+    dice = 1.0 - (2.0 * intersection + 1.0) / (all_probability[:, None] + area[None, :] + 1.0)
+    cost = cost_mask * (loss / tl.maximum(pixels, 1.0)) + cost_dice * dice - cost_class * probability
+    cost = tl.where(label < 0, 0.0, cost).to(tl.float32)
+    row = (layer * B + image) * N + query
+    tl.store(cost_ptr + row[:, None] * M + m[None, :], cost, mask=wanted)
+
+
+def add_up(
+    sums: CostSums, class_logits: Tensor, labels: Tensor, cost: Tensor,
+    cost_class: float, cost_mask: float, cost_dice: float,
+) -> None:  # fmt: skip
+    """Writes ``cost`` (L, B, N, M) from the class logits and the sums of all splits."""
+    _, batch, queries, num_targets = cost.shape
+    splits, _, _, blocks, rows, block_targets = sums.sums.shape
+    row_blocks = triton.cdiv(rows, REDUCED_ROWS)
+    class_logits = with_contiguous_rows(class_logits)
+    _mask_cost_reduce_kernel[(batch * row_blocks, blocks)](
+        class_ptr=class_logits,
+        **dict(zip(("stride_l", "stride_b", "stride_n"), class_logits.stride(), strict=False)),
+        labels_ptr=labels.contiguous(),
+        sums_ptr=sums.sums,
+        areas_ptr=sums.areas,
+        cost_ptr=cost,
+        B=batch,
+        N=queries,
+        M=num_targets,
+        R=rows,
+        K=class_logits.shape[-1],
+        splits=splits,
+        blocks=blocks,
+        row_blocks=row_blocks,
+        cost_class=cost_class,
+        cost_mask=cost_mask,
+        cost_dice=cost_dice,
+        BLOCK_R=REDUCED_ROWS,
+        BLOCK_M=block_targets,
+        BLOCK_K=power_of_two(class_logits.shape[-1], 16, 128),
+        num_warps=4,
+        **COMPILER_OPTIONS,
+    )

@@ -1,0 +1,128 @@
+"""What the losses of matched pairs share: which query a target has, the sums of a pair, and the kernels' arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastmask.kernels._common import COMPILER_OPTIONS, kernel, plane_arguments, target_arguments, term_arguments
+
+
+@triton.jit
+def _matched_query(assignment_ptr, labels_ptr, pair, B, N, M):
+    """The image, the target and the query of a pair, and whether it has a query."""
+    target = (pair % M).to(tl.int32)
+    image = pair // M % B
+    query = tl.load(assignment_ptr + pair)
+    label = tl.load(labels_ptr + image * M + target)
+    return image, target, query, (query >= 0) & (query < N) & (label >= 0)
+
+
+@triton.jit
+def _targets_of_query(assignment_ptr, labels_ptr, first_pair, image, query, M, BLOCK_M: tl.constexpr):
+    """``[BLOCK_M]``, which targets of a layer and image have the query; and how many."""
+    m = tl.arange(0, BLOCK_M)
+    queries = tl.load(assignment_ptr + first_pair + m, mask=m < M, other=-1)
+    labels = tl.load(labels_ptr + image * M + m, mask=m < M, other=-1)
+    of_query = (queries == query) & (labels >= 0)
+    return of_query, tl.sum(of_query.to(tl.int32), 0)
+
+
+@triton.jit
+def _next_target(of_query, target, BLOCK_M: tl.constexpr):
+    """The first target of a query after ``target``."""
+    m = tl.arange(0, BLOCK_M)
+    return tl.min(tl.where(of_query & (m > target), m, BLOCK_M), 0)
+
+
+@triton.jit
+def _store_part(part_ptr, loss, intersection, prediction, target, weight):
+    tl.store(part_ptr, loss)
+    tl.store(part_ptr + 1, intersection)
+    tl.store(part_ptr + 2, prediction)
+    tl.store(part_ptr + 3, target)
+    tl.store(part_ptr + 4, weight)
+
+
+@kernel
+def _pair_losses_kernel(
+    assignment_ptr, labels_ptr, parts_ptr, mask_ptr, dice_ptr, sums_ptr, pairs, B, N, M, parts, BLOCK_P: tl.constexpr
+):
+    """mask = loss / pixels and dice = 1 - (2 sum p t + 1) / (sum p + sum t + 1) (V-Net, arXiv:1606.04797) of each pair,
+    the parts in their order; zero for targets without a query.
+
+        parts  (pairs, parts, 5);  mask, dice  (pairs);  sums  (pairs, 4): sum p t, sum p, sum t, counted pixels
+    """
+    pair = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)  # [BLOCK_P]
+    present = pair < pairs
+    query = tl.load(assignment_ptr + pair, mask=present, other=-1)
+    label = tl.load(labels_ptr + pair // M % B * M + pair % M, mask=present, other=-1)
+    matched = (query >= 0) & (query < N) & (label >= 0)
+    loss = tl.zeros([BLOCK_P], dtype=tl.float64)
+    intersection = tl.zeros([BLOCK_P], dtype=tl.float64)
+    prediction = tl.zeros([BLOCK_P], dtype=tl.float64)
+    target = tl.zeros([BLOCK_P], dtype=tl.float64)
+    pixels = tl.zeros([BLOCK_P], dtype=tl.float64)
+    for part in range(parts):
+        part_ptrs = parts_ptr + (pair * parts + part) * 5
+        loss += tl.load(part_ptrs, mask=matched, other=0.0)
+        intersection += tl.load(part_ptrs + 1, mask=matched, other=0.0)
+        prediction += tl.load(part_ptrs + 2, mask=matched, other=0.0)
+        target += tl.load(part_ptrs + 3, mask=matched, other=0.0)
+        pixels += tl.load(part_ptrs + 4, mask=matched, other=0.0)
+    dice = 1.0 - (2.0 * intersection + 1.0) / (prediction + target + 1.0)
+    tl.store(mask_ptr + pair, (loss / tl.maximum(pixels, 1.0)).to(tl.float32), mask=present)
+    tl.store(dice_ptr + pair, dice.to(tl.float32), mask=present)
+    tl.store(sums_ptr + pair * 4, intersection.to(tl.float32), mask=present)
+    tl.store(sums_ptr + pair * 4 + 1, prediction.to(tl.float32), mask=present)
+    tl.store(sums_ptr + pair * 4 + 2, target.to(tl.float32), mask=present)
+    tl.store(sums_ptr + pair * 4 + 3, pixels.to(tl.float32), mask=present)
+
+
+def pair_arguments(
+    mask_logits: Tensor, assignment: Tensor, labels: Tensor, masks: Tensor | None, segments: Tensor | None,
+    valid: Tensor | None, void_value: int, ignore_void: bool, mask_term: str, alpha: float, gamma: float,
+    grad: Tensor | None = None, sizes: tuple[int, ...] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """What the kernels of forward and backward take alike. ``mask_logits`` and ``grad`` have contiguous planes; for
+    ``sizes`` see ``plane_arguments``."""
+    _, batch, queries, h, w = mask_logits.shape
+    return {
+        **plane_arguments(mask_logits, grad, *sizes),
+        "assignment_ptr": assignment.contiguous(),
+        "labels_ptr": labels.contiguous(),
+        **target_arguments(masks, segments, valid, void_value, ignore_void),
+        "B": batch,
+        "N": queries,
+        "M": labels.shape[1],
+        "h": h,
+        "w": w,
+        **term_arguments(mask_term, alpha, gamma),
+        **COMPILER_OPTIONS,
+    }
+
+
+def add_parts(arguments: dict[str, Any], parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The results of forward from the parts of all pairs: both losses (L, B, M), and the sums (L, B, M, 4)."""
+    pairs = parts.shape[0]
+    mask = parts.new_empty(arguments["assignment_ptr"].shape)
+    dice, sums = torch.empty_like(mask), mask.new_empty((*mask.shape, 4))
+    if pairs == 0:
+        return mask, dice, sums
+    _pair_losses_kernel[(triton.cdiv(pairs, 32),)](
+        **{name: arguments[name] for name in ("assignment_ptr", "labels_ptr", "B", "N", "M")},
+        parts_ptr=parts,
+        mask_ptr=mask,
+        dice_ptr=dice,
+        sums_ptr=sums,
+        pairs=pairs,
+        parts=parts.shape[1],
+        BLOCK_P=32,
+        num_warps=1,
+        **COMPILER_OPTIONS,
+    )
+    return mask, dice, sums
