@@ -2,8 +2,8 @@
 
 At B=16, N=100, 128 x 128 bf16 logits and a 64 x 64 grid the logits are 52 MB, 12 us at 4.2 TB/s, and the bits 0.8 MB;
 52 instructions a key and query, in the machine code for sm_90, are 11 us of issue slots on 132 SMs. Grids of 32 x 32
-and 16 x 16 need a half and a quarter of the rows of logits. Backward makes the bits again: forward returns no tensor in
-which it could keep them.
+and 16 x 16 read a half and a quarter of the rows of logits. Backward computes the bits again, as forward returns no
+tensor that could hold them.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ STEP_KEYS = 512  # most keys that a program resamples at a time
 def _taps(i, inputs, outputs, half_step):
     """PyTorch's bilinear rule with align_corners=False: where output i lies between, and the weight of the second.
 
-    The position is kept as an integer, in units of half_step = 1 / (2 outputs), so that weights are 0 where they ought
-    to be. A logit without weight is not read, as 0 * inf is NaN: where one logit is the whole result, it is both taps,
-    and each has half of it.
+    The position is an integer in units of half_step = 1 / (2 outputs), so that weights which should be 0 are. A logit
+    without weight is not read, as 0 * inf is NaN: where one logit is the whole result, it is both taps, with half the
+    weight each.
     """
     position = tl.maximum((2 * i + 1) * inputs - outputs, 0)
-    # A quarter of a unit more: it exceeds the rounding where inputs * outputs is less than 2^20.
+    # A quarter of a unit more exceeds the rounding error where inputs * outputs is less than 2^20.
     first = tl.fma(position.to(tl.float32), half_step, 0.25 * half_step).to(tl.int32)
     rest = position - first * (2 * outputs)
     whole = (rest == 0) | (first == inputs - 1)
@@ -53,7 +53,7 @@ def _readable(padding_ptr, s, S, HAS_PADDING: tl.constexpr):
 
 @triton.jit
 def _store_queries(packed, begin, queries, byte_ptr, occupied_ptr, N, words, blocks, BLOCK_S: tl.constexpr):
-    """Stores BLOCK_C / 8 bytes of each query of which ``queries`` has the bits, and whether blocks have any bit."""
+    """Stores BLOCK_C / 8 bytes of each query whose bit is set in ``queries``, and which blocks have any bit."""
     BYTES: tl.constexpr = packed.shape[0]
     byte = begin // 8 + tl.arange(0, BYTES)
     at = (byte // 8) * (8 * N) + byte % 8
@@ -71,8 +71,8 @@ def _attended_keys_kernel(
     N, S, h, w, grid_height, grid_width, half_step_y, half_step_x, groups, words, blocks,
     HAS_LOGITS: tl.constexpr, HAS_PADDING: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Bits and occupied blocks of four queries of one image: key s is attended to where it is not padding and the
-    logits, resampled to its place, are >= 0; or, by a query for which that is nowhere so, where it is not padding.
+    """Bits and occupied blocks of four queries of one image. A query attends to the keys that are not padding and where
+    its logits, resampled to the grid, are >= 0; if there are none, to all keys that are not padding.
 
         logits    (B, N, h, w), rows contiguous
         padding   (B, S) uint8
@@ -137,8 +137,8 @@ def _attended_keys_kernel(
 def _occupied_blocks(
     occupied_ptr, stride_occupied_n, first_query, N, first, end, HAS_BITS: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """Of the 32 blocks from ``first`` on, those before ``end`` that any of BLOCK_N queries attends to: a bit each, and
-    how many there are."""
+    """The blocks that any of BLOCK_N queries attends to, among the 32 from ``first`` on that lie before ``end``: a bit
+    each, and their number."""
     i = tl.arange(0, 32)
     if HAS_BITS:
         GROUPS: tl.constexpr = BLOCK_N // QUERIES
@@ -156,7 +156,7 @@ def _occupied_blocks(
 
 @triton.jit
 def _lowest_block(remaining):
-    """The lowest bit set, and its index: a power of two has it in the exponent of a float32."""
+    """The lowest bit set, and its index, which is the exponent of that power of two as a float32."""
     lowest = remaining & -remaining
     return lowest, ((lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 255) - 127
 
@@ -187,11 +187,11 @@ def _attends(
 def attended_keys(
     mask_logits: Tensor | None, key_padding_mask: Tensor | None, like: Tensor, grid: tuple[int, int], block: int
 ) -> dict[str, Any]:
-    """The arguments by which kernels read what queries attend to; see ``_occupied_blocks`` and ``_attends``.
+    """The arguments by which kernels read the attended keys; see ``_occupied_blocks`` and ``_attends``.
 
     bits ``(B, words, N)`` int64, bit i of word j being key 64 j + i; and occupied ``(B, ceil(N / 4), blocks)`` uint8,
-    whether any of four queries attends to any key of a block. Where all queries have the same keys, there is one row
-    of both, and no OWN_BITS; where they have all keys, there are no bits.
+    whether any of four queries attends to any key of a block. Where all queries attend to the same keys, there is one
+    row of both, and no OWN_BITS; where they attend to all keys, there are no bits.
 
     Args:
         mask_logits: ``(B, N, h, w)``, any strides.

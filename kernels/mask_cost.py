@@ -1,15 +1,15 @@
 """The matching cost of every query against every target: three launches for all layers and images.
 
-The first brings targets to the grid of the logits, a bit each, once for all layers; the second reads the logits; the
-third adds the splits of the pixels in their order. Where the time of the second goes, at B=16, L=6, N=100, 128 x 128
-bf16 logits and M=20 (157 M logits: 315 MB, 75 us at 4.2 TB/s; 168 M with the padding of L * N = 600 rows to 640):
+The first samples the targets at the grid of the logits, a bit each, once for all layers; the second reads the logits;
+the third adds the splits of the pixels in their order. Where the time of the second goes, at B=16, L=6, N=100, M=20 and
+128 x 128 bf16 logits (157 M logits: 315 MB, 75 us at 4.2 TB/s; 168 M with the padding of L * N = 600 rows to 640):
 
 - special functions: three a logit, exponential, reciprocal and logarithm, 113 us on 132 SMs at 16 lanes a clock. A
   polynomial in the logarithm's place would take 38 us from them and add 40 us of instructions;
 - instructions: 38 a logit in the machine code for sm_90, 190 us at 128 lanes a clock: issue slots are what binds;
 - tensor cores: three products with 0/1 targets padded to 32, each of two tf32 parts, 64 GFLOP, 130 us at the peak of
   tf32, beside the other instructions. The parts high + low hold 22 bits of a float32, and the targets are exact. fp16
-  parts would halve that, but end at 65504 and cost one instruction more for each value, where instructions bind.
+  parts would halve that, but reach only to 65504 and cost one more instruction a value, where instructions bind.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -59,7 +58,7 @@ class MaskCostConfig:
 
 
 _ONE_STAGE = MaskCostConfig(num_stages=1)
-# More stages for sm_100 do not end in an emulator under Triton 3.6 (no card has run them); for sm_120 three spill.
+# With more stages, Triton 3.6's kernel for sm_100 hangs in an emulator (no GPU has run it); three spill on sm_120.
 CONFIGS = {10: _ONE_STAGE, 12: _ONE_STAGE, None: MaskCostConfig()}
 
 
@@ -69,7 +68,7 @@ def _mask_cost_targets_kernel(
     B, M, h, w, H, W, scale_y, scale_x, pixels_per_split,
     HAS_SEGMENTS: tl.constexpr, HAS_VOID: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Targets at the h x w grid of the logits, one bit each: ``_mask_cost_fwd_kernel`` reads them for every row.
+    """Targets at the h x w grid of the logits, one bit each, as ``_mask_cost_fwd_kernel`` reads them for every row.
 
     words  (B, blocks of BLOCK_M - 1 targets, h * w); the last bit marks pixels that count
     areas  (splits, B, blocks, BLOCK_M), how many pixels have each bit
@@ -123,8 +122,8 @@ def _mask_cost_fwd_kernel(
         sums[1] = sum_c F+[c] T[c, m] + F-[c] (1 - T[c, m])
 
     with F+ = alpha (1-p)^gamma softplus(-x) and F- = (1-alpha) p^gamma softplus(x) (RetinaNet, arXiv:1708.02002,
-    equation 5), or both without their weights. T is one at every counted pixel in the last column, for sum_c p[c].
-    Products with T and with 1 - T leave nothing to cancel.
+    equation 5), or for "bce" the softplus alone. In the last column T is one at every counted pixel, for sum_c p[c].
+    With separate products of T and of 1 - T nothing cancels.
 
         logits  (L, B, N, P), strides and P in units
         words   (B, blocks, P), see ``_mask_cost_targets_kernel``

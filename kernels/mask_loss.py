@@ -1,13 +1,14 @@
 """The mask and dice losses of the matched pairs, and their gradient.
 
-Forward is one launch over the pixels and one that adds up, backward one launch that writes each logit's gradient once.
+Forward is one launch over the pixels and one that adds up; backward is one launch that writes each logit's gradient
+once.
 
-Output pixels are walked by cells: cell c of a row holds the outputs nearest to logit c, between the middles of c - 1, c
-and c + 1. A thread that owns a cell needs those three logits alone, whatever the ratio of the sizes, and backward can
-leave three sums with the logits they belong to: a gather without atomics that visits each output pixel once.
+The output pixels of a row lie in cells: cell c holds the outputs nearest to logit c, which are interpolated from the
+logits c - 1, c and c + 1. A thread that owns a cell needs those three logits alone, whatever the ratio of the sizes. In
+backward it sums three gradients, one for each of them: a gather without atomics that visits each output pixel once.
 
 Where the time goes, at B=16, L=6, M=20, 128 x 128 logits and 512 x 512 targets (503 M output pixels), on 132 SMs: two
-special-function instructions a pixel take 240 us each way; 58 instructions in all, in the machine code for sm_90, are
+special-function instructions a pixel take 240 us each way; all 58 instructions, in the machine code for sm_90, are
 870 us of issue slots, and backward's 62 are 1.0 ms. The logits of all pairs are 63 MB, the segment maps 4 MB: memory
 does not bind.
 """
@@ -49,9 +50,9 @@ class MaskLossConfig:
 
     Args:
         cells: most cells of a row that a program owns.
-        cells_per_warp: how many of them a warp owns.
-        outputs: most outputs of a cell that are handled side by side.
-        programs: how many forward programs to split the rows into, if there are enough rows.
+        cells_per_warp: of those, how many a warp owns.
+        outputs: most outputs of a cell that are unrolled.
+        programs: how many forward programs to have by splitting the rows, if there are enough rows.
         least_rows: output rows of a forward program.
         backward_rows: rows of logits of a backward program.
     """
@@ -71,9 +72,9 @@ CONFIGS = {None: MaskLossConfig()}
 def _row_taps(y, h, H, half_step_y):
     """PyTorch's bilinear rule with align_corners=False: both rows of logits of output row y, and the second's weight.
 
-    The source position (y + 1/2) h / H - 1/2 is kept as an integer, in units of half_step_y = 1 / (2 H): no rounding,
-    where float32 rounds at the size of the position and saturated logits make much of it. It is clamped at both ends
-    instead of the rows, which gives the same sum.
+    The source position (y + 1/2) h / H - 1/2 is an integer in units of half_step_y = 1 / (2 H), and so exact; the
+    rounding error of a float32 would grow with the position, and large logits would amplify it. The position is clamped
+    at both ends instead of the rows, which gives the same sum.
     """
     source = tl.minimum(tl.maximum((2 * y + 1) * h - H, 0), 2 * H * (h - 1))
     first = source // (2 * H)
@@ -89,7 +90,7 @@ def _cell_start(cell, w, W):
 
 @triton.jit
 def _row_logits(row_ptr, cell, w):
-    """Of a row: the logits before, of and after each cell, the edges continued."""
+    """A row's logits before, of and after each cell; the edges repeat."""
     last = w - 1
     before = tl.load(row_ptr + tl.minimum(tl.maximum(cell - 1, 0), last)).to(tl.float32)
     middle = tl.load(row_ptr + tl.minimum(tl.maximum(cell, 0), last)).to(tl.float32)
@@ -100,7 +101,7 @@ def _row_logits(row_ptr, cell, w):
 @triton.jit
 def _between_rows(plane_ptr, first, second, weight, cell, w):
     """The logits before, of and after each cell, between two rows of logits. A row without weight is not read, as
-    0 * inf is NaN: the other one is both, with half the weight each."""
+    0 * inf is NaN: the other row then stands for both, with half the weight each."""
     second = tl.where(weight == 0.0, first, second)
     weight = tl.where(weight == 0.0, 0.5, weight)
     before_0, middle_0, after_0 = _row_logits(plane_ptr + first.to(tl.int64) * w, cell, w)
@@ -114,7 +115,7 @@ def _between_rows(plane_ptr, first, second, weight, cell, w):
 @triton.jit
 def _target_row(y, start, image, target, M, H, W, target_ptr, valid_ptr, HAS_SEGMENTS: tl.constexpr,
                 HAS_VOID: tl.constexpr):  # fmt: skip
-    """Where row y of the segment map or mask, and of the valid pixels, is at the first output of each cell."""
+    """Pointers to the first output of each cell, in row y of the segment map or mask, and of the valid pixels."""
     plane = tl.cast(H, tl.int64) * W
     row = y * W + start
     target_ptrs = target_ptr + (image if HAS_SEGMENTS else image * M + target) * plane + row
@@ -126,8 +127,8 @@ def _target_row(y, start, image, target, M, H, W, target_ptr, valid_ptr, HAS_SEG
 
 @triton.jit
 def _offset(start, k, cell, w, W, half_step_x):
-    """How far output start + k of each cell lies from the cell's own logit, as ``_row_taps`` reckons: in size the
-    bilinear weight of a neighbor, negative for the one before. Beyond the edges that is the logit itself."""
+    """How far output start + k of each cell lies from the cell's own logit, exact as in ``_row_taps``. Its size is the
+    bilinear weight of the neighbor: the logit before if negative, else the one after."""
     output = start.to(tl.int64) + k
     offset = (2 * output + 1) * w - (2 * cell + 1).to(tl.int64) * W
     return offset.to(tl.float32) * half_step_x
@@ -143,7 +144,7 @@ def _upsampled(offset, before, middle, after):
 @triton.jit
 def _pixel_terms(x, k, inside, target_ptrs, valid_ptrs, target, void_value, alpha, gamma, FOCAL: tl.constexpr,
                  SQUARE: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_VOID: tl.constexpr):  # fmt: skip
-    """Of outputs k with upsampled logit x: whether they are the target's, whether they count, p_t, 1 - p_t, the
+    """Of outputs k with upsampled logit x: whether they belong to the target, whether they count, p_t, 1 - p_t, the
     cross-entropy -log p_t, and for the focal loss alpha_t (1 - p_t)^gamma.
 
     With z = x in the target and -x elsewhere both kinds of pixel have the same formulas, p_t = sigmoid(z).
@@ -299,7 +300,7 @@ def _row_gradient(
     FOCAL: tl.constexpr, SQUARE: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_VOID: tl.constexpr,
     ONE_CHUNK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Sums over the outputs of each cell of output row y: gradient of the logits before, of and after the cell.
+    """Sums over the outputs of each cell of row y: the gradients of the logits before, of and after the cell.
 
     With z as in ``_pixel_terms``: d focal / dz = -alpha_t q^gamma (gamma p_t (-log p_t) + q), q = 1 - p_t,
     d cross-entropy / dz = -q, and dp / dx = p_t q.
@@ -327,7 +328,7 @@ def _row_gradient(
             to_middle += g * (1.0 - tl.abs(offset))
             to_before += g * tl.maximum(-offset, 0.0)
             to_after += g * tl.maximum(offset, 0.0)
-    # The edges are continued: what lies beyond them is the cell's own logit.
+    # The edges repeat: beyond them lies the cell's own logit.
     to_middle += tl.where(cell == 0, to_before, 0.0)
     to_middle += tl.where(cell == w - 1, to_after, 0.0)
     return to_before, to_middle, to_after
@@ -344,9 +345,9 @@ def _mask_loss_bwd_kernel(
 ):  # fmt: skip
     """Gradient of sum grad_mask mask + grad_dice dice with respect to some rows and columns of one query's logits.
 
-    Output rows go by in order. The gradients of the two rows of logits that an output row lies between stay in
-    registers, three for each cell; a row that no later output reaches is gathered from its cells and written. Queries
-    without a target get zeros, those with several the sum in the order of the targets.
+    Output rows come in order. The gradients of the two rows of logits around an output row stay in registers, three for
+    each cell; a row that no later output reaches is gathered from its cells and written. A query without a target gets
+    zeros, one with several targets the sum in their order.
 
         logits, grad          (L, B, N, h, w), strides and w in units
         grad_mask, grad_dice  (L, B, M);  sums  (L, B, M, 4), of forward
@@ -418,7 +419,7 @@ def _mask_loss_bwd_kernel(
                         mask_slope, dice_outside, dice_inside = _pair_slopes(
                             first_pair + target, sums_ptr, grad_mask_ptr, grad_dice_ptr
                         )
-                        # Read again, lest the terms of all pixels stay in registers for a second match: 226 of them.
+                        # Read again, or the terms of all pixels would stay in registers for a second match: 226.
                         before, middle, after = _between_rows(plane_ptr, first, second, weight, cell, w)
                     match_before, match_middle, match_after = _row_gradient(
                         y, before, middle, after, mask_slope, dice_outside, dice_inside, cell, start, outputs, image,

@@ -1,20 +1,20 @@
-"""Masked attention and its gradient: bits of the attended keys, then a pass over the keys that skips blocks no query
-needs.
+"""Masked attention and its gradient: bits of the attended keys, then a pass over the keys that skips the blocks that no
+query attends to.
 
 Where the time of forward goes, at B=16, 8 heads of 32, N=100 (two blocks of 64) in bf16 on 132 SMs, for key grids of
 64 x 64, 32 x 32 and 16 x 16:
 
 - memory: keys and values are 67 MB, 16 us at 4.2 TB/s (4 and 1 us), read by two programs each, once from L2;
-- instructions: 9.9 a query and key in the machine code for sm_90, where two for the mask, a maximum, a product, an
+- instructions: 9.9 a query and key in the machine code for sm_90, of which two for the mask, a maximum, a product, an
   exponential, a sum and half a conversion make 6.5: 21 us of issue slots (5.3 and 1.3 us);
 - special functions: one a query and key, 17 us (4.3 and 1.1 us); tensor cores: 8.6 GFLOP, 11 us.
 
 Two programs an SM (256) are resident at once, so the keys are split over programs only where there are fewer images.
 
-Backward makes one pass for all three gradients. With few queries a program holds all of them, and the gradient of q,
-while it walks over a split of the keys: each block of keys is read once, its gradients written once, and five products
-do where separate passes for q and for keys take seven. More queries than a program holds come in turns, which add to
-the gradients of keys and values in memory; the splits' gradients of q are added in their order. Nothing is atomic.
+Backward computes all three gradients in one pass. With few queries a program holds all of them, and the gradient of q,
+while it walks over a split of the keys: it reads each block of keys once, writes its gradients once, and needs five
+products where separate passes for q and for keys need seven. More queries than a program holds come in turns, which add
+to the gradients of keys and values in memory; the splits' gradients of q are added in their order. Nothing is atomic.
 
 At the same sizes, with a block of 128 queries and a key grid of 64 x 64, keys, values and their gradients are 134 MB,
 32 us at 4.2 TB/s; 12.2 instructions a query and key are 26 us of issue slots; exponentials 17 us; 21 GFLOP on tensor
@@ -190,7 +190,7 @@ def _masked_attention_reduce_kernel(
 
 
 def add_splits(parts: Tensor, lse_parts: Tensor | None, out: Tensor, lse: Tensor | None, num_heads: int) -> None:
-    """Writes ``out`` (B, N, E) and ``lse`` (B, heads, N) from their parts of every split, or ``out`` as a plain sum."""
+    """Writes ``out`` (B, N, E) and ``lse`` (B, heads, N) from the splits' parts; without ``lse``, ``out`` is a sum."""
     splits, batch, queries, channels = parts.shape
     head_dim = channels // num_heads
     query_blocks = triton.cdiv(queries, 16)
@@ -214,7 +214,7 @@ def add_splits(parts: Tensor, lse_parts: Tensor | None, out: Tensor, lse: Tensor
 
 
 def with_near_rows(x: Tensor) -> Tensor:
-    """``(B, N or S, E)`` whose rows are contiguous, and near enough for 32-bit positions within a block."""
+    """``x (B, N or S, E)`` with contiguous rows, near enough to each other for 32-bit positions within a block."""
     return with_contiguous_rows(x if x.stride(1) < 1 << 22 else x.contiguous())
 
 
@@ -318,8 +318,8 @@ def _masked_attention_bwd_kernel(
 
         dV = P'^T dO,  dS = P (dP' - delta),  delta = rowsum(P dP') = rowsum(O dO),  dQ = scale dS K,  dK = scale dS^T Q
 
-    (FlashAttention-2, arXiv:2307.08691, algorithm 2). DELTA is "out" where delta is rowsum(O dO). float32 wants it of
-    the very products that it is subtracted from, and of weights that sum to one, which a rounded logsumexp does not
+    (FlashAttention-2, arXiv:2307.08691, algorithm 2). With DELTA = "out" delta is rowsum(O dO). float32 needs the sum
+    of the very products that delta is subtracted from, and weights that sum to one, which a rounded logsumexp does not
     give: a launch with "summed" adds up rowsum(P dP') and rowsum(P), one with "known" reads them.
 
         q, grad_out, out  (B, N, E);  k, v, grad_k, grad_v  (B, S, E);  logsumexp  (B, heads, N);  strides in units

@@ -1,9 +1,9 @@
 """The matching cost of every query against every target, at points that an image's queries and targets share.
 
 Points are sorted by the cell of the logits that they lie in, so that neighboring lanes read neighboring logits. One
-launch samples the targets, once for all layers; the second samples the logits; the third, that of ``mask_cost``, adds
-the splits of the points in their order. At B=16, L=10, N=100 and 12,544 points there are 200 M samples of four logits
-and two special functions each, on planes that stay in the caches.
+launch samples the targets, once for all layers; the second samples the logits; the third adds the splits of the points
+in their order. At B=16, L=10, N=100 and 12,544 points there are 200 M samples of four logits and two special functions
+each, from planes that stay in the caches.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _point_mask_cost_targets_kernel(
     B, M, P, H, W, points_per_split,
     HAS_SEGMENTS: tl.constexpr, HAS_VOID: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """The share of each target in each point: ``_point_mask_cost_fwd_kernel`` reads them for every row.
+    """The share of each target in each point, as ``_point_mask_cost_fwd_kernel`` reads them for every row.
 
     points  (B, P, 2)
     shares  (B, blocks of BLOCK_M - 1 targets, P, BLOCK_M); the last is the point's weight
@@ -161,7 +161,7 @@ def _point_mask_cost_fwd_kernel(
 
 
 def sorted_by_cell(points: Tensor, h: int, w: int) -> Tensor:
-    """``(B, P, 2)``: the points of each image, those of one cell of its h x w grid beside each other."""
+    """``(B, P, 2)``: the points of each image, sorted by the cell of its h x w grid."""
     column, row = (points[..., 0] * w).long(), (points[..., 1] * h).long()
     order = (row * w + column).argsort(dim=-1, stable=True)
     return points.gather(1, order[..., None].expand_as(points))

@@ -1,7 +1,7 @@
-"""Semantic inference: the class of every pixel without the masks or the scores of any; see ``_semantic_fwd_kernel``.
+"""Semantic inference: the class of every pixel, without storing masks or scores; see ``_semantic_fwd_kernel``.
 
 Precision. score[k] = sum_n P[n, k] s[n] is a product on the tensor cores of factors in 0..1. fp16 has three bits more
-than bf16 and is as fast; its range is short, so both factors are brought to the top of it:
+than bf16 and is as fast; its range is short, so both factors are scaled to the top of it:
 
 - P[n] is divided by its largest value and s[n] multiplied by it: s[n] then bounds what query n adds to any class;
 - a pixel's s is multiplied by a power of two, found from the logits that the pixel reads, so that the largest s[n] of
@@ -13,11 +13,11 @@ logits and the result by 2^-9. float32 and float16 logits take three products, o
 factors, without low * low: 2^-22 in all, for half of what three tf32 products cost. The tensor cores add in float32 and
 truncate, one or three times for each 16 queries: half a unit in the last place of the sum each, on average.
 
-Order "scores": what is resampled, the mixture of sigmoids, is linear in them, so the sigmoids are staged, once for each
-logit, and resampled; no scores exist but those of a program's tile.
+Order "scores" resamples a mixture of sigmoids. As that is linear in the sigmoids, these are staged, once for each
+logit, and resampled; scores exist for a program's tile alone.
 
 Where the time goes at B=8, N=100, K=150, 512 x 512 from 128 x 128, on 132 SMs at 1.75 GHz (210 M pairs of a pixel and a
-query, 235 M as N is padded to 112), for bfloat16 / float32 logits, reckoned and not measured:
+query, 235 M as N is padded to 112), for bfloat16 / float32 logits, calculated and not measured:
 
 - special functions, an exponential and a reciprocal a pair: 127 us at 16 lanes a clock (113 us without the padding);
 - tensor cores, with K padded to 160: 75 GFLOP, 95 us / 285 us at 790 TFLOP/s;
@@ -68,8 +68,8 @@ class SemanticConfig:
     Args:
         tile_rows, tile_columns: pixels of the result that a program owns.
         classes: most classes whose scores a program holds at a time; more take more passes over the queries.
-        least_skipped: blocks of queries that must be left for a tile to be worth asking whether they matter.
-        negligible: what the queries left may add to a class at most, for them to be worth asking about.
+        least_skipped: the fewest remaining blocks of queries for which a tile checks whether they matter.
+        negligible: the most that the remaining queries may add to a class, for a tile to check whether they matter.
     """
 
     tile_rows: int = 8
@@ -86,8 +86,8 @@ CONFIGS = {1: {None: SemanticConfig()}, 2: {None: SemanticConfig(tile_columns=8,
 
 @triton.jit
 def _to_half(x):
-    """fp16 of float32. The compiler may not look through it: it would bring what x is computed from, four staged values
-    for each x, to the layout of a product's factor, rather than x itself."""
+    """fp16 of float32, opaque to the compiler: it would otherwise convert the four staged values behind each x to the
+    layout of a product's factor, rather than x itself."""
     if INTERPRETED:
         result = x.to(tl.float16)
     else:
@@ -108,8 +108,8 @@ def _semantic_classes_kernel(
     probabilities  (B, N, K);  order (B, N), by falling largest (B, N)
     weight         (B, blocks * BLOCK_N), the largest again, 0 where there is no query
     high, low      (B, class blocks, blocks * BLOCK_N, WIDTH) fp16, their sum the quotient to 22 bits
-    stop           (B), after how many blocks of queries to ask whether the rest matters; all of them for never
-    rest           (B), what the rest adds to any class at most
+    stop           (B), after how many blocks of queries to check whether the rest matters; after all means never
+    rest           (B), the most that the rest adds to any class
     """
     image = tl.program_id(0).to(tl.int64)
     class_block = tl.program_id(1)
@@ -167,8 +167,8 @@ def _semantic_fwd_kernel(
 
     Classes lie in two blocks, as neither 150 nor 133 is near a power of two. Queries come by falling probability of
     their most likely class. After ``stop`` blocks of them, the rest cannot change a label where the winner leads by
-    more than ``rest`` and rounding; if it leads so at every pixel of the tile, that was all, else the sum goes on
-    with the rest: the result is that of all queries bit for bit.
+    more than ``rest`` and rounding. If it does at every pixel of the tile, the program stops; else it adds the rest.
+    Labels are the same as with all queries.
     """
     slack = tl.cast(slack, tl.float32)
     image = tl.program_id(1).to(tl.int64)
@@ -207,7 +207,7 @@ def _semantic_fwd_kernel(
         block = 0
         while block < end:
             n = block * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-            # Loaded first, so that they arrive while the masks are computed.
+            # Loaded early, to arrive while the masks are computed.
             table_row = (n * WIDTH)[:, None]
             high_a = tl.load(high_ptr + table + (table_row + a[None, :]))  # [BLOCK_N, BLOCK_A]
             if BLOCK_B:
@@ -288,7 +288,8 @@ def _semantic_fwd_kernel(
 
 
 def class_blocks(count: int, most: int) -> tuple[int, int, int]:
-    """How many blocks of classes, and the two powers of two, at least 16 or the second 0, that together hold one."""
+    """The number of blocks of classes, and the two widths that hold one: powers of two of 16 or more; the second may
+    be 0."""
     blocks = triton.cdiv(count, most)
     size = triton.cdiv(count, blocks)
     large = power_of_two(size, 16, 1 << 30)
@@ -363,7 +364,7 @@ def semantic_inference(
 
     Args:
         geometry: see ``Resampling``.
-        skip: ask whether the least probable queries matter before they are computed; the result is the same.
+        skip: check whether the least probable queries matter before computing them; the result is the same.
     """
     batch, queries, classes = probabilities.shape
     resampling = Resampling(*geometry)

@@ -22,7 +22,7 @@ def check_mask_term(term: MaskTerm) -> None:
 
 
 def check_floating(name: str, tensor: Tensor, least_dim: int, shape: str) -> None:
-    """A floating-point tensor of at least ``least_dim`` dimensions, the shape said in words for the message."""
+    """``tensor`` is floating point, of at least ``least_dim`` dimensions; the message gives ``shape``."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor of shape {shape}, got {type(tensor).__name__}")
     if not tensor.is_floating_point():
@@ -37,7 +37,7 @@ def check_is_targets(targets: Targets) -> None:
 
 
 def check_targets(targets: Targets, name: str, logits: Tensor, batch_size: int) -> None:
-    """``targets`` fits the ``batch_size`` images and the device of ``logits``, which is called ``name``."""
+    """``targets`` fits the ``batch_size`` images and the device of ``logits``, an argument called ``name``."""
     if targets.batch_size != batch_size:
         raise ValueError(f"targets has {targets.batch_size} images, {name} of shape {tuple(logits.shape)} {batch_size}")
     if targets.device != logits.device:
@@ -89,7 +89,7 @@ def check_assignment(assignment: Tensor, leading: tuple[int, ...], num_queries: 
 def check_assigned_queries(
     assignment: Tensor, expected: tuple[int, ...], num_queries: int, other: str, device: torch.device
 ) -> None:
-    """``assignment`` has the ``expected`` shape, the ``device`` of what is called ``other``, and no query beyond N."""
+    """``assignment`` has the ``expected`` shape, the ``device`` of argument ``other``, and queries below N."""
     if assignment.dtype != torch.int64:
         raise TypeError(f"assignment must have dtype int64, got {assignment.dtype}")
     if tuple(assignment.shape) != expected:
@@ -103,7 +103,7 @@ def check_assigned_queries(
 
 
 def check_points(points: Tensor, leading: tuple[int, ...], shape: str, targets: Targets) -> None:
-    """``points`` of shape ``(*leading, P, 2)``, said in words as ``shape``, precise enough to tell pixels apart."""
+    """``points`` has shape ``(*leading, P, 2)``, which messages give as ``shape``, and enough precision."""
     if not isinstance(points, Tensor):
         raise TypeError(f"points must be a tensor of shape {shape}, got {type(points).__name__}")
     if points.dtype not in (torch.float32, torch.float64):
@@ -127,10 +127,10 @@ def check_point_sampling(num_points: int, oversample_ratio: float, importance_sa
 
 
 def stack_layers(tensor: Tensor, dim: int) -> Tensor:
-    """``(..., *last dim sizes)`` to ``(L, *last dim sizes)``: what operators take for any leading dimensions."""
+    """Flattens the leading dimensions: ``(..., *last dim sizes)`` to ``(L, *last dim sizes)``, as operators take."""
     return tensor.reshape(math.prod(tensor.shape[:-dim]), *tensor.shape[-dim:])
 
 
 def computing_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any tensor is, else float32: what the reference backend computes in."""
+    """The dtype that the reference backend computes in: float64 if any tensor is, else float32."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32

@@ -134,8 +134,8 @@ def prepare(
         tensors = [mask_logits]
     else:
         _check_embeddings(class_logits, mask_logits)
-        mask_logits = tuple(mask_logits)
-        tensors = list(mask_logits)
+        mask_embed, pixel_embed = tensors = [*mask_logits]
+        mask_logits = mask_embed, pixel_embed
     for tensor in tensors:
         if tensor.device != class_logits.device:
             raise ValueError(f"class_logits is on {class_logits.device}, the masks are on {tensor.device}")

@@ -1,4 +1,4 @@
-"""What was built, and what will run."""
+"""Prints which parts of the extension were built, and which backend each operator takes."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def _cuda(archs: str, version: str) -> str:
 
 
 def show_config() -> str:
-    """Prints, and returns, what was built, which SIMD level is in use, and what ``backend="auto"`` takes for each
-    operator on each device that is there."""
+    """Prints and returns what was built, the SIMD level in use, and the backend that ``backend="auto"`` takes for each
+    operator on each available device."""
     lines = [f"fastmask {__version__}, torch {torch.__version__}"]
     if EXTENSION_ERROR is not None:
         lines.append(f"extension: {EXTENSION_ERROR}")

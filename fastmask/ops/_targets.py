@@ -1,4 +1,4 @@
-"""How operators take the targets of a batch: six arguments, in one order."""
+"""The six arguments by which operators take the targets of a batch."""
 
 from __future__ import annotations
 

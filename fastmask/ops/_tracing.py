@@ -1,7 +1,7 @@
 """Sizes that ``torch.export`` leaves open.
 
-Where a program is traced for images of any size, sides are symbols instead of numbers. Asking whether one equals
-another by ``if`` would export a program for those sizes alone that answer alike.
+When a program is traced for images of any size, sides are symbols instead of numbers. An ``if`` on whether two of them
+are equal would restrict the exported program to the sizes that take the same branch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def is_open(size: Sequence[int]) -> bool:
 
 
 def known(condition: bool | torch.SymBool) -> bool:
-    """A condition on sizes; False where it depends on what is left open."""
+    """A condition on sizes; False where it depends on an open side."""
     if isinstance(condition, bool):
         return condition
     # Imports SymPy, which nothing else of ours needs.
@@ -27,12 +27,12 @@ def known(condition: bool | torch.SymBool) -> bool:
 
 
 def same_size(one: Sequence[int], other: Sequence[int]) -> bool:
-    """Whether two (height, width) are equal; False where that depends on what is left open."""
+    """Whether two (height, width) are equal; False where that depends on an open side."""
     return known(one[0] == other[0]) and known(one[1] == other[1])
 
 
 def as_size(size: Sequence[int]) -> tuple[int, int]:
-    """(height, width) as integers of Python, from those of NumPy or tensors too; what is left open stays so."""
+    """(height, width) as Python integers, also from NumPy's or tensors; open sides stay open."""
     height, width = (side if isinstance(side, torch.SymInt) else int(side) for side in size)
     return height, width
 

@@ -38,11 +38,11 @@ def assign(
     min over injective a of sum_m cost[a(m), m] (MaskFormer, arXiv:2107.06278, section 3.2), by an auction (Bertsekas,
     Annals of Operations Research 14, 1988) that shortest augmenting paths finish (Jonker and Volgenant, Computing 38,
     1987). With fewer queries than targets, the N best pairs are taken and the other targets stay unmatched. The total
-    is proved to lie within 1e-6 (float64: 1e-12) of the sum of |cost| over the pairs from the least one. The same input
-    gives the same bits on any processor, with any number of threads; equal totals are told apart by a fixed rule.
+    is proved to exceed the least one by at most 1e-6 (float64: 1e-12) of the sum of |cost| over the pairs. The same
+    input gives the same bits on any processor, with any number of threads; a fixed rule breaks ties.
 
-    Pairs whose cost is NaN or infinite (of either sign) are taken last: among all complete matchings, those with the
-    fewest such pairs compete, by the total of their finite costs.
+    Pairs whose cost is NaN or infinite (of either sign) are taken last: among the complete matchings with the fewest
+    such pairs, the result has the least total of finite costs.
 
     Args:
         cost: ``(..., N, M)`` floating point, of any strides; on a GPU, at most 1000 queries and targets a problem.
@@ -50,8 +50,7 @@ def assign(
             On a GPU, counts outside ``0..M`` are taken as the nearer of the two.
         return_duals: also return the duals, which prove the result.
         return_status: also return how many pairs of each matching are not finite.
-        policy: "last", or "raise" for SciPy's errors about costs that are not finite. These need the values on the
-            host, so "raise" is for CPU tensors.
+        policy: "last", or "raise" for SciPy's errors about costs that are not finite, which need a CPU tensor.
         backend: "auto", "reference" or "native". The reference returns no duals.
 
     Returns:
@@ -161,7 +160,7 @@ ASSIGN_DUALS = Operator(
     native=("cpu", "cuda"),
     dtypes=_DTYPES,
 )
-# The form that CUDA runs, on one CPU thread; for tests. The seed scrambles the order of what a block does at once.
+# The CUDA kernel's form, on one CPU thread; for tests. The seed permutes what a block does in parallel.
 torch.library.define(
     "fastmask::_assign_serial", "(Tensor cost, Tensor? counts, int seed) -> (Tensor, Tensor, Tensor, Tensor)"
 )

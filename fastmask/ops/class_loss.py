@@ -48,8 +48,8 @@ def class_loss_terms(
     eos_coef: float = 0.1,
     class_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The two sums whose quotient :func:`class_loss` is, ``(...)`` each, for who divides by those of other processes;
-    arguments and errors are the same."""
+    """The numerator and the denominator of :func:`class_loss`, ``(...)`` each, to be summed over processes before the
+    division. Arguments and errors are the same."""
     check_class_logits(class_logits, targets)
     num_queries, num_classes = class_logits.shape[-2], class_logits.shape[-1] - 1
     check_assignment(assignment, tuple(class_logits.shape[:-3]), num_queries, targets)
@@ -67,7 +67,7 @@ def class_loss_terms(
 
 
 def query_classes(labels: Tensor, assignment: Tensor, num_queries: int, num_classes: int) -> Tensor:
-    """``(..., B, N)`` int64: the class that each query should answer, ``num_classes`` where it has no target."""
+    """``(..., B, N)`` int64: the class of each query's target, ``num_classes`` where it has none."""
     # Unmatched targets write to a slot of their own beyond the queries, which is cut off.
     slots = torch.where(assignment < 0, num_queries, assignment)
     classes = labels.new_full((*assignment.shape[:-1], num_queries + 1), num_classes)

@@ -22,10 +22,9 @@ def matched_mask_logits(
     mask_embed: Tensor, pixel_embed: Tensor, targets: Targets, assignment: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Mask logits of the matched queries, sum_c mask_embed[n, c] pixel_embed[c, y, x] (MaskFormer, arXiv:2107.06278,
-    section 3.3), to be handed on to ``fastmask.mask_loss``.
+    section 3.3), for ``fastmask.mask_loss``.
 
-    Unmatched queries get no gradient from the mask losses, so nothing of the size of all mask logits need exist for
-    backward.
+    Unmatched queries get no gradient from the mask losses, so backward needs nothing of the size of all mask logits.
 
     Args:
         mask_embed: ``(..., B, N, C)`` floating point; any leading dimensions, usually L decoder layers, or none.
@@ -68,7 +67,7 @@ def matched_mask_logits(
 
 
 def _most_targets(targets: Targets) -> int:
-    """M, or less where reading the counts makes nobody wait."""
+    """The largest number of targets where reading the counts needs no wait, else M."""
     if targets.device.type != "cpu" or torch.compiler.is_compiling() or targets.batch_size == 0:
         return targets.num_targets
     return int(targets.counts.max())

@@ -24,11 +24,11 @@ def linear_sum_assignment(
     """The row and column indices of an optimal assignment: ``scipy.optimize.linear_sum_assignment``, faster.
 
     min over matchings of sum C[i, j] over the matched pairs, to within 1e-12 of the sum of |C| over them (1e-6 for
-    tensors other than float64); of equal totals, one by a fixed rule, not always SciPy's. See ``fastmask.assign`` for
-    the algorithm and for batches.
+    tensors other than float64). A fixed rule breaks ties, not always as SciPy does. See ``fastmask.assign`` for the
+    algorithm and for batches.
 
     Args:
-        cost_matrix: ``(N, M)``; a tensor of any real dtype, or whatever NumPy casts to float64 without loss.
+        cost_matrix: ``(N, M)``; a tensor of any real dtype, or an array that NumPy casts to float64 without loss.
         maximize: find the largest total instead.
 
     Returns:

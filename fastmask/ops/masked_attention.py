@@ -1,14 +1,14 @@
 """Cross-attention in which a query attends where its own mask is foreground, and its gradient.
 
-``fastmask::masked_attention`` also returns ``logsumexp (B, heads, N)``: log sum_s exp(scale q k_s) over the keys s that
-the query attends to, before dropout, which is all that backward needs to recompute a weight. Rows without any key hold
-+inf, so that exp(score - logsumexp) is 0 there as well. It is float32 on a GPU and float64 on the CPU, where it costs
-nothing and spares backward what is otherwise its largest rounding.
+``fastmask::masked_attention`` also returns ``logsumexp (B, heads, N)``: log sum_s exp(scale q k_s) over the keys s
+that the query attends to, before dropout, from which backward recomputes the weights. Rows without any key hold +inf,
+so that exp(score - logsumexp) is 0 there as well. It is float32 on a GPU and float64 on the CPU, where it costs nothing
+and avoids the largest rounding error of backward.
 
 With ``dropout_p`` > 0, ``seed`` is an int64 tensor of one element on the tensors' device, so that no value crosses to
 the host. The weight of key s for query n in head h of image b is kept where u >= dropout_p, u being the first number of
-Philox4x32-10 (Salmon et al., SC 2011) as ``triton.language.rand(seed, ((b * heads + h) * N + n) * S + s)`` has it: all
-backends drop the same weights, and backward draws them again.
+Philox4x32-10 (Salmon et al., SC 2011), as ``triton.language.rand(seed, ((b * heads + h) * N + n) * S + s)`` returns it:
+all backends drop the same weights, and backward draws them again.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def masked_attention(
         num_heads: divides E.
         scale: (E / num_heads) ** -0.5 by default.
         key_padding_mask: ``(B, S)`` bool, True for keys that are padding.
-        dropout_p: the share of attention weights that is dropped, 0..1; the rest is scaled by 1 / (1 - dropout_p).
+        dropout_p: the probability, 0..1, of dropping a weight; the others are scaled by 1 / (1 - dropout_p).
         backend: "auto", "reference", "native" or "triton". The C++ kernels take any head dimension E / num_heads, the
             Triton kernels up to 128; "auto" takes the reference beyond.
 

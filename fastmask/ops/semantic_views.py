@@ -19,7 +19,7 @@ BAND_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class SemanticView:
-    """What a network says of a rectangle of an image.
+    """A network's prediction for a rectangle of an image.
 
     Args:
         class_logits: ``(N, K+1)`` floating point; the last class is "no object".
@@ -59,8 +59,8 @@ def merge_views(
     This is the evaluation of MaskFormer (arXiv:2107.06278: the scores of all scales and of their mirror images are
     averaged at the image's size) and, with windows, that of Segmenter (arXiv:2105.05633, section 4.2).
 
-    Scores exist for a band of rows at a time. Views are taken from the iterable when the band reaches them and dropped
-    when it has passed: those of one row of windows and the next are in memory, if it makes them as they are asked for.
+    Scores exist for a band of rows at a time. A view is taken from the iterable when the band reaches it, and dropped
+    when the band has passed: from a generator, only the views of two rows of windows are in memory.
 
     Args:
         views: of one image and K classes, by rising ``top``; together they cover every pixel.
@@ -74,7 +74,8 @@ def merge_views(
         float32 (float64 for float64 logits, which only the reference reads).
 
     Raises:
-        ValueError: no views, views out of order or beyond the image, pixels that none covers, or what does not fit.
+        ValueError: no views, views out of order or beyond the image, pixels that no view covers, or shapes, devices or
+            options that do not fit.
         TypeError: logits that are not floating point.
         RuntimeError: the backend asked for cannot run.
     """
@@ -209,7 +210,7 @@ def _add_scores(active: list[_Scores], top: int, total: Tensor) -> Tensor:
 
 
 def _largest(scores: Tensor, dtype: torch.dtype) -> Tensor:
-    """The lowest class of the largest of ``scores (K, ...)``, which are no longer needed."""
+    """The lowest class of the largest of ``scores (K, ...)``, which are overwritten."""
     if scores.device.type != "cpu":
         return scores.argmax(0).to(dtype)
     # PyTorch's argmax over the first dimension takes ten times as long on a CPU.

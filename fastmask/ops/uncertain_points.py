@@ -1,7 +1,7 @@
 """Random points of the matched pairs, most of them where the predicted mask is uncertain.
 
-``fastmask::uncertain_points`` takes them from a stream that the seed, an int64 tensor of one element, determines; see
-``fastmask.reference.random_points``. It stores only chosen points.
+``fastmask::uncertain_points`` takes them from a stream determined by the seed, an int64 tensor of one element; see
+``fastmask.reference.random_points``. It stores the chosen points alone.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def uncertain_points(
     """Points for ``mask_loss``: importance sampling of PointRend (arXiv:1912.08193, section 4.1) as Mask2Former
     (arXiv:2112.01527, section 3.3) uses it.
 
-    Of ``oversample_ratio * num_points`` uniformly random points of a pair, those ``importance_sample_ratio *
-    num_points`` are taken where the sampled logit of the target's query is closest to 0 (NaN is the closest), and to
-    them the rest of ``num_points``, random as well. Both products are rounded down.
+    Of ``oversample_ratio * num_points`` uniformly random candidates of a pair, the ``importance_sample_ratio *
+    num_points`` are chosen where the sampled logit of the target's query is closest to 0 (NaN counts as the closest).
+    The rest of ``num_points`` are random points. Both products are rounded down.
 
-    The generator gives one seed; a counter-based generator (Philox-4x32-10) makes the points of it, the same ones on
+    The generator gives one seed; a counter-based generator (Philox-4x32-10) draws the points from it, the same ones on
     every device, and candidates that are not chosen are never stored. Nothing is read back from the device, and a
-    CUDA graph that captures this draws other points at each replay.
+    captured CUDA graph draws other points at each replay.
 
     Args:
         mask_logits: ``(..., B, N, h, w)`` floating point; any leading dimensions, usually L decoder layers, or none.
