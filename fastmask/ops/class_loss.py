@@ -41,12 +41,7 @@ def class_loss(
 
 
 def class_loss_terms(
-    class_logits: Tensor,
-    targets: Targets,
-    assignment: Tensor,
-    *,
-    eos_coef: float = 0.1,
-    class_weights: Tensor | None = None,
+    class_logits: Tensor, targets: Targets, assignment: Tensor, *, class_weights: Tensor | None, eos_coef: float = 0.1
 ) -> tuple[Tensor, Tensor]:
     """The numerator and the denominator of :func:`class_loss`, ``(...)`` each, to be summed over processes before the
     division. Arguments and errors are the same."""

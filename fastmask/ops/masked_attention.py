@@ -164,16 +164,9 @@ _ARGUMENTS = (
 
 
 def _fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask_logits: Tensor | None,
-    key_padding_mask: Tensor | None,
-    grid_height: int,
-    grid_width: int,
-    num_heads: int,
-    *_: object,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, mask_logits: Tensor | None, key_padding_mask: Tensor | None, grid_height: int,
+    grid_width: int, num_heads: int, *_: object,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch_size, num_queries, _channels = q.shape
     dtype = torch.float64 if q.device.type == "cpu" else torch.float32
     return q.new_empty(q.shape), q.new_empty((batch_size, num_heads, num_queries), dtype=dtype)
