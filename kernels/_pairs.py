@@ -49,7 +49,7 @@ def _store_part(part_ptr, loss, intersection, prediction, target, weight):
 
 
 @kernel
-def _pair_losses_kernel(
+def _mask_loss_reduce_kernel(
     assignment_ptr, labels_ptr, parts_ptr, mask_ptr, dice_ptr, sums_ptr, pairs, B, N, M, parts, BLOCK_P: tl.constexpr
 ):
     """mask = loss / pixels and dice = 1 - (2 sum p t + 1) / (sum p + sum t + 1) (V-Net, arXiv:1606.04797) of each pair,
@@ -113,7 +113,7 @@ def add_parts(arguments: dict[str, Any], parts: Tensor) -> tuple[Tensor, Tensor,
     dice, sums = torch.empty_like(mask), mask.new_empty((*mask.shape, 4))
     if pairs == 0:
         return mask, dice, sums
-    _pair_losses_kernel[(triton.cdiv(pairs, 32),)](
+    _mask_loss_reduce_kernel[(triton.cdiv(pairs, 32),)](
         **{name: arguments[name] for name in ("assignment_ptr", "labels_ptr", "B", "N", "M")},
         parts_ptr=parts,
         mask_ptr=mask,

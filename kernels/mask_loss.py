@@ -172,8 +172,8 @@ def _mask_loss_fwd_kernel(
     FOCAL: tl.constexpr, SQUARE: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_VOID: tl.constexpr,
     ONE_CHUNK: tl.constexpr, UNIT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Sums over some output rows and cells of one pair, in parts that ``_pair_losses_kernel`` adds: the loss, sum p t,
-    sum p, sum t and the number of counted pixels.
+    """Sums over some output rows and cells of one pair, in parts that ``_mask_loss_reduce_kernel`` adds: the loss,
+    sum p t, sum p, sum t and the number of counted pixels.
 
     The loss of a pixel is alpha_t (1-p_t)^gamma (-log p_t) (RetinaNet, arXiv:1708.02002, equation 5) or -log p_t.
 

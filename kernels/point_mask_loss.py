@@ -69,8 +69,8 @@ def _point_mask_loss_fwd_kernel(
     FOCAL: tl.constexpr, SQUARE: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_VOID: tl.constexpr,
     UNIT: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Sums over some points of one pair, in parts that ``_pair_losses_kernel`` adds: the loss t F+ + (v - t) F-, p t,
-    v p, t and v (Mask2Former, arXiv:2112.01527, section 3.3).
+    """Sums over some points of one pair, in parts that ``_mask_loss_reduce_kernel`` adds: the loss t F+ + (v - t) F-,
+    p t, v p, t and v (Mask2Former, arXiv:2112.01527, section 3.3).
 
         logits      (L, B, N, h, w)
         assignment  (L, B, M), labels (B, M), points (L, B, M, P, 2)
