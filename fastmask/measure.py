@@ -1,4 +1,4 @@
-"""Time and peak extra memory of calls, their results included; for benchmarks and demonstrations."""
+"""Time and peak extra memory of calls, including their results, for benchmarks and demonstrations."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import ctypes
 import gc
 import os
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-# Kineto, beneath the profiler, reports each of its starts and stops on stderr unless it is told not to.
+# Otherwise Kineto, beneath the profiler, reports each start and stop on stderr.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -23,9 +24,41 @@ _STATUS = Path("/proc/self/status")
 
 LEAST_ROUNDS = 3
 
+Sample = TypeVar("Sample")
+
+
+def in_turns(
+    turns: Mapping[str, Callable[[], Sample]], next_round: Callable[[dict[str, list[Sample]]], Iterable[str]]
+) -> dict[str, list[Sample]]:
+    """Takes samples round by round, A B C A B C ..., so that other load on the machine affects all alike. Garbage
+    collection is off meanwhile.
+
+    Args:
+        turns: by name, a function that takes one sample.
+        next_round: gets all samples so far, and returns the names of the next round; none to end.
+    """
+    samples: dict[str, list[Sample]] = {name: [] for name in turns}
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        while names := list(next_round(samples)):
+            for name in names:
+                samples[name].append(turns[name]())
+    finally:
+        if collecting:
+            gc.enable()
+    return samples
+
+
+def summary(seconds: Sequence[float]) -> dict[str, float | int]:
+    """Median, 20th and 80th percentile in milliseconds, and how many rounds there were."""
+    low, median, high = (1e3 * np.percentile(seconds, (20, 50, 80))).tolist()
+    return {"median_ms": median, "p20_ms": low, "p80_ms": high, "rounds": len(seconds)}
+
 
 class Clock:
-    """Splits the time of a call into parts. On CUDA it waits for the device when the seconds are read, not before."""
+    """Splits the time of a call into parts. On CUDA it waits for the device only when the seconds are read."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -36,12 +69,12 @@ class Clock:
         self._marks = [self._now()]
 
     def mark(self, part: str) -> None:
-        """What ran since the last mark, or since the beginning, belongs to the part."""
+        """Adds the time since the last mark, or since the beginning, to a part."""
         self._parts.append(part)
         self._marks.append(self._now())
 
     def seconds(self) -> dict[str, float]:
-        """By part; those that have one name are added up."""
+        """The seconds of each part; parts of the same name are added up."""
         if self._on_gpu:
             self._marks[-1].synchronize()
         total: dict[str, float] = {}
@@ -60,13 +93,13 @@ class Clock:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What :func:`take_turns` found out about a call.
+    """The result of :func:`take_turns` for a call.
 
     Attributes:
-        rounds: the seconds of each part, for each round.
-        memory: as :func:`peak_memory` gives it.
-        result: what the call returned.
-        failure: why it could not run, and then there is nothing else; or None.
+        rounds: for each round, the seconds of each part.
+        memory: bytes, as from :func:`peak_memory`.
+        result: the result of the call.
+        failure: why the call could not run, in which case the other attributes are empty; or None.
     """
 
     rounds: list[dict[str, float]] = field(default_factory=list)
@@ -76,63 +109,63 @@ class Measurement:
 
     @property
     def seconds(self) -> list[float]:
-        """Of each round, all parts together."""
+        """The seconds of each round, all parts together."""
         return [sum(parts.values()) for parts in self.rounds]
-
-    def percentiles(self, *percents: float) -> list[float]:
-        """Seconds of a round."""
-        return np.percentile(self.seconds, percents).tolist()
 
     def parts(self) -> dict[str, float]:
         """The median seconds of each part."""
         return {part: float(np.median([parts[part] for parts in self.rounds])) for part in self.rounds[0]}
 
     def ratio(self, other: Measurement) -> float:
-        """How many times as long the other call took: the median over the rounds."""
+        """The time of the other call over the time of this one, as the median over the rounds."""
         return float(np.median([theirs / own for own, theirs in zip(self.seconds, other.seconds, strict=True)]))
 
 
 def take_turns(
     calls: Mapping[str, Callable[[Clock], Any]], device: torch.device, seconds: float
 ) -> dict[str, Measurement]:
-    """Times several calls round by round, A B C A B C ..., so that whatever else the machine does hits all alike.
+    """Times several calls :func:`in_turns`.
 
-    A call before that measures its memory and warms up. Then there are at least three rounds, and more until
-    ``seconds`` are used up; but one only, if that takes more than half of them. All calls have the same rounds: a quick
-    call that ran on alone would find its caches warm, and look quicker than beside the other.
+    Before, each call runs once or twice to measure its memory and to warm up. Then there are at least three rounds, and
+    more until ``seconds`` are used up; but only one if it takes more than half of them. All calls have the same number
+    of rounds: a quick call that continued alone would find its caches warm.
 
     Args:
-        calls: by name; each is given a clock on which it marks its parts, the last one at its end.
-        device: that they run on.
-        seconds: for the rounds of all of them together.
+        calls: by name; each gets a clock on which it marks its parts, the last one at its end.
+        device: the device of the calls.
+        seconds: the time for all rounds together.
     """
     share = seconds / max(1, len(calls))
-    result: dict[str, Measurement] = {}
+    first: dict[str, Measurement] = {}
     for name, call in calls.items():
         start = time.perf_counter()
         try:
-            value, memory = peak_memory(lambda call=call: call(Clock(device)), device)
+            value, memory = peak_memory(partial(_run, call, device), device)
             if time.perf_counter() - start < share:  # the first call may have compiled, and filled caches
-                value, memory = peak_memory(lambda call=call: call(Clock(device)), device)
-            result[name] = Measurement(memory=memory, result=value)
+                value, memory = peak_memory(partial(_run, call, device), device)
+            first[name] = Measurement(memory=memory, result=value)
         except torch.OutOfMemoryError:
-            result[name] = Measurement(failure="out of memory")
-    collecting = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        running = {name: call for name, call in calls.items() if result[name].failure is None}
-        rounds: list[float] = []
-        while running and _needs_more(rounds, seconds):
-            for name, call in running.items():
-                clock = Clock(device)
-                call(clock)
-                result[name].rounds.append(clock.seconds())
-            rounds.append(sum(result[name].seconds[-1] for name in running))
-    finally:
-        if collecting:
-            gc.enable()
-    return result
+            first[name] = Measurement(failure="out of memory")
+    turns = {name: partial(_seconds, call, device) for name, call in calls.items() if first[name].failure is None}
+    totals: list[float] = []  # of each round
+
+    def next_round(samples: dict[str, list[dict[str, float]]]) -> Iterable[str]:
+        if any(samples.values()):
+            totals.append(sum(sum(rounds[-1].values()) for rounds in samples.values()))
+        return samples if _needs_more(totals, seconds) else ()
+
+    samples = in_turns(turns, next_round)
+    return {name: replace(one, rounds=samples.get(name, [])) for name, one in first.items()}
+
+
+def _run(call: Callable[[Clock], Any], device: torch.device) -> Any:
+    return call(Clock(device))
+
+
+def _seconds(call: Callable[[Clock], Any], device: torch.device) -> dict[str, float]:
+    clock = Clock(device)
+    call(clock)
+    return clock.seconds()
 
 
 def _needs_more(rounds: list[float], seconds: float) -> bool:
@@ -142,12 +175,13 @@ def _needs_more(rounds: list[float], seconds: float) -> bool:
 
 
 def peak_memory(call: Callable[[], Any], device: torch.device) -> tuple[Any, dict[str, int | None]]:
-    """Runs the call; what it returned, and the largest memory it held beyond what was there before.
+    """Runs a call and measures the peak of the memory that it adds.
 
     Returns:
-        (result, bytes): on CUDA {"allocator"}. On the CPU "allocator" is what PyTorch's allocator handed out, which
-        does not see scratch of C++ code, and "resident" the growth of the process's resident memory, which does,
-        but is coarse (pages that the process kept from earlier count as free); None where the system does not tell.
+        (result of the call, bytes). "allocator" is the memory that PyTorch's allocator handed out. On the CPU it
+        excludes scratch memory of C++ code; "resident", the growth of the process's resident memory, includes that but
+        is coarse (pages that the process kept from earlier count as free). "resident" is None on CUDA, and where the
+        system does not tell.
     """
     gc.collect()
     if device.type == "cuda":
@@ -159,18 +193,16 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> tuple[Any, dic
         return result, {"allocator": torch.cuda.max_memory_allocated(device) - before, "resident": None}
     _return_free_pages()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        before = _restart_resident_peak()
+        start = _restart_resident_peak()
         result = call()
-        resident = None if before is None else max(0, _status_bytes("VmHWM") - before)
+        resident = None if start is None else max(0, _status_bytes("VmHWM") - start)
     return result, {"allocator": _allocation_peak(recorded), "resident": resident}
 
 
 def _allocation_peak(recorded: profile) -> int:
-    changes = [
-        (event.start_ns(), event.nbytes())
-        for event in recorded.profiler.kineto_results.events()
-        if event.name() == "[memory]"
-    ]
+    found: Any = recorded.profiler  # None before it has run
+    events = found.kineto_results.events()
+    changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
     held = peak = 0
     for _, change in sorted(changes, key=lambda at: at[0]):
         held += change
@@ -179,7 +211,7 @@ def _allocation_peak(recorded: profile) -> int:
 
 
 def _return_free_pages() -> None:
-    """Gives pages that malloc keeps back to the system, so that their reuse shows as growth."""
+    """Returns pages that malloc keeps to the system, so that their reuse shows as growth."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):  # not glibc
@@ -187,7 +219,7 @@ def _return_free_pages() -> None:
 
 
 def _restart_resident_peak() -> int | None:
-    """Sets the peak of resident memory to the present value; that value, or None where the system cannot."""
+    """Sets the peak of resident memory to the current value and returns it; None where the system cannot."""
     try:
         _CLEAR_REFS.write_text("5")
         return _status_bytes("VmRSS")

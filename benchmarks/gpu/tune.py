@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from benchmarks.harness.registry import load_operations
-from benchmarks.harness.timing import Plan, interleave, make_timer, summary
+from benchmarks.harness.timing import Plan, Timer, interleave
+from fastmask.measure import summary
 
 Variant = Mapping[str, int]
 
@@ -86,7 +87,7 @@ def run(tuning: Tuning, case: str, device: torch.device, plan: Plan) -> list[tup
     oracle = operation.oracle(inputs)
     kind = "triton" if device.type == "cuda" else "native"
     provider = next(p for p in operation.providers if p.name == f"fastmask {kind}")
-    timer, calls, estimates = make_timer(device), {}, {}
+    timer, calls, estimates = Timer(device), {}, {}
     for variant in ({}, *tuning.variants):
         name = ", ".join(f"{key}={value}" for key, value in variant.items()) or "as it is"
         call = with_variant(tuning, variant, provider.prepare(inputs))

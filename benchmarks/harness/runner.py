@@ -10,8 +10,8 @@ import torch
 
 from benchmarks.harness.machine import Rates
 from benchmarks.harness.registry import Case, Operation, Provider, Unavailable
-from benchmarks.harness.timing import Plan, Timer, interleave, make_timer, speedup, summary, warm_up
-from fastmask.measure import peak_memory
+from benchmarks.harness.timing import Plan, Timer, interleave, speedup, warm_up
+from fastmask.measure import peak_memory, summary
 
 SLOW_SECONDS = 3.0
 Row = dict[str, Any]
@@ -42,7 +42,7 @@ def measure_case(
         baseline ran, baseline, speedup, speedup_p20, speedup_p80 and speedup_rounds. A provider that is not "ok" was
         never timed.
     """
-    timer = timer or make_timer(device)
+    timer = timer or Timer(device)
     progress("inputs")
     inputs = operation.make_inputs(case.sizes, getattr(torch, dtype), device)
     progress("oracle")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import gc
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
+
+from fastmask.measure import Clock, in_turns
 
 Call = Callable[[], Any]
 
@@ -35,39 +36,25 @@ class Plan:
     warm_up_seconds: float = 0.2
 
 
-class Timer(Protocol):
-    def seconds(self, call: Call, repeats: int) -> float:
-        """Seconds that one call takes, the mean of ``repeats``."""
-
-
-class CpuTimer:
-    def seconds(self, call: Call, repeats: int) -> float:
-        start = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        return (time.perf_counter() - start) / repeats
-
-
-class CudaTimer:
-    """Times each call between two events, its inputs evicted from the L2 cache before."""
+class Timer:
+    """Times calls on a device; on CUDA each by itself, its inputs evicted from the L2 cache before."""
 
     def __init__(self, device: torch.device) -> None:
-        self._evict = torch.empty(256 << 20, dtype=torch.uint8, device=device)
+        self._device = device
+        on_gpu = device.type == "cuda"
+        self._evict = torch.empty(256 << 20, dtype=torch.uint8, device=device) if on_gpu else None
 
     def seconds(self, call: Call, repeats: int) -> float:
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-        torch.cuda.synchronize()
-        for start, end in events:
-            self._evict.zero_()
-            start.record()
+        """Seconds that one call takes, the mean of ``repeats``."""
+        clock = Clock(self._device)
+        for i in range(repeats):
+            if self._evict is not None:
+                self._evict.zero_()
+                clock.mark("eviction")
             call()
-            end.record()
-        torch.cuda.synchronize()
-        return sum(start.elapsed_time(end) for start, end in events) / (1000 * repeats)
-
-
-def make_timer(device: torch.device) -> Timer:
-    return CudaTimer(device) if device.type == "cuda" else CpuTimer()
+            if self._evict is not None or i == repeats - 1:
+                clock.mark("call")
+        return clock.seconds()["call"] / repeats
 
 
 def warm_up(call: Call, timer: Timer, first_seconds: float, plan: Plan) -> float:
@@ -99,51 +86,24 @@ def interleave(
     repeats = {name: max(1, min(1000, math.ceil(plan.sample_seconds / max(estimates[name], 1e-7)))) for name in calls}
     least = {name: plan.least_rounds if plan.least_rounds * estimates[name] <= plan.seconds else 2 for name in calls}
     share = plan.seconds / max(1, len(calls))
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    spent = dict.fromkeys(calls, 0.0)
-    collecting = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        for number in range(plan.rounds):
-            for name, call in calls.items():
-                dropped_out = len(samples[name]) < number
-                if dropped_out or (number >= least[name] and spent[name] > share):
-                    continue
-                samples[name].append(timer.seconds(call, repeats[name]))
-                spent[name] += samples[name][-1] * repeats[name]
-                on_sample(name)
-    finally:
-        if collecting:
-            gc.enable()
-    return samples
 
+    def turn(name: str) -> float:
+        seconds = timer.seconds(calls[name], repeats[name])
+        on_sample(name)
+        return seconds
 
-def percentile(values: Sequence[float], percent: float) -> float:
-    """The value below which ``percent`` percent lie, linear between neighbors."""
-    ordered = sorted(values)
-    position = (len(ordered) - 1) * percent / 100
-    low = math.floor(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+    def next_round(samples: dict[str, list[float]]) -> list[str]:
+        number = max(map(len, samples.values()), default=0)
+        if number >= plan.rounds:
+            return []
+        within = {name: number < least[name] or sum(own) * repeats[name] <= share for name, own in samples.items()}
+        return [name for name, own in samples.items() if len(own) == number and within[name]]
 
-
-def summary(samples: Sequence[float]) -> dict[str, float | int]:
-    """Median, 20th and 80th percentile in milliseconds, and how many rounds there were."""
-    return {
-        "median_ms": median(samples) * 1e3,
-        "p20_ms": percentile(samples, 20) * 1e3,
-        "p80_ms": percentile(samples, 80) * 1e3,
-        "rounds": len(samples),
-    }
+    return in_turns({name: partial(turn, name) for name in calls}, next_round)
 
 
 def speedup(samples: Sequence[float], baseline: Sequence[float]) -> dict[str, float | int]:
     """How many times faster than the baseline: the median over the rounds that both were in."""
     ratios = [theirs / ours for ours, theirs in zip(samples, baseline, strict=False)]
-    return {
-        "speedup": median(ratios),
-        "speedup_p20": percentile(ratios, 20),
-        "speedup_p80": percentile(ratios, 80),
-        "speedup_rounds": len(ratios),
-    }
+    low, median, high = np.percentile(ratios, (20, 50, 80)).tolist()
+    return {"speedup": median, "speedup_p20": low, "speedup_p80": high, "speedup_rounds": len(ratios)}

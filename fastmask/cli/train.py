@@ -59,6 +59,13 @@ def train(
         int | None,
         typer.Option(min=1, help="Images of a step, on all devices together; the recipe's.", rich_help_panel=NETWORK),
     ] = None,
+    ema: Annotated[
+        float | None,
+        typer.Option(
+            help="Evaluate and save an exponential moving average of the weights, with this decay, such as 0.999.",
+            rich_help_panel=NETWORK,
+        ),
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="The learning rate; the recipe's.", rich_help_panel=NETWORK)] = None,
     crop: Annotated[
         tuple[int, int] | None,
@@ -112,6 +119,10 @@ def train(
     device: Annotated[
         str, typer.Option(help="Such as cpu; a GPU by default if there is one.", rich_help_panel=MACHINE)
     ] = "",
+    log: Annotated[
+        str | None,
+        typer.Option(help="Where numbers go: tensorboard (the default), wandb, trackio or none.", rich_help_panel=RUN),
+    ] = None,
     log_every: Annotated[
         int | None, typer.Option(min=1, help="Steps between two lines of the log (20).", rich_help_panel=RUN)
     ] = None,
@@ -160,6 +171,7 @@ def train(
         "strategy": strategy,
         "activation_checkpointing": activation_checkpointing,
         "workers": workers,
+        "log": log,
         "log_every": log_every,
         "eval_every": eval_every,
         "checkpoint_every": checkpoint_every,
@@ -170,6 +182,7 @@ def train(
         "steps": steps,
         "batch_size": batch_size,
         "learning_rate": lr,
+        "ema": ema,
         "crop": crop,
         "short_side": short_side,
     }

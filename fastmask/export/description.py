@@ -1,4 +1,4 @@
-"""The files that programs are written to, and what they say of the network."""
+"""The files of programs: their paths and their metadata."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from fastmask.models._base import PretrainedModel
 from fastmask.version import __version__
 
-# Fields of a configuration that whoever runs a program may need, besides the names of the classes.
+# Fields of a configuration that users of a program may need, besides the names of the classes.
 DESCRIBED = (
     *("num_classes", "stuff_classes", "ignore_index", "pixel_mean", "pixel_std", "size_divisibility", "patch_size"),
     *("sample_rate", "frame_seconds", "median_seconds"),
@@ -16,8 +16,8 @@ DESCRIBED = (
 
 
 def describe(model: PretrainedModel, task: str, window: tuple[int, int] | None) -> dict[str, str]:
-    """What a program's file says of its network: every value a string, lists as JSON has them. A program that predicts
-    in windows has their size and stride as "window"."""
+    """The metadata of a program's file: every value is a string, lists are JSON. A program that predicts in windows has
+    their size and stride as "window"."""
     config = model.config
     values = {name: getattr(config, name) for name in DESCRIBED if hasattr(config, name)}
     return {
@@ -31,11 +31,11 @@ def describe(model: PretrainedModel, task: str, window: tuple[int, int] | None) 
 
 
 def check_path(path: str | Path, ending: str, overwrite: bool) -> Path:
-    """The path, if it may be written.
+    """Checks that a file may be written, and returns its path.
 
     Raises:
-        ValueError: it ends otherwise.
-        FileExistsError: it exists, and ``overwrite`` is False or it is a folder.
+        ValueError: the path has another ending.
+        FileExistsError: the path exists, and ``overwrite`` is False or it is a folder.
     """
     path = Path(path)
     if path.suffix != ending:

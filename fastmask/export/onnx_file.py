@@ -19,11 +19,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastmask.export.description import check_path, describe
 from fastmask.export.program import export_program, open_dims
 from fastmask.export.tasks import check_task, check_window
+from fastmask.extras import extra
 from fastmask.files import replace_file
 from fastmask.models._base import PretrainedModel
 from fastmask.models._images import Size
 
-OPSET = 18  # the one that PyTorch's exporter writes by itself; others it converts to
+OPSET = 18  # what PyTorch's exporter writes without conversion
 MOST_BYTES = 2**31 - 2**24  # of weights: protobuf's limit, less what the graph may take
 LOUD = ("torch.onnx", "onnxscript", "onnx_ir")
 
@@ -41,11 +42,11 @@ def export_onnx(
 ) -> Path:
     """Writes a network as an ONNX file of opset 18, whole or not at all.
 
-    Its images are float32 in 0..1; one that is given 0..255 answers all the same, with wrong labels. It holds standard
-    operators only, all weights, and in float32 whatever the network's dtype. Inputs and outputs have the names that
-    :mod:`fastmask.export` lists, open dimensions the names "batch", "height", "width" and "samples". ``metadata_props``
-    has "fastmask_version", "model", "task", "class_names" (a JSON list), and more of the configuration. The network
-    stays as it is.
+    Its images are float32 in 0..1; with images in 0..255 it gives wrong labels without an error. It holds standard
+    operators only and all weights, in float32 for every dtype of the network. Inputs and outputs have the names that
+    :mod:`fastmask.export` lists; open dimensions are called "batch", "height", "width" and "samples".
+    ``metadata_props`` has "fastmask_version", "model", "task", "class_names" (a JSON list), and more of the
+    configuration. The network does not change.
 
     A MaskFormer's labels and scores take N * H * W floats an image for its masks at the size of the image, and
     K * H * W for the scores: 100 queries at 1024 x 2048 are 840 MB. Where that is too much, export "logits".
@@ -54,12 +55,12 @@ def export_onnx(
         model: a network of :mod:`fastmask.models`.
         path: ends with ".onnx".
         task, size, batch_size, output_size, window: as for :func:`fastmask.export.export_program`.
-        overwrite: replace a file that exists.
+        overwrite: replace an existing file.
 
     Raises:
         ImportError: onnx or onnxscript is not installed.
-        ValueError: the path ends otherwise, or the weights exceed the 2 GB that a file holds.
-        FileExistsError: it exists, and ``overwrite`` is False.
+        ValueError: the path has another ending, or the weights exceed the 2 GB that a file holds.
+        FileExistsError: the file exists, and ``overwrite`` is False.
         TypeError, ValueError: as for :func:`fastmask.export.export_program`.
     """
     path = check_path(path, ".onnx", overwrite)
@@ -82,14 +83,14 @@ def export_onnx(
 
 
 def _convert(program: ExportedProgram, dims: dict[int, str]) -> Any:
-    """An ``onnx.ModelProto`` of a program, its open dimensions named."""
+    """The ``onnx.ModelProto`` of a program, with names of open dimensions."""
     example = program.example_inputs[0][0]
     name = program.graph_signature.user_inputs[0]
     node = next(node for node in program.graph.nodes if node.name == name)
     symbols = {str(node.meta["val"].shape[dim]): dim_name for dim, dim_name in dims.items()}
     outputs = list(program.call_spec.out_spec.unflatten(list(program.graph_signature.user_outputs)))
     with _quiet(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        proto = torch.onnx.export(
+        exported = torch.onnx.export(
             program,
             (example,),
             input_names=[name],
@@ -97,13 +98,15 @@ def _convert(program: ExportedProgram, dims: dict[int, str]) -> Any:
             dynamo=True,
             opset_version=OPSET,
             verbose=False,
-        ).model_proto
+        )
+    assert exported is not None  # as it is with dynamo=False
+    proto = exported.model_proto
     _rename_dims(proto, symbols)
     return proto
 
 
 def _rename_dims(proto: Any, names: dict[str, str]) -> None:
-    """Gives the symbols of open dimensions names that tell."""
+    """Replaces the symbols of open dimensions by their names."""
     for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param:
@@ -111,15 +114,13 @@ def _rename_dims(proto: Any, names: dict[str, str]) -> None:
 
 
 def _require(package: str) -> Any:
-    try:
+    with extra("export"):
         return importlib.import_module(package)
-    except ImportError as error:
-        raise ImportError(f"an ONNX file needs {package}: pip install fastmask-kernels[export]") from error
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's notes on packages that it looks for and on constants that it does not fold."""
+    """Hides the exporter's notes on optional packages and on constants that it does not fold."""
     loggers = [logging.getLogger(name) for name in LOUD]
     levels = [logger.level for logger in loggers]
     try:

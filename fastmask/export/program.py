@@ -15,7 +15,7 @@ from torch.export import Dim, ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastmask.export.description import check_path, describe
-from fastmask.export.tasks import check_task, check_window, module_of_task
+from fastmask.export.tasks import Events, ImageTask, check_task, check_window
 from fastmask.files import replace_file
 from fastmask.models._base import PretrainedModel
 from fastmask.models._images import Size
@@ -24,11 +24,11 @@ from fastmask.ops._registry import choose_backend
 from fastmask.ops.semantic import SEMANTIC_INFERENCE
 
 METADATA_FILE = "fastmask.json"
-# Batch and sides of what open dimensions are traced with, and of what the program is run with afterwards: fewer and
-# more, multiples and not. Sides are in units of what the network pads them to a multiple of.
+# Batch sizes and sides of the inputs to trace with, and of those to run the program with afterwards: smaller and
+# larger, multiples and not. The unit of sides is the network's padding.
 IMAGES = ((2, (4.6, 6.7)), (1, (2.1, 9.0)), (3, (7.0, 3.4)))
 CLIPS = ((2, (24.3,)), (1, (31.7,)), (3, (17.0,)))
-# They pad to whole windows, by arithmetic on the sides that takes minutes to trace and then holds for one size alone.
+# Their padding to whole windows takes minutes to trace for open sizes, and the program then holds for one size only.
 FIXED_SIZE_BACKBONES = ("swin", "swinv2", "maskformer-swin", "donut-swin")
 
 
@@ -42,31 +42,31 @@ def export_program(
     window: int | tuple[int, int] | None = None,
     portable: bool = True,
 ) -> ExportedProgram:
-    """The way of a network from images (or waveforms) to results as a program of ``torch.export``.
+    """Exports a network, from images (or waveforms) to results, as a program of ``torch.export``.
 
     See :mod:`fastmask.export` for its inputs and outputs. ``program.module()(images)`` runs it and returns a dict of
-    the outputs. The network itself stays as it is: what is traced is a copy in evaluation mode and float32, on the
-    network's device, where the program will run.
+    the outputs. The network does not change: a copy of it in evaluation mode and float32 is traced on the network's
+    device, where the program will run.
 
     Args:
         model: a network of :mod:`fastmask.models`.
-        task: "semantic", "scores" or "logits" of networks that take images (by default "semantic"); "events" of a
+        task: "semantic" (the default), "scores" or "logits" of networks that take images; "events" of a
             :class:`fastmask.SoundEventDetector`.
-        size: (height, width) of all images, or the number of samples of all clips; None for any (a Segmenter's are then
-            larger than one patch each way).
-        batch_size: how many images or clips there are at a time; None for any number.
-        output_size: (height, width) of labels or scores; by default that of the images. Goes with ``size``.
-        window: of labels and scores of a Segmenter, (size, stride) of the windows that images are predicted in, as for
-            its ``predict``; goes with ``size``. 0 for whole images. By default the configuration's windows where there
-            is a ``size``; without one whole images, with a warning, as their labels differ from those of windows.
-        portable: True for a program of PyTorch's own operators, which runs where fastmask is not installed. False to
-            keep fastmask's operators, with their kernels and without N masks at full size; such a program loads after
+        size: (height, width) of all images, or the number of samples of all clips; None for any size (a Segmenter's
+            images must then be larger than one patch in both directions).
+        batch_size: the number of images or clips at a time; None for any number.
+        output_size: (height, width) of labels or scores; by default that of the images. It requires ``size``.
+        window: (size, stride) of the windows of a Segmenter's labels and scores, as for its ``predict``; it requires
+            ``size``. 0 for whole images. By default the configured windows with a ``size``, and whole images without
+            one, with a warning, because their labels differ.
+        portable: True for a program of PyTorch's own operators, which runs without fastmask. False to keep fastmask's
+            operators, with their kernels and without N masks at full size; such a program loads after
             ``import fastmask``.
 
     Raises:
-        TypeError: not one of our networks, or sizes or a window that are none.
-        ValueError: an unknown task, sizes below 1, a window that is out of range or goes with nothing else that is
-            asked for, or a network that cannot leave open what is None; the message says what to give.
+        TypeError: not one of our networks, or sizes or a window of the wrong type.
+        ValueError: an unknown task, sizes below 1, a window that is out of range or does not fit the other arguments,
+            or a network that cannot leave open what is None; the message says what to give.
         RuntimeError: ``portable=False`` where fastmask has no kernels for the device, or they were not built.
     """
     task = check_task(model, task)
@@ -90,14 +90,15 @@ def export_program(
 
     example, *others = _examples(traced, task, size, batch_size)
     names = open_dims(task, size, batch_size)
-    program = _trace(module_of_task(traced, task, output_size, backend, window).eval(), example, names)
+    module = Events(traced) if task == "events" else ImageTask(traced, task, output_size, backend, window)
+    program = _trace(module.eval(), example, names)
     if names:
         _check_other_sizes(program, others, names)
     return program
 
 
 def export_pt2(model: PretrainedModel, path: str | Path, *, overwrite: bool = False, **options: Any) -> Path:
-    """Writes the program of a network to a file for ``torch.export.load``, whole or not at all.
+    """Writes a network's program to a file for ``torch.export.load``, whole or not at all.
 
     An extra file in it, "fastmask.json", holds a JSON object of strings: "fastmask_version", "model", "task",
     "class_names" (a JSON list), and more of the configuration.
@@ -105,12 +106,12 @@ def export_pt2(model: PretrainedModel, path: str | Path, *, overwrite: bool = Fa
     Args:
         model: as for :func:`export_program`.
         path: ends with ".pt2".
-        overwrite: replace a file that exists.
+        overwrite: replace an existing file.
         options: as for :func:`export_program`.
 
     Raises:
-        ValueError: the path ends otherwise.
-        FileExistsError: it exists, and ``overwrite`` is False.
+        ValueError: the path has another ending.
+        FileExistsError: the file exists, and ``overwrite`` is False.
         TypeError, ValueError, RuntimeError: as for :func:`export_program`.
     """
     path = check_path(path, ".pt2", overwrite)
@@ -128,7 +129,7 @@ def export_pt2(model: PretrainedModel, path: str | Path, *, overwrite: bool = Fa
 
 
 def open_dims(task: str, size: Size | int | None, batch_size: int | None) -> dict[int, str]:
-    """The dimensions of the input that are left open, and their names."""
+    """The open dimensions of the input and their names."""
     names = {} if batch_size is not None else {0: "batch"}
     if size is None:
         names |= {1: "samples"} if task == "events" else {2: "height", 3: "width"}
@@ -136,8 +137,12 @@ def open_dims(task: str, size: Size | int | None, batch_size: int | None) -> dic
 
 
 def _check_sizes(task: str, size: Size | int | None, batch_size: int | None, output_size: Size | None) -> None:
-    kinds = {"size": 1 if task == "events" else 2, "batch_size": 1, "output_size": 2}
-    for (name, length), value in zip(kinds.items(), (size, batch_size, output_size), strict=True):
+    given: tuple[tuple[str, int, Any], ...] = (
+        ("size", 1 if task == "events" else 2, size),
+        ("batch_size", 1, batch_size),
+        ("output_size", 2, output_size),
+    )
+    for name, length, value in given:
         if value is None:
             continue
         expected = "an integer" if length == 1 else "(height, width)"
@@ -152,7 +157,7 @@ def _check_sizes(task: str, size: Size | int | None, batch_size: int | None, out
 
 
 def _check_open(model: PretrainedModel, task: str, size: Size | int | None, batch_size: int | None) -> None:
-    """Refuses what is known not to trace, before minutes of trying."""
+    """Refuses combinations that are known not to trace, before minutes of tracing."""
     backbone = getattr(getattr(getattr(model, "backbone", None), "config", None), "model_type", None)
     if size is None and backbone in FIXED_SIZE_BACKBONES:
         raise ValueError(
@@ -167,9 +172,10 @@ def _check_open(model: PretrainedModel, task: str, size: Size | int | None, batc
 
 
 def _examples(model: PretrainedModel, task: str, size: Size | int | None, batch_size: int | None) -> list[Tensor]:
-    """What to trace a program with, and what to run it with afterwards."""
+    """The input to trace with, and the inputs to run the program with afterwards."""
     config, device = model.config, next(model.parameters()).device
-    channels = () if task == "events" else (len(config.pixel_mean),)
+    pixel_mean = getattr(config, "pixel_mean", ())
+    channels = (len(pixel_mean),) if pixel_mean else ()
     multiple = next(
         getattr(config, name) for name in ("size_divisibility", "patch_size", "frame_samples") if hasattr(config, name)
     )
@@ -182,7 +188,7 @@ def _examples(model: PretrainedModel, task: str, size: Size | int | None, batch_
 
 
 def _trace(module: torch.nn.Module, example: Tensor, names: dict[int, str]) -> ExportedProgram:
-    # One kernel of attention throughout: each lays its result out in memory in its own way, which views of it follow.
+    # One attention kernel throughout, because each has its own memory layout of results, and traced views depend on it.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         try:
             program = torch.export.export(module, (example,), dynamic_shapes=(dict.fromkeys(names, Dim.DYNAMIC),))
@@ -190,14 +196,14 @@ def _trace(module: torch.nn.Module, example: Tensor, names: dict[int, str]) -> E
             if not names:
                 raise
             raise _not_open(names, error) from error
-    # Questions that Python asked of dtypes, which torch.compile refuses.
+    # Remove unused queries of dtypes, which torch.compile refuses.
     program.graph.eliminate_dead_code()
     program.graph_module.recompile()
     return program
 
 
 def _check_other_sizes(program: ExportedProgram, inputs: list[Tensor], names: dict[int, str]) -> None:
-    """Runs a program on other sizes than it was traced with."""
+    """Runs a program on other sizes than those of tracing."""
     run = program.module()
     try:
         with torch.no_grad():

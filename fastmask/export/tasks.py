@@ -1,13 +1,14 @@
-"""What is exported of a network: a module from tensors to named tensors for each family and task."""
+"""The module that is traced for a task, and the checks of its arguments."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastmask.functional import semantic_inference
-from fastmask.models import MaskFormer, PerPixelBaseline, Segmenter, SoundEventDetector
-from fastmask.models._base import PretrainedModel, SegmentationModel
+from fastmask.models._base import PretrainedModel
 from fastmask.models._images import Size
 from fastmask.models._pixels import pixel_results
 from fastmask.models.sound import frame_probabilities
@@ -20,92 +21,60 @@ TASKS = ("semantic", "scores", "logits", "events")
 RESULTS = {"semantic": "labels", "scores": "scores"}
 
 
-class MaskResults(nn.Module):
-    """Labels or scores of a MaskFormer.
+class ImageTask(nn.Module):
+    """A network as a module from images to the named tensors of a task. Programs take over the names of arguments.
 
     Args:
-        model: the network.
-        output: "labels" or "scores".
-        size: (height, width) of the result; None for the image's own.
-        backend: of ``fastmask.semantic_inference``.
-    """
-
-    def __init__(self, model: MaskFormer, output: str, size: Size | None, backend: str) -> None:
-        super().__init__()
-        self.model = model
-        self.output = output
-        self.size = size
-        self.backend = backend
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """``(B, C, H, W)`` to ``(B, H, W)`` or ``(B, K, H, W)``."""
-        class_logits, mask_logits, padded_size = self.model.final_logits(images)
-        valid_size = images.shape[-2:]
-        options = {"output": self.output, "backend": self.backend}
-        if self.backend == "reference" and is_open(valid_size):
-            return {
-                self.output: crop(semantic_inference(class_logits, mask_logits, padded_size, **options), valid_size)
-            }
-        options |= {"padded_size": padded_size, "valid_size": valid_size}
-        return {self.output: semantic_inference(class_logits, mask_logits, self.size or valid_size, **options)}
-
-
-class PixelResults(nn.Module):
-    """Labels or scores of a network that classifies pixels or patches.
-
-    Args:
-        model, output, size: as for :class:`MaskResults`.
-        window: (size, stride) of the windows of a Segmenter; None for whole images.
+        model: a network that takes images.
+        task: as :func:`check_task` gives it.
+        size: (height, width) of labels or scores; None for the image's own.
+        backend: the backend of ``fastmask.semantic_inference``.
+        window: (size, stride) of windows, as :func:`check_window` gives it; None for whole images.
     """
 
     def __init__(
-        self, model: PerPixelBaseline | Segmenter, output: str, size: Size | None, window: tuple[int, int] | None
+        self, model: Any, task: str, size: Size | None, backend: str, window: tuple[int, int] | None = None
     ) -> None:
         super().__init__()
-        self.model = model
-        self.output = output
-        self.size = size
-        self.window = window
+        self.model, self.task, self.size, self.backend, self.window = model, task, size, backend, window
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """``(B, C, H, W)`` to ``(B, H, W)`` or ``(B, K, H, W)``."""
+        """See :mod:`fastmask.export` for inputs and outputs."""
+        if self.task == "logits":
+            *logits, _ = self.model.final_logits(images)
+            return dict(zip(("logits",) if len(logits) == 1 else ("class_logits", "mask_logits"), logits, strict=True))
+        output = RESULTS[self.task]
+        height, width = images.shape[-2:]
+        return {output: self._result(images, output, (height, width))}
+
+    def _result(self, images: Tensor, output: str, valid_size: Size) -> Tensor:
+        """Labels or scores."""
+        size = self.size or valid_size
         if self.window is not None:
-            logits = self.model.window_logits(images, self.window)
-            return {self.output: pixel_results(logits, self.size or images.shape[-2:], self.output)}
-        logits, padded_size = self.model.final_logits(images)
-        valid_size = images.shape[-2:]
-        logits = resize_bilinear(logits.float(), padded_size)
+            return pixel_results(self.model.window_logits(images, self.window), size, output)
+        *logits, padded_size = self.model.final_logits(images)
+        if len(logits) == 2:
+            class_logits, mask_logits = logits
+            options: dict[str, Any] = {"output": output, "backend": self.backend}
+            result: Any
+            if self.backend == "reference" and is_open(valid_size):
+                result = semantic_inference(class_logits, mask_logits, padded_size, **options)
+                return crop(result, valid_size)
+            options |= {"padded_size": padded_size, "valid_size": valid_size}
+            result = semantic_inference(class_logits, mask_logits, size, **options)
+            return result
+        (scores,) = logits
+        scores = resize_bilinear(scores.float(), padded_size)
         if is_open(valid_size):
-            return {self.output: crop(pixel_results(logits, padded_size, self.output), valid_size)}
+            return crop(pixel_results(scores, padded_size, output), valid_size)
         height, width = valid_size
-        return {self.output: pixel_results(logits[..., :height, :width], self.size or valid_size, self.output)}
-
-
-class Logits(nn.Module):
-    """The logits of a network that takes images.
-
-    Args:
-        model: the network.
-    """
-
-    def __init__(self, model: SegmentationModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """``(B, C, H, W)`` to what ``final_logits`` gives, without the padded size."""
-        *logits, _ = self.model.final_logits(images)
-        return dict(zip(("logits",) if len(logits) == 1 else ("class_logits", "mask_logits"), logits, strict=True))
+        return pixel_results(scores[..., :height, :width], size, output)
 
 
 class Events(nn.Module):
-    """The probabilities of a sound event detector.
+    """A sound event detector as a module from waveforms to probabilities."""
 
-    Args:
-        model: the network.
-    """
-
-    def __init__(self, model: SoundEventDetector) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
@@ -118,8 +87,8 @@ class Events(nn.Module):
 def crop(maps: Tensor, size: Size) -> Tensor:
     """The top left (height, width) of ``maps (..., h, w)`` whose size is open.
 
-    Slices would do, but ``torch.export`` asks how a slice lies in memory, and holds the program to the answer. As this
-    copies, it comes last, when there is one map of labels left instead of N of mask logits.
+    It copies instead of slicing, because ``torch.export`` would fix the memory layout of a slice. Therefore it comes
+    last, when one map of labels is left instead of N of mask logits.
     """
     for dim, length in zip((-2, -1), size, strict=True):
         maps = maps.index_select(dim, torch.arange(length, device=maps.device))
@@ -131,11 +100,11 @@ def check_task(model: PretrainedModel, task: str | None) -> str:
 
     Raises:
         TypeError: not one of our networks.
-        ValueError: an unknown task, or one of another kind of network.
+        ValueError: a task that this kind of network does not have.
     """
-    if not isinstance(model, SegmentationModel | SoundEventDetector):
+    if not isinstance(model, PretrainedModel):
         raise TypeError(f"model must be a network of fastmask.models, got {type(model).__name__}")
-    known = TASKS[3:] if isinstance(model, SoundEventDetector) else TASKS[:3]
+    known = TASKS[3:] if "events" in model.tasks else TASKS[:3]
     task = known[0] if task is None else task
     check_choice(f"task of a {type(model).__name__}", task, known)
     return task
@@ -149,36 +118,22 @@ def check_window(
     Args:
         model: the network.
         task: as :func:`check_task` gives it.
-        size: of the images, if it is known.
+        size: of the images; None if it is open.
         window: as for :func:`fastmask.export.export_program`.
 
     Raises:
-        TypeError: a window that is none.
-        ValueError: one that is out of range, or goes with neither the network, the task nor images of any size.
+        TypeError: a window of the wrong type.
+        ValueError: a window that is out of range or does not fit the network, the task or an open size.
     """
-    if not isinstance(model, Segmenter) or task not in RESULTS:
+    window_of = getattr(model, "window_of", None)
+    if window_of is None or task not in RESULTS:
         if window is not None:
             raise ValueError(
                 f"window goes with labels and scores of a Segmenter; got {window!r} for {task!r} of a "
                 f"{type(model).__name__}"
             )
         return None
-    side, stride = model.window_of(window)
+    side, stride = window_of(window)
     if side > 0 and size is None and window is not None:
         raise ValueError(f"window={window!r} goes with a size of the images, from which the number of windows follows")
     return (side, stride) if side > 0 and size is not None else None
-
-
-def module_of_task(
-    model: PretrainedModel, task: str, size: Size | None, backend: str, window: tuple[int, int] | None = None
-) -> nn.Module:
-    """What to trace; ``task`` as :func:`check_task` gives it, ``window`` as :func:`check_window` does, the other
-    arguments as for :class:`MaskResults`.
-    """
-    if task == "events":
-        return Events(model)
-    if task == "logits":
-        return Logits(model)
-    if isinstance(model, MaskFormer):
-        return MaskResults(model, RESULTS[task], size, backend)
-    return PixelResults(model, RESULTS[task], size, window)

@@ -44,6 +44,11 @@ class PretrainedModel(nn.Module):
     views: ClassVar[tuple[str, ...]] = ()
     # Prefixes of buffers that follow from the configuration and are not saved.
     unsaved: ClassVar[tuple[str, ...]] = ()
+    # Of each network in its own form: results; results of several tasks, if it has them; and the logits of the last
+    # layer with the size that they cover.
+    predict: Callable[..., Any]
+    predict_tasks: Callable[..., Any]
+    final_logits: Callable[..., Any]
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -1,6 +1,7 @@
 """Training: recipes and optimizers, the step, whole runs, and evaluation."""
 
 from fastmask.training.activation_checkpointing import checkpoint_activations
+from fastmask.training.callbacks import Callback
 from fastmask.training.config import TrainingConfig, make_training_config
 from fastmask.training.evaluation import Evaluation, evaluate
 from fastmask.training.optimizer import (
@@ -15,6 +16,7 @@ from fastmask.training.runner import TrainingResult, train
 from fastmask.training.trainer import Trainer
 
 __all__ = [
+    "Callback",
     "Evaluation",
     "Recipe",
     "Trainer",

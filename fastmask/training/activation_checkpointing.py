@@ -1,4 +1,4 @@
-"""Memory for time: activations inside a network's blocks are computed again for backward instead of kept."""
+"""Activation checkpointing: backward recomputes the activations inside a network's blocks to save memory."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def checkpoint_activations(model: Model) -> Model:
-    """Makes each transformer layer, ViT block and backbone block keep its inputs alone for backward (Chen et al.,
-    arXiv:1604.06174), in place: about a forward pass more time, and the peak of one block instead of all.
+    """Makes each transformer layer, ViT block and backbone block keep only its inputs for backward (Chen et al.,
+    arXiv:1604.06174), in place. A step takes about one more forward pass, and its peak memory has the activations of
+    one block instead of all.
 
-    Losses and gradients stay the same: random numbers are drawn again from the same state, so that dropout and
-    stochastic depth leave out the same, and the running statistics of batch norm are updated once. Names of weights,
-    and everything without gradients, stay as they are. Call it before :func:`fastmask.training.distributed.wrap`.
+    Losses and gradients stay the same: dropout and stochastic depth draw the same random numbers again, and the running
+    statistics of batch norm are updated once. Names of weights, and calls without gradients, do not change. Call it
+    before :func:`fastmask.training.distributed.wrap`.
 
     Args:
         model: one of our models, or any module that contains our transformers or a backbone with lists of blocks.
@@ -32,12 +33,12 @@ def checkpoint_activations(model: Model) -> Model:
         ``model``.
 
     Raises:
-        ValueError: nothing in it can be recomputed.
+        ValueError: the model has no such block.
     """
     found = [block for block in blocks(model) if not _recomputes(block)]
     for block in found:
         inner = vars(block).get("forward") or partial(type(block).forward, block)
-        # A partial of the block rather than a closure, so that a copy of the model calls its own block.
+        # A partial, not a closure, so that a copy of the model calls its own block.
         block.forward = partial(_recomputed, block, inner)
     if not found and not any(map(_recomputes, blocks(model))):
         raise ValueError(f"{type(model).__name__} has no transformer layers and no backbone with lists of blocks")
@@ -52,20 +53,20 @@ def _recomputes(block: nn.Module) -> bool:
 def _recomputed(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    options = {}
+    options: dict[str, Any] = {}
     if norms := [module for module in block.modules() if isinstance(module, _BatchNorm)]:
         options["context_fn"] = partial(_contexts, norms)
     return checkpoint(forward, *args, use_reentrant=False, **options, **kwargs)
 
 
 def _contexts(norms: list[_BatchNorm]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Around the forward pass, and around its repetition."""
+    """The contexts of the forward pass and of its repetition."""
     return nullcontext(), _still(norms)
 
 
 @contextmanager
 def _still(norms: list[_BatchNorm]) -> Iterator[None]:
-    """Batch norms that normalize as they do, but whose running statistics stay."""
+    """Inside, batch norms normalize as before, but do not update their running statistics."""
     kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
     try:
         for norm in norms:

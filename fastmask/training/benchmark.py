@@ -1,20 +1,20 @@
-"""What a model costs on this machine with fastmask's kernels, and with the PyTorch reference in their place."""
+"""Time and memory of a model on this machine, with fastmask's kernels and with the PyTorch reference."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial, reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastmask.measure import Clock, Measurement, take_turns
+from fastmask.measure import Clock, Measurement, summary, take_turns
 from fastmask.models._base import SegmentationModel
-from fastmask.models.maskformer import MaskFormer
 from fastmask.models.precision import autocast, check_precision
+from fastmask.modules.criterion import SetCriterion
 from fastmask.targets import Targets
 from fastmask.training.optimizer import clip_gradients, make_optimizer
 from fastmask.training.recipe import Recipe
@@ -23,9 +23,9 @@ OWN, REFERENCE = "fastmask", "PyTorch reference"
 BACKENDS = {OWN: "auto", REFERENCE: "reference"}
 SUBJECTS = ("criterion", "training", "semantic", "panoptic", "instance")
 VOID = 255
-CELL = 8  # pixels; the sides of what random targets are made of
+CELL = 8  # pixels; random targets consist of squares of this side
 
-Call = Callable[[Clock, str], Any]  # what is measured, given a clock and a backend
+Call = Callable[[Clock, str], Any]  # the function to measure, with a clock and a backend
 
 
 def benchmark(
@@ -40,40 +40,42 @@ def benchmark(
 ) -> list[dict[str, Any]]:
     """Times a training step and predictions of a model with each backend in turn.
 
-    Subjects: "criterion", matching, losses and their gradients on what the model predicts; "training", a whole step
-    with AdamW; and predictions of a task from images, "semantic", "panoptic" (at the threshold that as many queries
-    pass as there are targets, since networks with random weights are sure of nothing) and "instance". Segmenter and
-    PerPixelBaseline run no kernels of fastmask: they have no criterion of its own and nothing to compare with.
+    The subjects are "criterion": matching, losses and their gradients for given predictions; "training": a whole step
+    with AdamW; and "semantic", "panoptic" and "instance": predictions from images. The threshold of "panoptic" lets as
+    many queries pass as there are targets, because the predictions of random weights have low probabilities. Segmenter
+    and PerPixelBaseline run no kernels of fastmask, so they have no "criterion" and are timed with one backend.
 
     Args:
         model: on its device. It is copied.
         images: ``(B, 3, H, W)`` floating point in 0..1 on the same device.
         targets: of the images.
-        subjects: all that the model has by default.
+        subjects: by default all that the model has.
         precision: "float32", or "bfloat16" or "float16" for autocast.
-        seconds: for each subject, all backends together; see :func:`fastmask.measure.take_turns`.
-        progress: told each subject when it begins.
+        seconds: the time for each subject, all backends together; see :func:`fastmask.measure.take_turns`.
+        progress: is called with each subject when it begins.
 
     Returns:
-        JSON-able rows, one for each subject and backend: "subject", "backend" and "failure" (None, or why nothing
-        follows); "median_ms", "p20_ms", "p80_ms", "rounds", "images_per_second", "memory_bytes" (see
-        :func:`fastmask.measure.peak_memory`), for "training" the medians "parts_ms" of forward, criterion, backward and
-        optimizer; and for the reference "ratio", how many times as long it takes, and for "criterion" "difference", the
-        greatest between the losses of both.
+        rows for JSON, one for each subject and backend: "subject", "backend" and "failure" (None, or why the other
+        keys are missing); "median_ms", "p20_ms", "p80_ms", "rounds", "images_per_second", "memory_bytes" (see
+        :func:`fastmask.measure.peak_memory`); for "training" "parts_ms", the medians of forward, criterion, backward
+        and optimizer; for the reference "ratio", its time over fastmask's, and for "criterion" "difference", the
+        largest difference between the losses of both.
 
     Raises:
-        TypeError: a model of something else than images.
+        TypeError: a model that does not take images.
         ValueError: a subject that the model does not have, or an unknown precision.
     """
     if not isinstance(model, SegmentationModel):
         raise TypeError(f"model must be a network that segments images, got {type(model).__name__}")
     check_precision(precision)
-    known = SUBJECTS if isinstance(model, MaskFormer) else ("training", "semantic")
+    criterion = _criterion_of(model)
+    own = {"training", *model.tasks, *(["criterion"] if criterion is not None else [])}
+    known = [subject for subject in SUBJECTS if subject in own]
     subjects = known if subjects is None else subjects
     if unknown := [subject for subject in subjects if subject not in known]:
         raise ValueError(f"{type(model).__name__} has no {', '.join(unknown)}; expected any of {', '.join(known)}")
     model = copy.deepcopy(model)
-    backends = BACKENDS if isinstance(model, MaskFormer) else {OWN: "auto"}
+    backends = {OWN: "auto"} if criterion is None else BACKENDS
     rows = []
     for subject in subjects:
         progress(subject)
@@ -88,13 +90,13 @@ def benchmark(
 def random_batch(
     num_classes: int, size: tuple[int, int], batch_size: int = 2, num_targets: int = 20, seed: int = 0
 ) -> tuple[Tensor, Targets]:
-    """Images of noise, and targets that are patches of random shapes and classes, a twentieth of the pixels void.
+    """Makes images of noise, and targets of random shapes and classes; a twentieth of the pixels is void.
 
     Args:
         num_classes: K.
         size: (H, W) in pixels.
         batch_size: B.
-        num_targets: M, of each image, at most 254.
+        num_targets: M, the number of targets of each image, at most 254.
 
     Returns:
         ``(B, 3, H, W)`` float32 and segment maps of that size, on the CPU.
@@ -126,6 +128,12 @@ def _run(call: Call, model: SegmentationModel, images: Tensor, precision: str, b
         return call(clock, backend)
 
 
+def _criterion_of(model: SegmentationModel) -> SetCriterion | None:
+    """The criterion of a network that classifies masks; others have none."""
+    criterion = getattr(model, "criterion", None)
+    return criterion if isinstance(criterion, SetCriterion) else None
+
+
 def _make_call(model: SegmentationModel, images: Tensor, targets: Targets, subject: str) -> Call:
     if subject == "criterion":
         return _criterion(model, images, targets)
@@ -134,15 +142,16 @@ def _make_call(model: SegmentationModel, images: Tensor, targets: Targets, subje
     return _prediction(model, images, targets, subject)
 
 
-def _criterion(model: MaskFormer, images: Tensor, targets: Targets) -> Call:
+def _criterion(model: SegmentationModel, images: Tensor, targets: Targets) -> Call:
     with torch.no_grad():
         outputs = model(images)
     logits = {name: outputs[name].detach().requires_grad_() for name in ("class_logits", "mask_logits")}
-    weights = model.criterion.weight_dict
+    criterion = _criterion_of(model)
+    assert criterion is not None
 
     def call(clock: Clock, backend: str) -> dict[str, Tensor]:
-        losses = model.criterion(logits, targets)
-        total = sum(weights[name] * loss for name, loss in losses.items())
+        losses = criterion(logits, targets)
+        total = reduce(torch.add, [criterion.weight_dict[name] * loss for name, loss in losses.items()])
         torch.autograd.grad(total, list(logits.values()))
         clock.mark("criterion")
         return {name: loss.detach() for name, loss in losses.items()}
@@ -154,23 +163,23 @@ def _training_step(model: SegmentationModel, images: Tensor, targets: Targets) -
     recipe = Recipe()
     optimizer = make_optimizer(model, recipe)
     for group in optimizer.param_groups:
-        group["lr"] = 0.0  # so that every step finds the same weights
+        group["lr"] = 0.0  # every step has the same weights
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()  # makes its state, which is no step's own memory
+    optimizer.step()  # allocates its state, which must not count as memory of a step
     optimizer.zero_grad(set_to_none=True)
 
-    has_criterion = isinstance(model, MaskFormer)
+    criterion = _criterion_of(model)
 
     def call(clock: Clock, backend: str) -> None:
-        hook = nullcontext()  # or one that ends "forward" where the criterion begins
-        if has_criterion:
-            hook = model.criterion.register_forward_pre_hook(lambda *_: clock.mark("forward"))
+        hook: AbstractContextManager[Any] = nullcontext()
+        if criterion is not None:  # "forward" ends where the criterion begins
+            hook = criterion.register_forward_pre_hook(lambda *_: clock.mark("forward"))
         model.train()
         with hook:
             losses = model(images, targets)
-        clock.mark("criterion" if has_criterion else "forward")
-        sum(losses.values()).backward()
+        clock.mark("forward" if criterion is None else "criterion")
+        reduce(torch.add, losses.values()).backward()
         clock.mark("backward")
         clip_gradients(model, recipe.clip_norm)
         optimizer.step()
@@ -181,23 +190,21 @@ def _training_step(model: SegmentationModel, images: Tensor, targets: Targets) -
 
 
 def _prediction(model: SegmentationModel, images: Tensor, targets: Targets, task: str) -> Call:
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {} if len(model.tasks) == 1 else {"task": task}
     if task == "panoptic":
         options["threshold"] = _threshold(model, images, int(targets.counts.sum()))
+    has_kernels = _criterion_of(model) is not None
 
     def call(clock: Clock, backend: str) -> None:
-        if isinstance(model, MaskFormer):
-            model.predict(images, task, backend=backend, **options)
-        else:
-            model.predict(images)
+        model.predict(images, **options, **({"backend": backend} if has_kernels else {}))
         clock.mark(task)
 
     return call
 
 
 @torch.no_grad()
-def _threshold(model: MaskFormer, images: Tensor, count: int) -> float:
-    """The class probability that ``count`` queries of the batch exceed."""
+def _threshold(model: SegmentationModel, images: Tensor, count: int) -> float:
+    """The class probability that is exceeded by ``count`` queries of the batch."""
     with model._evaluating():
         probabilities, labels = model(images)["pred_logits"].float().softmax(-1).max(-1)
     of_objects = probabilities[labels < model.config.num_classes].sort(descending=True).values
@@ -206,12 +213,12 @@ def _threshold(model: MaskFormer, images: Tensor, count: int) -> float:
 
 @contextmanager
 def _using(model: SegmentationModel, backend: str) -> Iterator[None]:
-    """The model's modules run on a backend for a while."""
-    ours = [module for module in model.modules() if type(module).__module__.startswith("fastmask.")]
+    """Inside, the model's modules run on a backend."""
+    ours: list[Any] = [module for module in model.modules() if type(module).__module__.startswith("fastmask.")]
     before = {module: module.backend for module in ours if hasattr(module, "backend")}
-    for module in before:
-        module.backend = backend
     try:
+        for module in before:
+            module.backend = backend
         yield
     finally:
         for module, own in before.items():
@@ -223,15 +230,8 @@ def _row(subject: str, backend: str, found: dict[str, Measurement], num_images: 
     row: dict[str, Any] = {"subject": subject, "backend": backend, "failure": this.failure}
     if this.failure is not None:
         return row
-    low, median, high = this.percentiles(20, 50, 80)
-    row |= {
-        "median_ms": 1e3 * median,
-        "p20_ms": 1e3 * low,
-        "p80_ms": 1e3 * high,
-        "rounds": len(this.rounds),
-        "images_per_second": num_images / median,
-        "memory_bytes": this.memory,
-    }
+    row |= summary(this.seconds)
+    row |= {"images_per_second": 1e3 * num_images / row["median_ms"], "memory_bytes": this.memory}
     if subject == "training":
         row["parts_ms"] = {part: 1e3 * value for part, value in this.parts().items()}
     if backend != OWN and own.failure is None:

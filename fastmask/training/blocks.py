@@ -1,4 +1,4 @@
-"""The repeated parts of a network: what is sharded and recomputed as a unit."""
+"""The repeated blocks of a network, the units of sharding and of activation checkpointing."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ LAYERS = (TransformerEncoderLayer, TransformerDecoderLayer, MaskedDecoderLayer, 
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The layers of our transformers and backbones and the blocks of other libraries' backbones, none inside another.
+    """The layers of our transformers and backbones, and the blocks of other libraries' backbones, none inside another.
 
-    Another library's blocks are the entries of the outermost ``nn.ModuleList`` of its backbone, or, where these are
-    stages that hold lists of equal layers themselves, those layers: so ``transformers`` keeps them. Stages of a ResNet
-    are whole.
+    The blocks of another library's backbone are the entries of its outermost ``nn.ModuleList``; where these are stages
+    with lists of equal layers, as in ``transformers``, the blocks are those layers. A stage of a ResNet is one block.
     """
     if isinstance(model, LAYERS):
         yield model
@@ -36,7 +35,7 @@ def _ours(module: nn.Module) -> bool:
 
 
 def _entries(module: nn.Module, *, alike: bool) -> list[nn.Module]:
-    """What has weights in the outermost lists of a module; with ``alike``, in lists of one class alone."""
+    """The entries with weights of a module's outermost lists; with ``alike``, only of lists of one class."""
     found = []
     for child in module.children():
         if not isinstance(child, nn.ModuleList):

@@ -1,4 +1,4 @@
-"""A whole run of training as one JSON file: data, network, recipe, precision and intervals."""
+"""The configuration of a training run as one JSON file: data, network, recipe, precision and intervals."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from fastmask.data.sample import TASKS
 from fastmask.data.shards import is_url
 from fastmask.models import efficientnet
 from fastmask.models._configuration import ModelConfig, PlainConfig, require
-from fastmask.models._registry import config_from_dict, load_config, make_config
-from fastmask.models.maskformer import MaskFormerConfig
+from fastmask.models._registry import MODELS, config_from_dict, load_config, make_config
 from fastmask.models.precision import PRECISIONS
 from fastmask.models.segmenter import SegmenterConfig
 from fastmask.training.distributed import STRATEGIES
 from fastmask.training.recipe import Recipe
 
-# What may change between a run and its continuation: it decides how fast and how often, not what is learned. The
-# micro-batches follow from how many processes there are, and so they may change with these.
-CHANGEABLE = ("accumulate", "workers", "strategy", "activation_checkpointing", "log_every", "eval_every")
-CHANGEABLE += ("checkpoint_every",)
-WARMUP_PART = 10  # of the steps that are asked for, what warm-up takes at most
+# Fields that may change when a run continues, because they do not decide what is learned. "accumulate" may change
+# because the number of processes may.
+CHANGEABLE = frozenset(
+    "accumulate workers strategy activation_checkpointing log log_every eval_every checkpoint_every".split()
+)
+LOGGERS = ("tensorboard", "wandb", "trackio", "none")
+WARMUP_PART = 10  # warm-up takes at most one in so many steps
 SMALL_BACKBONES = ("tiny", efficientnet.NAME)
 
 
@@ -35,26 +36,28 @@ class TrainingConfig(PlainConfig):
 
     Args:
         data: the data set's folder or shards, kept as an absolute path, or "composed:scenes".
-        model: the network, with the data set's classes; a configuration or what ``to_dict`` of one gives.
-        recipe: optimizer, schedule, steps, batch and augmentation; a :class:`Recipe` or what its ``to_dict`` gives.
-        kind: the data set's layout, see :func:`fastmask.data.open_dataset`.
-        task: "semantic", "panoptic" or "instance", of which networks other than MaskFormer have the first alone; "" for
-            the data set's own.
+        model: the network, with the classes of the data set; a configuration or its ``to_dict``.
+        recipe: optimizer, schedule, steps, batch and augmentation; a :class:`Recipe` or its ``to_dict``.
+        kind: the layout of the data set, see :func:`fastmask.data.open_dataset`.
+        task: "semantic", "panoptic" or "instance"; networks other than MaskFormer support only the first. "" for the
+            task of the data set.
         skip_invalid: leave out invalid polygons, see :func:`fastmask.data.open_dataset`.
-        train_split: what to train on.
-        val_split: what to evaluate on; "" for no evaluation.
-        pretrained: a folder with a network of the same kind to start from; weights of classes start at random where
-            their number differs; kept as an absolute path. "" for none.
-        pretrained_backbone: what the network's constructor takes by this name; "" for none.
-        seed: of weights, order, augmentation and dropout; not negative.
+        train_split: the split to train on.
+        val_split: the split to evaluate on; "" for no evaluation.
+        pretrained: a folder with a network of the same kind to start from, kept as an absolute path; if the number of
+            classes differs, the weights that depend on it start at random. "" for none.
+        pretrained_backbone: the argument of this name for the network's constructor; "" for none.
+        seed: decides initial weights, order, augmentation and dropout; not negative.
         precision: "float32", "bfloat16" or "float16", see :class:`fastmask.training.Trainer`.
-        accumulate: micro-batches of a step.
-        workers: processes that read data, for each process that trains; 0 to read in these.
-        strategy: of several processes, "ddp" or "fsdp".
-        activation_checkpointing: compute activations again in the backward pass, to save memory.
-        log_every: steps between two lines of the log.
-        eval_every: steps between two evaluations; 0 for one at the end.
-        checkpoint_every: steps between two checkpoints.
+        accumulate: the number of micro-batches in a step.
+        workers: the number of processes that read data for each process that trains; 0 to read in the latter.
+        strategy: how several processes train together, "ddp" or "fsdp".
+        activation_checkpointing: recompute activations in the backward pass to save memory.
+        log: the logger that gets all numbers: "tensorboard", "wandb", "trackio" or "none"; metrics.jsonl and the log
+            get them in any case.
+        log_every: the number of steps between two lines of the log.
+        eval_every: the number of steps between two evaluations; 0 for one at the end.
+        checkpoint_every: the number of steps between two checkpoints.
 
     Raises:
         TypeError: a value of the wrong type.
@@ -77,6 +80,7 @@ class TrainingConfig(PlainConfig):
     workers: int = 2
     strategy: str = "ddp"
     activation_checkpointing: bool = False
+    log: str = "tensorboard"
     log_every: int = 20
     eval_every: int = 1000
     checkpoint_every: int = 500
@@ -100,7 +104,8 @@ class TrainingConfig(PlainConfig):
         segments = hasattr(self.model, "pixel_mean")
         require(segments, "model", type(self.model).__name__, "the configuration of a network that segments images")
         check_task(self.model, self.task)
-        for name, choices in (("precision", PRECISIONS), ("strategy", STRATEGIES), ("task", ("", *TASKS))):
+        known = {"precision": PRECISIONS, "strategy": STRATEGIES, "task": ("", *TASKS), "log": LOGGERS}
+        for name, choices in known.items():
             value = getattr(self, name)
             require(value in choices, name, repr(value), f"one of {', '.join(map(repr, choices))}")
         self.require_at_least(0, "seed", "workers", "eval_every")
@@ -109,11 +114,11 @@ class TrainingConfig(PlainConfig):
         require(even, "accumulate", self.accumulate, f"a divisor of the recipe's batch_size {self.recipe.batch_size}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field, as JSON knows them."""
+        """Every field, in types of JSON."""
         return {**super().to_dict(), "model": self.model.to_dict(), "recipe": self.recipe.to_dict()}
 
     def fixed_differences(self, other: TrainingConfig) -> list[str]:
-        """The fields, as "recipe.steps", in which another configuration describes another run."""
+        """The names of fields, such as "recipe.steps", that make another configuration that of another run."""
         ours, theirs = _flat(self.to_dict()), _flat(other.to_dict())
         return [name for name in {**ours, **theirs} if name not in CHANGEABLE and ours.get(name) != theirs.get(name)]
 
@@ -127,23 +132,23 @@ def make_training_config(
     recipe_fields: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> TrainingConfig:
-    """A configuration from a data set, whose classes become the network's, and from the names of presets. Pixels
-    without a label count in no loss; MaskFormer's authors have them as background of every mask, for which
-    ``model_fields`` is {"ignore_void": False}.
+    """Makes a configuration from a data set, whose classes become the network's, and from the names of presets. Pixels
+    without a label count in no loss; ``model_fields={"ignore_void": False}`` makes them background of every mask, as
+    MaskFormer's authors do.
 
     Args:
         data: as for :class:`TrainingConfig`.
         model: a preset of :func:`fastmask.models.make_model`; "" for the network in the folder ``pretrained``.
         recipe: a :class:`Recipe` or the name of one; "" for the recipe of the network's paper.
-        model_fields: fields of the network's configuration to set otherwise.
-        recipe_fields: fields of the recipe to set otherwise; "steps" limit warm-up to a tenth of them.
-        options: further fields of :class:`TrainingConfig`; ``task`` is the data set's own if it is not among them, or
-            "semantic" if that is panoptic and the network does semantic segmentation only.
+        model_fields: fields of the network's configuration to change.
+        recipe_fields: fields of the recipe to change; "steps" limits warm-up to a tenth of the steps.
+        options: further fields of :class:`TrainingConfig`. ``task`` is by default that of the data set, or "semantic"
+            if that is panoptic and the network supports semantic segmentation only.
 
     Raises:
         FileNotFoundError: no data set, or no folder ``pretrained``.
         TypeError: an unknown field, or neither a model nor ``pretrained``.
-        ValueError: an unknown preset, a value out of range, or a task that network or data set do not have.
+        ValueError: an unknown preset, a value out of range, or a task that the network or the data set does not have.
     """
     unknown = sorted(set(options) - {f.name for f in fields(TrainingConfig)})
     if unknown:
@@ -151,27 +156,24 @@ def make_training_config(
     split = options.get("train_split", "train")
     skip = options.get("skip_invalid", False)
     info = open_dataset(data, split, options.get("kind", "auto"), options.get("task") or None, skip_invalid=skip).info
-    classes = {"class_names": info.class_names, "stuff_classes": info.stuff_classes}
     if model:
-        network = make_config(model, **classes, **(model_fields or {}))
+        network = make_config(
+            model, class_names=info.class_names, stuff_classes=info.stuff_classes, **(model_fields or {})
+        )
     elif options.get("pretrained"):
         network = load_config(options["pretrained"])
-        known = {f.name for f in fields(network)}
-        classes["ignore_index"] = info.ignore_index
-        network = network.replace(
-            num_classes=info.num_classes,
-            **{name: value for name, value in classes.items() if name in known},
-            **(model_fields or {}),
-        )
+        names = ("num_classes", "class_names", "stuff_classes", "ignore_index")
+        of_data = {name: getattr(info, name) for name in names if hasattr(network, name)}
+        network = network.replace(**of_data, **(model_fields or {}))
     else:
         raise TypeError("model must be given, or pretrained, a folder with a network")
-    if isinstance(network, MaskFormerConfig) and "ignore_void" not in (model_fields or {}):
-        network = network.replace(ignore_void=True)  # what is not labeled teaches nothing
-    if info.task == "panoptic" and not options.get("task") and not isinstance(network, MaskFormerConfig):
-        options["task"] = "semantic"  # which panoptic truth holds
+    if hasattr(network, "ignore_void") and "ignore_void" not in (model_fields or {}):
+        network = network.replace(ignore_void=True)
+    if info.task == "panoptic" and not options.get("task") and "panoptic" not in MODELS[network.model_type].tasks:
+        options["task"] = "semantic"  # panoptic truth has it, too
     else:
         check_task(network, info.task)
-        options["task"] = info.task  # so that what reads the run's folder knows what it was for
+        options["task"] = info.task  # for readers of the run's folder
     if not isinstance(recipe, Recipe):
         recipe = Recipe.preset(recipe or default_recipe(network))
     recipe = recipe.replace(**with_short_warmup(recipe, recipe_fields or {}))
@@ -179,26 +181,24 @@ def make_training_config(
 
 
 def check_task(network: ModelConfig, task: str) -> None:
-    """Refuses what a network cannot learn.
+    """Refuses a task that a network does not support.
 
     Raises:
-        ValueError: instances or panoptic segments for a network that gives each pixel a class and no more.
+        ValueError: instance or panoptic segmentation with a network for semantic segmentation.
     """
-    if task not in ("", "semantic") and not isinstance(network, MaskFormerConfig):
+    if task not in ("", *MODELS[network.model_type].tasks):
         raise ValueError(f"task={task!r}: a {network.model_type} does semantic segmentation only")
 
 
 def with_short_warmup(recipe: Recipe, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Changes to a recipe, in which "steps" alone leave a tenth of them at most to warm-up."""
+    """Changes to a recipe; a change of "steps" limits warm-up to a tenth of them, unless it is changed, too."""
     if "steps" not in changes:
         return dict(changes)
     return {"warmup_steps": min(recipe.warmup_steps, changes["steps"] // WARMUP_PART), **changes}
 
 
 def default_recipe(model: ModelConfig) -> str:
-    """The name of the recipe with which a network's paper trains it on ADE20K; "finetune" for the small networks that
-    are in no paper.
-    """
+    """The name of the recipe of a network's paper for ADE20K; "finetune" for small networks that are in no paper."""
     backbone = getattr(model, "backbone", "")
     if backbone in SMALL_BACKBONES:
         return "finetune"

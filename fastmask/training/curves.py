@@ -1,4 +1,4 @@
-"""A run in one picture."""
+"""The curves of a training run in one picture."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ COLORS = ("#1a56c4", "#ef5350", "#26a67b", "#7e57c2", "#f59f1a")
 
 
 def draw_curves(records: Sequence[Mapping[str, Any]], path: Path, measured: Sequence[str]) -> None:
-    """Writes a picture of the losses and of what was measured in evaluation, over steps.
+    """Writes a picture of the losses and of the scores in evaluation, over the steps.
 
     Args:
-        records: the lines of metrics.jsonl.
-        path: the picture to write.
-        measured: which of the evaluation's numbers, such as "mIoU".
+        records: the lines of metrics.jsonl: dicts with "step" and either "loss" and its kinds, or "evaluation".
+        path: the picture to write; its suffix chooses the format.
+        measured: the scores to draw, such as "mIoU".
 
     Raises:
         ImportError: matplotlib is missing.

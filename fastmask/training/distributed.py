@@ -1,11 +1,11 @@
-"""Several processes: what ``torchrun`` starts, a model that they train together, and its state independent of them."""
+"""Training in several processes: joining them, a model that they share, and its state independent of them."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,26 +14,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
 from fastmask.device import usable_device
 from fastmask.training.blocks import blocks
 
 STRATEGIES = ("ddp", "fsdp")
-# How long a process waits for another that does not come: process 0 may have every file of a data set to check. The
-# failure of a process ends the others at once, through torchrun or the closed connection.
+# How long a process waits for the others, because process 0 may have to check every file of a data set. A process that
+# fails ends the others at once, through torchrun or the closed connection.
 TIMEOUT = timedelta(hours=2)
 _PLAIN = "_fastmask_plain"
+WHOLE_ON_CPU = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 @dataclass(frozen=True)
 class Processes:
-    """Which of the processes this one is.
+    """This process among all that train together.
 
     Args:
-        rank: 0 .. world_size - 1; 0 writes files and prints.
-        world_size: how many there are.
-        local_rank: among those of this machine.
-        device: of this process.
+        rank: 0 .. world_size - 1; process 0 writes files and prints.
+        world_size: the number of processes.
+        local_rank: the rank among the processes of this machine.
+        device: the device of this process.
     """
 
     rank: int
@@ -47,10 +55,10 @@ class Processes:
 
 
 def setup(device: str | torch.device | None = None) -> Processes:
-    """Joins the processes that ``torchrun`` has started; without it, this process is alone and needs nothing.
+    """Joins the processes that ``torchrun`` has started. Without torchrun, this process trains alone.
 
     Args:
-        device: "cpu" or "cuda"; by default CUDA where there is any. With several processes each takes the GPU of its
+        device: "cpu" or "cuda"; CUDA by default if there is a GPU. With several processes, each takes the GPU of its
             local rank. Tensors on GPUs go through NCCL, those on the CPU through Gloo.
 
     Raises:
@@ -75,8 +83,8 @@ def setup(device: str | torch.device | None = None) -> Processes:
 
 
 def cleanup() -> None:
-    """Leaves the group, if there is one. After an error, leave without it: the process ends and the others learn of it
-    from the closed connection or from ``torchrun``, while a group that is waiting for them could not be closed."""
+    """Leaves the process group, if there is one. Do not call it after an error: the others learn of the failure from
+    the closed connection or from ``torchrun`` when this process ends, while closing a group that waits would hang."""
     if together():
         dist.destroy_process_group()
 
@@ -87,7 +95,7 @@ def together() -> bool:
 
 
 def any_process(flag: bool) -> bool:
-    """Whether the flag is set in any process; every process must ask. Nothing waits for a GPU."""
+    """Whether the flag is set in any process. Every process must call this; nothing waits for a GPU."""
     if not together():
         return flag
     flags = torch.tensor(int(flag))
@@ -96,7 +104,7 @@ def any_process(flag: bool) -> bool:
 
 
 def wrap(model: nn.Module, strategy: str = "ddp") -> nn.Module:
-    """The model that all processes train together: they share the gradients' average. Alone, the model itself.
+    """Wraps a model so that all processes train it with the average of their gradients. A process alone gets the model.
 
     Every process begins with the weights of process 0. Batch norm takes its statistics over all processes on CUDA
     (SyncBatchNorm), over each process's own images on the CPU. Mixed precision stays ``torch.autocast``.
@@ -108,8 +116,8 @@ def wrap(model: nn.Module, strategy: str = "ddp") -> nn.Module:
             (``torch.distributed.fsdp.fully_shard``).
 
     Returns:
-        to be called as the model is. :func:`unwrap` has the parameters by their own names, :func:`whole` the model's
-        other methods, such as ``predict``.
+        a module that is called like the model. :func:`unwrap` gives the parameters by their own names, :func:`whole`
+        the model's other methods, such as ``predict``.
 
     Raises:
         ValueError: an unknown strategy.
@@ -127,18 +135,21 @@ def wrap(model: nn.Module, strategy: str = "ddp") -> nn.Module:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """What was handed to :func:`wrap`; of "fsdp", with its weights in shares."""
-    while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
-        model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model._orig_mod
-    return model
+    """The module that was given to :func:`wrap`; with "fsdp" its weights are sharded."""
+    while True:
+        ddp = isinstance(model, nn.parallel.DistributedDataParallel)
+        wrapped = getattr(model, "module" if ddp else "_orig_mod", None)  # the latter torch.compile's
+        if not isinstance(wrapped, nn.Module):
+            return model
+        model = wrapped
 
 
 @torch.no_grad()
 def whole(model: nn.Module) -> nn.Module:
-    """The plain model with all weights, for anything but training: every process may use it as often as it likes, for
-    no call involves another process. All processes must ask for it.
+    """The plain model with all its weights, for everything except training. All processes must call this; afterwards
+    each may use the model as often as it likes, because no use involves another process.
 
-    Of "ddp" the model itself; of "fsdp" a copy of the present weights. Buffers are those of process 0 in each.
+    With "ddp" it is the model itself, with "fsdp" a copy of the current weights. Its buffers are those of process 0.
     """
     model = unwrap(model)
     if not together():
@@ -147,22 +158,22 @@ def whole(model: nn.Module) -> nn.Module:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
         return model
-    plain = copy.deepcopy(vars(model)[_PLAIN])
-    for name, parameter in model.named_parameters():
-        _assign(plain, name, nn.Parameter(_full(parameter), parameter.requires_grad))
-    for name, buffer in model.named_buffers():
-        buffer = buffer.clone()
+    plain = _filled(model, _full)
+    for buffer in plain.buffers():
         dist.broadcast(buffer, 0)
-        _assign(plain, name, buffer)
-    for ours, theirs in zip(plain.modules(), model.modules(), strict=True):
-        ours.training = theirs.training
     return plain
+
+
+def unhooked(model: nn.Module) -> nn.Module:
+    """As :func:`unwrap`, but without the hooks of "fsdp", so that it can be copied; its weights stay sharded."""
+    model = unwrap(model)
+    return _filled(model, Tensor.detach) if _PLAIN in vars(model) else model
 
 
 @contextmanager
 def accumulating(model: nn.Module) -> Iterator[None]:
-    """Inside, backward adds to the gradients of this process alone; the next backward outside averages their sum over
-    the processes. Forward and backward both belong inside."""
+    """Inside, backward adds to the gradients of this process only; the next backward outside averages their sum over
+    the processes. Both forward and backward belong inside."""
     from torch.distributed.fsdp import FSDPModule
 
     if isinstance(model, FSDPModule):
@@ -177,73 +188,56 @@ def accumulating(model: nn.Module) -> Iterator[None]:
 
 
 def model_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the plain model on the CPU, whatever the strategy and the number of processes.
+    """The state dict of the plain model on the CPU, the same for every strategy and number of processes.
 
-    All processes must ask for it; process 0 gets it, the others an empty one.
+    All processes must call it; process 0 gets the state, the others an empty dict.
     """
-    state = {name: _saved(value) for name, value in unwrap(model).state_dict().items()}
-    return state if _is_main() else {}
+    state: dict[str, Any] = get_model_state_dict(unwrap(model), options=WHOLE_ON_CPU)
+    return state
 
 
 def load_model_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Loads what :func:`model_state` gave, in every process, into a model wrapped by any strategy or none.
+    """Loads the result of :func:`model_state`, in every process, into a model wrapped by any strategy or none.
 
     Raises:
-        RuntimeError: keys or shapes differ, as ``load_state_dict`` says.
+        RuntimeError: keys or shapes differ.
     """
     model = unwrap(model)
-    own = model.state_dict()
-    model.load_state_dict({name: _placed(value, own.get(name)) for name, value in state.items()})
+    if missing := model.state_dict().keys() - state.keys():  # PyTorch would leave these as they are
+        raise RuntimeError(f"the state has no {', '.join(sorted(missing))}")
+    set_model_state_dict(model, dict(state), options=StateDictOptions(full_state_dict=True))
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer's state by the names of parameters, on the CPU, whatever the strategy and number of processes.
+    """The optimizer's state by parameter name on the CPU, the same for every strategy and number of processes.
 
-    All processes must ask for it; process 0 gets it, the others an empty one.
+    All processes must call it; process 0 gets the state, the others an empty dict.
 
     Returns:
         {"state": {name: {"exp_avg": ..., ...}}, "param_groups": [{"lr": ..., "params": [names], ...}]}.
     """
-    names = {parameter: name for name, parameter in unwrap(model).named_parameters()}
-    groups, state = [], {}
-    for group in optimizer.param_groups:
-        groups.append({**group, "params": [names[parameter] for parameter in group["params"]]})
-        for parameter in group["params"]:
-            if values := optimizer.state.get(parameter):
-                state[names[parameter]] = {key: _saved(value) for key, value in values.items()}
-    return {"state": state, "param_groups": groups} if _is_main() else {}
+    return get_optimizer_state_dict(unwrap(model), optimizer, options=WHOLE_ON_CPU)
 
 
 def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Loads what :func:`optimizer_state` gave, in every process, into an optimizer of the same parameter groups.
+    """Loads the result of :func:`optimizer_state`, in every process, into an optimizer of the same parameter groups.
 
     Raises:
         ValueError: the groups hold other parameters.
     """
-    names = {parameter: name for name, parameter in unwrap(model).named_parameters()}
+    model = unwrap(model)
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
     if groups != [list(group["params"]) for group in state["param_groups"]]:
         raise ValueError("the optimizer's parameter groups hold other parameters than those of the state")
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    indices = {names[parameter]: i for i, parameter in enumerate(parameters)}
-
-    def own(value: Any, parameter: Tensor) -> Any:
-        value = _placed(value, parameter)
-        # The optimizer keeps what it is given and changes it in place; a share is a view of the whole.
-        return value.clone() if isinstance(value, Tensor) else value
-
-    # As optimizer.state_dict() has it: parameters by number.
-    optimizer.load_state_dict(
-        {
-            "state": {
-                indices[name]: {key: own(value, parameters[indices[name]]) for key, value in values.items()}
-                for name, values in state["state"].items()
-            },
-            "param_groups": [
-                {**group, "params": [indices[name] for name in group["params"]]} for group in state["param_groups"]
-            ],
-        }
-    )
+    # A copy, because the optimizer keeps the tensors that it is given and changes them in place.
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    set_optimizer_state_dict(model, optimizer, copy.deepcopy(dict(state)), options=options)
+    for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
+        group.update({key: value for key, value in saved.items() if key != "params"})  # tuples have become lists
+    for parameter in list(optimizer.state):  # PyTorch gives a first state to parameters that no step has changed yet
+        if names[parameter] not in state["state"]:
+            del optimizer.state[parameter]
 
 
 def _replicate(model: nn.Module) -> nn.Module:
@@ -254,15 +248,16 @@ def _replicate(model: nn.Module) -> nn.Module:
     if option not in inspect.signature(ddp).parameters:
         option = "broadcast_buffers"
     # Backbones of transformers have weights that no loss depends on, such as Swin's last norm.
-    return ddp(model, find_unused_parameters=True, gradient_as_bucket_view=True, **{option: False})
+    options: dict[str, Any] = {option: False}
+    return ddp(model, find_unused_parameters=True, gradient_as_bucket_view=True, **options)
 
 
 def _shard(model: nn.Module) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    # The model without its weights: fully_shard adds hooks that gather them in all processes, so that it could not be
-    # used by one process alone, nor in inference mode.
+    # A copy without weights, for whole(): the hooks of fully_shard gather weights in all processes, so that the sharded
+    # model works neither in one process alone nor in inference mode.
     empty = {id(tensor): torch.empty_like(tensor, device="meta") for tensor in model.buffers()}
     for parameter in model.parameters():
         empty[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
@@ -275,36 +270,26 @@ def _shard(model: nn.Module) -> nn.Module:
     return model
 
 
+def _filled(model: nn.Module, value_of: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A plain copy of a sharded model, with values made of its parameters, and copies of its buffers."""
+    plain = copy.deepcopy(vars(model)[_PLAIN])
+    for name, parameter in model.named_parameters():
+        _assign(plain, name, nn.Parameter(value_of(parameter), parameter.requires_grad))
+    for name, buffer in model.named_buffers():
+        _assign(plain, name, buffer.clone())
+    for ours, theirs in zip(plain.modules(), model.modules(), strict=True):
+        ours.training = theirs.training
+    vars(plain)[_PLAIN] = vars(model)[_PLAIN]
+    return plain
+
+
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
     owner, _, own = name.rpartition(".")
     setattr(model.get_submodule(owner), own, tensor)
 
 
 def _full(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be in shares."""
+    """All of a tensor that may be sharded."""
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
-
-
-def _saved(value: Any) -> Any:
-    """All of a value, as process 0 saves it; None in the others."""
-    if not isinstance(value, Tensor):
-        return value
-    value = _full(value)
-    # A copy even on the CPU: training goes on while the state is being written.
-    return value.to("cpu", copy=True) if _is_main() else None
-
-
-def _placed(value: Any, like: Tensor | None) -> Any:
-    """A whole tensor in shares, if ``like``, of the same shape, is."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    if not isinstance(value, Tensor) or not isinstance(like, DTensor) or value.shape != like.shape:
-        return value
-    value = value.to(like.device)
-    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
-
-
-def _is_main() -> bool:
-    return not together() or dist.get_rank() == 0

@@ -1,15 +1,15 @@
-"""How good a model is on a data set: the metrics of the tasks that both know."""
+"""The evaluation of a model on a data set, in the tasks that both support."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from fastmask.data.sample import DatasetInfo, Sample
@@ -17,15 +17,13 @@ from fastmask.data.transforms import ResizeShortSide
 from fastmask.device import usable_device
 from fastmask.files import finite
 from fastmask.metrics import InstanceMetrics, PanopticMetrics, SemanticMetrics, SoundEventMetrics
-from fastmask.metrics.base import Metrics
 from fastmask.models._base import PretrainedModel
 from fastmask.models._views import view_options
 from fastmask.models.precision import autocast, check_precision
-from fastmask.models.sound import SoundEventDetector
 from fastmask.training.distributed import together, whole
 from fastmask.training.interruption import prepare_worker
 
-# What the truth of each kind of data set serves, and of that what is evaluated by default.
+# The tasks that the truth of each kind of data set can evaluate, and those evaluated by default.
 SERVED = {
     "semantic": ("semantic", "general"),
     "panoptic": ("semantic", "general", "panoptic", "instance"),
@@ -35,19 +33,27 @@ DEFAULTS = {"semantic": ("semantic",), "panoptic": ("semantic", "panoptic"), "in
 EVENTS = "events"
 
 
+class MapDataset(Protocol):
+    """A data set that is read by index; one of images has a :class:`fastmask.data.DatasetInfo` as ``info``."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
 @dataclass(frozen=True)
 class Evaluation:
-    """What :func:`evaluate` found.
+    """The result of :func:`evaluate`.
 
     Attributes:
-        numbers: by name, as shares of 1; nan where there was nothing to be found. Those of the task "general" begin
-            with "general_", since they have the names of "semantic".
-        per_class: the numbers of each class by name, lists in the order of ``class_names``.
-        class_names: of the data set.
-        tasks: what was evaluated.
-        num_samples: images or clips, of all processes together.
-        absent_classes: the names of those that the truth of no task holds; what "mIoU" and other means say of them
-            depends on the prediction alone. Stuff is not missed where the truth is of things.
+        numbers: scores by name, as shares of 1; nan where there was nothing to find. Those of the task "general" begin
+            with "general_", since they have the same names as those of "semantic".
+        per_class: by name, lists of the scores of each class in the order of ``class_names``.
+        class_names: the classes of the data set.
+        tasks: the tasks evaluated.
+        num_samples: the number of images or clips, in all processes together.
+        absent_classes: the classes that occur in the truth of no task; their part of "mIoU" and other means depends on
+            the predictions only. Stuff does not count as absent where the truth has things only.
     """
 
     numbers: dict[str, float]
@@ -58,7 +64,7 @@ class Evaluation:
     absent_classes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON knows it: nan becomes None."""
+        """All fields in types of JSON: nan becomes None."""
         return {
             "tasks": list(self.tasks),
             "num_samples": self.num_samples,
@@ -70,8 +76,8 @@ class Evaluation:
 
 
 def evaluate(
-    model: PretrainedModel,
-    dataset: Dataset,
+    model: nn.Module,
+    dataset: MapDataset,
     tasks: Iterable[str] | None = None,
     *,
     batch_size: int = 4,
@@ -87,45 +93,46 @@ def evaluate(
     boundary_share: float | None = 0.02,
     progress: bool = False,
 ) -> Evaluation:
-    """Predicts every sample of a data set and counts how well that fits the truth, at the truth's own size.
+    """Predicts every sample of a data set and compares the results with the truth, at the truth's own size.
 
-    Images of one size that follow each other are predicted together, others alone, so that a result depends on its
-    image only. One batch is in memory at a time, and for "instance" the run lengths of all masks.
+    Images of the same size in a batch are predicted together, others apart, so that a result depends on its image only.
+    One batch is in memory at a time, and for "instance" also the run lengths of all masks.
 
     Where ``torch.distributed`` is initialized, process r of W takes the samples r, r + W, ..., and each returns the
     numbers of all.
 
     Args:
-        model: in whatever mode; the mode stays. What :func:`fastmask.training.distributed.wrap` returns may be given.
-        dataset: with ``info``, as :func:`fastmask.data.open_dataset` gives; for :class:`fastmask.SoundEventDetector`
-            one of :class:`fastmask.data.Clip`.
+        model: in any mode, which it keeps; also the result of :func:`fastmask.training.distributed.wrap`.
+        dataset: has ``info``, as :func:`fastmask.data.open_dataset` gives it; for :class:`fastmask.SoundEventDetector`
+            a data set of :class:`fastmask.data.Clip`.
         tasks: of "semantic", "general" (semantic maps by hard assignment, MaskFormer only), "panoptic" and "instance";
-            for sound "events". By default what the truth was opened for and the model can do; for panoptic truth
+            for sound "events". By default the task of the truth, if the model supports it; for panoptic truth
             "semantic" and "panoptic".
-        batch_size: samples to read, and at most to predict, at a time.
-        workers: processes that read samples.
-        device: where to predict; the model moves there. Its own by default.
+        batch_size: the number of samples to read, and at most to predict, at a time.
+        workers: the number of processes that read samples.
+        device: where to predict; the model moves there. By default the model's own.
         precision: "float32", or "bfloat16" or "float16" for autocast.
         window: (size, stride) of the windows in which images are predicted, as for the model's ``predict``; None for
-            whole images, and for Segmenter those of its configuration. Of a MaskFormer only "semantic" has windows,
-            scales and mirror images.
-        scales: how much to enlarge each image, and ``flip``: predict mirror images too; MaskFormer averages all views.
-        short_side: resize images to this shorter side before they are predicted, in pixels; the results have the
-            truth's size all the same. None leaves images as they are.
+            whole images, or a Segmenter's configured windows. A MaskFormer has windows, scales and mirror images for
+            "semantic" only.
+        scales: the factors by which each image is enlarged; MaskFormer averages all views.
+        flip: predict mirror images, too.
+        short_side: resize images to this shorter side in pixels before they are predicted; results keep the truth's
+            size. None leaves images as they are.
         max_side: with ``short_side``, the limit of the longer side.
-        options: by task further arguments of the model's ``predict``, such as {"panoptic": {"threshold": 0.5}}.
+        options: by task, further arguments of the model's ``predict``, such as {"panoptic": {"threshold": 0.5}}.
         boundary_share: of :class:`fastmask.metrics.SemanticMetrics`; None leaves out boundary IoU, which is slow.
-        progress: show a bar, in the first process, if tqdm is installed.
+        progress: show a bar in the first process, if tqdm is installed.
 
     Returns:
         The numbers of :class:`fastmask.metrics.SemanticMetrics` ("mIoU", ...), ``PanopticMetrics`` ("PQ", ...),
-        ``InstanceMetrics`` ("AP", ...) or ``SoundEventMetrics`` ("F1", ...). Void pixels and crowd regions count as
-        these say; stuff is what the data set calls stuff.
+        ``InstanceMetrics`` ("AP", ...) or ``SoundEventMetrics`` ("F1", ...). These say how void pixels and crowd
+        regions count; the data set says which classes are stuff.
 
     Raises:
-        TypeError: a data set that does not say its classes, or ``tasks`` that is one string.
-        ValueError: a model of another number of classes than the data set, a task or option that model or truth do not
-            have, or an argument out of range.
+        TypeError: a data set without ``info``, or ``tasks`` that is one string.
+        ValueError: a model with another number of classes than the data set, a task or option that model or truth does
+            not have, or an argument out of range.
         ImportError: "instance" without hotcoco.
     """
     check_precision(precision)
@@ -136,17 +143,20 @@ def evaluate(
         raise TypeError(f"tasks must be several names, got {tasks!r}; expected [{tasks!r}]")
     if max_side is not None and short_side is None:
         raise ValueError("max_side goes with short_side")
-    model = whole(model)
-    if "events" in model.tasks:
+    network = cast(PretrainedModel, whole(model))
+    evaluator: _ClipEvaluator | _ImageEvaluator
+    if "events" in network.tasks:
         if window is not None or tuple(scales) != (1.0,) or flip or short_side is not None:
-            raise ValueError(f"window, scales, flip and short_side are of images; {type(model).__name__} hears sounds")
-        evaluator = _ClipEvaluator(model, dataset, tasks, options or {})
+            name = type(network).__name__
+            raise ValueError(f"window, scales, flip and short_side are of images; {name} hears sounds")
+        evaluator = _ClipEvaluator(network, dataset, tasks, options or {})
     else:
-        evaluator = _ImageEvaluator(model, dataset, tasks, options or {}, boundary_share)
-        evaluator.views = view_options(model, tuple(evaluator.metrics), window, scales, flip)
+        images = _ImageEvaluator(network, dataset, tasks, options or {}, boundary_share)
+        images.views = view_options(network, tuple(images.metrics), window, scales, flip)
+        evaluator = images
     if device is not None:
-        model.to(usable_device(device))
-    device = next(model.parameters()).device
+        network.to(usable_device(device))
+    device = next(network.parameters()).device
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if together() else (0, 1)
     resize = None if short_side is None else ResizeShortSide((short_side,), max_side)
     loader = DataLoader(
@@ -159,8 +169,8 @@ def evaluate(
     )
     for batch in _with_bar(loader, progress and rank == 0):
         for group in _by_shape(batch):
-            indices, inputs, samples = zip(*group, strict=True)
-            inputs = torch.stack(inputs).to(device)
+            indices, tensors, samples = zip(*group, strict=True)
+            inputs = torch.stack(tensors).to(device)
             with autocast(device, precision):
                 results = evaluator.predict(inputs, samples)
             for i, (index, sample) in enumerate(zip(indices, samples, strict=True)):
@@ -181,24 +191,25 @@ def evaluate(
 
 
 def served_tasks(model: PretrainedModel, info: DatasetInfo) -> tuple[str, ...]:
-    """The tasks that a model of images can do and a data set has the truth for."""
+    """The tasks that the model supports and the truth of the data set can evaluate."""
     return tuple(task for task in SERVED[info.task] if task in model.tasks)
 
 
 class _ImageEvaluator:
-    """Results of images, and what they are compared with."""
+    """Predicts images and compares the results with the truth."""
 
     def __init__(
         self,
         model: PretrainedModel,
-        dataset: Dataset,
+        dataset: MapDataset,
         tasks: Iterable[str] | None,
         options: Mapping[str, Mapping[str, Any]],
         boundary_share: float | None,
     ):
-        if not isinstance(getattr(dataset, "info", None), DatasetInfo):
+        info = getattr(dataset, "info", None)
+        if not isinstance(info, DatasetInfo):
             raise TypeError(f"dataset must have a DatasetInfo as its info, as open_dataset gives; got {dataset!r}")
-        self.model, self.info = model, dataset.info
+        self.model, self.info = model, info
         self.views: dict[str, Any] = {}  # further arguments of the model's ``predict``
         _check_classes(model, self.info)
         served = served_tasks(model, self.info)
@@ -209,9 +220,9 @@ class _ImageEvaluator:
         _check_known("tasks", wanted, served, names)
         _check_known("options", options, wanted, "this evaluation")
         self.class_names = self.info.class_names
-        # Those that the truth may hold: stuff is in no truth of instances.
+        # The classes that may occur in the truth: instances are never stuff.
         self.expected_classes = self.info.thing_classes if set(wanted) == {"instance"} else range(self.info.num_classes)
-        self.metrics: dict[str, Metrics] = {task: self._metrics_of(task, boundary_share) for task in wanted}
+        self.metrics = {task: self._metrics_of(task, boundary_share) for task in wanted}
         self.options = {task: self._own_options(task) | dict(options.get(task, {})) for task in wanted}
 
     def predict(self, inputs: Tensor, samples: Sequence[Sample]) -> dict[str, list[Any]]:
@@ -235,11 +246,14 @@ class _ImageEvaluator:
         if isinstance(metrics, SemanticMetrics):
             metrics.update(result.cpu(), sample.class_map(self.info.ignore_index))
         elif isinstance(metrics, PanopticMetrics):
+            assert sample.segments is not None  # panoptic truth has no masks
             metrics.update(result, sample.segments, sample.labels, sample.crowd)
         else:
             metrics.update(f"{index:09d}", result, *_instances(sample, self.info))
 
-    def _metrics_of(self, task: str, boundary_share: float | None) -> Metrics:
+    def _metrics_of(
+        self, task: str, boundary_share: float | None
+    ) -> PanopticMetrics | InstanceMetrics | SemanticMetrics:
         info = self.info
         if task == "panoptic":
             return PanopticMetrics(info.num_classes, info.stuff_classes)
@@ -250,17 +264,17 @@ class _ImageEvaluator:
     def _own_options(self, task: str) -> dict[str, Any]:
         if task in ("panoptic", "instance"):
             return {"stuff_classes": self.info.stuff_classes}
-        # A label that is no class, whatever the data set's void is.
+        # A label that is no class, for every choice of the data set's void.
         return {"ignore_index": self.info.num_classes} if task == "general" else {}
 
 
 class _ClipEvaluator:
-    """Results of sound clips, and what they are compared with."""
+    """Predicts sound clips and compares the results with the truth."""
 
     def __init__(
         self,
-        model: SoundEventDetector,
-        dataset: Dataset,
+        model: PretrainedModel,
+        dataset: MapDataset,
         tasks: Iterable[str] | None,
         options: Mapping[str, Mapping[str, Any]],
     ):
@@ -272,7 +286,7 @@ class _ClipEvaluator:
         self.model, self.options = model, options.get(EVENTS, {})
         self.class_names = config.class_names or tuple(map(str, range(config.num_classes)))
         self.expected_classes = range(config.num_classes)
-        self.metrics: dict[str, Metrics] = {EVENTS: SoundEventMetrics(config.num_classes)}
+        self.metrics = {EVENTS: SoundEventMetrics(config.num_classes)}
 
     def predict(self, inputs: Tensor, samples: Sequence[Any]) -> dict[str, list[Any]]:
         return {EVENTS: [result["events"] for result in self.model.predict(inputs, **self.options)]}
@@ -282,10 +296,10 @@ class _ClipEvaluator:
         self.metrics[task].update(result, truth)
 
 
-class _Share(Dataset):
-    """A process's share of a data set: (index, what the model is given, the sample)."""
+class _Share(Dataset[tuple[int, Tensor, Any]]):
+    """A process's share of a data set, as (index, input of the model, sample)."""
 
-    def __init__(self, dataset: Dataset, indices: range, resize: ResizeShortSide | None):
+    def __init__(self, dataset: MapDataset, indices: range, resize: ResizeShortSide | None):
         self.dataset, self.indices, self.resize = dataset, indices, resize
 
     def __len__(self) -> int:
@@ -300,7 +314,7 @@ class _Share(Dataset):
 
 
 def _instances(sample: Sample, info: DatasetInfo) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Masks, labels, crowd flags and areas of the things."""
+    """Masks, labels, crowd flags and areas of the things of a sample."""
     if sample.masks is not None:
         return sample.masks, sample.labels, sample.crowd, sample.areas
     stuff = set(info.stuff_classes)
@@ -308,7 +322,8 @@ def _instances(sample: Sample, info: DatasetInfo) -> tuple[Tensor, Tensor, Tenso
         [m for m, label in enumerate(sample.labels.tolist()) if label not in stuff], dtype=torch.long
     )
     crowd, areas = (None if values is None else values[indices] for values in (sample.crowd, sample.areas))
-    return sample.segments == indices[:, None, None], sample.labels[indices], crowd, areas
+    assert sample.segments is not None  # it has either these or masks
+    return sample.segments.eq(indices[:, None, None]), sample.labels[indices], crowd, areas
 
 
 def _check_classes(model: PretrainedModel, info: DatasetInfo) -> None:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish to stop, which training grants after the step."""
+"""Ctrl-C and SIGTERM as a request to stop, which training fulfills after the current step."""
 
 from __future__ import annotations
 
@@ -9,32 +9,33 @@ import sys
 import threading
 import time
 from types import FrameType
+from typing import Any
 
 from fastmask.training.distributed import together
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# Within this time a second signal is the same wish: torchrun passes on what the terminal has sent to all processes.
-SAME_WISH = 2.0  # seconds
+# A second signal within this time is the same request: torchrun repeats what the terminal has sent to all processes.
+SAME_REQUEST = 2.0  # seconds
 GRACE = 30  # seconds, as torchrun has it
 PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process receives when its parent ends
 
 
 class Interruption:
-    """Inside ``with``, the first SIGINT or SIGTERM is noted and the second ends the process as it always would.
+    """Inside ``with``, the first SIGINT or SIGTERM is noted and the second ends the process as usual.
 
-    Outside of the main thread, which alone receives signals, it does nothing.
+    It does nothing outside the main thread, the only one that receives signals.
 
     Args:
         notice: written to stderr at the first signal; "" for nothing.
 
     Attributes:
-        signal: the one that came, or None.
+        signal: the number of the signal received, or None.
     """
 
     def __init__(self, notice: str = ""):
         self.signal: int | None = None
         self._notice = notice
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}
         self._came = 0.0
 
     def __enter__(self) -> Interruption:
@@ -47,11 +48,11 @@ class Interruption:
             signal.signal(number, handler)
 
     def end(self) -> None:
-        """Ends the program in the manner of the signal that came, after everything is saved.
+        """Ends the program as the received signal would have.
 
         Raises:
-            KeyboardInterrupt: of SIGINT.
-            SystemExit: of SIGTERM.
+            KeyboardInterrupt: after SIGINT.
+            SystemExit: after SIGTERM.
         """
         if self.signal == signal.SIGINT:
             raise KeyboardInterrupt
@@ -62,22 +63,22 @@ class Interruption:
         if self.signal is None:
             self.signal, self._came = number, time.monotonic()
             if alone:
-                # The second one does not even wait for the operator that runs.
+                # The second signal ends the process even within an operator.
                 for each in SIGNALS:
                     signal.signal(each, signal.SIG_DFL)
             if self._notice:
-                os.write(2, f"\n{self._notice}\n".encode())  # print and logging may be what the signal interrupts
-        elif alone or time.monotonic() - self._came > SAME_WISH:
+                os.write(2, f"\n{self._notice}\n".encode())  # the signal may have interrupted print or logging
+        elif alone or time.monotonic() - self._came > SAME_REQUEST:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
 
 def prepare_worker(_: int = 0) -> None:
-    """The ``worker_init_fn`` of a ``DataLoader``. Workers receive the signals that are meant for the process that they
-    work for: they stay, silently, for as long as that may need them, and end with it.
+    """The ``worker_init_fn`` of a ``DataLoader``. Workers receive the signals that are meant for the training process:
+    they continue silently for as long as it may need them, and end with it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
     if sys.platform == "linux":
-        # A worker that notices by itself that the other is gone waits for its last batch to be read, maybe forever.
+        # Otherwise a worker whose parent is gone could wait forever for its last batch to be read.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""The losses of the latest steps: they stay on the device, and are read all at once when somebody looks."""
+"""The losses of the latest steps, which stay on the device until they are read all at once."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ NORM = "gradient_norm"
 
 
 class LossRecord:
-    """What :meth:`fastmask.training.Trainer.step` returned, step by step, averaged over the processes.
+    """The results of :meth:`fastmask.training.Trainer.step` for each step, averaged over the processes.
 
     Args:
-        steps: how many steps were taken before.
-        values: of the last of these, to begin with.
-        may_overflow: a gradient that is not finite is no error, as in float16.
+        steps: the number of steps taken before.
+        values: the losses of the last of these steps, which begin the record.
+        may_overflow: whether gradients may be infinite, as in float16.
     """
 
     def __init__(self, steps: int = 0, values: list[dict[str, float]] | None = None, *, may_overflow: bool = False):
@@ -30,15 +30,15 @@ class LossRecord:
         self._may_overflow = may_overflow
 
     def append(self, losses: Mapping[str, Tensor]) -> None:
-        """Adds a step. Nothing waits for the device."""
+        """Adds the losses of a step, without waiting for the device."""
         self._unread.append(losses)
         self._steps += 1
 
     def read(self) -> None:
-        """Brings the losses of the steps since the last call into ``values``. Every process must ask for it.
+        """Adds the losses since the last call to ``values``. Every process must call this.
 
         Raises:
-            FloatingPointError: a loss or gradient is not finite; the message names the first such step and its losses.
+            FloatingPointError: a loss or gradient is not finite; the message has the first such step and its losses.
         """
         if not self._unread:
             return
@@ -58,7 +58,7 @@ class LossRecord:
         self.values += rows
 
     def take_mean(self) -> dict[str, float]:
-        """The mean over the steps that were read, which are then forgotten; of gradients, over the finite ones."""
+        """The mean over ``values``, which is emptied; the mean of gradient norms is over the finite ones."""
         rows, self.values = self.values, []
         means = {}
         for name in rows[0] if rows else ():

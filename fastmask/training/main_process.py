@@ -1,4 +1,4 @@
-"""What one process does for all: its result, or its error, reaches every process."""
+"""Work that process 0 does for all processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Result = TypeVar("Result")
 
 
 def in_main(call: Callable[[], Result]) -> Result:
-    """Runs something in process 0 alone. Every process must ask for it, gets the result, or raises the exception."""
+    """Calls a function in process 0 only. Every process must call this; each returns the result or raises the error."""
     if not together():
         return call()
     outcome: list[Any] = [None, None]

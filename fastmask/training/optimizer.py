@@ -1,4 +1,4 @@
-"""Optimizer, schedule and gradient clipping of a recipe."""
+"""The optimizer, the schedule and the gradient clipping of a recipe."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from fastmask.training.recipe import Recipe
 
-# Learned queries, tokens and positions that are parameters of their own and not of an nn.Embedding, by the names that
-# they have in our vision transformers, in those of ``transformers`` and in the authors' code.
+# Names of learned queries, tokens and positions that are parameters outside an nn.Embedding, in our vision
+# transformers, in those of ``transformers`` and in the authors' code.
 _EMBEDDING = re.compile(r"pos_embed|position_embedding|position_bias|(^|_)tokens?$|cls_emb|query_embed|level_embed")
 _NORM = re.compile(r"Norm(\dd)?$")
-# What torch.compile and activation checkpointing add to the names of the parameters in the modules that they wrap.
+# Parts of parameter names that torch.compile and activation checkpointing insert.
 _WRAPPERS = re.compile(r"_orig_mod\.|_checkpoint_wrapped_module\.")
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    """The trainable parameters by learning rate and weight decay, each once.
+    """Groups the trainable parameters by learning rate and weight decay, each once.
 
     The rule is that of the authors of MaskFormer and Mask2Former (``train_net.py``, ``build_optimizer``): the backbone
     has its own learning rate; normalization layers, and embeddings of queries, tokens and positions, have their own
     weight decay; biases decay as weights do.
 
     Args:
-        model: the backbone of one of ours is what its attribute ``backbone_weights`` says; of another, the modules in
-            whose name "backbone" stands.
-        recipe: has the rates.
+        model: in our networks the attribute ``backbone_weights`` says which weights form the backbone; in others the
+            modules with "backbone" in their name do.
+        recipe: has the learning rate and the weight decays.
 
     Returns:
         Up to six groups for an optimizer, "backbone" before "head", each of "weights", "norms" and "embeddings", in the
@@ -49,7 +49,7 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
         "norms": recipe.norm_weight_decay,
         "embeddings": recipe.embed_weight_decay,
     }
-    groups = {
+    groups: dict[str, dict[str, Any]] = {
         f"{part}/{kind}": {
             "params": [],
             "name": f"{part}/{kind}",
@@ -91,19 +91,22 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     groups = parameter_groups(model, recipe)
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum, nesterov=recipe.nesterov)
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate)
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate, fused=True)
 
 
 def learning_rate_factor(recipe: Recipe, step: int) -> float:
-    """The share of the learning rate at a step.
+    """The factor of the learning rate at a step.
 
-    "poly" is (1 - step / steps) ** power of what the learning rate exceeds ``min_learning_rate`` by, plus that; it ends
-    there at ``step = steps``. "steps" is gamma ** (milestones that have passed). "constant" is 1. During warm-up, the
-    share is multiplied by a line from ``warmup_factor`` to 1, as detectron2 does.
+    With m = ``min_learning_rate / learning_rate``, "poly" is m + (1 - m) (1 - step / steps) ** power; "steps" is
+    gamma ** (number of milestones passed); "constant" is 1. During warm-up, the factor is multiplied by a line from
+    ``warmup_factor`` to 1, as in detectron2.
+
+    PyTorch's own PolynomialLR has no m, and its LinearLR cannot start at 0; both multiply the last value, so that
+    rounding would add up where this is exact at every step.
 
     Args:
         recipe: has the schedule.
-        step: how many steps were taken before, at least 0; after ``steps``, the factor stays.
+        step: the number of steps taken before, at least 0; after ``steps``, the factor stays.
     """
     factor = 1.0
     if recipe.schedule == "poly":
@@ -118,23 +121,23 @@ def learning_rate_factor(recipe: Recipe, step: int) -> float:
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe) -> LambdaLR:
-    """The recipe's learning rates, to be stepped once after each step of the optimizer."""
+    """The recipe's schedule; call its ``step`` once after each step of the optimizer."""
     return LambdaLR(optimizer, partial(learning_rate_factor, recipe))
 
 
 @torch.no_grad()
 def clip_gradients(model: nn.Module | Iterable[Tensor], clip_norm: float) -> Tensor:
-    """Scales the gradient of all parameters together down to a norm, in place. It does not wait for the device.
+    """Limits the norm of the gradient of all parameters together, in place, without waiting for the device.
 
     Args:
-        model: a module or its parameters, sharded ones (``DTensor``) too.
-        clip_norm: the greatest Euclidean norm; 0 for no limit.
+        model: a module or its parameters, which may be sharded (``DTensor``).
+        clip_norm: the largest Euclidean norm; 0 for no limit.
 
     Returns:
-        the norm before, a scalar tensor; not finite if a gradient is not.
+        the norm before clipping, a scalar tensor; not finite if a gradient is not.
     """
     parameters = [p for p in _parameters(model) if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if hasattr(norm, "full_tensor"):  # of a DTensor: the norm over all shards
         norm = norm.full_tensor()
     if clip_norm > 0:

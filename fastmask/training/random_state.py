@@ -1,4 +1,4 @@
-"""The random generators of a process: of torch on every device, NumPy and Python."""
+"""The random generators of a process: those of PyTorch on every device, of NumPy and of Python."""
 
 from __future__ import annotations
 
@@ -12,19 +12,16 @@ import torch
 
 
 def seed_all(seed: int) -> None:
-    """Sets every generator of this process.
-
-    Args:
-        seed: not negative.
-    """
+    """Seeds every generator of this process with a number that is not negative."""
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002
     torch.manual_seed(seed)
 
 
 def random_state() -> dict[str, Any]:
-    """Where the generators of this process stand, in types that ``torch.load(weights_only=True)`` reads."""
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002
+    """The states of all generators of this process, in types that ``torch.load(weights_only=True)`` reads."""
+    state: Any = np.random.get_state()  # noqa: NPY002
+    name, keys, *rest = state
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -34,7 +31,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Puts the generators back to :func:`random_state`; those of GPUs only where there are as many as there were."""
+    """Restores the result of :func:`random_state`; the generators of GPUs only if their number is the same."""
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
@@ -46,7 +43,7 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
-    """What happens inside draws no random number from what happens afterwards."""
+    """Restores all generators afterwards."""
     state = random_state()
     try:
         yield

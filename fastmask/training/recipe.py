@@ -1,4 +1,4 @@
-"""How a network is trained, as plain data: optimizer, schedule, batch and augmentation; with the papers' as presets."""
+"""Training recipes as plain data: optimizer, schedule, batch and augmentation, with those of the papers as presets."""
 
 from __future__ import annotations
 
@@ -17,36 +17,39 @@ AUGMENTATIONS = ("semantic", "jitter", "detr", "none")
 
 @dataclass(frozen=True)
 class Recipe(PlainConfig):
-    """Everything that decides how a network is trained, apart from the network, the data and the machine. The defaults
-    are those of MaskFormer's ResNet-50 on ADE20K (arXiv:2107.06278, section 4.1, and the authors' configuration files).
+    """Everything that decides how a network is trained, except the network, the data and the machine. The defaults are
+    those of MaskFormer's ResNet-50 on ADE20K (arXiv:2107.06278, section 4.1, and the authors' configuration files).
 
     Args:
         optimizer: "adamw" or "sgd".
-        learning_rate: of the parts that are not the backbone, after warm-up and before the schedule's decay.
-        weight_decay: of weights and biases; decoupled from the gradient with "adamw", a part of it with "sgd".
+        learning_rate: the learning rate of all parts except the backbone, before warm-up and decay.
+        weight_decay: of weights and biases; decoupled from the gradient with "adamw", part of the gradient with "sgd".
         norm_weight_decay: of the gains and biases of normalization layers.
         embed_weight_decay: of learned queries, tokens and positions.
-        backbone_multiplier: the backbone's share of the learning rate.
-        momentum: of "sgd".
-        nesterov: "sgd" takes Nesterov's form of momentum.
+        backbone_multiplier: the factor of the backbone's learning rate.
+        momentum: the momentum of "sgd".
+        nesterov: use Nesterov's form of momentum with "sgd".
         schedule: "poly", "steps" or "constant", see :func:`fastmask.training.learning_rate_factor`.
-        power: of "poly".
-        min_learning_rate: where "poly" ends; other groups end at their share of it.
-        milestones: of "steps", as shares of ``steps``, ascending.
-        gamma: what "steps" multiplies the learning rate by at each milestone.
-        warmup_steps: steps in which the learning rate rises linearly to its full value.
-        warmup_factor: the share of it that the rise begins at.
-        clip_norm: the greatest Euclidean norm of the gradient of all parameters together; 0 for no limit.
-        steps: of the optimizer.
-        batch_size: images in a step, on all devices and in all accumulated parts together.
+        power: the exponent of "poly".
+        min_learning_rate: the learning rate at the end of "poly"; that of other groups in proportion.
+        milestones: where "steps" lowers the learning rate, as shares of ``steps``, ascending.
+        gamma: the factor of "steps" at each milestone.
+        warmup_steps: the number of steps in which the learning rate rises linearly to its full value.
+        warmup_factor: the share of the learning rate at which the rise begins.
+        clip_norm: the largest Euclidean norm of the gradient of all parameters together; 0 for no limit.
+        ema: the decay d, such as 0.999, of an exponential moving average of the weights, a = d a + (1 - d) w after each
+            step, which is evaluated and saved as the network; 0 to evaluate and save the weights themselves. Float
+            buffers, such as the statistics of batch norm, are averaged, too.
+        steps: the number of steps of the optimizer.
+        batch_size: the number of images in a step, on all devices and in all micro-batches together.
         augmentation: "semantic", "jitter", "detr" or "none": ``semantic_augmentation``, ``jitter_augmentation`` and
             ``detr_augmentation`` of :mod:`fastmask.data`.
         crop: (height, width) of a training image, with "semantic" and "jitter".
-        short_side: of an image at scale 1, with "semantic" and "detr".
+        short_side: the shorter side of an image at scale 1, with "semantic" and "detr".
         max_side: the limit of the longer side, with "semantic" and "detr".
-        scales: the least and the greatest random scale.
-        max_category_share: the greatest share of a crop's labeled pixels that one class may have, with "semantic";
-            1 for no limit.
+        scales: the smallest and the largest random scale.
+        max_category_share: the largest share of a crop's labeled pixels that one class may have, with "semantic"; 1 for
+            no limit.
 
     Raises:
         TypeError: a value of the wrong type.
@@ -69,6 +72,7 @@ class Recipe(PlainConfig):
     warmup_steps: int = 0
     warmup_factor: float = 1e-6
     clip_norm: float = 0.01
+    ema: float = 0.0
     steps: int = 160_000
     batch_size: int = 16
     augmentation: str = "semantic"
@@ -87,10 +91,11 @@ class Recipe(PlainConfig):
         self.require_at_least(0, "warmup_steps")
         self._require_finite(
             "learning_rate weight_decay norm_weight_decay embed_weight_decay backbone_multiplier momentum power "
-            "min_learning_rate gamma warmup_factor clip_norm".split()
+            "min_learning_rate gamma warmup_factor clip_norm ema".split()
         )
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "more than 0")
-        require(self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
+        for name in ("momentum", "ema"):
+            require(getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
         require(not self.nesterov or self.momentum > 0, "nesterov", True, "False without momentum")
         within = self.min_learning_rate <= self.learning_rate
         require(within, "min_learning_rate", self.min_learning_rate, f"at most learning_rate {self.learning_rate}")

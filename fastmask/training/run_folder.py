@@ -1,18 +1,22 @@
-"""The folder of a run of training: what is where, and what it takes to begin or continue in it."""
+"""The folder of a training run: its files, and the checks before a run begins or continues in it."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+
+from filelock import FileLock, Timeout
 
 from fastmask.files import finite, read_json, replace_file, write_json
 from fastmask.models.weight_files import CONFIG_FILE
 from fastmask.training.config import TrainingConfig
 from fastmask.training.step_checkpoints import remove_temporary
+
+# Processes that read data inherit the lock of the one that trains, and may outlive it by a moment when it is killed.
+PATIENCE = 2.0  # seconds
 
 
 class RunFolder:
@@ -21,16 +25,16 @@ class RunFolder:
     Attributes:
         root: the folder.
         config: config.json, the :class:`TrainingConfig` that reproduces the run.
-        checkpoints: a folder of what the run can be continued from.
-        model: a folder with the latest network, as of the end or of an interruption.
-        best: a folder with the network that did best in evaluation, and with ``score``.
+        checkpoints: a folder with the states that the run can continue from.
+        model: a folder with the network at the end or at the last interruption.
+        best: a folder with the network of the best evaluation, and with ``score``.
         score: the evaluation of ``best``, and its step.
-        metrics: metrics.jsonl, a line for each time that something was measured.
-        result: result.json, written when everything is done.
-        log, curves, tensorboard: for the eye.
+        metrics: metrics.jsonl, one line for each measurement.
+        result: result.json, written at the end.
+        log: log.txt, the messages.
+        curves: curves.png, the losses and scores over the steps.
+        tensorboard: a folder of TensorBoard's event files.
     """
-
-    _lock: BinaryIO | None = None
 
     def __init__(self, root: str | Path):
         self.root = Path(root)
@@ -44,12 +48,13 @@ class RunFolder:
         self.log = self.root / "log.txt"
         self.curves = self.root / "curves.png"
         self.tensorboard = self.root / "tensorboard"
+        self._lock = FileLock(self.root / ".lock", timeout=PATIENCE)
 
     def check_unused(self) -> None:
-        """Refuses a folder that has something in it.
+        """Refuses a folder that is not empty.
 
         Raises:
-            FileExistsError: it has, or is a file.
+            FileExistsError: the folder is not empty, or is a file.
         """
         if self.root.is_dir() and not any(self.root.iterdir()):
             return
@@ -74,7 +79,7 @@ class RunFolder:
         """The configuration to continue with.
 
         Args:
-            config: of the continuation; None for the run's own.
+            config: the configuration to continue with; None for the run's own.
 
         Raises:
             FileNotFoundError: there is no run in this folder.
@@ -93,35 +98,29 @@ class RunFolder:
         return config
 
     def lock(self) -> None:
-        """Keeps other processes from training in this folder for as long as this one lives, or until ``close``.
+        """Keeps other processes from training in this folder until ``close`` or the end of this process.
 
         Raises:
             FileExistsError: another process trains in it.
         """
-        # Of all kinds of lock this one is not inherited by the processes that read data, which may live a bit longer.
-        file = (self.root / ".lock").open("ab")
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            file.close()
+            self._lock.acquire()
+        except Timeout:
             raise FileExistsError(f"{self.root} is in use: another process trains in it") from None
         except OSError:
             pass  # a file system without locks
-        self._lock = file
 
     def close(self) -> None:
         """Lets others train in this folder."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        self._lock.release()
 
     def clean(self) -> None:
-        """Deletes what killed processes left half-written."""
+        """Deletes files that killed processes left half-written."""
         for folder in (self.root, self.checkpoints, self.model, self.best):
             remove_temporary(folder)
 
     def best_score(self) -> float:
-        """Of the network in ``best``; minus infinity if there is none."""
+        """The score of the network in ``best``; minus infinity if there is none."""
         return read_json(self.score, {}).get("score", -math.inf)
 
 
@@ -136,14 +135,14 @@ class MetricsFile:
         self.path = path
 
     def read(self) -> list[dict[str, Any]]:
-        """Every record, without a last line that a killed process left unfinished."""
+        """All records; a last line that a killed process left unfinished is ignored."""
         if not self.path.is_file():
             return []
         lines = self.path.read_text(encoding="utf-8").split("\n")
         return [json.loads(line) for line in lines[:-1]]
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Adds a line; what is not finite becomes null."""
+        """Adds a line; numbers that are not finite become null."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite(record)) + "\n")
 

@@ -1,13 +1,14 @@
-"""What a run says while it trains: lines for readers, a bar on terminals, scalars for TensorBoard."""
+"""The output of a run while it trains: lines for readers, a progress bar, numbers for files and callbacks."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fastmask.training.callbacks import TRACKERS, Callback, TensorBoard, Tracker
+from fastmask.training.config import TrainingConfig
 from fastmask.training.run_folder import MetricsFile, RunFolder
 
 INSTALL = "pip install fastmask-kernels[train]"
@@ -15,18 +16,21 @@ logger = logging.getLogger("fastmask.training")
 
 
 class RunLog:
-    """Lines go to stderr (unless the program has configured logging) and to log.txt, numbers to metrics.jsonl and
-    TensorBoard.
+    """Writes messages to stderr (unless the program has configured logging) and to log.txt, numbers to metrics.jsonl
+    and to callbacks.
 
     Args:
-        active: this is the process that writes; the others are silent.
+        active: whether this process writes; the others are silent.
+        callbacks: follow the run, besides the logger that its configuration names.
     """
 
-    def __init__(self, active: bool):
+    def __init__(self, active: bool, callbacks: Sequence[Callback] = ()):
         self._active = active
         self._handlers: list[logging.Handler] = []
         self._metrics: MetricsFile | None = None
-        self._bar, self._board = None, None
+        self._bar: Any = None
+        self._callbacks = list(callbacks)
+        self._started: list[Callback] = []
         self._before = logger.level, logger.propagate
         if active:
             if not logger.hasHandlers():
@@ -34,30 +38,35 @@ class RunLog:
                 logger.propagate = False
             logger.setLevel(logging.INFO)
 
-    def open(self, folder: RunFolder, step: int, steps: int) -> None:
-        """Writes to the files of a run from now on, and shows how far it is.
+    def open(self, folder: RunFolder, step: int, config: TrainingConfig) -> None:
+        """Starts to write to the files of a run, to tell the callbacks, and to show progress.
 
         Args:
-            folder: of the run.
-            step: how many steps were taken; records of later ones are deleted.
-            steps: how many there will be.
+            folder: the folder of the run.
+            step: the number of steps taken before; records of later steps are deleted.
+            config: the configuration of the run.
         """
         if not self._active:
             return
         self._metrics = MetricsFile(folder.metrics)
         self._metrics.cut(step)
         self._add_handler(logging.FileHandler(folder.log, encoding="utf-8"), "%(asctime)s  %(levelname)-7s %(message)s")
-        self._board = _tensorboard(folder.tensorboard, step)
-        self._bar = _progress_bar(step, steps)
+        if (own := _make_logger(config.log, folder, step)) is not None:
+            self._callbacks.append(own)
+        for callback in self._callbacks:
+            callback.on_start(config.to_dict())
+            self._started.append(callback)
+        self._bar = _progress_bar(step, config.recipe.steps)
 
     def __enter__(self) -> RunLog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Gives back the logger as it was."""
-        for part in (self._bar, self._board):
-            if part is not None:
-                part.close()
+        """Ends the callbacks and restores the logger."""
+        if self._bar is not None:
+            self._bar.close()
+        for callback in self._started:
+            callback.on_end()
         for handler in self._handlers:
             logger.removeHandler(handler)
             handler.close()
@@ -78,12 +87,12 @@ class RunLog:
         """Writes the means over some steps.
 
         Args:
-            step: the last of them.
-            steps: of the whole run.
+            step: the last of these steps.
+            steps: the number of steps of the whole run.
             losses: "loss", its kinds, and "gradient_norm".
             extra: "learning_rates" by group of parameters, "images_per_second", "memory" in GiB.
         """
-        if not self._active:
+        if self._metrics is None:
             return
         self._metrics.append({"step": step, **losses, **extra})
         kinds = [f"{name.removeprefix('loss_')} {value:.3f}" for name, value in losses.items() if "loss_" in name]
@@ -97,26 +106,23 @@ class RunLog:
         scalars["gradient_norm"] = losses["gradient_norm"]
         scalars |= {f"learning_rate/{name}": rate for name, rate in extra["learning_rates"].items()}
         scalars |= {name: extra[name] for name in ("images_per_second", "memory")}
-        self._write_scalars(step, scalars)
+        for callback in self._callbacks:
+            callback.on_log(step, scalars)
 
     def evaluation(self, step: int, numbers: Mapping[str, float], per_class: Mapping[str, Mapping[str, float]]) -> None:
-        """Writes what an evaluation found.
+        """Writes the scores of an evaluation.
 
         Args:
-            step: after which it took place.
-            numbers: by name, as shares of 1.
-            per_class: for each kind of number, that of each class.
+            step: the step after which it took place.
+            numbers: the scores by name, as shares of 1.
+            per_class: for each kind of score, that of each class.
         """
-        if not self._active:
+        if self._metrics is None:
             return
         self._metrics.append({"step": step, "evaluation": dict(numbers), "per_class": dict(per_class)})
         logger.info(f"step {step}  " + "  ".join(f"{name} {100 * value:.2f} %" for name, value in numbers.items()))
-        self._write_scalars(step, {f"evaluation/{name}": value for name, value in numbers.items()})
-
-    def _write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        if self._board is not None:
-            for name, value in scalars.items():
-                self._board.add_scalar(name, value, step)
+        for callback in self._callbacks:
+            callback.on_evaluate(step, {f"evaluation/{name}": value for name, value in numbers.items()})
 
     def _add_handler(self, handler: logging.Handler, form: str) -> None:
         handler.setFormatter(logging.Formatter(form))
@@ -140,7 +146,7 @@ class _LinesBesideBar(logging.Handler):
 
 
 def _progress_bar(step: int, steps: int) -> Any:
-    """On a terminal, if tqdm is there."""
+    """On a terminal, if tqdm is installed."""
     if not sys.stderr.isatty():
         return None
     try:
@@ -150,11 +156,12 @@ def _progress_bar(step: int, steps: int) -> Any:
     return tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True)
 
 
-def _tensorboard(folder: Path, step: int) -> Any:
-    """A writer that replaces what was written of later steps; None without the package."""
+def _make_logger(name: str, folder: RunFolder, step: int) -> Callback | None:
+    """The callback that a configuration names; None for "none", and for "tensorboard" without the package."""
+    if name in TRACKERS:
+        return Tracker(name, folder.root)
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        return TensorBoard(folder.tensorboard, step) if name == "tensorboard" else None
     except ImportError:
         logger.info("no scalars for TensorBoard: %s", INSTALL)
         return None
-    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)

@@ -1,15 +1,15 @@
-"""A whole run of training in a folder: from the data set to saved networks, to be interrupted and continued."""
+"""A training run in a folder, from the data set to saved networks; it can be interrupted and continued."""
 
 from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -31,9 +31,10 @@ from fastmask.metrics import InstanceMetrics
 from fastmask.models._base import PretrainedModel
 from fastmask.models._registry import load_model, model_from_dict
 from fastmask.training.activation_checkpointing import checkpoint_activations
+from fastmask.training.callbacks import Callback, check_logger
 from fastmask.training.config import TrainingConfig, check_task
 from fastmask.training.curves import draw_curves
-from fastmask.training.distributed import Processes, any_process, cleanup, setup, together, whole, wrap
+from fastmask.training.distributed import Processes, any_process, cleanup, setup, together, wrap
 from fastmask.training.evaluation import evaluate
 from fastmask.training.interruption import Interruption, prepare_worker
 from fastmask.training.latest_losses import LossRecord
@@ -45,22 +46,22 @@ from fastmask.training.sampler import StepSampler
 from fastmask.training.step_checkpoints import load_newest, save_checkpoint
 from fastmask.training.trainer import Trainer
 
-# What tells which network is best, by the data set's task; and what the curves show.
+# The score that decides which network is best, by the task of the data set; the curves show them all.
 SCORES = {"semantic": "mIoU", "panoptic": "PQ", "instance": "AP"}
 EVALUATION_BATCH = 4
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """Where a finished run has left what, and how good it is.
+    """The folders and scores of a finished run.
 
     Attributes:
-        folder: of the run.
-        model: the folder of the network as it is at the end.
-        best: the folder of the one that did best in evaluation; None without evaluation.
-        evaluation: the numbers of ``model``, as shares of 1; empty without evaluation.
-        best_evaluation: the same of ``best``.
-        best_step: when that was.
+        folder: the folder of the run.
+        model: the folder of the final network.
+        best: the folder of the network with the best evaluation; None without evaluation.
+        evaluation: the scores of ``model``, as shares of 1; empty without evaluation.
+        best_evaluation: the scores of ``best``.
+        best_step: the step of ``best``.
     """
 
     folder: Path
@@ -77,38 +78,41 @@ def train(
     *,
     resume: bool = False,
     device: str | torch.device | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> TrainingResult:
-    """Trains a network on a data set, in this process or together with those that ``torchrun`` has started.
+    """Trains a network on a data set, in this process or in all that ``torchrun`` has started.
 
-    Ctrl-C or SIGTERM finishes the step, saves, and ends the program; once more ends it at once. A run that is resumed
-    goes on with the samples, the optimizer and the random numbers that it would have had without the interruption: on a
-    CPU, and with the same number of processes, its weights are the same to the bit.
+    The first Ctrl-C or SIGTERM finishes the step, saves, and ends the program; the second ends it at once. A resumed
+    run continues with the samples, optimizer state and random numbers that it would have had without the interruption:
+    on a CPU, and with the same number of processes, its weights are the same to the bit.
 
     Args:
-        config: of the run; None, with ``resume``, for the one that it was begun with. Only fields of
-            ``fastmask.training.config.CHANGEABLE`` may differ from that.
+        config: the configuration; None, with ``resume``, for that of the run. Only fields in
+            ``fastmask.training.config.CHANGEABLE`` may differ from it.
         output: the run's folder. It gets config.json, checkpoints, ``model`` (the latest network), ``best`` (by mIoU,
-            PQ or AP), log.txt, metrics.jsonl, curves.png, scalars for TensorBoard and, at the end, result.json. With
-            processes on several machines all must see it.
-        resume: continue the run in this folder, with as many processes as may share the batch evenly.
-        device: "cpu" or "cuda"; CUDA by default where there is any.
+            PQ or AP), log.txt, metrics.jsonl, curves.png, the logger's files and, at the end, result.json. Processes on
+            several machines must all see it.
+        resume: continue the run in this folder; the number of processes may change if it divides the batch evenly.
+        device: "cpu" or "cuda"; CUDA by default if there is a GPU.
+        callbacks: follow the run in process 0, besides the logger that ``config.log`` names.
 
     Raises:
-        FileExistsError: the folder is not empty, without ``resume``; another process trains in it.
+        FileExistsError: the folder is not empty, without ``resume``; or another process trains in it.
         FileNotFoundError: no data set or split; with ``resume``, no run.
         ValueError: broken files in the data set, each named; classes that differ between splits, data set and network;
-            another configuration or number of samples than that of the run to resume; no checkpoint of it is whole.
-        FloatingPointError: a loss is not finite. The checkpoints are from before.
-        OSError: a file cannot be written. The checkpoints from before are whole.
-        KeyboardInterrupt, SystemExit: after Ctrl-C and SIGTERM, with everything saved.
+            with ``resume``, another configuration or number of samples, or no undamaged checkpoint.
+        ImportError: a package that the configuration needs is missing; the message says how to install it.
+        FloatingPointError: a loss is not finite; the checkpoints are older.
+        OSError: a file cannot be written; older checkpoints stay whole.
+        KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM, with everything saved.
     """
     if config is None and not resume:
         raise TypeError("config is needed to begin a run")
     had_group = together()
     processes = setup(device)
     folder = RunFolder(output)
-    with RunLog(processes.is_main) as log, closing(folder):
-        if resume:
+    with RunLog(processes.is_main, callbacks) as log, closing(folder):
+        if config is None or resume:
             config = in_main(lambda: folder.reopen(config))
         else:
             in_main(folder.check_unused)
@@ -128,44 +132,45 @@ class _Run:
     """A run in progress.
 
     Args:
-        config: of the run.
-        folder: is created unless it is continued.
-        log: that it writes to.
-        processes: of which this one takes its share.
-        resume: the run was begun before.
+        config: its configuration.
+        folder: its folder, which a new run creates.
+        log: gets its messages and numbers.
+        processes: this process among all that train.
+        resume: continue a run that was begun before.
     """
 
     def __init__(self, config: TrainingConfig, folder: RunFolder, log: RunLog, processes: Processes, resume: bool):
         self.config, self.folder, self.log, self.processes = config, folder, log, processes
+        in_main(lambda: check_logger(config.log))  # tells now, not after minutes, if a package is missing
         self.train_set, self.val_set = self._open_data(quick=resume)
         self.score = SCORES[self.train_set.info.task]
         state = load_newest(folder.checkpoints) if resume else None
         seed_all(config.seed)
-        model = _start_model(config) if state is None else model_from_dict(state[1]["model"])
-        name, self.model_config = type(model).__name__, model.config
+        network = _start_model(config) if state is None else model_from_dict(state[1]["model"])
+        name, self.model_config = type(network).__name__, network.config
         if config.activation_checkpointing:
-            checkpoint_activations(model)
-        model = wrap(model.to(processes.device).train(), config.strategy)
+            checkpoint_activations(network)
+        model = wrap(network.to(processes.device).train(), config.strategy)
         self.trainer = Trainer(model, config.recipe, precision=config.precision, accumulate=config.accumulate)
         seed_all(int(np.random.SeedSequence([config.seed, processes.rank]).generate_state(1)[0]))
         values: list[dict[str, float]] = []
         if state is not None:
             values = self._restore(state[1])
-        # Whatever can be wrong has been found by now.
+        # From here on files are written: every check is done.
         loader = self._loader()
         self.losses = LossRecord(self.trainer.steps, values, may_overflow=config.precision == "float16")
         if not resume:
             in_main(lambda: folder.create(config))
         elif processes.is_main:
             folder.clean()
-        log.open(folder, self.trainer.steps, config.recipe.steps)
+        log.open(folder, self.trainer.steps, config)
         self.evaluated = in_main(self._last_evaluation)
         self.data = self._step_batches(loader)
         self._say_what_begins(name, None if state is None else state[0])
         self._seconds, self._timed = 0.0, 0
 
     def complete(self) -> None:
-        """Takes the steps that are left, and writes the results.
+        """Takes the remaining steps and writes the results.
 
         Raises:
             KeyboardInterrupt, SystemExit: after an interruption, with everything saved.
@@ -173,7 +178,8 @@ class _Run:
         once_more = "stopping after this step; once more to stop at once, without saving"
         with Interruption(once_more if self.processes.is_main else "") as interruption, closing(self.data):
             finished = self._take_steps(interruption)
-        self._save_model(self.folder.model)
+        network = self._network()
+        in_main(lambda: network.save_pretrained(self.folder.model))
         if not finished:
             self.log.say(
                 f"stopped at step {self.trainer.steps}; fastmask train --resume -o {self.folder.root} continues"
@@ -237,7 +243,7 @@ class _Run:
             generator=torch.Generator(),  # the default one would draw from the random state of training
         )
 
-    def _step_batches(self, loader: DataLoader) -> Iterator[list[Any]]:
+    def _step_batches(self, loader: DataLoader) -> Generator[list[Any], None, None]:
         micro_batches = iter(loader)
         for _ in range(self.trainer.steps, self.config.recipe.steps):
             yield [next(micro_batches) for _ in range(self.config.accumulate)]
@@ -285,6 +291,10 @@ class _Run:
         self._seconds, self._timed = 0.0, 0
         self.log.training(trainer.steps, self.config.recipe.steps, self.losses.take_mean(), extra)
 
+    def _network(self) -> PretrainedModel:
+        """The network to evaluate and save. Every process must call this."""
+        return cast(PretrainedModel, self.trainer.network())
+
     def _evaluation_is_due(self) -> bool:
         step, every = self.trainer.steps, self.config.eval_every
         if self.val_set is None or step == self.evaluated:
@@ -292,7 +302,8 @@ class _Run:
         return step == self.config.recipe.steps or (every > 0 and step > 0 and step % every == 0)
 
     def _evaluate(self) -> None:
-        model, step = whole(self.trainer.model), self.trainer.steps
+        model, step = self._network(), self.trainer.steps
+        assert self.val_set is not None
         with random_state_kept():
             found = evaluate(
                 model,
@@ -305,11 +316,11 @@ class _Run:
         per_class = {
             name: dict(zip(found.class_names, values, strict=True)) for name, values in found.per_class.items()
         }
-        score = found.numbers.get(self.score, found.numbers.get("mIoU"))
+        score = found.numbers[self.score if self.score in found.numbers else "mIoU"]
         if in_main(lambda: score > self.folder.best_score()):
-            self._save_model(self.folder.best, model)
+            in_main(lambda: model.save_pretrained(self.folder.best))
             in_main(lambda: write_json(self.folder.score, {"step": step, "score": score, "evaluation": found.numbers}))
-        # The record comes last: an evaluation that was killed before is done again.
+        # The record comes last, so that a resumed run repeats an evaluation that was killed.
         self.log.evaluation(step, found.numbers, per_class)
         self.evaluated = step
         if step < self.config.recipe.steps:  # at the end they are drawn in any case
@@ -317,14 +328,14 @@ class _Run:
 
     def _draw_curves(self) -> None:
         try:
-            draw_curves(MetricsFile(self.folder.metrics).read(), self.folder.curves, SCORES.values())
+            draw_curves(MetricsFile(self.folder.metrics).read(), self.folder.curves, tuple(SCORES.values()))
         except ImportError:
             self.log.say(f"no {self.folder.curves.name}: {INSTALL}")
 
     def _save_checkpoint(self) -> None:
         trainer, random = self.trainer, [random_state()]
         if together():
-            random = [None] * self.processes.world_size
+            random *= self.processes.world_size
             dist.all_gather_object(random, random_state())
         state = {
             "model": self.model_config.to_dict(),
@@ -348,10 +359,6 @@ class _Run:
         else:
             seed_all(int(np.random.SeedSequence([self.config.seed, rank, steps]).generate_state(1)[0]))
         return state["losses"]
-
-    def _save_model(self, folder: Path, model: PretrainedModel | None = None) -> None:
-        model = whole(self.trainer.model) if model is None else model
-        in_main(lambda: model.save_pretrained(folder))
 
     def _last_evaluation(self) -> int:
         steps = [record["step"] for record in MetricsFile(self.folder.metrics).read() if "evaluation" in record]

@@ -1,4 +1,4 @@
-"""Which samples a training step reads: decided by the seed and the step, not by the processes that read them."""
+"""The samples of each training step, which depend on the seed and the step, not on the number of processes."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from torch.utils.data import Sampler
 class StepSampler(Sampler[list[tuple[int, int]]]):
     """The micro-batches of one process, for the steps ``start..stop-1``: the ``batch_sampler`` of a ``DataLoader``.
 
-    The epochs, each in an order that depends on ``(seed, epoch)`` alone, form one endless sequence. Step s takes its
-    ``batch_size`` samples from ``s * batch_size`` on, whatever the number of processes and of micro-batches, so that a
-    step may reach over the end of an epoch. Micro-batch a of all processes together takes the a-th part of these.
+    The epochs, each in an order that depends on ``(seed, epoch)`` only, form one endless sequence. Step s takes
+    ``batch_size`` samples from position ``s * batch_size`` on, for any number of processes and micro-batches, so a step
+    may cross the end of an epoch. Micro-batch a of all processes together takes the a-th part of these samples.
 
     Args:
-        length: samples in the data set.
-        batch_size: samples of a step, of all processes and micro-batches together.
-        seed: of the order; not negative.
+        length: the number of samples in the data set.
+        batch_size: the number of samples in a step, in all processes and micro-batches together.
+        seed: decides the order; not negative.
         start: the first step.
         stop: the step after the last.
-        rank: of this process.
+        rank: the rank of this process.
         world_size: the number of processes.
-        accumulate: micro-batches of a step.
+        accumulate: the number of micro-batches in a step.
 
     Raises:
-        ValueError: no samples, or a batch that processes and micro-batches cannot share evenly.
+        ValueError: no samples, or a batch that cannot be divided evenly among processes and micro-batches.
     """
 
     def __init__(

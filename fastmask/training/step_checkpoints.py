@@ -1,4 +1,4 @@
-"""Checkpoints on disk: each whole or not there at all, and read only if it is whole."""
+"""Checkpoints on disk: each appears whole or not at all, and a damaged one is never loaded."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ logger = logging.getLogger(__name__)
 
 
 def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
-    """Writes a checkpoint and deletes all but the latest two. A process that is killed at any moment, a full disk or a
-    failing machine leaves those that were there before.
+    """Writes a checkpoint and deletes all but the latest two. The earlier ones survive a process that is killed at any
+    moment, a full disk and a failing machine.
 
     Args:
-        folder: is made if it does not exist.
-        step: the number of steps that were taken.
-        state: of tensors, numbers, strings, lists, tuples and dicts.
+        folder: is created if it does not exist.
+        step: the number of steps taken.
+        state: tensors, numbers, strings, and lists, tuples and dicts of them.
 
     Raises:
-        OSError: the file cannot be written; the message names it, the reason, and what is there to resume from.
+        OSError: the file cannot be written; the message names it, the reason, and the checkpoint to resume from.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}.pt"
@@ -53,9 +53,9 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
 
 
 def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that is whole, on the CPU; None if there is none at all.
+    """The newest undamaged checkpoint, on the CPU; None if there are no checkpoints.
 
-    Each tensor is compared with the check sum that was written with it. A damaged file is passed over with a warning.
+    The checksum of each tensor is verified. A damaged file is skipped with a warning.
 
     Raises:
         ValueError: every checkpoint is damaged; the message names them.
@@ -72,32 +72,32 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def remove_temporary(folder: Path) -> None:
-    """Deletes what killed processes left half-written in a folder."""
+    """Deletes the files in a folder that killed processes left half-written."""
     for path in folder.glob(f"*{TEMPORARY}"):
         path.unlink()
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """From the oldest to the newest."""
+    """All checkpoints, from the oldest to the newest."""
     found = [(int(match[1]), path) for path in folder.glob("*") if (match := NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found)]
 
 
 def _read(path: Path) -> tuple[dict[str, Any] | None, str]:
-    """What a file holds, or None and what is wrong with it."""
+    """The content of a file, or None and the fault."""
     try:
-        # torch.load would read changed bytes without complaint.
+        # torch.load does not verify checksums.
         with zipfile.ZipFile(path) as archive:
             changed = archive.testzip()
         if changed is not None:
-            return None, f"{changed} is not what was written"
+            return None, f"{changed} has another checksum"
         return torch.load(path, map_location="cpu", weights_only=True), ""
     except (zipfile.BadZipFile, EOFError, UnpicklingError, RuntimeError) as error:
         return None, str(error).partition("\n")[0]
 
 
 def _reason(error: BaseException) -> str:
-    """The system's words: torch reports a failed write as an inconsistency that follows from it."""
+    """The system's message: torch reports only that a failed write left the file inconsistent."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.strerror:
@@ -107,7 +107,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes a new name in a folder last."""
+    """Makes renamed files in a folder survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

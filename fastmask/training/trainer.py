@@ -1,15 +1,17 @@
-"""One optimizer step of a model: precision, accumulation and clipping, and nothing that waits for a GPU."""
+"""One optimizer step of a model, with mixed precision, accumulation and clipping, without waiting for the GPU."""
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial, reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from fastmask.models.precision import autocast, check_precision
 from fastmask.training.distributed import (
@@ -18,6 +20,9 @@ from fastmask.training.distributed import (
     load_optimizer_state,
     model_state,
     optimizer_state,
+    unhooked,
+    unwrap,
+    whole,
 )
 from fastmask.training.optimizer import clip_gradients, make_optimizer, make_schedule
 from fastmask.training.recipe import Recipe
@@ -29,13 +34,12 @@ class Trainer:
     """Trains a model that is called with inputs and targets and returns a dict of losses, whose sum is minimized.
 
     Args:
-        model: on its device, wrapped already if several processes train it.
-        recipe: the optimizer and its schedule.
+        model: on its device; already wrapped if several processes train it.
+        recipe: the optimizer, its schedule, and the decay of the average of weights.
         precision: "float32", or "bfloat16" or "float16" for autocast; parameters stay in their own dtype. "float16"
             scales the loss, and skips a step whose gradients overflow.
-        accumulate: A, the micro-batches of a step. The gradient of a step is the mean of theirs. Each micro-batch is
-            normalized by itself, by its own targets, so that A micro-batches equal one large batch only where they have
-            equally many.
+        accumulate: A, the number of micro-batches in a step, whose gradients are averaged. The loss of each is
+            normalized by its own number of targets, so A micro-batches equal one large batch only if these are equal.
 
     Raises:
         ValueError: an unknown precision, or fewer than one micro-batch.
@@ -52,32 +56,36 @@ class Trainer:
         self.precision = precision
         self.optimizer = make_optimizer(model, recipe)
         self.schedule = make_schedule(self.optimizer, recipe)
+        self.average: AveragedModel | None = None
+        if recipe.ema > 0:
+            average = partial(_average, 1 - recipe.ema)
+            self.average = AveragedModel(unhooked(model), multi_avg_fn=average, use_buffers=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "float16")
         self.steps = 0
 
     def step(self, batches: Sequence[tuple[Any, Any]]) -> dict[str, Tensor]:
-        """One optimizer step on A micro-batches. The model is used in the mode that it has. No host sync, except that
-        "float16" asks whether gradients overflowed.
+        """Takes one optimizer step on A micro-batches, with the model in its current mode. The host waits for the
+        device only with "float16", to learn whether gradients overflowed.
 
         Args:
-            batches: A pairs of what the model is called with, inputs and targets, on any device.
+            batches: A pairs (inputs, targets), on any device, that the model is called with.
 
         Returns:
-            Scalars on the model's device, means over the micro-batches: "loss", and each kind of loss, as "loss_ce",
-            summed over decoder layers; also "gradient_norm", of the whole gradient before it is clipped.
+            Scalars on the model's device, means over the micro-batches: "loss"; each kind of loss, such as "loss_ce",
+            summed over decoder layers; and "gradient_norm", the norm of the whole gradient before clipping.
 
         Raises:
-            ValueError: another number of micro-batches.
+            ValueError: the number of micro-batches is not A.
         """
         if len(batches) != self.accumulate:
             raise ValueError(f"batches has {len(batches)} micro-batches; expected {self.accumulate} (accumulate)")
         self.optimizer.zero_grad(set_to_none=True)
         totals: dict[str, Tensor] = {}
         for i, (inputs, targets) in enumerate(batches):
-            # Processes exchange gradients in the last backward pass alone.
+            # Processes exchange gradients in the last backward pass only.
             with nullcontext() if i == len(batches) - 1 else accumulating(self.model):
                 losses = self._losses(to_device(inputs, self.device), to_device(targets, self.device))
-                loss = sum(losses.values()) / self.accumulate
+                loss = reduce(torch.add, losses.values()) / self.accumulate
                 self.scaler.scale(loss).backward()
             for name, value in {"loss": loss * self.accumulate, **by_kind(losses)}.items():
                 totals[name] = totals.get(name, 0) + value.detach().float() / self.accumulate
@@ -86,17 +94,27 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         with warnings.catch_warnings():
-            # The schedule counts the steps that overflow as well; PyTorch takes one at the beginning for a mistake.
+            # The schedule also counts steps that overflow; PyTorch mistakes one at the beginning for a wrong order.
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
             self.schedule.step()
+        if self.average is not None:
+            self.average.update_parameters(unwrap(self.model))
         self.steps += 1
         return totals
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that a trainer of the same model and recipe needs to continue, on the CPU, for any strategy and
-        number of processes. All processes must ask for it; it is whole in process 0.
+    def network(self) -> nn.Module:
+        """The plain network to evaluate and save: with ``recipe.ema`` the one of averaged weights. All processes must
+        call this; see :func:`fastmask.training.distributed.whole`.
         """
+        return whole(self.model if self.average is None else self.average.module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a trainer of the same model and recipe needs to continue, on the CPU, with any strategy and
+        number of processes. All processes must call this; the state is complete in process 0.
+        """
+        average = {} if self.average is None else {"average": model_state(self.average.module)}
         return {
+            **average,
             "model": model_state(self.model),
             "optimizer": optimizer_state(self.model, self.optimizer),
             "schedule": self.schedule.state_dict(),
@@ -115,14 +133,26 @@ class Trainer:
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
         self.steps = state["steps"]
+        if self.average is not None:
+            load_model_state(self.average.module, state["average"])
+            self.average.n_averaged.fill_(self.steps)
 
     def _losses(self, inputs: Any, targets: Any) -> dict[str, Tensor]:
         with autocast(self.device, self.precision):
             return self.model(inputs, targets)
 
 
+def _average(weight: float, averaged: Iterable[Tensor], latest: Iterable[Tensor], _: Tensor | int) -> None:
+    """One step of the average. PyTorch's own would round integer buffers and mix sharded with whole tensors."""
+    for own, new in zip(averaged, latest, strict=True):
+        if own.is_floating_point():
+            own.lerp_(new, weight)
+        else:
+            own.copy_(new)
+
+
 def by_kind(losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Losses summed over decoder layers: "loss_ce_0" belongs to "loss_ce"."""
+    """Sums losses over decoder layers: "loss_ce_0" counts to "loss_ce"."""
     kinds: dict[str, Tensor] = {}
     for name, value in losses.items():
         kind = LAYER_SUFFIX.sub("", name)
@@ -131,7 +161,7 @@ def by_kind(losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """Tensors, and whatever else has ``.to``, on a device; also within lists and dicts; a tuple becomes a list."""
+    """Moves everything that has ``.to`` to a device, also inside lists, tuples (which become lists) and dicts."""
     if isinstance(value, list | tuple):
         return [to_device(item, device) for item in value]
     if isinstance(value, Mapping):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastmask.export import export_program
-from fastmask.export.tasks import module_of_task
+from fastmask.export.tasks import ImageTask
 from fastmask.models import MaskFormer, MaskFormerConfig
 from tests.helpers.exporting import (
     CLASSES,
@@ -78,7 +78,7 @@ def test_programs_compile_in_one_graph(portable):
 def test_the_way_from_images_to_labels_compiles_in_one_graph(make):
     """What ``predict`` does, as torch.compile traces it; the second size compiles for sizes that vary."""
     model = make().eval()
-    run = torch.compile(module_of_task(model, "semantic", None, "auto"), fullgraph=True, backend="aot_eager")
+    run = torch.compile(ImageTask(model, "semantic", None, "auto"), fullgraph=True, backend="aot_eager")
     for size in (SIZE, (64, 96)):
         images = torch.rand(2, 3, *size)
         with torch.no_grad():

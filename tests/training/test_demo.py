@@ -1,16 +1,15 @@
 from __future__ import annotations
 
-import numpy as np
-import pytest
-from PIL import Image
+import typer
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from fastmask.cli._losses import plot_losses
-from fastmask.cli.demo import app
+from fastmask.cli import pretrain
+from fastmask.cli.demo import app, make_model
 
 
 def test_demo_writes_what_it_says(tmp_path):
-    options = ["--minutes", "0.03", "--size", "64", "--val-scenes", "4", "--batch-size", "2", "--output", tmp_path]
+    options = ["--steps", "3", "--size", "64", "--val-scenes", "4", "--batch-size", "2", "--output", tmp_path]
     result = CliRunner().invoke(app, [str(option) for option in options])
     assert result.exit_code == 0, result.output
     assert {path.name for path in tmp_path.iterdir()} == {"scenes.png", "loss.png", "model"}
@@ -18,18 +17,14 @@ def test_demo_writes_what_it_says(tmp_path):
         assert said in result.output
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 300])
-def test_loss_curve(tmp_path, num_steps):
-    history = [{"loss": 3.0 / step, "loss_ce": 1.0 / step, "loss_mask": 2.0 / step} for step in range(1, num_steps + 1)]
-    plot_losses(history, tmp_path / "loss.png")
-    with Image.open(tmp_path / "loss.png") as picture:
-        assert picture.width > 1000
-        assert len(np.unique(np.asarray(picture.convert("L")))) > 20
-
-
-def test_loss_curve_needs_a_total(tmp_path):
-    for history in ([], [{"loss_ce": 1.0}]):
-        with pytest.raises(ValueError, match="history"):
-            plot_losses(history, tmp_path / "loss.png")
-    plot_losses([{"sum": 1.0}], tmp_path / "sum.png", total="sum")
-    assert (tmp_path / "sum.png").exists()
+def test_pretraining_writes_weights_of_the_demos_backbone(tmp_path):
+    app = typer.Typer()
+    app.command()(pretrain.main)
+    path = tmp_path / "weights.safetensors"
+    result = CliRunner().invoke(app, ["--steps", "3", "--batch-size", "4", "--output", str(path)])
+    assert result.exit_code == 0, result.output
+    weights, shipped = load_file(path), load_file(pretrain.WEIGHTS)
+    assert {name: value.dtype for name, value in weights.items()} == {
+        name: value.dtype for name, value in shipped.items()
+    }
+    make_model().backbone.load_state_dict(weights)

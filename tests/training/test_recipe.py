@@ -295,6 +295,7 @@ def test_detrs_transform_takes_its_sides_from_the_recipe():
         ("warmup_steps", 160_000),
         ("warmup_factor", 1.5),
         ("clip_norm", -0.1),
+        ("ema", 1.0),
         ("steps", 0),
         ("batch_size", 0),
         ("crop", (512,)),

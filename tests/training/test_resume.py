@@ -29,7 +29,7 @@ def scenes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(scenes):
-    return tiny_config(scenes, workers=0, log_every=2, eval_every=3, checkpoint_every=2)
+    return tiny_config(scenes, workers=0, log_every=2, eval_every=3, checkpoint_every=2, recipe={"ema": 0.5})
 
 
 @pytest.fixture(scope="module")

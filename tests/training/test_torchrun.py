@@ -25,7 +25,14 @@ def config(tmp_path_factory):
     """Without batch norm, whose statistics are each process's own, and with an optimizer that is linear in gradients:
     where they are 0 but for rounding, Adam would make steps of that."""
     recipe = Recipe(
-        optimizer="sgd", learning_rate=0.01, steps=STEPS, batch_size=4, crop=(48, 64), short_side=64, max_side=256
+        optimizer="sgd",
+        learning_rate=0.01,
+        ema=0.5,
+        steps=STEPS,
+        batch_size=4,
+        crop=(48, 64),
+        short_side=64,
+        max_side=256,
     )
     scenes = scene_folder(tmp_path_factory.mktemp("scenes"), val=5)
     options = {"workers": 0, "log_every": 1, "checkpoint_every": 100}

@@ -110,9 +110,57 @@ def test_gradients_that_overflow_float16_skip_the_step_and_lower_the_scale():
     assert other.scaler.get_scale() == scale / 2
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_a_trainer_continues_from_a_state_bit_for_bit(optimizer, tmp_path):
-    recipe = make_recipe(optimizer=optimizer, warmup_steps=3)
+def test_averaged_weights_follow_their_formula_and_integers_stay():
+    model = nn.ModuleDict({"linear": Linear(), "norm": nn.BatchNorm1d(2)})
+    model.register_buffer("index", torch.arange(1000))
+    model.forward = lambda inputs, targets: {"loss": model["norm"](model["linear"].layer(inputs)).square().mean()}
+    trainer = Trainer(model, make_recipe(ema=0.9))
+    expected = {}
+    for step in range(4):
+        trainer.step(linear_batches(1, seed=step))
+        for name, value in model.state_dict().items():
+            first = step == 0 or not value.is_floating_point()
+            expected[name] = value.clone() if first else 0.9 * expected[name] + 0.1 * value
+    averaged = trainer.network().state_dict()
+    assert averaged.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(averaged[name], value)
+    assert not torch.equal(averaged["linear.layer.weight"], model["linear"].layer.weight)
+    assert Trainer(model, make_recipe()).network() is model
+
+
+def test_a_checkpoint_of_an_optimizer_that_is_not_fused_loads():
+    recipe = make_recipe()
+    old = Trainer(Linear(), recipe)
+    for group in old.optimizer.param_groups:
+        group["fused"] = None
+    old.step(linear_batches(1))
+    new = Trainer(Linear(), recipe)
+    new.load_state_dict(old.state_dict())
+    for seed in (2, 3):
+        for trainer in (old, new):
+            trainer.step(linear_batches(1, seed))
+    for name, value in old.model.state_dict().items():
+        torch.testing.assert_close(new.model.state_dict()[name], value)
+
+
+def test_parameters_without_a_gradient_have_no_state_after_loading():
+    model, other = Linear(), Linear()
+    for each in (model, other):
+        each.unused = nn.Parameter(torch.ones(3))
+    trainer, resumed = Trainer(model, make_recipe()), Trainer(other, make_recipe())
+    trainer.step(linear_batches(1))
+    state = trainer.state_dict()
+    assert state["optimizer"]["state"].keys() == {"layer.weight", "layer.bias"}
+    resumed.load_state_dict(state)
+    assert other.unused not in resumed.optimizer.state
+    with pytest.raises(RuntimeError, match="the state has no unused"):
+        resumed.load_state_dict({**state, "model": Linear().state_dict()})
+
+
+@pytest.mark.parametrize(("optimizer", "ema"), [("adamw", 0.9), ("sgd", 0.0)])
+def test_a_trainer_continues_from_a_state_bit_for_bit(optimizer, ema, tmp_path):
+    recipe = make_recipe(optimizer=optimizer, warmup_steps=3, ema=ema)
     through = Trainer(make_model(), recipe, accumulate=2)
     for step in range(2):
         through.step([scenes(4 * step), scenes(4 * step + 2)])
@@ -127,8 +175,9 @@ def test_a_trainer_continues_from_a_state_bit_for_bit(optimizer, tmp_path):
     for step, losses in zip((2, 3), expected, strict=True):
         again = resumed.step([scenes(4 * step), scenes(4 * step + 2)])
         assert all(torch.equal(again[name], losses[name]) for name in losses)
-    for name, value in through.model.state_dict().items():
-        assert torch.equal(resumed.model.state_dict()[name], value), name
+    for ours, theirs in ((resumed.model, through.model), (resumed.network(), through.network())):
+        for name, value in theirs.state_dict().items():
+            assert torch.equal(ours.state_dict()[name], value), name
     assert resumed.schedule.get_last_lr() == through.schedule.get_last_lr()
 
 
