@@ -2,28 +2,15 @@
 
 #include <algorithm>
 #include <bit>
-#include <cmath>
+
+#include "common/taps.h"
 
 namespace fastmask {
-namespace {
-
-// PyTorch's "nearest" rule, in float like PyTorch: floor(i * in / out).
-std::vector<int64_t> nearest_indices(int64_t out, int64_t in) {
-  const float scale = static_cast<float>(in) / static_cast<float>(out);
-  std::vector<int64_t> indices(out);
-  for (int64_t i = 0; i < out; ++i) {
-    indices[i] = std::min(static_cast<int64_t>(std::floor(static_cast<float>(i) * scale)), in - 1);
-  }
-  return indices;
-}
-
-}  // namespace
-
 Coverage make_coverage(const ImageTargets& targets, int64_t h, int64_t w) {
   const int64_t pixels = h * w;
-  const int64_t chunks = (pixels + kChunk - 1) / kChunk;
-  const std::vector<int64_t> rows = nearest_indices(h, targets.height);
-  const std::vector<int64_t> columns = nearest_indices(w, targets.width);
+  const int64_t chunks = ceil_div(pixels, kChunk);
+  const std::vector<int64_t> rows = nearest_taps(targets.height, h);
+  const std::vector<int64_t> columns = nearest_taps(targets.width, w);
 
   Coverage coverage;
   coverage.valid.resize(chunks);

@@ -2,20 +2,18 @@
 
 #include <algorithm>
 
-#include "common/bordered.h"
-
 namespace fastmask {
 namespace {
 
-// Along one axis of `size` pixels with a border pixel at each end: the first of the two that a position lies between,
-// 0..size, and the weight of the second. A position off the map, or NaN, lies on a border pixel.
-struct AxisTaps {
+// Where a coordinate in 0..1 lies along an axis of `size` pixels with a border pixel at each end: the first of the two
+// pixels around it, 0..size, and the weight of the second. One off the map, or NaN, lies on a border pixel.
+struct Position {
   int64_t first;
   double weight;
 
-  AxisTaps(float position, int64_t size) {
+  Position(float coordinate, int64_t size) {
     const double end = static_cast<double>(size) + 1.0;
-    const double wanted = static_cast<double>(position) * static_cast<double>(size) + 0.5;
+    const double wanted = static_cast<double>(coordinate) * static_cast<double>(size) + 0.5;
     const double from_border = wanted > 0.0 ? std::min(wanted, end) : 0.0;
     first = std::min(static_cast<int64_t>(from_border), size);
     weight = from_border - static_cast<double>(first);
@@ -29,7 +27,7 @@ struct Neighbors {
   int count = 0;
 
   Neighbors(float x, float y, int64_t height, int64_t width) {
-    const AxisTaps columns(x, width), rows(y, height);
+    const Position columns(x, width), rows(y, height);
     for (int i = 0; i < 4; ++i) {
       const int64_t row = rows.first - 1 + i / 2, column = columns.first - 1 + i % 2;
       if (row < 0 || row >= height || column < 0 || column >= width) continue;
@@ -113,7 +111,7 @@ PointSet make_point_set(const float* points, int64_t num_points, const ImageTarg
     int32_t owner = kMixed;
     if (weight == 1.0 && begin == end) owner = kBackground;
     if (weight == 1.0 && end == begin + 1 && shares[begin].share == 1.0f) owner = shares[begin].target;
-    sorted.push_back({static_cast<int32_t>(AxisTaps(y, h).first), owner, static_cast<int32_t>(AxisTaps(x, w).first),
+    sorted.push_back({static_cast<int32_t>(Position(y, h).first), owner, static_cast<int32_t>(Position(x, w).first),
                       static_cast<float>(weight), i, begin, end});
   }
   std::sort(sorted.begin(), sorted.end(), [](const Sortable& a, const Sortable& b) {
@@ -122,14 +120,15 @@ PointSet make_point_set(const float* points, int64_t num_points, const ImageTarg
     return a.column != b.column ? a.column < b.column : a.point < b.point;
   });
 
-  set.taps.reserve(sorted.size());
+  set.corners.reserve(sorted.size());
   for (size_t i = 0; i < sorted.size(); ++i) {
     const Sortable& point = sorted[i];
-    const double right = AxisTaps(points[2 * point.point], w).weight;
-    const double lower = AxisTaps(points[2 * point.point + 1], h).weight;
-    set.taps.push_back({point.column,
-                        {static_cast<float>((1.0 - lower) * (1.0 - right)), static_cast<float>((1.0 - lower) * right),
-                         static_cast<float>(lower * (1.0 - right)), static_cast<float>(lower * right)}});
+    const double right = Position(points[2 * point.point], w).weight;
+    const double lower = Position(points[2 * point.point + 1], h).weight;
+    set.corners.push_back(
+        {point.column,
+         {static_cast<float>((1.0 - lower) * (1.0 - right)), static_cast<float>((1.0 - lower) * right),
+          static_cast<float>(lower * (1.0 - right)), static_cast<float>(lower * right)}});
     if (set.runs.empty() || set.runs.back().row != point.row || set.runs.back().target != point.owner ||
         static_cast<int64_t>(i) - set.runs.back().begin == kLongestRun) {
       set.runs.push_back({static_cast<int64_t>(i), static_cast<int64_t>(i), point.row, point.owner});

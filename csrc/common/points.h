@@ -1,4 +1,4 @@
-// Points of one image, sorted for the mask cost: shared by all layers and queries, and so prepared once for all.
+// The points of one image, sorted for the mask cost. All layers and queries share them, so they are prepared once.
 //
 // Most points lie inside one target or in the background, where a target's share of the point is one or zero. Sorted by
 // row and target they form runs, whose sums need no multiplication and no look at the other targets: the cost grows
@@ -12,12 +12,19 @@
 
 namespace fastmask {
 
+// Floats of a map of h x w logits with a border of zeros, so that every point of the unit square lies between four of
+// its pixels. Rows may be written in steps of 16.
+static constexpr int64_t bordered_size(int64_t h, int64_t w) { return (h + 2) * (w + 2) + 16; }
+
+// A point whose weight, 1 less its share of void pixels, is below this has none: what is left is rounding.
+constexpr float kLeastWeight = 1e-6f;
+
 constexpr int32_t kBackground = -1;
 constexpr int32_t kMixed = -2;
 
-// The four logits that a point lies between, as seen with a border of zeros around the map: column `column` and the one
-// after it, in the run's row and the one below.
-struct PointTaps {
+// The four logits that a point lies between in a map with a border of zeros: column `column` and the next one, in the
+// run's row and the next one.
+struct PointCorners {
   int32_t column;
   float weights[4];  // upper left, upper right, lower left, lower right
 };
@@ -43,7 +50,7 @@ struct PointShare {
 
 // Plain pointers for the kernels, which must share no inline function of the standard library between SIMD levels.
 struct PointView {
-  const PointTaps* taps;
+  const PointCorners* corners;
   const PointRun* runs;  // by row
   int64_t num_runs;
   const MixedPoint* mixed;  // in the order of the points of mixed runs
@@ -54,7 +61,7 @@ struct PointView {
 };
 
 struct PointSet {
-  std::vector<PointTaps> taps;
+  std::vector<PointCorners> corners;
   std::vector<PointRun> runs;
   std::vector<MixedPoint> mixed;
   std::vector<PointShare> shares;
@@ -62,8 +69,8 @@ struct PointSet {
   double weight = 0;
 
   PointView view() const {
-    return {taps.data(),   runs.data(),  static_cast<int64_t>(runs.size()),  mixed.data(),
-            shares.data(), areas.data(), static_cast<int64_t>(areas.size()), weight};
+    return {corners.data(), runs.data(),  static_cast<int64_t>(runs.size()),  mixed.data(),
+            shares.data(),  areas.data(), static_cast<int64_t>(areas.size()), weight};
   }
 };
 

@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "common/carver.h"
+
 namespace fastmask {
 namespace {
 
@@ -47,7 +49,7 @@ void RunLengthEncoder::load_row(const BinaryMask& mask, int64_t y, std::vector<u
   const uint8_t* row = mask.data + y * mask.row_bytes;
   words.back() = 0;
   if (mask.packed) {
-    memcpy(words.data(), row, (mask.width + 7) / 8);
+    memcpy(words.data(), row, ceil_div(mask.width, 8));
     return;
   }
   for (size_t i = 0; i < words.size(); ++i) {
@@ -61,7 +63,7 @@ void RunLengthEncoder::load_row(const BinaryMask& mask, int64_t y, std::vector<u
 }
 
 void RunLengthEncoder::find_changes(const BinaryMask& mask) {
-  const int64_t words = (mask.width + 63) / 64;
+  const int64_t words = ceil_div(mask.width, 64);
   row_.resize(words);
   above_.resize(words);
   change_column_.clear();

@@ -1,15 +1,17 @@
-// Scratch memory of a thread, kept from call to call: a small problem costs less than fresh memory would.
+// A thread's temporary memory, kept from call to call: a small problem takes less time than fresh memory would.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <cstdio>
+#include <cstring>
 #include <memory>
 #include <new>
 
+#include "common/carver.h"
+
 namespace fastmask {
 
-// Becomes a MemoryError of Python.
+// Becomes Python's MemoryError.
 class OutOfMemory : public std::bad_alloc {
  public:
   explicit OutOfMemory(int64_t bytes) {
@@ -24,7 +26,32 @@ class OutOfMemory : public std::bad_alloc {
 
 class Scratch {
  public:
-  // At least `bytes`, at a 64-byte boundary, with arbitrary contents; valid until the next call.
+  // A workspace whose lay_out(carver, sizes...) takes its arrays. They hold arbitrary values and are valid until the
+  // next call.
+  template <class Workspace, class... Sizes>
+  Workspace lay_out(const Sizes&... sizes) {
+    Workspace workspace{};
+    Carver counter(nullptr);
+    workspace.lay_out(counter, sizes...);
+    Carver carver(reserve(counter.used()));
+    workspace.lay_out(carver, sizes...);
+    return workspace;
+  }
+
+  // Sets each byte, so that tests see what reads memory before it is written.
+  void fill(int byte) { memset(memory_.get(), byte, size_ + kAlignment); }
+
+  // Frees what an unusually large problem took.
+  void trim() {
+    if (size_ <= kKept) return;
+    memory_.reset();
+    size_ = 0;
+  }
+
+ private:
+  static constexpr uintptr_t kAlignment = 64;
+  static constexpr int64_t kKept = 8 << 20;  // enough to match 1000 queries with 600 targets
+
   char* reserve(int64_t bytes) {
     if (bytes > size_) {
       char* memory = new (std::nothrow) char[bytes + kAlignment];
@@ -36,35 +63,14 @@ class Scratch {
     return memory_.get() + (kAlignment - address % kAlignment) % kAlignment;
   }
 
-  // Returns what an unusually large problem took.
-  void trim() {
-    if (size_ <= kKept) return;
-    memory_.reset();
-    size_ = 0;
-  }
-
- private:
-  static constexpr uintptr_t kAlignment = 64;
-  static constexpr int64_t kKept = 8 << 20;  // enough for 1000 x 600
-
   std::unique_ptr<char[]> memory_;
   int64_t size_ = 0;
 };
 
-// Floats, all 0, at a 64-byte boundary: a vector of them never crosses a cache line.
-class AlignedFloats {
- public:
-  explicit AlignedFloats(int64_t count) : data_(reinterpret_cast<float*>(memory_.reserve(count * kBytes))) {
-    std::fill_n(data_, count, 0.0f);
-  }
-
-  float* data() { return data_; }
-
- private:
-  static constexpr int64_t kBytes = sizeof(float);
-
-  Scratch memory_;
-  float* data_;
-};
+// The calling thread's.
+inline Scratch& thread_scratch() {
+  static thread_local Scratch scratch;
+  return scratch;
+}
 
 }  // namespace fastmask

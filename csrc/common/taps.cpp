@@ -11,7 +11,7 @@ struct Tap {
   double weight;
 };
 
-// PyTorch's bilinear rule with align_corners=False. The second tap is left out where its weight is 0.
+// The second tap is left out where its weight is 0.
 int bilinear_taps(int64_t i, int64_t in, int64_t out, Tap taps[2]) {
   const double scale = static_cast<double>(in) / static_cast<double>(out);
   const double source = std::max((static_cast<double>(i) + 0.5) * scale - 0.5, 0.0);
@@ -28,10 +28,34 @@ int bilinear_taps(int64_t i, int64_t in, int64_t out, Tap taps[2]) {
 
 }  // namespace
 
-AxisTaps::AxisTaps(int64_t grid, int64_t padded, int64_t valid, int64_t size, int64_t begin, int64_t count)
-    : count_(count), stride_((count + kTapsPadding - 1) / kTapsPadding * kTapsPadding) {
-  index_.resize(kMaxTaps * stride_);
-  weight_.resize(kMaxTaps * stride_);
+TapTable::TapTable(int64_t count, int taps)
+    : count_(count),
+      stride_(round_up(count, kTapsPadding)),
+      taps_(taps),
+      index_(taps * stride_),
+      weight_(taps * stride_) {}
+
+// The last output fills the padding.
+void TapTable::set(int64_t i, int tap, int64_t index, float weight) {
+  const int64_t begin = tap * stride_ + i, end = i + 1 == count_ ? (tap + 1) * stride_ : begin + 1;
+  std::fill(index_.begin() + begin, index_.begin() + end, static_cast<int32_t>(index));
+  std::fill(weight_.begin() + begin, weight_.begin() + end, weight);
+}
+
+TapTable::TapTable(int64_t in, int64_t out) : TapTable(out, 2) {
+  for (int64_t i = 0; i < out; ++i) {
+    const int64_t source = std::max<int64_t>((2 * i + 1) * in - out, 0);
+    const int64_t first = std::min(source / (2 * out), in - 1), rest = source - first * 2 * out;
+    const bool whole = rest == 0 || first == in - 1;
+    const float weight = whole ? 0.5f : static_cast<float>(static_cast<double>(rest) / static_cast<double>(2 * out));
+    set(i, 0, first, 1.0f - weight);
+    set(i, 1, whole ? first : first + 1, weight);
+  }
+}
+
+TapTable::TapTable(int64_t grid, int64_t padded, int64_t valid, int64_t size, int64_t begin, int64_t count)
+    : TapTable(count, kMaxTaps) {
+  taps_ = 1;
   for (int64_t i = 0; i < count; ++i) {
     Tap merged[kMaxTaps], outer[2], inner[2];
     int used = 0;
@@ -47,23 +71,26 @@ AxisTaps::AxisTaps(int64_t grid, int64_t padded, int64_t valid, int64_t size, in
       }
     }
     taps_ = std::max(taps_, used);
-    const int64_t end = i + 1 == count ? stride_ : i + 1;
     for (int t = 0; t < kMaxTaps; ++t) {
       const Tap tap = t < used ? merged[t] : Tap{merged[used - 1].index, 0.0};
-      std::fill(&index_[t * stride_ + i], &index_[t * stride_] + end, static_cast<int32_t>(tap.index));
-      std::fill(&weight_[t * stride_ + i], &weight_[t * stride_] + end, static_cast<float>(tap.weight));
+      set(i, t, tap.index, static_cast<float>(tap.weight));
     }
   }
   index_.resize(taps_ * stride_);
   weight_.resize(taps_ * stride_);
-  first_ = index_.front();
-  end_ = index_.back() + 1;
 }
 
-void AxisTaps::count_from(int64_t origin) {
+void TapTable::count_from(int64_t origin) {
   for (int32_t& index : index_) index -= static_cast<int32_t>(origin);
-  first_ -= static_cast<int32_t>(origin);
-  end_ -= static_cast<int32_t>(origin);
+}
+
+std::vector<int64_t> nearest_taps(int64_t in, int64_t out) {
+  const float scale = static_cast<float>(in) / static_cast<float>(out);
+  std::vector<int64_t> indices(out);
+  for (int64_t i = 0; i < out; ++i) {
+    indices[i] = std::min(static_cast<int64_t>(std::floor(static_cast<float>(i) * scale)), in - 1);
+  }
+  return indices;
 }
 
 }  // namespace fastmask

@@ -1,12 +1,10 @@
-// Bilinear resampling of one axis, in one step or two, as a table of taps.
-//
-// Step 1 resamples `grid` logits to `padded` pixels, of which the first `valid` are kept; step 2 resamples those to
-// `size`. Where two sizes of a step are equal, the step changes nothing. Coordinates are computed in double and weights
-// rounded to float once; taps that two of the four reads share are one, and taps of weight 0 are left out.
+// Where each output of a resampled axis reads its inputs, and with which weights.
 #pragma once
 
 #include <cstdint>
 #include <vector>
+
+#include "common/carver.h"
 
 namespace fastmask {
 
@@ -19,7 +17,7 @@ constexpr int kMaxTaps = 4;
 constexpr int64_t kTapsPadding = 64;
 
 // out[i] = sum over t < taps of in[index[t * stride + i]] * weight[t * stride + i]; indices rise with t and with i. An
-// output with fewer taps repeats its last index with weight 0.
+// output with fewer taps repeats its last index.
 struct Taps {
   int64_t out, stride;
   int taps;              // 1..kMaxTaps, the most that an output needs
@@ -27,28 +25,47 @@ struct Taps {
   const float* weight;   // [taps, stride]
 };
 
-// One axis of a result, or the outputs [begin, begin + count) of it.
-class AxisTaps {
- public:
-  AxisTaps(int64_t grid, int64_t padded, int64_t valid, int64_t size, int64_t begin, int64_t count);
+// Both axes of a map.
+struct Resampling {
+  Taps rows, columns;
+};
 
-  // One step from `in` to `out`.
-  AxisTaps(int64_t in, int64_t out) : AxisTaps(in, in, in, out, 0, out) {}
+// Bilinear taps of one axis by PyTorch's rule with align_corners=False.
+class TapTable {
+ public:
+  TapTable() = default;
+
+  // One step, always two taps: source = (i + 0.5) * in / out - 0.5, at least 0. It is kept as an integer, in units of
+  // 1 / (2 out), so that a weight that should be 0 is 0. A pixel without weight is not read, as 0 * inf is NaN: where
+  // one pixel is the whole output, it is both taps, and each has half of it.
+  TapTable(int64_t in, int64_t out);
+
+  // Two steps in one, for the outputs [begin, begin + count): step 1 resamples `grid` logits to `padded` pixels, of
+  // which the first `valid` are kept; step 2 resamples those to `size`. Where two sizes of a step are equal, the step
+  // changes nothing. Coordinates are computed in double and weights rounded to float once; equal inputs of the four
+  // reads share a tap, and taps of weight 0 are left out.
+  TapTable(int64_t grid, int64_t padded, int64_t valid, int64_t size, int64_t begin, int64_t count);
 
   Taps view() const { return {count_, stride_, taps_, index_.data(), weight_.data()}; }
+
   // Makes indices count from input `origin` on.
   void count_from(int64_t origin);
 
   // The inputs [first, end) that all outputs together read.
-  int32_t first() const { return first_; }
-  int32_t end() const { return end_; }
+  int32_t first() const { return index_.front(); }
+  int32_t end() const { return index_.back() + 1; }
 
  private:
-  int64_t count_, stride_;
-  int taps_ = 1;
-  int32_t first_ = 0, end_ = 0;
+  TapTable(int64_t count, int taps);
+  void set(int64_t i, int tap, int64_t index, float weight);
+
+  int64_t count_ = 0, stride_ = 0;
+  int taps_ = 0;
   std::vector<int32_t> index_;
   std::vector<float> weight_;
 };
+
+// PyTorch's "nearest" rule, in float like PyTorch: floor(i * in / out).
+std::vector<int64_t> nearest_taps(int64_t in, int64_t out);
 
 }  // namespace fastmask

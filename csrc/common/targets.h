@@ -18,15 +18,21 @@ struct ImageTargets {
   bool ignore_void;
 };
 
-[[maybe_unused]] static inline int64_t segment_at(const ImageTargets& targets, int64_t pixel) {
+// Calls run(segments), the pointer being of the segments' type.
+template <class Run>
+static inline auto with_segments(const ImageTargets& targets, const Run& run) {
   switch (targets.segment_type) {
     case SegmentType::kUInt8:
-      return static_cast<const uint8_t*>(targets.segments)[pixel];
+      return run(static_cast<const uint8_t*>(targets.segments));
     case SegmentType::kInt16:
-      return static_cast<const int16_t*>(targets.segments)[pixel];
+      return run(static_cast<const int16_t*>(targets.segments));
     default:
-      return static_cast<const int32_t*>(targets.segments)[pixel];
+      return run(static_cast<const int32_t*>(targets.segments));
   }
+}
+
+[[maybe_unused]] static inline int64_t segment_at(const ImageTargets& targets, int64_t pixel) {
+  return with_segments(targets, [pixel](const auto* segments) { return static_cast<int64_t>(segments[pixel]); });
 }
 
 // False where the pixel is void and void pixels are to be left out.

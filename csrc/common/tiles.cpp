@@ -23,7 +23,7 @@ AxisTiles::AxisTiles(const Taps& taps, const AxisTiles& outer, int64_t origin, b
 }
 
 void AxisTiles::add(const Taps& taps, int64_t begin, const std::vector<int32_t>& outputs, bool dense) {
-  const int64_t count = static_cast<int64_t>(outputs.size()), stride = padded_to_vectors(count);
+  const int64_t count = static_cast<int64_t>(outputs.size()), stride = to_full_vectors(count);
   Tile tile{begin, count, {}, {}, {}};
   for (const int32_t output : outputs) {
     for (int t = 0; t < taps.taps; ++t) tile.input.push_back(taps.index[t * taps.stride + output]);
@@ -52,14 +52,8 @@ void AxisTiles::add(const Taps& taps, int64_t begin, const std::vector<int32_t>&
 
 AxisTile AxisTiles::operator[](int64_t i) const {
   const Tile& tile = tiles_[i];
-  return {tile.begin,
-          tile.count,
-          padded_to_vectors(tile.count),
-          static_cast<int64_t>(tile.input.size()),
-          tile.input.data(),
-          tile.slot.data(),
-          tile.weight.data(),
-          taps_};
+  return {tile.begin,        tile.count,       to_full_vectors(tile.count), static_cast<int64_t>(tile.input.size()),
+          tile.input.data(), tile.slot.data(), tile.weight.data(),          taps_};
 }
 
 TilePlans::TilePlans(const Taps& rows, const Taps& columns)
@@ -81,15 +75,17 @@ TilePlan TilePlans::plan(int64_t band, int64_t column) const {
   return plan;
 }
 
-TileScratchSizes TilePlans::scratch() const {
-  TileScratchSizes sizes{columns_.most_inputs(), rows_.most_inputs() * kTileColumns, 0};
-  if (inner_rows_.has_value()) {
-    const int64_t width = padded_to_vectors(inner_columns_->most_outputs());
-    sizes.piece = std::max({sizes.piece, inner_columns_->most_inputs(), width});
-    sizes.inner = inner_rows_->most_inputs() * width;
+void TileWorkspace::lay_out(Carver& carver, const TilePlans& plans) {
+  int64_t longest = plans.columns_.most_inputs(), inner_size = 0;
+  if (plans.inner_rows_.has_value()) {
+    const int64_t width = to_full_vectors(plans.inner_columns_->most_outputs());
+    longest = std::max({longest, plans.inner_columns_->most_inputs(), width});
+    inner_size = plans.inner_rows_->most_inputs() * width;
   }
-  sizes.piece = padded_to_vectors(sizes.piece) + 32;  // kernels look up in 32 floats at least
-  return sizes;
+  carver.take(piece, to_full_vectors(longest) + 32);  // kernels look up in 32 floats at least
+  carver.take(rows, plans.rows_.most_inputs() * kTileColumns);
+  carver.take(inner, inner_size);
+  carver.take(values, kTileRows * kTileColumns);
 }
 
 }  // namespace fastmask

@@ -1,19 +1,18 @@
-// Results are made in tiles of pixels; what one tile of rows or of columns is made of.
+// Results are computed in tiles of pixels: the inputs and the weights of a tile's rows and columns.
 #pragma once
 
 #include <cstdint>
 #include <optional>
 #include <vector>
 
-#include "common/dtype.h"
+#include "common/carver.h"
+#include "common/logits.h"
 #include "common/taps.h"
 
 namespace fastmask {
 
 constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileColumns = 64;
-
-static constexpr int64_t padded_to_vectors(int64_t count) { return (count + 15) / 16 * 16; }
 
 // Outputs of one axis, each a sum over t < taps of inputs[slot[t * stride + i]] * weight[t * stride + i].
 struct AxisTile {
@@ -32,7 +31,7 @@ class AxisTiles {
   // `dense` lists all inputs from the first to the last that a tile reads, so that they can be loaded at once.
   AxisTiles(const Taps& taps, int64_t length, bool dense);
 
-  // For each tile of `outer`, the outputs that its inputs are; output `origin` is the first that `taps` has.
+  // For each tile of `outer` a tile whose outputs are its inputs; output `origin` is the first that `taps` has.
   AxisTiles(const Taps& taps, const AxisTiles& outer, int64_t origin, bool dense);
 
   int64_t size() const { return static_cast<int64_t>(tiles_.size()); }
@@ -54,26 +53,23 @@ class AxisTiles {
   std::vector<Tile> tiles_;
 };
 
-// The logits of one query: row y of those given begins at element offset + y * row_stride.
-struct Plane {
-  const void* logits;
-  int64_t offset, row_stride;
-  Dtype dtype;
-};
-
-// How a tile of the result is made of logits: in one go, or logits to probabilities to the result.
+// How a tile of the result is made: from logits at once, or from logits to probabilities to the result.
 struct TilePlan {
   AxisTile rows, columns;              // from logits, or from probabilities
   bool probabilities;                  // whether there are two steps
   AxisTile inner_rows, inner_columns;  // from logits to what the sigmoid is taken of
 };
 
-// Floats of scratch memory for one tile: a row of inputs, the rows of inputs resampled along the columns, and the same
-// of the first of two steps.
-struct TileScratchSizes {
-  int64_t piece, rows, inner;
+class TilePlans;
 
-  constexpr int64_t total() const { return piece + rows + inner; }
+// Memory for one tile.
+struct TileWorkspace {
+  float* piece;   // a row of inputs
+  float* rows;    // the rows of inputs, resampled along the columns
+  float* inner;   // the same of the first of two steps
+  float* values;  // [kTileRows, kTileColumns] of the result
+
+  void lay_out(Carver& carver, const TilePlans& plans);
 };
 
 // All tiles of a result.
@@ -89,9 +85,10 @@ class TilePlans {
   int64_t bands() const { return rows_.size(); }
   int64_t columns() const { return columns_.size(); }
   TilePlan plan(int64_t band, int64_t column) const;
-  TileScratchSizes scratch() const;
 
  private:
+  friend struct TileWorkspace;
+
   AxisTiles rows_, columns_;
   std::optional<AxisTiles> inner_rows_, inner_columns_;
 };

@@ -11,12 +11,20 @@ namespace fastmask {
 constexpr int64_t kMaxAssignShortSide = 65535;   // a bid keeps its person in 16 bits
 constexpr int64_t kMaxAssignLongSide = 1048575;  // float64 searches keep an object in 20 bits
 
-// Bytes of scratch memory for problems of at most this size, at a 64-byte boundary.
-FASTMASK_KERNEL(int64_t assign_workspace(int64_t queries, int64_t targets))
+struct AssignWorkspace {
+  matcher::ProblemMemory problem;
+  double* copy;  // [queries * targets] of costs that are of half precision, or contiguous along neither side
+
+  void lay_out(Carver& carver, int64_t queries, int64_t targets) {
+    problem.lay_out(carver, static_cast<int32_t>(queries), static_cast<int32_t>(targets), kMostLanes);
+    carver.take(copy, queries * targets);
+  }
+};
 
 // Returns how many pairs of the matching have a cost that is NaN or infinite: as few as possible, then the total of the
 // others is the least. Duals: cost >= query dual + target dual for every finite pair, equal on the matching; the
 // duals of the longer side are at most 0, and 0 where unmatched. NaN if a pair is not finite.
-FASTMASK_KERNEL(int32_t assign_problem(const AssignProblem& problem, char* workspace, const AssignResult& result))
+FASTMASK_KERNEL(int32_t assign_problem(const AssignProblem& problem, const AssignWorkspace& work,
+                                       const AssignResult& result))
 
 }  // namespace fastmask

@@ -65,20 +65,8 @@ static inline Doubles operator+(Doubles a, Doubles b) { return {a.low + b.low, a
 static inline Doubles operator-(Doubles a, Doubles b) { return {a.low - b.low, a.high - b.high}; }
 static inline Doubles operator*(Doubles a, Doubles b) { return {a.low * b.low, a.high * b.high}; }
 
-// The first `count` of kLanes numbers, and zeros: nothing beyond them is read.
-static inline vfloat load_first(const float* p, int count) {
-#if defined(__AVX512F__)
-  return (vfloat)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
-#elif defined(__AVX2__)
-  return (vfloat)_mm256_maskload_ps(p, (__m256i)(lane_numbers() < count));
-#else
-  vfloat v = {};
-  for (int i = 0; i < count; ++i) v[i] = p[i];
-  return v;
-#endif
-}
-
-static inline Doubles load_first(const double* p, int count) {
+// The first `count` < kLanes numbers, and zeros: nothing beyond them is read.
+static inline Doubles load_some(const double* p, int count) {
 #if defined(__AVX512F__)
   const uint32_t lanes = (1u << count) - 1;
   return {(vdouble)_mm512_maskz_loadu_pd(static_cast<__mmask8>(lanes), p),
@@ -105,21 +93,21 @@ template <class T>
 using Vector = typename VectorOf<T>::Type;
 
 template <class T>
-static inline Vector<T> load_some(const T* p, int count) {
-  return count >= kLanes ? load(p) : load_first(p, count);
+static inline Vector<T> load_up_to(const T* p, int count) {
+  return count >= kLanes ? load(p) : load_some(p, count);
 }
 
-// The least and greatest cost of each person; false if a cost is not finite (or their sum is too large), and then
-// neither is of use.
+// The least and greatest cost of each person. Returns false, and neither counts, if a cost is not finite (or their sum
+// is too large).
 template <class T>
 static bool ranges_by_column(const matcher::Costs& c, double* least, double* greatest) {
   const T* data = static_cast<const T*>(c.data);
   Vector<T> total = {};
   for (int32_t i = 0; i < c.persons; i += kLanes) {
     const int count = c.persons - i < kLanes ? c.persons - i : kLanes;
-    Vector<T> low = load_some(data + i, count), high = low;
+    Vector<T> low = load_up_to(data + i, count), high = low;
     for (int32_t k = 0; k < c.objects; ++k) {
-      const Vector<T> cost = load_some(data + k * c.object_stride + i, count);
+      const Vector<T> cost = load_up_to(data + k * c.object_stride + i, count);
       low = minimum(cost, low);
       high = maximum(cost, high);
       total = total + cost;
@@ -170,7 +158,7 @@ static bool ranges_by_row(const matcher::Costs& c, double* least, double* greate
   return total - total == 0;
 }
 
-// What quantize writes: 2 floor((c - u) scale), or, of the reduced costs, 2 floor(min((c + p - u) scale + 1, limit)).
+// Quantized costs: 2 floor((c - u) scale), or, of the reduced costs, 2 floor(min((c + p - u) scale + 1, limit)).
 struct Plain {
   double scale;
 
@@ -220,7 +208,7 @@ static void quantize_by_column(const matcher::Costs& c, const double* offsets, c
       } else {
 #pragma GCC unroll 16
         for (int j = 0; j < kLanes; ++j) {
-          rows[j] = j < height ? quantizer(load_first(block + j * c.object_stride, count), offset, k + j)
+          rows[j] = j < height ? quantizer(load_up_to(block + j * c.object_stride, count), offset, k + j)
                                : splat(matcher::kPadding);
         }
       }
@@ -244,7 +232,7 @@ static void quantize_by_row(const matcher::Costs& c, const double* offsets, cons
       const int count = c.objects - k < kLanes ? c.objects - k : kLanes;
       vint q = splat(matcher::kPadding);
       if (count > 0) {
-        const Vector<T> cost = load_some(row + k, count);
+        const Vector<T> cost = load_up_to(row + k, count);
         if constexpr (requires { quantizer.limit; }) {
           q = quantizer.along_row(cost, offset, k);
         } else {
@@ -265,7 +253,7 @@ static void least_sums_by_column(const matcher::Costs& c, const double* price, d
     const int count = c.persons - i < kLanes ? c.persons - i : kLanes;
     Doubles least = splat(__builtin_inf());
     for (int32_t k = 0; k < c.objects; ++k) {
-      least = minimum(widen(load_some(data + k * c.object_stride + i, count)) + splat(price[k]), least);
+      least = minimum(widen(load_up_to(data + k * c.object_stride + i, count)) + splat(price[k]), least);
     }
     store(sum + i, least);
   }

@@ -1,42 +1,11 @@
 // The matcher's group on a CPU: one thread, with a vector of objects at a time.
 #pragma once
 
-#include "cpu/vec.h"
+#include "cpu/simd/vec.h"
 #include "matcher/auction.h"
-#include "matcher/exact.h"
-#include "matcher/state.h"
+#include "matcher/one_thread.h"
 
 namespace fastmask::FASTMASK_SIMD {
-
-static inline vint minimum(vint a, vint b) {
-#if defined(__AVX512F__)
-  return (vint)_mm512_min_epi32((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
-  return (vint)_mm256_min_epi32((__m256i)a, (__m256i)b);
-#else
-  return a < b ? a : b;
-#endif
-}
-
-static inline vint maximum(vint a, vint b) {
-#if defined(__AVX512F__)
-  return (vint)_mm512_max_epi32((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
-  return (vint)_mm256_max_epi32((__m256i)a, (__m256i)b);
-#else
-  return a > b ? a : b;
-#endif
-}
-
-static inline vint minimum_unsigned(vint a, vint b) {
-#if defined(__AVX512F__)
-  return (vint)_mm512_min_epu32((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
-  return (vint)_mm256_min_epu32((__m256i)a, (__m256i)b);
-#else
-  return (vuint)a < (vuint)b ? a : b;
-#endif
-}
 
 static inline int32_t least_lane(vint v) {
 #if defined(__AVX512F__)
@@ -52,61 +21,35 @@ static inline int32_t least_lane(vint v) {
 #endif
 }
 
-static inline int32_t least_lane_unsigned(vint v) {
-#if defined(__AVX512F__)
-  return static_cast<int32_t>(_mm512_reduce_min_epu32((__m512i)v));
-#elif defined(__AVX2__)
-  __m128i m = _mm_min_epu32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
-  m = _mm_min_epu32(m, _mm_shuffle_epi32(m, 0x4e));
-  return _mm_cvtsi128_si32(_mm_min_epu32(m, _mm_shuffle_epi32(m, 0xb1)));
-#else
-  uint32_t least = v[0];
-  for (int i = 1; i < kLanes; ++i) least = static_cast<uint32_t>(v[i]) < least ? v[i] : least;
-  return static_cast<int32_t>(least);
-#endif
-}
+static inline int32_t least_lane_unsigned(vint v) { return least_lane(v ^ splat(INT32_MIN)) ^ INT32_MIN; }
 
 // The lanes where a == b, one bit each.
 static inline uint32_t equal_lanes(vint a, vint b) {
-#if defined(__AVX512F__)
-  return _mm512_cmpeq_epi32_mask((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
-  return _mm256_movemask_ps((__m256)_mm256_cmpeq_epi32((__m256i)a, (__m256i)b));
-#else
-  uint32_t mask = 0;
-  for (int i = 0; i < kLanes; ++i) mask |= static_cast<uint32_t>(a[i] == b[i]) << i;
-  return mask;
-#endif
+  return FASTMASK_BY_LEVEL(_mm512_cmpeq_epi32_mask((__m512i)a, (__m512i)b),
+                           _mm256_movemask_ps((__m256)_mm256_cmpeq_epi32((__m256i)a, (__m256i)b)),
+                           bits_where([&](int i) { return a[i] == b[i]; }));
 }
 
 // The lanes where v <= limit, one bit each.
 static inline uint32_t lanes_up_to(vint v, int32_t limit) {
-#if defined(__AVX512F__)
-  return _mm512_cmple_epi32_mask((__m512i)v, (__m512i)splat(limit));
-#elif defined(__AVX2__)
-  return 0xff ^ _mm256_movemask_ps((__m256)_mm256_cmpgt_epi32((__m256i)v, (__m256i)splat(limit)));
-#else
-  uint32_t mask = 0;
-  for (int i = 0; i < kLanes; ++i) mask |= static_cast<uint32_t>(v[i] <= limit) << i;
-  return mask;
-#endif
+  return FASTMASK_BY_LEVEL(_mm512_cmple_epi32_mask((__m512i)v, (__m512i)splat(limit)),
+                           0xff ^ _mm256_movemask_ps((__m256)_mm256_cmpgt_epi32((__m256i)v, (__m256i)splat(limit))),
+                           bits_where([&](int i) { return v[i] <= limit; }));
 }
 
-// condition ? a : b, for a condition that came from a comparison.
+// x < y ? a : b in each lane, and the same of other comparisons.
 static inline vint choose_less(vint x, vint y, vint a, vint b) {
-#if defined(__AVX512F__)
-  return (vint)_mm512_mask_mov_epi32((__m512i)b, _mm512_cmplt_epi32_mask((__m512i)x, (__m512i)y), (__m512i)a);
-#else
-  return x < y ? a : b;
-#endif
+  [[maybe_unused]] const vint plain = x < y ? a : b;
+  return FASTMASK_BY_LEVEL(
+      (vint)_mm512_mask_mov_epi32((__m512i)b, _mm512_cmplt_epi32_mask((__m512i)x, (__m512i)y), (__m512i)a), plain,
+      plain);
 }
 
 static inline vint choose_equal(vint x, vint y, vint a, vint b) {
-#if defined(__AVX512F__)
-  return (vint)_mm512_mask_mov_epi32((__m512i)b, _mm512_cmpeq_epi32_mask((__m512i)x, (__m512i)y), (__m512i)a);
-#else
-  return x == y ? a : b;
-#endif
+  [[maybe_unused]] const vint plain = x == y ? a : b;
+  return FASTMASK_BY_LEVEL(
+      (vint)_mm512_mask_mov_epi32((__m512i)b, _mm512_cmpeq_epi32_mask((__m512i)x, (__m512i)y), (__m512i)a), plain,
+      plain);
 }
 
 static inline vint choose_less_unsigned(vint x, vint y, vint a, vint b) {
@@ -120,46 +63,35 @@ static inline vint choose_less_unsigned(vint x, vint y, vint a, vint b) {
 #endif
 }
 
-static inline vint lane_numbers() {
-  vint v;
-  for (int i = 0; i < kLanes; ++i) v[i] = i;
-  return v;
-}
-
 // The lowest index among the lanes where values == least; `memory` holds the indices too.
 static inline int32_t lowest_index(vint values, int32_t least, vint indices, const int32_t* memory, uint32_t lanes) {
   if ((lanes & (lanes - 1)) == 0) return memory[__builtin_ctz(lanes)];
   return least_lane(choose_equal(values, splat(least), indices, splat(INT32_MAX)));
 }
 
-class CpuGroup {
+// The least of some vectors of unsigned numbers, in order, and where it is.
+struct LeastLanes {
+  vint least = splat(-1), index = {}, at = lane_numbers();
+
+  void take(vint v) {
+    index = choose_less_unsigned(v, least, at, index);
+    least = minimum_unsigned(least, v);
+    at += kLanes;
+  }
+
+  matcher::Nearest nearest() const {
+    int32_t indices[kLanes];
+    store(indices, index);
+    const int32_t nearest = least_lane_unsigned(least);
+    return {nearest, lowest_index(least, nearest, index, indices, equal_lanes(least, splat(nearest)))};
+  }
+};
+
+class CpuGroup : public matcher::OneThread<CpuGroup> {
  public:
   template <class F>
   void elements(int64_t count, F f) const {
     for (int64_t k = 0; k < count; ++k) f(static_cast<int32_t>(k));
-  }
-  template <class F>
-  void one(F f) const {
-    f();
-  }
-  template <class F>
-  void solo(F f) const {
-    f();
-  }
-  template <class F>
-  int32_t count(int32_t n, F f) const {
-    int32_t total = 0;
-    for (int32_t i = 0; i < n; ++i) total += f(i);
-    return total;
-  }
-  // The order of the additions is that of a warp: 32 strided sums, then those in order.
-  template <class F>
-  double sum(int32_t n, F f) const {
-    double lanes[32] = {};
-    for (int32_t i = 0; i < n; ++i) lanes[i % 32] += f(i);
-    double total = 0;
-    for (const double lane : lanes) total += lane;
-    return total;
   }
   template <class F>
   matcher::Candidate least(int32_t n, F f) const {
@@ -170,11 +102,6 @@ class CpuGroup {
     }
     return best;
   }
-  int32_t lane() const { return 0; }
-  int32_t lanes() const { return 1; }
-  void sync() const {}
-  void fence() const {}
-  void maximum(int64_t* at, int64_t value) const { *at = value > *at ? value : *at; }
 
   void enlist(const matcher::State& s) {
     bidders_ = s.persons;
@@ -241,34 +168,35 @@ class CpuGroup {
 
   matcher::Nearest start(const int32_t* row, const int32_t* price, int32_t person, int32_t* distance,
                          int32_t* predecessor, int32_t stride) const {
-    vint least = splat(-1), index = {}, at = lane_numbers();
+    LeastLanes least;
     for (int32_t k = 0; k < stride; k += kLanes) {
       const vint sum = wrapping_sum(load(row + k), load(price + k));
       store(distance + k, sum);
       store(predecessor + k, splat(person));
-      index = choose_less_unsigned(sum, least, at, index);
-      least = minimum_unsigned(least, sum);
-      at += kLanes;
+      least.take(sum);
     }
-    return nearest_lane(least, index);
+    return least.nearest();
   }
 
   matcher::Nearest start_dummy(const int32_t* row, const int32_t* price, int32_t* distance, int32_t* predecessor,
                                int32_t stride, bool& nobodys) const {
     vint goal = {};
+    LeastLanes least;
     for (int32_t k = 0; k < stride; k += kLanes) {
       const vint sum = wrapping_sum(load(row + k), load(price + k));
       goal |= (sum > 0) & ((sum & 1) - 1);
-      store(distance + k, sum == 0 ? splat(matcher::kScanned) : sum);
+      const vint now = sum == 0 ? splat(matcher::kScanned) : sum;
+      store(distance + k, now);
       store(predecessor + k, splat(matcher::kNobody));
+      least.take(now);
     }
     nobodys = least_lane(goal) < 0;
-    return nearest_of(distance, stride);
+    return least.nearest();
   }
 
   matcher::Nearest relax(const int32_t* row, const int32_t* price, int32_t shift, int32_t person, int32_t* distance,
                          int32_t* predecessor, int32_t stride) const {
-    vint least = splat(-1), index = {}, at = lane_numbers();
+    LeastLanes least;
     for (int32_t k = 0; k < stride; k += kLanes) {
       const vint old = load(distance + k);
       const vint candidate = wrapping_sum(load(row + k), load(price + k) - splat(shift));
@@ -280,11 +208,9 @@ class CpuGroup {
 #else
       store(predecessor + k, choose_less(candidate, old, splat(person), load(predecessor + k)));
 #endif
-      index = choose_less_unsigned(now, least, at, index);
-      least = minimum_unsigned(least, now);
-      at += kLanes;
+      least.take(now);
     }
-    return nearest_lane(least, index);
+    return least.nearest();
   }
 
   // Stores the whole vector, which the next relax() loads: a vector load cannot be served from a scalar store in
@@ -333,24 +259,6 @@ class CpuGroup {
   }
 
  private:
-  static matcher::Nearest nearest_lane(vint least, vint index) {
-    int32_t indices[kLanes];
-    store(indices, index);
-    const int32_t nearest = least_lane_unsigned(least);
-    return {nearest, lowest_index(least, nearest, index, indices, equal_lanes(least, splat(nearest)))};
-  }
-
-  matcher::Nearest nearest_of(const int32_t* distance, int32_t stride) const {
-    vint least = splat(-1), index = {}, at = lane_numbers();
-    for (int32_t k = 0; k < stride; k += kLanes) {
-      const vint now = load(distance + k);
-      index = choose_less_unsigned(now, least, at, index);
-      least = minimum_unsigned(least, now);
-      at += kLanes;
-    }
-    return nearest_lane(least, index);
-  }
-
   int32_t bidders_ = 0;   // persons in the list who bid in this round
   int32_t rejoined_ = 0;  // and those who were evicted in it
 };

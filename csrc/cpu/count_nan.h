@@ -2,12 +2,12 @@
 
 #include <cstdint>
 
+#include "common/logits.h"
 #include "common/simd.h"
-#include "common/tiles.h"
 
 namespace fastmask {
 
-// How many of the logits of a plane's first `rows` rows are NaN.
-FASTMASK_KERNEL(int64_t count_nan(const Plane& plane, int64_t rows, int64_t width))
+// How many of a plane's logits are NaN.
+FASTMASK_KERNEL(int64_t count_nan(const Plane& plane))
 
 }  // namespace fastmask

@@ -15,7 +15,7 @@ uint64_t spread_bits(uint64_t bits) {
 
 void write_row(uint64_t word, int64_t count, bool packed, uint8_t* out) {
   if (packed) {
-    memcpy(out, &word, (count + 7) / 8);
+    memcpy(out, &word, ceil_div(count, 8));
     return;
   }
   for (int64_t j = 0; j < count; j += 8) {
@@ -26,23 +26,21 @@ void write_row(uint64_t word, int64_t count, bool packed, uint8_t* out) {
 
 }  // namespace
 
-void instance_tile(const Plane& plane, const TilePlan& plan, const TileScratchSizes& sizes, float* scratch,
-                   const MaskRows& mask, InstanceSums& sums) {
-  const TileScratch tile(sizes, scratch);
+void instance_tile(const Plane& plane, const TilePlan& plan, const TileWorkspace& work, const MaskRows& mask,
+                   InstanceSums& sums) {
   const int64_t columns = plan.columns.count, left = plan.columns.begin, top = plan.rows.begin;
   uint8_t* out = mask.data + top * mask.row_bytes + (mask.packed ? left / 8 : left);
-  if (!(bounds(plane, plan, tile.piece).high > 0)) {
+  if (!(bounds(plane, plan, work.piece).high > 0)) {
     for (int64_t i = 0; i < plan.rows.count; ++i) write_row(0, columns, mask.packed, out + i * mask.row_bytes);
     return;
   }
-  float* values = tile.rest;
-  resample_tile(plane, plan, tile, values);
+  resample_tile(plane, plan, work);
   uint64_t any = 0;
   for (int64_t i = 0; i < plan.rows.count; ++i) {
     uint64_t word = 0;
     vfloat foreground = {};  // of one row: equal terms round alike, so that long sums would drift
     for (int64_t j = 0; j < plan.columns.stride; j += kLanes) {
-      const vfloat x = load(values + i * plan.columns.stride + j);
+      const vfloat x = load(work.values + i * plan.columns.stride + j);
       const vint inside = x > 0.0f;
       const uint32_t bits = lane_bits(inside);
       if (bits == 0) continue;

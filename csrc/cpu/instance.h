@@ -23,13 +23,8 @@ struct InstanceSums {
   int64_t left = INT64_MAX, top = INT64_MAX, right = 0, bottom = 0;  // right and bottom exclusive
 };
 
-// Floats of scratch memory, aligned to 64 bytes.
-static constexpr int64_t instance_scratch(const TileScratchSizes& tile) {
-  return tile.total() + kTileRows * kTileColumns;
-}
-
 // Writes one tile of `mask`, which begins at the first pixel of the result, and adds to `sums`.
-FASTMASK_KERNEL(void instance_tile(const Plane& plane, const TilePlan& plan, const TileScratchSizes& sizes,
-                                   float* scratch, const MaskRows& mask, InstanceSums& sums))
+FASTMASK_KERNEL(void instance_tile(const Plane& plane, const TilePlan& plan, const TileWorkspace& work,
+                                   const MaskRows& mask, InstanceSums& sums))
 
 }  // namespace fastmask

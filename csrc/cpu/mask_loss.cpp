@@ -1,11 +1,14 @@
 #include "cpu/mask_loss.h"
 
-#include "cpu/vec.h"
+#include "cpu/held_rows.h"
+#include "cpu/mask_loss_sums.h"
+#include "cpu/mask_terms.h"
+#include "cpu/simd/logits.h"
 
 namespace fastmask::FASTMASK_SIMD {
 namespace {
 
-// What is known of a pixel of the output: bit 0, it belongs to the target; bit 1, it counts.
+// The code of an output pixel: bit 0 is set where it belongs to the target, bit 1 where it counts.
 constexpr uint8_t kTarget = 1;
 constexpr uint8_t kCounted = 2;
 
@@ -29,19 +32,9 @@ void pixel_codes(const ImageTargets& targets, int64_t y, int64_t target, uint8_t
   const int64_t width = targets.width;
   const int64_t begin = y * width;
   if (targets.segments != nullptr) {
-    switch (targets.segment_type) {
-      case SegmentType::kUInt8:
-        segment_codes(static_cast<const uint8_t*>(targets.segments) + begin, width, target, targets.void_value,
-                      targets.ignore_void, codes);
-        break;
-      case SegmentType::kInt16:
-        segment_codes(static_cast<const int16_t*>(targets.segments) + begin, width, target, targets.void_value,
-                      targets.ignore_void, codes);
-        break;
-      default:
-        segment_codes(static_cast<const int32_t*>(targets.segments) + begin, width, target, targets.void_value,
-                      targets.ignore_void, codes);
-    }
+    with_segments(targets, [&](const auto* segments) {
+      segment_codes(segments + begin, width, target, targets.void_value, targets.ignore_void, codes);
+    });
   } else {
     const uint8_t* mask = targets.masks + target * targets.height * width + begin;
     for (int64_t j = 0; j < width; ++j) codes[j] = static_cast<uint8_t>((mask[j] != 0 ? kTarget : 0) | kCounted);
@@ -50,46 +43,44 @@ void pixel_codes(const ImageTargets& targets, int64_t y, int64_t target, uint8_t
       for (int64_t j = 0; j < width; ++j) codes[j] = valid[j] != 0 ? codes[j] : 0;
     }
   }
-  for (int64_t j = width; j % 16 != 0; ++j) codes[j] = 0;
+  for (int64_t j = width; j % kMostLanes != 0; ++j) codes[j] = 0;
 }
 
 // Two neighboring rows of the prediction, stretched to W pixels; rows advance with y, so each is stretched once.
 class StretchedRows {
  public:
-  StretchedRows(const void* logits, int64_t offset, Dtype dtype, const Resampling& resampling, int64_t width,
-                float* scratch)
-      : logits_(logits), offset_(offset), dtype_(dtype), resampling_(resampling), width_(width) {
-    rows_[0] = scratch;
-    rows_[1] = scratch + padded_row(width);
-    source_ = scratch + 2 * padded_row(width);
-  }
+  StretchedRows(const Plane& plane, const Taps& columns, const MaskLossWorkspace& work)
+      : plane_(plane), columns_(columns), source_(work.source), rows_(work.stretched) {}
 
-  // The stretched row `index`, which must be one of the last two asked for or a later one.
   const float* row(int64_t index) {
-    for (int slot = 0; slot < 2; ++slot) {
-      if (held_[slot] == index) return rows_[slot];
-    }
-    const int slot = held_[0] <= held_[1] ? 0 : 1;
-    held_[slot] = index;
-    load_logits(logits_, dtype_, offset_ + index * resampling_.w, resampling_.w, source_);
-    const Interpolation& columns = resampling_.columns;
-    float* out = rows_[slot];
-    for (int64_t j = 0; j < width_; ++j) {
-      out[j] = source_[columns.first[j]] * (1.0f - columns.weight[j]) + source_[columns.second[j]] * columns.weight[j];
-    }
-    for (int64_t j = width_; j % 16 != 0; ++j) out[j] = 0.0f;
-    return rows_[slot];
+    return rows_.row(index, [&](int64_t, float* out) {
+      load_logits(row_of(plane_, index), plane_.w, source_);
+      const int32_t *first = columns_.index, *second = first + columns_.stride;
+      const float *first_weight = columns_.weight, *second_weight = first_weight + columns_.stride;
+      for (int64_t j = 0; j < columns_.out; ++j) {
+        out[j] = source_[first[j]] * first_weight[j] + source_[second[j]] * second_weight[j];
+      }
+      for (int64_t j = columns_.out; j % kMostLanes != 0; ++j) out[j] = 0.0f;
+    });
   }
 
  private:
-  const void* logits_;
-  int64_t offset_;
-  Dtype dtype_;
-  const Resampling& resampling_;
-  int64_t width_;
-  float* rows_[2];
+  const Plane& plane_;
+  const Taps& columns_;
   float* source_;
-  int64_t held_[2] = {-2, -1};
+  HeldRows rows_;
+};
+
+// Where row y of the output lies between two stretched rows.
+struct RowTaps {
+  int32_t upper, lower;
+  vfloat upper_weight, lower_weight;
+
+  RowTaps(const Taps& rows, int64_t y)
+      : upper(rows.index[y]),
+        lower(rows.index[rows.stride + y]),
+        upper_weight(splat(rows.weight[y])),
+        lower_weight(splat(rows.weight[rows.stride + y])) {}
 };
 
 // With z = x where the pixel belongs to the target and -x elsewhere, both kinds of pixel have the same formulas:
@@ -103,7 +94,7 @@ struct Pixel {
 };
 
 template <bool kFocal, bool kSquare>
-inline Pixel pixel_terms(const uint8_t* codes, vfloat x, MaskTerm term) {
+inline Pixel matched_pixel(const uint8_t* codes, vfloat x, MaskTerm term) {
   const vint code = load_bytes(codes);
   Pixel pixel;
   pixel.target = (code & splat(int32_t{kTarget})) != 0;
@@ -120,23 +111,21 @@ inline Pixel pixel_terms(const uint8_t* codes, vfloat x, MaskTerm term) {
 }
 
 template <bool kFocal, bool kSquare>
-MaskLossPair forward(const void* mask_logits, int64_t offset, Dtype dtype, const Resampling& resampling,
-                     const ImageTargets& targets, int64_t target, MaskTerm term, float* scratch) {
-  const int64_t width = targets.width;
-  StretchedRows stretched(mask_logits, offset, dtype, resampling, width, scratch);
-  uint8_t* codes = reinterpret_cast<uint8_t*>(scratch + 2 * padded_row(width) + padded_row(resampling.w));
+MaskLossPair forward(const Plane& plane, const Resampling& resampling, const ImageTargets& targets, int64_t target,
+                     MaskTerm term, const MaskLossWorkspace& work) {
+  StretchedRows stretched(plane, resampling.columns, work);
   double loss = 0, intersection = 0, prediction = 0;
   int64_t target_pixels = 0, counted_pixels = 0;
   for (int64_t y = 0; y < targets.height; ++y) {
-    const float* upper = stretched.row(resampling.rows.first[y]);
-    const float* lower = stretched.row(resampling.rows.second[y]);
-    const vfloat weight = splat(resampling.rows.weight[y]);
-    pixel_codes(targets, y, target, codes);
+    const RowTaps taps(resampling.rows, y);
+    const float* upper = stretched.row(taps.upper);
+    const float* lower = stretched.row(taps.lower);
+    pixel_codes(targets, y, target, work.codes);
     vfloat row_loss = {}, row_intersection = {}, row_prediction = {};
     vint row_target = {}, row_counted = {};
-    for (int64_t j = 0; j < width; j += kLanes) {
-      const vfloat x = fma(load(lower + j), weight, load(upper + j) * (1.0f - weight));
-      const Pixel pixel = pixel_terms<kFocal, kSquare>(codes + j, x, term);
+    for (int64_t j = 0; j < targets.width; j += kLanes) {
+      const vfloat x = fma(load(lower + j), taps.lower_weight, load(upper + j) * taps.upper_weight);
+      const Pixel pixel = matched_pixel<kFocal, kSquare>(work.codes + j, x, term);
       const vint counted_target = pixel.target & pixel.counted;
       const vfloat pixel_loss = kFocal ? pixel.modulation * pixel.cross_entropy : pixel.cross_entropy;
       row_loss += masked(pixel.counted, pixel_loss);
@@ -148,105 +137,81 @@ MaskLossPair forward(const void* mask_logits, int64_t offset, Dtype dtype, const
     loss += sum_lanes(row_loss);
     intersection += sum_lanes(row_intersection);
     prediction += sum_lanes(row_prediction);
-    for (int i = 0; i < kLanes; ++i) {
-      target_pixels += row_target[i];
-      counted_pixels += row_counted[i];
-    }
+    target_pixels += sum_lanes<int64_t>(row_target);
+    counted_pixels += sum_lanes<int64_t>(row_counted);
   }
-  MaskLossPair pair;
-  pair.mask = static_cast<float>(loss / static_cast<double>(counted_pixels > 0 ? counted_pixels : 1));
-  pair.dice =
-      static_cast<float>(1.0 - (2.0 * intersection + 1.0) / (prediction + static_cast<double>(target_pixels) + 1.0));
-  pair.sums = {static_cast<float>(intersection), static_cast<float>(prediction), static_cast<float>(target_pixels),
-               static_cast<float>(counted_pixels)};
-  return pair;
+  return losses_of(loss, intersection, prediction, static_cast<double>(target_pixels),
+                   static_cast<double>(counted_pixels));
 }
 
-// The transpose of the horizontal stretch: adds W gradients to the w logits that they were made of.
-void add_contracted(const float* stretched, const Interpolation& columns, int64_t width, float* grad_row) {
-  for (int64_t j = 0; j < width; ++j) {
-    const float weight = columns.weight[j];
-    grad_row[columns.first[j]] += (1.0f - weight) * stretched[j];
-    grad_row[columns.second[j]] += weight * stretched[j];
-  }
-}
-
-// The gradients of two neighboring stretched rows, contracted into the result once no later y reaches them.
+// The gradients of two neighboring stretched rows, contracted into the result once no later y reaches them: the
+// transpose of the horizontal stretch adds W gradients to the w logits that they were made of.
 class StretchedGradients {
  public:
-  StretchedGradients(const Resampling& resampling, int64_t width, float* scratch, float* grad)
-      : resampling_(resampling), width_(width), grad_(grad) {
-    rows_[0] = scratch;
-    rows_[1] = scratch + padded_row(width);
-  }
+  StretchedGradients(int64_t w, const Taps& columns, const MaskLossWorkspace& work, float* grad)
+      : w_(w), columns_(columns), grad_(grad), rows_(work.gradients) {}
 
   float* row(int64_t index) {
-    for (int slot = 0; slot < 2; ++slot) {
-      if (held_[slot] == index) return rows_[slot];
-    }
-    const int slot = held_[0] <= held_[1] ? 0 : 1;
-    flush(slot);
-    held_[slot] = index;
-    memset(rows_[slot], 0, sizeof(float) * padded_row(width_));
-    return rows_[slot];
+    return rows_.row(index, [&](int64_t old, float* row) {
+      contract(old, row);
+      memset(row, 0, sizeof(float) * to_full_vectors(columns_.out));
+    });
   }
 
   void flush() {
-    flush(0);
-    flush(1);
+    rows_.each([&](int64_t index, const float* row) { contract(index, row); });
   }
 
  private:
-  void flush(int slot) {
-    if (held_[slot] >= 0) {
-      add_contracted(rows_[slot], resampling_.columns, width_, grad_ + held_[slot] * resampling_.w);
+  void contract(int64_t index, const float* stretched) {
+    if (index < 0) return;
+    float* grad_row = grad_ + index * w_;
+    const int32_t *first = columns_.index, *second = first + columns_.stride;
+    const float *first_weight = columns_.weight, *second_weight = first_weight + columns_.stride;
+    for (int64_t j = 0; j < columns_.out; ++j) {
+      grad_row[first[j]] += first_weight[j] * stretched[j];
+      grad_row[second[j]] += second_weight[j] * stretched[j];
     }
   }
 
-  const Resampling& resampling_;
-  int64_t width_;
+  int64_t w_;
+  const Taps& columns_;
   float* grad_;
-  float* rows_[2];
-  int64_t held_[2] = {-2, -1};
+  HeldRows rows_;
 };
 
 // With U = sum p + sum t + 1 and I = 2 sum p t + 1, on the counted pixels:
 //   d focal / dz = -a q^gamma (gamma p_t softplus(-z) + q) / pixels,   d cross-entropy / dz = -q / pixels,
 //   d dice / dp = (I - 2 t U) / U^2,   dp / dx = p_t q,   dx = dz inside the target and -dz outside.
 template <bool kFocal, bool kSquare>
-void backward(const void* mask_logits, int64_t offset, Dtype dtype, const Resampling& resampling,
-              const ImageTargets& targets, int64_t target, MaskTerm term, const MaskLossSums& sums, float grad_mask,
-              float grad_dice, float* scratch, float* grad) {
-  const int64_t width = targets.width;
-  StretchedGradients gradients(resampling, width, scratch, grad);
-  float* forward_scratch = scratch + 2 * padded_row(width);
-  StretchedRows stretched(mask_logits, offset, dtype, resampling, width, forward_scratch);
-  uint8_t* codes = reinterpret_cast<uint8_t*>(forward_scratch + 2 * padded_row(width) + padded_row(resampling.w));
-
-  const double pixels = sums.pixels > 0 ? sums.pixels : 1.0;
-  const double both = static_cast<double>(sums.prediction) + sums.target + 1.0;
-  const double twice_overlap = 2.0 * sums.intersection + 1.0;
-  const vfloat scale = splat(static_cast<float>(-grad_mask / pixels));
-  const vfloat dice_outside = splat(static_cast<float>(grad_dice * twice_overlap / (both * both)));
-  const vfloat dice_inside = splat(static_cast<float>(grad_dice * (twice_overlap - 2.0 * both) / (both * both)));
+void backward(const Plane& plane, const Resampling& resampling, const ImageTargets& targets, int64_t target,
+              MaskTerm term, const MaskLossGradient& given, const MaskLossWorkspace& work, float* grad) {
+  StretchedGradients gradients(plane.w, resampling.columns, work, grad);
+  StretchedRows stretched(plane, resampling.columns, work);
+  const DiceSums sums(given.sums);
+  const double both_squared = sums.both * sums.both;
+  const vfloat scale = splat(static_cast<float>(-given.mask / (given.sums.pixels > 0 ? given.sums.pixels : 1.0)));
+  const vfloat dice_outside = splat(static_cast<float>(given.dice * sums.twice_overlap / both_squared));
+  const vfloat dice_inside =
+      splat(static_cast<float>(given.dice * (sums.twice_overlap - 2.0 * sums.both) / both_squared));
   for (int64_t y = 0; y < targets.height; ++y) {
-    const float* upper = stretched.row(resampling.rows.first[y]);
-    const float* lower = stretched.row(resampling.rows.second[y]);
-    float* grad_upper = gradients.row(resampling.rows.first[y]);
-    float* grad_lower = gradients.row(resampling.rows.second[y]);
-    const vfloat weight = splat(resampling.rows.weight[y]);
-    pixel_codes(targets, y, target, codes);
-    for (int64_t j = 0; j < width; j += kLanes) {
-      const vfloat x = fma(load(lower + j), weight, load(upper + j) * (1.0f - weight));
-      const Pixel pixel = pixel_terms<kFocal, kSquare>(codes + j, x, term);
+    const RowTaps taps(resampling.rows, y);
+    const float* upper = stretched.row(taps.upper);
+    const float* lower = stretched.row(taps.lower);
+    float* grad_upper = gradients.row(taps.upper);
+    float* grad_lower = gradients.row(taps.lower);
+    pixel_codes(targets, y, target, work.codes);
+    for (int64_t j = 0; j < targets.width; j += kLanes) {
+      const vfloat x = fma(load(lower + j), taps.lower_weight, load(upper + j) * taps.upper_weight);
+      const Pixel pixel = matched_pixel<kFocal, kSquare>(work.codes + j, x, term);
       vfloat slope = pixel.q;
       if (kFocal) slope = pixel.modulation * fma(term.gamma * pixel.p_t, pixel.cross_entropy, pixel.q);
       slope *= scale;
       slope = pixel.target ? slope : -slope;
       const vfloat dice_slope = pixel.target ? dice_inside : dice_outside;
       const vfloat g = masked(pixel.counted, fma(dice_slope * pixel.p_t, pixel.q, slope));
-      store(grad_upper + j, fma(g, 1.0f - weight, load(grad_upper + j)));
-      store(grad_lower + j, fma(g, weight, load(grad_lower + j)));
+      store(grad_upper + j, fma(g, taps.upper_weight, load(grad_upper + j)));
+      store(grad_lower + j, fma(g, taps.lower_weight, load(grad_lower + j)));
     }
   }
   gradients.flush();
@@ -254,19 +219,19 @@ void backward(const void* mask_logits, int64_t offset, Dtype dtype, const Resamp
 
 }  // namespace
 
-MaskLossPair mask_loss_pair(const void* mask_logits, int64_t offset, Dtype dtype, const Resampling& resampling,
-                            const ImageTargets& targets, int64_t target, MaskTerm term, float* scratch) {
-  const auto run = !term.focal ? forward<false, true> : term.gamma == 2.0f ? forward<true, true> : forward<true, false>;
-  return run(mask_logits, offset, dtype, resampling, targets, target, term, scratch);
+MaskLossPair mask_loss_pair(const Plane& plane, const Resampling& resampling, const ImageTargets& targets,
+                            int64_t target, MaskTerm term, const MaskLossWorkspace& work) {
+  return with_term(term, [&]<bool kFocal, bool kSquare>() {
+    return forward<kFocal, kSquare>(plane, resampling, targets, target, term, work);
+  });
 }
 
-void mask_loss_pair_backward(const void* mask_logits, int64_t offset, Dtype dtype, const Resampling& resampling,
-                             const ImageTargets& targets, int64_t target, MaskTerm term, const MaskLossSums& sums,
-                             float grad_mask, float grad_dice, float* scratch, float* grad) {
-  const auto run = !term.focal          ? backward<false, true>
-                   : term.gamma == 2.0f ? backward<true, true>
-                                        : backward<true, false>;
-  run(mask_logits, offset, dtype, resampling, targets, target, term, sums, grad_mask, grad_dice, scratch, grad);
+void mask_loss_pair_backward(const Plane& plane, const Resampling& resampling, const ImageTargets& targets,
+                             int64_t target, MaskTerm term, const MaskLossGradient& given,
+                             const MaskLossWorkspace& work, float* grad) {
+  with_term(term, [&]<bool kFocal, bool kSquare>() {
+    backward<kFocal, kSquare>(plane, resampling, targets, target, term, given, work, grad);
+  });
 }
 
 void store_row(const float* in, int64_t count, void* out, Dtype dtype, int64_t offset) {

@@ -6,15 +6,15 @@
 
 #include <cstdint>
 
-#include "common/dtype.h"
-#include "common/interpolation.h"
+#include "common/logits.h"
 #include "common/mask_term.h"
 #include "common/simd.h"
+#include "common/taps.h"
 #include "common/targets.h"
 
 namespace fastmask {
 
-// What backward needs of a pair, and what both losses are made of; sums over the counted pixels.
+// The sums over the counted pixels of a pair that both losses, and their gradients, are made of.
 struct MaskLossSums {
   float intersection;  // sum p t
   float prediction;    // sum p
@@ -28,23 +28,36 @@ struct MaskLossPair {
   MaskLossSums sums;
 };
 
-// Floats of scratch memory of the two kernels.
-static constexpr int64_t mask_loss_scratch(int64_t width, int64_t w) { return 3 * padded_row(width) + padded_row(w); }
-static constexpr int64_t mask_loss_backward_scratch(int64_t width, int64_t w) {
-  return 5 * padded_row(width) + padded_row(w);
-}
+// The arguments of backward for a pair.
+struct MaskLossGradient {
+  float mask, dice;  // the gradients of both losses
+  MaskLossSums sums;
+};
 
-// mask_logits [h * w] from element `offset` on; `target` is the index of the pair's target.
-FASTMASK_KERNEL(MaskLossPair mask_loss_pair(const void* mask_logits, int64_t offset, Dtype dtype,
-                                            const Resampling& resampling, const ImageTargets& targets, int64_t target,
-                                            MaskTerm term, float* scratch))
+struct MaskLossWorkspace {
+  float* source;        // [w] a row of logits
+  float* stretched[2];  // [W] two neighboring rows, upsampled horizontally
+  float* gradients[2];  // [W] their gradients
+  uint8_t* codes;       // [W]
 
-// Adds the gradient of grad_mask * mask + grad_dice * dice to grad [h * w] float. Each output pixel's interpolation is
-// recomputed, and its gradient gathered into the logits it was made of.
-FASTMASK_KERNEL(void mask_loss_pair_backward(const void* mask_logits, int64_t offset, Dtype dtype,
-                                             const Resampling& resampling, const ImageTargets& targets, int64_t target,
-                                             MaskTerm term, const MaskLossSums& sums, float grad_mask, float grad_dice,
-                                             float* scratch, float* grad))
+  void lay_out(Carver& carver, int64_t w, int64_t width) {
+    carver.take(source, to_full_vectors(w));
+    for (float*& row : stretched) carver.take(row, to_full_vectors(width));
+    for (float*& row : gradients) carver.take(row, to_full_vectors(width));
+    carver.take(codes, to_full_vectors(width));
+  }
+};
+
+// `target` is the index of the pair's target.
+FASTMASK_KERNEL(MaskLossPair mask_loss_pair(const Plane& plane, const Resampling& resampling,
+                                            const ImageTargets& targets, int64_t target, MaskTerm term,
+                                            const MaskLossWorkspace& work))
+
+// Adds the gradient of a pair's losses to grad [h * w]. Each output pixel's interpolation is recomputed, and its
+// gradient gathered into the logits it was made of.
+FASTMASK_KERNEL(void mask_loss_pair_backward(const Plane& plane, const Resampling& resampling,
+                                             const ImageTargets& targets, int64_t target, MaskTerm term,
+                                             const MaskLossGradient& given, const MaskLossWorkspace& work, float* grad))
 
 // Writes a row of `count` gradients from element `offset` on, rounded to the logits' type.
 FASTMASK_KERNEL(void store_row(const float* in, int64_t count, void* out, Dtype dtype, int64_t offset))

@@ -1,6 +1,9 @@
 #include "cpu/masked_attention.h"
 
-#include "cpu/attention_tiles.h"
+#include "cpu/masked_attention_tiles.h"
+#include "cpu/simd/functions.h"
+#include "cpu/simd/logits.h"
+#include "cpu/simd/philox.h"
 
 namespace fastmask::FASTMASK_SIMD {
 namespace {
@@ -10,81 +13,9 @@ constexpr float kLowest = -3.402823466e38f;
 // Blocks of keys are summed so many at a time, and these sums then: rounding grows with the longest chain of additions.
 constexpr int64_t kRun = 16;
 
-inline int64_t key_blocks(const AttentionImage& image) { return (image.keys + kKeys - 1) / kKeys; }
+inline int64_t key_blocks(const AttentionImage& image) { return ceil_div(image.keys, kKeys); }
 
-// What a task keeps, cut from one piece of memory; without memory it only counts how much that is.
-struct Workspace {
-  int64_t channels;                // of a head, padded with zeros to full vectors
-  uint32_t* present;               // [key blocks] bits of the keys that are not padding
-  uint32_t* attended;              // [key blocks][queries] bits of the keys that a query attends to
-  int32_t* keys;                   // [queries] how many these are
-  float* samples;                  // [keys] a query's mask on the key grid
-  float* source[2];                // [w] two neighboring rows of mask logits
-  float* mixed;                    // [w] what lies between them
-  int32_t* active;                 // [queries] those that attend to the block of keys
-  int32_t* offsets;                // [queries] where their rows of `channels` begin
-  int32_t* key_offsets;            // [kKeys]
-  float* q;                        // [queries][channels], scaled
-  float* out;                      // [queries][channels] of a run of blocks, and right behind it
-  float* total;                    // [queries][kLanes] the sums of its weights
-  float* sums;                     // out and total of the runs before
-  float* maximum;                  // [queries] of the scores so far
-  float* rows;                     // [kKeys][channels] a block of keys
-  float* columns;                  // [channels][kKeys] the same
-  float* values;                   // [kKeys][channels]
-  float* weights;                  // [queries][kKeys] of a block of keys (of a group of queries in forward)
-  float* grad_out;                 // [queries][channels]
-  float* delta;                    // [queries] sum_c grad_out out
-  float* value_columns;            // [channels][kKeys]
-  float* slopes;                   // [queries][kKeys] gradient of the scores
-  float *grad_rows, *grad_values;  // [kKeys][channels]
-  int64_t used = 0;                // floats
-
-  Workspace(const AttentionImage& image, bool backward, float* memory) : memory_(memory) {
-    const int64_t queries = image.queries < kAttentionQueries ? image.queries : kAttentionQueries;
-    const int64_t blocks = key_blocks(image);
-    channels = padded_row(image.head_dim);
-    present = reinterpret_cast<uint32_t*>(take(blocks));
-    attended = reinterpret_cast<uint32_t*>(take(blocks * queries));
-    keys = reinterpret_cast<int32_t*>(take(queries));
-    samples = take(blocks * kKeys);
-    const int64_t source_width = image.mask.logits == nullptr ? 0 : padded_row(image.mask.resampling.w);
-    source[0] = take(source_width);
-    source[1] = take(source_width);
-    mixed = take(source_width);
-    active = reinterpret_cast<int32_t*>(take(queries));
-    offsets = reinterpret_cast<int32_t*>(take(queries));
-    key_offsets = reinterpret_cast<int32_t*>(take(kKeys));
-    q = take(queries * channels);
-    out = take(queries * (channels + kLanes));
-    total = out + queries * channels;
-    sums = take(queries * (channels + kLanes));
-    maximum = take(queries);
-    rows = take(kKeys * channels);
-    columns = take(kKeys * channels);
-    values = take(kKeys * channels);
-    weights = take(queries * kKeys);
-    if (backward) {
-      grad_out = take(queries * channels);
-      delta = take(queries);
-      slopes = take(queries * kKeys);
-      value_columns = take(kKeys * channels);
-      grad_rows = take(kKeys * channels);
-      grad_values = take(kKeys * channels);
-    }
-    if (memory == nullptr) return;
-    for (int64_t s = 0; s < kKeys; ++s) key_offsets[s] = static_cast<int32_t>(s * channels);
-  }
-
- private:
-  float* take(int64_t floats) {
-    float* start = memory_ == nullptr ? nullptr : memory_ + used;
-    used += padded_row(floats);
-    return start;
-  }
-
-  float* memory_;
-};
+using Workspace = AttentionWorkspace;
 
 void find_present(const AttentionImage& image, uint32_t* present) {
   for (int64_t block = 0; block < key_blocks(image); ++block) {
@@ -100,43 +31,45 @@ void find_present(const AttentionImage& image, uint32_t* present) {
 }
 
 // A query's mask logits at the centers of the key grid's cells.
-void resample(const AttentionMask& mask, int64_t query, Workspace& work) {
-  const Resampling& resampling = mask.resampling;
-  const int64_t w = resampling.w, plane = mask.offset + query * mask.stride;
-  const Interpolation &rows = resampling.rows, &columns = resampling.columns;
-  for (int64_t y = 0; y < mask.height; ++y) {
-    load_logits(mask.logits, mask.dtype, plane + rows.first[y] * w, w, work.source[0]);
-    load_logits(mask.logits, mask.dtype, plane + rows.second[y] * w, w, work.source[1]);
-    const float weight = rows.weight[y];
+void resample(const AttentionMask& mask, int64_t query, const Workspace& work) {
+  const Taps &rows = mask.resampling.rows, &columns = mask.resampling.columns;
+  const int64_t w = mask.first.w;
+  for (int64_t y = 0; y < rows.out; ++y) {
+    for (int t = 0; t < 2; ++t) {
+      const Logits row = after(row_of(mask.first, rows.index[t * rows.stride + y]), query * mask.stride);
+      load_logits(row, w, work.source[t]);
+    }
+    const float upper_weight = rows.weight[y], lower_weight = rows.weight[rows.stride + y];
     for (int64_t x = 0; x < w; x += kLanes) {
       const vfloat upper = load(work.source[0] + x), lower = load(work.source[1] + x);
-      store(work.mixed + x, upper * (1.0f - weight) + lower * weight);
+      store(work.mixed + x, upper * upper_weight + lower * lower_weight);
     }
-    float* out = work.samples + y * mask.width;
-    for (int64_t x = 0; x < mask.width; ++x) {
-      out[x] =
-          work.mixed[columns.first[x]] * (1.0f - columns.weight[x]) + work.mixed[columns.second[x]] * columns.weight[x];
+    float* out = work.samples + y * columns.out;
+    const int32_t *first = columns.index, *second = first + columns.stride;
+    for (int64_t x = 0; x < columns.out; ++x) {
+      out[x] = work.mixed[first[x]] * columns.weight[x] + work.mixed[second[x]] * columns.weight[columns.stride + x];
     }
   }
 }
 
 // Which keys each query attends to: those in its foreground that are not padding, or all of these if it has none.
-void find_attended(const AttentionImage& image, int64_t first_query, int64_t num_queries, Workspace& work) {
+void find_attended(const AttentionImage& image, int64_t first_query, int64_t num_queries, const Workspace& work) {
   const int64_t blocks = key_blocks(image);
   find_present(image, work.present);
   int64_t present_keys = 0;
+  for (int64_t s = 0; s < kKeys; ++s) work.key_offsets[s] = static_cast<int32_t>(s * work.channels);
   for (int64_t block = 0; block < blocks; ++block) present_keys += __builtin_popcount(work.present[block]);
   for (int64_t s = image.keys; s < blocks * kKeys; ++s) work.samples[s] = 0.0f;
   for (int64_t n = 0; n < num_queries; ++n) {
     uint32_t* attended = work.attended + n;
     int64_t keys = 0;
-    if (image.mask.logits != nullptr) {
+    if (image.mask.first.logits.data != nullptr) {
       resample(image.mask, first_query + n, work);
       for (int64_t block = 0; block < blocks; ++block) {
         uint32_t foreground = 0;
         for (int part = 0; part < kParts; ++part) {
           const vint lanes = load(work.samples + block * kKeys + part * kLanes) >= 0.0f;
-          foreground |= bits_of(lanes) << (part * kLanes);
+          foreground |= lane_bits(lanes) << (part * kLanes);
         }
         attended[block * num_queries] = foreground & work.present[block];
         keys += __builtin_popcount(attended[block * num_queries]);
@@ -149,7 +82,7 @@ void find_attended(const AttentionImage& image, int64_t first_query, int64_t num
 }
 
 // Lists the queries that attend to a block of keys; returns how many.
-int64_t find_active(const uint32_t* attended, int64_t num_queries, Workspace& work) {
+int64_t find_active(const uint32_t* attended, int64_t num_queries, const Workspace& work) {
   int64_t count = 0;
   for (int64_t n = 0; n < num_queries; ++n) {
     work.active[count] = static_cast<int32_t>(n);
@@ -163,7 +96,8 @@ int64_t find_active(const uint32_t* attended, int64_t num_queries, Workspace& wo
 template <typename T>
 inline void load_row(const AttentionImage& image, const AttentionRows<T>& rows, int64_t head, int64_t index,
                      float* out) {
-  load_logits(rows.data, image.dtype, rows.offset + index * rows.stride + head * image.head_dim, image.head_dim, out);
+  const int64_t offset = rows.offset + index * rows.stride + head * image.head_dim;
+  load_logits({rows.data, image.dtype, offset}, image.head_dim, out);
 }
 
 inline void store_row(const AttentionImage& image, const AttentionRows<void>& rows, int64_t head, int64_t index,
@@ -184,7 +118,8 @@ void load_keys(const AttentionImage& image, const AttentionRows<const void>& row
   }
 }
 
-void load_scaled_queries(const AttentionImage& image, int64_t head, int64_t first, int64_t count, Workspace& work) {
+void load_scaled_queries(const AttentionImage& image, int64_t head, int64_t first, int64_t count,
+                         const Workspace& work) {
   for (int64_t n = 0; n < count; ++n) {
     float* row = work.q + n * work.channels;
     load_row(image, image.q, head, first + n, row);
@@ -200,7 +135,7 @@ inline vint kept(const AttentionImage& image, int64_t head, int64_t query, int64
 }
 
 // Adds a run of blocks, in the first `floats` numbers of out and total, to those before, and begins the next.
-inline void end_run(Workspace& work, int64_t floats) {
+inline void end_run(const Workspace& work, int64_t floats) {
   for (int64_t i = 0; i < floats; i += kLanes) {
     store(work.sums + i, load(work.sums + i) + load(work.out + i));
     store(work.out + i, vfloat{});
@@ -209,13 +144,13 @@ inline void end_run(Workspace& work, int64_t floats) {
 
 // Makes a query's scores of one block weights exp(score - maximum), relative to the maximum so far: where a score
 // exceeds it, what was summed before is scaled down.
-inline void soften(float* scores, uint32_t attended, int64_t n, Workspace& work) {
+inline void soften(float* scores, uint32_t attended, int64_t n, const Workspace& work) {
   vfloat peak = splat(kLowest);
   for (int part = 0; part < kParts; ++part) {
     const vfloat score = load(scores + part * kLanes);
     peak = (select(attended, part) & (score > peak)) ? score : peak;
   }
-  if (bits_of(peak > work.maximum[n]) != 0) {
+  if (lane_bits(peak > work.maximum[n]) != 0) {
     const float largest = largest_lane(peak);
     const vfloat factor = exp_neg(splat(largest - work.maximum[n]));
     work.maximum[n] = largest;
@@ -243,13 +178,14 @@ void drop(const AttentionImage& image, int64_t head, int64_t query, int64_t key,
   }
 }
 
-// What dropout multiplies the weights by that it keeps.
+// Dropout multiplies the weights that it keeps by this.
 inline float kept_scale(const AttentionImage& image) {
   return image.dropout < 1.0f ? 1.0f / (1.0f - image.dropout) : 0.0f;
 }
 
-void forward_head(const AttentionImage& image, const AttentionForward& result, int64_t first_query, int64_t num_queries,
-                  int64_t head, Workspace& work) {
+void forward_head(const AttentionImage& image, const AttentionForward& result, const AttentionTask& task, int64_t head,
+                  const Workspace& work) {
+  const int64_t first_query = task.first_query, num_queries = task.num_queries;
   load_scaled_queries(image, head, first_query, num_queries, work);
   const int64_t floats = work.total - work.out + num_queries * kLanes;
   memset(work.out, 0, sizeof(float) * floats);
@@ -325,8 +261,9 @@ void add_rows(const AttentionImage& image, const AttentionRows<float>& rows, int
   }
 }
 
-void backward_head(const AttentionImage& image, const AttentionBackward& result, int64_t first_query,
-                   int64_t num_queries, int64_t head, Workspace& work) {
+void backward_head(const AttentionImage& image, const AttentionBackward& result, const AttentionTask& task,
+                   int64_t head, const Workspace& work) {
+  const int64_t first_query = task.first_query, num_queries = task.num_queries;
   load_scaled_queries(image, head, first_query, num_queries, work);
   for (int64_t n = 0; n < num_queries; ++n) {
     float *grad_row = work.grad_out + n * work.channels, *out_row = work.out + n * work.channels;
@@ -384,26 +321,16 @@ void backward_head(const AttentionImage& image, const AttentionBackward& result,
 
 }  // namespace
 
-int64_t masked_attention_scratch(const AttentionImage& image, bool backward) {
-  return Workspace(image, backward, nullptr).used;
+void masked_attention_forward(const AttentionImage& image, const AttentionForward& result, const AttentionTask& task,
+                              const AttentionWorkspace& work) {
+  find_attended(image, task.first_query, task.num_queries, work);
+  for (int64_t head = task.first_head; head < task.last_head; ++head) forward_head(image, result, task, head, work);
 }
 
-void masked_attention_forward(const AttentionImage& image, const AttentionForward& result, int64_t first_query,
-                              int64_t num_queries, int64_t first_head, int64_t last_head, float* scratch) {
-  Workspace work(image, false, scratch);
-  find_attended(image, first_query, num_queries, work);
-  for (int64_t head = first_head; head < last_head; ++head) {
-    forward_head(image, result, first_query, num_queries, head, work);
-  }
-}
-
-void masked_attention_backward(const AttentionImage& image, const AttentionBackward& result, int64_t first_query,
-                               int64_t num_queries, int64_t first_head, int64_t last_head, float* scratch) {
-  Workspace work(image, true, scratch);
-  find_attended(image, first_query, num_queries, work);
-  for (int64_t head = first_head; head < last_head; ++head) {
-    backward_head(image, result, first_query, num_queries, head, work);
-  }
+void masked_attention_backward(const AttentionImage& image, const AttentionBackward& result, const AttentionTask& task,
+                               const AttentionWorkspace& work) {
+  find_attended(image, task.first_query, task.num_queries, work);
+  for (int64_t head = task.first_head; head < task.last_head; ++head) backward_head(image, result, task, head, work);
 }
 
 }  // namespace fastmask::FASTMASK_SIMD

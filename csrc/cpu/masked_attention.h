@@ -6,9 +6,9 @@
 
 #include <cstdint>
 
-#include "common/dtype.h"
-#include "common/interpolation.h"
+#include "common/logits.h"
 #include "common/simd.h"
+#include "common/taps.h"
 
 namespace fastmask {
 
@@ -24,12 +24,9 @@ struct AttentionRows {
 };
 
 struct AttentionMask {
-  const void* logits;  // [queries][h * w] from element `offset` on, `stride` elements apart; null: no mask
-  Dtype dtype;
-  int64_t offset;
-  int64_t stride;
+  Plane first;             // of the first query; null data: no mask
+  int64_t stride;          // elements between the planes of two queries
   Resampling resampling;   // to the key grid
-  int64_t height, width;   // of the key grid
   const uint8_t* padding;  // [keys], not 0 at keys that are never attended to; null: none
 };
 
@@ -58,16 +55,71 @@ struct AttentionBackward {
   AttentionRows<float> grad_k, grad_v;  // added to
 };
 
-// Floats of scratch memory; the kernels want it at a 64-byte boundary.
-FASTMASK_KERNEL(int64_t masked_attention_scratch(const AttentionImage& image, bool backward))
+// Memory for a block of queries; a head's `channels` are padded with zeros to full vectors.
+struct AttentionWorkspace {
+  int64_t channels;
+  uint32_t* present;     // [key blocks] bits of the keys that are not padding
+  uint32_t* attended;    // [key blocks][queries] bits of the keys that a query attends to
+  int32_t* keys;         // [queries] how many these are
+  float* samples;        // [keys] a query's mask on the key grid
+  float* source[2];      // [w] two neighboring rows of mask logits
+  float* mixed;          // [w] what lies between them
+  int32_t* active;       // [queries] those that attend to the block of keys
+  int32_t* offsets;      // [queries] where their rows of `channels` begin
+  int32_t* key_offsets;  // [kAttentionKeys]
+  float* q;              // [queries][channels], scaled
+  float* out;            // [queries][channels] of a run of blocks, and right behind it
+  float* total;          // [queries][kLanes] the sums of its weights
+  float* sums;           // out and total of the runs before
+  float* maximum;        // [queries] of the scores so far
+  float* rows;           // [kAttentionKeys][channels] a block of keys
+  float* columns;        // [channels][kAttentionKeys] the same
+  float* values;         // [kAttentionKeys][channels]
+  float* weights;        // [queries][kAttentionKeys] of a block of keys (of a group of queries in forward)
+  // For backward only:
+  float* grad_out;                 // [queries][channels]
+  float* delta;                    // [queries] sum_c grad_out out
+  float* slopes;                   // [queries][kAttentionKeys] gradient of the scores
+  float* value_columns;            // [channels][kAttentionKeys]
+  float *grad_rows, *grad_values;  // [kAttentionKeys][channels]
 
-// Queries [first_query, first_query + num_queries), at most kAttentionQueries, and heads [first_head, last_head).
+  void lay_out(Carver& carver, const AttentionImage& image, bool backward) {
+    const int64_t queries = image.queries < kAttentionQueries ? image.queries : kAttentionQueries;
+    const int64_t blocks = ceil_div(image.keys, kAttentionKeys);
+    channels = to_full_vectors(image.head_dim);
+    carver.take(present, blocks);
+    carver.take(attended, blocks * queries);
+    carver.take(keys, queries);
+    carver.take(samples, blocks * kAttentionKeys);
+    for (float** row : {&source[0], &source[1], &mixed}) carver.take(*row, to_full_vectors(image.mask.first.w));
+    carver.take(active, queries);
+    carver.take(offsets, queries);
+    carver.take(key_offsets, kAttentionKeys);
+    carver.take(q, queries * channels);
+    carver.take(out, queries * (channels + kMostLanes));
+    total = out == nullptr ? nullptr : out + queries * channels;
+    carver.take(sums, queries * (channels + kMostLanes));
+    carver.take(maximum, queries);
+    for (float** block : {&rows, &columns, &values}) carver.take(*block, kAttentionKeys * channels);
+    carver.take(weights, queries * kAttentionKeys);
+    if (!backward) return;
+    carver.take(grad_out, queries * channels);
+    carver.take(delta, queries);
+    carver.take(slopes, queries * kAttentionKeys);
+    for (float** block : {&value_columns, &grad_rows, &grad_values}) carver.take(*block, kAttentionKeys * channels);
+  }
+};
+
+// What a call computes: queries [first_query, first_query + num_queries), at most kAttentionQueries, and heads
+// [first_head, last_head).
+struct AttentionTask {
+  int64_t first_query, num_queries, first_head, last_head;
+};
+
 FASTMASK_KERNEL(void masked_attention_forward(const AttentionImage& image, const AttentionForward& result,
-                                              int64_t first_query, int64_t num_queries, int64_t first_head,
-                                              int64_t last_head, float* scratch))
+                                              const AttentionTask& task, const AttentionWorkspace& work))
 
 FASTMASK_KERNEL(void masked_attention_backward(const AttentionImage& image, const AttentionBackward& result,
-                                               int64_t first_query, int64_t num_queries, int64_t first_head,
-                                               int64_t last_head, float* scratch))
+                                               const AttentionTask& task, const AttentionWorkspace& work))
 
 }  // namespace fastmask

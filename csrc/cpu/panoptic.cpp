@@ -5,29 +5,12 @@
 namespace fastmask::FASTMASK_SIMD {
 namespace {
 
-constexpr int64_t kPixels = kTileRows * kTileColumns;
-
 // More than the rounding of a resampled logit (a dozen roundings, relative to the largest logit that it is made of),
 // and of a probability and its product with the score.
 constexpr float kLogitSlack = 2e-6f;
 constexpr float kProbabilitySlack = 1e-5f;
 
-// Of one tile: which query has won each pixel so far, 2 * i + 1 for kept query i where it keeps the pixel and 2 * i
-// where it does not, kNobody before any; and the winner's score * probability as a fraction.
-constexpr int32_t kNobody = -2;
-struct Winners {
-  float* numerator;    // [kPixels]
-  float* denominator;  // [kPixels]
-  int32_t* winner;     // [kPixels]
-};
-
-// What a tile's bounds say of each kept query.
-struct Outlook {
-  float* low;    // of its logits
-  float* high;   // of its logits
-  float* lower;  // of score * probability, 0 where a NaN is read
-  float* upper;  // of score * probability
-};
+constexpr int32_t kNobody = -2;  // has won a pixel so far
 
 enum class Coverage { kNone, kSome, kAll };
 
@@ -35,7 +18,7 @@ enum class Coverage { kNone, kSome, kAll };
 // below -87 are alike, so that nothing overflows; NaN never wins.
 template <bool kProbabilities, bool kClip>
 int64_t compete(const float* values, int64_t pixels, float score, int32_t marker, float threshold,
-                const Winners& winners) {
+                const PanopticWinners& winners) {
   vint area = {};
   for (int64_t j = 0; j < pixels; j += kLanes) {
     const vfloat x = load(values + j);
@@ -57,17 +40,13 @@ int64_t compete(const float* values, int64_t pixels, float score, int32_t marker
     store(winners.winner + j, better ? mark : load(winners.winner + j));
     area -= inside;
   }
-  int64_t total = 0;
-  for (int i = 0; i < kLanes; ++i) total += area[i];
-  return total;
+  return sum_lanes<int64_t>(area);
 }
 
 int64_t count_inside(const float* values, int64_t pixels, float threshold) {
   vint area = {};
   for (int64_t j = 0; j < pixels; j += kLanes) area -= load(values + j) >= threshold;
-  int64_t total = 0;
-  for (int i = 0; i < kLanes; ++i) total += area[i];
-  return total;
+  return sum_lanes<int64_t>(area);
 }
 
 // Pixels won and pixels kept of the query whose marks are marker and marker + 1.
@@ -78,13 +57,11 @@ void count_won(const int32_t* winner, int64_t pixels, int32_t marker, PanopticAr
     clipped -= mark == marker;
     kept -= mark == marker + 1;
   }
-  for (int i = 0; i < kLanes; ++i) {
-    areas.won += clipped[i] + kept[i];
-    areas.visible += kept[i];
-  }
+  areas.won += sum_lanes<int64_t>(clipped + kept);
+  areas.visible += sum_lanes<int64_t>(kept);
 }
 
-void look_ahead(const KeptQueries& kept, const TilePlan& plan, float* buffer, const Outlook& outlook) {
+void look_ahead(const KeptQueries& kept, const TilePlan& plan, float* buffer, const PanopticOutlook& outlook) {
   for (int64_t i = 0; i < kept.count; ++i) {
     const Bounds b = bounds(kept.planes[i], plan, buffer);
     const float largest = -b.low > b.high ? -b.low : b.high;
@@ -93,7 +70,7 @@ void look_ahead(const KeptQueries& kept, const TilePlan& plan, float* buffer, co
     outlook.lower[i] = b.nan ? 0.0f : kept.scores[i];
     outlook.upper[i] = kept.scores[i];
   }
-  for (int64_t i = kept.count; i < padded_to_vectors(kept.count); ++i) {
+  for (int64_t i = kept.count; i < to_full_vectors(kept.count); ++i) {
     outlook.low[i] = outlook.high[i] = outlook.lower[i] = outlook.upper[i] = 0.0f;
   }
   for (int64_t i = 0; i < kept.count; i += kLanes) {
@@ -105,7 +82,7 @@ void look_ahead(const KeptQueries& kept, const TilePlan& plan, float* buffer, co
 }
 
 // How much of a tile lies in a query's own mask, as far as its bounds tell.
-Coverage coverage(const Outlook& outlook, int64_t i, const TilePlan& plan, const PanopticRule& rule) {
+Coverage coverage(const PanopticOutlook& outlook, int64_t i, const TilePlan& plan, const PanopticRule& rule) {
   const bool nan = outlook.lower[i] == 0.0f;
   if (!plan.probabilities) {
     if (outlook.high[i] < rule.logit_threshold) return Coverage::kNone;
@@ -126,16 +103,12 @@ void fill(int32_t* winner, int64_t width, const TilePlan& plan, int32_t value) {
 }  // namespace
 
 void panoptic_tile(const KeptQueries& kept, const TilePlan& plan, const PanopticRule& rule,
-                   const TileScratchSizes& sizes, float* scratch, int32_t* winner, int64_t width,
-                   PanopticAreas* areas) {
-  const TileScratch tile(sizes, scratch);
-  float* values = tile.rest;
-  const Winners winners{values + kPixels, values + 2 * kPixels, reinterpret_cast<int32_t*>(values + 3 * kPixels)};
-  float* lists = values + 4 * kPixels;
-  const int64_t padded = padded_to_vectors(kept.count);
-  const Outlook outlook{lists, lists + padded, lists + 2 * padded, lists + 3 * padded};
+                   const PanopticWorkspace& work, int32_t* winner, int64_t width, PanopticAreas* areas) {
+  const PanopticWinners& winners = work.winners;
+  const PanopticOutlook& outlook = work.outlook;
+  const float* const values = work.tile.values;
 
-  look_ahead(kept, plan, tile.piece, outlook);
+  look_ahead(kept, plan, work.tile.piece, outlook);
   float least = 0;  // what the winner of any pixel has at least
   for (int64_t i = 0; i < kept.count; ++i) least = outlook.lower[i] > least ? outlook.lower[i] : least;
   int64_t candidates = 0, only = -1;
@@ -179,7 +152,7 @@ void panoptic_tile(const KeptQueries& kept, const TilePlan& plan, const Panoptic
       areas[i].mask += own == Coverage::kAll ? visible_pixels : 0;
       continue;
     }
-    resample_tile(kept.planes[i], plan, tile, values);
+    resample_tile(kept.planes[i], plan, work.tile);
     if (competes) {
       areas[i].mask += run(values, pixels, kept.scores[i], static_cast<int32_t>(2 * i), threshold, winners);
     } else {

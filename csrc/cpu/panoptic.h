@@ -30,14 +30,36 @@ struct PanopticRule {
   float logit_threshold;  // the same, of logits
 };
 
-// Floats of scratch memory, aligned to 64 bytes.
-static constexpr int64_t panoptic_scratch(const TileScratchSizes& tile, int64_t kept) {
-  return tile.total() + 4 * kTileRows * kTileColumns + 4 * padded_to_vectors(kept);
-}
+// The winner of each pixel of a tile so far: 2 * i + 1 for kept query i where it keeps the pixel and 2 * i where it
+// does not; and the winner's score * probability as a fraction.
+struct PanopticWinners {
+  float *numerator, *denominator;  // [kTileRows * kTileColumns]
+  int32_t* winner;                 // [kTileRows * kTileColumns]
+};
+
+// Bounds for each kept query in a tile.
+struct PanopticOutlook {
+  float *low, *high;     // of its logits
+  float *lower, *upper;  // of score * probability; lower is 0 where a NaN is read
+};
+
+struct PanopticWorkspace {
+  TileWorkspace tile;
+  PanopticWinners winners;
+  PanopticOutlook outlook;
+
+  void lay_out(Carver& carver, const TilePlans& plans, int64_t kept) {
+    tile.lay_out(carver, plans);
+    for (float** values : {&winners.numerator, &winners.denominator}) carver.take(*values, kTileRows * kTileColumns);
+    carver.take(winners.winner, kTileRows * kTileColumns);
+    for (float** bounds : {&outlook.low, &outlook.high, &outlook.lower, &outlook.upper}) {
+      carver.take(*bounds, to_full_vectors(kept));
+    }
+  }
+};
 
 // Writes winner [rows.count, columns.count] of one tile, rows `width` apart, and adds to areas [kept.count].
 FASTMASK_KERNEL(void panoptic_tile(const KeptQueries& kept, const TilePlan& plan, const PanopticRule& rule,
-                                   const TileScratchSizes& sizes, float* scratch, int32_t* winner, int64_t width,
-                                   PanopticAreas* areas))
+                                   const PanopticWorkspace& work, int32_t* winner, int64_t width, PanopticAreas* areas))
 
 }  // namespace fastmask

@@ -1,6 +1,6 @@
 // The matching cost of some queries of one image against all of its targets, at points that they share.
 //
-// A vector holds the same point of as many queries: logits are turned from rows of queries into columns, a row of the
+// A vector holds one point of as many queries: logits are transposed from rows of queries into columns, a row of the
 // map at a time, so that a point's four neighbors are four loads, without a gather, and the sums of a run of points
 // stay in registers.
 #pragma once
@@ -12,25 +12,34 @@
 
 namespace fastmask {
 
-constexpr int64_t kPointCostGroup = 16;  // most queries of a group
+struct PointMaskCostWorkspace {
+  float* block;    // [kMaskCostBlock]
+  double* sums;    // [targets + 1, kMaskCostSums, lanes], the last slot for all points together
+  float* partial;  // the same, of the points since they were last added to `sums`
+  float* lines;    // [lanes, w], a row of each query's map
+  float* rows[2];  // [w + 2, lanes], two neighboring rows of the maps with their border
 
-// Floats of scratch memory that point_mask_cost_group needs.
-static constexpr int64_t point_mask_cost_scratch(int64_t targets, int64_t w) {
-  const int64_t padded = (w + 15) / 16 * 16;
-  return kMaskCostBlock + kPointCostGroup * (3 * padded + 4 + 9 * (targets + 1));
-}
+  void lay_out(Carver& carver, int64_t targets, int64_t w) {
+    const int64_t padded = to_full_vectors(w);
+    carver.take(block, kMaskCostBlock);
+    carver.take(sums, (targets + 1) * kMaskCostSums * kMostLanes);
+    carver.take(partial, (targets + 1) * kMaskCostSums * kMostLanes);
+    carver.take(lines, padded * kMostLanes);
+    for (float*& row : rows) carver.take(row, (padded + 2) * kMostLanes);
+  }
+};
 
-// cost[m] of `queries` queries (at most one a lane of the SIMD level, point_mask_cost_lanes()), each as in mask_cost.h
-// with the points in place of the pixels.
+// Writes the costs of `queries` queries (at most one a lane of the SIMD level, point_mask_cost_lanes()), each as in
+// mask_cost.h with the points in place of the pixels.
 //
-//   class_offsets, mask_offsets  [queries] the first element of each query's class logits [classes] and plane [h * w]
-//   labels                       [points.targets]
-//   cost                         [queries] rows of points.targets, one at each of `cost_rows`
-FASTMASK_KERNEL(void point_mask_cost_group(const void* class_logits, const int64_t* class_offsets, int64_t classes,
-                                           Dtype class_dtype, const void* mask_logits, const int64_t* mask_offsets,
-                                           int64_t h, int64_t w, Dtype mask_dtype, int64_t queries,
-                                           const int64_t* labels, const PointView& points, MaskTerm term,
-                                           MaskCostWeights weights, float* scratch, float* const* cost_rows))
+//   class_logits  [queries] of [classes] each
+//   planes        [queries]
+//   labels        [points.targets]
+//   cost          [queries] rows of points.targets, one at each of `cost_rows`
+FASTMASK_KERNEL(void point_mask_cost_group(const Logits* class_logits, int64_t classes, const Plane* planes,
+                                           int64_t queries, const int64_t* labels, const PointView& points,
+                                           const MaskCostRule& rule, const PointMaskCostWorkspace& work,
+                                           float* const* cost_rows))
 
 FASTMASK_KERNEL(int64_t point_mask_cost_lanes())
 

@@ -1,6 +1,8 @@
 #include "cpu/point_mask_loss.h"
 
-#include "cpu/gather.h"
+#include "cpu/mask_loss_sums.h"
+#include "cpu/mask_terms.h"
+#include "cpu/simd/gather.h"
 
 namespace fastmask::FASTMASK_SIMD {
 namespace {
@@ -16,7 +18,7 @@ struct Coordinates {
       x[i] = points[2 * i];
       y[i] = points[2 * i + 1];
     }
-    for (int64_t i = count; i < kBlock && i % 16 != 0; ++i) x[i] = y[i] = -1.0f;
+    for (int64_t i = count; i < kBlock && i % kMostLanes != 0; ++i) x[i] = y[i] = -1.0f;
   }
 };
 
@@ -62,19 +64,19 @@ struct PixelTaps {
 };
 
 // The first of two neighboring pixels of the map around each position, and the weights of both.
-inline vint pixel_axis(vfloat position, int64_t size, vfloat (&weight)[2]) {
-  const AxisTaps taps = axis_taps(position, static_cast<float>(size));  // with a border: 0 is the pixel before the map
+inline vint pixel_axis(vfloat coordinates, int64_t size, vfloat (&weight)[2]) {
+  const Positions at = positions(coordinates, size);  // with a border: 0 is the pixel before the map
   const int32_t last = static_cast<int32_t>(size > 1 ? size - 2 : 0);
-  vint first = taps.first - 1;
+  vint first = at.first - 1;
   // One step before the first pair its first pixel is the second of the two; one step after the last, the other way.
   const vint before = first < 0;
   const vint after = first > last;
   first = before ? vint{} : first;
   first = after ? splat(last) : first;
-  const vfloat opposite = 1.0f - taps.weight;
-  weight[0] = before ? taps.weight : opposite;
+  const vfloat opposite = 1.0f - at.weight;
+  weight[0] = before ? at.weight : opposite;
   weight[0] = after ? vfloat{} : weight[0];
-  weight[1] = before ? vfloat{} : taps.weight;
+  weight[1] = before ? vfloat{} : at.weight;
   weight[1] = after ? opposite : weight[1];
   if (size == 1) weight[1] = vfloat{};
   return first;
@@ -97,7 +99,7 @@ struct Shares {
   vfloat weight;  // v, 1 less the share of void pixels
 };
 
-// What points find in the targets of type T: segments, or one mask and the valid pixels.
+// Looks up points in targets of type T: segments, or one mask and the valid pixels.
 template <typename T>
 class Reader {
  public:
@@ -158,44 +160,17 @@ class Reader {
   int32_t target_, void_;
 };
 
-// With t and v: loss = t F+ + (v - t) F-; and p, 1 - p and the derivatives of F+ and F- in x, both without sign.
-struct PointTerms {
-  vfloat t, v, p, q;
-  vfloat foreground, background;              // F+, F-
-  vfloat foreground_slope, background_slope;  // -dF+/dx, dF-/dx
-};
-
+// The loss is t F+ + (v - t) F-.
 template <bool kFocal, bool kSquare, bool kSlopes>
-inline PointTerms point_terms(vfloat x, Shares shares, MaskTerm term) {
-  PointTerms terms;
-  terms.t = shares.target;
-  terms.v = shares.weight;
-  // A logit that does not count may be NaN.
-  const Sigmoid s = sigmoid(masked(shares.weight > 0.0f, x));
-  terms.p = s.p;
-  terms.q = s.q;
-  terms.foreground = s.softplus_neg;
-  terms.background = s.softplus_pos;
-  terms.foreground_slope = s.q;
-  terms.background_slope = s.p;
-  if (kFocal) {
-    const vfloat positive = term.alpha * focal_power<kSquare>(s.q, s.softplus_pos, term.gamma);
-    const vfloat negative = (1.0f - term.alpha) * focal_power<kSquare>(s.p, s.softplus_neg, term.gamma);
-    terms.foreground = positive * s.softplus_neg;
-    terms.background = negative * s.softplus_pos;
-    if (kSlopes) {
-      terms.foreground_slope = positive * fma(term.gamma * s.p, s.softplus_neg, s.q);
-      terms.background_slope = negative * fma(term.gamma * s.q, s.softplus_pos, s.p);
-    }
-  }
-  return terms;
+inline PixelTerms point_terms(vfloat x, const Shares& shares, MaskTerm term) {
+  return pixel_terms<kFocal, kSquare, kSlopes>(masked(shares.weight > 0.0f, x), term);  // what has no weight may be NaN
 }
 
 template <bool kFocal, bool kSquare, typename T>
-MaskLossPair forward(const float* map, int64_t h, int64_t w, const ImageTargets& targets, int64_t target,
+MaskLossPair forward(const float* map, const Plane& plane, const ImageTargets& targets, int64_t target,
                      const float* points, int64_t num_points, MaskTerm term) {
   const Reader<T> reader(targets, target);
-  const int32_t stride = static_cast<int32_t>(w) + 2;
+  const int32_t stride = static_cast<int32_t>(plane.w) + 2;
   double loss = 0, intersection = 0, prediction = 0, of_target = 0, weight = 0;
   for (int64_t begin = 0; begin < num_points; begin += kBlock) {
     const int64_t count = num_points - begin < kBlock ? num_points - begin : kBlock;
@@ -203,18 +178,18 @@ MaskLossPair forward(const float* map, int64_t h, int64_t w, const ImageTargets&
     vfloat losses = {}, intersections = {}, predictions = {}, targets_sum = {}, weights = {};
     for (int64_t i = 0; i < count; i += kLanes) {
       const vfloat x = load(at.x + i), y = load(at.y + i);
-      const vfloat logit =
-          sample(map, stride, axis_taps(x, static_cast<float>(w)), axis_taps(y, static_cast<float>(h)));
+      const vfloat logit = sample(map, stride, positions(x, plane.w), positions(y, plane.h));
       Shares shares = reader.at(x, y);
       if (i + kLanes > count) {
         for (int64_t k = count - i; k < kLanes; ++k) shares.target[k] = shares.weight[k] = 0.0f;
       }
-      const PointTerms terms = point_terms<kFocal, kSquare, false>(logit, shares, term);
-      losses += fma(terms.t, terms.foreground, (terms.v - terms.t) * terms.background);
-      intersections += terms.p * terms.t;
-      predictions += terms.p * terms.v;
-      targets_sum += terms.t;
-      weights += terms.v;
+      const vfloat t = shares.target, v = shares.weight;
+      const PixelTerms terms = point_terms<kFocal, kSquare, false>(logit, shares, term);
+      losses += fma(t, terms.foreground, (v - t) * terms.background);
+      intersections += terms.p * t;
+      predictions += terms.p * v;
+      targets_sum += t;
+      weights += v;
     }
     loss += sum_lanes(losses);
     intersection += sum_lanes(intersections);
@@ -222,28 +197,21 @@ MaskLossPair forward(const float* map, int64_t h, int64_t w, const ImageTargets&
     of_target += sum_lanes(targets_sum);
     weight += sum_lanes(weights);
   }
-  MaskLossPair pair;
-  pair.mask = static_cast<float>(loss / (weight > 1.0 ? weight : 1.0));
-  pair.dice = static_cast<float>(1.0 - (2.0 * intersection + 1.0) / (prediction + of_target + 1.0));
-  pair.sums = {static_cast<float>(intersection), static_cast<float>(prediction), static_cast<float>(of_target),
-               static_cast<float>(weight)};
-  return pair;
+  return losses_of(loss, intersection, prediction, of_target, weight);
 }
 
 // With U = sum v p + sum t + 1 and I = 2 sum p t + 1:
 //   d mask / dx = (t dF+/dx + (v - t) dF-/dx) / sum v,   d dice / dx = (I v - 2 t U) / U^2 p (1 - p),
 // given to the four logits of each point by their weights. The points' scatter is one thread's, in order.
 template <bool kFocal, bool kSquare, typename T>
-void backward(const float* map, int64_t h, int64_t w, const ImageTargets& targets, int64_t target, const float* points,
-              int64_t num_points, MaskTerm term, const MaskLossSums& sums, float grad_mask, float grad_dice,
-              float* grad) {
+void backward(const float* map, const Plane& plane, const ImageTargets& targets, int64_t target, const float* points,
+              int64_t num_points, MaskTerm term, const MaskLossGradient& given, float* grad) {
   const Reader<T> reader(targets, target);
-  const int32_t stride = static_cast<int32_t>(w) + 2;
-  const double both = static_cast<double>(sums.prediction) + sums.target + 1.0;
-  const double twice_overlap = 2.0 * sums.intersection + 1.0;
-  const vfloat mask_scale = splat(static_cast<float>(grad_mask / (sums.pixels > 1.0f ? sums.pixels : 1.0f)));
-  const vfloat dice_of_v = splat(static_cast<float>(grad_dice * twice_overlap / (both * both)));
-  const vfloat dice_of_t = splat(static_cast<float>(-2.0 * grad_dice / both));
+  const int32_t stride = static_cast<int32_t>(plane.w) + 2;
+  const DiceSums sums(given.sums);
+  const vfloat mask_scale = splat(given.mask / (given.sums.pixels > 1.0f ? given.sums.pixels : 1.0f));
+  const vfloat dice_of_v = splat(static_cast<float>(given.dice * sums.twice_overlap / (sums.both * sums.both)));
+  const vfloat dice_of_t = splat(static_cast<float>(-2.0 * given.dice / sums.both));
   for (int64_t begin = 0; begin < num_points; begin += kBlock) {
     const int64_t count = num_points - begin < kBlock ? num_points - begin : kBlock;
     const Coordinates at(points + 2 * begin, count);
@@ -251,20 +219,20 @@ void backward(const float* map, int64_t h, int64_t w, const ImageTargets& target
     float parts[4][kBlock];
     for (int64_t i = 0; i < count; i += kLanes) {
       const vfloat x = load(at.x + i), y = load(at.y + i);
-      const AxisTaps columns = axis_taps(x, static_cast<float>(w)), rows = axis_taps(y, static_cast<float>(h));
+      const Positions columns = positions(x, plane.w), rows = positions(y, plane.h);
       const Shares shares = reader.at(x, y);
-      const PointTerms terms = point_terms<kFocal, kSquare, true>(sample(map, stride, columns, rows), shares, term);
-      const vfloat mask_slope = (terms.v - terms.t) * terms.background_slope - terms.t * terms.foreground_slope;
-      const vfloat dice_slope = fma(terms.t, dice_of_t, terms.v * dice_of_v);
+      const vfloat t = shares.target, v = shares.weight;
+      const PixelTerms terms = point_terms<kFocal, kSquare, true>(sample(map, stride, columns, rows), shares, term);
+      const vfloat mask_slope = (v - t) * terms.background_slope - t * terms.foreground_slope;
+      const vfloat dice_slope = fma(t, dice_of_t, v * dice_of_v);
       vfloat slope = fma(dice_slope * terms.p, terms.q, mask_scale * mask_slope);
-      slope = masked(terms.v > 0.0f, slope);
+      slope = masked(v > 0.0f, slope);
       const vfloat lower = slope * rows.weight, upper = slope * (1.0f - rows.weight);
       store(parts[0] + i, upper * (1.0f - columns.weight));
       store(parts[1] + i, upper * columns.weight);
       store(parts[2] + i, lower * (1.0f - columns.weight));
       store(parts[3] + i, lower * columns.weight);
-      const vint cell = rows.first * stride + columns.first;
-      memcpy(cells + i, &cell, sizeof cell);
+      store(cells + i, rows.first * stride + columns.first);
     }
     for (int64_t i = 0; i < count; ++i) {
       float* cell = grad + cells[i];
@@ -276,46 +244,36 @@ void backward(const float* map, int64_t h, int64_t w, const ImageTargets& target
   }
 }
 
-// Calls `kernel` with the template arguments for the kind of loss and of targets.
-template <typename Kernel>
-auto dispatch(MaskTerm term, const ImageTargets& targets, Kernel kernel) {
-  const auto with_type = [&]<typename T>() {
-    if (!term.focal) return kernel.template operator()<false, true, T>();
-    return term.gamma == 2.0f ? kernel.template operator()<true, true, T>()
-                              : kernel.template operator()<true, false, T>();
-  };
-  if (targets.segments == nullptr || targets.segment_type == SegmentType::kUInt8) {
-    return with_type.template operator()<uint8_t>();
-  }
-  return targets.segment_type == SegmentType::kInt16 ? with_type.template operator()<int16_t>()
-                                                     : with_type.template operator()<int32_t>();
+// Calls run.operator()<kFocal, kSquare, T>() for the kind of loss and the type of the targets.
+template <typename Run>
+auto dispatch(MaskTerm term, const ImageTargets& targets, const Run& run) {
+  return with_term(term, [&]<bool kFocal, bool kSquare>() {
+    if (targets.segments == nullptr) return run.template operator()<kFocal, kSquare, uint8_t>();
+    return with_segments(targets, [&]<typename T>(const T*) { return run.template operator()<kFocal, kSquare, T>(); });
+  });
 }
 
 }  // namespace
 
-MaskLossPair point_mask_loss_pair(const void* mask_logits, int64_t offset, Dtype dtype, int64_t h, int64_t w,
-                                  const ImageTargets& targets, int64_t target, const float* points, int64_t num_points,
-                                  MaskTerm term, float* scratch) {
-  load_bordered(mask_logits, offset, dtype, h, w, scratch);
+MaskLossPair point_mask_loss_pair(const Plane& plane, const ImageTargets& targets, int64_t target, const float* points,
+                                  int64_t num_points, MaskTerm term, const PointMaskLossWorkspace& work) {
+  load_bordered(plane, work.map);
   return dispatch(term, targets, [&]<bool kFocal, bool kSquare, typename T>() {
-    return forward<kFocal, kSquare, T>(scratch, h, w, targets, target, points, num_points, term);
+    return forward<kFocal, kSquare, T>(work.map, plane, targets, target, points, num_points, term);
   });
 }
 
-void point_mask_loss_pair_backward(const void* mask_logits, int64_t offset, Dtype dtype, int64_t h, int64_t w,
-                                   const ImageTargets& targets, int64_t target, const float* points, int64_t num_points,
-                                   MaskTerm term, const MaskLossSums& sums, float grad_mask, float grad_dice,
-                                   float* scratch, float* grad) {
-  load_bordered(mask_logits, offset, dtype, h, w, scratch);
-  float* bordered = scratch + bordered_size(h, w);
-  memset(bordered, 0, sizeof(float) * bordered_size(h, w));
+void point_mask_loss_pair_backward(const Plane& plane, const ImageTargets& targets, int64_t target, const float* points,
+                                   int64_t num_points, MaskTerm term, const MaskLossGradient& given,
+                                   const PointMaskLossWorkspace& work, float* grad) {
+  load_bordered(plane, work.map);
+  memset(work.gradient, 0, sizeof(float) * bordered_size(plane.h, plane.w));
   dispatch(term, targets, [&]<bool kFocal, bool kSquare, typename T>() {
-    backward<kFocal, kSquare, T>(scratch, h, w, targets, target, points, num_points, term, sums, grad_mask, grad_dice,
-                                 bordered);
+    backward<kFocal, kSquare, T>(work.map, plane, targets, target, points, num_points, term, given, work.gradient);
   });
-  for (int64_t y = 0; y < h; ++y) {
-    const float* row = bordered + (y + 1) * (w + 2) + 1;
-    for (int64_t x = 0; x < w; ++x) grad[y * w + x] += row[x];
+  for (int64_t y = 0; y < plane.h; ++y) {
+    const float* row = work.gradient + (y + 1) * (plane.w + 2) + 1;
+    for (int64_t x = 0; x < plane.w; ++x) grad[y * plane.w + x] += row[x];
   }
 }
 

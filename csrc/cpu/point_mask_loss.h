@@ -5,26 +5,31 @@
 
 #include <cstdint>
 
-#include "common/bordered.h"
+#include "common/points.h"
 #include "cpu/mask_loss.h"
 
 namespace fastmask {
 
-// Floats of scratch memory of the two kernels: the logits, and their gradient.
-static constexpr int64_t point_mask_loss_scratch(int64_t h, int64_t w) { return 2 * bordered_size(h, w); }
+// The map of logits with a border, and its gradient.
+struct PointMaskLossWorkspace {
+  float *map, *gradient;
 
-// mask_logits [h * w] from element `offset` on, points [num_points, 2]; `target` is the index of the pair's target.
-// The sums are those of MaskLossSums with the points' weights in place of the number of pixels.
-FASTMASK_KERNEL(MaskLossPair point_mask_loss_pair(const void* mask_logits, int64_t offset, Dtype dtype, int64_t h,
-                                                  int64_t w, const ImageTargets& targets, int64_t target,
+  void lay_out(Carver& carver, int64_t h, int64_t w) {
+    carver.take(map, bordered_size(h, w));
+    carver.take(gradient, bordered_size(h, w));
+  }
+};
+
+// points [num_points, 2]; `target` is the index of the pair's target. The sums are those of MaskLossSums with the
+// points' weights in place of the number of pixels.
+FASTMASK_KERNEL(MaskLossPair point_mask_loss_pair(const Plane& plane, const ImageTargets& targets, int64_t target,
                                                   const float* points, int64_t num_points, MaskTerm term,
-                                                  float* scratch))
+                                                  const PointMaskLossWorkspace& work))
 
-// Adds the gradient of grad_mask * mask + grad_dice * dice to grad [h * w] float, the points in their order.
-FASTMASK_KERNEL(void point_mask_loss_pair_backward(const void* mask_logits, int64_t offset, Dtype dtype, int64_t h,
-                                                   int64_t w, const ImageTargets& targets, int64_t target,
+// Adds the gradient of a pair's losses to grad [h * w], the points in their order.
+FASTMASK_KERNEL(void point_mask_loss_pair_backward(const Plane& plane, const ImageTargets& targets, int64_t target,
                                                    const float* points, int64_t num_points, MaskTerm term,
-                                                   const MaskLossSums& sums, float grad_mask, float grad_dice,
-                                                   float* scratch, float* grad))
+                                                   const MaskLossGradient& given, const PointMaskLossWorkspace& work,
+                                                   float* grad))
 
 }  // namespace fastmask

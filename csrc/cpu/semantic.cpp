@@ -1,10 +1,8 @@
 #include "cpu/semantic.h"
 
-#include "cpu/class_mix.h"
-#include "cpu/label_map.h"
-#include "cpu/mask_strip.h"
-#include "cpu/query_choice.h"
-#include "cpu/vec.h"
+#include "cpu/semantic_choice.h"
+#include "cpu/semantic_mix.h"
+#include "cpu/semantic_strip.h"
 
 namespace fastmask::FASTMASK_SIMD {
 namespace {
@@ -12,18 +10,16 @@ namespace {
 class StripInference {
  public:
   StripInference(const PackedLogits& packed, const ClassTable& table, const Taps& rows, const Taps& columns,
-                 int64_t strip, const SemanticMaps& maps, Scratch scratch)
+                 int64_t strip, const SemanticMaps& maps, const SemanticWorkspace& work)
       : table_(table),
         maps_(maps),
         skip_(packed.cells != nullptr),
         left_(strip * kStrip),
         width_(maps.width - left_ < kStrip ? maps.width - left_ : kStrip),
-        strip_(packed, rows, columns, strip, scratch),
-        choice_(table, scratch) {
-    all_ = scratch.take<int32_t>(to_full_vectors(packed.queries));
-    for (int64_t n = 0; n < packed.queries; ++n) all_[n] = static_cast<int32_t>(n);
-    sigmoids_ = scratch.take(packed.queries * kStrip);
-    doubtful_sigmoids_ = scratch.take(packed.queries * kDoubtfulStride);
+        strip_(packed, rows, columns, strip, work.strip),
+        choice_(table, work.choice),
+        work_(work) {
+    for (int64_t n = 0; n < packed.queries; ++n) work.all[n] = static_cast<int32_t>(n);
   }
 
   void run(int64_t begin, int64_t end) {
@@ -37,30 +33,13 @@ class StripInference {
   }
 
  private:
-  static constexpr int64_t kDoubtfulStride = kStrip + 2 * 16;
   static constexpr int64_t kLongestPause = 16;
 
   void all_queries(int64_t y) {
-    strip_.sigmoids(all_, table_.queries, y, sigmoids_);
-    const int64_t at = y * maps_.width + left_;
-    int32_t labels[kStrip];
-    for (int64_t j = 0; j < width_; j += kMixPixels) {
-      const int64_t count = width_ - j < kMixPixels ? width_ - j : kMixPixels;
-      if (maps_.scores != nullptr) {
-        StoreScores scores{maps_.scores + at + j, maps_.rows * maps_.width, count};
-        mix_classes(table_, all_, table_.queries, nullptr, sigmoids_ + j, kStrip, scores);
-      } else if (maps_.score != nullptr) {
-        BestTwoClasses best;
-        mix_classes(table_, all_, table_.queries, nullptr, sigmoids_ + j, kStrip, best);
-        memcpy(labels + j, best.label, sizeof best.label);
-        best.write(table_.classes, count, maps_.score + at + j, maps_.margin + at + j);
-      } else {
-        BestClass best;
-        mix_classes(table_, all_, table_.queries, nullptr, sigmoids_ + j, kStrip, best);
-        memcpy(labels + j, best.label, sizeof best.label);
-      }
-    }
-    if (maps_.labels != nullptr) write_labels(maps_, at, labels, width_);
+    strip_.sigmoids(work_.all, table_.queries, y, work_.sigmoids);
+    write_row(maps_, table_.classes, y * maps_.width + left_, width_, [&](int64_t j, auto& consumer) {
+      mix_classes(table_, work_.all, table_.queries, nullptr, work_.sigmoids + j, kStrip, consumer);
+    });
   }
 
   // Labels of the rows [y, end), which read the same logits, from the queries that matter there; pixels that these
@@ -97,17 +76,17 @@ class StripInference {
 
   // Appends what stays open to open_, which holds `open` pixels already; returns how many it holds then.
   int64_t few_queries_row(int64_t y, int64_t row, int64_t open) {
-    strip_.sigmoids(choice_.chosen(), choice_.count(), y, sigmoids_);
+    strip_.sigmoids(choice_.chosen(), choice_.count(), y, work_.sigmoids);
     int32_t labels[kStrip];
     for (int64_t j = 0; j < width_; j += kMixPixels) {
       RoughBestTwo best(choice_.tag_mask());
-      mix_classes(table_, choice_.chosen(), choice_.count(), choice_.above(), sigmoids_ + j, kStrip, best);
+      mix_classes(table_, choice_.chosen(), choice_.count(), choice_.above(), work_.sigmoids + j, kStrip, best);
       for (int v = 0; v < kMixVectors; ++v) {
         const int64_t column = j + v * kLanes;
         const vint label = bits(best.best[v]) & best.tag_mask;
         store(labels + column, label);
         const vint certain = best.best[v] - best.second[v] > choice_.doubt(best.best[v], label);
-        uint32_t doubtful = lane_bits(certain) ^ ((uint32_t{1} << kLanes) - 1);
+        uint32_t doubtful = lane_bits(certain) ^ kAllLanes;
         for (; doubtful != 0; doubtful &= doubtful - 1) {
           const int64_t at = column + __builtin_ctz(doubtful);
           if (at < width_) open_[open++] = static_cast<int32_t>(row * kStrip + at);
@@ -128,7 +107,7 @@ class StripInference {
         rows[i] = static_cast<int32_t>(y + place / kStrip);
         columns[i] = static_cast<int32_t>(place % kStrip);
       }
-      strip_.sigmoids_at(load(rows), load(columns), doubtful_sigmoids_ + doubtful_, kDoubtfulStride);
+      strip_.sigmoids_at(load(rows), load(columns), work_.doubtful_sigmoids + doubtful_, kDoubtfulStride);
       for (int64_t i = 0; i < count; ++i) doubtful_at_[doubtful_ + i] = rows[i] * maps_.width + left_ + columns[i];
       doubtful_ += count;
       if (doubtful_ >= kStrip) decide_doubtful();
@@ -140,7 +119,7 @@ class StripInference {
     const int64_t count = doubtful_ < kStrip ? doubtful_ : kStrip;
     for (int64_t j = 0; j < count; j += kMixPixels) {
       BestClass best;
-      mix_classes(table_, all_, table_.queries, nullptr, doubtful_sigmoids_ + j, kDoubtfulStride, best);
+      mix_classes(table_, work_.all, table_.queries, nullptr, work_.doubtful_sigmoids + j, kDoubtfulStride, best);
       int32_t labels[kMixPixels];
       memcpy(labels, best.label, sizeof best.label);
       for (int64_t i = 0; i < kMixPixels && j + i < count; ++i) write_labels(maps_, doubtful_at_[j + i], labels + i, 1);
@@ -148,7 +127,7 @@ class StripInference {
     doubtful_ -= count;
     for (int64_t i = 0; i < doubtful_; ++i) doubtful_at_[i] = doubtful_at_[count + i];
     for (int64_t n = 0; n < table_.queries && doubtful_ > 0; ++n) {
-      float* row = doubtful_sigmoids_ + n * kDoubtfulStride;
+      float* row = work_.doubtful_sigmoids + n * kDoubtfulStride;
       for (int64_t i = 0; i < doubtful_; i += kLanes) store(row + i, load(row + count + i));
     }
   }
@@ -159,20 +138,19 @@ class StripInference {
   const int64_t left_, width_;
   MaskStrip strip_;
   QueryChoice choice_;
-  int32_t* all_;              // 0, 1, ..., N-1
-  float* sigmoids_;           // [N, kStrip]
-  float* doubtful_sigmoids_;  // [N, kDoubtfulStride]
+  const SemanticWorkspace& work_;
   int64_t doubtful_at_[kStrip + kLanes];
   int64_t doubtful_ = 0;
-  int32_t open_[kTileRows * kStrip];  // row of the tile * kStrip + column
+  int32_t open_[kRowsTogether * kStrip];  // row of the tile * kStrip + column
   int64_t pause_ = 0, next_pause_ = 1;
 };
 
 }  // namespace
 
 void semantic_strip(const PackedLogits& packed, const ClassTable& table, const Taps& rows, const Taps& columns,
-                    int64_t strip, int64_t begin, int64_t end, const SemanticMaps& maps, float* scratch) {
-  StripInference(packed, table, rows, columns, strip, maps, Scratch(scratch)).run(begin, end);
+                    int64_t strip, int64_t begin, int64_t end, const SemanticMaps& maps,
+                    const SemanticWorkspace& work) {
+  StripInference(packed, table, rows, columns, strip, maps, work).run(begin, end);
 }
 
 }  // namespace fastmask::FASTMASK_SIMD

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "common/dtype.h"
+#include "common/logits.h"
 #include "common/simd.h"
 #include "common/taps.h"
 
@@ -16,26 +16,32 @@ namespace fastmask {
 constexpr int64_t kStrip = kTapsPadding;
 constexpr int64_t kClassBlock = 6;  // classes whose sums a register block holds at most
 
+// The columns that a strip of pixels reads.
+struct StripSpan {
+  int64_t left, count;
+};
+
+static inline StripSpan strip_span(const Taps& columns, int64_t strip) {
+  const int32_t* index = columns.index + strip * kStrip;
+  return {index[0], index[(columns.taps - 1) * columns.stride + kStrip - 1] + 1 - index[0]};
+}
+
 // Classes are divided into as few blocks as hold them, as equal as can be.
-static constexpr int64_t class_blocks(int64_t classes) { return (classes + kClassBlock - 1) / kClassBlock; }
+static constexpr int64_t class_blocks(int64_t classes) { return ceil_div(classes, kClassBlock); }
 static constexpr int64_t class_block_size(int64_t classes, int64_t block) {
   const int64_t blocks = class_blocks(classes);
   return classes / blocks + (block < classes % blocks ? 1 : 0);
 }
 
-static constexpr int64_t to_full_vectors(int64_t count) { return (count + 15) / 16 * 16; }
-
-// Mask logits of one image: element offset + n * query_stride + row * row_stride + column.
+// Mask logits of one image: the first query's plane, and how many elements lie between two queries.
 struct MaskPlanes {
-  const void* logits;
-  Dtype dtype;
-  int64_t offset, query_stride, row_stride;
-  int64_t queries, rows, columns;
+  Plane first;
+  int64_t queries, query_stride;
 };
 
-// What a band of rows of pixels reads of them, as bounded floats and in the order of use: of each strip of pixels, each
-// row from `top` on and each query, the columns that the strip reads. (Planes often lie at the same place of every
-// cache, where a hundred of them displace each other.)
+// The logits that a band of rows of pixels reads, as bounded floats and in the order of use: for each strip of pixels,
+// each row from `top` on and each query, the columns that the strip reads. (Planes often map to the same cache sets,
+// where a hundred of them displace each other.)
 struct PackedLogits {
   float* logits;  // [strips, rows, queries, stride], followed by 32 floats that can be read
   float* cells;   // [rows, strips, to_full_vectors(queries)], the largest logit of each; or null
@@ -61,39 +67,83 @@ struct SemanticMaps {
   float* scores;        // [classes, rows, width]
 };
 
+constexpr int64_t kPackQueries = 16;  // read at a time
+
+struct PackWorkspace {
+  float* rows;   // [kPackQueries, w + 32 that can be read]
+  float* lanes;  // [kPackQueries, kLanes + 1]
+
+  void lay_out(Carver& carver, int64_t w) {
+    carver.take(rows, kPackQueries * (to_full_vectors(w) + 32));
+    carver.take(lanes, kPackQueries * (kMostLanes + 1));
+  }
+};
+
 // Reads the rows [begin, end) of all queries. Those of `packed` go there, unless it has none; NaN logits of the rows
 // before `count_end` are counted in nans[queries].
 FASTMASK_KERNEL(void pack_logits(const MaskPlanes& planes, const Taps& columns, int64_t begin, int64_t end,
-                                 int64_t count_end, const PackedLogits& packed, int32_t* nans, float* scratch))
-constexpr int64_t kPackQueries = 16;
-static constexpr int64_t pack_scratch(int64_t columns) { return kPackQueries * (to_full_vectors(columns) + 32 + 17); }
+                                 int64_t count_end, const PackedLogits& packed, int32_t* nans,
+                                 const PackWorkspace& work))
+
+struct MaskStripWorkspace {
+  float* stretched[kMaxTaps];  // [queries, kStrip] of each slot
+  int32_t* held[kMaxTaps];     // the row of logits that each query's row in a slot was made of
+
+  void lay_out(Carver& carver, int64_t queries, int row_taps) {
+    for (int t = 0; t < row_taps; ++t) {
+      carver.take(stretched[t], queries * kStrip);
+      carver.take(held[t], to_full_vectors(queries));
+    }
+  }
+};
+
+struct QueryChoiceWorkspace {
+  float *bounds, *weights;                         // [to_full_vectors(queries)]
+  int32_t *keys, *order;                           // [to_full_vectors(queries)]
+  float *above, *width, *next_above, *next_width;  // [to_full_vectors(classes)]
+
+  void lay_out(Carver& carver, int64_t queries, int64_t classes) {
+    for (float** of_queries : {&bounds, &weights}) carver.take(*of_queries, to_full_vectors(queries));
+    for (int32_t** of_queries : {&keys, &order}) carver.take(*of_queries, to_full_vectors(queries));
+    for (float** of_classes : {&above, &width, &next_above, &next_width}) {
+      carver.take(*of_classes, to_full_vectors(classes));
+    }
+  }
+};
+
+constexpr int64_t kDoubtfulStride = kStrip + 2 * kMostLanes;
+
+struct SemanticWorkspace {
+  MaskStripWorkspace strip;
+  QueryChoiceWorkspace choice;
+  int32_t* all;              // 0, 1, ..., N-1
+  float* sigmoids;           // [N, kStrip]
+  float* doubtful_sigmoids;  // [N, kDoubtfulStride]
+
+  void lay_out(Carver& carver, int64_t queries, int64_t classes, int row_taps) {
+    strip.lay_out(carver, queries, row_taps);
+    choice.lay_out(carver, queries, classes);
+    carver.take(all, to_full_vectors(queries));
+    carver.take(sigmoids, queries * kStrip);
+    carver.take(doubtful_sigmoids, queries * kDoubtfulStride);
+  }
+};
 
 // The rows of pixels [begin, end) of one strip. With packed.cells, queries that cannot change a label are left out
 // where that is certain; labels stay the same, bit for bit.
 FASTMASK_KERNEL(void semantic_strip(const PackedLogits& packed, const ClassTable& table, const Taps& rows,
                                     const Taps& columns, int64_t strip, int64_t begin, int64_t end,
-                                    const SemanticMaps& maps, float* scratch))
-static constexpr int64_t mask_strip_scratch(int64_t queries, int row_taps) {
-  return row_taps * (queries * kStrip + to_full_vectors(queries));
-}
-static constexpr int64_t semantic_scratch(int64_t queries, int64_t classes, int row_taps) {
-  return mask_strip_scratch(queries, row_taps) + 5 * to_full_vectors(queries) + 4 * to_full_vectors(classes) +
-         queries * (2 * kStrip + 32);
-}
+                                    const SemanticMaps& maps, const SemanticWorkspace& work))
 
 // For the order of scores, in two steps. First the scores at the rows and columns of the valid grid that `rows` and
 // `columns` make, to scores[row, class, column] with columns.stride columns.
 FASTMASK_KERNEL(void semantic_grid_scores(const PackedLogits& packed, const ClassTable& table, const Taps& rows,
-                                          const Taps& columns, float* scores, float* scratch))
-static constexpr int64_t grid_scores_scratch(int64_t queries, int row_taps) {
-  return mask_strip_scratch(queries, row_taps) + queries * kStrip + to_full_vectors(queries);
-}
+                                          const Taps& columns, float* scores, const SemanticWorkspace& work))
 
 // Then these scores, resampled to the pixels whose taps `rows` and `columns` are, of which the first is pixel
-// (top, left) of the maps. The scores are followed by 32 floats that can be read.
+// (top, left) of the maps. The scores are followed by 32 floats that can be read; `row` holds grid_columns and 32 more.
 FASTMASK_KERNEL(void semantic_resample_scores(const float* scores, int64_t classes, int64_t grid_columns,
                                               const Taps& rows, const Taps& columns, int64_t top, int64_t left,
-                                              const SemanticMaps& maps, float* scratch))
-static constexpr int64_t resample_scratch(int64_t grid_columns) { return to_full_vectors(grid_columns) + 32; }
+                                              const SemanticMaps& maps, float* row))
 
 }  // namespace fastmask

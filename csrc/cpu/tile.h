@@ -4,11 +4,12 @@
 #include <cstdint>
 
 #include "common/tiles.h"
-#include "cpu/vec.h"
+#include "cpu/simd/functions.h"
+#include "cpu/simd/logits.h"
 
 namespace fastmask::FASTMASK_SIMD {
 
-// What each lane's index finds in a table of `count` floats, 32 of which can be read.
+// table[index] in each lane; the table has `count` floats, and at least 32 can be read.
 static inline vfloat look_up(const float* table, [[maybe_unused]] int64_t count, vint index) {
 #if defined(__AVX512F__)
   if (count <= 2 * kLanes) {
@@ -40,12 +41,12 @@ static inline Bounds bounds(const Plane& plane, const TilePlan& plan, float* buf
   vint nan = {};
   const int64_t count = columns.inputs;
   for (int64_t i = 0; i < rows.inputs; ++i) {
-    const int64_t at = plane.offset + rows.input[i] * plane.row_stride + columns.input[0];
+    const Logits row = after(row_of(plane, rows.input[i]), columns.input[0]);
     const float* x = buffer;
-    if (plane.dtype == Dtype::kFloat32 && count >= kLanes) {
-      x = static_cast<const float*>(plane.logits) + at;
+    if (row.dtype == Dtype::kFloat32 && count >= kLanes) {
+      x = static_cast<const float*>(row.data) + row.offset;
     } else {
-      load_logits(plane.logits, plane.dtype, at, count, buffer);
+      load_logits(row, count, buffer);
       for (int64_t j = count; j < kLanes; ++j) buffer[j] = buffer[0];
     }
     for (int64_t j = 0; j < count; j += kLanes) {
@@ -95,50 +96,38 @@ static inline void resample_column(const float* inputs, int64_t stride, const Ax
   }
 }
 
-// Scratch memory of resample_tile, cut from one piece.
-struct TileScratch {
-  float* piece;
-  float* rows;
-  float* inner;
-  float* rest;  // what is left for others
-
-  TileScratch(const TileScratchSizes& sizes, float* scratch)
-      : piece(scratch), rows(piece + sizes.piece), inner(rows + sizes.rows), rest(inner + sizes.inner) {}
-};
-
 static inline void load_piece(const Plane& plane, int64_t row, const AxisTile& columns, float* piece) {
-  const int64_t at = plane.offset + row * plane.row_stride + columns.input[0];
-  load_logits(plane.logits, plane.dtype, at, columns.inputs, piece);
+  load_logits(after(row_of(plane, row), columns.input[0]), columns.inputs, piece);
   for (int64_t j = 0; j < columns.inputs; j += kLanes) store(piece + j, clamp(load(piece + j), kLogitBound));
 }
 
-// The logits, or the probabilities of a plan that makes such, of a tile's pixels: [rows.count, columns.stride], NaN
-// beyond columns.count.
-static inline void resample_tile(const Plane& plane, const TilePlan& plan, const TileScratch& scratch, float* out) {
+// Writes the logits, or the probabilities of a plan that makes such, of a tile's pixels to work.values: [rows.count,
+// columns.stride], NaN beyond columns.count.
+static inline void resample_tile(const Plane& plane, const TilePlan& plan, const TileWorkspace& work) {
   const AxisTile& rows = plan.rows;
   const AxisTile& columns = plan.columns;
   if (!plan.probabilities) {
     for (int64_t i = 0; i < rows.inputs; ++i) {
-      load_piece(plane, rows.input[i], columns, scratch.piece);
-      resample_row(scratch.piece, columns, scratch.rows + i * columns.stride);
+      load_piece(plane, rows.input[i], columns, work.piece);
+      resample_row(work.piece, columns, work.rows + i * columns.stride);
     }
   } else {
     const AxisTile& inner_rows = plan.inner_rows;
     const AxisTile& inner_columns = plan.inner_columns;
     for (int64_t i = 0; i < inner_rows.inputs; ++i) {
-      load_piece(plane, inner_rows.input[i], inner_columns, scratch.piece);
-      resample_row(scratch.piece, inner_columns, scratch.inner + i * inner_columns.stride);
+      load_piece(plane, inner_rows.input[i], inner_columns, work.piece);
+      resample_row(work.piece, inner_columns, work.inner + i * inner_columns.stride);
     }
     for (int64_t i = 0; i < rows.inputs; ++i) {
-      resample_column(scratch.inner, inner_columns.stride, inner_rows, i, scratch.piece);
+      resample_column(work.inner, inner_columns.stride, inner_rows, i, work.piece);
       for (int64_t j = 0; j < inner_columns.stride; j += kLanes) {
-        store(scratch.piece + j, probability(load(scratch.piece + j)));
+        store(work.piece + j, probability(load(work.piece + j)));
       }
-      resample_row(scratch.piece, columns, scratch.rows + i * columns.stride);
+      resample_row(work.piece, columns, work.rows + i * columns.stride);
     }
   }
   for (int64_t i = 0; i < rows.count; ++i) {
-    resample_column(scratch.rows, columns.stride, rows, i, out + i * columns.stride);
+    resample_column(work.rows, columns.stride, rows, i, work.values + i * columns.stride);
   }
 }
 

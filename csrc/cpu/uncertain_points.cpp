@@ -1,7 +1,7 @@
 #include "cpu/uncertain_points.h"
 
-#include "cpu/gather.h"
-#include "cpu/philox.h"
+#include "cpu/simd/gather.h"
+#include "cpu/simd/philox.h"
 
 namespace fastmask::FASTMASK_SIMD {
 namespace {
@@ -24,7 +24,7 @@ inline void store_points(Point* out, vfloat x, vfloat y, std::integer_sequence<i
 template <typename Consumer>
 inline void draw(uint64_t seed, uint32_t row, int64_t first, Consumer consume) {
   for (int lane = 0; lane < 16; lane += kLanes) {
-    const Words words = philox(seed, static_cast<uint32_t>(first / 2 + lane), row);
+    const Words words = philox(seed, (vuint)lane_numbers() + static_cast<uint32_t>(first / 2 + lane), vuint{} + row);
     consume(first + lane, uniform(words.word[0]), uniform(words.word[1]));
     consume(first + 16 + lane, uniform(words.word[2]), uniform(words.word[3]));
   }
@@ -115,28 +115,23 @@ void keep_least(Point* points, const int32_t* keys, int64_t count, int64_t wante
 
 }  // namespace
 
-void uncertain_points_pair(const void* mask_logits, int64_t offset, Dtype dtype, int64_t h, int64_t w, uint64_t seed,
-                           uint32_t row, PointCounts counts, float* scratch, float* points) {
+void uncertain_points_pair(const Plane& plane, uint64_t seed, uint32_t row, PointCounts counts,
+                           const UncertainPointsWorkspace& work, float* points) {
   const int64_t drawn = counts.candidates + counts.points - counts.uncertain;
-  const int64_t padded = (drawn + kPointBatch - 1) / kPointBatch * kPointBatch;
-  float* map = scratch;
-  Point* stream = reinterpret_cast<Point*>(map + bordered_size(h, w));
-  int32_t* keys = reinterpret_cast<int32_t*>(stream + padded);
-  load_bordered(mask_logits, offset, dtype, h, w, map);
-  const int32_t stride = static_cast<int32_t>(w) + 2;
+  Point* const stream = reinterpret_cast<Point*>(work.stream);
+  load_bordered(plane, work.map);
+  const int32_t stride = static_cast<int32_t>(plane.w) + 2;
   for (int64_t first = 0; first < drawn; first += kPointBatch) {
     const bool sampled = first < counts.candidates && counts.uncertain > 0;
     draw(seed, row, first, [&](int64_t at, vfloat x, vfloat y) {
       store_points(stream + at, x, y, std::make_integer_sequence<int, kLanes>{});
       if (!sampled) return;
-      const vint key =
-          certainty(sample(map, stride, axis_taps(x, static_cast<float>(w)), axis_taps(y, static_cast<float>(h))));
-      memcpy(keys + at, &key, sizeof key);
+      store(work.keys + at, certainty(sample(work.map, stride, positions(x, plane.w), positions(y, plane.h))));
     });
   }
   memcpy(points + 2 * counts.uncertain, stream + counts.candidates, sizeof(Point) * (drawn - counts.candidates));
   if (counts.uncertain == 0) return;
-  keep_least(stream, keys, counts.candidates, counts.uncertain, keys + padded);
+  keep_least(stream, work.keys, counts.candidates, counts.uncertain, work.passed);
   memcpy(points, stream, sizeof(Point) * counts.uncertain);
 }
 

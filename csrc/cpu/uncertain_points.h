@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "common/bordered.h"
-#include "common/dtype.h"
+#include "common/logits.h"
+#include "common/points.h"
 #include "common/simd.h"
 
 namespace fastmask {
@@ -16,18 +16,24 @@ struct PointCounts {
 
 constexpr int64_t kPointBatch = 32;  // points of 16 counters: what is drawn at a time
 
-// Floats of scratch memory that uncertain_points_pair needs.
-static constexpr int64_t uncertain_points_scratch(int64_t h, int64_t w, PointCounts counts) {
-  const int64_t drawn = counts.candidates + counts.points - counts.uncertain;
-  return bordered_size(h, w) + 4 * (drawn + kPointBatch);
-}
+struct UncertainPointsWorkspace {
+  float* map;       // of logits, with a border
+  float* stream;    // [drawn, 2] points
+  int32_t* keys;    // [drawn]
+  int32_t* passed;  // [drawn] those that a pass over the keys keeps
+
+  void lay_out(Carver& carver, int64_t h, int64_t w, PointCounts counts) {
+    const int64_t drawn = round_up(counts.candidates + counts.points - counts.uncertain, kPointBatch);
+    carver.take(map, bordered_size(h, w));
+    carver.take(stream, 2 * drawn);
+    carver.take(keys, drawn);
+    carver.take(passed, drawn);
+  }
+};
 
 // points [counts.points, 2]: of the first `candidates` points of row `row` of the random stream the `uncertain` with
 // the least |logit|, in their order, of equals the earlier, NaN before all; then the next points of the stream.
-//
-//   mask_logits  [h * w] from element `offset` on
-FASTMASK_KERNEL(void uncertain_points_pair(const void* mask_logits, int64_t offset, Dtype dtype, int64_t h, int64_t w,
-                                           uint64_t seed, uint32_t row, PointCounts counts, float* scratch,
-                                           float* points))
+FASTMASK_KERNEL(void uncertain_points_pair(const Plane& plane, uint64_t seed, uint32_t row, PointCounts counts,
+                                           const UncertainPointsWorkspace& work, float* points))
 
 }  // namespace fastmask

@@ -34,7 +34,7 @@ struct AssignPlan {
 
 AssignPlan assign_cuda_plan(const AssignProblem& largest, int64_t shared_limit);
 
-// Both return nullptr, or what went wrong. The current device must be that of the stream. The limit is that of a block
+// Both return nullptr, or an error message. The current device must be that of the stream. The limit is that of a block
 // on the current device; a launch there must come after it.
 const char* assign_cuda_shared_limit(int64_t& bytes);
 const char* assign_cuda_launch(const AssignLaunch& launch, const AssignPlan& plan, void* stream);

@@ -277,12 +277,13 @@ __device__ inline int64_t offset_of(int64_t index, const AssignLaunch& launch, c
 
 // How much memory a block takes, and whether the costs of the largest problem fit into its shared memory.
 inline AssignPlan plan_for(const AssignProblem& largest, int64_t shared_limit) {
-  ProblemMemory memory = size_of<CudaGroup>(largest, 1);
-  Carver<CudaGroup> state(nullptr), costs(nullptr), exact(nullptr);
-  carve_state(state, memory.state);
-  carve_duals(state, memory.state, memory.duals);
-  carve_costs(costs, memory.state);
-  carve_exact(exact, memory.state, memory.duals);
+  ProblemMemory memory{};
+  memory.resize(largest.queries, largest.targets, 1);
+  Carver state(nullptr), costs(nullptr), exact(nullptr);
+  memory.state.lay_out(state);
+  memory.duals.lay_out(state, memory.state);
+  memory.lay_out_costs(costs);
+  memory.duals.exact.lay_out(exact, memory.state);
   const bool in_shared = state.used() + costs.used() <= shared_limit;
   return {state.used() + (in_shared ? costs.used() : 0), exact.used() + (in_shared ? 0 : costs.used()), in_shared,
           state.used() <= shared_limit};
@@ -297,15 +298,16 @@ __device__ inline void solve_block(const AssignLaunch& launch, int64_t i, char* 
     const int64_t count = launch.counts[offset_of(i, launch, launch.count_strides)];
     problem.targets = static_cast<int32_t>(count < 0 ? 0 : count > targets ? targets : count);
   }
-  const int64_t element = problem.dtype == CostType::kFloat64 ? 8 : problem.dtype == CostType::kFloat32 ? 4 : 2;
-  problem.cost = static_cast<const char*>(problem.cost) + offset_of(i, launch, launch.cost_strides) * element;
+  problem.cost =
+      static_cast<const char*>(problem.cost) + offset_of(i, launch, launch.cost_strides) * element_size(problem.dtype);
 
-  ProblemMemory memory = size_of<CudaGroup>(problem, 1);
-  Carver<CudaGroup> fast(shared), slow(launch.scratch + i * launch.scratch_bytes);
-  carve_state(fast, memory.state);
-  carve_duals(fast, memory.state, memory.duals);
-  carve_exact(slow, memory.state, memory.duals);
-  carve_costs(launch.costs_in_shared ? fast : slow, memory.state);
+  ProblemMemory memory{};
+  memory.resize(problem.queries, problem.targets, 1);
+  Carver fast(shared), slow(launch.scratch + i * launch.scratch_bytes);
+  memory.state.lay_out(fast);
+  memory.duals.lay_out(fast, memory.state);
+  memory.duals.exact.lay_out(slow, memory.state);
+  memory.lay_out_costs(launch.costs_in_shared ? fast : slow);
 
   AssignResult result = launch.result;
   result.query_of_target += i * targets;

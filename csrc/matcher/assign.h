@@ -7,7 +7,7 @@
 // A gap within `tolerance` of the sum of |c| over the pairs is accepted, unless the duals are so large that float64
 // could not tell. Otherwise the problem is posed again in what the duals leave of the costs, c + p - u: no pair that
 // costs more than the gap can belong to the best matching, so the range is the gap, and the quantum some 2^20 times
-// finer. What is still undecided then goes to float64.
+// finer. A problem that is still undecided then goes to float64.
 #pragma once
 
 #include "matcher/costs.h"
@@ -24,9 +24,15 @@ constexpr double kTolerance32 = 1e-6;
 constexpr double kTolerance64 = 1e-12;
 
 struct Duals {
-  double* person;   // [persons, rounded up to 16]
-  double* scratch;  // [persons, rounded up to 16]
+  double* person;   // [to_full_vectors(persons)]
+  double* scratch;  // [to_full_vectors(persons)]
   Exact exact;      // its price is the object's
+
+  FASTMASK_HOST_DEVICE void lay_out(Carver& carver, const State& s) {
+    carver.take(person, to_full_vectors(s.persons));
+    carver.take(scratch, to_full_vectors(s.persons));
+    carver.take(exact.price, s.stride);
+  }
 };
 
 struct Certificate {

@@ -14,7 +14,7 @@ namespace fastmask::matcher {
 constexpr int32_t kMaxEvictions = 2;
 
 constexpr int32_t kMaxPersons = 65535;
-constexpr int32_t kMaxRounds = 65535;  // whoever still bids then waits for the shortest augmenting paths
+constexpr int32_t kMaxRounds = 65535;  // persons who still bid then wait for the shortest augmenting paths
 
 // Bids compare by round, so that none need be cleared, then by raise, then for the lowest person. The bits: 16 for the
 // round, 31 for the raise, 16 for the person.

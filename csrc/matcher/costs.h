@@ -4,47 +4,34 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/logits.h"
 #include "matcher/state.h"
 
 namespace fastmask::matcher {
 
-enum class CostType : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+FASTMASK_HOST_DEVICE static inline int64_t element_size(Dtype type) {
+  return type == Dtype::kFloat64 ? 8 : type == Dtype::kFloat32 ? 4 : 2;
+}
 
 struct Costs {
   const void* data;
-  CostType type;
+  Dtype type;
   int32_t persons, objects;
   int64_t person_stride, object_stride;  // in elements
 };
 
 template <class Group>
-FASTMASK_GROUP_FN float float_of_bits(uint32_t word) {
-  float value;
-  memcpy(&value, &word, sizeof value);
-  return value;
-}
-
-template <class Group>
-FASTMASK_GROUP_FN float float_of_half(uint32_t half) {
-  const uint32_t sign = (half & 0x8000) << 16, magnitude = half & 0x7fff;
-  // Shifted up, the exponent is 112 too small, which the product mends, also for subnormal numbers.
-  const float finite = float_of_bits<Group>(magnitude << 13) * 0x1p112f;
-  const float value = magnitude >= 0x7c00 ? float_of_bits<Group>(0x7f800000 | (magnitude << 13)) : finite;
-  return sign != 0 ? -value : value;
-}
-
-template <class Group>
 FASTMASK_GROUP_FN double cost_at(const Costs& c, int32_t person, int32_t object) {
   const int64_t at = person * c.person_stride + object * c.object_stride;
   switch (c.type) {
-    case CostType::kFloat32:
+    case Dtype::kFloat32:
       return static_cast<const float*>(c.data)[at];
-    case CostType::kFloat64:
+    case Dtype::kFloat64:
       return static_cast<const double*>(c.data)[at];
-    case CostType::kBFloat16:
-      return float_of_bits<Group>(static_cast<uint32_t>(static_cast<const uint16_t*>(c.data)[at]) << 16);
+    case Dtype::kBFloat16:
+      return bfloat16_to_float(static_cast<const uint16_t*>(c.data)[at]);
     default:
-      return float_of_half<Group>(static_cast<const uint16_t*>(c.data)[at]);
+      return half_to_float(static_cast<const uint16_t*>(c.data)[at]);
   }
 }
 

@@ -29,6 +29,14 @@ struct Exact {
   int32_t* broken_price;     // [objects]
   int32_t* broken_distance;  // [objects]
   int32_t* done;             // [objects]
+
+  // All but the prices, which are there already.
+  FASTMASK_HOST_DEVICE void lay_out(Carver& carver, const State& s) {
+    carver.take(distance, s.stride);
+    carver.take(broken_price, s.stride);
+    carver.take(broken_distance, s.stride);
+    carver.take(done, s.stride);
+  }
 };
 
 template <class Group>

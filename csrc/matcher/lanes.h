@@ -1,12 +1,10 @@
-// What one of 32 lanes does of each step over a row, and how two lanes' results combine. A CUDA warp runs the lanes at
-// once; the serial group, one after the other.
+// The part of one of 32 lanes in each step over a row, and how the results of two lanes combine. A CUDA warp runs the
+// lanes at once, the serial group one after the other.
 #pragma once
 
 #include "matcher/assign.h"
 
 namespace fastmask::matcher {
-
-constexpr int32_t kWarp = 32;
 
 template <class Group>
 FASTMASK_GROUP_FN Best combine(const Best& a, const Best& b) {
@@ -27,8 +25,8 @@ FASTMASK_GROUP_FN Candidate combine(const Candidate& a, const Candidate& b) {
   return before<Group>(a, b) ? a : b;
 }
 
-// Whether a person bids in the next round. Each person finds out by itself that its object has another owner: if the
-// winner changed the phase, it would do so while the person's own thread reads it.
+// Whether a person bids in the next round. Each person finds out by itself that its object has another owner: a winner
+// that changed the phase would do so while the person's own thread reads it.
 template <class Group>
 FASTMASK_GROUP_FN bool rejoins(const State& s, int32_t person) {
   if (s.phase[person] == kAssigned && s.owner[s.object[person]] != person) evict<Group>(s, person);

@@ -1,12 +1,11 @@
-// A problem of queries and targets: which side the persons are, what memory it takes, and where the results go.
+// A problem of queries and targets: which side the persons are, the memory it takes, and where the results go.
 #pragma once
 
 #include "matcher/assign.h"
-#include "matcher/workspace.h"
 
 namespace fastmask {
 
-using AssignDtype = matcher::CostType;
+using AssignDtype = Dtype;
 
 struct AssignProblem {
   const void* cost;
@@ -26,34 +25,29 @@ namespace matcher {
 struct ProblemMemory {
   State state;
   Duals duals;
+
+  // The sizes of a problem's state. Rows are rounded up to a multiple of `alignment`, or to an odd number if that is 1.
+  FASTMASK_HOST_DEVICE void resize(int32_t queries, int32_t targets, int32_t alignment) {
+    state.persons = queries < targets ? queries : targets;
+    state.objects = queries < targets ? targets : queries;
+    state.stride = alignment == 1 ? state.objects | 1 : static_cast<int32_t>(round_up(state.objects, alignment));
+  }
+
+  FASTMASK_HOST_DEVICE void lay_out_costs(Carver& carver) {
+    carver.take(state.costs, static_cast<int64_t>(state.persons) * state.stride);
+  }
+
+  void lay_out(Carver& carver, int32_t queries, int32_t targets, int32_t alignment) {
+    resize(queries, targets, alignment);
+    lay_out_costs(carver);
+    state.lay_out(carver);
+    duals.lay_out(carver, state);
+    duals.exact.lay_out(carver, state);
+  }
 };
 
-// The sizes of a problem's state; rows are rounded up to a multiple of `alignment`, or to an odd number if that is 1.
 template <class Group>
-FASTMASK_WORKSPACE_FN ProblemMemory size_of(const AssignProblem& problem, int32_t alignment) {
-  ProblemMemory memory{};
-  State& s = memory.state;
-  s.persons = problem.queries < problem.targets ? problem.queries : problem.targets;
-  s.objects = problem.queries < problem.targets ? problem.targets : problem.queries;
-  s.stride = alignment == 1 ? s.objects | 1 : (s.objects + alignment - 1) / alignment * alignment;
-  return memory;
-}
-
-template <class Group>
-FASTMASK_WORKSPACE_FN void carve_costs(Carver<Group>& carver, State& s) {
-  carver.take(s.costs, static_cast<int64_t>(s.persons) * s.stride);
-}
-
-template <class Group>
-FASTMASK_WORKSPACE_FN void carve_all(Carver<Group>& carver, ProblemMemory& memory) {
-  carve_costs(carver, memory.state);
-  carve_state(carver, memory.state);
-  carve_duals(carver, memory.state, memory.duals);
-  carve_exact(carver, memory.state, memory.duals);
-}
-
-template <class Group>
-FASTMASK_WORKSPACE_FN Costs costs_of(const AssignProblem& problem) {
+FASTMASK_GROUP_FN Costs costs_of(const AssignProblem& problem) {
   if (problem.targets <= problem.queries) {
     return {problem.cost, problem.dtype, problem.targets, problem.queries, problem.target_stride, problem.query_stride};
   }
@@ -94,7 +88,7 @@ FASTMASK_GROUP_FN void write_result(Group& group, const AssignProblem& problem, 
 template <class Group>
 FASTMASK_GROUP_FN int32_t assign_and_write(Group& group, const AssignProblem& problem, const Costs& costs,
                                            const ProblemMemory& memory, const AssignResult& result) {
-  const double tolerance = problem.dtype == CostType::kFloat64 ? kTolerance64 : kTolerance32;
+  const double tolerance = problem.dtype == Dtype::kFloat64 ? kTolerance64 : kTolerance32;
   const int32_t broken = costs.persons == 0 ? 0 : assign(group, costs, memory.state, memory.duals, tolerance);
   write_result(group, problem, memory, broken == 0, result);
   return broken;

@@ -1,49 +1,21 @@
 // A CUDA block on one thread, for tests: its warps and lanes one after the other, between barriers in an order that
-// `seed` scrambles. What the block computes must not depend on that order, and so equals what this group computes.
+// `seed` scrambles. The block's results must not depend on that order, and so equal those of this group.
 #pragma once
 
 #include <vector>
 
 #include "matcher/lanes.h"
+#include "matcher/one_thread.h"
 
 namespace fastmask::matcher {
 
-class SerialGroup {
+class SerialGroup : public OneThread<SerialGroup> {
  public:
   explicit SerialGroup(uint32_t seed) : random_(seed * 2654435761u + 1) {}
-
-  void sync() const {}
-  void fence() const {}
-  int32_t lane() const { return 0; }
-  int32_t lanes() const { return 1; }
 
   template <class F>
   void elements(int64_t count, F f) {
     for (const int32_t k : scrambled(static_cast<int32_t>(count))) f(k);
-  }
-  template <class F>
-  void one(F f) const {
-    f();
-  }
-  template <class F>
-  void solo(F f) const {
-    f();
-  }
-  template <class F>
-  int32_t count(int32_t n, F f) const {
-    int32_t total = 0;
-    for (int32_t i = 0; i < n; ++i) total += f(i);
-    return total;
-  }
-  template <class F>
-  double sum(int32_t n, F f) const {
-    double total = 0;
-    for (int32_t lane = 0; lane < kWarp; ++lane) {
-      double own = 0;
-      for (int32_t i = lane; i < n; i += kWarp) own += f(i);
-      total += own;
-    }
-    return total;
   }
   template <class F>
   Candidate least(int32_t n, F f) const {
@@ -56,7 +28,6 @@ class SerialGroup {
 
   void enlist(const State&) const {}
   void outbid(const State&, int32_t) const {}
-  void maximum(int64_t* at, int64_t value) const { *at = value > *at ? value : *at; }
   template <class F>
   void bidders(const State& s, F f) {
     for (const int32_t i : scrambled(s.persons)) {
@@ -117,21 +88,8 @@ class SerialGroup {
   }
 
   double ranges(const Costs& c, double* least, double* greatest) const {
-    double range = 0;
-    for (int32_t i = 0; i < c.persons; ++i) {
-      bool any = false;
-      least[i] = greatest[i] = 0;
-      for (int32_t k = 0; k < c.objects; ++k) {
-        const double cost = cost_at<SerialGroup>(c, i, k);
-        if (!is_finite<SerialGroup>(cost)) continue;
-        least[i] = any && least[i] < cost ? least[i] : cost;
-        greatest[i] = any && greatest[i] > cost ? greatest[i] : cost;
-        any = true;
-      }
-      least[i] += 0.0;
-      range = greatest[i] - least[i] > range ? greatest[i] - least[i] : range;
-    }
-    return range;
+    finite_ranges(c, least, greatest);
+    return widest_range(c.persons, least, greatest);
   }
   void quantize(const Costs& c, const double* offsets, double scale, int32_t* costs, int32_t stride) const {
     for (int32_t i = 0; i < c.persons; ++i) {
@@ -152,26 +110,7 @@ class SerialGroup {
       }
     }
   }
-  void least_sums(const Costs& c, const double* price, double* sum) const {
-    for (int32_t i = 0; i < c.persons; ++i) {
-      sum[i] = __builtin_inf();
-      for (int32_t k = 0; k < c.objects; ++k) {
-        const double cost = cost_at<SerialGroup>(c, i, k) + price[k];
-        if (is_finite<SerialGroup>(cost) && cost < sum[i]) sum[i] = cost;
-      }
-      sum[i] += 0.0;
-    }
-  }
-  double exact_scale(const Costs& c) const {
-    bool large = false;
-    for (int32_t i = 0; i < c.persons; ++i) {
-      for (int32_t k = 0; k < c.objects; ++k) {
-        const double cost = magnitude_of<SerialGroup>(cost_at<SerialGroup>(c, i, k));
-        large = large || (is_finite<SerialGroup>(cost) && cost > 0x1p1000);
-      }
-    }
-    return large ? 0x1p-24 : 1;
-  }
+  void least_sums(const Costs& c, const double* price, double* sum) const { finite_least_sums(c, price, sum); }
 
  private:
   // A permutation of 0..count-1.

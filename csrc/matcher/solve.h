@@ -1,4 +1,5 @@
-// One problem in fixed point: the auction, then shortest augmenting paths for whom it left without an object.
+// One problem in fixed point: the auction, then shortest augmenting paths for the persons that it left without an
+// object.
 #pragma once
 
 #include "matcher/auction.h"

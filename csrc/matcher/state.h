@@ -1,4 +1,4 @@
-// What every step of the matcher works on: one problem in fixed point, its prices and its matching so far.
+// The state that every step of the matcher works on: one problem in fixed point, its prices and its matching so far.
 //
 // The short side of a problem are the persons i, who are all matched, the long side the objects k. Costs are integers
 // q[i][k] in 0..kRange, prices p[k] >= 0, and person i wants the object with the least q[i][k] + p[k]. Both are stored
@@ -11,12 +11,12 @@
 
 #include <cstdint>
 
+#include "common/carver.h"
+
 #if defined(__CUDACC__)
 #define FASTMASK_GROUP_FN __device__ inline
-#define FASTMASK_WORKSPACE_FN __host__ __device__ inline
 #else
 #define FASTMASK_GROUP_FN inline
-#define FASTMASK_WORKSPACE_FN inline
 #endif
 
 namespace fastmask::matcher {
@@ -30,6 +30,8 @@ constexpr int32_t kPadding = 3 << 29;
 constexpr int32_t kOwned = 1;            // the lowest bit of a price
 constexpr int32_t kScanned = INT32_MIN;  // below every distance as a signed number, beyond all as an unsigned one
 constexpr int32_t kNobody = -1;
+
+constexpr int32_t kWarp = 32;  // lanes of a CUDA warp
 
 enum Phase : int32_t { kAssigned, kBidding, kWaiting };
 
@@ -54,6 +56,24 @@ struct State {
   int32_t* predecessor;       // [stride]
   int32_t* scanned;           // [objects], in the order of the scan
   int32_t* scanned_distance;  // [objects]
+
+  // All arrays but the costs: those that the auction and the shortest augmenting paths read and write at every step.
+  FASTMASK_HOST_DEVICE void lay_out(Carver& carver) {
+    carver.take(dummy, stride);
+    carver.take(price, stride);
+    carver.take(owner, stride);
+    carver.take(object, persons);
+    carver.take(phase, persons);
+    carver.take(evictions, persons);
+    carver.take(choice, persons);
+    carver.take(bid, persons);
+    carver.take(best_bid, stride);
+    carver.take(list, 2 * static_cast<int64_t>(persons));
+    carver.take(distance, stride);
+    carver.take(predecessor, stride);
+    carver.take(scanned, objects);
+    carver.take(scanned_distance, objects);
+  }
 };
 
 // The least sum q + p of a row, where it is, and the next to least.

@@ -1,40 +1,50 @@
 #include "ops/assign.h"
 
-#include "common/scratch.h"
-#include "ops/assign_serial.h"
+#include "matcher/serial_group.h"
 #include "ops/parallel.h"
 
 namespace fastmask {
 namespace {
 
+// The form of the matcher that CUDA runs, on one CPU thread, for tests: the work between two barriers is done in an
+// order that `seed` scrambles.
+int32_t solve_serially(const AssignProblem& problem, Scratch& scratch, const AssignResult& result, uint32_t seed) {
+  using namespace matcher;
+  // As the kernel: an odd stride, so that neither rows nor columns meet in the banks of shared memory.
+  const auto memory = scratch.lay_out<ProblemMemory>(problem.queries, problem.targets, 1);
+  scratch.fill(0xff);  // NaN and -1: nothing may lean on what memory held before
+  SerialGroup group(seed);
+  return assign_and_write(group, problem, memory, result);
+}
+
 AssignSolution solve(const Tensor& cost, const std::optional<Tensor>& counts, bool with_duals, int64_t serial_seed) {
   const AssignBatch batch(cost, counts);
-  const AssignDtype dtype = assign_dtype(cost);
+  const Dtype dtype = dtype_of(cost, "cost", true);
   for (int64_t i = 0; counts.has_value() && i < batch.problems; ++i) {
     STD_TORCH_CHECK(batch.count(i) >= 0 && batch.count(i) <= batch.targets, "counts must lie in 0..", batch.targets,
                     ", got ", batch.count(i));
   }
   AssignSolution out(batch, with_duals);
   int32_t* broken = out.broken_data();
-  const auto workspace = FASTMASK_SELECT(assign_workspace);
   const auto solve_problem = FASTMASK_SELECT(assign_problem);
   // Starting a thread costs what some 16,000 pairs do.
   const int64_t pairs = std::max<int64_t>(batch.queries * batch.targets, 1);
-  parallel_for(0, batch.problems, std::max<int64_t>(16384 / pairs, 1), [&](int64_t begin, int64_t end) {
-    static thread_local Scratch scratch;
-    for (int64_t i = begin; i < end; ++i) {
-      const AssignProblem problem = batch.problem(i, dtype);
-      const AssignResult result = out.of_problem(i, batch);
-      if (serial_seed >= 0) {
-        broken[i] = assign_problem_serial(problem, result, static_cast<uint32_t>(serial_seed));
-      } else {
-        broken[i] = solve_problem(problem, scratch.reserve(workspace(problem.queries, problem.targets)), result);
-      }
-      std::fill(result.query_of_target + problem.targets, result.query_of_target + batch.targets, -1);
-      if (with_duals) std::fill(result.target_duals + problem.targets, result.target_duals + batch.targets, 0.0);
-    }
-    scratch.trim();
-  });
+  parallel_for(0, batch.problems, std::max<int64_t>(16384 / pairs, 1),
+               [&](int64_t begin, int64_t end, Scratch& scratch) {
+                 for (int64_t i = begin; i < end; ++i) {
+                   const AssignProblem problem = batch.problem(i, dtype);
+                   const AssignResult result = out.of_problem(i, batch);
+                   if (serial_seed >= 0) {
+                     broken[i] = solve_serially(problem, scratch, result, static_cast<uint32_t>(serial_seed));
+                   } else {
+                     const auto work = scratch.lay_out<AssignWorkspace>(problem.queries, problem.targets);
+                     broken[i] = solve_problem(problem, work, result);
+                   }
+                   std::fill(result.query_of_target + problem.targets, result.query_of_target + batch.targets, -1);
+                   if (with_duals)
+                     std::fill(result.target_duals + problem.targets, result.target_duals + batch.targets, 0.0);
+                 }
+               });
   return out;
 }
 

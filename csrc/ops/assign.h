@@ -1,4 +1,4 @@
-// What the CPU and CUDA implementations of fastmask::assign check and prepare alike.
+// The checks and the results of fastmask::assign, for CPU and CUDA alike.
 #pragma once
 
 #include <algorithm>
@@ -9,26 +9,7 @@
 
 namespace fastmask {
 
-inline AssignDtype assign_dtype(const Tensor& cost) {
-  switch (cost.scalar_type()) {
-    case ScalarType::Float:
-      return AssignDtype::kFloat32;
-    case ScalarType::Double:
-      return AssignDtype::kFloat64;
-    case ScalarType::BFloat16:
-      return AssignDtype::kBFloat16;
-    case ScalarType::Half:
-      return AssignDtype::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, "cost must be float32, float64, bfloat16 or float16");
-  }
-}
-
-inline int64_t element_size(AssignDtype dtype) {
-  return dtype == AssignDtype::kFloat64 ? 8 : dtype == AssignDtype::kFloat32 ? 4 : 2;
-}
-
-// (..., N, M) costs as a list of problems, read in place whatever their strides.
+// Costs (..., N, M) as a list of problems, which are read in place whatever their strides.
 struct AssignBatch {
   Tensor cost;
   std::vector<int64_t> leading, cost_strides, count_strides;
@@ -37,13 +18,13 @@ struct AssignBatch {
 
   AssignBatch(const Tensor& cost_in, const std::optional<Tensor>& counts_in) : cost(cost_in) {
     const int64_t dims = cost.dim();
-    STD_TORCH_CHECK(dims >= 2, "cost must be (..., N, M)");
+    check_tensor(dims >= 2, cost, "cost", "(..., N, M)");
     queries = cost.size(dims - 2);
     targets = cost.size(dims - 1);
     STD_TORCH_CHECK(
         std::min(queries, targets) <= kMaxAssignShortSide && std::max(queries, targets) <= kMaxAssignLongSide,
         "cost must have at most ", kMaxAssignShortSide, " queries or targets on its shorter side and ",
-        kMaxAssignLongSide, " on the longer one");
+        kMaxAssignLongSide, " on the longer one, got ", queries, " queries and ", targets, " targets");
     for (int64_t d = 0; d < dims - 2; ++d) {
       leading.push_back(cost.size(d));
       cost_strides.push_back(cost.stride(d));
@@ -51,20 +32,20 @@ struct AssignBatch {
     }
     if (!counts_in.has_value()) return;
     const Tensor& given = *counts_in;
-    STD_TORCH_CHECK(given.scalar_type() == ScalarType::Long && given.dim() == dims - 2,
-                    "counts must be int64 with the leading dimensions of cost");
-    for (int64_t d = 0; d < dims - 2; ++d) {
-      STD_TORCH_CHECK(given.size(d) == leading[d], "counts must have the leading dimensions of cost");
+    bool fits = given.scalar_type() == ScalarType::Long && given.dim() == dims - 2;
+    for (int64_t d = 0; fits && d < dims - 2; ++d) {
+      fits = given.size(d) == leading[d];
       count_strides.push_back(given.stride(d));
     }
-    counts = static_cast<const int64_t*>(given.data_ptr());
+    check_tensor(fits, given, "counts", "int64 with the leading dimensions of cost");
+    counts = data_of<const int64_t>(given);
   }
 
   int64_t count(int64_t problem) const { return counts == nullptr ? targets : counts[offset(problem, count_strides)]; }
 
-  AssignProblem problem(int64_t i, AssignDtype dtype) const {
+  AssignProblem problem(int64_t i, Dtype dtype) const {
     const int64_t dims = cost.dim();
-    const char* data = static_cast<const char*>(cost.data_ptr()) + offset(i, cost_strides) * element_size(dtype);
+    const char* data = data_of<const char>(cost) + offset(i, cost_strides) * matcher::element_size(dtype);
     return {data,
             dtype,
             cost.stride(dims - 2),
@@ -81,7 +62,7 @@ struct AssignBatch {
   }
 };
 
-// What fastmask::assign_duals returns; fastmask::assign leaves the duals out.
+// The results of fastmask::assign_duals; fastmask::assign leaves the duals out.
 struct AssignSolution {
   Tensor assignment;                 // (..., M) int64
   Tensor broken;                     // (...) int32
@@ -96,15 +77,15 @@ struct AssignSolution {
     };
     assignment = new_tensor({batch.targets}, ScalarType::Long);
     broken = new_tensor({}, ScalarType::Int);
-    result = {static_cast<int64_t*>(assignment.data_ptr()), nullptr, nullptr};
+    result = {data_of<int64_t>(assignment), nullptr, nullptr};
     if (!with_duals) return;
     query_duals = new_tensor({batch.queries}, ScalarType::Double);
     target_duals = new_tensor({batch.targets}, ScalarType::Double);
-    result.query_duals = static_cast<double*>(query_duals.data_ptr());
-    result.target_duals = static_cast<double*>(target_duals.data_ptr());
+    result.query_duals = data_of<double>(query_duals);
+    result.target_duals = data_of<double>(target_duals);
   }
 
-  int32_t* broken_data() { return static_cast<int32_t*>(broken.data_ptr()); }
+  int32_t* broken_data() { return data_of<int32_t>(broken); }
 
   AssignResult of_problem(int64_t i, const AssignBatch& batch) const {
     return {result.query_of_target + i * batch.targets,

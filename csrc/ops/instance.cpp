@@ -5,10 +5,9 @@
 #include <vector>
 
 #include "common/rle.h"
-#include "common/scratch.h"
 #include "cpu/count_nan.h"
+#include "ops/geometry.h"
 #include "ops/parallel.h"
-#include "ops/planes.h"
 
 namespace fastmask {
 namespace {
@@ -20,11 +19,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> instance_masks(Tensor mask_lo
   const QueryPlanes planes(mask_logits);
   const Geometry geometry(planes.rows(), planes.w(), grid, padded_size, valid_size, size, in_top, out_top, out_rows);
   queries = torch::stable::contiguous(queries);
-  STD_TORCH_CHECK(queries.dim() == 2 && queries.scalar_type() == ScalarType::Long && queries.size(0) == planes.batch(),
-                  "queries must be (B, R) int64 for the B of mask_logits");
+  check_tensor(queries.dim() == 2 && queries.scalar_type() == ScalarType::Long && queries.size(0) == planes.batch(),
+               queries, "queries", "(B, R) int64 for the B of mask_logits");
   const int64_t batch = planes.batch(), picks = queries.size(1), width = geometry.width();
   STD_TORCH_CHECK(out_rows * width <= INT32_MAX, "out_rows x W must be less than 2^31 pixels");
-  const int64_t* query = static_cast<const int64_t*>(queries.data_ptr());
+  const int64_t* query = data_of<const int64_t>(queries);
   // Of each pick, the first pick of the image with the same query, which alone is computed; -1 for padding.
   std::vector<int64_t> first(batch * picks, -1), found(planes.queries());
   for (int64_t b = 0; b < batch; ++b) {
@@ -38,25 +37,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> instance_masks(Tensor mask_lo
     }
   }
 
-  const int64_t row_bytes = packed ? (width + 7) / 8 : width, mask_bytes = out_rows * row_bytes;
+  const int64_t row_bytes = packed ? ceil_div(width, 8) : width, mask_bytes = out_rows * row_bytes;
   Tensor masks =
       empty_result(queries, {batch, picks, out_rows, row_bytes}, packed ? ScalarType::Byte : ScalarType::Bool);
   Tensor foreground = empty_result(queries, {batch, picks}, ScalarType::Float);
   Tensor area = empty_result(queries, {batch, picks}, ScalarType::Int);
   Tensor boxes = empty_result(queries, {batch, picks, 4}, ScalarType::Int);
   Tensor nan_logits = empty_result(queries, {batch, picks}, ScalarType::Int);
-  uint8_t* mask_data = static_cast<uint8_t*>(masks.data_ptr());
-  float* foreground_data = static_cast<float*>(foreground.data_ptr());
-  int32_t* area_data = static_cast<int32_t*>(area.data_ptr());
-  int32_t* box_data = static_cast<int32_t*>(boxes.data_ptr());
-  int32_t* nan_data = static_cast<int32_t*>(nan_logits.data_ptr());
+  uint8_t* mask_data = data_of<uint8_t>(masks);
+  float* foreground_data = data_of<float>(foreground);
+  int32_t* area_data = data_of<int32_t>(area);
+  int32_t* box_data = data_of<int32_t>(boxes);
+  int32_t* nan_data = data_of<int32_t>(nan_logits);
 
   const TilePlans plans = tile_plans(geometry, false);
-  const TileScratchSizes sizes = plans.scratch();
   const auto tile_kernel = FASTMASK_SELECT(instance_tile);
   const auto nan_kernel = FASTMASK_SELECT(count_nan);
-  parallel_for(0, batch * picks, 1, [&](int64_t begin, int64_t end) {
-    AlignedFloats scratch(instance_scratch(sizes));
+  parallel_for(0, batch * picks, 1, [&](int64_t begin, int64_t end, Scratch& scratch) {
+    const auto work = scratch.lay_out<TileWorkspace>(plans);
     for (int64_t i = begin; i < end; ++i) {
       const MaskRows mask{mask_data + i * mask_bytes, row_bytes, packed};
       if (first[i] < 0) memset(mask.data, 0, mask_bytes);
@@ -65,10 +63,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> instance_masks(Tensor mask_lo
       int64_t nans = 0;
       if (first[i] == i) {
         const Plane plane = planes.plane(i / picks, query[i]);
-        nans = nan_kernel(plane, planes.rows(), planes.w());
+        nans = nan_kernel(plane);
         for (int64_t band = 0; band < plans.bands(); ++band) {
           for (int64_t column = 0; column < plans.columns(); ++column) {
-            tile_kernel(plane, plans.plan(band, column), sizes, scratch.data(), mask, sums);
+            tile_kernel(plane, plans.plan(band, column), work, mask, sums);
           }
         }
       }
@@ -98,14 +96,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> instance_masks(Tensor mask_lo
 std::tuple<Tensor, Tensor> rle_encode(Tensor masks, int64_t width) {
   masks = torch::stable::contiguous(masks);
   const bool packed = masks.scalar_type() == ScalarType::Byte;
-  STD_TORCH_CHECK(masks.dim() == 3 && (packed || masks.scalar_type() == ScalarType::Bool),
-                  "masks must be (R, H, W) bool or (R, H, ceil(W / 8)) uint8");
+  check_tensor(masks.dim() == 3 && (packed || masks.scalar_type() == ScalarType::Bool), masks, "masks",
+               "(R, H, W) bool or (R, H, ceil(W / 8)) uint8");
   const int64_t count = masks.size(0), height = masks.size(1), row_bytes = masks.size(2);
   STD_TORCH_CHECK(width >= 1 && height >= 1 && width <= INT32_MAX && height <= INT32_MAX,
                   "masks must have sides of 1 to 2^31 - 1, got ", height, " x ", width);
-  STD_TORCH_CHECK(row_bytes == (packed ? (width + 7) / 8 : width), "masks has rows of ", row_bytes,
+  STD_TORCH_CHECK(row_bytes == (packed ? ceil_div(width, 8) : width), "masks has rows of ", row_bytes,
                   " bytes, which does not fit the width ", width);
-  const uint8_t* data = static_cast<const uint8_t*>(masks.data_ptr());
+  const uint8_t* data = data_of<const uint8_t>(masks);
   std::vector<std::string> encoded(count);
   parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     RunLengthEncoder encoder;
@@ -114,11 +112,11 @@ std::tuple<Tensor, Tensor> rle_encode(Tensor masks, int64_t width) {
     }
   });
   Tensor offsets = empty_result(masks, {count + 1}, ScalarType::Long);
-  int64_t* offset = static_cast<int64_t*>(offsets.data_ptr());
+  int64_t* offset = data_of<int64_t>(offsets);
   offset[0] = 0;
   for (int64_t r = 0; r < count; ++r) offset[r + 1] = offset[r] + static_cast<int64_t>(encoded[r].size());
   Tensor counts = empty_result(masks, {offset[count]}, ScalarType::Byte);
-  char* out = static_cast<char*>(counts.data_ptr());
+  char* out = data_of<char>(counts);
   for (int64_t r = 0; r < count; ++r) memcpy(out + offset[r], encoded[r].data(), encoded[r].size());
   return {counts, offsets};
 }

@@ -1,61 +1,126 @@
+// fastmask::mask_cost, at all pixels of the mask logits, and fastmask::point_mask_cost, at points.
 #include "cpu/mask_cost.h"
 
-#include "common/scratch.h"
+#include <algorithm>
+
+#include "cpu/point_mask_cost.h"
 #include "ops/parallel.h"
 #include "ops/tensors.h"
 
 namespace fastmask {
 namespace {
 
-Tensor mask_cost(Tensor class_logits, Tensor mask_logits, Tensor labels, std::optional<Tensor> masks,
-                 std::optional<Tensor> segments, std::optional<Tensor> valid, int64_t void_value, bool ignore_void,
-                 double cost_class, double cost_mask, double cost_dice, std::string term_name, double alpha,
-                 double gamma) {
-  class_logits = torch::stable::contiguous(class_logits);
-  const MaskLogits logits(mask_logits);
-  STD_TORCH_CHECK(class_logits.dim() == 4 && class_logits.size(3) > 0, "class_logits must be (L, B, N, K+1)");
-  const int64_t batch = logits.batch(), queries = logits.queries(), classes = class_logits.size(3);
-  STD_TORCH_CHECK(
-      class_logits.size(0) == logits.layers() && class_logits.size(1) == batch && class_logits.size(2) == queries,
-      "class_logits and mask_logits differ in layers, images or queries");
-  const Dtype class_dtype = logit_dtype(class_logits, "class_logits");
-  const Dtype mask_dtype = logit_dtype(mask_logits, "mask_logits");
-  const MaskTerm term = mask_term(term_name, alpha, gamma);
-  const MaskCostWeights weights{static_cast<float>(cost_class), static_cast<float>(cost_mask),
-                                static_cast<float>(cost_dice)};
-  const BatchTargets targets(labels, masks, segments, valid, void_value, ignore_void);
-  STD_TORCH_CHECK(targets.batch() == batch, "labels has ", targets.batch(), " images, mask_logits ", batch);
-  const int64_t max_targets = targets.max_targets();
+// The arguments but for the points, and the result.
+struct MaskCost {
+  Tensor class_logits;
+  MaskLogits mask_logits;
+  BatchTargets targets;
+  MaskCostRule rule;
+  Dtype class_dtype;
+  int64_t batch, queries, classes, max_targets;
+  Tensor cost;
 
-  for (int64_t i = 0; i < batch * max_targets; ++i) {
-    STD_TORCH_CHECK(targets.labels(0)[i] < classes, "labels holds ", targets.labels(0)[i], "; expected less than ",
-                    classes);
+  Logits class_logits_of(int64_t row) const { return {class_logits.data_ptr(), class_dtype, row * classes}; }
+
+  // The costs of row (l * B + b) * N + n, with zeros for padding.
+  float* costs_of(int64_t row, int64_t image_targets) const {
+    float* const costs = data_of<float>(cost) + row * max_targets;
+    std::fill(costs + image_targets, costs + max_targets, 0.0f);
+    return costs;
   }
-  std::vector<Coverage> coverage(batch);
-  parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) coverage[b] = make_coverage(targets.image(b), logits.h(), logits.w());
-  });
+};
 
-  Tensor cost = empty_result(mask_logits, {logits.layers(), batch, queries, max_targets}, ScalarType::Float);
-  float* cost_data = static_cast<float*>(cost.data_ptr());
-  const void* class_data = class_logits.data_ptr();
-  const int64_t pixels = logits.h() * logits.w();
+Tensor fill(const MaskCost& given) {
+  const int64_t h = given.mask_logits.h(), w = given.mask_logits.w();
+  std::vector<Coverage> coverage(given.batch);
+  parallel_for(0, given.batch, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) coverage[b] = make_coverage(given.targets.image(b), h, w);
+  });
   const auto row_kernel = FASTMASK_SELECT(mask_cost_row);
-  parallel_for(0, logits.rows(), 1, [&](int64_t begin, int64_t end) {
-    AlignedFloats scratch(mask_cost_scratch(max_targets));
+  parallel_for(0, given.mask_logits.rows(), 1, [&](int64_t begin, int64_t end, Scratch& scratch) {
+    const auto work = scratch.lay_out<MaskCostWorkspace>(given.max_targets);
     for (int64_t row = begin; row < end; ++row) {
-      const int64_t b = row / queries % batch;
-      float* row_cost = cost_data + row * max_targets;
+      const int64_t b = row / given.queries % given.batch;
       const CoverageView view = coverage[b].view();
-      row_kernel(class_data, row * classes, classes, class_dtype, logits.data(), logits.offset(row), pixels, mask_dtype,
-                 targets.labels(b), view, term, weights, scratch.data(), row_cost);
-      for (int64_t m = view.targets; m < max_targets; ++m) row_cost[m] = 0.0f;
+      row_kernel(given.class_logits_of(row), given.classes, given.mask_logits.plane(row).logits, h * w,
+                 given.targets.labels(b), view, given.rule, work, given.costs_of(row, view.targets));
     }
   });
-  return cost;
+  return given.cost;
 }
+
+Tensor fill(const MaskCost& given, Tensor points) {
+  const int64_t batch = given.batch, queries = given.queries;
+  const int64_t h = given.mask_logits.h(), w = given.mask_logits.w();
+  points = torch::stable::contiguous(points);
+  check_tensor(
+      points.dim() == 3 && points.size(0) == batch && points.size(2) == 2 && points.scalar_type() == ScalarType::Float,
+      points, "points", "(B, P, 2) float32 for the B of mask_logits");
+  const int64_t num_points = points.size(1);
+  std::vector<PointSet> sets(batch);
+  parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      const float* of_image = data_of<const float>(points) + b * num_points * 2;
+      sets[b] = make_point_set(of_image, num_points, given.targets.image(b), h, w);
+    }
+  });
+
+  const int64_t lanes = FASTMASK_SELECT(point_mask_cost_lanes)();
+  const auto group_kernel = FASTMASK_SELECT(point_mask_cost_group);
+  const int64_t rows = given.mask_logits.layers() * queries, groups = ceil_div(rows, lanes);  // of one image
+  parallel_for(0, batch * groups, 1, [&](int64_t begin, int64_t end, Scratch& scratch) {
+    const auto work = scratch.lay_out<PointMaskCostWorkspace>(given.max_targets, w);
+    Logits class_rows[kMostLanes];
+    Plane planes[kMostLanes];
+    float* cost_rows[kMostLanes];
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / groups, first = i % groups * lanes, count = std::min(lanes, rows - first);
+      const PointView view = sets[b].view();
+      for (int64_t k = 0; k < count; ++k) {
+        const int64_t row = ((first + k) / queries * batch + b) * queries + (first + k) % queries;
+        class_rows[k] = given.class_logits_of(row);
+        planes[k] = given.mask_logits.plane(row);
+        cost_rows[k] = given.costs_of(row, view.targets);
+      }
+      group_kernel(class_rows, given.classes, planes, count, given.targets.labels(b), view, given.rule, work,
+                   cost_rows);
+    }
+  });
+  return given.cost;
+}
+
+// Points: a tensor, or nothing.
+template <class... Points>
+struct MaskCostOperator {
+  static Tensor call(Tensor class_logits, Tensor mask_logits, Tensor labels, std::optional<Tensor> masks,
+                     std::optional<Tensor> segments, std::optional<Tensor> valid, int64_t void_value, bool ignore_void,
+                     Points... points, double cost_class, double cost_mask, double cost_dice, std::string term_name,
+                     double alpha, double gamma) {
+    const MaskLogits logits(mask_logits);
+    const BatchTargets targets(labels, masks, segments, valid, void_value, ignore_void, logits);
+    const MaskCostRule rule{mask_term(term_name, alpha, gamma), static_cast<float>(cost_class),
+                            static_cast<float>(cost_mask), static_cast<float>(cost_dice)};
+    class_logits = torch::stable::contiguous(class_logits);
+    const int64_t layers = logits.layers(), batch = logits.batch(), queries = logits.queries();
+    check_tensor(class_logits.dim() == 4 && class_logits.size(3) > 0 && class_logits.size(0) == layers &&
+                     class_logits.size(1) == batch && class_logits.size(2) == queries,
+                 class_logits, "class_logits", "(L, B, N, K+1) for the L, B and N of mask_logits");
+    const int64_t classes = class_logits.size(3), max_targets = targets.max_targets();
+    for (int64_t i = 0; i < batch * max_targets; ++i) {
+      STD_TORCH_CHECK(targets.labels(0)[i] < classes, "labels holds ", targets.labels(0)[i], "; expected less than ",
+                      classes);
+    }
+    const Tensor cost = empty_result(mask_logits, {layers, batch, queries, max_targets}, ScalarType::Float);
+    return fill({class_logits, logits, targets, rule, dtype_of(class_logits, "class_logits"), batch, queries, classes,
+                 max_targets, cost},
+                points...);
+  }
+};
 
 }  // namespace
 }  // namespace fastmask
 
-STABLE_TORCH_LIBRARY_IMPL(fastmask, CPU, library) { library.impl("mask_cost", TORCH_BOX(&fastmask::mask_cost)); }
+STABLE_TORCH_LIBRARY_IMPL(fastmask, CPU, library) {
+  library.impl("mask_cost", TORCH_BOX(&fastmask::MaskCostOperator<>::call));
+  library.impl("point_mask_cost", TORCH_BOX(&fastmask::MaskCostOperator<fastmask::Tensor>::call));
+}

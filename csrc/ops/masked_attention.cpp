@@ -3,18 +3,15 @@
 #include <algorithm>
 #include <tuple>
 
-#include "common/scratch.h"
-#include "ops/interpolation_table.h"
 #include "ops/parallel.h"
 #include "ops/tensors.h"
 
 namespace fastmask {
 namespace {
 
-using torch::stable::get_num_threads;
 // A tensor (B, rows, E) whose last dimension is contiguous.
 Tensor with_contiguous_rows(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.dim() == 3, name, " must have three dimensions");
+  STD_TORCH_CHECK(tensor.dim() == 3, name, " must have three dimensions, got ", tensor.dim());
   return tensor.size(2) <= 1 || tensor.stride(2) == 1 ? tensor : torch::stable::contiguous(tensor);
 }
 
@@ -23,7 +20,7 @@ AttentionRows<T> rows_of(const Tensor& tensor, int64_t image) {
   return {static_cast<T*>(tensor.data_ptr()), image * tensor.stride(0), tensor.stride(1)};
 }
 
-// What forward and backward check and prepare alike.
+// The arguments that forward and backward share, checked.
 class Attention {
  public:
   Attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask_logits,
@@ -37,7 +34,7 @@ class Attention {
         heads_(num_heads),
         scale_(static_cast<float>(scale)),
         dropout_(static_cast<float>(dropout)),
-        dtype_(logit_dtype(q, "q")) {
+        dtype_(dtype_of(q, "q")) {
     STD_TORCH_CHECK(grid_height > 0 && grid_width > 0, "the grid must have at least one key");
     STD_TORCH_CHECK(num_heads > 0 && q.size(2) > 0 && q.size(2) % num_heads == 0, "num_heads=", num_heads,
                     " does not divide the ", q.size(2), " channels of q");
@@ -50,14 +47,14 @@ class Attention {
     if (mask_logits.has_value()) set_mask(*mask_logits);
     if (key_padding_mask.has_value()) {
       padding_ = torch::stable::contiguous(*key_padding_mask);
-      STD_TORCH_CHECK(padding_.dim() == 2 && padding_.scalar_type() == ScalarType::Bool &&
-                          padding_.size(0) == batch() && padding_.size(1) == keys(),
-                      "key_padding_mask must be (B, S) bool for the B of q and the S of k");
+      check_tensor(padding_.dim() == 2 && padding_.scalar_type() == ScalarType::Bool && padding_.size(0) == batch() &&
+                       padding_.size(1) == keys(),
+                   padding_, "key_padding_mask", "(B, S) bool for the B of q and the S of k");
     }
     if (dropout_ > 0) {
       STD_TORCH_CHECK(seed.has_value() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
                       "seed must be an int64 tensor of one element");
-      seed_ = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->data_ptr()));
+      seed_ = static_cast<uint64_t>(*data_of<const int64_t>(*seed));
     }
   }
 
@@ -79,15 +76,12 @@ class Attention {
     image.k = rows_of<const void>(k_, b);
     image.v = rows_of<const void>(v_, b);
     if (mask_.defined()) {
-      image.mask.logits = mask_.data_ptr();
-      image.mask.dtype = mask_dtype_;
-      image.mask.offset = b * mask_.stride(0);
+      const int64_t w = mask_.size(3);
+      image.mask.first = {{mask_.data_ptr(), mask_dtype_, b * mask_.stride(0)}, mask_.size(2), w, w};
       image.mask.stride = mask_.stride(1);
-      image.mask.resampling = {mask_.size(2), mask_.size(3), rows_.view(), columns_.view()};
-      image.mask.height = height_;
-      image.mask.width = width_;
+      image.mask.resampling = table_.view();
     }
-    if (padding_.defined()) image.mask.padding = static_cast<const uint8_t*>(padding_.data_ptr()) + b * keys();
+    if (padding_.defined()) image.mask.padding = data_of<const uint8_t>(padding_) + b * keys();
     image.scale = scale_;
     image.dropout = dropout_;
     image.seed = seed_;
@@ -95,40 +89,35 @@ class Attention {
     return image;
   }
 
-  // Calls run(image, first head, last head, scratch) for all images and heads. As many tasks as threads, if that needs
-  // heads apart: each group of heads finds anew where the queries attend.
+  // Calls run(b, part, task, workspace) for all images, their parts, and heads, of which it sets the task's. As many
+  // tasks as threads, even if that takes heads apart: each group of heads finds anew where the queries attend.
   template <typename Run>
-  void for_each_task(int64_t tasks_of_image, bool backward, const Run& run) const {
+  void for_each_task(int64_t parts_of_image, bool backward, const Run& run) const {
     if (batch() == 0) return;
-    const int64_t tasks = std::max<int64_t>(batch() * tasks_of_image, 1);
-    const int64_t wanted = (static_cast<int64_t>(get_num_threads()) + tasks - 1) / tasks;
+    const int64_t tasks = std::max<int64_t>(batch() * parts_of_image, 1);
+    const int64_t wanted = ceil_div(torch::stable::get_num_threads(), tasks);
     const int64_t heads_of_task = std::max<int64_t>(heads_ / std::max<int64_t>(wanted, 1), 1);
-    const int64_t groups = (heads_ + heads_of_task - 1) / heads_of_task;
-    const int64_t floats = backward ? FASTMASK_SELECT(masked_attention_scratch)(image(0), true)
-                                    : FASTMASK_SELECT(masked_attention_scratch)(image(0), false);
-    parallel_for(0, batch() * groups * tasks_of_image, 1, [&](int64_t begin, int64_t end) {
-      static thread_local Scratch scratch;
-      float* memory = reinterpret_cast<float*>(scratch.reserve(floats * static_cast<int64_t>(sizeof(float))));
+    const int64_t groups = ceil_div(heads_, heads_of_task);
+    parallel_for(0, batch() * groups * parts_of_image, 1, [&](int64_t begin, int64_t end, Scratch& scratch) {
+      const auto work = scratch.lay_out<AttentionWorkspace>(image(0), backward);
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t part = i % tasks_of_image, group = i / tasks_of_image % groups;
-        const int64_t first_head = group * heads_of_task;
-        run(i / tasks_of_image / groups, part, first_head, std::min(first_head + heads_of_task, heads_), memory);
+        const int64_t part = i % parts_of_image, first_head = i / parts_of_image % groups * heads_of_task;
+        const AttentionTask task{0, 0, first_head, std::min(first_head + heads_of_task, heads_)};
+        run(i / parts_of_image / groups, part, task, work);
       }
-      scratch.trim();
     });
   }
 
  private:
   void set_mask(const Tensor& logits) {
-    STD_TORCH_CHECK(logits.dim() == 4 && logits.size(0) == batch() && logits.size(1) == queries() &&
-                        logits.size(2) > 0 && logits.size(3) > 0,
-                    "mask_logits must be (B, N, h, w) for the B and N of q, with at least one pixel");
+    check_tensor(logits.dim() == 4 && logits.size(0) == batch() && logits.size(1) == queries() && logits.size(2) > 0 &&
+                     logits.size(3) > 0,
+                 logits, "mask_logits", "(B, N, h, w) for the B and N of q, with at least one pixel");
     const int64_t h = logits.size(2), w = logits.size(3);
     const bool planes = (w == 1 || logits.stride(3) == 1) && (h == 1 || logits.stride(2) == w);
     mask_ = planes ? logits : torch::stable::contiguous(logits);
-    mask_dtype_ = logit_dtype(logits, "mask_logits");
-    rows_ = InterpolationTable(h, height_);
-    columns_ = InterpolationTable(w, width_);
+    mask_dtype_ = dtype_of(logits, "mask_logits");
+    table_ = ResamplingTable(h, w, height_, width_);
   }
 
   Tensor q_, k_, v_, mask_, padding_;
@@ -136,7 +125,7 @@ class Attention {
   float scale_, dropout_;
   uint64_t seed_ = 0;
   Dtype dtype_, mask_dtype_ = Dtype::kFloat32;
-  InterpolationTable rows_, columns_;
+  ResamplingTable table_;
 };
 
 // Blocks of queries of about the same size.
@@ -145,10 +134,13 @@ struct QueryBlocks {
 
   explicit QueryBlocks(int64_t queries)
       : queries(queries),
-        count((queries + kAttentionQueries - 1) / kAttentionQueries),
-        size(count == 0 ? 0 : (queries + count - 1) / count) {}
+        count(ceil_div(queries, kAttentionQueries)),
+        size(count == 0 ? 0 : ceil_div(queries, count)) {}
 
-  int64_t first(int64_t block) const { return std::min(block * size, queries); }
+  AttentionTask task(AttentionTask heads, int64_t block) const {
+    const int64_t first = std::min(block * size, queries);
+    return {first, std::min(first + size, queries) - first, heads.first_head, heads.last_head};
+  }
 };
 
 std::tuple<Tensor, Tensor> masked_attention(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask_logits,
@@ -160,16 +152,14 @@ std::tuple<Tensor, Tensor> masked_attention(Tensor q, Tensor k, Tensor v, std::o
   const int64_t queries = attention.queries();
   Tensor out = empty_result(q, {attention.batch(), queries, attention.channels()}, q.scalar_type());
   Tensor logsumexp = empty_result(q, {attention.batch(), num_heads, queries}, ScalarType::Double);
-  double* logsumexp_data = static_cast<double*>(logsumexp.data_ptr());
+  double* logsumexp_data = data_of<double>(logsumexp);
   const QueryBlocks blocks(queries);
   if (blocks.count == 0) return {out, logsumexp};
   const auto kernel = FASTMASK_SELECT(masked_attention_forward);
-  attention.for_each_task(
-      blocks.count, false, [&](int64_t b, int64_t block, int64_t first_head, int64_t last_head, float* memory) {
-        const AttentionForward result{rows_of<void>(out, b), logsumexp_data + b * num_heads * queries};
-        const int64_t first = blocks.first(block);
-        kernel(attention.image(b), result, first, blocks.first(block + 1) - first, first_head, last_head, memory);
-      });
+  attention.for_each_task(blocks.count, false, [&](int64_t b, int64_t block, const auto& heads, const auto& work) {
+    const AttentionForward result{rows_of<void>(out, b), logsumexp_data + b * num_heads * queries};
+    kernel(attention.image(b), result, blocks.task(heads, block), work);
+  });
   return {out, logsumexp};
 }
 
@@ -185,13 +175,13 @@ std::tuple<Tensor, Tensor, Tensor> masked_attention_backward(Tensor grad_out, Te
   out = with_contiguous_rows(out, "out");
   logsumexp = torch::stable::contiguous(logsumexp);
   for (const Tensor* tensor : {&grad_out, &out}) {
-    STD_TORCH_CHECK(tensor->size(0) == batch && tensor->size(1) == queries && tensor->size(2) == channels &&
-                        tensor->scalar_type() == q.scalar_type(),
-                    "grad_out and out must have the shape and dtype of q");
+    check_tensor(tensor->size(0) == batch && tensor->size(1) == queries && tensor->size(2) == channels &&
+                     tensor->scalar_type() == q.scalar_type(),
+                 *tensor, "grad_out and out", "of the shape and dtype of q");
   }
-  STD_TORCH_CHECK(logsumexp.scalar_type() == ScalarType::Double && logsumexp.numel() == batch * num_heads * queries,
-                  "logsumexp must be (B, heads, N) float64");
-  const double* logsumexp_data = static_cast<const double*>(logsumexp.data_ptr());
+  check_tensor(logsumexp.scalar_type() == ScalarType::Double && logsumexp.numel() == batch * num_heads * queries,
+               logsumexp, "logsumexp", "(B, heads, N) float64");
+  const double* logsumexp_data = data_of<const double>(logsumexp);
   Tensor grad_q = empty_result(q, {batch, queries, channels}, q.scalar_type());
   Tensor grad_k = zero_result(k, {batch, attention.keys(), channels}, ScalarType::Float);
   Tensor grad_v = zero_result(v, {batch, attention.keys(), channels}, ScalarType::Float);
@@ -199,14 +189,13 @@ std::tuple<Tensor, Tensor, Tensor> masked_attention_backward(Tensor grad_out, Te
   const auto kernel = FASTMASK_SELECT(masked_attention_backward);
   // A head's keys are written by one thread, for one block of queries after the other: the same sums whatever the
   // number of threads.
-  attention.for_each_task(1, true, [&](int64_t b, int64_t, int64_t first_head, int64_t last_head, float* memory) {
+  attention.for_each_task(1, true, [&](int64_t b, int64_t, const auto& heads, const auto& work) {
     const AttentionBackward result{
         rows_of<const void>(out, b), rows_of<const void>(grad_out, b), logsumexp_data + b * num_heads * queries,
         rows_of<void>(grad_q, b),    rows_of<float>(grad_k, b),        rows_of<float>(grad_v, b)};
     const AttentionImage image = attention.image(b);
     for (int64_t block = 0; block < blocks.count; ++block) {
-      const int64_t first = blocks.first(block);
-      kernel(image, result, first, blocks.first(block + 1) - first, first_head, last_head, memory);
+      kernel(image, result, blocks.task(heads, block), work);
     }
   });
   const ScalarType dtype = q.scalar_type();

@@ -1,4 +1,4 @@
-// Mask logits, targets and the query of each target, as the losses of matched pairs take them.
+// Matched pairs: mask logits, targets and the query of each target.
 #pragma once
 
 #include <algorithm>
@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "common/huge_pages.h"
+#include "common/points.h"
 #include "cpu/mask_loss.h"
 #include "ops/parallel.h"
 #include "ops/tensors.h"
@@ -16,11 +17,10 @@ namespace fastmask {
 // assignment (L, B, M) int64 for the layers, images and queries of `logits`; indices beyond the queries are refused.
 inline Tensor checked_assignment(const Tensor& assignment, const MaskLogits& logits, int64_t max_targets) {
   const Tensor checked = torch::stable::contiguous(assignment);
-  STD_TORCH_CHECK(checked.dim() == 3 && checked.scalar_type() == ScalarType::Long &&
-                      checked.size(0) == logits.layers() && checked.size(1) == logits.batch() &&
-                      checked.size(2) == max_targets,
-                  "assignment must be (L, B, M) int64 for the L and B of mask_logits and the M of labels");
-  const int64_t* queries = static_cast<const int64_t*>(checked.data_ptr());
+  check_tensor(checked.dim() == 3 && checked.scalar_type() == ScalarType::Long && checked.size(0) == logits.layers() &&
+                   checked.size(1) == logits.batch() && checked.size(2) == max_targets,
+               checked, "assignment", "(L, B, M) int64 for the L and B of mask_logits and the M of labels");
+  const int64_t* queries = data_of<const int64_t>(checked);
   for (int64_t i = 0; i < checked.numel(); ++i) {
     STD_TORCH_CHECK(queries[i] < logits.queries(), "assignment holds ", queries[i], "; expected less than ",
                     logits.queries());
@@ -28,49 +28,59 @@ inline Tensor checked_assignment(const Tensor& assignment, const MaskLogits& log
   return checked;
 }
 
-struct MatchedPairs {
-  MaskLogits logits;
-  Dtype dtype;
-  MaskTerm term;
-  BatchTargets targets;
-  Tensor assignment;
+// Kernels that look up points count bytes in 32 bits.
+constexpr int64_t kMostPointPixels = int64_t{1} << 29;
 
-  MatchedPairs(const Tensor& mask_logits, const Tensor& assignment_in, const Tensor& labels,
-               const std::optional<Tensor>& masks, const std::optional<Tensor>& segments,
-               const std::optional<Tensor>& valid, int64_t void_value, bool ignore_void, const std::string& term_name,
-               double alpha, double gamma)
-      : logits(mask_logits),
-        dtype(logit_dtype(mask_logits, "mask_logits")),
-        term(mask_term(term_name, alpha, gamma)),
-        targets(labels, masks, segments, valid, void_value, ignore_void),
-        assignment(checked_assignment(assignment_in, logits, targets.max_targets())) {
-    STD_TORCH_CHECK(targets.batch() == logits.batch(), "labels has ", targets.batch(), " images, mask_logits ",
-                    logits.batch());
-  }
+inline void check_point_pixels(const MaskLogits& logits) {
+  STD_TORCH_CHECK(bordered_size(logits.h(), logits.w()) < kMostPointPixels, "mask_logits must have less than ",
+                  kMostPointPixels, " pixels with a border, got ", logits.h(), " x ", logits.w());
+}
 
-  int64_t count() const { return logits.layers() * logits.batch() * targets.max_targets(); }
-  const int64_t* queries() const { return static_cast<const int64_t*>(assignment.data_ptr()); }
+struct Pair {
+  int64_t index;  // (l * B + b) * M + m
+  Plane plane;    // of the query
+  ImageTargets targets;
+  int64_t target;  // m
 };
 
-// What backward is given for each pair: the gradients of both losses, and forward's sums.
+struct MatchedPairs {
+  MaskLogits logits;
+  BatchTargets targets;
+  MaskTerm term;
+  Tensor assignment;
+
+  int64_t count() const { return logits.layers() * logits.batch() * targets.max_targets(); }
+  const int64_t* queries() const { return data_of<const int64_t>(assignment); }
+
+  // None for padding, and for a target without a query.
+  std::optional<Pair> pair(int64_t i) const {
+    const int64_t layer_image = i / targets.max_targets(), m = i % targets.max_targets();
+    const ImageTargets of_image = targets.image(layer_image % logits.batch());
+    if (queries()[i] < 0 || m >= of_image.count) return std::nullopt;
+    return Pair{i, logits.plane(layer_image * logits.queries() + queries()[i]), of_image, m};
+  }
+};
+
+// The arguments of backward for each pair: the gradients of both losses, and forward's sums.
 class PairGradients {
  public:
   PairGradients(const Tensor& grad_mask, const Tensor& grad_dice, const Tensor& sums, int64_t pairs)
       : mask_(torch::stable::contiguous(grad_mask)),
         dice_(torch::stable::contiguous(grad_dice)),
         sums_(torch::stable::contiguous(sums)) {
-    STD_TORCH_CHECK(mask_.scalar_type() == ScalarType::Float && mask_.numel() == pairs &&
-                        dice_.scalar_type() == ScalarType::Float && dice_.numel() == pairs &&
-                        sums_.scalar_type() == ScalarType::Float && sums_.numel() == 4 * pairs,
-                    "grad_mask, grad_dice and sums must be float32 for the pairs of assignment");
+    const auto check = [](const Tensor& tensor, const char* name, int64_t numbers) {
+      check_tensor(tensor.scalar_type() == ScalarType::Float && tensor.numel() == numbers, tensor, name,
+                   "float32 for the pairs of assignment");
+    };
+    check(mask_, "grad_mask", pairs);
+    check(dice_, "grad_dice", pairs);
+    check(sums_, "sums", 4 * pairs);
   }
 
-  float mask(int64_t i) const { return static_cast<const float*>(mask_.data_ptr())[i]; }
-  float dice(int64_t i) const { return static_cast<const float*>(dice_.data_ptr())[i]; }
-  MaskLossSums sums(int64_t i) const {
-    MaskLossSums pair_sums;
-    memcpy(&pair_sums, static_cast<const float*>(sums_.data_ptr()) + 4 * i, sizeof pair_sums);
-    return pair_sums;
+  MaskLossGradient operator[](int64_t i) const {
+    MaskLossGradient gradient{data_of<const float>(mask_)[i], data_of<const float>(dice_)[i], {}};
+    memcpy(&gradient.sums, data_of<const float>(sums_) + 4 * i, sizeof gradient.sums);
+    return gradient;
   }
 
  private:
@@ -100,34 +110,6 @@ inline Tensor zero_gradient(const MaskLogits& logits) {
   advise_huge_pages(grad.data_ptr(), grad.numel() * static_cast<int64_t>(grad.element_size()));
   torch::stable::zero_(grad);
   return grad;
-}
-
-// Writes the rows of `grad_logits`, zeros so far, that any target is matched to. A row is one thread's, whichever
-// targets it was matched to: `make_adder` gives each thread a function (targets, row, pair, grad) that adds a pair's
-// gradient to grad [h * w].
-template <typename MakeAdder>
-void for_matched_rows(const MatchedPairs& pairs, const Tensor& grad_logits, MakeAdder make_adder) {
-  const MaskLogits grad_rows(grad_logits);
-  const int64_t queries = pairs.logits.queries(), pixels = pairs.logits.h() * pairs.logits.w();
-  const int64_t max_targets = pairs.targets.max_targets();
-  const auto store_kernel = FASTMASK_SELECT(store_row);
-  parallel_for(0, pairs.logits.rows(), 1, [&](int64_t begin, int64_t end) {
-    auto add = make_adder();
-    std::vector<float> grad(pixels);
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t layer_image = row / queries;
-      const ImageTargets targets = pairs.targets.image(layer_image % pairs.logits.batch());
-      bool matched = false;
-      for (int64_t m = 0; m < targets.count; ++m) {
-        const int64_t i = layer_image * max_targets + m;
-        if (pairs.queries()[i] != row % queries) continue;
-        if (!matched) std::fill(grad.begin(), grad.end(), 0.0f);
-        matched = true;
-        add(targets, row, i, grad.data());
-      }
-      if (matched) store_kernel(grad.data(), pixels, grad_logits.data_ptr(), pairs.dtype, grad_rows.offset(row));
-    }
-  });
 }
 
 }  // namespace fastmask

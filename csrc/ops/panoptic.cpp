@@ -5,10 +5,9 @@
 #include <tuple>
 #include <vector>
 
-#include "common/scratch.h"
 #include "cpu/count_nan.h"
+#include "ops/geometry.h"
 #include "ops/parallel.h"
-#include "ops/planes.h"
 
 namespace fastmask {
 namespace {
@@ -29,12 +28,12 @@ std::tuple<Tensor, Tensor, Tensor> panoptic_winners(Tensor scores, Tensor mask_l
                                                     OptionalSizes padded_size, OptionalSizes valid_size, Sizes size,
                                                     int64_t in_top, int64_t out_top, int64_t out_rows) {
   const QueryPlanes planes(mask_logits);
-  const int64_t batch = planes.batch(), queries = planes.queries(), rows = planes.rows(), w = planes.w();
-  const Geometry geometry(rows, w, grid, padded_size, valid_size, size, in_top, out_top, out_rows);
+  const int64_t batch = planes.batch(), queries = planes.queries();
+  const Geometry geometry(planes.rows(), planes.w(), grid, padded_size, valid_size, size, in_top, out_top, out_rows);
   scores = torch::stable::contiguous(scores);
-  STD_TORCH_CHECK(scores.dim() == 2 && scores.scalar_type() == ScalarType::Float && scores.size(0) == batch &&
-                      scores.size(1) == queries,
-                  "scores must be (B, N) float32 for the B and N of mask_logits");
+  check_tensor(scores.dim() == 2 && scores.scalar_type() == ScalarType::Float && scores.size(0) == batch &&
+                   scores.size(1) == queries,
+               scores, "scores", "(B, N) float32 for the B and N of mask_logits");
   STD_TORCH_CHECK(mask_threshold >= 0 && mask_threshold <= 1, "mask_threshold must lie in 0..1, got ", mask_threshold);
   STD_TORCH_CHECK(queries < (1 << 30), "mask_logits must have less than 2^30 queries");
   const int64_t width = geometry.width();
@@ -43,16 +42,16 @@ std::tuple<Tensor, Tensor, Tensor> panoptic_winners(Tensor scores, Tensor mask_l
   Tensor winner = empty_result(scores, {batch, out_rows, width}, ScalarType::Int);
   Tensor areas = zero_result(scores, {batch, queries, 3}, ScalarType::Int);
   Tensor nan_logits = zero_result(scores, {batch, queries}, ScalarType::Int);
-  const float* score_data = static_cast<const float*>(scores.data_ptr());
-  int32_t* winner_data = static_cast<int32_t*>(winner.data_ptr());
-  int32_t* area_data = static_cast<int32_t*>(areas.data_ptr());
-  int32_t* nan_data = static_cast<int32_t*>(nan_logits.data_ptr());
+  const float* score_data = data_of<const float>(scores);
+  int32_t* winner_data = data_of<int32_t>(winner);
+  int32_t* area_data = data_of<int32_t>(areas);
+  int32_t* nan_data = data_of<int32_t>(nan_logits);
 
   const auto nan_kernel = FASTMASK_SELECT(count_nan);
   parallel_for(0, batch * queries, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       if (!(score_data[i] > 0)) continue;
-      nan_data[i] = static_cast<int32_t>(nan_kernel(planes.plane(i / queries, i % queries), rows, w));
+      nan_data[i] = static_cast<int32_t>(nan_kernel(planes.plane(i / queries, i % queries)));
     }
   });
 
@@ -68,12 +67,11 @@ std::tuple<Tensor, Tensor, Tensor> panoptic_winners(Tensor scores, Tensor mask_l
   }
 
   const TilePlans plans = tile_plans(geometry, resize_probabilities);
-  const TileScratchSizes sizes = plans.scratch();
   const PanopticRule rule{clip_to_mask, static_cast<float>(mask_threshold),
                           static_cast<float>(std::log(mask_threshold / (1.0 - mask_threshold)))};
   const auto tile_kernel = FASTMASK_SELECT(panoptic_tile);
-  parallel_for(0, batch * plans.bands(), 1, [&](int64_t begin, int64_t end) {
-    AlignedFloats scratch(panoptic_scratch(sizes, most_kept));
+  parallel_for(0, batch * plans.bands(), 1, [&](int64_t begin, int64_t end, Scratch& scratch) {
+    const auto work = scratch.lay_out<PanopticWorkspace>(plans, most_kept);
     std::vector<PanopticAreas> tile_areas;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / plans.bands(), band = i % plans.bands();
@@ -82,7 +80,7 @@ std::tuple<Tensor, Tensor, Tensor> panoptic_winners(Tensor scores, Tensor mask_l
       for (int64_t column = 0; column < plans.columns(); ++column) {
         const TilePlan plan = plans.plan(band, column);
         int32_t* out = winner_data + (b * out_rows + plan.rows.begin) * width + plan.columns.begin;
-        tile_kernel(image.view(), plan, rule, sizes, scratch.data(), out, width, tile_areas.data());
+        tile_kernel(image.view(), plan, rule, work, out, width, tile_areas.data());
       }
       // Sums of integers are the same in any order.
       for (size_t k = 0; k < tile_areas.size(); ++k) {

@@ -6,18 +6,28 @@
 #include <cstdint>
 #include <exception>
 #include <mutex>
+#include <type_traits>
+
+#include "common/scratch.h"
 
 namespace fastmask {
 
-// Calls body(begin, end) for parts of [begin, end) of at least `grain`. What a part throws is thrown here again, the
-// first of several: PyTorch's interface in C hands on that there was an error, not which.
+// Calls body(begin, end), or body(begin, end, scratch) with the thread's scratch memory, for parts of [begin, end) of
+// at least `grain`. Throws again what a part throws, the first of several: PyTorch's C interface reports that there was
+// an error, but not which.
 template <typename Body>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
   std::exception_ptr error;
   std::mutex mutex;
   torch::stable::parallel_for(begin, end, grain, [&](int64_t first, int64_t last) {
     try {
-      body(first, last);
+      if constexpr (std::is_invocable_v<const Body&, int64_t, int64_t, Scratch&>) {
+        Scratch& scratch = thread_scratch();
+        body(first, last, scratch);
+        scratch.trim();
+      } else {
+        body(first, last);
+      }
     } catch (...) {
       const std::lock_guard lock(mutex);
       if (error == nullptr) error = std::current_exception();

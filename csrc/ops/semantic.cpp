@@ -5,10 +5,8 @@
 #include <cmath>
 #include <tuple>
 
-#include "common/scratch.h"
 #include "ops/geometry.h"
 #include "ops/parallel.h"
-#include "ops/tensors.h"
 
 namespace fastmask {
 namespace {
@@ -72,36 +70,56 @@ class ClassTableMemory {
   std::vector<float> blocks_, rows_, middles_, peaks_;
 };
 
-// A band's logits as the kernels read them; memory is kept from band to band.
-class PackedBand {
- public:
-  // The rows [top, end) of the logits, for all strips of pixels of `columns`. NaN logits of the rows [top, count_end)
-  // are added to nans[queries].
-  const PackedLogits& pack(const MaskPlanes& planes, const Taps& columns, int64_t top, int64_t end, int64_t count_end,
-                           bool cells, int32_t* nans) {
-    packed_.top = top;
-    packed_.rows = end - top;
-    packed_.strips = columns.stride / kStrip;
-    packed_.queries = planes.queries;
-    packed_.stride = 0;
-    for (int64_t strip = 0; strip < packed_.strips; ++strip) {
-      const int32_t* index = columns.index + strip * kStrip;
-      const int64_t span = index[(columns.taps - 1) * columns.stride + kStrip - 1] + 1 - index[0];
-      packed_.stride = std::max(packed_.stride, span);
+// A band of logits as the kernels read them.
+struct Band {
+  PackedLogits packed;
+  PackWorkspace pack;
+
+  // Room for the rows [top, end) of the logits, for all strips of pixels of `columns`, and of `cells` if wanted.
+  void lay_out(Carver& carver, const MaskPlanes& planes, const Taps& columns, int64_t top, int64_t end, bool cells) {
+    packed.top = top;
+    packed.rows = end - top;
+    packed.strips = columns.stride / kStrip;
+    packed.queries = planes.queries;
+    packed.stride = 0;
+    for (int64_t strip = 0; strip < packed.strips; ++strip) {
+      packed.stride = std::max(packed.stride, strip_span(columns, strip).count);
     }
-    logits_.resize(packed_.strips * packed_.rows * packed_.queries * packed_.stride + 32);
-    packed_.logits = logits_.data();
-    if (cells) cells_.resize(packed_.rows * packed_.strips * to_full_vectors(packed_.queries));
-    packed_.cells = cells ? cells_.data() : nullptr;
-    scratch_.resize(pack_scratch(planes.columns));
-    FASTMASK_SELECT(pack_logits)
-    (planes, columns, top, std::max(end, count_end), count_end, packed_, nans, scratch_.data());
-    return packed_;
+    carver.take(packed.logits, packed.strips * packed.rows * packed.queries * packed.stride + 32);
+    packed.cells = nullptr;
+    if (cells) carver.take(packed.cells, packed.rows * packed.strips * to_full_vectors(packed.queries));
+    pack.lay_out(carver, planes.first.w);
   }
 
- private:
-  PackedLogits packed_;
-  std::vector<float> logits_, cells_, scratch_;
+  // Fills it. NaN logits of the rows [top, count_end) are added to nans[queries].
+  void fill(const MaskPlanes& planes, const Taps& columns, int64_t count_end, int32_t* nans) const {
+    FASTMASK_SELECT(pack_logits)
+    (planes, columns, packed.top, std::max(packed.top + packed.rows, count_end), count_end, packed, nans, pack);
+  }
+};
+
+struct MixWorkspace {
+  Band band;
+  SemanticWorkspace semantic;
+
+  void lay_out(Carver& carver, const MaskPlanes& planes, int64_t classes, const Taps& rows, const Taps& columns,
+               int64_t top, int64_t end, bool cells) {
+    band.lay_out(carver, planes, columns, top, end, cells);
+    semantic.lay_out(carver, planes.queries, classes, rows.taps);
+  }
+};
+
+struct ScoresWorkspace {
+  MixWorkspace mix;
+  float* scores;  // [rows, classes, columns], followed by 32 floats that can be read
+  float* row;     // [columns], the same
+
+  void lay_out(Carver& carver, const MaskPlanes& planes, int64_t classes, const Taps& rows, const Taps& columns,
+               int64_t top, int64_t end) {
+    mix.lay_out(carver, planes, classes, rows, columns, top, end, false);
+    carver.take(scores, rows.out * classes * columns.stride + 32);
+    carver.take(row, columns.stride + 32);
+  }
 };
 
 // Where each band of so many rows of pixels begins to read; and the end of the logits.
@@ -119,21 +137,19 @@ void add_nans(const std::vector<int32_t>& nans, int64_t queries, int32_t* nan_lo
 
 void mix_masks(const MaskPlanes& planes, const ClassTable& table, const Taps& rows, const Taps& columns, bool skip,
                const SemanticMaps& maps, int32_t* nan_logits) {
-  const int64_t height = std::clamp((rows.out + kBands - 1) / kBands, kFewRows, kBandRows);
-  const std::vector<int64_t> tops = band_tops(rows, height, planes.rows);
+  const int64_t height = std::clamp(ceil_div(rows.out, kBands), kFewRows, kBandRows);
+  const std::vector<int64_t> tops = band_tops(rows, height, planes.first.h);
   const int64_t bands = static_cast<int64_t>(tops.size()) - 1;
   std::vector<int32_t> nans(bands * planes.queries);
   const auto kernel = FASTMASK_SELECT(semantic_strip);
-  parallel_for(0, bands, 1, [&](int64_t first, int64_t last) {
-    PackedBand band;
-    AlignedFloats scratch(semantic_scratch(planes.queries, table.classes, rows.taps));
+  parallel_for(0, bands, 1, [&](int64_t first, int64_t last, Scratch& scratch) {
     for (int64_t i = first; i < last; ++i) {
       const int64_t begin = i * height, end = std::min(begin + height, rows.out);
       const int64_t read_end = rows.index[(rows.taps - 1) * rows.stride + end - 1] + 1;
-      const PackedLogits& packed =
-          band.pack(planes, columns, tops[i], read_end, tops[i + 1], skip, nans.data() + i * planes.queries);
-      for (int64_t strip = 0; strip < packed.strips; ++strip) {
-        kernel(packed, table, rows, columns, strip, begin, end, maps, scratch.data());
+      const auto work = scratch.lay_out<MixWorkspace>(planes, table.classes, rows, columns, tops[i], read_end, skip);
+      work.band.fill(planes, columns, tops[i + 1], nans.data() + i * planes.queries);
+      for (int64_t strip = 0; strip < work.band.packed.strips; ++strip) {
+        kernel(work.band.packed, table, rows, columns, strip, begin, end, maps, work.semantic);
       }
     }
   });
@@ -143,48 +159,44 @@ void mix_masks(const MaskPlanes& planes, const ClassTable& table, const Taps& ro
 void count_nans(const MaskPlanes& planes, const Taps& columns, int32_t* nan_logits) {
   const auto kernel = FASTMASK_SELECT(pack_logits);
   std::vector<int32_t> nans(kBands * planes.queries);
-  parallel_for(0, kBands, 1, [&](int64_t first, int64_t last) {
-    AlignedFloats scratch(pack_scratch(planes.columns));
+  parallel_for(0, kBands, 1, [&](int64_t first, int64_t last, Scratch& scratch) {
+    const auto work = scratch.lay_out<PackWorkspace>(planes.first.w);
     for (int64_t i = first; i < last; ++i) {
-      const int64_t begin = planes.rows * i / kBands, end = planes.rows * (i + 1) / kBands;
-      kernel(planes, columns, begin, end, end, PackedLogits{}, nans.data() + i * planes.queries, scratch.data());
+      const int64_t begin = planes.first.h * i / kBands, end = planes.first.h * (i + 1) / kBands;
+      kernel(planes, columns, begin, end, end, PackedLogits{}, nans.data() + i * planes.queries, work);
     }
   });
   add_nans(nans, planes.queries, nan_logits);
 }
 
 void mix_scores(const MaskPlanes& planes, const ClassTable& table, const Geometry& geometry, const SemanticMaps& maps) {
-  const int64_t panels = (geometry.valid_width() + kPanelColumns - 1) / kPanelColumns;
-  const int64_t width = (maps.width + panels - 1) / panels;
+  const int64_t panels = ceil_div(geometry.valid_width(), kPanelColumns);
+  const int64_t width = ceil_div(maps.width, panels);
   const int64_t row_floats = table.classes * std::min(geometry.valid_width(), kPanelColumns + 2);
-  const AxisTaps all_rows = geometry.rows_of_valid(0, maps.rows);
+  const TapTable all_rows = geometry.rows_of_valid(0, maps.rows);
   const double scale = static_cast<double>(maps.rows) / (all_rows.end() - all_rows.first());
   const int64_t height =
       std::clamp<int64_t>(static_cast<int64_t>(scale * (kPanelFloats / row_floats - 2)), 1, kBandRows);
-  const int64_t chunks = (maps.rows + height - 1) / height;
+  const int64_t chunks = ceil_div(maps.rows, height);
   const auto grid_kernel = FASTMASK_SELECT(semantic_grid_scores);
   const auto resample_kernel = FASTMASK_SELECT(semantic_resample_scores);
-  parallel_for(0, panels * chunks, 1, [&](int64_t begin, int64_t end) {
-    PackedBand band;
-    std::vector<float> scores, scratch;
+  parallel_for(0, panels * chunks, 1, [&](int64_t begin, int64_t end, Scratch& scratch) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t top = item % chunks * height, left = item / chunks * width;
       if (left >= maps.width) continue;
-      AxisTaps rows = geometry.rows_of_valid(top, std::min(height, maps.rows - top));
-      AxisTaps columns = geometry.columns_of_valid(left, std::min(width, maps.width - left));
-      const AxisTaps grid_rows = geometry.valid_rows(rows.first(), rows.end());
-      const AxisTaps grid_columns = geometry.valid_columns(columns.first(), columns.end());
+      TapTable rows = geometry.rows_of_valid(top, std::min(height, maps.rows - top));
+      TapTable columns = geometry.columns_of_valid(left, std::min(width, maps.width - left));
+      const TapTable grid_rows = geometry.valid_rows(rows.first(), rows.end());
+      const TapTable grid_columns = geometry.valid_columns(columns.first(), columns.end());
       rows.count_from(rows.first());
       columns.count_from(columns.first());
       const Taps row_view = grid_rows.view(), column_view = grid_columns.view();
-      const PackedLogits& packed =
-          band.pack(planes, column_view, grid_rows.first(), grid_rows.end(), 0, false, nullptr);
-      scores.resize(row_view.out * table.classes * column_view.stride + 32);
-      scratch.resize(
-          std::max(grid_scores_scratch(planes.queries, row_view.taps), resample_scratch(column_view.stride)));
-      grid_kernel(packed, table, row_view, column_view, scores.data(), scratch.data());
-      resample_kernel(scores.data(), table.classes, column_view.stride, rows.view(), columns.view(), top, left, maps,
-                      scratch.data());
+      const auto work = scratch.lay_out<ScoresWorkspace>(planes, table.classes, row_view, column_view,
+                                                         grid_rows.first(), grid_rows.end());
+      work.mix.band.fill(planes, column_view, 0, nullptr);
+      grid_kernel(work.mix.band.packed, table, row_view, column_view, work.scores, work.mix.semantic);
+      resample_kernel(work.scores, table.classes, column_view.stride, rows.view(), columns.view(), top, left, maps,
+                      work.row);
     }
   });
 }
@@ -195,18 +207,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> semantic_inference(Tensor probabiliti
                                                               OptionalSizes valid_size, Sizes size, int64_t in_top,
                                                               int64_t out_top, int64_t out_rows) {
   probabilities = torch::stable::contiguous(probabilities);
-  STD_TORCH_CHECK(mask_logits.dim() == 4, "mask_logits must be (B, N, h, w)");
-  const Dtype dtype = logit_dtype(mask_logits, "mask_logits");
-  const int64_t batch = mask_logits.size(0), queries = mask_logits.size(1), h = mask_logits.size(2),
-                w = mask_logits.size(3);
-  if (w > 1 && mask_logits.stride(3) != 1) mask_logits = torch::stable::contiguous(mask_logits);
-  STD_TORCH_CHECK(probabilities.dim() == 3 && probabilities.scalar_type() == ScalarType::Float &&
-                      probabilities.size(0) == batch && probabilities.size(1) == queries && probabilities.size(2) > 0,
-                  "probabilities must be (B, N, K) float32 for the B and N of mask_logits, K at least 1");
+  const QueryPlanes mask_planes(mask_logits);
+  const int64_t batch = mask_planes.batch(), queries = mask_planes.queries();
+  check_tensor(probabilities.dim() == 3 && probabilities.scalar_type() == ScalarType::Float &&
+                   probabilities.size(0) == batch && probabilities.size(1) == queries && probabilities.size(2) > 0,
+               probabilities, "probabilities", "(B, N, K) float32 for the B and N of mask_logits, K at least 1");
   STD_TORCH_CHECK(order == "masks" || order == "scores", "order must be masks or scores, got ", order);
   STD_TORCH_CHECK(output == "labels" || output == "scores", "output must be labels or scores, got ", output);
   STD_TORCH_CHECK(!details || output == "labels", "details come with labels");
-  const Geometry geometry(h, w, grid, padded_size, valid_size, size, in_top, out_top, out_rows);
+  const Geometry geometry(mask_planes.rows(), mask_planes.w(), grid, padded_size, valid_size, size, in_top, out_top,
+                          out_rows);
   const int64_t classes = probabilities.size(2), width = geometry.width();
 
   const bool labels = output == "labels";
@@ -218,35 +228,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> semantic_inference(Tensor probabiliti
   Tensor margin = empty_result(mask_logits, detail_shape, ScalarType::Float);
   Tensor nan_logits = zero_result(mask_logits, {batch, queries}, ScalarType::Int);
 
-  const AxisTaps rows = geometry.rows(), columns = geometry.columns();
+  const TapTable rows = geometry.rows(), columns = geometry.columns();
   const bool skip = order == "masks" && labels && !details && queries > 1 && classes <= kMostClassesToSkip &&
                     skip_queries.load(std::memory_order_relaxed);
   for (int64_t b = 0; b < batch; ++b) {
-    const MaskPlanes planes{mask_logits.data_ptr(),
-                            dtype,
-                            b * mask_logits.stride(0),
-                            mask_logits.stride(1),
-                            mask_logits.stride(2),
-                            queries,
-                            h,
-                            w};
+    const MaskPlanes planes{mask_planes.plane(b, 0), queries, mask_planes.query_stride()};
     SemanticMaps maps{};
     maps.rows = out_rows;
     maps.width = width;
     const int64_t pixels = out_rows * width;
     if (labels) {
       maps.label_bytes = classes <= 256 ? 1 : classes <= 32768 ? 2 : 4;
-      maps.labels = static_cast<char*>(result.data_ptr()) + b * pixels * maps.label_bytes;
+      maps.labels = data_of<char>(result) + b * pixels * maps.label_bytes;
     } else {
-      maps.scores = static_cast<float*>(result.data_ptr()) + b * classes * pixels;
+      maps.scores = data_of<float>(result) + b * classes * pixels;
     }
     if (details) {
-      maps.score = static_cast<float*>(score.data_ptr()) + b * pixels;
-      maps.margin = static_cast<float*>(margin.data_ptr()) + b * pixels;
+      maps.score = data_of<float>(score) + b * pixels;
+      maps.margin = data_of<float>(margin) + b * pixels;
     }
-    int32_t* const nans = static_cast<int32_t*>(nan_logits.data_ptr()) + b * queries;
-    const ClassTableMemory table(static_cast<const float*>(probabilities.data_ptr()) + b * queries * classes, queries,
-                                 classes);
+    int32_t* const nans = data_of<int32_t>(nan_logits) + b * queries;
+    const ClassTableMemory table(data_of<const float>(probabilities) + b * queries * classes, queries, classes);
     if (order == "masks") {
       mix_masks(planes, table.view(), rows.view(), columns.view(), skip, maps, nans);
     } else {

@@ -1,17 +1,19 @@
-// From PyTorch's tensors to what the kernels take; every size is checked here, at the door.
+// From PyTorch's tensors to the arguments of the kernels; every size is checked here, before a kernel runs.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <exception>
 #include <optional>
 #include <string>
 #include <vector>
 
-#include "common/dtype.h"
+#include "common/logits.h"
 #include "common/mask_term.h"
+#include "common/taps.h"
 #include "common/targets.h"
 
 namespace fastmask {
@@ -19,16 +21,29 @@ namespace fastmask {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+inline std::string in_parentheses(const std::vector<int64_t>& sizes) {
+  std::string shape;
+  for (const int64_t size : sizes) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
+  return "(" + shape + ")";
+}
+
+// Refuses a tensor that is not `expected`.
+inline void check_tensor(bool good, const Tensor& tensor, const char* name, const char* expected) {
+  if (good) return;
+  std::vector<int64_t> sizes;
+  for (int64_t d = 0; d < tensor.dim(); ++d) sizes.push_back(tensor.size(d));
+  STD_TORCH_CHECK(false, name, " must be ", expected, ", got ", torch::headeronly::toString(tensor.scalar_type()), " ",
+                  in_parentheses(sizes));
+}
+
 // A new tensor on the device of another. PyTorch's interface in C says of a failure only that there was one.
 template <typename Make>
 Tensor new_result(const Make& make, const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
   try {
     return make(like, sizes, dtype);
   } catch (const std::exception&) {
-    std::string shape;
-    for (const int64_t size : sizes) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
-    STD_TORCH_CHECK(false, "cannot make a result of shape (", shape,
-                    "): not enough memory, or more than can be counted");
+    STD_TORCH_CHECK(false, "cannot make a result of shape ", in_parentheses(sizes),
+                    ": not enough memory, or more than can be counted");
   }
 }
 
@@ -40,17 +55,21 @@ inline Tensor zero_result(const Tensor& like, const std::vector<int64_t>& sizes,
   return new_result([](auto&&... x) { return torch::stable::new_zeros(x...); }, like, sizes, dtype);
 }
 
-inline Dtype logit_dtype(const Tensor& logits, const char* name) {
-  switch (logits.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::kFloat32;
-    case ScalarType::BFloat16:
-      return Dtype::kBFloat16;
-    case ScalarType::Half:
-      return Dtype::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16");
-  }
+// A tensor's elements; the caller has checked their type.
+template <class T>
+T* data_of(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+// The type of logits, or of costs, which may be float64 too.
+inline Dtype dtype_of(const Tensor& tensor, const char* name, bool costs = false) {
+  const ScalarType type = tensor.scalar_type();
+  if (type == ScalarType::Float) return Dtype::kFloat32;
+  if (type == ScalarType::BFloat16) return Dtype::kBFloat16;
+  if (type == ScalarType::Half) return Dtype::kFloat16;
+  STD_TORCH_CHECK(costs && type == ScalarType::Double, name, " must be float32, ", costs ? "float64, " : "",
+                  "bfloat16 or float16, got ", torch::headeronly::toString(type));
+  return Dtype::kFloat64;
 }
 
 inline MaskTerm mask_term(const std::string& name, double alpha, double gamma) {
@@ -58,86 +77,95 @@ inline MaskTerm mask_term(const std::string& name, double alpha, double gamma) {
   return {name == "focal", static_cast<float>(alpha), static_cast<float>(gamma)};
 }
 
+// The taps from h x w pixels to others, for both axes.
+struct ResamplingTable {
+  TapTable rows, columns;
+
+  ResamplingTable() = default;
+  ResamplingTable(int64_t h, int64_t w, int64_t height, int64_t width) {
+    STD_TORCH_CHECK(std::max({h, w, height, width}) < INT32_MAX, "maps must have sides of less than 2^31");
+    rows = {h, height};
+    columns = {w, width};
+  }
+
+  Resampling view() const { return {rows.view(), columns.view()}; }
+};
+
 // Mask logits (L, B, N, h, w) whose planes are contiguous while layers, images and queries may lie anywhere: a model
 // that makes the logits of all layers with one product per image has the images outermost in memory.
 class MaskLogits {
  public:
-  explicit MaskLogits(const Tensor& logits) : tensor_(with_contiguous_planes(logits)) {
-    for (int i = 0; i < 3; ++i) stride_[i] = tensor_.stride(i);
+  explicit MaskLogits(const Tensor& logits)
+      : tensor_(with_contiguous_planes(logits)), dtype_(dtype_of(logits, "mask_logits")) {
+    for (int d = 0; d < 5; ++d) size_[d] = tensor_.size(d);
+    for (int d = 0; d < 3; ++d) stride_[d] = tensor_.stride(d);
   }
 
   const Tensor& tensor() const { return tensor_; }
-  const void* data() const { return tensor_.data_ptr(); }
-  int64_t layers() const { return tensor_.size(0); }
-  int64_t batch() const { return tensor_.size(1); }
-  int64_t queries() const { return tensor_.size(2); }
-  int64_t h() const { return tensor_.size(3); }
-  int64_t w() const { return tensor_.size(4); }
+  Dtype dtype() const { return dtype_; }
+  int64_t layers() const { return size_[0]; }
+  int64_t batch() const { return size_[1]; }
+  int64_t queries() const { return size_[2]; }
+  int64_t h() const { return size_[3]; }
+  int64_t w() const { return size_[4]; }
   int64_t rows() const { return layers() * batch() * queries(); }
 
-  // The first element of the plane of row (l * B + b) * N + n.
-  int64_t offset(int64_t row) const {
+  // The plane of row (l * B + b) * N + n.
+  Plane plane(int64_t row) const {
     const int64_t n = row % queries(), b = row / queries() % batch(), l = row / queries() / batch();
-    return l * stride_[0] + b * stride_[1] + n * stride_[2];
+    const int64_t offset = l * stride_[0] + b * stride_[1] + n * stride_[2];
+    return {{tensor_.data_ptr(), dtype_, offset}, h(), w(), w()};
   }
 
  private:
   static Tensor with_contiguous_planes(const Tensor& logits) {
-    STD_TORCH_CHECK(logits.dim() == 5, "mask_logits must be (L, B, N, h, w)");
+    check_tensor(logits.dim() == 5 && logits.size(3) > 0 && logits.size(4) > 0, logits, "mask_logits",
+                 "(L, B, N, h, w) with at least one pixel");
     const int64_t h = logits.size(3), w = logits.size(4);
-    STD_TORCH_CHECK(h > 0 && w > 0, "mask_logits must have at least one pixel");
     const bool planes = (w == 1 || logits.stride(4) == 1) && (h == 1 || logits.stride(3) == w);
     return planes ? logits : torch::stable::contiguous(logits);
   }
 
   Tensor tensor_;
-  int64_t stride_[3];
+  Dtype dtype_;
+  int64_t size_[5], stride_[3];
 };
 
-// The targets of a batch, with contiguous copies of its tensors where they were not.
+// The targets of a batch, for mask logits of as many images; with contiguous copies of tensors that are not.
 class BatchTargets {
  public:
   BatchTargets(const Tensor& labels, const std::optional<Tensor>& masks, const std::optional<Tensor>& segments,
-               const std::optional<Tensor>& valid, int64_t void_value, bool ignore_void)
+               const std::optional<Tensor>& valid, int64_t void_value, bool ignore_void, const MaskLogits& logits)
       : labels_(torch::stable::contiguous(labels)), void_value_(void_value), ignore_void_(ignore_void) {
-    STD_TORCH_CHECK(labels.dim() == 2 && labels.scalar_type() == ScalarType::Long, "labels must be (B, M) int64");
+    check_tensor(labels.dim() == 2 && labels.scalar_type() == ScalarType::Long && labels.size(0) == logits.batch(),
+                 labels, "labels", "(B, M) int64 for the B of mask_logits");
     STD_TORCH_CHECK(masks.has_value() != segments.has_value(), "expected exactly one of masks and segments");
     if (masks.has_value()) {
       masks_ = torch::stable::contiguous(*masks);
-      STD_TORCH_CHECK(
-          masks_.dim() == 4 && masks_.size(0) == batch() && masks_.size(1) == max_targets() && is_bytes(masks_),
-          "masks must be (B, M, H, W) uint8 or bool for the B and M of labels");
+      check_tensor(
+          masks_.dim() == 4 && masks_.size(0) == batch() && masks_.size(1) == max_targets() && is_bytes(masks_), masks_,
+          "masks", "(B, M, H, W) uint8 or bool for the B and M of labels");
       height_ = masks_.size(2);
       width_ = masks_.size(3);
     } else {
       segments_ = torch::stable::contiguous(*segments);
-      STD_TORCH_CHECK(segments_.dim() == 3 && segments_.size(0) == batch(), "segments must be (B, H, W)");
+      const ScalarType type = segments_.scalar_type();
+      check_tensor((type == ScalarType::Byte || type == ScalarType::Short || type == ScalarType::Int) &&
+                       segments_.dim() == 3 && segments_.size(0) == batch(),
+                   segments_, "segments", "(B, H, W) uint8, int16 or int32 for the B of labels");
       height_ = segments_.size(1);
       width_ = segments_.size(2);
-      switch (segments_.scalar_type()) {
-        case ScalarType::Byte:
-          segment_type_ = SegmentType::kUInt8;
-          segment_bytes_ = 1;
-          break;
-        case ScalarType::Short:
-          segment_type_ = SegmentType::kInt16;
-          segment_bytes_ = 2;
-          break;
-        case ScalarType::Int:
-          segment_type_ = SegmentType::kInt32;
-          segment_bytes_ = 4;
-          break;
-        default:
-          STD_TORCH_CHECK(false, "segments must be uint8, int16 or int32");
-      }
+      segment_type_ = type == ScalarType::Byte    ? SegmentType::kUInt8
+                      : type == ScalarType::Short ? SegmentType::kInt16
+                                                  : SegmentType::kInt32;
     }
     if (valid.has_value()) {
       valid_ = torch::stable::contiguous(*valid);
-      STD_TORCH_CHECK(valid_.dim() == 3 && valid_.size(0) == batch() && valid_.size(1) == height_ &&
-                          valid_.size(2) == width_ && is_bytes(valid_),
-                      "valid must be (B, H, W) bool for the size of the targets");
+      check_tensor(valid_.dim() == 3 && valid_.size(0) == batch() && valid_.size(1) == height_ &&
+                       valid_.size(2) == width_ && is_bytes(valid_),
+                   valid_, "valid", "(B, H, W) bool for the size of the targets");
     }
-    STD_TORCH_CHECK(height_ > 0 && width_ > 0, "targets must have at least one pixel");
+    STD_TORCH_CHECK(height_ > 0 && width_ > 0, "targets must have at least one pixel, got ", height_, " x ", width_);
   }
 
   int64_t batch() const { return labels_.size(0); }
@@ -157,7 +185,8 @@ class BatchTargets {
     if (masks_.defined()) {
       targets.masks = static_cast<const uint8_t*>(masks_.data_ptr()) + b * max_targets() * plane;
     } else {
-      targets.segments = static_cast<const uint8_t*>(segments_.data_ptr()) + b * plane * segment_bytes_;
+      targets.segments = static_cast<const uint8_t*>(segments_.data_ptr()) +
+                         b * plane * static_cast<int64_t>(segments_.element_size());
     }
     targets.segment_type = segment_type_;
     if (valid_.defined()) targets.valid = static_cast<const uint8_t*>(valid_.data_ptr()) + b * plane;
@@ -173,7 +202,6 @@ class BatchTargets {
 
   Tensor labels_, masks_, segments_, valid_;
   SegmentType segment_type_ = SegmentType::kUInt8;
-  int64_t segment_bytes_ = 1;
   int64_t height_ = 0, width_ = 0;
   int64_t void_value_;
   bool ignore_void_;

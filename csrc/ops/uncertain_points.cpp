@@ -1,8 +1,6 @@
 #include "cpu/uncertain_points.h"
 
-#include "common/scratch.h"
 #include "ops/matched_pairs.h"
-#include "ops/parallel.h"
 
 namespace fastmask {
 namespace {
@@ -10,38 +8,36 @@ namespace {
 Tensor uncertain_points(Tensor mask_logits, Tensor assignment, Tensor seed, int64_t num_points, int64_t num_candidates,
                         int64_t num_uncertain) {
   const MaskLogits logits(mask_logits);
-  const Dtype dtype = logit_dtype(mask_logits, "mask_logits");
-  STD_TORCH_CHECK(assignment.dim() == 3, "assignment must be (L, B, M)");
+  check_tensor(assignment.dim() == 3, assignment, "assignment", "(L, B, M)");
   const int64_t max_targets = assignment.size(2);
   const Tensor queries = checked_assignment(assignment, logits, max_targets);
-  STD_TORCH_CHECK(seed.numel() == 1 && seed.scalar_type() == ScalarType::Long, "seed must be one int64");
-  constexpr int64_t kMost = int64_t{1} << 29;  // 32-bit offsets and counters
+  check_tensor(seed.numel() == 1 && seed.scalar_type() == ScalarType::Long, seed, "seed", "one int64");
+  constexpr int64_t kMost = int64_t{1} << 29;  // counters of 32 bits
   STD_TORCH_CHECK(0 <= num_uncertain && num_uncertain <= num_points && num_uncertain <= num_candidates &&
                       num_points < kMost && num_candidates < kMost,
-                  "num_uncertain must lie in 0..num_points and 0..num_candidates, and those below ", kMost);
-  STD_TORCH_CHECK(bordered_size(logits.h(), logits.w()) < kMost, "maps of ", kMost,
-                  " pixels or more are not supported");
+                  "num_uncertain must lie in 0..num_points and 0..num_candidates, and those below ", kMost, ", got ",
+                  num_uncertain, ", ", num_points, " and ", num_candidates);
+  check_point_pixels(logits);
   const PointCounts counts{num_points, num_candidates, num_uncertain};
 
   Tensor points =
       empty_result(mask_logits, {logits.layers(), logits.batch(), max_targets, num_points, 2}, ScalarType::Float);
   if (points.numel() == 0) return points;  // memory of no bytes has no address
-  float* data = static_cast<float*>(points.data_ptr());
+  float* data = data_of<float>(points);
   advise_huge_pages(data, points.numel() * static_cast<int64_t>(sizeof(float)));
-  const auto* query_data = static_cast<const int64_t*>(queries.data_ptr());
-  const auto seed_value = static_cast<uint64_t>(*static_cast<const int64_t*>(seed.data_ptr()));
+  const auto* query_data = data_of<const int64_t>(queries);
+  const auto seed_value = static_cast<uint64_t>(*data_of<const int64_t>(seed));
   const auto pair_kernel = FASTMASK_SELECT(uncertain_points_pair);
-  parallel_for(0, queries.numel(), 1, [&](int64_t begin, int64_t end) {
-    AlignedFloats scratch(uncertain_points_scratch(logits.h(), logits.w(), counts));
+  parallel_for(0, queries.numel(), 1, [&](int64_t begin, int64_t end, Scratch& scratch) {
+    const auto work = scratch.lay_out<UncertainPointsWorkspace>(logits.h(), logits.w(), counts);
     for (int64_t i = begin; i < end; ++i) {
       float* of_pair = data + i * num_points * 2;
       if (query_data[i] < 0) {
         std::fill(of_pair, of_pair + num_points * 2, 0.0f);
         continue;
       }
-      const int64_t offset = logits.offset(i / max_targets * logits.queries() + query_data[i]);
-      pair_kernel(logits.data(), offset, dtype, logits.h(), logits.w(), seed_value, static_cast<uint32_t>(i), counts,
-                  scratch.data(), of_pair);
+      const Plane plane = logits.plane(i / max_targets * logits.queries() + query_data[i]);
+      pair_kernel(plane, seed_value, static_cast<uint32_t>(i), counts, work, of_pair);
     }
   });
   return points;

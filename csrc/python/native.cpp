@@ -1,4 +1,4 @@
-// The Python module fastmask._native: what is no PyTorch operator.
+// The Python module fastmask._native: entry points that are not PyTorch operators.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -35,7 +35,6 @@ py::array as_matrix(const py::object& cost_matrix) {
 // One problem with strides in elements; solved without the interpreter's lock.
 std::vector<int64_t> solve(const double* cost, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride,
                            bool maximize) {
-  static thread_local fastmask::Scratch scratch;
   std::vector<double> negated;
   if (maximize) {
     negated.reserve(rows * columns);
@@ -60,12 +59,12 @@ std::vector<int64_t> solve(const double* cost, int64_t rows, int64_t columns, in
     }
   }
   std::vector<int64_t> row_of(columns);
-  const fastmask::AssignProblem problem{cost,          fastmask::AssignDtype::kFloat64, row_stride,
-                                        column_stride, static_cast<int32_t>(rows),      static_cast<int32_t>(columns)};
+  const fastmask::AssignProblem problem{cost,          fastmask::Dtype::kFloat64,  row_stride,
+                                        column_stride, static_cast<int32_t>(rows), static_cast<int32_t>(columns)};
   using namespace fastmask;
-  const int64_t bytes = FASTMASK_SELECT(assign_workspace)(rows, columns);
-  const int32_t broken =
-      FASTMASK_SELECT(assign_problem)(problem, scratch.reserve(bytes), {row_of.data(), nullptr, nullptr});
+  Scratch& scratch = thread_scratch();
+  const auto work = scratch.lay_out<AssignWorkspace>(rows, columns);
+  const int32_t broken = FASTMASK_SELECT(assign_problem)(problem, work, {row_of.data(), nullptr, nullptr});
   scratch.trim();
   if (broken > 0) throw py::value_error("cost matrix is infeasible");
   return row_of;

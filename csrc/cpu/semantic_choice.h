@@ -1,9 +1,8 @@
-// Which queries a tile of pixels needs: the others, together, add too little to any class to matter.
+// Which queries a tile of pixels needs: all others together add too little to any class to matter.
 #pragma once
 
-#include "cpu/mask_strip.h"
 #include "cpu/semantic.h"
-#include "cpu/vec.h"
+#include "cpu/simd/vec.h"
 
 namespace fastmask::FASTMASK_SIMD {
 namespace {
@@ -15,16 +14,7 @@ namespace {
 // largest score if u[c] exceeds all others by more than width[c] = above[c] + below[c] = sum of b_n |P[n, c] - a_n|.
 class QueryChoice {
  public:
-  QueryChoice(const ClassTable& table, Scratch& scratch) : table_(table) {
-    const int64_t queries = to_full_vectors(table.queries), classes = to_full_vectors(table.classes);
-    bounds_ = scratch.take(queries);
-    weights_ = scratch.take(queries);
-    keys_ = scratch.take<int32_t>(queries);
-    order_ = scratch.take<int32_t>(queries);
-    above_ = scratch.take(classes);
-    width_ = scratch.take(classes);
-    next_above_ = scratch.take(classes);
-    next_width_ = scratch.take(classes);
+  QueryChoice(const ClassTable& table, const QueryChoiceWorkspace& work) : table_(table), work_(work) {
     while ((int64_t{1} << tag_bits_) < table.classes) ++tag_bits_;
     // A score is a sum of at most N terms of one sign: each addition errs by at most 2^-24 of it, and each product
     // where it is rounded; so do u, the width, and the scores that are to be predicted, of both classes. The tag takes
@@ -33,33 +23,33 @@ class QueryChoice {
   }
 
   // [to_full_vectors(N)] b_n, to be set before choose().
-  float* bounds() { return bounds_; }
+  float* bounds() { return work_.bounds; }
 
   // Leaves out queries by rising bound while the rest stays small. False if that leaves most of them in.
   bool choose() {
     const int64_t queries = table_.queries;
     sort_by_weight();
-    const float tolerance = weights_[order_[queries - 1]] * kTolerance;
+    const float tolerance = work_.weights[work_.order[queries - 1]] * kTolerance;
     const int64_t classes = to_full_vectors(table_.classes);
-    memset(above_, 0, sizeof(float) * classes);
-    memset(width_, 0, sizeof(float) * classes);
+    memset(work_.above, 0, sizeof(float) * classes);
+    memset(work_.width, 0, sizeof(float) * classes);
     common_ = 0.0f;
     int64_t left_out = 0;
-    while (left_out + kTogether <= queries && add<kTogether>(order_ + left_out, tolerance)) left_out += kTogether;
-    while (left_out < queries && add<1>(order_ + left_out, tolerance)) ++left_out;
-    chosen_ = order_ + left_out;
+    while (left_out + kTogether <= queries && add<kTogether>(work_.order + left_out, tolerance)) left_out += kTogether;
+    while (left_out < queries && add<1>(work_.order + left_out, tolerance)) ++left_out;
+    chosen_ = work_.order + left_out;
     count_ = queries - left_out;
     return 4 * count_ <= 3 * queries;
   }
 
   const int32_t* chosen() const { return chosen_; }
   int64_t count() const { return count_; }
-  const float* above() const { return above_; }  // [classes]
+  const float* above() const { return work_.above; }  // [classes]
   int32_t tag_mask() const { return (1 << tag_bits_) - 1; }
 
   // By how much the u of a class, the largest, must exceed the next for the class to be certain.
   vfloat doubt(vfloat u, vint label) const {
-    const vfloat width = gather(width_, label);
+    const vfloat width = gather(work_.width, label);
     return fma(u + width + common_, splat(rounding_), width + 1e-30f);
   }
 
@@ -81,24 +71,24 @@ class QueryChoice {
       const int32_t n = queries[i];
       rows[i] = table_.rows + n * classes;
       middles[i] = splat(table_.middles[n]);
-      bounds[i] = splat(bounds_[n]);
-      common += bounds_[n] * table_.middles[n];
+      bounds[i] = splat(work_.bounds[n]);
+      common += work_.bounds[n] * table_.middles[n];
     }
     vfloat most{};
     for (int64_t k = 0; k < classes; k += kLanes) {
-      vfloat width = load(width_ + k), above = load(above_ + k);
+      vfloat width = load(work_.width + k), above = load(work_.above + k);
       for (int i = 0; i < kCount; ++i) {
         const vfloat d = load(rows[i] + k) - middles[i];
         width = fma(maximum(d, -d), bounds[i], width);
         above = fma(maximum(d, vfloat{}), bounds[i], above);
       }
-      store(next_width_ + k, width);
-      store(next_above_ + k, above);
+      store(work_.next_width + k, width);
+      store(work_.next_above + k, above);
       most = maximum(most, width);
     }
-    if (lane_bits(most <= splat(tolerance)) != (uint32_t{1} << kLanes) - 1) return false;
-    exchange(above_, next_above_);
-    exchange(width_, next_width_);
+    if (lane_bits(most <= splat(tolerance)) != kAllLanes) return false;
+    exchange(work_.above, work_.next_above);
+    exchange(work_.width, work_.next_width);
     common_ = common;
     return true;
   }
@@ -112,21 +102,20 @@ class QueryChoice {
   void sort_by_weight() {
     const int64_t queries = table_.queries, padded = to_full_vectors(queries);
     for (int64_t n = 0; n < padded; n += kLanes) {
-      const vfloat weight = load(bounds_ + n) * load(table_.peaks + n);
-      store(weights_ + n, weight);
+      const vfloat weight = load(work_.bounds + n) * load(table_.peaks + n);
+      store(work_.weights + n, weight);
       vint key = (bits(weight) >> 21) - splat(kLowestKey);
       key = key < 0 ? vint{} : key;
-      store(keys_ + n, key > kKeys - 1 ? splat(kKeys - 1) : key);
+      store(work_.keys + n, key > kKeys - 1 ? splat(kKeys - 1) : key);
     }
     int32_t place[kKeys + 1] = {};
-    for (int64_t n = 0; n < queries; ++n) ++place[keys_[n] + 1];
+    for (int64_t n = 0; n < queries; ++n) ++place[work_.keys[n] + 1];
     for (int32_t key = 0; key < kKeys; ++key) place[key + 1] += place[key];
-    for (int64_t n = 0; n < queries; ++n) order_[place[keys_[n]]++] = static_cast<int32_t>(n);
+    for (int64_t n = 0; n < queries; ++n) work_.order[place[work_.keys[n]]++] = static_cast<int32_t>(n);
   }
 
   const ClassTable& table_;
-  float *bounds_, *weights_, *above_, *width_, *next_above_, *next_width_;
-  int32_t *keys_, *order_;
+  QueryChoiceWorkspace work_;
   const int32_t* chosen_ = nullptr;
   int64_t count_ = 0;
   int32_t tag_bits_ = 0;

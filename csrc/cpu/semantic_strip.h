@@ -1,12 +1,69 @@
-// Resampled mask logits of one strip of pixels, as sigmoids.
+// Values resampled to one strip of pixels: a row of them, and mask logits as sigmoids.
 #pragma once
 
 #include "cpu/semantic.h"
-#include "cpu/strip_columns.h"
-#include "cpu/vec.h"
+#include "cpu/simd/functions.h"
 
 namespace fastmask::FASTMASK_SIMD {
 namespace {
+
+class StripColumns {
+ public:
+  StripColumns(const Taps& columns, int64_t strip)
+      : taps_(columns.taps),
+        stride_(columns.stride),
+        weight_(columns.weight + strip * kStrip),
+        left_(strip_span(columns, strip).left) {
+    const int32_t* index = columns.index + strip * kStrip;
+    for (int t = 0; t < taps_; ++t) {
+      for (int64_t j = 0; j < kStrip; ++j) relative_[t][j] = index[t * stride_ + j] - static_cast<int32_t>(left_);
+    }
+#if defined(__AVX512F__)
+    // Where 16 neighboring pixels read from two vectors, a permutation is faster than gathering.
+    permute_ = true;
+    for (int64_t j = 0; j < kStrip; j += kLanes) {
+      permute_ &= relative_[taps_ - 1][j + kLanes - 1] - relative_[0][j] < 2 * kLanes;
+    }
+#endif
+  }
+
+  // The first column that the strip reads. Counted from it, the pixels [i, j] read the columns [first(i), last(j)].
+  int64_t left() const { return left_; }
+  int64_t first(int64_t j) const { return relative_[0][j]; }
+  int64_t last(int64_t j) const { return relative_[taps_ - 1][j]; }
+
+  // The pixels [j, j + kLanes), from the values of the columns from left on, and 2 * kLanes more that can be read.
+  vfloat apply(const float* values, int64_t j) const {
+    vfloat x;
+#if defined(__AVX512F__)
+    if (permute_) {
+      const int32_t base = relative_[0][j];
+      const __m512 low = (__m512)load(values + base), high = (__m512)load(values + base + kLanes);
+      for (int t = 0; t < taps_; ++t) {
+        const vint from = load(relative_[t] + j) - splat(base);
+        const vfloat value = (vfloat)_mm512_permutex2var_ps(low, (__m512i)from, high);
+        x = t == 0 ? value * load(weight_ + j) : fma(value, load(weight_ + t * stride_ + j), x);
+      }
+      return x;
+    }
+#endif
+    x = gather(values, load(relative_[0] + j)) * load(weight_ + j);
+    for (int t = 1; t < taps_; ++t) {
+      x = fma(gather(values, load(relative_[t] + j)), load(weight_ + t * stride_ + j), x);
+    }
+    return x;
+  }
+
+ private:
+  int taps_;
+  int64_t stride_;
+  const float* weight_;  // [taps, stride_] from the strip's first column on
+  int64_t left_;
+  int32_t relative_[kMaxTaps][kStrip];
+#if defined(__AVX512F__)
+  bool permute_;
+#endif
+};
 
 // Elements of a row of kStrip.
 inline vfloat pick(const float* row, vint column) {
@@ -21,43 +78,24 @@ inline vfloat pick(const float* row, vint column) {
 #endif
 }
 
-// Cuts scratch memory into pieces.
-class Scratch {
- public:
-  explicit Scratch(float* memory) : next_(memory) {}
-
-  template <class T = float>
-  T* take(int64_t count) {
-    static_assert(sizeof(T) == sizeof(float));
-    T* piece = reinterpret_cast<T*>(next_);
-    next_ += count;
-    return piece;
-  }
-
- private:
-  float* next_;
-};
-
-constexpr int64_t kTileRows = 8;
+constexpr int64_t kRowsTogether = 8;
 
 // A row of logits is stretched to the strip's width when a query is first asked for at a row of pixels that reads it;
 // the rows that one row of pixels reads are kept, so that the rows of pixels below find them.
 class MaskStrip {
  public:
-  MaskStrip(const PackedLogits& packed, const Taps& rows, const Taps& columns, int64_t strip, Scratch& scratch)
-      : packed_(packed), rows_(rows), columns_(columns, strip), strip_(strip) {
-    const int64_t queries = packed.queries, padded = to_full_vectors(queries);
+  MaskStrip(const PackedLogits& packed, const Taps& rows, const Taps& columns, int64_t strip,
+            const MaskStripWorkspace& work)
+      : packed_(packed), rows_(rows), columns_(columns, strip), strip_(strip), work_(work) {
     for (int t = 0; t < rows.taps; ++t) {
-      stretched_[t] = scratch.take(queries * kStrip);
-      held_[t] = scratch.take<int32_t>(padded);
-      for (int64_t n = 0; n < padded; ++n) held_[t][n] = -1;
+      for (int64_t n = 0; n < packed.queries; ++n) work.held[t][n] = -1;
     }
   }
 
-  // The end of the rows of pixels from y on that read the same rows of logits, at most kTileRows of them.
+  // The end of the rows of pixels from y on that read the same rows of logits, at most kRowsTogether of them.
   int64_t same_rows(int64_t y, int64_t end) const {
     int64_t next = y + 1;
-    while (next < end && next < y + kTileRows && reads_same(y, next)) ++next;
+    while (next < end && next < y + kRowsTogether && reads_same(y, next)) ++next;
     return next;
   }
 
@@ -151,8 +189,8 @@ class MaskStrip {
 
   // Row row_[t] of query n.
   const float* stretched(int64_t n, int t) {
-    float* out = stretched_[slot_[t]] + n * kStrip;
-    int32_t& held = held_[slot_[t]][n];
+    float* out = work_.stretched[slot_[t]] + n * kStrip;
+    int32_t& held = work_.held[slot_[t]][n];
     if (held != row_[t]) {
       held = row_[t];
       stretch(n, row_[t], out);
@@ -170,8 +208,7 @@ class MaskStrip {
   const Taps& rows_;
   const StripColumns columns_;
   const int64_t strip_;
-  float* stretched_[kMaxTaps];  // [queries, kStrip] of each slot
-  int32_t* held_[kMaxTaps];     // the row of logits that each query's row in a slot was made of
+  const MaskStripWorkspace& work_;
   int32_t row_[kMaxTaps];
   int slot_[kMaxTaps];
 };

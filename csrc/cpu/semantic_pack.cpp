@@ -1,6 +1,6 @@
 #include "cpu/semantic.h"
-#include "cpu/strip_columns.h"
-#include "cpu/vec.h"
+#include "cpu/semantic_strip.h"
+#include "cpu/simd/logits.h"
 
 namespace fastmask::FASTMASK_SIMD {
 namespace {
@@ -12,18 +12,16 @@ inline int32_t store_bounded(vfloat x, float* out) {
 }
 
 // Reads a row, 0 beyond it up to a full vector, and returns how many of its logits are NaN.
-int32_t load_bounded(const MaskPlanes& planes, int64_t n, int64_t row, float* out) {
-  const int64_t offset = planes.offset + n * planes.query_stride + row * planes.row_stride;
-  const int64_t count = planes.columns;
+int32_t load_bounded(Logits row, int64_t count, float* out) {
   int32_t nans = 0;
   int64_t i = 0;
-  if (planes.dtype == Dtype::kFloat32) {
-    const float* logits = static_cast<const float*>(planes.logits) + offset;
+  if (row.dtype == Dtype::kFloat32) {
+    const float* logits = static_cast<const float*>(row.data) + row.offset;
     for (; i + kLanes <= count; i += kLanes) nans += store_bounded(load(logits + i), out + i);
     if (i < count) nans += store_bounded(load_some(logits + i, count - i), out + i);
     return nans;
   }
-  load_logits(planes.logits, planes.dtype, offset, count, out);
+  load_logits(row, count, out);
   for (; i < count; i += kLanes) nans += store_bounded(load(out + i), out + i);
   return nans;
 }
@@ -45,8 +43,7 @@ inline void largest_of_rows(const float* rows, int64_t stride, int64_t count, fl
     store(lanes + q * (kLanes + 1), most);
   }
   for (int64_t q = 0; q < kPackQueries; q += kLanes) {
-    vint at;
-    for (int i = 0; i < kLanes; ++i) at[i] = static_cast<int32_t>((q + i) * (kLanes + 1));
+    const vint at = by_lane([q](int i) { return static_cast<int32_t>((q + i) * (kLanes + 1)); });
     vfloat most = gather(lanes, at);
     for (int i = 1; i < kLanes; ++i) most = maximum(most, gather(lanes + i, at));
     store(out + q, most);
@@ -56,27 +53,27 @@ inline void largest_of_rows(const float* rows, int64_t stride, int64_t count, fl
 }  // namespace
 
 void pack_logits(const MaskPlanes& planes, const Taps& columns, int64_t begin, int64_t end, int64_t count_end,
-                 const PackedLogits& packed, int32_t* nans, float* scratch) {
-  const int64_t width = to_full_vectors(planes.columns) + 32;
-  float* const lanes = scratch + kPackQueries * width;  // [kPackQueries, kLanes + 1]
-  for (int64_t i = 0; i < kPackQueries * width; ++i) scratch[i] = -kLogitBound;
+                 const PackedLogits& packed, int32_t* nans, const PackWorkspace& work) {
+  const int64_t w = planes.first.w, width = to_full_vectors(w) + 32;
+  for (int64_t i = 0; i < kPackQueries * width; ++i) work.rows[i] = -kLogitBound;
   for (int64_t row = begin; row < end; ++row) {
     const bool wanted = row >= packed.top && row < packed.top + packed.rows;
     for (int64_t first = 0; first < planes.queries; first += kPackQueries) {
       const int64_t left = planes.queries - first, count = left < kPackQueries ? left : kPackQueries;
       for (int64_t q = 0; q < count; ++q) {
-        const int32_t found = load_bounded(planes, first + q, row, scratch + q * width);
+        const Logits logits = after(row_of(planes.first, row), (first + q) * planes.query_stride);
+        const int32_t found = load_bounded(logits, w, work.rows + q * width);
         if (row < count_end) nans[first + q] += found;
       }
       for (int64_t strip = 0; wanted && strip < packed.strips; ++strip) {
-        const StripSpan span(columns, strip);
+        const StripSpan span = strip_span(columns, strip);
         const int64_t at = (strip * packed.rows + row - packed.top) * planes.queries + first;
         for (int64_t q = 0; q < count; ++q) {
-          copy(scratch + q * width + span.left, span.count, packed.logits + (at + q) * packed.stride);
+          copy(work.rows + q * width + span.left, span.count, packed.logits + (at + q) * packed.stride);
         }
         if (packed.cells == nullptr) continue;
         float* cells = packed.cells + ((row - packed.top) * packed.strips + strip) * to_full_vectors(planes.queries);
-        largest_of_rows(scratch + span.left, width, span.count, lanes, cells + first);
+        largest_of_rows(work.rows + span.left, width, span.count, work.lanes, cells + first);
       }
     }
   }

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cpu/masked_attention.h"
-#include "cpu/vec.h"
+#include "cpu/simd/vec.h"
 
 namespace fastmask::FASTMASK_SIMD {
 
@@ -10,19 +10,6 @@ constexpr int64_t kKeys = kAttentionKeys;
 constexpr int kParts = kKeys / kLanes;
 // Rows whose sums stay in registers, two vectors each: AVX-512 has 32 registers, the other levels 16.
 constexpr int kGroup = kLanes == 16 ? 8 : 4;
-
-// Bit i is set where lane i of a mask is all ones.
-static inline uint32_t bits_of(vint lanes) {
-#if defined(__AVX512F__)
-  return _mm512_movepi32_mask((__m512i)lanes);
-#elif defined(__AVX2__)
-  return _mm256_movemask_ps((__m256)lanes);
-#else
-  uint32_t set = 0;
-  for (int i = 0; i < kLanes; ++i) set |= static_cast<uint32_t>(lanes[i] < 0) << i;
-  return set;
-#endif
-}
 
 static inline float largest_lane(vfloat v) {
   float largest = v[0];
@@ -108,8 +95,8 @@ static inline void tile_combine(const float* weights, int64_t out_step, int64_t 
   }
 }
 
-// Calls run.operator()<G>(first) for groups that cover 0..count, the largest first. What a group's size is changes no
-// result: each row has sums of its own.
+// Calls run.operator()<G>(first) for groups of G that cover 0..count, the largest first. A group's size changes no
+// result, as each row has sums of its own.
 template <typename Run>
 static inline void for_groups(int64_t count, const Run& run) {
   int64_t first = 0;
@@ -129,54 +116,6 @@ static inline void transpose_rows(const float* rows, int64_t stride, float* colu
       for (int i = 0; i < kLanes; ++i) store(columns + (c + i) * kKeys + s, tile[i]);
     }
   }
-}
-
-using vlong = uint64_t __attribute__((vector_size(4 * kLanes)));
-
-// The products of each 64-bit lane's low half with a constant.
-static inline vlong multiply_low(vlong a, uint32_t b) {
-#if defined(__AVX512F__)
-  return (vlong)_mm512_maskz_mul_epu32(0xff, (__m512i)a, _mm512_set1_epi64(b));
-#elif defined(__AVX2__)
-  return (vlong)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
-#else
-  return (a & 0xffffffffu) * b;
-#endif
-}
-
-struct Product {
-  vuint low, high;
-};
-
-// The 64-bit products of each 32-bit lane with a constant.
-static inline Product multiply(vuint a, uint32_t b) {
-  const vlong even = multiply_low((vlong)a, b), odd = multiply_low((vlong)a >> 32, b);
-  return {(vuint)((even & 0xffffffffu) | (odd << 32)), (vuint)((even >> 32) | (odd & ~uint64_t{0xffffffffu}))};
-}
-
-// All ones in the lanes i whose number u(index + i) in [0, 1) is at least `probability`. u is the first output of
-// Philox4x32-10 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3; SC 2011) for the counter `index` and the
-// key `seed`, made a float as Triton's tl.rand does, so that both drop the same weights.
-static inline vint keep_lanes(uint64_t seed, uint64_t index, float probability) {
-  vuint lane;
-  for (int i = 0; i < kLanes; ++i) lane[i] = i;
-  const uint32_t low = static_cast<uint32_t>(index);
-  vuint c0 = lane + low;
-  vuint c1 = (vuint{} + static_cast<uint32_t>(index >> 32)) - (vuint)(c0 < low);  // the carry
-  vuint c2 = {}, c3 = {};
-  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const Product a = multiply(c0, 0xD2511F53u), b = multiply(c2, 0xCD9E8D57u);
-    c0 = b.high ^ c1 ^ k0;
-    c2 = a.high ^ c3 ^ k1;
-    c1 = b.low;
-    c3 = a.low;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-  const vint word = (vint)c0;
-  const vfloat uniform = __builtin_convertvector(word < 0 ? ~word : word, vfloat) * 4.6566127342e-10f;
-  return uniform >= probability;
 }
 
 }  // namespace fastmask::FASTMASK_SIMD

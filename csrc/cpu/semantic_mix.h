@@ -1,9 +1,9 @@
-// score[k] = sum_n P[n, k] s_n for a block of pixels: a matrix product whose sums stay in registers, block of classes
-// by block of classes, and go from there to whoever wants them.
+// score[k] = sum_n P[n, k] s_n for a block of pixels: a matrix product whose sums stay in registers, one block of
+// classes after the other, and go from there to a consumer, which stores them or finds the largest.
 #pragma once
 
 #include "cpu/semantic.h"
-#include "cpu/vec.h"
+#include "cpu/simd/vec.h"
 
 namespace fastmask::FASTMASK_SIMD {
 namespace {
@@ -41,38 +41,33 @@ inline void mix_block(const float* probabilities, int64_t k, const int32_t* quer
   consumer.take(k, sums);
 }
 
+// Calls run.operator()<R>() for R = classes in 1..kClassBlock.
+template <int R = kClassBlock, class Run>
+inline void for_class_count(int64_t classes, const Run& run) {
+  if constexpr (R > 1) {
+    if (classes != R) return for_class_count<R - 1>(classes, run);
+  }
+  run.template operator()<R>();
+}
+
 // Gives consumer.take(k, sums) the scores of kMixPixels pixels for the classes from k on, block by block, in rising
 // order. Each is start[k] (0 if null) plus P[n, k] times the sigmoids of the `count` listed queries, in their order;
 // the sigmoids of the i-th begin at sigmoids + i * stride.
 template <class Consumer>
 inline void mix_classes(const ClassTable& table, const int32_t* queries, int64_t count, const float* start,
                         const float* sigmoids, int64_t stride, Consumer& consumer) {
-  static_assert(kClassBlock == 6);
   int64_t k = 0;
   for (int64_t block = 0; block < class_blocks(table.classes); ++block) {
     const int64_t classes = class_block_size(table.classes, block);
     const float* p = table.blocks + table.queries * k;
-    switch (classes) {
-      case 1:
-        mix_block<1>(p, k, queries, count, start, sigmoids, stride, consumer);
-        break;
-      case 2:
-        mix_block<2>(p, k, queries, count, start, sigmoids, stride, consumer);
-        break;
-      case 3:
-        mix_block<3>(p, k, queries, count, start, sigmoids, stride, consumer);
-        break;
-      case 4:
-        mix_block<4>(p, k, queries, count, start, sigmoids, stride, consumer);
-        break;
-      case 5:
-        mix_block<5>(p, k, queries, count, start, sigmoids, stride, consumer);
-        break;
-      default:
-        mix_block<6>(p, k, queries, count, start, sigmoids, stride, consumer);
-    }
+    for_class_count(classes, [&]<int R>() { mix_block<R>(p, k, queries, count, start, sigmoids, stride, consumer); });
     k += classes;
   }
+}
+
+static inline void keep_two(vfloat x, vfloat& best, vfloat& second) {
+  second = maximum(second, minimum(x, best));
+  best = maximum(best, x);
 }
 
 // The class of the largest score; the lowest of equal ones.
@@ -115,10 +110,7 @@ struct BestTwoClasses : BestClass {
     for (int v = 0; v < kMixVectors; ++v) {
       vfloat best = score[v];
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        second[v] = maximum(second[v], minimum(sums[r][v], best));
-        best = maximum(best, sums[r][v]);
-      }
+      for (int r = 0; r < R; ++r) keep_two(sums[r][v], best, second[v]);
     }
     BestClass::take(k, sums);
   }
@@ -148,9 +140,7 @@ struct RoughBestTwo {
     for (int v = 0; v < kMixVectors; ++v) {
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        const vfloat tagged = with_tag(sums[r][v], splat(static_cast<int32_t>(k + r)), tag_mask);
-        second[v] = maximum(second[v], minimum(tagged, best[v]));
-        best[v] = maximum(best[v], tagged);
+        keep_two(with_tag(sums[r][v], splat(static_cast<int32_t>(k + r)), tag_mask), best[v], second[v]);
       }
     }
   }
@@ -173,6 +163,49 @@ struct StoreScores {
     }
   }
 };
+
+template <class T>
+inline void convert_labels(const int32_t* labels, int64_t count, T* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<T>(labels[i]);
+}
+
+// `count` labels from pixel `at` on.
+inline void write_labels(const SemanticMaps& maps, int64_t at, const int32_t* labels, int64_t count) {
+  switch (maps.label_bytes) {
+    case 1:
+      convert_labels(labels, count, static_cast<uint8_t*>(maps.labels) + at);
+      break;
+    case 2:
+      convert_labels(labels, count, static_cast<int16_t*>(maps.labels) + at);
+      break;
+    default:
+      convert_labels(labels, count, static_cast<int32_t*>(maps.labels) + at);
+  }
+}
+
+// Writes to the maps what is wanted of the scores of a row of `width` pixels from pixel `at` on, in parts of
+// kMixPixels: mix(j, consumer) gives a consumer the scores from the j-th pixel on.
+template <class Mix>
+inline void write_row(const SemanticMaps& maps, int64_t classes, int64_t at, int64_t width, const Mix& mix) {
+  int32_t labels[kStrip];
+  for (int64_t j = 0; j < width; j += kMixPixels) {
+    const int64_t count = width - j < kMixPixels ? width - j : kMixPixels;
+    if (maps.scores != nullptr) {
+      StoreScores scores{maps.scores + at + j, maps.rows * maps.width, count};
+      mix(j, scores);
+    } else if (maps.score != nullptr) {
+      BestTwoClasses best;
+      mix(j, best);
+      memcpy(labels + j, best.label, sizeof best.label);
+      best.write(classes, count, maps.score + at + j, maps.margin + at + j);
+    } else {
+      BestClass best;
+      mix(j, best);
+      memcpy(labels + j, best.label, sizeof best.label);
+    }
+  }
+  if (maps.labels != nullptr) write_labels(maps, at, labels, width);
+}
 
 }  // namespace
 }  // namespace fastmask::FASTMASK_SIMD

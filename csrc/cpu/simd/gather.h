@@ -1,8 +1,8 @@
-// Vectors gathered from anywhere, at the SIMD level of the including file.
+// Vectors gathered from maps.
 #pragma once
 
-#include "common/bordered.h"
-#include "cpu/vec.h"
+#include "common/points.h"
+#include "cpu/simd/logits.h"
 
 namespace fastmask::FASTMASK_SIMD {
 
@@ -28,43 +28,34 @@ static inline void gather_pairs(const float* base, vint index, vfloat& first, vf
 
 // Four bytes from each of the byte offsets, which need not be aligned.
 static inline vint gather_words(const uint8_t* base, vint offset) {
-#if defined(__AVX512F__)
-  return (vint)_mm512_mask_i32gather_epi32(_mm512_setzero_si512(), 0xffff, (__m512i)offset, base, 1);
-#elif defined(__AVX2__)
-  return (vint)_mm256_i32gather_epi32(reinterpret_cast<const int*>(base), (__m256i)offset, 1);
-#else
-  vint words;
-  for (int i = 0; i < kLanes; ++i) {
-    int32_t word;
-    memcpy(&word, base + offset[i], sizeof word);
-    words[i] = word;
-  }
-  return words;
-#endif
+  return FASTMASK_BY_LEVEL((vint)_mm512_mask_i32gather_epi32(_mm512_setzero_si512(), 0xffff, (__m512i)offset, base, 1),
+                           (vint)_mm256_i32gather_epi32(reinterpret_cast<const int*>(base), (__m256i)offset, 1),
+                           by_lane([&](int i) { return load_as<int32_t>(base + offset[i]); }));
 }
 
-// Where positions in 0..1 lie along an axis of `size` pixels with a border pixel at each end: the first of the two
-// pixels, 0..size, and the weight of the second. A position off the map, or NaN, lies on a border pixel.
-struct AxisTaps {
+// Where coordinates in 0..1 lie along an axis of `size` pixels with a border pixel at each end: the first of the two
+// pixels around each, 0..size, and the weight of the second. One off the map, or NaN, lies on a border pixel.
+struct Positions {
   vint first;
   vfloat weight;
 };
 
-static inline AxisTaps axis_taps(vfloat position, float size) {
-  // Reckoned from the first pixel, not from the border: half a pixel more could need one bit more than there is.
-  vfloat at = fma(position, splat(size), splat(-0.5f));
+static inline Positions positions(vfloat coordinates, int64_t pixels) {
+  const float size = static_cast<float>(pixels);
+  // Counted from the first pixel, not from the border: half a pixel more could need one bit more than there is.
+  vfloat at = fma(coordinates, splat(size), splat(-0.5f));
   at = at > -1.0f ? at : splat(-1.0f);
   at = at < size ? at : splat(size);
   vint first = __builtin_convertvector(at, vint) + 1;
   first = at < 0.0f ? vint{} : first;
-  const vint last = splat(static_cast<int32_t>(size));
+  const vint last = splat(static_cast<int32_t>(pixels));
   first = first < last ? first : last;
   return {first, at - __builtin_convertvector(first - 1, vfloat)};
 }
 
 // Bilinear samples of a map with a border of zeros, `stride` floats from row to row. Pixels without weight are not
 // read, as 0 * inf is NaN: those after a position on a pixel, and those before one beyond the map.
-static inline vfloat sample(const float* bordered, int32_t stride, AxisTaps columns, AxisTaps rows) {
+static inline vfloat sample(const float* bordered, int32_t stride, Positions columns, Positions rows) {
   const vint index = rows.first * stride + columns.first;
   vfloat a, b, c, d;
   gather_pairs(bordered, index, a, b);
@@ -76,17 +67,17 @@ static inline vfloat sample(const float* bordered, int32_t stride, AxisTaps colu
   return fma(masked(below, lower), rows.weight, masked(above, upper) * (1.0f - rows.weight));
 }
 
-// Copies a map of h x w logits into a border of zeros; `out` holds bordered_size(h, w) floats.
-static inline void load_bordered(const void* logits, int64_t offset, Dtype dtype, int64_t h, int64_t w, float* out) {
-  const int64_t stride = w + 2;
+// Copies a map into a border of zeros; `out` holds bordered_size(h, w) floats.
+static inline void load_bordered(const Plane& plane, float* out) {
+  const int64_t stride = plane.w + 2;
   memset(out, 0, sizeof(float) * stride);
-  for (int64_t y = 0; y < h; ++y) {
+  for (int64_t y = 0; y < plane.h; ++y) {
     float* row = out + (y + 1) * stride;
     row[0] = 0.0f;
-    load_logits(logits, dtype, offset + y * w, w, row + 1);  // writes zeros up to a multiple of 16, before what follows
-    row[w + 1] = 0.0f;
+    load_logits(row_of(plane, y), plane.w, row + 1);  // writes zeros up to a multiple of 16, before what follows
+    row[plane.w + 1] = 0.0f;
   }
-  memset(out + (h + 1) * stride, 0, sizeof(float) * stride);
+  memset(out + (plane.h + 1) * stride, 0, sizeof(float) * stride);
 }
 
 }  // namespace fastmask::FASTMASK_SIMD

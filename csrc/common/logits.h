@@ -1,4 +1,4 @@
-// The logit types that the kernels read, and scalar conversions between them and float.
+// Logits as the kernels read them, and scalar conversions between their types and float.
 //
 // The functions are static: every translation unit, compiled for its own SIMD level, has its own copy.
 #pragma once
@@ -6,11 +6,39 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/carver.h"
+
 namespace fastmask {
 
-enum class Dtype : int { kFloat32, kBFloat16, kFloat16 };
+// Of logits and of costs; only costs may be float64.
+enum class Dtype : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
-[[maybe_unused]] static inline float half_to_float(uint16_t half) {
+// Logits from element `offset` of a tensor on.
+struct Logits {
+  const void* data;
+  Dtype dtype;
+  int64_t offset;
+};
+
+// The logits of one query, [h, w] with rows `row_stride` elements apart.
+struct Plane {
+  Logits logits;
+  int64_t h, w, row_stride;
+};
+
+static inline Logits after(Logits logits, int64_t elements) {
+  return {logits.data, logits.dtype, logits.offset + elements};
+}
+
+static inline Logits row_of(const Plane& plane, int64_t y) { return after(plane.logits, y * plane.row_stride); }
+
+FASTMASK_HOST_DEVICE static inline float float_of_bits(uint32_t word) {
+  float value;
+  memcpy(&value, &word, sizeof value);
+  return value;
+}
+
+[[maybe_unused]] FASTMASK_HOST_DEVICE static inline float half_to_float(uint16_t half) {
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
   const uint32_t exponent = (half >> 10) & 0x1f;
   const uint32_t mantissa = half & 0x3ff;
@@ -18,10 +46,11 @@ enum class Dtype : int { kFloat32, kBFloat16, kFloat16 };
     const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;
     return sign != 0 ? -magnitude : magnitude;
   }
-  const uint32_t word = sign | ((exponent == 31 ? 255 : exponent + 112) << 23) | (mantissa << 13);
-  float value;
-  memcpy(&value, &word, sizeof value);
-  return value;
+  return float_of_bits(sign | ((exponent == 31 ? 255 : exponent + 112) << 23) | (mantissa << 13));
+}
+
+[[maybe_unused]] FASTMASK_HOST_DEVICE static inline float bfloat16_to_float(uint16_t bfloat) {
+  return float_of_bits(static_cast<uint32_t>(bfloat) << 16);
 }
 
 // Rounds to nearest even, like the hardware.

@@ -35,12 +35,8 @@ AssignSolution solve(Tensor cost, std::optional<Tensor> counts, bool with_duals)
 
   AssignLaunch launch{};
   const int64_t dims = cost.dim();
-  launch.largest = {cost.data_ptr(),
-                    assign_dtype(cost),
-                    cost.stride(dims - 2),
-                    cost.stride(dims - 1),
-                    static_cast<int32_t>(batch.queries),
-                    static_cast<int32_t>(batch.targets)};
+  launch.largest = {cost.data_ptr(),       dtype_of(cost, "cost", true),        cost.stride(dims - 2),
+                    cost.stride(dims - 1), static_cast<int32_t>(batch.queries), static_cast<int32_t>(batch.targets)};
   launch.problems = batch.problems;
   launch.counts = batch.counts;
   launch.result = out.result;
@@ -65,7 +61,7 @@ AssignSolution solve(Tensor cost, std::optional<Tensor> counts, bool with_duals)
   STD_TORCH_CHECK(plan.fits, "cost has ", batch.queries, " queries and ", batch.targets,
                   " targets; this GPU's shared memory takes about 1000 of each");
   Tensor scratch = empty_result(cost, {batch.problems * plan.scratch_bytes}, ScalarType::Byte);
-  launch.scratch = static_cast<char*>(scratch.data_ptr());
+  launch.scratch = data_of<char>(scratch);
   launch.scratch_bytes = plan.scratch_bytes;
   launch.costs_in_shared = plan.costs_in_shared;
   error = assign_cuda_launch(launch, plan, current_stream(device));

@@ -1,7 +1,7 @@
 // Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), a counter a lane.
 #pragma once
 
-#include "cpu/vec.h"
+#include "cpu/simd/vec.h"
 
 namespace fastmask::FASTMASK_SIMD {
 
@@ -29,15 +29,13 @@ static inline void multiply(vuint a, uint32_t b, vuint& high, vuint& low) {
 #endif
 }
 
-// Four words for each of the counters (first + lane, row, 0, 0).
 struct Words {
   vuint word[4];
 };
 
-static inline Words philox(uint64_t seed, uint32_t first, uint32_t row) {
-  vuint lane;
-  for (int i = 0; i < kLanes; ++i) lane[i] = i;
-  Words x{{lane + first, vuint{} + row, vuint{}, vuint{}}};
+// Four words for each of the counters (c0, c1, 0, 0).
+static inline Words philox(uint64_t seed, vuint c0, vuint c1) {
+  Words x{{c0, c1, vuint{}, vuint{}}};
   uint32_t key_0 = static_cast<uint32_t>(seed), key_1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 10; ++round) {
     vuint high_0, low_0, high_1, low_1;
@@ -53,6 +51,17 @@ static inline Words philox(uint64_t seed, uint32_t first, uint32_t row) {
 // Uniform in [0, 1): the upper 24 bits of each word.
 static inline vfloat uniform(vuint word) {
   return __builtin_convertvector((vint)(word >> 8), vfloat) * splat(0x1p-24f);
+}
+
+// All ones in the lanes i whose number u(index + i) in [0, 1) is at least `probability`. u is the first word for the
+// counter `index`, made a float as Triton's tl.rand does, so that both drop the same weights.
+static inline vint keep_lanes(uint64_t seed, uint64_t index, float probability) {
+  const uint32_t low = static_cast<uint32_t>(index);
+  const vuint c0 = (vuint)lane_numbers() + low;
+  const vuint carry = (vuint)(c0 < low);
+  const vint word = (vint)philox(seed, c0, (vuint{} + static_cast<uint32_t>(index >> 32)) - carry).word[0];
+  const vfloat u = __builtin_convertvector(word < 0 ? ~word : word, vfloat) * 4.6566127342e-10f;
+  return u >= probability;
 }
 
 }  // namespace fastmask::FASTMASK_SIMD

@@ -1,0 +1,211 @@
+// Vectors of the SIMD level that this file is compiled for.
+//
+// Only functions of this level's namespace may be defined here: an inline function shared between levels would be
+// merged by the linker into one copy, compiled for whichever level came first.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#if defined(__clang__)
+// Vectors in arguments: no function of a level is called from another one.
+#pragma GCC diagnostic ignored "-Wpsabi"
+#else
+// GCC warns of its own intrinsics, such as _mm512_min_epi32.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
+// One of three expressions.
+#if defined(__AVX512F__)
+#define FASTMASK_BY_LEVEL(avx512, avx2, portable) (avx512)
+#elif defined(__AVX2__)
+#define FASTMASK_BY_LEVEL(avx512, avx2, portable) (avx2)
+#else
+#define FASTMASK_BY_LEVEL(avx512, avx2, portable) (portable)
+#endif
+
+namespace fastmask::FASTMASK_SIMD {
+
+constexpr int kLanes = FASTMASK_BY_LEVEL(16, 8, 4);
+
+using vfloat = float __attribute__((vector_size(4 * kLanes)));
+using vint = int32_t __attribute__((vector_size(4 * kLanes)));
+using vuint = uint32_t __attribute__((vector_size(4 * kLanes)));
+using vbyte = uint8_t __attribute__((vector_size(kLanes)));
+
+// Minus 0 changes no x, not even -0, so the compiler leaves a plain broadcast.
+static inline vfloat splat(float x) { return x - vfloat{}; }
+static inline vint splat(int32_t x) { return vint{} + x; }
+
+// f(i) in lane i.
+template <class V = vint, class F>
+static inline V by_lane(F f) {
+  V v;
+  for (int i = 0; i < kLanes; ++i) v[i] = f(i);
+  return v;
+}
+
+static inline vint lane_numbers() {
+  return by_lane([](int i) { return i; });
+}
+
+template <class V>
+static inline V load_as(const void* p) {
+  V v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+static inline vfloat load(const float* p) { return load_as<vfloat>(p); }
+static inline vint load(const int32_t* p) { return load_as<vint>(p); }
+static inline void store(float* p, vfloat v) { memcpy(p, &v, sizeof v); }
+static inline void store(int32_t* p, vint v) { memcpy(p, &v, sizeof v); }
+
+// kLanes bytes, each widened to 32 bits.
+static inline vint load_bytes(const uint8_t* p) { return __builtin_convertvector(load_as<vbyte>(p), vint); }
+
+static inline vint bits(vfloat v) { return load_as<vint>(&v); }
+static inline vfloat from_bits(vint v) { return load_as<vfloat>(&v); }
+
+// The first `count` < kLanes elements, and zeros: nothing beyond them is read.
+static inline vfloat load_some(const float* p, int64_t count) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+#elif defined(__AVX2__)
+  return (vfloat)_mm256_maskload_ps(p, (__m256i)(lane_numbers() < static_cast<int32_t>(count)));
+#else
+  vfloat v{};
+  for (int64_t i = 0; i < count; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+
+static inline void store_some(float* p, vfloat v, int64_t count) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), (__m512)v);
+#else
+  for (int64_t i = 0; i < count; ++i) p[i] = v[i];
+#endif
+}
+
+// Lane i is lane kLane[i] of a followed by b. GCC has the builtin of Clang from version 12 on.
+template <int... kLane, class V>
+static inline V shuffle(V a, V b) {
+#if __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(a, b, kLane...);
+#else
+  return __builtin_shuffle(a, b, vint{kLane...});
+#endif
+}
+
+// One step of a transposition: the blocks off the diagonal of each 2 kStep x 2 kStep square change places.
+template <int kStep, class V, int... kLane>
+static inline void swap_blocks(V& a, V& b, std::integer_sequence<int, kLane...>) {
+  const V low = shuffle<((kLane & kStep) == 0 ? kLane : kLanes + kLane - kStep)...>(a, b);
+  b = shuffle<((kLane & kStep) == 0 ? kLane + kStep : kLanes + kLane)...>(a, b);
+  a = low;
+}
+
+// Element j of vector i becomes element i of vector j.
+template <int kStep = kLanes / 2, class V>
+static inline void transpose(V (&v)[kLanes]) {
+  if constexpr (kStep > 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      if ((i & kStep) == 0) swap_blocks<kStep>(v[i], v[i + kStep], std::make_integer_sequence<int, kLanes>{});
+    }
+    transpose<kStep / 2>(v);
+  }
+}
+
+// a * b + c, rounded once where the level has such an instruction.
+static inline vfloat fma(vfloat a, vfloat b, vfloat c) {
+  return FASTMASK_BY_LEVEL((vfloat)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c),
+                           (vfloat)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c), a * b + c);
+}
+
+// As the instruction has it: b where either is NaN.
+static inline vfloat minimum(vfloat a, vfloat b) {
+  return FASTMASK_BY_LEVEL((vfloat)_mm512_min_ps((__m512)a, (__m512)b), (vfloat)_mm256_min_ps((__m256)a, (__m256)b),
+                           a < b ? a : b);
+}
+
+static inline vfloat maximum(vfloat a, vfloat b) {
+  return FASTMASK_BY_LEVEL((vfloat)_mm512_max_ps((__m512)a, (__m512)b), (vfloat)_mm256_max_ps((__m256)a, (__m256)b),
+                           a > b ? a : b);
+}
+
+static inline vint minimum(vint a, vint b) {
+  return FASTMASK_BY_LEVEL((vint)_mm512_min_epi32((__m512i)a, (__m512i)b),
+                           (vint)_mm256_min_epi32((__m256i)a, (__m256i)b), a < b ? a : b);
+}
+
+static inline vint maximum(vint a, vint b) {
+  return FASTMASK_BY_LEVEL((vint)_mm512_max_epi32((__m512i)a, (__m512i)b),
+                           (vint)_mm256_max_epi32((__m256i)a, (__m256i)b), a > b ? a : b);
+}
+
+static inline vint minimum_unsigned(vint a, vint b) {
+  return FASTMASK_BY_LEVEL((vint)_mm512_min_epu32((__m512i)a, (__m512i)b),
+                           (vint)_mm256_min_epu32((__m256i)a, (__m256i)b), (vuint)a < (vuint)b ? a : b);
+}
+
+// a + b modulo 2^32. Signed sums must not overflow, not even in a lane whose result is not used.
+static inline vint wrapping_sum(vint a, vint b) { return (vint)((vuint)a + (vuint)b); }
+
+// p[index] of each lane.
+static inline vfloat gather(const float* p, vint index) {
+  return FASTMASK_BY_LEVEL((vfloat)_mm512_i32gather_ps((__m512i)index, p, 4),
+                           (vfloat)_mm256_i32gather_ps(p, (__m256i)index, 4),
+                           by_lane<vfloat>([&](int i) { return p[index[i]]; }));
+}
+
+// value with the bits of `mask` replaced by `tag`, which has no others.
+static inline vfloat with_tag(vfloat value, vint tag, vint mask) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_ternarylogic_epi32((__m512i)value, (__m512i)tag, (__m512i)mask, 0xDC);
+#else
+  return from_bits((bits(value) & ~mask) | tag);
+#endif
+}
+
+constexpr uint32_t kAllLanes = (uint32_t{1} << kLanes) - 1;
+
+// Bit i is set where holds(i).
+template <class F>
+static inline uint32_t bits_where(F holds) {
+  uint32_t mask = 0;
+  for (int i = 0; i < kLanes; ++i) mask |= static_cast<uint32_t>(holds(i)) << i;
+  return mask;
+}
+
+// Bit i is set where lane i of a comparison holds.
+static inline uint32_t lane_bits(vint comparison) {
+  return FASTMASK_BY_LEVEL(_mm512_movepi32_mask((__m512i)comparison),
+                           static_cast<uint32_t>(_mm256_movemask_ps((__m256)comparison)),
+                           bits_where([&](int i) { return comparison[i] < 0; }));
+}
+
+// The sum over the lanes, in a fixed order.
+template <class Sum = double, class V>
+static inline Sum sum_lanes(V v) {
+  Sum total = 0;
+  for (int i = 0; i < kLanes; ++i) total += v[i];
+  return total;
+}
+
+// All ones in the lanes of part `part` of a chunk of lanes that the bits of `lanes` name.
+static inline vint select(uint32_t lanes, int part) {
+  const vint lane_bit = by_lane([](int i) { return 1 << i; });
+  return (splat(static_cast<int32_t>(lanes >> (part * kLanes))) & lane_bit) != 0;
+}
+
+static inline vfloat masked(vint mask, vfloat v) { return mask ? v : vfloat{}; }
+
+}  // namespace fastmask::FASTMASK_SIMD
