@@ -114,18 +114,20 @@ template <bool kFocal, bool kSquare>
 MaskLossPair forward(const Plane& plane, const Resampling& resampling, const ImageTargets& targets, int64_t target,
                      MaskTerm term, const MaskLossWorkspace& work) {
   StretchedRows stretched(plane, resampling.columns, work);
+  uint8_t* const codes = work.codes;
+  const int64_t width = targets.width;
   double loss = 0, intersection = 0, prediction = 0;
   int64_t target_pixels = 0, counted_pixels = 0;
   for (int64_t y = 0; y < targets.height; ++y) {
     const RowTaps taps(resampling.rows, y);
     const float* upper = stretched.row(taps.upper);
     const float* lower = stretched.row(taps.lower);
-    pixel_codes(targets, y, target, work.codes);
+    pixel_codes(targets, y, target, codes);
     vfloat row_loss = {}, row_intersection = {}, row_prediction = {};
     vint row_target = {}, row_counted = {};
-    for (int64_t j = 0; j < targets.width; j += kLanes) {
+    for (int64_t j = 0; j < width; j += kLanes) {
       const vfloat x = fma(load(lower + j), taps.lower_weight, load(upper + j) * taps.upper_weight);
-      const Pixel pixel = matched_pixel<kFocal, kSquare>(work.codes + j, x, term);
+      const Pixel pixel = matched_pixel<kFocal, kSquare>(codes + j, x, term);
       const vint counted_target = pixel.target & pixel.counted;
       const vfloat pixel_loss = kFocal ? pixel.modulation * pixel.cross_entropy : pixel.cross_entropy;
       row_loss += masked(pixel.counted, pixel_loss);
@@ -188,6 +190,8 @@ void backward(const Plane& plane, const Resampling& resampling, const ImageTarge
               MaskTerm term, const MaskLossGradient& given, const MaskLossWorkspace& work, float* grad) {
   StretchedGradients gradients(plane.w, resampling.columns, work, grad);
   StretchedRows stretched(plane, resampling.columns, work);
+  uint8_t* const codes = work.codes;
+  const int64_t width = targets.width;
   const DiceSums sums(given.sums);
   const double both_squared = sums.both * sums.both;
   const vfloat scale = splat(static_cast<float>(-given.mask / (given.sums.pixels > 0 ? given.sums.pixels : 1.0)));
@@ -200,10 +204,10 @@ void backward(const Plane& plane, const Resampling& resampling, const ImageTarge
     const float* lower = stretched.row(taps.lower);
     float* grad_upper = gradients.row(taps.upper);
     float* grad_lower = gradients.row(taps.lower);
-    pixel_codes(targets, y, target, work.codes);
-    for (int64_t j = 0; j < targets.width; j += kLanes) {
+    pixel_codes(targets, y, target, codes);
+    for (int64_t j = 0; j < width; j += kLanes) {
       const vfloat x = fma(load(lower + j), taps.lower_weight, load(upper + j) * taps.upper_weight);
-      const Pixel pixel = matched_pixel<kFocal, kSquare>(work.codes + j, x, term);
+      const Pixel pixel = matched_pixel<kFocal, kSquare>(codes + j, x, term);
       vfloat slope = pixel.q;
       if (kFocal) slope = pixel.modulation * fma(term.gamma * pixel.p_t, pixel.cross_entropy, pixel.q);
       slope *= scale;
