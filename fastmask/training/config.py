@@ -103,11 +103,11 @@ class TrainingConfig(PlainConfig):
         require(self.train_split != "", "train_split", "''", "the name of a split")
         segments = hasattr(self.model, "pixel_mean")
         require(segments, "model", type(self.model).__name__, "the configuration of a network that segments images")
-        check_task(self.model, self.task)
         known = {"precision": PRECISIONS, "strategy": STRATEGIES, "task": ("", *TASKS), "log": LOGGERS}
         for name, choices in known.items():
             value = getattr(self, name)
             require(value in choices, name, repr(value), f"one of {', '.join(map(repr, choices))}")
+        check_task(self.model, self.task)
         self.require_at_least(0, "seed", "workers", "eval_every")
         self.require_at_least(1, "accumulate", "log_every", "checkpoint_every")
         even = self.recipe.batch_size % self.accumulate == 0

@@ -200,11 +200,11 @@ def load_model_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Loads the result of :func:`model_state`, in every process, into a model wrapped by any strategy or none.
 
     Raises:
-        RuntimeError: keys or shapes differ.
+        RuntimeError: keys or shapes differ, as ``load_state_dict`` says.
     """
     model = unwrap(model)
-    if missing := model.state_dict().keys() - state.keys():  # PyTorch would leave these as they are
-        raise RuntimeError(f"the state has no {', '.join(sorted(missing))}")
+    if not model.state_dict().keys() <= state.keys():
+        model.load_state_dict(state)  # raises; PyTorch would leave what is missing as it is
     set_model_state_dict(model, dict(state), options=StateDictOptions(full_state_dict=True))
 
 
