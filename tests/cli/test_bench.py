@@ -111,6 +111,7 @@ def backends(monkeypatch):
     return seen
 
 
+@pytest.mark.slow
 def test_each_backend_runs_and_the_model_stays_as_it_was(backends):
     torch.manual_seed(0)
     model = make_model("tiny", 6, num_queries=9)

@@ -72,9 +72,8 @@ def test_programs_compile_in_one_graph(portable):
     assert_same_labels(labels, model, images)
 
 
-@pytest.mark.parametrize(
-    "make", [lambda: maskformer(masked_attention=True), pytest.param(segmenter, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [lambda: maskformer(masked_attention=True), segmenter])
 def test_the_way_from_images_to_labels_compiles_in_one_graph(make):
     """What ``predict`` does, as torch.compile traces it; the second size compiles for sizes that vary."""
     model = make().eval()

@@ -64,6 +64,7 @@ def test_an_onnx_file_has_windows_for_any_number_of_images(tmp_path):
     assert {node.domain for node in proto.graph.node} <= {""}
 
 
+@pytest.mark.slow
 def test_images_of_any_size_are_predicted_whole_which_is_said(tmp_path, monkeypatch):
     model = segmenter()
     images = torch.rand(1, 3, *SIZE)
@@ -84,6 +85,7 @@ def test_images_of_any_size_are_predicted_whole_which_is_said(tmp_path, monkeypa
         export_program(segmenter(window_size=0), batch_size=1)
 
 
+@pytest.mark.slow
 def test_the_command_says_what_it_exports(tmp_path):
     segmenter().save_pretrained(tmp_path / "saved")
     maskformer(backbone="tiny").save_pretrained(tmp_path / "masks")

@@ -80,6 +80,7 @@ def test_every_stage_comes_by_worth():
     assert names.index("counters") > names.index("patched networks")
 
 
+@pytest.mark.slow
 def test_a_crash_a_failure_and_a_hang_cost_one_test_each(tmp_path):
     tests = tmp_path / "test_things.py"
     tests.write_text(

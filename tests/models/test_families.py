@@ -72,7 +72,7 @@ def test_a_model_of_bfloat16_trains(family: Family):
 @pytest.mark.parametrize(
     "family",
     [
-        pytest.param(family, id=name, marks=[] if name in ("maskformer", "segmenter") else pytest.mark.slow)
+        pytest.param(family, id=name, marks=[] if name == "maskformer" else pytest.mark.slow)
         for name, family in FAMILIES.items()
     ],
 )

@@ -299,6 +299,7 @@ def test_fewer_layers_than_levels_leave_no_weight_unused(layers):
     assert unused == ["class_embed.weight", "class_embed.bias"]
 
 
+@pytest.mark.slow
 def test_predictor_compiles_to_one_graph(generator):
     predictor = tiny().predictor
     levels = [torch.randn(2, 64, *grid, generator=generator) for grid in GRIDS]
