@@ -30,10 +30,10 @@ demo: setup ## train MaskFormer on the embedded scenes, evaluate it, write pictu
 # worksteal leaves most files to one worker, which makes what their tests share once.
 FAST := $(addprefix tests/,reference ops modules data metrics project/test_architecture.py)
 PYTEST = $(BIN)/python -m pytest -n auto --dist worksteal
-test: setup ## run the tests, but for those marked slow; seven minutes on two cores
+test: setup ## run the tests, but for those marked slow; about ten minutes on two cores
 	$(PYTEST) $(ARGS)
 
-test-fast: setup ## run the tests of operators, modules, data and metrics; 90 seconds
+test-fast: setup ## run the tests of operators, modules, data and metrics
 	$(PYTEST) $(FAST) $(ARGS)
 
 test-all: setup ## run all tests: also what is built, exported, compiled and measured from end to end
