@@ -73,7 +73,7 @@ def test_other_images_are_not_warned_of(name):
 def test_a_compiled_model_has_no_question_of_values():
     model = make_model("segmenter-tiny", 3).eval()
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         torch.compile(model, backend="eager", fullgraph=True)(images(255))
 
 
