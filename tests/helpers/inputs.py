@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmask import MaskTerm, Targets
+from fastmask import Targets
 
 # (L, B, N, K, M, h, w, H, W): each shape is there for a reason.
-TERMS = (MaskTerm("bce"), MaskTerm(gamma=0.0), MaskTerm(gamma=1.5), MaskTerm(alpha=0.0), MaskTerm(alpha=1.0))
 SHAPES = {
     "usual": (2, 2, 20, 5, 6, 32, 32, 128, 128),
     "odd sizes": (1, 3, 7, 3, 5, 13, 29, 50, 117),

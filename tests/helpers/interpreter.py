@@ -58,8 +58,9 @@ def _intern_block_types() -> None:
     def __new__(cls: type[tl.block_type], element_ty: tl.dtype, shape: Any) -> tl.block_type:
         key = (element_ty, *[getattr(size, "value", size) for size in shape])
         if key not in types:
-            types[key] = object.__new__(cls)
-            initialize(types[key], element_ty, shape)
+            made = object.__new__(cls)
+            initialize(made, element_ty, shape)
+            types[key] = made
         return types[key]
 
     tl.block_type.__new__, tl.block_type.__init__ = __new__, lambda *_: None

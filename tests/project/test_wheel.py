@@ -46,7 +46,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_wheel_holds_what_it_should(wheel):
+def test_a_wheel_holds_what_it_should_and_works_where_it_is_installed(wheel, tmp_path):
+    check_content(wheel)
+    check_installed(wheel, tmp_path / "site")
+
+
+def check_content(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert wheel.name.startswith("fastmask_kernels-")
     for name in ("fastmask/libfastmask.so", "fastmask/py.typed", "fastmask/kernels/__init__.py"):
@@ -61,14 +66,13 @@ def test_wheel_holds_what_it_should(wheel):
     assert not any(name.startswith(("tests/", "benchmarks/", "csrc/", "kernels/")) for name in names)
 
 
-def test_wheel_works_where_it_is_installed(wheel, tmp_path):
-    site = tmp_path / "site"
+def check_installed(wheel: Path, site: Path) -> None:
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, wheel]
     subprocess.run(install, check=True)
     environment = {**os.environ, "PYTHONPATH": str(site)}
     for arguments in (["-c", USE.format(site=str(site))], [ROOT / ".ci" / "wheel_smoke.py"]):
         run = subprocess.run(
-            [sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+            [sys.executable, *arguments], cwd=site.parent, env=environment, capture_output=True, text=True, check=False
         )
         assert run.returncode == 0, run.stderr
         assert "mask_cost          native" in run.stdout
