@@ -223,7 +223,12 @@ if __name__ == "__main__":
     setup(
         packages=[*find_packages(include=["fastmask", "fastmask.*"]), "fastmask.kernels"],
         package_dir={"fastmask.kernels": "kernels"},
-        package_data={"fastmask": ["py.typed"], "fastmask.data": ["assets/*"], "fastmask.cli": ["*.safetensors"]},
+        package_data={
+            "fastmask": ["py.typed"],
+            "fastmask.data": ["assets/*"],
+            "fastmask.cli": ["*.safetensors"],
+            "fastmask.prediction": ["page.css", "page.js"],
+        },
         ext_modules=[Extension("fastmask.libfastmask", []), Extension("fastmask._native", [])],
         cmdclass={"build_ext": NinjaBuild},
         zip_safe=False,

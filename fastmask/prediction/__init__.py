@@ -1,5 +1,6 @@
 """Predictions for images as files and pictures."""
 
+from fastmask.prediction import page
 from fastmask.prediction.inputs import ImageFile, find_images
 from fastmask.prediction.overlay import SegmentMap, draw_legend, draw_overlay, draw_segments
 from fastmask.prediction.predict_images import Predictions, predict
@@ -14,6 +15,7 @@ __all__ = [
     "draw_overlay",
     "draw_segments",
     "find_images",
+    "page",
     "predict",
     "side_by_side",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -32,10 +33,12 @@ class SegmentMap(NamedTuple):
     Attributes:
         ids: ``(H, W)`` integers; the ids of segments lie within a range that fits into a table, such as COCO's 24 bits.
         classes: the class of each id that is a segment; other pixels are unlabeled.
+        scores: the scores of those ids that have one.
     """
 
     ids: np.ndarray
     classes: Mapping[int, int]
+    scores: Mapping[int, float] = MappingProxyType({})
 
     @staticmethod
     def of_labels(labels: np.ndarray, num_classes: int) -> SegmentMap:
@@ -47,7 +50,7 @@ class SegmentMap(NamedTuple):
         rows, columns = (
             (np.arange(new) + 0.5) * old / new for new, old in zip(size[::-1], self.ids.shape, strict=True)
         )
-        return SegmentMap(self.ids[rows.astype(np.int64)[:, None], columns.astype(np.int64)], self.classes)
+        return self._replace(ids=self.ids[rows.astype(np.int64)[:, None], columns.astype(np.int64)])
 
     def indices(self) -> np.ndarray:
         """``(H, W)`` int32: the place of each pixel's segment in ``classes``; their number where there is none."""
@@ -102,7 +105,7 @@ def draw_segments(photo: Image.Image, segments: SegmentMap, names: Sequence[str]
     scaled = SegmentMap(indices, {}).resized(photo.size).ids
     # Light and shade of 0.62 to 1.12 times the color, as a table of every segment's color at every lightness.
     shades = 0.62 + 0.5 * np.arange(256) / 255
-    colors = _segment_colors(segments.classes.values(), palette)[:, None] * shades[:, None]
+    colors = segment_colors(segments.classes.values(), palette)[:, None] * shades[:, None]
     pixels = np.clip(np.rint(colors), 0, 255).astype(np.uint8)[scaled, np.asarray(photo.convert("L"))]
     outside = scaled == len(segments.classes)
     pixels[outside] = np.asarray(photo.point(lambda value: value * UNLABELED))[outside]
@@ -151,7 +154,7 @@ def _text_size(size: tuple[int, int]) -> int:
     return min(max(round(max(size) / 70), 13), 22)
 
 
-def _segment_colors(classes: Iterable[int], palette: Palette) -> np.ndarray:
+def segment_colors(classes: Iterable[int], palette: Palette) -> np.ndarray:
     """``(S + 1, 3)``: the colors of segments, the last one unused."""
     seen: dict[int, int] = {}
     colors = []

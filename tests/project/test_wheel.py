@@ -54,8 +54,8 @@ def test_a_wheel_holds_what_it_should_and_works_where_it_is_installed(wheel, tmp
 def check_content(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert wheel.name.startswith("fastmask_kernels-")
-    for name in ("fastmask/libfastmask.so", "fastmask/py.typed", "fastmask/kernels/__init__.py"):
-        assert name in names
+    for name in ("libfastmask.so", "py.typed", "kernels/__init__.py", "prediction/page.css", "prediction/page.js"):
+        assert f"fastmask/{name}" in names
     assert any(name.startswith("fastmask/_native") for name in names)
     assert any(name.startswith("fastmask/data/assets/") for name in names)
     (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
