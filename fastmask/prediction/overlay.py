@@ -16,8 +16,8 @@ Palette = Sequence[Color]
 
 PAPER: Color = (255, 255, 255)
 INK: Color = (38, 43, 51)
-UNLABELED = 0.5  # brightness of the photograph where there is no segment
 OUTLINE: Color = (255, 255, 255)
+OPACITY = 0.45  # of the segments' colors over the picture
 # Lightness added to the class's color for its first, second, ... segment.
 SEGMENT_SHADES = (0.0, 0.22, -0.20, 0.40, -0.34)
 # Longer sides of overlays, in pixels: smaller pictures are enlarged by whole factors, larger ones are reduced.
@@ -98,19 +98,16 @@ def draw_overlay(photo: Image.Image, segments: SegmentMap, names: Sequence[str],
 
 
 def draw_segments(photo: Image.Image, segments: SegmentMap, names: Sequence[str], palette: Palette) -> Image.Image:
-    """The segments in the colors of their classes over the photograph's light and shade, outlined and named. Pixels
-    without a segment show the photograph, darkened. The result has the photograph's size.
+    """The picture under transparent segments in the colors of their classes, outlined and named. Pixels without a
+    segment stay as they are. The result has the picture's size.
     """
     indices = segments.indices()
     scaled = SegmentMap(indices, {}).resized(photo.size).ids
-    # Light and shade of 0.62 to 1.12 times the color, as a table of every segment's color at every lightness.
-    shades = 0.62 + 0.5 * np.arange(256) / 255
-    colors = segment_colors(segments.classes.values(), palette)[:, None] * shades[:, None]
-    pixels = np.clip(np.rint(colors), 0, 255).astype(np.uint8)[scaled, np.asarray(photo.convert("L"))]
-    outside = scaled == len(segments.classes)
-    pixels[outside] = np.asarray(photo.point(lambda value: value * UNLABELED))[outside]
-    pixels[_outlines(scaled)] = OUTLINE
-    panel = Image.fromarray(pixels)
+    colors = segment_colors(segments.classes.values(), palette).clip(0, 255).astype(np.uint8)
+    drawn = Image.fromarray(colors[scaled])
+    opacity = np.where(scaled < len(segments.classes), round(255 * OPACITY), 0).astype(np.uint8)
+    panel = Image.composite(drawn, photo, Image.fromarray(opacity))
+    panel.paste(OUTLINE, mask=Image.fromarray(_outlines(scaled)))
     _write_names(panel, indices, list(segments.classes.values()), names)
     return panel
 
@@ -172,13 +169,10 @@ def _shade(color: Color, lightness: float) -> np.ndarray:
 
 
 def _outlines(indices: np.ndarray) -> np.ndarray:
-    """``(H, W)`` bool: pixels beside another segment, on both sides of the border."""
+    """``(H, W)`` bool: pixels that lie below or to the right of another segment."""
     edges = np.zeros(indices.shape, bool)
-    down, right = indices[1:] != indices[:-1], indices[:, 1:] != indices[:, :-1]
-    edges[1:] |= down
-    edges[:-1] |= down
-    edges[:, 1:] |= right
-    edges[:, :-1] |= right
+    edges[1:] |= indices[1:] != indices[:-1]
+    edges[:, 1:] |= indices[:, 1:] != indices[:, :-1]
     return edges
 
 
