@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastmask.cli._options import DataOptions, PredictionOptions, with_shared_options
+from fastmask.cli._options import DataOptions, Html, HtmlImages, PredictionOptions, with_shared_options
 from fastmask.cli._tables import aligned, percent
 
 if TYPE_CHECKING:
@@ -42,12 +42,16 @@ def evaluate(
     boundary: Annotated[bool, typer.Option(help="Compute boundary IoU too, which takes longer.")] = True,
     per_class: Annotated[bool, typer.Option("--per-class", help="Also print the numbers of each class.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")] = None,
+    html: Html = None,
+    html_images: HtmlImages = 50,
 ) -> None:
     """Evaluate a model on a data set: mIoU and boundary IoU, panoptic quality, COCO's AP.
 
+    The page shows the images with the worst scores first: PQ, mIoU or AP of each image alone.
+
     torchrun -m fastmask evaluate ... shares the images among several processes.
     """
-    from fastmask import training
+    from fastmask import prediction, training
     from fastmask.data import open_dataset
     from fastmask.files import write_json
     from fastmask.models import load_model
@@ -60,6 +64,7 @@ def evaluate(
     dataset = _open(opened, task, task_of_run(model), network.config.num_classes)
     segments = {"threshold": threshold, "overlap_threshold": how.overlap_threshold}
     segments = {name: value for name, value in segments.items() if value is not None}
+    page = None if html is None else prediction.EvaluationPage(dataset.info, html_images)
     processes = setup(how.device or None)
     evaluation = training.evaluate(
         network,
@@ -72,10 +77,14 @@ def evaluate(
         options={"panoptic": segments} if segments else None,
         boundary_share=0.02 if boundary else None,
         progress=True,
+        each=None if page is None else page.add,
     )
+    name, where = f"{type(network).__name__} of {folder}", f"{data} ({part.split})"
+    if page is not None and html is not None:
+        page.write(html, f"{name} on {where}", evaluation.numbers, evaluation.per_class, evaluation.absent_classes)
     if processes.is_main:
-        name = f"{type(network).__name__} of {folder}, {network.config.num_classes} classes"
-        print(f"{name}, on {evaluation.num_samples} images of {data} ({part.split}); all numbers in percent")
+        classes = f"{name}, {network.config.num_classes} classes"
+        print(f"{classes}, on {evaluation.num_samples} images of {where}; all numbers in percent")
         print(f"\n{summary(evaluation)}")
         if per_class:
             print(f"\n{class_table(evaluation)}")

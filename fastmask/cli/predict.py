@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastmask.cli._options import DataOptions, PredictionOptions, with_shared_options
+from fastmask.cli._options import DataOptions, Html, HtmlImages, PredictionOptions, with_shared_options
 
 if TYPE_CHECKING:
     from fastmask.data import DatasetInfo
@@ -37,6 +37,8 @@ def predict(
     ] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="Most instances of an image (100).")] = None,
     overlays: Annotated[bool, typer.Option(help="Draw the results over the images.")] = True,
+    html: Html = None,
+    html_images: HtmlImages = 50,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing results.")] = False,
 ) -> None:
     """Segment images: label maps, COCO's panoptic or instance formats, and pictures.
@@ -59,6 +61,8 @@ def predict(
         overlap_threshold=how.overlap_threshold,
         top_k=top_k,
         overlays=overlays,
+        html=html,
+        html_images=html_images,
         overwrite=overwrite,
         progress=True,
     )

@@ -1,4 +1,4 @@
-"""The files of predictions: label maps, ids in colors, records in COCO's formats, and overlays."""
+"""The files of predictions: label maps, ids in colors, records in COCO's formats, overlays, and a page of them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from fastmask.data.coco_instances import draw
 from fastmask.data.folder import CLASSES_FILE, classes_content
 from fastmask.data.palette import distinct_colors
 from fastmask.files import replace_file, replace_files
+from fastmask.prediction import page
 from fastmask.prediction.inputs import RESULT_FOLDERS, ImageFile
 from fastmask.prediction.overlay import Palette, SegmentMap, draw_overlay
 from fastmask.prediction.records import RecordFile
@@ -42,8 +43,10 @@ FILES = {
     "instance": (INSTANCES_FILE, IMAGES_FILE),
 }
 
-# An image with written pictures, its (width, height), and its records.
-Written = tuple[ImageFile, tuple[int, int], list[dict[str, Any]]]
+# An image with written pictures, its (width, height), its records, and what the page shows of it.
+Written = tuple[ImageFile, tuple[int, int], list[dict[str, Any]], str]
+# Pictures by folder, records, and the segments to draw over the image.
+Results = tuple[dict[str, Callable[[], Image.Image]], list[dict[str, Any]], Callable[[], SegmentMap]]
 
 
 class Outputs:
@@ -56,16 +59,33 @@ class Outputs:
         threshold: the score that an instance must exceed to be drawn.
         overlays: write overlays too.
         workers: threads that write, one image at a time each.
+        html: a page with the first images, or None.
+        html_images: the most images of the page.
 
     Attributes:
         folders: the names of the folders with a picture for each image.
         written: the images whose results are complete.
+        failures: the images that could not be read, each with the reason.
     """
 
-    def __init__(self, folder: Path, task: str, info: DatasetInfo, threshold: float, overlays: bool, workers: int):
+    def __init__(
+        self,
+        folder: Path,
+        task: str,
+        info: DatasetInfo,
+        threshold: float,
+        overlays: bool,
+        workers: int,
+        html: Path | None,
+        html_images: int,
+    ):
         self.folder, self.task, self.info = folder, task, info
         self.folders = tuple(name for name in FOLDERS[task] if overlays or name != OVERLAYS)
         self.written: list[ImageFile] = []
+        self.failures: list[tuple[Path, str]] = []
+        self._html, self._html_images = html, html_images
+        self._figures: list[str] = []
+        self._started = 0  # images
         self._threshold = threshold
         self._workers = workers
         self._pending: deque[Future[Written]] = deque()
@@ -78,6 +98,7 @@ class Outputs:
         """The existing files that these images would overwrite."""
         paths = [self.folder / name / f"{file.name}.png" for file in files for name in self.folders]
         paths += [self.folder / name for name in FILES[self.task] if name != CLASSES_FILE or self._other_classes()]
+        paths += [] if self._html is None else [self._html]
         return [path for path in paths if path.exists()]
 
     def __enter__(self) -> Outputs:
@@ -117,41 +138,52 @@ class Outputs:
         """
         while len(self._pending) >= self._workers:
             self._enter(self._pending.popleft().result())
-        self._pending.append(self._pool.submit(self._write_pictures, file, image, result))
+        shown = self._html is not None and self._started < self._html_images
+        self._started += 1
+        self._pending.append(self._pool.submit(self._write_pictures, file, image, result, shown))
 
-    def _write_pictures(self, file: ImageFile, image: Tensor, result: Any) -> Written:
+    def _write_pictures(self, file: ImageFile, image: Tensor, result: Any, shown: bool) -> Written:
         photo = Image.fromarray(image.permute(1, 2, 0).numpy())
-        pictures, records = getattr(self, f"_{self.task}")(file, photo, result)
+        results: Results = getattr(self, f"_{self.task}")(file, result, photo.size[::-1])
+        pictures, records, make_segments = results
+        segments = make_segments() if shown or OVERLAYS in self.folders else None
+        if segments is not None:
+            pictures[OVERLAYS] = partial(draw_overlay, photo, segments, self.info.class_names, self._palette)
         writers = {
             f"{name}/{file.name}.png": partial(_save, make=make)
             for name, make in pictures.items()
             if name in self.folders
         }
         replace_files(self.folder, writers)
-        return file, photo.size, records
+        figure = ""
+        if shown and segments is not None:
+            figure = page.segments(photo, {self.task: segments}, self.info.class_names, self._palette, file.file_name)
+        return file, photo.size, records, figure
 
     def _enter(self, written: Written) -> None:
         """Lists an image whose pictures are written."""
-        file, (width, height), records = written
+        file, (width, height), records, figure = written
         for record in records:
             self._records_file().add(record)
         self._images.append({"id": file.image_id, "file_name": file.file_name, "width": width, "height": height})
         self.written.append(file)
+        if figure:
+            self._figures.append(figure)
 
     def _records_file(self) -> RecordFile:
         assert self._records is not None  # it is open within the context
         return self._records
 
-    def _semantic(self, file: ImageFile, photo: Image.Image, result: Tensor) -> tuple[dict, list]:
+    def _semantic(self, file: ImageFile, result: Tensor, size: tuple[int, int]) -> Results:
         labels = result.cpu().numpy()
-        segments = SegmentMap.of_labels(labels, self.info.num_classes)
-        return {LABELS: partial(self._label_picture, labels), OVERLAYS: partial(self._overlay, photo, segments)}, []
+        segments = partial(SegmentMap.of_labels, labels, self.info.num_classes)
+        return {LABELS: partial(self._label_picture, labels)}, [], segments
 
     _general = _semantic
 
     def _panoptic(
-        self, file: ImageFile, photo: Image.Image, result: tuple[Tensor, Sequence[Mapping[str, Any]]]
-    ) -> tuple[dict, list]:
+        self, file: ImageFile, result: tuple[Tensor, Sequence[Mapping[str, Any]]], size: tuple[int, int]
+    ) -> Results:
         ids, infos = result[0].cpu().numpy(), result[1]
         boxes = ndimage.find_objects(ids)
         stuff = self.info.stuff_classes
@@ -177,11 +209,10 @@ class Outputs:
         pictures = {
             PANOPTIC: partial(_id_picture, ids),
             LABELS: lambda: self._label_picture(table[ids]),
-            OVERLAYS: partial(self._overlay, photo, SegmentMap(ids, classes)),
         }
-        return pictures, [record]
+        return pictures, [record], partial(SegmentMap.of_panoptic, ids, infos)
 
-    def _instance(self, file: ImageFile, photo: Image.Image, result: Mapping[str, Any]) -> tuple[dict, list]:
+    def _instance(self, file: ImageFile, result: Mapping[str, Any], size: tuple[int, int]) -> Results:
         scores, labels = result["scores"].tolist(), result["labels"].tolist()
         codes = [{"size": rle["size"], "counts": rle["counts"].decode("ascii")} for rle in result["rle"]]
         records = [
@@ -197,12 +228,9 @@ class Outputs:
             )
             if right > left
         ]
-        drawn = (k for k, score in enumerate(scores) if score > self._threshold)
-        order = sorted(drawn, key=scores.__getitem__, reverse=True)
-        return {OVERLAYS: lambda: self._overlay(photo, _stacked(codes, labels, order, photo.size))}, records
-
-    def _overlay(self, photo: Image.Image, segments: SegmentMap) -> Image.Image:
-        return draw_overlay(photo, segments, self.info.class_names, self._palette)
+        order = sorted((k for k, score in enumerate(scores) if score > self._threshold), key=scores.__getitem__)
+        masks = ((draw(codes[k], size), labels[k], scores[k]) for k in order)
+        return {}, records, partial(SegmentMap.of_masks, size, masks)
 
     def _label_picture(self, labels: np.ndarray) -> Image.Image:
         return Image.fromarray(labels.astype(self._label_dtype, copy=False))
@@ -224,6 +252,19 @@ class Outputs:
             self._write_text(IMAGES_FILE, f'{{"images": {images},\n"categories": {categories}}}\n')
         if CLASSES_FILE in FILES[self.task]:
             self._write_text(CLASSES_FILE, self._classes_text())
+        if self._html is not None:
+            self._write_page(self._html)
+
+    def _write_page(self, path: Path) -> None:
+        count, shown = len(self.written), len(self._figures)
+        lead = f"{self.task} segmentation of {count} {'image' if count == 1 else 'images'}"
+        if shown < count:
+            lead += f", the first {shown} of them shown"
+        blocks = [page.mask_slider(), *self._figures]
+        if self.failures:
+            rows = [(str(path), reason) for path, reason in self.failures]
+            blocks += [page.heading("Images that could not be read"), page.table([("image", "reason"), *rows])]
+        page.write_page(path, "Predictions", lead, blocks)
 
     def _write_text(self, name: str, text: str) -> None:
         replace_file(self.folder / name, lambda path: path.write_text(text, encoding="utf-8"))
@@ -257,13 +298,3 @@ def _box_of(place: tuple[slice, slice]) -> list[int]:
     """[left, top, width, height]."""
     rows, columns = place
     return [columns.start, rows.start, columns.stop - columns.start, rows.stop - rows.start]
-
-
-def _stacked(
-    codes: Sequence[Mapping], labels: Sequence[int], order: Sequence[int], size: tuple[int, int]
-) -> SegmentMap:
-    """The masks of an image of (width, height) pixels over each other, the first of ``order`` on top."""
-    ids = np.zeros(size[::-1], np.int32)
-    for k in reversed(order):
-        ids[draw(codes[k], size[::-1])] = k + 1
-    return SegmentMap(ids, {k + 1: labels[k] for k in order})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -45,12 +45,38 @@ class SegmentMap(NamedTuple):
         """The segments of a label map, one for each class."""
         return SegmentMap(labels, {label: label for label in range(num_classes)})
 
+    @staticmethod
+    def of_masks(size: tuple[int, int], masks: Iterable[tuple[np.ndarray, int, float | None]]) -> SegmentMap:
+        """Masks on a grid of (H, W), each with its class and its score if it has one, later ones over earlier ones."""
+        ids = np.zeros(size, np.int32)
+        classes, scores = {}, {}
+        for i, (mask, label, score) in enumerate(masks, 1):
+            ids[mask] = i
+            classes[i] = label
+            if score is not None:
+                scores[i] = score
+        return SegmentMap(ids, classes, scores)
+
+    @staticmethod
+    def of_panoptic(ids: np.ndarray, infos: Sequence[Mapping[str, Any]]) -> SegmentMap:
+        """The segments of a result of ``panoptic_inference``; a score may be missing."""
+        classes = {int(info["id"]): int(info["category_id"]) for info in infos}
+        return SegmentMap(ids, classes, {int(info["id"]): info["score"] for info in infos if "score" in info})
+
     def resized(self, size: tuple[int, int]) -> SegmentMap:
         """The same segments on another grid of (width, height), each pixel as its nearest."""
         rows, columns = (
             (np.arange(new) + 0.5) * old / new for new, old in zip(size[::-1], self.ids.shape, strict=True)
         )
         return self._replace(ids=self.ids[rows.astype(np.int64)[:, None], columns.astype(np.int64)])
+
+    def shown_classes(self) -> list[int]:
+        """The classes that have a pixel, the one with most pixels first."""
+        counts = np.bincount(self.indices().ravel(), minlength=len(self.classes))
+        areas: dict[int, int] = {}
+        for label, area in zip(self.classes.values(), counts.tolist(), strict=False):
+            areas[label] = areas.get(label, 0) + area
+        return sorted((label for label in areas if areas[label]), key=areas.__getitem__, reverse=True)
 
     def indices(self) -> np.ndarray:
         """``(H, W)`` int32: the place of each pixel's segment in ``classes``; their number where there is none."""
@@ -80,11 +106,7 @@ def draw_overlay(photo: Image.Image, segments: SegmentMap, names: Sequence[str],
     if segments.ids.size > photo.width * photo.height:
         segments = segments.resized(size)
     panel = draw_segments(photo, segments, names, palette)
-    counts = np.bincount(segments.indices().ravel(), minlength=len(segments.classes))
-    areas: dict[int, int] = {}
-    for label, area in zip(segments.classes.values(), counts.tolist(), strict=False):
-        areas[label] = areas.get(label, 0) + area
-    shown = sorted((label for label in areas if areas[label]), key=areas.__getitem__, reverse=True)
+    shown = segments.shown_classes()
     if not shown:
         return panel
     text_size = _text_size(size)

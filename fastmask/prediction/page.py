@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from fastmask.files import replace_file
-from fastmask.prediction.overlay import Palette, SegmentMap, segment_colors
+from fastmask.prediction.overlay import Color, Palette, SegmentMap, segment_colors
 
 LARGEST_SIDE = 800  # of pictures with segments, in pixels
 
@@ -98,8 +98,7 @@ def bars(names: Sequence[str], values: Mapping[str, Sequence[float]], colors: Pa
     lines = ""
     for k in order:
         cells = "".join(f"<td>{_bar(column[k])}</td>" for column in columns)
-        chip = '<i style="background:#{:02x}{:02x}{:02x}"></i>'.format(*map(int, colors[k]))
-        lines += f"<tr><th>{chip}{escape(names[k])}</th>{cells}</tr>\n"
+        lines += f"<tr><th>{_chip(colors[k])}{escape(names[k])}</th>{cells}</tr>\n"
     header = "<th></th>" + "".join(f"<th>{escape(name)}</th>" for name in values)
     return f'<div class="scroll"><table class="bars">\n<thead><tr>{header}</tr></thead>\n{lines}</table></div>\n'
 
@@ -149,8 +148,13 @@ def segments(
     image = f'<img width="{photo.width}" height="{photo.height}" alt="{escape(title)}" src="{source}">'
     panels = [("image", image), *((key, _canvas(of_map, names, palette, photo.size)) for key, of_map in maps.items())]
     boxes = "".join(f'<div><h3>{escape(key)}</h3><div class="view">{view}</div></div>\n' for key, view in panels)
-    caption = f"<figcaption><b>{escape(title)}</b> {escape(note)}</figcaption>"
-    return f'<figure class="segments">{caption}\n<div class="panels">\n{boxes}</div></figure>\n'
+    shown = dict.fromkeys(label for of_map in maps.values() for label in of_map.shown_classes())
+    legend = "".join(f"<span>{_chip(palette[label])}{escape(names[label])}</span>" for label in shown)
+    return f"""<figure class="segments"><figcaption><b>{escape(title)}</b> {escape(note)}</figcaption>
+<div class="panels">
+{boxes}</div>
+<div class="legend">{legend}</div></figure>
+"""
 
 
 def mask_slider() -> str:
@@ -178,6 +182,10 @@ def _canvas(of_map: SegmentMap, names: Sequence[str], palette: Palette, size: tu
         f'<canvas width="{width}" height="{height}" role="img" aria-label="{escape(label)}" '
         f'data-ids="{packed}" data-segments="{escape(json.dumps(known))}"></canvas>'
     )
+
+
+def _chip(color: Color) -> str:
+    return '<i style="background:#{:02x}{:02x}{:02x}"></i>'.format(*map(int, color))
 
 
 def _bar(share: float) -> str:

@@ -75,6 +75,8 @@ def predict(
     overlap_threshold: float | None = None,
     top_k: int | None = None,
     overlays: bool = True,
+    html: str | Path | None = None,
+    html_images: int = 50,
     overwrite: bool = False,
     progress: bool = False,
 ) -> Predictions:
@@ -124,6 +126,8 @@ def predict(
         overlap_threshold: "panoptic": the least visible share of a segment, 0.8.
         top_k: "instance": the most instances of an image, 100.
         overlays: write overlays.
+        html: a file to write as one HTML page, in which the segments show their names and scores under the pointer.
+        html_images: the page shows the first images, at most this many.
         overwrite: replace existing files.
         progress: show a bar, if tqdm is installed.
 
@@ -145,7 +149,13 @@ def predict(
     options = view_options(network, [task], window, scales, flip)
     limits = _limits(task, threshold=threshold, overlap_threshold=overlap_threshold, top_k=top_k)
     check_precision(precision)
-    counts = {"batch_size": batch_size, "workers": workers, "short_side": short_side, "max_side": max_side}
+    counts = {
+        "batch_size": batch_size,
+        "workers": workers,
+        "html_images": html_images,
+        "short_side": short_side,
+        "max_side": max_side,
+    }
     for name, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
@@ -157,24 +167,26 @@ def predict(
     if len(network.tasks) > 1:
         options |= {"task": task, **_task_options(task, info, limits)}
 
-    outputs = Outputs(Path(output), task, info, limits.get("threshold", 0.0), overlays, workers)
+    page = None if html is None else Path(html)
+    outputs = Outputs(Path(output), task, info, limits.get("threshold", 0.0), overlays, workers, page, html_images)
     existing = [] if overwrite else outputs.existing(files)
     if existing:
         what = f"{existing[0]} exists" if len(existing) == 1 else f"{existing[0]} and {len(existing) - 1} more exist"
         raise FileExistsError(f"{what} already; overwrite replaces them")
     if device is not None:
         network.to(usable_device(device))
-    failures: list[tuple[Path, str]] = []
     start = time.perf_counter()
     with outputs, _Bar(len(files), progress) as bar:
-        for batch in _batches(files, failures, bar, batch_size):
+        for batch in _batches(files, outputs.failures, bar, batch_size):
             for (file, image), result in zip(batch, _run(network, batch, resize, precision, options), strict=True):
                 outputs.write(file, image, result)
                 bar.advance()
     seconds = time.perf_counter() - start
-    names = (*outputs.folders, *FILES[task]) if outputs.written else ()
-    paths = tuple(Path(output) / name for name in names)
-    return Predictions(task, tuple(file.name for file in outputs.written), tuple(failures), paths, seconds)
+    paths: tuple[Path, ...] = ()
+    if outputs.written:
+        paths = tuple(Path(output) / name for name in (*outputs.folders, *FILES[task]))
+        paths += () if page is None else (page,)
+    return Predictions(task, tuple(file.name for file in outputs.written), tuple(outputs.failures), paths, seconds)
 
 
 def _batches(

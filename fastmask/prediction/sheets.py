@@ -45,11 +45,11 @@ def side_by_side(
     height, width = pixels.shape[:2]
     size = (width * magnification, height * magnification)
     photo = Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS)
-    segmentation, infos = panoptic
+    ids, infos = panoptic
     maps = (
         SegmentMap(_array(truth_segments), dict(enumerate(_array(truth_labels).tolist()))),
         SegmentMap.of_labels(_array(semantic), len(class_names)),
-        SegmentMap(_array(segmentation), {int(info["id"]): int(info["category_id"]) for info in infos}),
+        SegmentMap.of_panoptic(_array(ids), infos),
     )
     panels = [photo, *(draw_segments(photo, segments, class_names, palette) for segments in maps)]
     names = ("image", "truth", "semantic result", "panoptic result")

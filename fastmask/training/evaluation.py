@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -17,6 +17,7 @@ from fastmask.data.transforms import ResizeShortSide
 from fastmask.device import usable_device
 from fastmask.files import finite
 from fastmask.metrics import InstanceMetrics, PanopticMetrics, SemanticMetrics, SoundEventMetrics
+from fastmask.metrics.base import Metrics
 from fastmask.models._base import PretrainedModel
 from fastmask.models._views import view_options
 from fastmask.models.precision import autocast, check_precision
@@ -92,6 +93,7 @@ def evaluate(
     options: Mapping[str, Mapping[str, Any]] | None = None,
     boundary_share: float | None = 0.02,
     progress: bool = False,
+    each: Callable[[Any, dict[str, Any], dict[str, float]], object] | None = None,
 ) -> Evaluation:
     """Predicts every sample of a data set and compares the results with the truth, at the truth's own size.
 
@@ -123,6 +125,9 @@ def evaluate(
         options: by task, further arguments of the model's ``predict``, such as {"panoptic": {"threshold": 0.5}}.
         boundary_share: of :class:`fastmask.metrics.SemanticMetrics`; None leaves out boundary IoU, which is slow.
         progress: show a bar in the first process, if tqdm is installed.
+        each: called with each sample, its results by task, and the numbers of the metrics on this sample alone, without
+            boundary IoU; such as :meth:`fastmask.prediction.EvaluationPage.add`. Each process calls it for its own
+            samples.
 
     Returns:
         The numbers of :class:`fastmask.metrics.SemanticMetrics` ("mIoU", ...), ``PanopticMetrics`` ("PQ", ...),
@@ -174,25 +179,37 @@ def evaluate(
             with autocast(device, precision):
                 results = evaluator.predict(inputs, samples)
             for i, (index, sample) in enumerate(zip(indices, samples, strict=True)):
-                for task, of_task in results.items():
-                    evaluator.add(task, index, sample, of_task[i])
-    numbers: dict[str, float] = {}
-    per_class: dict[str, list[float]] = {}
-    absent = set(evaluator.expected_classes)
-    for task, metrics in evaluator.metrics.items():
-        prefix = "general_" if task == "general" else ""
-        metrics = metrics.synced()
-        numbers |= {prefix + name: value for name, value in metrics.compute().items()}
-        per_class |= {prefix + name: values for name, values in metrics.per_class().items()}
-        absent.intersection_update(metrics.absent())
+                of_sample = {task: of_task[i] for task, of_task in results.items()}
+                evaluator.add(evaluator.metrics, index, sample, of_sample)
+                if each is not None:
+                    alone = evaluator.new_metrics()
+                    evaluator.add(alone, index, sample, of_sample)
+                    each(sample, of_sample, _numbers(alone))
+    every = {task: metrics.synced() for task, metrics in evaluator.metrics.items()}
+    per_class = {
+        _prefix(task) + name: values for task, metrics in every.items() for name, values in metrics.per_class().items()
+    }
+    absent = set(evaluator.expected_classes).intersection(*(metrics.absent() for metrics in every.values()))
     names = evaluator.class_names
     absent_names = tuple(names[label] for label in sorted(absent))
-    return Evaluation(numbers, per_class, names, tuple(evaluator.metrics), len(dataset), absent_names)
+    return Evaluation(_numbers(every), per_class, names, tuple(every), len(dataset), absent_names)
 
 
 def served_tasks(model: PretrainedModel, info: DatasetInfo) -> tuple[str, ...]:
     """The tasks that the model supports and the truth of the data set can evaluate."""
     return tuple(task for task in SERVED[info.task] if task in model.tasks)
+
+
+def _numbers(metrics: Mapping[str, Metrics]) -> dict[str, float]:
+    """The scores of all tasks by name."""
+    return {
+        _prefix(task) + name: value for task, of_task in metrics.items() for name, value in of_task.compute().items()
+    }
+
+
+def _prefix(task: str) -> str:
+    """What precedes the names of the task's scores: those of "general" are also those of "semantic"."""
+    return "general_" if task == "general" else ""
 
 
 class _ImageEvaluator:
@@ -222,7 +239,8 @@ class _ImageEvaluator:
         self.class_names = self.info.class_names
         # The classes that may occur in the truth: instances are never stuff.
         self.expected_classes = self.info.thing_classes if set(wanted) == {"instance"} else range(self.info.num_classes)
-        self.metrics = {task: self._metrics_of(task, boundary_share) for task in wanted}
+        self.tasks = wanted
+        self.metrics = self.new_metrics(boundary_share)
         self.options = {task: self._own_options(task) | dict(options.get(task, {})) for task in wanted}
 
     def predict(self, inputs: Tensor, samples: Sequence[Sample]) -> dict[str, list[Any]]:
@@ -241,19 +259,23 @@ class _ImageEvaluator:
             results |= self.model.predict_tasks(images, of_image, sizes)
         return results
 
-    def add(self, task: str, index: int, sample: Sample, result: Any) -> None:
-        metrics = self.metrics[task]
-        if isinstance(metrics, SemanticMetrics):
-            metrics.update(result.cpu(), sample.class_map(self.info.ignore_index))
-        elif isinstance(metrics, PanopticMetrics):
-            assert sample.segments is not None  # panoptic truth has no masks
-            metrics.update(result, sample.segments, sample.labels, sample.crowd)
-        else:
-            metrics.update(f"{index:09d}", result, *_instances(sample, self.info))
+    def add(self, metrics: Mapping[str, Metrics], index: int, sample: Sample, results: Mapping[str, Any]) -> None:
+        """Adds the results of an image to the metrics of their tasks."""
+        for task, result in results.items():
+            of_task = metrics[task]
+            if isinstance(of_task, SemanticMetrics):
+                of_task.update(result.cpu(), sample.class_map(self.info.ignore_index))
+            elif isinstance(of_task, PanopticMetrics):
+                assert sample.segments is not None  # panoptic truth has no masks
+                of_task.update(result, sample.segments, sample.labels, sample.crowd)
+            elif isinstance(of_task, InstanceMetrics):
+                of_task.update(f"{index:09d}", result, *_instances(sample, self.info))
 
-    def _metrics_of(
-        self, task: str, boundary_share: float | None
-    ) -> PanopticMetrics | InstanceMetrics | SemanticMetrics:
+    def new_metrics(self, boundary_share: float | None = None) -> dict[str, Metrics]:
+        """Metrics by task that have counted nothing yet."""
+        return {task: self._metrics_of(task, boundary_share) for task in self.tasks}
+
+    def _metrics_of(self, task: str, boundary_share: float | None) -> Metrics:
         info = self.info
         if task == "panoptic":
             return PanopticMetrics(info.num_classes, info.stuff_classes)
@@ -286,14 +308,21 @@ class _ClipEvaluator:
         self.model, self.options = model, options.get(EVENTS, {})
         self.class_names = config.class_names or tuple(map(str, range(config.num_classes)))
         self.expected_classes = range(config.num_classes)
-        self.metrics = {EVENTS: SoundEventMetrics(config.num_classes)}
+        self.metrics = self.new_metrics()
 
     def predict(self, inputs: Tensor, samples: Sequence[Any]) -> dict[str, list[Any]]:
         return {EVENTS: [result["events"] for result in self.model.predict(inputs, **self.options)]}
 
-    def add(self, task: str, index: int, sample: Any, result: Any) -> None:
+    def add(
+        self, metrics: Mapping[str, SoundEventMetrics], index: int, sample: Any, results: Mapping[str, Any]
+    ) -> None:
+        """Adds the results of a clip to the metrics."""
         truth = {"labels": sample.labels, "onsets": sample.onsets, "offsets": sample.offsets}
-        self.metrics[task].update(result, truth)
+        metrics[EVENTS].update(results[EVENTS], truth)
+
+    def new_metrics(self) -> dict[str, Metrics]:
+        """Metrics that have counted nothing yet."""
+        return {EVENTS: SoundEventMetrics(self.model.config.num_classes)}
 
 
 class _Share(Dataset[tuple[int, Tensor, Any]]):

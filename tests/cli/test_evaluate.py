@@ -15,6 +15,7 @@ from fastmask.data import open_dataset
 from fastmask.models import make_model
 from fastmask.training import evaluate
 from tests.data.test_check import edit
+from tests.helpers.browser import titles
 from tests.helpers.dataset_trees import folder_tree, instance_tree, panoptic_tree
 from tests.helpers.shared_batches import fork_together
 
@@ -122,6 +123,18 @@ def test_panoptic_and_instances(tmp_path):
     # Things alone are too few classes for this model, so that it is compared with the things of the panoptic truth.
     output = invoke(tmp_path / "model", *where, "--task", "instance")
     assert "AP50" in output and "AR 100" in output
+
+
+def test_a_page_of_the_worst_images(folder, tmp_path):
+    arguments = [folder / "run", "--data", folder / "data", "--split", "train", "--html", tmp_path / "page.html"]
+    invoke(*arguments, "--html-images", 1)
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert len(titles(text)) == 1 and "the 1 worst of 2" in text
+    assert "Sorted by mIoU" in text and "boundary IoU" in text
+    assert f"<h1>MaskFormer of {folder}/run/best on {folder}/data (train)</h1>" in text
+    invoke(*arguments, "--task", "general")
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert len(titles(text)) == 2 and "Sorted by general mIoU" in text
 
 
 def test_a_run_is_evaluated_for_its_own_task(tmp_path):

@@ -1,12 +1,19 @@
-"""Pages seen in headless Chromium, without a network."""
+"""Pages of results: their segments read back, and pages seen in headless Chromium, without a network."""
 
 from __future__ import annotations
 
+import base64
+import json
+import re
 import shutil
 import subprocess
 import tempfile
+import zlib
+from html import unescape
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -24,6 +31,25 @@ FLAGS = (
 )
 
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+
+
+def drawn_segments(text: str) -> list[tuple[np.ndarray, list[Any]]]:
+    """For each drawing of a page, ``(H, W)`` numbers of segments, and the segments' names, colors and scores."""
+    drawings = re.findall(
+        r'<canvas width="(\d+)" height="(\d+)"[^>]* data-ids="([^"]*)" data-segments="([^"]*)">', text
+    )
+    return [
+        (
+            np.frombuffer(zlib.decompress(base64.b64decode(ids)), "<u2").reshape(int(height), int(width)),
+            json.loads(unescape(segments)),
+        )
+        for width, height, ids, segments in drawings
+    ]
+
+
+def titles(text: str) -> list[str]:
+    """The titles of the page's pictures with segments."""
+    return [unescape(title) for title in re.findall(r'<figure class="segments"><figcaption><b>(.*?)</b>', text)]
 
 
 def dom(page: Path) -> str:

@@ -85,10 +85,11 @@ def test_the_command(folder, photos, tmp_path):
     assert_whole(out, "abcde")
     one = ["predict", str(folder), str(photos / "a.jpg"), "-o", str(tmp_path / "one"), "--task", "semantic"]
     views = ["--window", "32", "--stride", "16", "--scales", "1,1.5", "--flip", "--precision", "bfloat16"]
-    result = CliRunner().invoke(app, [*one, *views, "--no-overlays", "--batch-size", "2", "--workers", "2"])
+    page = ["--html", str(tmp_path / "one" / "index.html"), "--html-images", "1"]
+    result = CliRunner().invoke(app, [*one, *views, *page, "--no-overlays", "--batch-size", "2", "--workers", "2"])
     assert result.exit_code == 0, result.output
-    assert "1 image in" in result.output
-    assert files_below(tmp_path / "one") == {"labels/a.png", "classes.json"}
+    assert "1 image in" in result.output and "index.html" in result.output
+    assert files_below(tmp_path / "one") == {"labels/a.png", "classes.json", "index.html"}
     for options in (["--stride", "3"], ["--scales", "1,x"]):
         result = CliRunner().invoke(app, [*one, "--overwrite", *options])
         assert isinstance(result.exception, ValueError) and options[0] in str(result.exception)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import Subset
 
 from fastmask.data import ComposedClips, DatasetInfo, Sample, SceneDataset, SegmentationDataset, collate_clips
 from fastmask.metrics import InstanceMetrics, PanopticMetrics, SemanticMetrics, SoundEventMetrics
@@ -252,6 +253,25 @@ def test_a_network_is_evaluated_as_the_metrics_say():
     for metrics in expected:
         numbers |= metrics.compute()
     assert found.numbers == pytest.approx(numbers, nan_ok=True, abs=0)
+
+
+def test_each_image_is_given_with_its_own_numbers():
+    """They are those of a data set of this image alone, and change nothing about the evaluation."""
+    pytest.importorskip("pycocotools")
+    data = SceneDataset("val", length=3, size=(48, 64))
+    model = real_model(stuff_classes=data.info.stuff_classes)
+    seen = []
+    options = {"options": {"panoptic": {"threshold": 0.05}}, "tasks": ["semantic", "general", "panoptic", "instance"]}
+    found = evaluate(model, data, **options, each=lambda *arguments: seen.append(arguments))
+    assert found.to_dict() == evaluate(model, data, **options).to_dict()
+    assert [sample.name for sample, _, _ in seen] == [data[i].name for i in range(3)]
+    for i, (sample, results, numbers) in enumerate(seen):
+        assert list(results) == options["tasks"]
+        assert results["semantic"].shape == sample.size
+        one = Subset(data, [i])
+        one.info = data.info
+        alone = evaluate(model, one, **options, boundary_share=None)
+        assert numbers == pytest.approx(alone.numbers, nan_ok=True, abs=0)
 
 
 def test_segmenter_is_evaluated_in_windows():
