@@ -3,6 +3,7 @@
 from fastmask.models._registry import load_model, make_model, preset_names
 from fastmask.models.backbones import build_backbone, known_backbones
 from fastmask.models.maskformer import MaskFormer, MaskFormerConfig
+from fastmask.models.model_card import ModelCard
 from fastmask.models.per_pixel import PerPixelBaseline, PerPixelBaselineConfig
 from fastmask.models.segmenter import Segmenter, SegmenterConfig
 from fastmask.models.sound import SoundEventConfig, SoundEventDetector
@@ -10,6 +11,7 @@ from fastmask.models.sound import SoundEventConfig, SoundEventDetector
 __all__ = [
     "MaskFormer",
     "MaskFormerConfig",
+    "ModelCard",
     "PerPixelBaseline",
     "PerPixelBaselineConfig",
     "Segmenter",

@@ -17,6 +17,7 @@ from fastmask.models._configuration import ModelConfig, PixelDecoderConfig
 from fastmask.models._images import DEVIATIONS, PIXEL_RANGE, ImageBatch, pad_images
 from fastmask.models.backbones import backbone_channels as channels_of
 from fastmask.models.backbones import build_backbone, describe_backbone, feature_maps
+from fastmask.models.model_card import ModelCard
 from fastmask.modules.pixel_decoder import PixelDecoder
 
 if TYPE_CHECKING:
@@ -54,14 +55,21 @@ class PretrainedModel(nn.Module):
         super().__init__()
         self.config = config
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes config.json and model.safetensors. An interruption leaves an earlier save as it was."""
-        weights = self.weights()
+    def save_pretrained(self, folder: str | Path, card: ModelCard | None = None) -> None:
+        """Writes config.json, model.safetensors and a model card, README.md. An interruption leaves an earlier save as
+        it was, and a README.md that fastmask did not write stays.
+
+        Args:
+            folder: where to write; it is created if needed.
+            card: what is known of the model's training, scores and license.
+        """
+        weights, folder = self.weights(), Path(folder)
         replace_files(
-            Path(folder),
+            folder,
             {
                 weight_files.WEIGHTS_FILE: lambda path: weight_files.save_weights(weights, path),
                 weight_files.CONFIG_FILE: self.config.save,
+                **(card or ModelCard()).writers(self, folder),
             },
         )
 

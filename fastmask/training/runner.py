@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -26,10 +27,12 @@ from fastmask.data import (
     collate,
     open_dataset,
 )
+from fastmask.data.shards import is_url
 from fastmask.files import read_json, write_json
 from fastmask.metrics import InstanceMetrics
 from fastmask.models._base import PretrainedModel
 from fastmask.models._registry import load_model, model_from_dict
+from fastmask.models.model_card import ModelCard
 from fastmask.training.activation_checkpointing import checkpoint_activations
 from fastmask.training.callbacks import Callback, check_logger
 from fastmask.training.config import TrainingConfig, check_task
@@ -164,7 +167,7 @@ class _Run:
         elif processes.is_main:
             folder.clean()
         log.open(folder, self.trainer.steps, config)
-        self.evaluated = in_main(self._last_evaluation)
+        self.evaluated = in_main(lambda: max(self._evaluations(), default=0))
         self.data = self._step_batches(loader)
         self._say_what_begins(name, None if state is None else state[0])
         self._seconds, self._timed = 0.0, 0
@@ -179,7 +182,7 @@ class _Run:
         with Interruption(once_more if self.processes.is_main else "") as interruption, closing(self.data):
             finished = self._take_steps(interruption)
         network = self._network()
-        in_main(lambda: network.save_pretrained(self.folder.model))
+        in_main(lambda: self._save(network, self.folder.model, self._evaluations().get(self.trainer.steps, {})))
         if not finished:
             self.log.say(
                 f"stopped at step {self.trainer.steps}; fastmask train --resume -o {self.folder.root} continues"
@@ -318,7 +321,7 @@ class _Run:
         }
         score = found.numbers[self.score if self.score in found.numbers else "mIoU"]
         if in_main(lambda: score > self.folder.best_score()):
-            in_main(lambda: model.save_pretrained(self.folder.best))
+            in_main(lambda: self._save(model, self.folder.best, found.numbers))
             in_main(lambda: write_json(self.folder.score, {"step": step, "score": score, "evaluation": found.numbers}))
         # The record comes last, so that a resumed run repeats an evaluation that was killed.
         self.log.evaluation(step, found.numbers, per_class)
@@ -360,16 +363,29 @@ class _Run:
             seed_all(int(np.random.SeedSequence([self.config.seed, rank, steps]).generate_state(1)[0]))
         return state["losses"]
 
-    def _last_evaluation(self) -> int:
-        steps = [record["step"] for record in MetricsFile(self.folder.metrics).read() if "evaluation" in record]
-        return max(steps, default=0)
+    def _evaluations(self) -> dict[int, dict[str, float]]:
+        """The scores of all evaluations, by step."""
+        records = MetricsFile(self.folder.metrics).read()
+        return {record["step"]: record["evaluation"] for record in records if "evaluation" in record}
+
+    def _save(self, network: PretrainedModel, folder: Path, numbers: Mapping[str, float | None]) -> None:
+        """Saves the network with a card that says how it was trained, and its scores."""
+        config = self.config
+        recipe = {"steps taken": self.trainer.steps, **config.recipe.to_dict()}
+        recipe |= {name: getattr(config, name) for name in ("precision", "seed")}
+        starts = {name: _public_name(getattr(config, name)) for name in ("pretrained", "pretrained_backbone")}
+        recipe |= {name: start for name, start in starts.items() if start}
+        data = _public_name(config.data)
+        metrics = {name: value for name, value in numbers.items() if value is not None}
+        card = ModelCard(data, recipe, metrics, f"{data}, split {config.val_split}" if metrics else "")
+        network.save_pretrained(folder, card)
 
     def _write_result(self) -> None:
         self._draw_curves()
-        records = [record for record in MetricsFile(self.folder.metrics).read() if "evaluation" in record]
+        evaluations = list(self._evaluations().values())
         write_json(
             self.folder.result,
-            {"steps": self.trainer.steps, "evaluation": records[-1]["evaluation"] if records else {}},
+            {"steps": self.trainer.steps, "evaluation": evaluations[-1] if evaluations else {}},
         )
 
     def _say_what_begins(self, name: str, checkpoint: Path | None) -> None:
@@ -383,6 +399,13 @@ class _Run:
             self.log.say(note)
         if checkpoint is not None:
             self.log.say(f"continuing from {checkpoint}")
+
+
+def _public_name(source: str) -> str:
+    """The name of a data set or of weights for people elsewhere: of a path or address only the last part."""
+    if source.startswith("pipe:"):
+        return "shards"  # the command may hold a password
+    return Path(source.partition("?")[0]).name if is_url(source) or os.path.isabs(source) else source
 
 
 def _start_model(config: TrainingConfig) -> PretrainedModel:

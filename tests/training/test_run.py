@@ -15,7 +15,7 @@ from fastmask.models import MaskFormer, load_model, make_model
 from fastmask.models._pixels import per_pixel_loss
 from fastmask.models._registry import make_config
 from fastmask.targets import Targets
-from fastmask.training import Recipe, TrainingConfig, make_training_config, train
+from fastmask.training import Recipe, TrainingConfig, make_training_config, runner, train
 from fastmask.training.curves import draw_curves
 from fastmask.training.latest_losses import LossRecord
 from fastmask.training.run_folder import MetricsFile
@@ -51,6 +51,35 @@ def test_a_run_leaves_everything_that_it_promises(finished):
     state = load_newest(folder / "checkpoints")[1]
     weights = load_model(folder / "model").state_dict()
     assert all(torch.equal(weights[name], value) for name, value in state["trainer"]["model"].items())
+
+
+def test_model_cards_say_how_the_networks_were_trained(finished, scenes):
+    for name, steps, numbers in (
+        ("model", 5, finished.evaluation),
+        ("best", finished.best_step, finished.best_evaluation),
+    ):
+        text = (finished.folder / name / "README.md").read_text(encoding="utf-8")
+        assert f"| steps taken | {steps} |" in text and "| steps | 5 |" in text and "| precision | float32 |" in text
+        assert f"| mIoU | {100 * numbers['mIoU']:.2f} % |" in text
+        assert f'"value": {round(numbers["mIoU"], 4)}' in text
+        assert f"On {scenes.name}, split val:" in text and f'datasets: ["{scenes.name}"]' in text
+        assert str(scenes) not in text, "a card does not tell the paths of the machine"
+        assert text.count("Not stated.") == 1 and text.rstrip().endswith("## License\n\nNot stated.")
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("composed:scenes", "composed:scenes"),
+        ("/data/my streets", "my streets"),
+        ("https://host/a/train-{0..9}.tar?key=secret", "train-{0..9}.tar"),
+        ("pipe:curl -H 'key: secret' https://host/train-0.tar", "shards"),
+        ("microsoft/swin-tiny", "microsoft/swin-tiny"),
+        ("", ""),
+    ],
+)
+def test_cards_keep_paths_and_passwords_to_themselves(source, name):
+    assert runner._public_name(source) == name
 
 
 def test_every_number_is_recorded(finished):
