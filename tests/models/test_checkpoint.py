@@ -46,7 +46,7 @@ def test_a_saved_model_comes_back_exactly(saved):
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
     assert torch.equal(outputs(loaded.eval()), outputs(model))
-    assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
+    assert sorted(os.listdir(folder)) == ["README.md", "config.json", "model.safetensors"]
 
 
 def test_files_are_readable_by_others_as_usual(saved):

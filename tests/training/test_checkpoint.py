@@ -170,7 +170,7 @@ def test_a_full_disk_leaves_the_network_before(tmp_path):
     with full_disk(1_000_000), pytest.raises(OSError, match="cannot write .*File too large"):
         model.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == before
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_run_on_a_full_disk_ends_with_an_error_and_can_go_on(tmp_path):
