@@ -206,7 +206,7 @@ class Outputs:
         classes = {info["id"]: info["category_id"] for info in infos}
         table = np.full(max(classes, default=0) + 1, self.info.ignore_index, self._label_dtype)
         table[list(classes)] = list(classes.values())
-        pictures = {
+        pictures: dict[str, Callable[[], Image.Image]] = {
             PANOPTIC: partial(_id_picture, ids),
             LABELS: lambda: self._label_picture(table[ids]),
         }

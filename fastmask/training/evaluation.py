@@ -313,9 +313,7 @@ class _ClipEvaluator:
     def predict(self, inputs: Tensor, samples: Sequence[Any]) -> dict[str, list[Any]]:
         return {EVENTS: [result["events"] for result in self.model.predict(inputs, **self.options)]}
 
-    def add(
-        self, metrics: Mapping[str, SoundEventMetrics], index: int, sample: Any, results: Mapping[str, Any]
-    ) -> None:
+    def add(self, metrics: Mapping[str, Any], index: int, sample: Any, results: Mapping[str, Any]) -> None:
         """Adds the results of a clip to the metrics."""
         truth = {"labels": sample.labels, "onsets": sample.onsets, "offsets": sample.offsets}
         metrics[EVENTS].update(results[EVENTS], truth)
