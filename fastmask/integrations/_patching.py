@@ -6,48 +6,26 @@ optimizers, wrappers and copies know no difference; and unpatching restores exac
 
 from __future__ import annotations
 
-import importlib
 import logging
-from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import TypeVar
 
 from torch import nn
 
+from fastmask.integrations._known import parts
+from fastmask.integrations._replacement import STATE, Found, Options, is_patched, original_class, replace
+
 logger = logging.getLogger("fastmask")
 
-# The modules with the replacements, by the prefix of the module in which a class is defined.
-FAMILIES = {
-    "transformers.models.maskformer.": "fastmask.integrations.transformers.maskformer",
-    "transformers.models.mask2former.": "fastmask.integrations.transformers.mask2former",
-    "transformers.models.oneformer.": "fastmask.integrations.transformers.oneformer",
-    "transformers.models.eomt.": "fastmask.integrations.transformers.eomt",
-}
-DUCK_TYPED = "fastmask.integrations.original"
 KNOWN = (
-    "transformers' MaskFormerForInstanceSegmentation, Mask2FormerForUniversalSegmentation, "
-    "OneFormerForUniversalSegmentation and EomtForUniversalSegmentation, and modules that look like the original "
-    "repositories' HungarianMatcher and SetCriterion"
+    "transformers' MaskFormer, Mask2Former, OneFormer, EoMT, EoMT-DINOv3, VidEoMT, RF-DETR and other models of the DETR "
+    "family, their matchers and losses and subclasses of these, and modules that look like the original repositories' "
+    "HungarianMatcher and SetCriterion"
 )
-STATE = "_fastmask_patch"
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-@dataclass(frozen=True)
-class Patched:
-    """The state of a patched module.
-
-    Args:
-        original: its own class.
-        fix: whether known defects are corrected.
-    """
-
-    original: type[nn.Module]
-    fix: bool
-
-
-def patch(model: Model, *, fix: bool = False) -> Model:
+def patch(model: Model, *, fix: bool = False, ignore_void: bool = False) -> Model:
     """Replaces, in place and reversibly, the parts of another library's model that fastmask computes faster.
 
     It knows the following parts, anywhere inside ``model`` (which may be a wrapper such as DistributedDataParallel):
@@ -55,14 +33,20 @@ def patch(model: Model, *, fix: bool = False) -> Model:
     - transformers' MaskFormerForInstanceSegmentation: matcher and loss, all decoder layers in one call; only the
       matched queries' masks are carried backward;
     - transformers' Mask2FormerForUniversalSegmentation: matcher, point-sampled loss and masked attention;
-    - transformers' OneFormerForUniversalSegmentation and EomtForUniversalSegmentation: matcher and point-sampled loss;
+    - transformers' OneFormer-, Eomt-, EomtDinov3- and VideomtForUniversalSegmentation: matcher and point-sampled loss;
+    - transformers' DETR family, whose models have a loss function: one assignment on the device for all layers and
+      groups of queries, and the mask losses of DetrForSegmentation, ConditionalDetrForSegmentation and
+      RfDetrForInstanceSegmentation (of the last also the mask costs);
     - any module with the name and attributes of the original repositories' HungarianMatcher or SetCriterion.
 
-    Outputs, losses and gradients stay equal up to rounding. For the same seed this includes random points, which are
-    drawn as the model draws them, but not dropout inside masked attention. Mask labels must be binary.
+    A subclass of a matcher, loss or model keeps the methods that it overrides; the others are replaced, also where it
+    calls them by ``super()``. Outputs, losses and gradients stay equal up to rounding. For the same seed this includes
+    random points, which are drawn as the model draws them, but not dropout inside masked attention. Mask labels must be
+    binary; in place of ``(M, H, W)`` masks, transformers' models take segment maps, which
+    ``fastmask.integrations.transformers.segmentation_targets`` makes.
     The state dict keeps its keys, and hooks, ``deepcopy``, ``pickle``, ``save_pretrained`` and wrappers work as before.
-    Patching twice does nothing, except that ``fix`` takes its latest value. The logger "fastmask" lists the replaced
-    modules at level INFO.
+    Patching twice does nothing, except that options take their latest values. The logger "fastmask" lists the replaced
+    modules at level INFO, and what their classes override.
 
     Args:
         model: the model, or any module that contains it.
@@ -72,30 +56,41 @@ def patch(model: Model, *, fix: bool = False) -> Model:
               their number once more, so that mask and dice losses grow with the world size; corrected, they are divided
               by the number of targets of the average process;
             - transformers' MaskFormer with ``use_auxiliary_loss=True`` fails unless hidden states are asked for;
-            - transformers' models reject mask labels that are bool or integers.
+            - transformers' models reject mask labels that are bool or integers;
+            - the loss of transformers' RfDetrForInstanceSegmentation is an empty tensor if no image has a target.
+        ignore_void: pixels and points that the labels mark as void count in no cost and no loss. Void is 255 in the
+            masks of an image (in one of them is enough) and in one-byte segment maps, -1 in wider ones. Where images
+            of a batch differ in size, padding is void too.
 
     Returns:
         ``model``.
 
     Raises:
         TypeError: ``model`` is no module, contains no known part, or one that has been altered so that fastmask does
-            not know what it computes. Nothing has then been changed.
+            not know what it computes; or ``ignore_void`` for a model that compares no masks. Nothing has then been
+            changed.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    patched = [module for module in model.modules() if STATE in vars(module)]
-    found = [pair for module in model.modules() if STATE not in vars(module) for pair in replacements(module)]
-    if not found and not patched:
+    found = parts(model)
+    if not found:
         raise TypeError(f"fastmask.patch knows nothing inside {type(model).__name__}; it knows {KNOWN}")
-    for module in patched:
-        vars(module)[STATE] = Patched(vars(module)[STATE].original, fix)
+    if ignore_void and not any(one.replacement.compares_masks(one.module) for one in found):
+        raise TypeError(f"ignore_void has no effect on {type(model).__name__}, in which nothing compares masks")
     names = {module: name or "the model" for name, module in model.named_modules()}
-    for module, cls in found:
-        original = type(module)
-        module.__class__ = cls
-        vars(module)[STATE] = Patched(original, fix)
-        logger.info("patched %s: %s, by %s", names[module], original.__name__, f"{cls.__module__}.{cls.__qualname__}")
+    for one in found:
+        if not is_patched(one.module):
+            _log(names[one.module], one)
+        replace(one, Options(fix=fix, ignore_void=ignore_void))
     return model
+
+
+def _log(name: str, found: Found) -> None:
+    """Says what became of the module ``name``, and which methods of its class stay."""
+    ours = f"{found.replacement.__module__}.{found.replacement.__qualname__}"
+    own = ", ".join(found.overridden())
+    left = f"; its own {own} stay, as the class overrides those of {found.known.__name__}" if own else ""
+    logger.info("patched %s: %s, by %s%s", name, original_class(found.module).__name__, ours, left)
 
 
 def unpatch(model: Model) -> Model:
@@ -110,26 +105,3 @@ def unpatch(model: Model) -> Model:
             module.__class__ = state.original
             logger.info("unpatched %s: %s", name or "the model", state.original.__name__)
     return model
-
-
-def fixes(module: nn.Module) -> bool:
-    """Whether the patched ``module`` corrects known defects."""
-    state = vars(module).get(STATE)
-    return state is not None and state.fix
-
-
-def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class that ``module`` has, or had before it was patched."""
-    state = vars(module).get(STATE)
-    return type(module) if state is None else state.original
-
-
-def replacements(module: nn.Module) -> Iterable[tuple[nn.Module, type[nn.Module]]]:
-    """The modules to replace for ``module``: itself, parts of it, or none; and the class that each gets.
-
-    Raises:
-        TypeError: fastmask knows the module, but it has been altered.
-    """
-    source = type(module).__module__
-    family = next((family for prefix, family in FAMILIES.items() if source.startswith(prefix)), DUCK_TYPED)
-    return importlib.import_module(family).replacements(module)

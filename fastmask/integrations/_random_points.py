@@ -10,19 +10,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import grid_sample
 
 from fastmask.functional import assign, class_loss, mask_loss
-from fastmask.integrations._foreign_targets import Size, matching_cost
-from fastmask.mask_term import MaskTerm
+from fastmask.integrations._foreign_targets import Size, mask_term, matching_cost
+from fastmask.integrations._replacement import Replacement
 from fastmask.modules import Predictions
 from fastmask.targets import Targets
 
-CROSS_ENTROPY = MaskTerm("bce")
 
-
-class PointMatcher(nn.Module):
+class PointMatcher(Replacement):
     """Part of a class that replaces a matcher, whose attributes it reads."""
 
     cost_class: float
@@ -40,11 +38,11 @@ class PointMatcher(nn.Module):
             sizes: (H_b, W_b) of each image's masks; the points lie on the mask without padding.
         """
         points = torch.cat([torch.rand(1, self.num_points, 2, device=targets.device) for _ in sizes])
-        cost = matching_cost(self, predictions, targets, sizes, points, CROSS_ENTROPY)
+        cost = matching_cost(self, predictions, targets, sizes, points, mask_term(self, "bce"))
         return assign(cost, targets.counts)
 
 
-class PointLoss(nn.Module):
+class PointLoss(Replacement):
     """Part of a class that replaces a criterion, whose attributes it reads."""
 
     matcher: PointMatcher
@@ -81,7 +79,9 @@ class PointLoss(nn.Module):
                 continue
             points = self.draw_points(layer.detached_mask_logits()[0], assignment[0], counts)[None]
             mask_logits, rows = layer.matched(targets, assignment)
-            loss_mask, loss_dice = mask_loss(mask_logits, targets, rows, points, num_masks=1.0, term=CROSS_ENTROPY)
+            loss_mask, loss_dice = mask_loss(
+                mask_logits, targets, rows, points, num_masks=1.0, term=mask_term(self, "bce")
+            )
             masks += loss_mask
             dices += loss_dice
         class_logits = torch.cat([layer.class_logits for layer in layers])

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from fastmask import modules
-from fastmask.integrations._foreign_targets import Size, average_num_masks, sizes_of
-from fastmask.integrations._patching import original_class
+from fastmask.integrations._foreign_targets import average_num_masks, mask_term, sizes_of, targets_of_masks
 from fastmask.integrations._random_points import PointLoss, PointMatcher
-from fastmask.mask_term import FOCAL
+from fastmask.integrations._replacement import Found, Replacement, options_of, original_class
 from fastmask.modules import Predictions
 from fastmask.modules.criterion import LOSSES
 from fastmask.modules.matcher import index_pairs
-from fastmask.targets import Targets, check_binary
+from fastmask.targets import Targets
 
 TargetList = Sequence[Mapping[str, Tensor]]
 MATCHER, CRITERION = "HungarianMatcher", "SetCriterion"
@@ -31,8 +30,8 @@ SETTINGS = frozenset({"num_classes", "weight_dict", "eos_coef", "losses"})
 SAMPLING = frozenset({"num_points", "oversample_ratio", "importance_sample_ratio"})
 
 
-def replacements(module: nn.Module) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
-    """The modules to replace and the class that each gets; see ``fastmask.integrations._patching``."""
+def replacements(module: nn.Module) -> Iterator[Found]:
+    """What to replace for ``module``; see ``fastmask.integrations._known.replacements``."""
     cls = type(module)
     if cls.__name__ not in (MATCHER, CRITERION) or cls.__module__.startswith("fastmask."):
         return
@@ -40,7 +39,8 @@ def replacements(module: nn.Module) -> Iterator[tuple[nn.Module, type[nn.Module]
     if arguments != ["self", "outputs", "targets"]:
         raise TypeError(f"{cls.__name__}.forward takes {', '.join(arguments)}; expected self, outputs, targets")
     if cls.__name__ == MATCHER:
-        yield module, _by_attributes(module, {COSTS: HungarianMatcher, COSTS | {"num_points"}: PointHungarianMatcher})
+        known = {COSTS: HungarianMatcher, COSTS | {"num_points"}: PointHungarianMatcher}
+        yield Found(module, cls, _by_attributes(module, known))
         return
     ours = _by_attributes(module, {SETTINGS: SetCriterion, SETTINGS | SAMPLING: PointSetCriterion})
     matcher, losses = module.get_submodule("matcher"), list(vars(module)["losses"])
@@ -54,10 +54,10 @@ def replacements(module: nn.Module) -> Iterator[tuple[nn.Module, type[nn.Module]
             f"{CRITERION} has {', '.join(sorted(methods))} and losses={losses}; expected "
             f"{', '.join(sorted(LOSS_METHODS))}, and any of {', '.join(LOSSES)}"
         )
-    yield module, ours
+    yield Found(module, cls, ours)
 
 
-def _by_attributes(module: nn.Module, known: Mapping[frozenset[str], type[nn.Module]]) -> type[nn.Module]:
+def _by_attributes(module: nn.Module, known: Mapping[frozenset[str], type[Replacement]]) -> type[Replacement]:
     """The ``known`` class with the attributes of the module."""
     attributes = {name for name in vars(module) if not name.startswith("_")} - {"training"}
     for expected, cls in known.items():
@@ -69,10 +69,11 @@ def _by_attributes(module: nn.Module, known: Mapping[frozenset[str], type[nn.Mod
     )
 
 
-class HungarianMatcher(modules.HungarianMatcher):
+class HungarianMatcher(Replacement, modules.HungarianMatcher):
     """MaskFormer's matcher, by fastmask's kernels."""
 
-    term, points, backend = FOCAL, None, "auto"
+    points, backend = None, "auto"
+    term = property(lambda self: mask_term(self, "focal"))
 
     def forward(
         self,
@@ -82,21 +83,20 @@ class HungarianMatcher(modules.HungarianMatcher):
         generator: torch.Generator | None = None,
     ) -> list[tuple[Tensor, Tensor]]:
         """For each image (queries, targets), int64 on the CPU, by ascending query."""
-        _check_targets(targets)
-        return super().forward(outputs, targets, generator=generator)
+        return super().forward(outputs, _targets(self, outputs, targets), generator=generator)
 
 
-class SetCriterion(modules.SetCriterion):
+class SetCriterion(Replacement, modules.SetCriterion):
     """MaskFormer's criterion, by fastmask's kernels."""
 
-    term, points, backend = FOCAL, None, "auto"
+    points, backend = None, "auto"
+    term = property(lambda self: mask_term(self, "focal"))
 
     def forward(
         self, outputs: Mapping[str, Any], targets: TargetList | Targets, *, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
         """Unweighted losses of all layers under their original names."""
-        _check_targets(targets)
-        return super().forward(outputs, targets, generator=generator)
+        return super().forward(outputs, _targets(self, outputs, targets), generator=generator)
 
     def normalizers(self, weight: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
         """Those of the original: each process's own queries for classes, the average process's targets for masks."""
@@ -109,27 +109,24 @@ class PointHungarianMatcher(PointMatcher):
     @torch.no_grad()
     def forward(self, outputs: Mapping[str, Tensor], targets: TargetList) -> list[tuple[Tensor, Tensor]]:
         """For each image (queries, targets), int64 on the CPU, by ascending query."""
-        sizes = _check_targets(targets)
         predictions = Predictions(outputs["pred_logits"][None], outputs["pred_masks"][None])
-        num_classes, device = predictions.class_logits.shape[-1] - 1, predictions.class_logits.device
-        padded = Targets.from_list(targets, num_classes=num_classes, device=device)
-        return index_pairs(self.match(predictions, padded, sizes)[0])
+        padded = _targets(self, outputs, targets)
+        return index_pairs(self.match(predictions, padded, [padded.size] * padded.batch_size)[0])
 
 
 class PointSetCriterion(PointLoss):
     """Mask2Former's criterion, by fastmask's kernels."""
 
-    num_classes: int
     losses: Sequence[str]
 
     def forward(self, outputs: Mapping[str, Any], targets: TargetList) -> dict[str, Tensor]:
         """Unweighted losses of all layers under their original names."""
-        sizes = _check_targets(targets)
         layers = [
             Predictions(layer["pred_logits"][None], layer["pred_masks"][None])
             for layer in (outputs, *outputs.get("aux_outputs", ()))
         ]
-        padded = Targets.from_list(targets, num_classes=self.num_classes, device=outputs["pred_logits"].device)
+        padded = _targets(self, outputs, targets)
+        sizes = [padded.size] * padded.batch_size
         counts = [len(target["labels"]) for target in targets]
         with_masks = "masks" in self.losses
         masks, dices, loss_ce = self.losses_at_points(layers, padded, counts, sizes, with_masks=with_masks)
@@ -145,8 +142,13 @@ class PointSetCriterion(PointLoss):
         return named
 
 
-def _check_targets(targets: TargetList | Targets) -> list[Size]:
-    """(H, W) of each image's masks.
+def _targets(module: nn.Module, outputs: Mapping[str, Any], targets: TargetList | Targets) -> Targets:
+    """The container of a list of targets.
+
+    Args:
+        module: the patched matcher or criterion.
+        outputs: the model's.
+        targets: for each image "labels" ``(M_b,)`` and "masks" ``(M_b, H, W)``.
 
     Raises:
         TypeError, ValueError: no list, masks that are not binary, or of different sizes: the original's callers pad
@@ -154,9 +156,17 @@ def _check_targets(targets: TargetList | Targets) -> list[Size]:
     """
     if isinstance(targets, Targets):
         raise TypeError("targets must be a list of dicts, as for the original, got Targets")
-    for b, target in enumerate(targets):
-        check_binary(f'targets[{b}]["masks"]', target["masks"])
-    sizes = sizes_of([target["masks"] for target in targets])
-    if len(set(sizes)) > 1:
-        raise ValueError(f"the masks of targets are of different sizes, {sizes}; expected all padded to one size")
-    return sizes
+    masks = [target["masks"] for target in targets]
+    if len(set(sizes_of(masks))) > 1:
+        raise ValueError(
+            f"the masks of targets are of different sizes, {sizes_of(masks)}; expected all padded to one size"
+        )
+    class_logits = outputs["pred_logits"]
+    return targets_of_masks(
+        'targets[{}]["masks"]',
+        masks,
+        [target["labels"] for target in targets],
+        num_classes=class_logits.shape[-1] - 1,
+        device=class_logits.device,
+        ignore_void=options_of(module).ignore_void,
+    )

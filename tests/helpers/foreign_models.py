@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     EomtConfig,
+    EomtDinov3Config,
+    EomtDinov3ForUniversalSegmentation,
     EomtForUniversalSegmentation,
     Mask2FormerConfig,
     Mask2FormerForUniversalSegmentation,
@@ -17,6 +19,8 @@ from transformers import (
     OneFormerForUniversalSegmentation,
     ResNetConfig,
     SwinConfig,
+    VideomtConfig,
+    VideomtForUniversalSegmentation,
 )
 
 import fastmask
@@ -94,11 +98,26 @@ def tiny_oneformer() -> nn.Module:
     return with_distinct_queries(OneFormerForUniversalSegmentation(config)).train()
 
 
+EOMT = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "num_blocks": 2, "patch_size": 16}
+
+
 def tiny_eomt() -> nn.Module:
     """A seeded model of 3 layers, the last two with queries."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "num_blocks": 2}
-    return EomtForUniversalSegmentation(EomtConfig(image_size=SIZE, patch_size=16, **COMMON, **sizes)).train()
+    return EomtForUniversalSegmentation(EomtConfig(image_size=SIZE, **COMMON, **EOMT)).train()
+
+
+def tiny_eomt_dinov3() -> nn.Module:
+    """A seeded model of 3 layers, the last two with queries."""
+    torch.manual_seed(0)
+    config = EomtDinov3Config(image_size=SIZE, intermediate_size=64, **COMMON, **EOMT)
+    return EomtDinov3ForUniversalSegmentation(config).train()
+
+
+def tiny_videomt() -> nn.Module:
+    """A seeded model of 3 layers, the last two with queries that move on from frame to frame."""
+    torch.manual_seed(0)
+    return VideomtForUniversalSegmentation(VideomtConfig(image_size=SIZE, **COMMON, **EOMT)).train()
 
 
 def random_batch(seed: int, counts: tuple[int, ...] = (4, 2), sizes: tuple[int, ...] = (SIZE, SIZE)) -> dict:

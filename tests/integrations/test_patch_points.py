@@ -23,12 +23,19 @@ from tests.helpers.foreign_models import (
     VOCABULARY,
     random_batch,
     tiny_eomt,
+    tiny_eomt_dinov3,
     tiny_mask2former,
     tiny_oneformer,
+    tiny_videomt,
     train_step,
 )
 
-MODELS = {"mask2former": tiny_mask2former, "oneformer": tiny_oneformer, "eomt": tiny_eomt}
+MODELS = {
+    "mask2former": tiny_mask2former,
+    "oneformer": tiny_oneformer,
+    "eomt": tiny_eomt,
+    "eomt_dinov3": tiny_eomt_dinov3,
+}
 BATCHES = {
     "usual": {},
     "an image without targets": {"counts": (3, 0)},
@@ -72,6 +79,28 @@ def test_mask2former_configurations(seed, options):
     model, batch = tiny_mask2former(**options), random_batch(seed, (5, 1, 3), (SIZE,) * 3)
     expected = train_step(model, batch)
     assert_same_step(train_step(fastmask.patch(model), batch), expected)
+
+
+def test_videos():
+    """transformers trains no VidEoMT, but has its criterion, to which each frame is an image; outputs list the frames
+    one after the other, each with all videos."""
+    num_frames, batch = 3, random_batch(1, (4, 2, 0, 1, NUM_QUERIES + 2, 3), (SIZE,) * 6)
+    model, videos = tiny_videomt(), batch["pixel_values"].view(num_frames, 2, 3, SIZE, SIZE).transpose(0, 1)
+
+    def step():
+        torch.manual_seed(1)
+        model.zero_grad()
+        outputs = model(pixel_values_videos=videos)
+        arguments = outputs.masks_queries_logits, outputs.class_queries_logits
+        losses = model.get_loss_dict(*arguments, batch["mask_labels"], batch["class_labels"], None)
+        outputs.loss = model.get_loss(losses)
+        outputs.loss.backward()
+        return outputs, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    expected = step()
+    fastmask.patch(model)
+    assert_same_step(step(), expected)
+    assert fastmask.unpatch(model) is model and "Videomt" in type(model.criterion).__mro__[0].__name__
 
 
 def criterion_inputs(model, batch):
@@ -195,7 +224,7 @@ def test_patching_changes_classes_only(name, caplog):
     keys = list(model.state_dict())
     with caplog.at_level(logging.INFO, "fastmask"):
         fastmask.patch(fastmask.patch(model))
-    assert len(caplog.records) == {"mask2former": 8, "oneformer": 2, "eomt": 2}[name]
+    assert len(caplog.records) == (8 if name == "mask2former" else 2)
     assert list(model.state_dict()) == keys
     expected = train_step(model, batch)
     assert_same_step(train_step(copy.deepcopy(model), batch), expected)
@@ -254,7 +283,7 @@ def test_dropout_trains():
 def test_altered_parts():
     """A criterion with a matcher of the user's own is refused; a decoder with layers of their own is left alone."""
 
-    class UsersMatcher(modeling_mask2former.Mask2FormerHungarianMatcher):
+    class UsersMatcher(nn.Module):
         pass
 
     class UsersLayer(modeling_mask2former.Mask2FormerMaskedAttentionDecoderLayer):
@@ -267,8 +296,10 @@ def test_altered_parts():
     assert type(decoder) is modeling_mask2former.Mask2FormerMaskedAttentionDecoder
     assert type(model.criterion) is not modeling_mask2former.Mask2FormerLoss
     model = tiny_mask2former()
-    model.criterion.matcher.__class__ = UsersMatcher
-    with pytest.raises(TypeError, match="UsersMatcher, not a Mask2FormerHungarianMatcher"):
+    model.criterion.matcher = UsersMatcher()
+    with pytest.raises(
+        TypeError, match="the matcher of Mask2FormerLoss is a UsersMatcher, whose costs fastmask does not know"
+    ):
         fastmask.patch(model)
 
 

@@ -9,47 +9,36 @@ import torch
 from torch import Tensor, nn
 
 from fastmask.integrations import _random_points
-from fastmask.integrations._foreign_targets import Size, average_num_masks, sizes_of
-from fastmask.integrations._patching import fixes, original_class
+from fastmask.integrations._foreign_targets import (
+    Pairs,
+    Size,
+    average_num_masks,
+    index_pairs,
+    mask_term,
+    matched_masks,
+    pair_losses,
+    sizes_of,
+    targets_of_masks,
+    targets_of_segments,
+)
+from fastmask.integrations._known import check_matcher, find
+from fastmask.integrations._replacement import Found, Replacement, options_of
+from fastmask.mask_term import MaskTerm
 from fastmask.modules import Predictions
-from fastmask.modules.matcher import index_pairs
-from fastmask.targets import Targets, check_binary
+from fastmask.targets import Targets
 
 MASKS, CLASSES = "masks_queries_logits", "class_queries_logits"
+
+# The methods of transformers' criteria that ours call, or that call ours: a subclass may override them.
+CALLED = {"forward", "get_num_masks", "loss_contrastive"}
 
 # The predictions of all layers but the last, as transformers lists them; or those of all layers, as our models hand
 # them to our criteria.
 Auxiliary = Sequence[Mapping[str, Tensor]] | Sequence[Predictions]
 
 
-def criterion_replacements(
-    module: nn.Module,
-    matchers: Mapping[type[nn.Module], type[nn.Module]],
-    criteria: Mapping[type[nn.Module], type[nn.Module]],
-) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
-    """A matcher or a criterion, and the class that it gets.
-
-    Args:
-        matchers, criteria: transformers' classes and ours.
-
-    Raises:
-        TypeError: a criterion whose matcher is none of the ``matchers``.
-    """
-    cls = type(module)
-    if cls in matchers:
-        yield module, matchers[cls]
-    if cls in criteria:
-        matcher = module.get_submodule("matcher")
-        if original_class(matcher) not in matchers:
-            raise TypeError(
-                f"the matcher of {cls.__name__} is a {type(matcher).__name__}, not a "
-                f"{', '.join(known.__name__ for known in matchers)}; fastmask does not know its costs"
-            )
-        yield module, criteria[cls]
-
-
-class Matcher(nn.Module):
-    """Part of a class that replaces one of transformers' matchers."""
+class Matcher(Replacement):
+    """Part of the classes that replace transformers' matchers."""
 
     def match(self, predictions: Predictions, targets: Targets, sizes: Sequence[Size]) -> Tensor:
         """``(L, B, M)`` int64: the query of each target in each layer."""
@@ -62,18 +51,62 @@ class Matcher(nn.Module):
         class_queries_logits: Tensor,
         mask_labels: Sequence[Tensor],
         class_labels: Sequence[Tensor],
-    ) -> list[tuple[Tensor, Tensor]]:
-        """For each image (queries, targets), int64 on the CPU, by ascending query."""
+    ) -> Pairs:
+        """For each image (queries, targets), int64 on the device of the logits, by ascending query."""
         predictions = Predictions(class_queries_logits[None], masks_queries_logits[None])
         targets = make_targets(self, mask_labels, class_labels, class_queries_logits)
-        return index_pairs(self.match(predictions, targets, sizes_of(mask_labels))[0])
+        assignment = self.match(predictions, targets, sizes_of(mask_labels))[0]
+        return index_pairs(assignment, [len(labels) for labels in class_labels], class_queries_logits.shape[1])
 
 
-class Criterion(nn.Module):
-    """Part of a class that replaces one of transformers' criteria."""
+class Criterion(Replacement):
+    """Part of the classes that replace transformers' criteria."""
 
     loss_shape: tuple[int, ...] = ()  # of mask and dice losses
     get_num_masks: Callable[..., Tensor]
+    matcher: Any
+
+    @classmethod
+    def replacements(cls, module: nn.Module, known: type[nn.Module]) -> Iterator[Found]:
+        """The criterion.
+
+        Raises:
+            TypeError: its matcher is of a class that fastmask does not know.
+        """
+        check_matcher(module, known, Matcher)
+        yield Found(module, known, cls)
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Unweighted losses under transformers' names, of all layers.
+
+        All at once, unless a subclass has its own way of computing a part of them: then transformers' method calls
+        each part.
+        """
+        if not computes_all(self):
+            return super().forward(*args, **kwargs)
+        return self.all_losses(*args, **kwargs)
+
+    def all_losses(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """What ``forward`` returns, with its arguments."""
+        return self.named_losses(*args, **kwargs)
+
+    def loss_masks(
+        self, masks_queries_logits: Tensor, mask_labels: Sequence[Tensor], indices: Pairs, num_masks: Tensor | float
+    ) -> dict[str, Tensor]:
+        """The mask and dice losses of one layer, of whose queries and targets the ``indices`` are pairs."""
+        no_labels = [torch.zeros(len(masks), dtype=torch.int64) for masks in mask_labels]
+        targets = make_targets(self, mask_labels, no_labels, masks_queries_logits.new_empty(0, 2))
+        queries = torch.cat([queries for queries, _ in indices])
+        images = torch.cat([torch.full_like(queries, b) for b, (queries, _) in enumerate(indices)])
+        mask_logits = masks_queries_logits[images, queries]
+        masks, valid = matched_masks(targets, indices)
+        points, term = self.points_and_term(mask_logits)
+        loss_mask, loss_dice = pair_losses(mask_logits, masks, points, term=term, valid=valid)
+        return {"loss_mask": loss_mask.sum() / num_masks, "loss_dice": loss_dice.sum() / num_masks}
+
+    def points_and_term(self, mask_logits: Tensor) -> tuple[Tensor | None, MaskTerm]:
+        """The points ``(T, P, 2)`` of the matched queries' masks ``(T, h, w)``, if there are any, and the mask term."""
+        raise NotImplementedError
 
     def layer_losses(
         self, layers: Sequence[Predictions], targets: Targets, counts: Sequence[int], sizes: Sequence[Size]
@@ -101,7 +134,7 @@ class Criterion(nn.Module):
         layers = layers_of(class_queries_logits, masks_queries_logits, auxiliary_predictions)
         counts = [len(labels) for labels in class_labels]
         losses = self.layer_losses(layers, targets, counts, sizes_of(mask_labels))
-        if fixes(self):
+        if options_of(self).fix:
             num_masks = average_num_masks(targets)
         else:
             num_masks = self.get_num_masks(class_labels, device=targets.device)
@@ -122,6 +155,17 @@ class PointMatcher(_random_points.PointMatcher, Matcher):
 
 class PointLoss(_random_points.PointLoss, Criterion):
     """Part of the classes that replace the criteria at random points."""
+
+    sample_points_using_uncertainty: Callable[..., Tensor]
+    calculate_uncertainty: Callable[[Tensor], Tensor]
+
+    @torch.no_grad()
+    def points_and_term(self, mask_logits: Tensor) -> tuple[Tensor, MaskTerm]:
+        """See :meth:`Criterion.points_and_term`; the points are transformers' own."""
+        settings = (self.num_points, self.oversample_ratio, self.importance_sample_ratio)
+        planes = mask_logits[:, None].float()
+        points = self.sample_points_using_uncertainty(planes, self.calculate_uncertainty, *settings)
+        return points, mask_term(self, "bce")
 
     def layer_losses(
         self, layers: Sequence[Predictions], targets: Targets, counts: Sequence[int], sizes: Sequence[Size]
@@ -177,14 +221,29 @@ def _has_predictions(layers: Sequence[Any]) -> bool:
     return len(layers) > 0 and isinstance(layers[0], Predictions)
 
 
+def computes_all(criterion: nn.Module) -> bool:
+    """Whether a criterion, patched or about to be, may compute its losses all at once: fastmask knows its class and its
+    matcher's, and no subclass overrides a part of either."""
+    found, matcher = find(criterion), find(criterion.get_submodule("matcher"))
+    if found is None or matcher is None or not issubclass(found.replacement, Criterion):
+        return False
+    return set(found.overridden()) <= CALLED and "forward" not in matcher.overridden()
+
+
+def takes_predictions(model: nn.Module) -> bool:
+    """Whether a model's criterion is one of ours that takes ``Predictions`` instead of auxiliary logits."""
+    found = find(model.get_submodule("criterion"))
+    return found is not None and computes_all(found.module) and "forward" not in found.overridden()
+
+
 def make_targets(
     module: nn.Module, mask_labels: Sequence[Tensor], class_labels: Sequence[Tensor], class_logits: Tensor
 ) -> Targets:
-    """The container of transformers' lists of labels.
+    """The container of transformers' labels.
 
     Args:
         module: a patched matcher or criterion; without ``fix`` it rejects what its own class rejects.
-        mask_labels: for each image ``(M_b, H_b, W_b)``.
+        mask_labels: for each image ``(M_b, H_b, W_b)`` masks or a segment map ``(H_b, W_b)``; or ``(B, H, W)`` of maps.
         class_labels: for each image ``(M_b,)``.
         class_logits: ``(..., K+1)``, on the device of the result.
 
@@ -192,16 +251,20 @@ def make_targets(
         TypeError: masks that are not floating point, without ``fix``.
         ValueError: masks that are not binary, or labels that do not fit.
     """
+    device, num_classes, options = class_logits.device, class_logits.shape[-1] - 1, options_of(module)
+    if all(masks.dim() == 2 for masks in mask_labels):
+        return targets_of_segments(mask_labels, class_labels, num_classes=num_classes, device=device)
     for b, masks in enumerate(mask_labels):
-        if not (masks.is_floating_point() or fixes(module)):
+        if not (masks.is_floating_point() or options.fix):
             raise TypeError(
                 f"mask_labels[{b}] has dtype {masks.dtype}; transformers takes floating point only, unless the model "
                 "is patched with fix=True"
             )
-        check_binary(f"mask_labels[{b}]", masks)
-    pairs = zip(class_labels, mask_labels, strict=True)
-    return Targets.from_list(
-        [{"labels": labels, "masks": masks} for labels, masks in pairs],
-        num_classes=class_logits.shape[-1] - 1,
-        device=class_logits.device,
+    return targets_of_masks(
+        "mask_labels[{}]",
+        mask_labels,
+        class_labels,
+        num_classes=num_classes,
+        device=device,
+        ignore_void=options.ignore_void,
     )

@@ -14,12 +14,8 @@ from torch import Tensor, nn
 from transformers.models.mask2former import modeling_mask2former as hf
 
 from fastmask.functional import mask_products
-from fastmask.integrations.transformers._criteria import (
-    PointLoss,
-    PointMatcher,
-    criterion_replacements,
-    plain_outputs,
-)
+from fastmask.integrations._replacement import Found, Replacement
+from fastmask.integrations.transformers._criteria import plain_outputs, takes_predictions
 from fastmask.modules import Predictions
 from fastmask.modules.attention import projected_attention
 
@@ -28,33 +24,8 @@ from fastmask.modules.attention import projected_attention
 DRAWS_FOR_EVERY_LAYER = Version(transformers.__version__) < Version("5.23")
 
 
-def replacements(module: nn.Module) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
-    """The modules to replace and the class that each gets; see ``fastmask.integrations._patching``."""
-    matchers = {hf.Mask2FormerHungarianMatcher: Mask2FormerHungarianMatcher}
-    yield from criterion_replacements(module, matchers, {hf.Mask2FormerLoss: Mask2FormerLoss})
-    # Layers of the user's own may read the attention mask, so they keep it.
-    if type(module) is hf.Mask2FormerMaskedAttentionDecoder:
-        layers = list(module.get_submodule("layers").children())
-        if all(map(_is_known, layers)):
-            yield module, Mask2FormerMaskedAttentionDecoder
-            for layer in layers:
-                yield layer.get_submodule("cross_attn"), CrossAttention
-    if type(module) is hf.Mask2FormerForUniversalSegmentation:
-        yield module, Mask2FormerForUniversalSegmentation
-
-
 def _is_known(layer: nn.Module) -> bool:
     return type(layer) is hf.Mask2FormerMaskedAttentionDecoderLayer and type(layer.cross_attn) is nn.MultiheadAttention
-
-
-class Mask2FormerHungarianMatcher(PointMatcher, hf.Mask2FormerHungarianMatcher):
-    """The matcher, by fastmask's kernels."""
-
-
-class Mask2FormerLoss(PointLoss, hf.Mask2FormerLoss):
-    """The losses, by fastmask's kernels."""
-
-    forward = PointLoss.named_losses
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,9 +55,14 @@ class LayerMasks(Sequence[Tensor]):
         return len(self.mask_logits)
 
 
-class Mask2FormerForUniversalSegmentation(hf.Mask2FormerForUniversalSegmentation):
-    """The model: hands the criterion its predictions with their embeddings. It has the name of the class that it
-    replaces, because ``save_pretrained`` writes that name."""
+class Mask2FormerForUniversalSegmentation(Replacement, hf.Mask2FormerForUniversalSegmentation):
+    """The model: hands the criterion its predictions with their embeddings."""
+
+    @classmethod
+    def replacements(cls, module: nn.Module, known: type[nn.Module]) -> Iterator[Found]:
+        """The model, if its criterion takes such predictions."""
+        if takes_predictions(module):
+            yield Found(module, known, cls)
 
     @wraps(hf.Mask2FormerForUniversalSegmentation.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -115,7 +91,7 @@ class Foreground(NamedTuple):
     grid: tuple[int, int]
 
 
-class CrossAttention(nn.MultiheadAttention):
+class CrossAttention(Replacement, nn.MultiheadAttention):
     """The cross-attention of a layer, with the arguments that the layer passes."""
 
     def forward(
@@ -155,12 +131,23 @@ class CrossAttention(nn.MultiheadAttention):
         return self.out_proj(attended).transpose(0, 1), None
 
 
-class Mask2FormerMaskedAttentionDecoder(hf.Mask2FormerMaskedAttentionDecoder):
+class Mask2FormerMaskedAttentionDecoder(Replacement, hf.Mask2FormerMaskedAttentionDecoder):
     """The decoder. It passes on mask logits, which the kernel thresholds once for all heads.
 
     With ``layerdrop``, transformers skips whole layers in training and then fails, because the next layer gets an
     attention mask of another level's size. Here each layer gets a mask of its own level.
     """
+
+    @classmethod
+    def replacements(cls, module: nn.Module, known: type[nn.Module]) -> Iterator[Found]:
+        """The decoder and the cross-attention of its layers. Layers of the user's own may read the attention mask, so
+        their decoder keeps it, and so does one with a forward of its own."""
+        layers = list(module.get_submodule("layers").children())
+        found = Found(module, known, cls)
+        if not found.overridden() and all(map(_is_known, layers)):
+            yield found
+            for layer in layers:
+                yield Found(layer.get_submodule("cross_attn"), nn.MultiheadAttention, CrossAttention)
 
     def forward(
         self,

@@ -10,24 +10,15 @@ from torch import Tensor, nn
 from transformers.models.maskformer import modeling_maskformer as hf
 
 from fastmask.functional import assign, class_loss, mask_loss, mask_products
-from fastmask.integrations._foreign_targets import Size, matching_cost
-from fastmask.integrations._patching import fixes, original_class
-from fastmask.integrations.transformers._criteria import Criterion, Matcher, criterion_replacements, plain_outputs
+from fastmask.integrations._foreign_targets import Size, mask_term, matching_cost
+from fastmask.integrations._replacement import Found, Replacement, options_of
+from fastmask.integrations.transformers._criteria import Criterion, Matcher, plain_outputs, takes_predictions
+from fastmask.mask_term import MaskTerm
 from fastmask.modules import Predictions
 from fastmask.targets import Targets
 
 
-def replacements(module: nn.Module) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
-    """The modules to replace and the class that each gets; see ``fastmask.integrations._patching``."""
-    matchers = {hf.MaskFormerHungarianMatcher: MaskFormerHungarianMatcher}
-    yield from criterion_replacements(module, matchers, {hf.MaskFormerLoss: MaskFormerLoss})
-    # A criterion of the user's own gets the logits as the model lists them.
-    is_model = type(module) is hf.MaskFormerForInstanceSegmentation
-    if is_model and original_class(module.get_submodule("criterion")) is hf.MaskFormerLoss:
-        yield module, MaskFormerForInstanceSegmentation
-
-
-class MaskFormerHungarianMatcher(Matcher, hf.MaskFormerHungarianMatcher):
+class MaskFormerHungarianMatcher(Matcher):
     """The matcher, by fastmask's kernels."""
 
     cost_class: float
@@ -36,15 +27,18 @@ class MaskFormerHungarianMatcher(Matcher, hf.MaskFormerHungarianMatcher):
 
     def match(self, predictions: Predictions, targets: Targets, sizes: Sequence[Size]) -> Tensor:
         """``(L, B, M)`` int64: the query of each target in each layer."""
-        return assign(matching_cost(self, predictions, targets, sizes), targets.counts)
+        return assign(matching_cost(self, predictions, targets, sizes, term=mask_term(self, "focal")), targets.counts)
 
 
-class MaskFormerLoss(Criterion, hf.MaskFormerLoss):
+class MaskFormerLoss(Criterion):
     """The losses, by fastmask's kernels."""
 
     matcher: MaskFormerHungarianMatcher
     empty_weight: Tensor
-    forward = Criterion.named_losses
+
+    def points_and_term(self, mask_logits: Tensor) -> tuple[None, MaskTerm]:
+        """See :meth:`Criterion.points_and_term`; all pixels count."""
+        return None, mask_term(self, "focal")
 
     def layer_losses(
         self, layers: Sequence[Predictions], targets: Targets, counts: Sequence[int], sizes: Sequence[Size]
@@ -54,7 +48,7 @@ class MaskFormerLoss(Criterion, hf.MaskFormerLoss):
         for group in layers:
             assignment = self.matcher.match(group, targets, sizes)
             mask_logits, rows = group.matched(targets, assignment)
-            loss_mask, loss_dice = mask_loss(mask_logits, targets, rows, num_masks=1.0)
+            loss_mask, loss_dice = mask_loss(mask_logits, targets, rows, num_masks=1.0, term=mask_term(self, "focal"))
             assignments.append(assignment)
             masks.append(loss_mask)
             dices.append(loss_dice)
@@ -63,9 +57,14 @@ class MaskFormerLoss(Criterion, hf.MaskFormerLoss):
         return torch.cat(masks).roll(1).unbind(), torch.cat(dices).roll(1).unbind(), loss_ce.roll(1).unbind()
 
 
-class MaskFormerForInstanceSegmentation(hf.MaskFormerForInstanceSegmentation):
-    """The model: hands the criterion the predictions of all layers stacked, with their embeddings. It has the name of
-    the class that it replaces, because ``save_pretrained`` writes that name."""
+class MaskFormerForInstanceSegmentation(Replacement, hf.MaskFormerForInstanceSegmentation):
+    """The model: hands the criterion the predictions of all layers stacked, with their embeddings."""
+
+    @classmethod
+    def replacements(cls, module: nn.Module, known: type[nn.Module]) -> Iterator[Found]:
+        """The model, if its criterion takes such predictions."""
+        if takes_predictions(module):
+            yield Found(module, known, cls)
 
     def forward(
         self,
@@ -81,7 +80,7 @@ class MaskFormerForInstanceSegmentation(hf.MaskFormerForInstanceSegmentation):
     ) -> hf.MaskFormerForInstanceSegmentationOutput | tuple:
         """As the model's own; with ``fix``, auxiliary losses do not need hidden states to be asked for."""
         shown = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        hidden = fixes(self) and self.config.use_auxiliary_loss and not shown
+        hidden = options_of(self).fix and self.config.use_auxiliary_loss and not shown
         outputs = super().forward(
             pixel_values,
             mask_labels,

@@ -1,34 +1,23 @@
-"""transformers' OneFormer: matcher and losses at random points."""
+"""transformers' OneFormer: losses at random points."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
-from torch import Tensor, nn
-from transformers.models.oneformer import modeling_oneformer as hf
+from torch import Tensor
 
-from fastmask.integrations.transformers._criteria import Auxiliary, PointLoss, PointMatcher, criterion_replacements
+from fastmask.integrations.transformers._criteria import Auxiliary, PointLoss
 
 LOSSES_OF_A_LAYER = 3
 
 
-def replacements(module: nn.Module) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
-    """The modules to replace and the class that each gets; see ``fastmask.integrations._patching``."""
-    matchers = {hf.OneFormerHungarianMatcher: OneFormerHungarianMatcher}
-    yield from criterion_replacements(module, matchers, {hf.OneFormerLoss: OneFormerLoss})
-
-
-class OneFormerHungarianMatcher(PointMatcher, hf.OneFormerHungarianMatcher):
-    """The matcher, by fastmask's kernels."""
-
-
-class OneFormerLoss(PointLoss, hf.OneFormerLoss):
+class OneFormerLoss(PointLoss):
     """The losses, by fastmask's kernels; transformers itself computes the contrastive one."""
 
     loss_shape = (1,)
     loss_contrastive: Callable[[Tensor, Tensor], dict[str, Tensor]]
 
-    def forward(
+    def all_losses(  # type: ignore[override]
         self,
         masks_queries_logits: Tensor,
         class_queries_logits: Tensor,
