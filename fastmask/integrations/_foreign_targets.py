@@ -77,7 +77,7 @@ def matching_cost(
             predictions.class_logits[:, images],
             mask_logits[:, images],
             own,
-            None if points is None else points[images],
+            None if points is None else onto_void(points[images], own, term),
             cost_class=matcher.cost_class,
             cost_mask=matcher.cost_mask,
             cost_dice=matcher.cost_dice,
@@ -86,6 +86,20 @@ def matching_cost(
         for images, own in groups
     ]
     return torch.cat(costs, 1)
+
+
+def onto_void(points: Tensor, targets: Targets, term: MaskTerm) -> Tensor:
+    """Points ``(B, ..., P, 2)`` of images. Those in the outer half of a void pixel at the edge of the map move to the
+    middle of that half's border: what lies beyond the map is not void, and would count."""
+    if not term.ignore_void:
+        return points
+    height, width = targets.size
+    scale = points.new_tensor([width, height])
+    moved = torch.minimum(torch.maximum(points, 0.5 / scale), 1 - 0.5 / scale)
+    columns, rows = (moved * scale).long().unbind(-1)
+    images = torch.arange(targets.batch_size, device=points.device).view(-1, *[1] * (points.dim() - 2))
+    void = ~targets.valid_pixels()[images, rows, columns]
+    return torch.where(void[..., None], moved, points)
 
 
 def _image_targets(targets: Targets, image: int, size: Size) -> Targets:
@@ -218,7 +232,7 @@ def pair_losses(
         nothing = mask_logits.float().sum((1, 2))
         return nothing, nothing
     targets = Targets(zeros, torch.ones_like(zeros[:, 0]), masks=masks[:, None], valid=valid)
-    points = None if points is None else points[:, None]
+    points = None if points is None else onto_void(points[:, None], targets, term)
     losses = mask_loss(mask_logits[:, None], targets, zeros, points, term=term, reduction="none")
     return losses[0][:, 0], losses[1][:, 0]
 

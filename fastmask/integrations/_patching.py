@@ -17,9 +17,9 @@ from fastmask.integrations._replacement import STATE, Found, Options, is_patched
 logger = logging.getLogger("fastmask")
 
 KNOWN = (
-    "transformers' MaskFormer, Mask2Former, OneFormer, EoMT, EoMT-DINOv3, VidEoMT, RF-DETR and other models of the DETR "
-    "family, their matchers and losses and subclasses of these, and modules that look like the original repositories' "
-    "HungarianMatcher and SetCriterion"
+    "transformers' MaskFormer, Mask2Former, OneFormer, EoMT, EoMT-DINOv3, VidEoMT, RF-DETR and the other models of the "
+    "DETR family, their matchers and losses and subclasses of these, and modules that look like the original "
+    "repositories' HungarianMatcher and SetCriterion"
 )
 
 Model = TypeVar("Model", bound=nn.Module)

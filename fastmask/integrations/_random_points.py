@@ -10,17 +10,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import grid_sample
 
 from fastmask.functional import assign, class_loss, mask_loss
-from fastmask.integrations._foreign_targets import Size, mask_term, matching_cost
+from fastmask.integrations._foreign_targets import Size, mask_term, matching_cost, onto_void
 from fastmask.integrations._replacement import Replacement
 from fastmask.modules import Predictions
 from fastmask.targets import Targets
 
 
-class PointMatcher(Replacement):
+class PointMatcher(Replacement, nn.Module):
     """Part of a class that replaces a matcher, whose attributes it reads."""
 
     cost_class: float
@@ -42,7 +42,7 @@ class PointMatcher(Replacement):
         return assign(cost, targets.counts)
 
 
-class PointLoss(Replacement):
+class PointLoss(Replacement, nn.Module):
     """Part of a class that replaces a criterion, whose attributes it reads."""
 
     matcher: PointMatcher
@@ -72,16 +72,16 @@ class PointLoss(Replacement):
         assignments: list[Tensor] = []
         masks: list[Tensor] = []
         dices: list[Tensor] = []
+        term = mask_term(self, "bce")
         for layer in layers:
             assignment = self.matcher.match(layer, targets, sizes)
             assignments.append(assignment)
             if not with_masks:
                 continue
-            points = self.draw_points(layer.detached_mask_logits()[0], assignment[0], counts)[None]
+            points = self.draw_points(layer.detached_mask_logits()[0], assignment[0], counts)
+            points = onto_void(points, targets, term)[None]
             mask_logits, rows = layer.matched(targets, assignment)
-            loss_mask, loss_dice = mask_loss(
-                mask_logits, targets, rows, points, num_masks=1.0, term=mask_term(self, "bce")
-            )
+            loss_mask, loss_dice = mask_loss(mask_logits, targets, rows, points, num_masks=1.0, term=term)
             masks += loss_mask
             dices += loss_dice
         class_logits = torch.cat([layer.class_logits for layer in layers])

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, NamedTuple
 
 from torch import nn
 
 STATE = "_fastmask_patch"
+
+
+_classes: dict[tuple[type, type, type], type[nn.Module]] = {}
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Found(NamedTuple):
         return [name for name in methods if getattr(own, name) is not getattr(self.known, name)]
 
 
-class Replacement(nn.Module):
+class Replacement:
     """Base of the classes that take the place of another library's."""
 
     @classmethod
@@ -110,10 +112,17 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     return type(module) if state is None else state.original
 
 
-@cache
 def _patched_class(
     original: type[nn.Module], known: type[nn.Module], replacement: type[Replacement]
 ) -> type[nn.Module]:
+    """The class of patched modules, always the same one."""
+    bases = original, known, replacement
+    if bases not in _classes:
+        _classes[bases] = _make_class(*bases)
+    return _classes[bases]
+
+
+def _make_class(original: type[nn.Module], known: type[nn.Module], replacement: type[Replacement]) -> type[nn.Module]:
     # transformers writes the name of a model's class to its configuration, and finds hooks by the class as a string.
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__reduce_ex__": _reduce}
     patched = type(original.__name__, (replacement, known), names)

@@ -46,6 +46,20 @@ def detr_masks(name: str) -> nn.Module:
     return detr(name, d_model=128, encoder_attention_heads=8)
 
 
+def dab_detr(_: str) -> nn.Module:
+    sizes = {name: size for name, size in TRANSFORMER.items() if name != "d_model"} | {"hidden_size": 32}
+    config = transformers.DabDetrConfig(backbone_config=backbone(4), **LABELS, **sizes)
+    return transformers.DabDetrForObjectDetection(config)
+
+
+def yolos(_: str) -> nn.Module:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.YolosConfig(
+        image_size=[SIZE, SIZE], num_detection_tokens=NUM_QUERIES, num_labels=NUM_CLASSES, **sizes
+    )
+    return transformers.YolosForObjectDetection(config)
+
+
 def multiscale(name: str, **options: Any) -> nn.Module:
     config = getattr(transformers, f"{name.split('For')[0]}Config")
     sizes = TRANSFORMER | MULTISCALE | {"encoder_n_points": 2}
@@ -57,7 +71,7 @@ def hybrid(name: str, **options: Any) -> nn.Module:
     return getattr(transformers, name)(config(backbone_config=backbone(3), **LABELS, **HYBRID, **options))
 
 
-def lw_detr() -> nn.Module:
+def lw_detr(_: str) -> nn.Module:
     vit = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": SIZE, "num_windows": 4}
     config = transformers.LwDetrConfig(
         backbone_config=transformers.LwDetrViTConfig(**vit, out_features=["stage2"], pretrain_image_size=SIZE),
@@ -119,6 +133,9 @@ MODELS: dict[str, Callable[[str], nn.Module]] = {
     "DetrForSegmentation": detr_masks,
     "ConditionalDetrForObjectDetection": detr,
     "ConditionalDetrForSegmentation": detr_masks,
+    "DabDetrForObjectDetection": dab_detr,
+    "TableTransformerForObjectDetection": detr,
+    "YolosForObjectDetection": yolos,
     "DeformableDetrForObjectDetection": multiscale,
     "RTDetrForObjectDetection": hybrid,
     "RTDetrV2ForObjectDetection": hybrid,
@@ -126,7 +143,7 @@ MODELS: dict[str, Callable[[str], nn.Module]] = {
     "Deimv2ForObjectDetection": hybrid,
     "GroundingDinoForObjectDetection": grounding_dino,
     "MMGroundingDinoForObjectDetection": grounding_dino,
-    "LwDetrForObjectDetection": lambda _: lw_detr(),
+    "LwDetrForObjectDetection": lw_detr,
     "RfDetrForObjectDetection": rf_detr,
     "RfDetrForInstanceSegmentation": rf_detr,
 }

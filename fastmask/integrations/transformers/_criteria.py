@@ -37,7 +37,7 @@ CALLED = {"forward", "get_num_masks", "loss_contrastive"}
 Auxiliary = Sequence[Mapping[str, Tensor]] | Sequence[Predictions]
 
 
-class Matcher(Replacement):
+class Matcher(Replacement, nn.Module):
     """Part of the classes that replace transformers' matchers."""
 
     def match(self, predictions: Predictions, targets: Targets, sizes: Sequence[Size]) -> Tensor:
@@ -59,7 +59,7 @@ class Matcher(Replacement):
         return index_pairs(assignment, [len(labels) for labels in class_labels], class_queries_logits.shape[1])
 
 
-class Criterion(Replacement):
+class Criterion(Replacement, nn.Module):
     """Part of the classes that replace transformers' criteria."""
 
     loss_shape: tuple[int, ...] = ()  # of mask and dice losses

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
+from inspect import getattr_static
 from types import FunctionType
 from typing import Any
 
@@ -34,7 +35,7 @@ TargetList = Sequence[Mapping[str, Tensor]]
 TINY = 1e-8  # keeps the logarithms of the class cost finite
 
 
-class Matcher(Replacement):
+class Matcher(Replacement, nn.Module):
     """DETR's matcher; class, box and GIoU costs are transformers' own."""
 
     class_cost: float
@@ -130,7 +131,7 @@ class GroundedMatcher(FocalMatcher):
         return costs @ pad_sequence(tokens, batch_first=True).to(costs).transpose(1, 2)
 
 
-class Criterion(Replacement):
+class Criterion(Replacement, nn.Module):
     """The criterion: all layers are matched at once; mask losses come from fastmask's kernels, others from PyTorch."""
 
     matcher: Matcher
@@ -197,14 +198,15 @@ def mask_targets(module: nn.Module, targets: TargetList, device: torch.device) -
     )
 
 
-class LossFunctionModel(Replacement):
+class LossFunctionModel(Replacement, nn.Module):
     """A model whose loss function makes its criterion anew in each step; the function's criteria are patched."""
 
     @classmethod
     def replacements(cls, module: nn.Module, known: type[nn.Module]) -> Iterator[Found]:
         """The model, if it has a loss function of transformers that makes a known criterion."""
         function, own = _own_loss_function(module), type(module)
-        if function is not None and _criteria_of(function) and own.loss_function is known.loss_function:
+        chooses_itself = getattr_static(own, "loss_function") is not getattr_static(known, "loss_function")
+        if function is not None and _criteria_of(function) and not chooses_itself:
             yield Found(module, own, cls)
 
     @classmethod
@@ -215,7 +217,7 @@ class LossFunctionModel(Replacement):
     @property
     def loss_function(self) -> Callable[..., Any]:
         """transformers' function, or one that was set, with patched criteria."""
-        function = super().loss_function
+        function = super().loss_function  # type: ignore[misc]
         return _with_patched_criteria(function, options_of(self)) if _is_transformers(function) else function
 
     @loss_function.setter
