@@ -150,9 +150,13 @@ MODELS: dict[str, Callable[[str], nn.Module]] = {
 
 
 def tiny_detector(name: str) -> nn.Module:
-    """A seeded model of 2 decoder layers, in training. Boxes are far apart, so that no rounding decides a match."""
+    """A seeded model of 2 decoder layers, in training; no rounding decides a match between predictions so far apart."""
     torch.manual_seed(0)
-    return MODELS[name](name).train()
+    model = MODELS[name](name)
+    for key, weight in model.named_parameters():
+        if key.endswith(("query_position_embeddings.weight", "detection_tokens", "class_labels_classifier.weight")):
+            nn.init.normal_(weight, std=10.0)
+    return model.train()
 
 
 def random_labels(seed: int, counts: tuple[int, ...] = (4, 2), text: bool = False) -> dict[str, Any]:
