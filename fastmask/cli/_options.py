@@ -12,8 +12,8 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 Stride = Annotated[int | None, typer.Option(min=1, help="From one window to the next; the window's side by default.")]
-Html = Annotated[Path | None, typer.Option(help="Write one HTML page to this file: pictures, and names on pointing.")]
-HtmlImages = Annotated[int, typer.Option(min=1, help="Most images of the page.")]
+Html = Annotated[Path | None, typer.Option(help="Write one HTML page of the results to this file.")]
+HtmlImages = Annotated[int, typer.Option(min=1, help="Most images on the page.")]
 Precision = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 
 

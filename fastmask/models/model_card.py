@@ -46,7 +46,7 @@ class ModelCard:
         if path.exists() and MARK.encode() not in path.read_bytes():
             return {}
         text = self.text(model)
-        return {CARD_FILE: lambda temporary: temporary.write_text(text, encoding="utf-8")}
+        return {CARD_FILE: lambda temporary: temporary.write_text(text, encoding="utf-8", errors="replace")}
 
     def text(self, model: PretrainedModel) -> str:
         """The card: a head in YAML, whose values are written as JSON, and Markdown."""

@@ -257,7 +257,7 @@ class Outputs:
 
     def _write_page(self, path: Path) -> None:
         count, shown = len(self.written), len(self._figures)
-        lead = f"{self.task} segmentation of {count} {'image' if count == 1 else 'images'}"
+        lead = f"{self.task.capitalize()} segmentation of {count} {'image' if count == 1 else 'images'}"
         if shown < count:
             lead += f", the first {shown} of them shown"
         blocks = [page.mask_slider(), *self._figures]

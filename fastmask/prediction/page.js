@@ -2,6 +2,7 @@
 
 const SMALLEST_SIDE = 640; // smaller maps are enlarged by whole factors, which keeps their outlines thin
 const FILL = 190, FADED = 50; // opacity of segments, and of the others beside the one under the pointer
+const OUTLINE = 0xffff; // in place of a segment's number
 
 // The segments of one canvas, drawn over the picture behind it.
 class Drawing {
@@ -19,10 +20,21 @@ class Drawing {
     const bytes = Uint8Array.from(atob(this.canvas.dataset.ids), (character) => character.charCodeAt(0));
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
     this.ids = new Uint16Array(await new Response(stream).arrayBuffer());
-    const scale = Math.ceil(SMALLEST_SIDE / Math.max(this.width, this.height));
-    this.canvas.width = this.width * scale;
-    this.canvas.height = this.height * scale;
+    this.enlarge(Math.ceil(SMALLEST_SIDE / Math.max(this.width, this.height)));
     this.draw();
+  }
+
+  // Sets the canvas to a multiple of the map's size, and what each of its pixels shows.
+  enlarge(scale) {
+    const width = (this.canvas.width = this.width * scale), height = (this.canvas.height = this.height * scale);
+    const at = (x, y) => this.at(x / width, y / height);
+    this.places = new Uint16Array(width * height);
+    for (let y = 0.5, i = 0; y < height; y++) {
+      for (let x = 0.5; x < width; x++, i++) {
+        const id = at(x, y);
+        this.places[i] = id === at(x + 1, y) && id === at(x, y + 1) ? id : OUTLINE;
+      }
+    }
   }
 
   // The number of the segment at a place in 0..1; that of segments where there is none.
@@ -33,22 +45,15 @@ class Drawing {
   }
 
   draw() {
-    const { width, height } = this.canvas;
-    const image = new ImageData(width, height);
-    const pixels = image.data;
-    for (let y = 0, i = 0; y < height; y++) {
-      for (let x = 0; x < width; x++, i += 4) {
-        const id = this.at((x + 0.5) / width, (y + 0.5) / height);
-        const right = this.at((x + 1.5) / width, (y + 0.5) / height);
-        const below = this.at((x + 0.5) / width, (y + 1.5) / height);
-        if (id !== right || id !== below) {
-          pixels.fill(255, i, i + 4);
-        } else if (id < this.segments.length) {
-          pixels.set(this.segments[id][1], i);
-          pixels[i + 3] = this.active === null || this.active === id ? FILL : FADED;
-        }
-      }
-    }
+    const colors = new Uint32Array(OUTLINE + 1);
+    colors[OUTLINE] = 0xffffffff;
+    this.segments.forEach(([, [red, green, blue]], id) => {
+      const opacity = this.active === null || this.active === id ? FILL : FADED;
+      colors[id] = (opacity << 24) | (blue << 16) | (green << 8) | red;
+    });
+    const image = new ImageData(this.canvas.width, this.canvas.height);
+    const pixels = new Uint32Array(image.data.buffer);
+    this.places.forEach((place, i) => { pixels[i] = colors[place]; });
     this.canvas.getContext("2d").putImageData(image, 0, 0);
   }
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastmask.files import replace_file
+from fastmask.files import finite, replace_file
 from fastmask.prediction.overlay import Color, Palette, SegmentMap, segment_colors
 
 LARGEST_SIDE = 800  # of pictures with segments, in pixels
@@ -58,7 +58,9 @@ def write_page(path: str | Path, title: str, lead: str, blocks: Iterable[str]) -
 </body>
 </html>
 """
-    replace_file(Path(path), lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    # Names of files may hold bytes that are no characters.
+    data = text.encode("utf-8", "xmlcharrefreplace")
+    replace_file(Path(path), lambda temporary: temporary.write_bytes(data))
 
 
 def heading(text: str) -> str:
@@ -160,7 +162,7 @@ def segments(
 def mask_slider() -> str:
     """A slider for the opacity of all segments on the page; it stays in view."""
     slider = '<input type="range" min="0" max="1" step="0.01" value="0.65">'
-    return f'<label class="strength">masks {slider} point at one to see its name; click to enlarge</label>\n'
+    return f'<label class="strength">Masks {slider} Point at one to see its name; click to enlarge.</label>\n'
 
 
 def _canvas(of_map: SegmentMap, names: Sequence[str], palette: Palette, size: tuple[int, int]) -> str:
@@ -180,7 +182,7 @@ def _canvas(of_map: SegmentMap, names: Sequence[str], palette: Palette, size: tu
     label = ", ".join(dict.fromkeys(name for name, *_ in known))
     return (
         f'<canvas width="{width}" height="{height}" role="img" aria-label="{escape(label)}" '
-        f'data-ids="{packed}" data-segments="{escape(json.dumps(known))}"></canvas>'
+        f'data-ids="{packed}" data-segments="{escape(json.dumps(finite(known)))}"></canvas>'
     )
 
 

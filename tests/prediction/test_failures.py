@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from fastmask import MaskFormer, MaskFormerConfig
 from fastmask.cli.main import app, main
 from fastmask.prediction import outputs, predict, predict_images
+from tests.helpers.browser import titles
 
 COMMAND = [sys.executable, "-m", "fastmask.cli.main", "predict"]
 ROOT = Path(__file__).parents[2]
@@ -205,8 +206,9 @@ def test_an_interruption_keeps_what_is_done(model, photos, tmp_path, monkeypatch
 
     monkeypatch.setattr(MaskFormer, "predict", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        predict(model, photos, tmp_path / "out", workers=2)
+        predict(model, photos, tmp_path / "out", workers=2, html=tmp_path / "page.html")
     assert_whole(tmp_path / "out", "abc")
+    assert titles((tmp_path / "page.html").read_text(encoding="utf-8")) == ["a.jpg", "b.jpg", "c.jpg"]
 
 
 def test_a_killed_process_leaves_no_half_files(folder, tmp_path):

@@ -78,6 +78,15 @@ def test_text_is_escaped_everywhere(tmp_path):
     assert all(escape(evil) in block or "data-segments" in block for block in blocks)
 
 
+def test_odd_names_and_scores(tmp_path):
+    """A file name with a byte that is no character, and a score that is no number."""
+    ids = SegmentMap(np.zeros((8, 8), int), {0: 0}, {0: float("nan")})
+    figure = page.segments(Image.new("RGB", (8, 8)), {"prediction": ids}, NAMES, PALETTE, "caf\udce9.jpg")
+    text = write(tmp_path / "page.html", [figure])
+    assert "caf&#56553;.jpg" in text
+    assert drawn_segments(text)[0][1] == [["sky", [250, 0, 0], None]]
+
+
 def test_bars_are_sorted_and_say_where_there_is_no_score():
     text = page.bars(NAMES, {"IoU": [float("nan"), 0.25, 1.0], "PQ": [0.5, float("nan"), 0.0]}, PALETTE)
     assert [text.index(escape(NAMES[k])) for k in (2, 1, 0)] == sorted(text.index(escape(name)) for name in NAMES)

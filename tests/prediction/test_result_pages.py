@@ -49,7 +49,7 @@ def test_a_page_of_predictions(model, photos, tmp_path, task, overlays):
     assert path in found.paths
     text = read(path)
     assert titles(text) == ["a.png", "b & <c>.png", "d.png"]
-    assert f"{task} segmentation of 3 images" in text and "shown" not in text
+    assert f"{task.capitalize()} segmentation of 3 images" in text and "shown" not in text
     drawings = drawn_segments(text)
     assert len(drawings) == 3 and all(segments for _, segments in drawings)
     for name, (ids, segments) in zip(found.written, drawings, strict=True):
@@ -81,21 +81,6 @@ def test_an_existing_page_is_not_overwritten_unless_asked(model, photos, tmp_pat
     assert len(titles(read(path))) == 3
     with pytest.raises(ValueError, match="html_images must be at least 1"):
         predict(model, photos, tmp_path / "out", html=path, html_images=0)
-
-
-def test_an_interruption_keeps_the_page_of_what_is_done(model, photos, tmp_path, monkeypatch):
-    original, calls = MaskFormer.predict, []
-
-    def interrupted(self, *arguments, **options):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return original(self, *arguments, **options)
-
-    monkeypatch.setattr(MaskFormer, "predict", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        predict(model, photos, tmp_path / "out", html=tmp_path / "page.html")
-    assert len(titles(read(tmp_path / "page.html"))) == 2
 
 
 def sample(name):
