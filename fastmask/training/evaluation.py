@@ -125,9 +125,8 @@ def evaluate(
         options: by task, further arguments of the model's ``predict``, such as {"panoptic": {"threshold": 0.5}}.
         boundary_share: of :class:`fastmask.metrics.SemanticMetrics`; None leaves out boundary IoU, which is slow.
         progress: show a bar in the first process, if tqdm is installed.
-        each: called with each sample, its results by task, and the numbers of the metrics on this sample alone, without
-            boundary IoU; such as :meth:`fastmask.prediction.EvaluationPage.add`. Each process calls it for its own
-            samples.
+        each: called with each sample, its results by task, and the numbers of the metrics on this sample alone; such as
+            :meth:`fastmask.prediction.EvaluationPage.add`. Each process calls it for its own samples.
 
     Returns:
         The numbers of :class:`fastmask.metrics.SemanticMetrics` ("mIoU", ...), ``PanopticMetrics`` ("PQ", ...),
@@ -180,10 +179,11 @@ def evaluate(
                 results = evaluator.predict(inputs, samples)
             for i, (index, sample) in enumerate(zip(indices, samples, strict=True)):
                 of_sample = {task: of_task[i] for task, of_task in results.items()}
-                evaluator.add(evaluator.metrics, index, sample, of_sample)
+                alone = evaluator.new_metrics()
+                evaluator.add(alone, index, sample, of_sample)
+                for task, metrics in alone.items():
+                    evaluator.metrics[task].merge(metrics)
                 if each is not None:
-                    alone = evaluator.new_metrics()
-                    evaluator.add(alone, index, sample, of_sample)
                     each(sample, of_sample, _numbers(alone))
     every = {task: metrics.synced() for task, metrics in evaluator.metrics.items()}
     per_class = {
@@ -239,8 +239,8 @@ class _ImageEvaluator:
         self.class_names = self.info.class_names
         # The classes that may occur in the truth: instances are never stuff.
         self.expected_classes = self.info.thing_classes if set(wanted) == {"instance"} else range(self.info.num_classes)
-        self.tasks = wanted
-        self.metrics = self.new_metrics(boundary_share)
+        self.tasks, self.boundary_share = wanted, boundary_share
+        self.metrics = self.new_metrics()
         self.options = {task: self._own_options(task) | dict(options.get(task, {})) for task in wanted}
 
     def predict(self, inputs: Tensor, samples: Sequence[Sample]) -> dict[str, list[Any]]:
@@ -271,17 +271,17 @@ class _ImageEvaluator:
             elif isinstance(of_task, InstanceMetrics):
                 of_task.update(f"{index:09d}", result, *_instances(sample, self.info))
 
-    def new_metrics(self, boundary_share: float | None = None) -> dict[str, Metrics]:
+    def new_metrics(self) -> dict[str, Metrics]:
         """Metrics by task that have counted nothing yet."""
-        return {task: self._metrics_of(task, boundary_share) for task in self.tasks}
+        return {task: self._metrics_of(task) for task in self.tasks}
 
-    def _metrics_of(self, task: str, boundary_share: float | None) -> Metrics:
+    def _metrics_of(self, task: str) -> Metrics:
         info = self.info
         if task == "panoptic":
             return PanopticMetrics(info.num_classes, info.stuff_classes)
         if task == "instance":
             return InstanceMetrics(info.num_classes)
-        return SemanticMetrics(info.num_classes, ignore_index=info.ignore_index, boundary_share=boundary_share)
+        return SemanticMetrics(info.num_classes, ignore_index=info.ignore_index, boundary_share=self.boundary_share)
 
     def _own_options(self, task: str) -> dict[str, Any]:
         if task in ("panoptic", "instance"):

@@ -270,7 +270,7 @@ def test_each_image_is_given_with_its_own_numbers():
         assert results["semantic"].shape == sample.size
         one = Subset(data, [i])
         one.info = data.info
-        alone = evaluate(model, one, **options, boundary_share=None)
+        alone = evaluate(model, one, **options)
         assert numbers == pytest.approx(alone.numbers, nan_ok=True, abs=0)
 
 
