@@ -130,7 +130,7 @@ def evaluate_images(
     if variant.task == "panoptic":
         tasks["panoptic"] = {"threshold": PANOPTIC_THRESHOLD}
     for images, targets in batches:
-        images = [image.to(network.pixel_mean.device) for image in images]
+        images = [image.to(network.device) for image in images]
         if queries is None:
             results = {"semantic": network.predict(images)}
         else:

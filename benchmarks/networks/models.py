@@ -63,7 +63,7 @@ def as_transformers(model: MaskFormer, *, auxiliary_loss: bool) -> nn.Module:
     """transformers' MaskFormer with the same weights, in evaluation mode, on the same device."""
     from fastmask.integrations.checkpoints import to_hugging_face_maskformer
 
-    other = to_hugging_face_maskformer(model).to(model.pixel_mean.device)
+    other = to_hugging_face_maskformer(model).to(model.device)
     # Its auxiliary losses need the hidden states, and without the loss it would compute their logits for nothing.
     other.config.use_auxiliary_loss = other.config.output_hidden_states = auxiliary_loss
     return other
@@ -71,7 +71,7 @@ def as_transformers(model: MaskFormer, *, auxiliary_loss: bool) -> nn.Module:
 
 def normalized(inputs: Inputs) -> Tensor:
     """The images as transformers' model takes them."""
-    return (inputs.images - inputs.model.pixel_mean) / inputs.model.pixel_std
+    return (inputs.images - inputs.model.preprocessor.mean) / inputs.model.preprocessor.std
 
 
 def forward_flops(inputs: Inputs) -> int:

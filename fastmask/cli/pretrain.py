@@ -43,8 +43,8 @@ class SegmentNamer(nn.Module):
         self.backbone = model.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.channels = model.channels
         self.heads = nn.ModuleList(nn.Linear(channels, len(CLASS_NAMES)) for channels in model.channels)
-        self.register_buffer("pixel_mean", model.pixel_mean)
-        self.register_buffer("pixel_std", model.pixel_std)
+        self.register_buffer("pixel_mean", model.preprocessor.mean)
+        self.register_buffer("pixel_std", model.preprocessor.std)
 
     def forward(self, images: Tensor, targets: Targets) -> dict[str, Tensor]:
         """The cross-entropy of the classes of all segments at each stride: "loss_ce_0", "loss_ce_1", ..."""

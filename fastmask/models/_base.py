@@ -1,4 +1,4 @@
-"""Bases of all networks: weights to a folder and back, images in, and the features of a pixel decoder."""
+"""Bases of all networks: weights to a folder and back, and the features of a pixel decoder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastmask.files import replace_files
 from fastmask.models import weight_files
 from fastmask.models._configuration import ModelConfig, PixelDecoderConfig
-from fastmask.models._images import DEVIATIONS, PIXEL_RANGE, ImageBatch, pad_images
+from fastmask.models._images import ImageBatch, ImagePreprocessor
 from fastmask.models.backbones import backbone_channels as channels_of
 from fastmask.models.backbones import build_backbone, describe_backbone, feature_maps
 from fastmask.models.model_card import ModelCard
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 CUSTOM_BACKBONE = "custom"
-
-Images = Tensor | Sequence[Tensor]
 
 
 class PretrainedModel(nn.Module):
@@ -146,6 +144,11 @@ class PretrainedModel(nn.Module):
             )
         return super().load_state_dict(state_dict, strict, assign)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
     def weights(self) -> dict[str, Tensor]:
         """The state dict without buffers that follow from the configuration."""
         return {name: value for name, value in self.state_dict().items() if not name.startswith(self.unsaved)}
@@ -162,43 +165,7 @@ class PretrainedModel(nn.Module):
                 module.training = True
 
 
-class SegmentationModel(PretrainedModel):
-    """Base of every network that segments images.
-
-    Args:
-        config: the configuration, of the class ``config_class``.
-        pixel_mean: per channel, subtracted from images in 0..1.
-        pixel_std: per channel, divides the difference.
-    """
-
-    pixel_mean: Tensor
-    pixel_std: Tensor
-    final_logits: Callable[..., tuple[Any, ...]]
-    predict: Callable[..., list[Any]]
-
-    def __init__(self, config: ModelConfig, pixel_mean: Sequence[float], pixel_std: Sequence[float]) -> None:
-        super().__init__(config)
-        self.register_buffer("pixel_mean", torch.tensor(pixel_mean)[:, None, None], persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(pixel_std)[:, None, None], persistent=False)
-        self._highest_pixel = max(mean + DEVIATIONS * std for mean, std in zip(pixel_mean, pixel_std, strict=True))
-
-    def _batch(self, images: Images) -> ImageBatch:
-        """Images in one batch, padded as the network needs them."""
-        raise NotImplementedError
-
-    def _pad(self, images: Images, divisibility: int) -> ImageBatch:
-        """Images in one batch, whose sides are multiples of ``divisibility``."""
-        batch = pad_images(images, divisibility, len(self.pixel_mean))
-        PIXEL_RANGE.check(batch.pixels, self._highest_pixel)
-        return batch
-
-    def _normalize(self, batch: ImageBatch) -> Tensor:
-        """Pixels of mean 0 and deviation 1, in the model's dtype; padding stays 0, as in the original."""
-        pixels = (batch.pixels - self.pixel_mean.float()) / self.pixel_std.float()
-        return batch.zero_padding(pixels).to(self.pixel_mean.dtype)
-
-
-class PixelDecoderModel(SegmentationModel):
+class PixelDecoderModel(PretrainedModel):
     """Base of the networks of MaskFormer's paper (arXiv:2107.06278): a backbone and a pixel decoder.
 
     The arguments are those of :class:`fastmask.MaskFormer`.
@@ -234,7 +201,8 @@ class PixelDecoderModel(SegmentationModel):
                 f"size_divisibility is {config.size_divisibility}; expected a multiple of the patch size {patch_size} "
                 f"of backbone {config.backbone!r}"
             )
-        super().__init__(config, config.pixel_mean, config.pixel_std)
+        super().__init__(config)
+        self.preprocessor = ImagePreprocessor(config.pixel_mean, config.pixel_std, config.size_divisibility)
         self.backbone = backbone
         self.channels = channels_of(backbone, backbone_channels)
         self.pixel_decoder = PixelDecoder(
@@ -266,12 +234,9 @@ class PixelDecoderModel(SegmentationModel):
             "dropout": config.dropout,
         }
 
-    def _batch(self, images: Images) -> ImageBatch:
-        return self._pad(images, self.config.size_divisibility)
-
     def _features(self, batch: ImageBatch) -> tuple[list[Tensor], Tensor | None]:
         """The backbone's maps, and the mask of padding of the coarsest."""
-        features = feature_maps(self.backbone, self._normalize(batch), self.channels)
+        features = feature_maps(self.backbone, self.preprocessor.normalize(batch), self.channels)
         return features, batch.padding_mask(*features[-1].shape[-2:])
 
     def _embed_pixels(self, batch: ImageBatch) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+SMALL_BACKBONES = ("tiny", efficientnet.NAME)
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,11 @@ class ModelConfig(PlainConfig):
     num_classes: int
     class_names: tuple[str, ...] = field(default=(), kw_only=True)
 
+    @property
+    def recipe(self) -> str:
+        """The name of the recipe of the network's paper for ADE20K; "finetune" if it is in no paper."""
+        return "finetune"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_at_least(1, "num_classes")
@@ -193,6 +199,12 @@ class PixelDecoderConfig(ModelConfig):
     size_divisibility: int = 32
     pixel_mean: tuple[float, ...] = ()
     pixel_std: tuple[float, ...] = ()
+
+    @property
+    def recipe(self) -> str:
+        if self.backbone in SMALL_BACKBONES:
+            return super().recipe
+        return "maskformer-ade20k-swin" if self.backbone.startswith("swin") else "maskformer-ade20k"
 
     def __post_init__(self) -> None:
         for name, values in pixel_statistics(self.backbone).items():

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from fastmask.ops._tracing import ceil_div, known, same_size
@@ -71,6 +71,7 @@ PIXEL_RANGE = PixelRange()
 
 
 Size = tuple[int, int]
+Images = Tensor | Sequence[Tensor]
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,38 @@ class ImageBatch:
         return ~_inside(cells, (height, width), self.pixels.device).expand(self.pixels.shape[0], -1, -1)
 
 
-def pad_images(images: Tensor | Sequence[Tensor], divisibility: int, channels: int = 3) -> ImageBatch:
+class ImagePreprocessor(nn.Module):
+    """Pads and normalizes the images that a network is given.
+
+    Args:
+        mean: per channel, subtracted from images in 0..1.
+        std: per channel, divides the difference.
+        divisibility: height and width of a batch are multiples of this.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], divisibility: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+        self.divisibility = divisibility
+        self._highest_pixel = max(m + DEVIATIONS * s for m, s in zip(mean, std, strict=True))
+
+    def forward(self, images: Images) -> ImageBatch:
+        """Images in one batch, with the values that they came with."""
+        batch = pad_images(images, self.divisibility, len(self.mean))
+        PIXEL_RANGE.check(batch.pixels, self._highest_pixel)
+        return batch
+
+    def normalize(self, batch: ImageBatch) -> Tensor:
+        """Pixels of mean 0 and deviation 1, in the model's dtype; padding stays 0, as in the original."""
+        pixels = (batch.pixels - self.mean.float()) / self.std.float()
+        return batch.zero_padding(pixels).to(self.mean.dtype)
+
+
+def pad_images(images: Images, divisibility: int, channels: int = 3) -> ImageBatch:
     """Images in one batch.
 
     Args:

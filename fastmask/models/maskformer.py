@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fastmask.functional import mask_products, merge_views
 from fastmask.mask_term import MaskTerm
-from fastmask.models._base import Images, PixelDecoderModel
-from fastmask.models._configuration import TINY, PixelDecoderConfig, require
-from fastmask.models._images import ImageBatch, Size, fit_targets
+from fastmask.models._base import PixelDecoderModel
+from fastmask.models._configuration import SMALL_BACKBONES, TINY, PixelDecoderConfig, require
+from fastmask.models._images import ImageBatch, Images, Size, fit_targets
 from fastmask.models._inference import TASKS, check_sizes, infer
 from fastmask.models._views import EvaluationViews
 from fastmask.modules.criterion import SetCriterion
@@ -116,6 +116,11 @@ class MaskFormerConfig(PixelDecoderConfig):
         require(not wrong, "stuff_classes", wrong, f"in 0..{self.num_classes - 1}")
 
     @property
+    def recipe(self) -> str:
+        masked = self.masked_attention and self.backbone not in SMALL_BACKBONES
+        return "mask2former-ade20k" if masked else super().recipe
+
+    @property
     def num_predictions(self) -> int:
         """L, the number of supervised predictions."""
         return self.decoder_layers + self.masked_attention if self.deep_supervision else 1
@@ -191,7 +196,7 @@ class MaskFormer(PixelDecoderModel):
             TypeError: images or targets of another type or dtype.
             ValueError: shapes that do not fit each other, or labels out of range.
         """
-        batch = self._batch(images)
+        batch = self.preprocessor(images)
         if targets is not None:
             targets = fit_targets(targets, batch, self.config.num_classes)
         class_logits, mask_embed, pixel_embed = self._predict(batch, all_layers=self.config.deep_supervision)
@@ -258,7 +263,7 @@ class MaskFormer(PixelDecoderModel):
             return self.predict_tasks(images, {task: options}, sizes)[task]
         if task != "semantic":
             raise ValueError(f'window, scales and flip go with task "semantic", got {task!r}')
-        batch = self._batch(images)
+        batch = self.preprocessor(images)
         sizes = check_sizes(sizes, batch.sizes)
         crops = (pixels[:, :h, :w] for pixels, (h, w) in zip(batch.pixels, batch.sizes, strict=True))
         with self._evaluating():
@@ -284,7 +289,7 @@ class MaskFormer(PixelDecoderModel):
             TypeError, ValueError: as for :meth:`predict`.
         """
         _check_tasks(tasks)
-        batch = self._batch(images)
+        batch = self.preprocessor(images)
         sizes = check_sizes(sizes, batch.sizes)
         with self._evaluating():
             class_logits, mask_embed, pixel_embed = self._predict(batch, all_layers=False)
@@ -306,7 +311,7 @@ class MaskFormer(PixelDecoderModel):
             class logits ``(B, N, K+1)``, mask logits ``(B, N, h, w)``, and the (height, width) of the padded input that
             these cover.
         """
-        batch = self._batch(images)
+        batch = self.preprocessor(images)
         class_logits, mask_embed, pixel_embed = self._predict(batch, all_layers=False)
         return class_logits[-1], mask_products(mask_embed[-1], pixel_embed), batch.padded_size
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fastmask.functional import mask_products
-from fastmask.models._base import Images, PixelDecoderModel
+from fastmask.models._base import PixelDecoderModel
 from fastmask.models._configuration import TINY, PixelDecoderConfig
-from fastmask.models._images import ImageBatch, Size
+from fastmask.models._images import ImageBatch, Images, Size
 from fastmask.models._inference import check_sizes
 from fastmask.models._pixels import (
     PixelTargets,
@@ -107,7 +107,7 @@ class PerPixelBaseline(PixelDecoderModel):
             TypeError: images or targets of another type or dtype.
             ValueError: shapes that do not fit each other, or classes out of range.
         """
-        batch = self._batch(images)
+        batch = self.preprocessor(images)
         ignore_index = self.config.ignore_index
         if targets is not None:
             targets = fit_class_map(targets, batch, self.config.num_classes, ignore_index)
@@ -137,7 +137,7 @@ class PerPixelBaseline(PixelDecoderModel):
             ValueError: an unknown output, or sizes that do not fit the images.
         """
         check_output(output)
-        batch = self._batch(images)
+        batch = self.preprocessor(images)
         sizes = check_sizes(sizes, batch.sizes)
         with self._evaluating():
             logits = self._predict_logits(batch, all_layers=False)[-1]
@@ -156,7 +156,7 @@ class PerPixelBaseline(PixelDecoderModel):
         Returns:
             logits ``(B, K, h, w)``, and the (height, width) of the padded input that they cover.
         """
-        batch = self._batch(images)
+        batch = self.preprocessor(images)
         return self._predict_logits(batch, all_layers=False)[-1], batch.padded_size
 
     def _predict_logits(self, batch: ImageBatch, *, all_layers: bool) -> Sequence[Tensor]:

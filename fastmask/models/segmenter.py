@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fastmask.extras import extra
-from fastmask.models._base import Images, SegmentationModel, config_or_fields
+from fastmask.models._base import PretrainedModel, config_or_fields
 from fastmask.models._configuration import ModelConfig, check_pixel_statistics, require
-from fastmask.models._images import ImageBatch, Size, pad_images
+from fastmask.models._images import ImageBatch, ImagePreprocessor, Images, Size, pad_images
 from fastmask.models._inference import check_sizes
 from fastmask.models._pixels import PixelTargets, check_output, fit_class_map, per_pixel_loss, pixel_results
 from fastmask.models._views import windowed_batch, windowed_logits
@@ -131,6 +131,10 @@ class SegmenterConfig(ModelConfig):
     pixel_mean: tuple[float, ...] = VIT_MEAN
     pixel_std: tuple[float, ...] = VIT_STD
 
+    @property
+    def recipe(self) -> str:
+        return "segmenter-ade20k"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_pixel_statistics(self.pixel_mean, self.pixel_std)
@@ -238,7 +242,7 @@ def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-class Segmenter(SegmentationModel):
+class Segmenter(PretrainedModel):
     """Segmenter (Strudel et al., ICCV 2021, arXiv:2105.05633).
 
     ``Segmenter(config)``, or ``Segmenter(num_classes=150, decoder="linear", ...)`` with the fields of
@@ -265,7 +269,8 @@ class Segmenter(SegmentationModel):
         self, config: SegmenterConfig | None = None, *, pretrained_backbone: str | None = None, **options: Any
     ) -> None:
         config = config_or_fields(type(self), config, options)
-        super().__init__(config, config.pixel_mean, config.pixel_std)
+        super().__init__(config)
+        self.preprocessor = ImagePreprocessor(config.pixel_mean, config.pixel_std, config.patch_size)
         self.encoder = VisionTransformer(
             config.grid_size,
             config.patch_size,
@@ -405,8 +410,8 @@ class Segmenter(SegmentationModel):
 
     def _batch(self, images: Images) -> ImageBatch:
         """Normalized images, padded to multiples of the patch size."""
-        batch = self._pad(images, self.config.patch_size)
-        return ImageBatch(self._normalize(batch), batch.sizes)
+        batch = self.preprocessor(images)
+        return ImageBatch(self.preprocessor.normalize(batch), batch.sizes)
 
     def _patch_logits(self, batch: ImageBatch) -> Tensor:
         """``(B, K, h, w)``: the logits of each patch of normalized images."""

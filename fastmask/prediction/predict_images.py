@@ -17,7 +17,7 @@ from fastmask.data.image_files import reading
 from fastmask.data.palette import distinct_colors
 from fastmask.data.pictures import decode_picture
 from fastmask.device import usable_device
-from fastmask.models._base import SegmentationModel
+from fastmask.models._base import PretrainedModel
 from fastmask.models._inference import TASKS
 from fastmask.models._registry import load_model, task_of_run
 from fastmask.models._views import view_options
@@ -55,7 +55,7 @@ class Predictions:
 
 
 def predict(
-    model: SegmentationModel | str | Path,
+    model: PretrainedModel | str | Path,
     images: str | Path | Iterable[str | Path],
     output: str | Path,
     *,
@@ -213,7 +213,7 @@ def _batches(
 
 
 def _run(
-    model: SegmentationModel,
+    model: PretrainedModel,
     batch: Sequence[tuple[ImageFile, Tensor]],
     resize: ResizeShortSide | None,
     precision: str,
@@ -224,22 +224,22 @@ def _run(
     images = [image for _, image in batch]
     if resize is not None:
         images = list(map(resize.of_image, images))
-    device = model.pixel_mean.device
+    device = model.device
     pixels = torch.stack(images).to(device).float().div_(255)
     with autocast(device, precision):
         return model.predict(pixels, sizes=sizes, **options)
 
 
-def _image_model(model: Any) -> SegmentationModel:
-    if not isinstance(model, SegmentationModel):
+def _image_model(model: Any) -> PretrainedModel:
+    if not (isinstance(model, PretrainedModel) and "semantic" in model.tasks):
         raise TypeError(f"a {type(model).__name__} does not segment images")
-    channels = len(model.pixel_mean)
+    channels = len(model.preprocessor.mean)
     if channels != 3:
         raise TypeError(f"the model takes images of {channels} channels; expected 3, red, green and blue")
     return model
 
 
-def _task_of(model: SegmentationModel, task: str | None) -> str:
+def _task_of(model: PretrainedModel, task: str | None) -> str:
     if task is None:
         return "panoptic" if getattr(model.config, "stuff_classes", ()) else "semantic"
     if task not in TASKS:
@@ -249,7 +249,7 @@ def _task_of(model: SegmentationModel, task: str | None) -> str:
     return task
 
 
-def _class_info(model: SegmentationModel, info: DatasetInfo | None, palette: Palette | None) -> DatasetInfo:
+def _class_info(model: PretrainedModel, info: DatasetInfo | None, palette: Palette | None) -> DatasetInfo:
     """The description of the model's classes."""
     config = model.config
     num_classes = config.num_classes

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastmask.measure import Clock, Measurement, summary, take_turns
-from fastmask.models._base import PretrainedModel, SegmentationModel
+from fastmask.models._base import PretrainedModel
 from fastmask.models.precision import autocast, check_precision
 from fastmask.modules.criterion import SetCriterion
 from fastmask.targets import Targets
@@ -65,7 +65,7 @@ def benchmark(
         TypeError: a model that does not take images.
         ValueError: a subject that the model does not have, or an unknown precision.
     """
-    if not isinstance(model, SegmentationModel):
+    if not (isinstance(model, PretrainedModel) and "semantic" in model.tasks):
         raise TypeError(f"model must be a network that segments images, got {type(model).__name__}")
     check_precision(precision)
     criterion = _criterion_of(model)
@@ -123,18 +123,18 @@ def random_batch(
     return images, Targets.from_segments(torch.stack(segments), labels, void=VOID)
 
 
-def _run(call: Call, model: SegmentationModel, images: Tensor, precision: str, backend: str, clock: Clock) -> Any:
+def _run(call: Call, model: PretrainedModel, images: Tensor, precision: str, backend: str, clock: Clock) -> Any:
     with _using(model, backend), autocast(images.device, precision):
         return call(clock, backend)
 
 
-def _criterion_of(model: SegmentationModel) -> SetCriterion | None:
+def _criterion_of(model: PretrainedModel) -> SetCriterion | None:
     """The criterion of a network that classifies masks; others have none."""
     criterion = getattr(model, "criterion", None)
     return criterion if isinstance(criterion, SetCriterion) else None
 
 
-def _make_call(model: SegmentationModel, images: Tensor, targets: Targets, subject: str) -> Call:
+def _make_call(model: PretrainedModel, images: Tensor, targets: Targets, subject: str) -> Call:
     if subject == "criterion":
         return _criterion(model, images, targets)
     if subject == "training":
@@ -142,7 +142,7 @@ def _make_call(model: SegmentationModel, images: Tensor, targets: Targets, subje
     return _prediction(model, images, targets, subject)
 
 
-def _criterion(model: SegmentationModel, images: Tensor, targets: Targets) -> Call:
+def _criterion(model: PretrainedModel, images: Tensor, targets: Targets) -> Call:
     with torch.no_grad():
         outputs = model(images)
     logits = {name: outputs[name].detach().requires_grad_() for name in ("class_logits", "mask_logits")}
@@ -159,7 +159,7 @@ def _criterion(model: SegmentationModel, images: Tensor, targets: Targets) -> Ca
     return call
 
 
-def _training_step(model: SegmentationModel, images: Tensor, targets: Targets) -> Call:
+def _training_step(model: PretrainedModel, images: Tensor, targets: Targets) -> Call:
     recipe = Recipe()
     optimizer = make_optimizer(model, recipe)
     for group in optimizer.param_groups:
@@ -189,7 +189,7 @@ def _training_step(model: SegmentationModel, images: Tensor, targets: Targets) -
     return call
 
 
-def _prediction(model: SegmentationModel, images: Tensor, targets: Targets, task: str) -> Call:
+def _prediction(model: PretrainedModel, images: Tensor, targets: Targets, task: str) -> Call:
     options: dict[str, Any] = {} if len(model.tasks) == 1 else {"task": task}
     if task == "panoptic":
         options["threshold"] = _threshold(model, images, int(targets.counts.sum()))
@@ -203,7 +203,7 @@ def _prediction(model: SegmentationModel, images: Tensor, targets: Targets, task
 
 
 @torch.no_grad()
-def _threshold(model: SegmentationModel, images: Tensor, count: int) -> float:
+def _threshold(model: PretrainedModel, images: Tensor, count: int) -> float:
     """The class probability that is exceeded by ``count`` queries of the batch."""
     with model._evaluating():
         probabilities, labels = model(images)["pred_logits"].float().softmax(-1).max(-1)
@@ -212,7 +212,7 @@ def _threshold(model: SegmentationModel, images: Tensor, count: int) -> float:
 
 
 @contextmanager
-def _using(model: SegmentationModel, backend: str) -> Iterator[None]:
+def _using(model: PretrainedModel, backend: str) -> Iterator[None]:
     """Inside, the model's modules run on a backend."""
     ours: list[Any] = [module for module in model.modules() if type(module).__module__.startswith("fastmask.")]
     before = {module: module.backend for module in ours if hasattr(module, "backend")}

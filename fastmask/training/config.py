@@ -12,11 +12,9 @@ from fastmask.data import open_dataset
 from fastmask.data.open import COMPOSED_SCENES
 from fastmask.data.sample import TASKS
 from fastmask.data.shards import is_url
-from fastmask.models import efficientnet
 from fastmask.models._configuration import ModelConfig, PlainConfig, require
 from fastmask.models._registry import MODELS, config_from_dict, load_config, make_config
 from fastmask.models.precision import PRECISIONS
-from fastmask.models.segmenter import SegmenterConfig
 from fastmask.training.distributed import STRATEGIES
 from fastmask.training.recipe import Recipe
 
@@ -27,7 +25,6 @@ CHANGEABLE = frozenset(
 )
 LOGGERS = ("tensorboard", "wandb", "trackio", "none")
 WARMUP_PART = 10  # warm-up takes at most one in so many steps
-SMALL_BACKBONES = ("tiny", efficientnet.NAME)
 
 
 @dataclass(frozen=True)
@@ -101,7 +98,7 @@ class TrainingConfig(PlainConfig):
             if (path := getattr(self, name)) not in ("", COMPOSED_SCENES) and not is_url(path):
                 object.__setattr__(self, name, os.path.abspath(path))  # a run may be resumed from another place
         require(self.train_split != "", "train_split", "''", "the name of a split")
-        segments = hasattr(self.model, "pixel_mean")
+        segments = isinstance(self.model, ModelConfig) and "semantic" in MODELS[self.model.model_type].tasks
         require(segments, "model", type(self.model).__name__, "the configuration of a network that segments images")
         known = {"precision": PRECISIONS, "strategy": STRATEGIES, "task": ("", *TASKS), "log": LOGGERS}
         for name, choices in known.items():
@@ -175,7 +172,7 @@ def make_training_config(
         check_task(network, info.task)
         options["task"] = info.task  # for readers of the run's folder
     if not isinstance(recipe, Recipe):
-        recipe = Recipe.preset(recipe or default_recipe(network))
+        recipe = Recipe.preset(recipe or network.recipe)
     recipe = recipe.replace(**with_short_warmup(recipe, recipe_fields or {}))
     return TrainingConfig(str(data), network, recipe, **options)
 
@@ -195,18 +192,6 @@ def with_short_warmup(recipe: Recipe, changes: Mapping[str, Any]) -> dict[str, A
     if "steps" not in changes:
         return dict(changes)
     return {"warmup_steps": min(recipe.warmup_steps, changes["steps"] // WARMUP_PART), **changes}
-
-
-def default_recipe(model: ModelConfig) -> str:
-    """The name of the recipe of a network's paper for ADE20K; "finetune" for small networks that are in no paper."""
-    backbone = getattr(model, "backbone", "")
-    if backbone in SMALL_BACKBONES:
-        return "finetune"
-    if isinstance(model, SegmenterConfig):
-        return "segmenter-ade20k"
-    if getattr(model, "masked_attention", False):
-        return "mask2former-ade20k"
-    return "maskformer-ade20k-swin" if backbone.startswith("swin") else "maskformer-ade20k"
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -44,7 +44,7 @@ def original(backbone, encoder_layers=0):
 
 
 def pixels_of(model, images):
-    return (images - model.pixel_mean) / model.pixel_std
+    return (images - model.preprocessor.mean) / model.preprocessor.std
 
 
 @pytest.mark.parametrize("encoder_layers", [0, 2])

@@ -83,7 +83,7 @@ def test_pixel_statistics_follow_the_backbone_unless_given():
     assert given.pixel_mean == (0.1, 0.2, 0.3) and given.pixel_std == lite.pixel_std
     assert MaskFormerConfig.from_dict(lite.to_dict()) == lite
     model = PerPixelBaseline(num_classes=4, backbone=NAME, hidden_dim=32, mask_dim=32, pixel_decoder_dim=32)
-    assert model.pixel_mean.flatten().tolist() == pytest.approx([127 / 255] * 3)
+    assert model.preprocessor.mean.flatten().tolist() == pytest.approx([127 / 255] * 3)
 
 
 def test_a_model_survives_a_folder_without_the_package(tmp_path, monkeypatch):

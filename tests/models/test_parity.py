@@ -90,7 +90,7 @@ def test_logits_of_all_layers_equal_those_of_hugging_face(size, backbone, config
 
     images = torch.rand(2, 3, *size).double()
     outputs = model(images)
-    expected = other((images - model.pixel_mean) / model.pixel_std, output_hidden_states=True)
+    expected = other((images - model.preprocessor.mean) / model.preprocessor.std, output_hidden_states=True)
     torch.testing.assert_close(outputs["pred_logits"], expected.class_queries_logits, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(outputs["pred_masks"], expected.masks_queries_logits, rtol=1e-9, atol=1e-9)
     # Hugging Face skips the final norm for the earlier layers; the original, like DETR, does not.

@@ -65,7 +65,7 @@ def test_other_images_are_not_warned_of(name):
         warnings.simplefilter("error")
         model(images(1))
         model(images(1) * 1.3 - 0.2)  # sharpened by a resize
-        model((images(1) - model.pixel_mean) / model.pixel_std)
+        model((images(1) - model.preprocessor.mean) / model.preprocessor.std)
         model(images(float("nan")))
         bytes_by_choice(images(255))
 
