@@ -21,11 +21,11 @@ from benchmarks.harness.registry import Case, Operation, load_operations
 from benchmarks.harness.results import read_results, write_results
 from benchmarks.harness.runner import Row, measure_case
 from benchmarks.harness.tables import markdown_table, rows_by
-from benchmarks.harness.timing import Plan
+from benchmarks.harness.timing import TimeBudget
 
 RESULTS = ROOT / "benchmarks" / "results"
 TRIALS = ROOT / "out" / "benchmarks"  # of the quick suite, whose shapes are too small to say anything
-QUICK_PLAN = Plan(rounds=5, seconds=2.0, sample_seconds=0.005, warm_up_seconds=0.05)
+QUICK_BUDGET = TimeBudget(rounds=5, seconds=2.0, sample_seconds=0.005, warm_up_seconds=0.05)
 
 
 def select(
@@ -72,17 +72,17 @@ def main(
     chosen = select({name: operations[name] for name in op or operations}, suite, case, dtype)
     if not chosen:
         raise typer.BadParameter(f"nothing to run: no case fits --suite {suite} --case {case} --dtype {dtype}")
-    plan = QUICK_PLAN if quick else Plan()
-    plan = Plan(
-        rounds=rounds or plan.rounds,
-        seconds=seconds if seconds is not None else plan.seconds,
-        sample_seconds=plan.sample_seconds,
-        warm_up_seconds=plan.warm_up_seconds,
+    budget = QUICK_BUDGET if quick else TimeBudget()
+    budget = TimeBudget(
+        rounds=rounds or budget.rounds,
+        seconds=seconds if seconds is not None else budget.seconds,
+        sample_seconds=budget.sample_seconds,
+        warm_up_seconds=budget.warm_up_seconds,
     )
     folder = TRIALS if suite == "quick" else RESULTS
     names = {p.name for operation, *_ in chosen for p in operation.providers if compiled or not p.compiles}
     providers = names & set(provider) if provider else names
-    rows, path = run(chosen, used, plan, providers, folder, output)
+    rows, path = run(chosen, used, budget, providers, folder, output)
     if plots:
         from benchmarks.harness.plots import write_plots
 
@@ -98,7 +98,7 @@ def main(
 def run(
     chosen: list[tuple[Operation, Case, str]],
     device: torch.device,
-    plan: Plan,
+    budget: TimeBudget,
     providers: Collection[str],
     folder: Path,
     output: Path | None,
@@ -125,7 +125,7 @@ def run(
             bar.set_description(f"{operation.name}: {case.name}, {dtype}")
             subset = [p for p in operation.providers if p.name in providers]
             new = measure_case(
-                operation, case, dtype, device, rates, plan, providers=subset, progress=bar.set_postfix_str
+                operation, case, dtype, device, rates, budget, providers=subset, progress=bar.set_postfix_str
             )
             write_results(path, run_info, new)
             rows += new

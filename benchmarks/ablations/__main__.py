@@ -18,9 +18,9 @@ import typer
 from tqdm import tqdm
 
 from benchmarks.ablations.images import SCENES
-from benchmarks.ablations.plan import COMPARISONS, LAYERS, QUERIES, Run, Settings, plan
 from benchmarks.ablations.sounds import CLIPS
 from benchmarks.ablations.training import Bench
+from benchmarks.ablations.variants import COMPARISONS, LAYERS, QUERIES, Run, Settings, plan
 from benchmarks.harness.machine import ROOT, commit, default_name, describe_machine, use_device
 from benchmarks.harness.results import read_results, write_results
 

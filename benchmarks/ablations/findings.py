@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.ablations.plan import (
+from benchmarks.ablations.variants import (
     BIPARTITE,
     FIXED,
     FRAMES,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.ablations.findings import Finding, Judgement, image_findings, judge, sound_findings, values_by_seed
-from benchmarks.ablations.plan import BIPARTITE, SOUND, Settings, Variant, comparisons
+from benchmarks.ablations.variants import BIPARTITE, SOUND, Settings, Variant, comparisons
 
 Row = Mapping[str, Any]
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from benchmarks.ablations.findings import GENERAL
-from benchmarks.ablations.plan import BIPARTITE, FIXED, PER_PIXEL, Run, Settings, Variant
 from benchmarks.ablations.query_classes import QueryClasses
+from benchmarks.ablations.variants import BIPARTITE, FIXED, PER_PIXEL, Run, Settings, Variant
 from fastmask.cli.pretrain import WEIGHTS
 from fastmask.data import (
     Augmented,

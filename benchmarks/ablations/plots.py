@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.ablations.groups import Group, groups_of
-from benchmarks.ablations.plan import TITLES, Variant
 from benchmarks.ablations.query_classes import classes_per_query, histogram, shared_pairs
 from benchmarks.ablations.tables import METRICS
+from benchmarks.ablations.variants import TITLES, Variant
 
 COLORS = ("#2a6f97", "#e07a5f", "#81b29a")
 LABELS = {"PQ_st": "PQ$^{St}$"}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, pad
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.ablations.plan import FRAMES, NO_MASK_LOSSES, Run, Settings, Variant
+from benchmarks.ablations.variants import FRAMES, NO_MASK_LOSSES, Run, Settings, Variant
 from fastmask.data import EVENT_CLASSES, Clip, ComposedClips, collate_clips
 from fastmask.metrics import SoundEventMetrics
 from fastmask.models import SoundEventConfig, SoundEventDetector

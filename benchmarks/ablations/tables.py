@@ -9,8 +9,8 @@ from typing import Any
 
 from benchmarks.ablations.findings import CONFIDENCE, GENERAL, Judgement
 from benchmarks.ablations.groups import Group, groups_of
-from benchmarks.ablations.plan import BIPARTITE, TITLES, Variant
 from benchmarks.ablations.query_classes import THRESHOLD, classes_per_query, histogram, shared_pairs
+from benchmarks.ablations.variants import BIPARTITE, TITLES, Variant
 from benchmarks.harness.tables import markdown_lines
 
 METRICS = {

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.ablations import images, sounds
-from benchmarks.ablations.plan import SOUND, Run, Settings, Variant, comparisons
+from benchmarks.ablations.variants import SOUND, Run, Settings, Variant, comparisons
 from fastmask.files import finite
 from fastmask.models import MaskFormerConfig
 from fastmask.training import Trainer

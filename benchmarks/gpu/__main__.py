@@ -37,7 +37,7 @@ OWN_NETWORKS = {"training_step": NETWORKS, "label_maps": NETWORKS}
 
 
 @dataclass(frozen=True)
-class Run:
+class Session:
     """What the stages share.
 
     Args:
@@ -70,19 +70,19 @@ Command = list[str] | str  # or why there is none
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the run.
+    """A part of the session.
 
     Args:
         seconds: of the total that are its own; what earlier stages leave over comes on top.
-        command: from the run and its seconds to the command, or to the reason why the stage is skipped.
+        command: from the session and its seconds to the command, or to the reason why the stage is skipped.
         optional: whether running out of time is no failure.
         extra: runs only where it is named.
     """
 
     name: str
     seconds: float
-    command: Callable[[Run, float], Command]
-    environment: Callable[[Run], dict[str, str]] = lambda run: {}
+    command: Callable[[Session, float], Command]
+    environment: Callable[[Session], dict[str, str]] = lambda session: {}
     optional: bool = False
     extra: bool = False
 
@@ -91,16 +91,16 @@ def module(name: str, *arguments: object) -> list[str]:
     return [sys.executable, "-m", f"benchmarks.gpu.{name}", *map(str, arguments)]
 
 
-def build(run: Run, seconds: float) -> Command:
-    if run.device == "cpu":
+def build(session: Session, seconds: float) -> Command:
+    if session.device == "cpu":
         return "the CPU form runs what is built"
     return [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--editable", str(ROOT)]
 
 
-def build_for_this_gpu(run: Run) -> dict[str, str]:
+def build_for_this_gpu(session: Session) -> dict[str, str]:
     """The device's own architecture alone, as each takes nvcc as long again, and CPU kernels of one SIMD level: 135
     core-seconds where a build for everyone takes 310."""
-    if run.device == "cpu" or "FASTMASK_CUDA_ARCHS" in os.environ or shutil.which("nvidia-smi") is None:
+    if session.device == "cpu" or "FASTMASK_CUDA_ARCHS" in os.environ or shutil.which("nvidia-smi") is None:
         return {}
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     answer = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
@@ -108,77 +108,79 @@ def build_for_this_gpu(run: Run) -> dict[str, str]:
     return {"FASTMASK_CUDA_ARCHS": architectures, "FASTMASK_PORTABLE": "1"}
 
 
-def environment(run: Run, seconds: float) -> Command:
-    return module("environment", "--device", run.device, "--output", run.folder / "environment.json")
+def environment(session: Session, seconds: float) -> Command:
+    return module("environment", "--device", session.device, "--output", session.folder / "environment.json")
 
 
 OPERATORS = "tests/gpu/test_operators_cuda.py"
 
 
-def suite(run: Run, seconds: float, name: str, *tests: str) -> Command:
+def suite(session: Session, seconds: float, name: str, *tests: str) -> Command:
     if find_spec("pytest") is None:
         return "pytest is not installed"
-    options = () if run.device == "cuda" else ("--marker", "not cuda", "--shards", "1")
-    return module("suite", "--seconds", seconds - 5, "--folder", run.folder / name, *options, *tests)
+    options = () if session.device == "cuda" else ("--marker", "not cuda", "--shards", "1")
+    return module("suite", "--seconds", seconds - 5, "--folder", session.folder / name, *options, *tests)
 
 
-def smoke(run: Run, seconds: float) -> Command:
+def smoke(session: Session, seconds: float) -> Command:
     """Every operator in every dtype against the reference."""
-    return suite(run, seconds, "smoke", f"{OPERATORS}::test_the_values_are_those_of_the_reference")
+    return suite(session, seconds, "smoke", f"{OPERATORS}::test_the_values_are_those_of_the_reference")
 
 
-def battery(run: Run, seconds: float) -> Command:
+def battery(session: Session, seconds: float) -> Command:
     """On a GPU all its tests; on a CPU some others than those before."""
     on_cpu = f"{OPERATORS}::test_results_are_written_and_the_same_each_time"
-    return suite(run, seconds, "battery", *([on_cpu] if run.device == "cpu" else []))
+    return suite(session, seconds, "battery", *([on_cpu] if session.device == "cpu" else []))
 
 
-def sanitizer(run: Run, seconds: float) -> Command:
-    return module("sanitize", "--device", run.device, "--seconds", seconds - 5, "--folder", run.folder / "sanitizer")
+def sanitizer(session: Session, seconds: float) -> Command:
+    return module(
+        "sanitize", "--device", session.device, "--seconds", seconds - 5, "--folder", session.folder / "sanitizer"
+    )
 
 
-def benchmarks(run: Run, seconds: float, cases: Mapping[str, Sequence[str]], *options: str) -> Command:
+def benchmarks(session: Session, seconds: float, cases: Mapping[str, Sequence[str]], *options: str) -> Command:
     if missing := [name for name in ("typer", "tqdm") if find_spec(name) is None]:
         return f"{' and '.join(missing)} not installed"
     first = next(iter(cases))
-    command = module("measure", "--device", run.device, "--results", run.results, "--seconds", seconds - 5)
-    command += ["--log", str(run.folder / f"measure-{first}.log")]
-    if run.quick:
+    command = module("isolated", "--device", session.device, "--results", session.results, "--seconds", seconds - 5)
+    command += ["--log", str(session.folder / f"measure-{first}.log")]
+    if session.quick:
         return [*command, "--op", first, "--budget", "0.1", "--no-compiled", "--quick"]
     names = dict.fromkeys(name for group in cases.values() for name in group)
     command += [word for name in cases for word in ("--op", name)]
     return [*command, *options, *(word for name in names for word in ("--case", name))]
 
 
-def matcher(run: Run, seconds: float) -> Command:
-    return benchmarks(run, seconds, MATCHER, "--budget", "2", "--no-compiled")
+def matcher(session: Session, seconds: float) -> Command:
+    return benchmarks(session, seconds, MATCHER, "--budget", "2", "--no-compiled")
 
 
-def mask_operators(run: Run, seconds: float) -> Command:
+def mask_operators(session: Session, seconds: float) -> Command:
     """With torch.compile, whose compilation takes most of the time."""
-    return benchmarks(run, seconds, MASK_OPERATORS, "--budget", "3", "--dtype", "bfloat16")
+    return benchmarks(session, seconds, MASK_OPERATORS, "--budget", "3", "--dtype", "bfloat16")
 
 
-def kernels(run: Run, seconds: float) -> Command:
-    return benchmarks(run, seconds, KERNELS, "--budget", "3", "--dtype", "bfloat16", "--no-compiled")
+def kernels(session: Session, seconds: float) -> Command:
+    return benchmarks(session, seconds, KERNELS, "--budget", "3", "--dtype", "bfloat16", "--no-compiled")
 
 
-def patched(run: Run, seconds: float) -> Command:
+def patched(session: Session, seconds: float) -> Command:
     """A training step of transformers' networks, plain and patched."""
-    return benchmarks(run, seconds, PATCHED, "--budget", "6", "--no-compiled")
+    return benchmarks(session, seconds, PATCHED, "--budget", "6", "--no-compiled")
 
 
-def end_to_end(run: Run, seconds: float) -> Command:
+def end_to_end(session: Session, seconds: float) -> Command:
     """Whole networks of our own against transformers', compiled ones too; takes minutes."""
-    return benchmarks(run, seconds, OWN_NETWORKS, "--budget", "6")
+    return benchmarks(session, seconds, OWN_NETWORKS, "--budget", "6")
 
 
-def counters(run: Run, seconds: float) -> Command:
-    return module("profile", "--device", run.device, "--seconds", seconds - 5, "--folder", run.folder)
+def counters(session: Session, seconds: float) -> Command:
+    return module("profile", "--device", session.device, "--seconds", seconds - 5, "--folder", session.folder)
 
 
-def plots(run: Run, seconds: float) -> Command:
-    return module("charts", run.results)
+def plots(session: Session, seconds: float) -> Command:
+    return module("charts", session.results)
 
 
 # By worth: what is cut off when the time is up is worth least.
@@ -198,12 +200,12 @@ STAGES = (
 )
 
 
-def run_stage(stage: Stage, run: Run, seconds: float) -> dict[str, Any]:
+def run_stage(stage: Stage, session: Session, seconds: float) -> dict[str, Any]:
     """ "name", "outcome", "seconds", "failures" and "note" of a stage, after it ran; its output is in a log."""
     start = time.monotonic()
     result: dict[str, Any] = {"name": stage.name, "outcome": "skipped", "failures": [], "note": ""}
-    log = run.folder / f"{stage.name.replace(' ', '-')}.log"
-    command = stage.command(run, seconds)
+    log = session.folder / f"{stage.name.replace(' ', '-')}.log"
+    command = stage.command(session, seconds)
     if seconds < LEAST_SECONDS:
         result |= {"outcome": "not run", "note": "no time was left"}
         if not stage.optional:
@@ -211,7 +213,7 @@ def run_stage(stage: Stage, run: Run, seconds: float) -> dict[str, Any]:
     elif isinstance(command, str):
         result["note"] = command
     else:
-        status = run_limited(command, seconds, log, cwd=ROOT, environment=stage.environment(run))
+        status = run_limited(command, seconds, log, cwd=ROOT, environment=stage.environment(session))
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
         result["failures"] = [line.removeprefix("FAILED ") for line in lines if line.startswith("FAILED ")]
         result["note"] = lines[-1][:200] if lines else ""
@@ -238,8 +240,8 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="for logs; out/gpu by default")
     options = parser.parse_args()
     folder = options.folder or ROOT / "out" / ("gpu-quick" if options.quick else "gpu")
-    run = Run(options.device, options.quick, folder.resolve())
-    run.folder.mkdir(parents=True, exist_ok=True)
+    session = Session(options.device, options.quick, folder.resolve())
+    session.folder.mkdir(parents=True, exist_ok=True)
     chosen = [stage for stage in STAGES if (stage.name in options.stage if options.stage else not stage.extra)]
     deadline = time.monotonic() + options.seconds
     # A stage's own time is its share of the total; what it leaves, later ones may take.
@@ -247,23 +249,23 @@ def main() -> int:
     # What an earlier run left in the folder stands where its stage is not run again.
     results: list[dict[str, Any]] = []
     if options.stage:
-        earlier = read_json(run.folder / "stages.json").get("stages", [])
+        earlier = read_json(session.folder / "stages.json").get("stages", [])
         results = [stage for stage in earlier if stage["name"] not in options.stage]
     else:
         for name in ("environment.json", "kernels.json"):
-            (run.folder / name).unlink(missing_ok=True)
+            (session.folder / name).unlink(missing_ok=True)
     failures: list[str] = []
     for i, stage in enumerate(chosen):
         later = sum(other.seconds * scale for other in chosen[i + 1 :])
         seconds = max(0.0, deadline - time.monotonic() - later)
         print(f"--- {stage.name} (at most {seconds:.0f} s)", flush=True)
-        result = run_stage(stage, run, seconds)
+        result = run_stage(stage, session, seconds)
         results.append(result)
-        (run.folder / "stages.json").write_text(json.dumps({"stages": results}, indent=1) + "\n")
+        (session.folder / "stages.json").write_text(json.dumps({"stages": results}, indent=1) + "\n")
         if stage.name != "build":  # the next one says what the machine, and so the page, is called
-            failures = write_summary(run.summary, run.folder, run.results, results)
+            failures = write_summary(session.summary, session.folder, session.results, results)
         print(f"    {result['outcome']}, {result['seconds']:.0f} s; {result['note']}", flush=True)
-    print(f"summary: {run.summary}\nlogs: {run.folder}")
+    print(f"summary: {session.summary}\nlogs: {session.folder}")
     for line in failures:
         print(f"FAILED {line}")
     print(f"{len(failures)} failures" if failures else "nothing failed")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness.registry import load_operations
-from benchmarks.harness.timing import Plan, Timer, interleave
+from benchmarks.harness.timing import TimeBudget, Timer, interleave
 from fastmask.measure import summary
 
 Variant = Mapping[str, int]
@@ -79,7 +79,7 @@ TUNINGS = {
 }  # fmt: skip
 
 
-def run(tuning: Tuning, case: str, device: torch.device, plan: Plan) -> list[tuple[float, str]]:
+def run(tuning: Tuning, case: str, device: torch.device, budget: TimeBudget) -> list[tuple[float, str]]:
     """(median milliseconds, variant in words), fastest first; what is wrong or cannot run is printed and left out."""
     operation = load_operations()[tuning.operation]
     sizes = next(c.sizes for c in operation.cases if c.name == case)
@@ -96,7 +96,7 @@ def run(tuning: Tuning, case: str, device: torch.device, plan: Plan) -> list[tup
             print(f"left out: {name}: {reason}", flush=True)
             continue
         calls[name], estimates[name] = call, timer.seconds(call, 1)
-    samples = interleave(calls, estimates, timer, plan)
+    samples = interleave(calls, estimates, timer, budget)
     return sorted((summary(values)["median_ms"], name) for name, values in samples.items())
 
 
@@ -128,9 +128,9 @@ def main() -> int:
     for name in options.names or TUNINGS:
         tuning = TUNINGS[name]
         case = "quick" if options.quick else tuning.case
-        plan = Plan(rounds=2 if options.quick else 20, seconds=options.seconds)
+        budget = TimeBudget(rounds=2 if options.quick else 20, seconds=options.seconds)
         print(f"{name}: {case}, {tuning.dtype}", flush=True)
-        for milliseconds, variant in run(tuning, case, torch.device(options.device), plan):
+        for milliseconds, variant in run(tuning, case, torch.device(options.device), budget):
             print(f"  {1e3 * milliseconds:9.1f} us  {variant}", flush=True)
     return 0
 

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.harness.machine import Rates
 from benchmarks.harness.registry import Case, Operation, Provider, Unavailable
-from benchmarks.harness.timing import Plan, Timer, interleave, speedup, warm_up
+from benchmarks.harness.timing import TimeBudget, Timer, interleave, speedup, warm_up
 from fastmask.measure import peak_memory, summary
 
 SLOW_SECONDS = 3.0
@@ -23,7 +23,7 @@ def measure_case(
     dtype: str,
     device: torch.device,
     rates: Rates,
-    plan: Plan,
+    budget: TimeBudget,
     *,
     providers: Sequence[Provider] | None = None,
     timer: Timer | None = None,
@@ -61,7 +61,7 @@ def measure_case(
             call = provider.prepare(inputs)
             seconds, memory, reason = _first_calls(call, provider, inputs, oracle, device)
             if reason is None:
-                estimates[provider.name] = warm_up(call, timer, seconds, plan)
+                estimates[provider.name] = warm_up(call, timer, seconds, budget)
         except (Unavailable, ImportError) as error:
             rows[provider.name] |= {"status": "missing", "reason": str(error)}
             continue
@@ -73,7 +73,7 @@ def measure_case(
         calls[provider.name] = call
         rows[provider.name] |= {"status": "ok", "memory_bytes": memory}
 
-    samples = interleave(calls, estimates, timer, plan, on_sample=lambda name: progress(f"times {name}"))
+    samples = interleave(calls, estimates, timer, budget, on_sample=lambda name: progress(f"times {name}"))
     for name, values in samples.items():
         rows[name] |= summary(values)
         rows[name] |= {"floor_ms": floor_seconds * 1e3, "floor_of": floor_of, "floors_ms": floors}

@@ -17,7 +17,7 @@ Call = Callable[[], Any]
 
 
 @dataclass(frozen=True)
-class Plan:
+class TimeBudget:
     """How long to measure.
 
     Args:
@@ -57,13 +57,13 @@ class Timer:
         return clock.seconds()["call"] / repeats
 
 
-def warm_up(call: Call, timer: Timer, first_seconds: float, plan: Plan) -> float:
-    """Calls until it has run ``plan.warm_up_seconds``; the seconds of its last call.
+def warm_up(call: Call, timer: Timer, first_seconds: float, budget: TimeBudget) -> float:
+    """Calls until it has run ``budget.warm_up_seconds``; the seconds of its last call.
 
     ``first_seconds`` is what a call took before. A slow one needs no more warm-up than that.
     """
     latest, spent = first_seconds, 0.0
-    while spent < plan.warm_up_seconds and first_seconds < 1:
+    while spent < budget.warm_up_seconds and first_seconds < 1:
         latest = timer.seconds(call, 1)
         spent += max(latest, 1e-6)
     return latest
@@ -73,7 +73,7 @@ def interleave(
     calls: Mapping[str, Call],
     estimates: Mapping[str, float],
     timer: Timer,
-    plan: Plan,
+    budget: TimeBudget,
     on_sample: Callable[[str], None] = lambda name: None,
 ) -> dict[str, list[float]]:
     """Seconds of one call in each round, for each provider: A B C A B C ...; round i of all lies side by side.
@@ -83,9 +83,11 @@ def interleave(
         estimates: seconds that a call takes, by provider.
         on_sample: told after each turn whose it was.
     """
-    repeats = {name: max(1, min(1000, math.ceil(plan.sample_seconds / max(estimates[name], 1e-7)))) for name in calls}
-    least = {name: plan.least_rounds if plan.least_rounds * estimates[name] <= plan.seconds else 2 for name in calls}
-    share = plan.seconds / max(1, len(calls))
+    repeats = {name: max(1, min(1000, math.ceil(budget.sample_seconds / max(estimates[name], 1e-7)))) for name in calls}
+    least = {
+        name: budget.least_rounds if budget.least_rounds * estimates[name] <= budget.seconds else 2 for name in calls
+    }
+    share = budget.seconds / max(1, len(calls))
 
     def turn(name: str) -> float:
         seconds = timer.seconds(calls[name], repeats[name])
@@ -94,7 +96,7 @@ def interleave(
 
     def next_round(samples: dict[str, list[float]]) -> list[str]:
         number = max(map(len, samples.values()), default=0)
-        if number >= plan.rounds:
+        if number >= budget.rounds:
             return []
         within = {name: number < least[name] or sum(own) * repeats[name] <= share for name, own in samples.items()}
         return [name for name, own in samples.items() if len(own) == number and within[name]]

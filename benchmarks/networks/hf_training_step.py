@@ -59,7 +59,7 @@ WATCHED = ("class_predictor.weight", "mask_embedder.0.0.weight", "patch_embeddin
 
 
 @dataclass(frozen=True)
-class Inputs:
+class StepInputs:
     """A model with random weights, and the keyword arguments of its training step."""
 
     family: str
@@ -67,7 +67,7 @@ class Inputs:
     batch: Mapping[str, Any]
 
 
-def make_inputs(sizes: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> Inputs:
+def make_inputs(sizes: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> StepInputs:
     model = MODELS[sizes["family"]](sizes["backbone"], sizes["decoder"])
     generator = torch.Generator().manual_seed(0)
     segments = torch.stack([make_scene(count, sizes["size"], generator) for count in sizes["targets"]])
@@ -78,7 +78,7 @@ def make_inputs(sizes: Mapping[str, Any], dtype: torch.dtype, device: torch.devi
         "mask_labels": [target["masks"].to(dtype) for target in targets],
         "class_labels": [target["labels"] for target in targets],
     }
-    return Inputs(sizes["family"], model.to(device, dtype), batch)
+    return StepInputs(sizes["family"], model.to(device, dtype), batch)
 
 
 def swin(options: Mapping[str, Any]) -> PretrainedConfig:
@@ -113,7 +113,7 @@ def make_mask2former(backbone: Mapping[str, Any], decoder: Mapping[str, Any]) ->
 MODELS = {"MaskFormer": make_maskformer, "Mask2Former": make_mask2former}
 
 
-def train_step(inputs: Inputs) -> dict[str, Tensor]:
+def train_step(inputs: StepInputs) -> dict[str, Tensor]:
     """The loss and the watched gradients. Seeded, so that dropout is the same in every step."""
     torch.manual_seed(0)
     inputs.model.zero_grad()
@@ -127,7 +127,7 @@ class SameStep:
     """The patched step is right when it gives the plain one's loss to a tolerance and its gradients to rounding, which
     all the layers beneath have magnified."""
 
-    def __init__(self, inputs: Inputs) -> None:
+    def __init__(self, inputs: StepInputs) -> None:
         self.tolerances = TOLERANCES[inputs.family]
         self.expected = {name: value.clone() for name, value in train_step(inputs).items()}
 
@@ -142,7 +142,7 @@ class SameStep:
         return None
 
 
-def work(inputs: Inputs) -> Work:
+def work(inputs: StepInputs) -> Work:
     """Matrix products and convolutions of the network forward, and twice as many backward; reading and writing each
     weight and its gradient once."""
     counter = FlopCounterMode(display=False)
@@ -152,11 +152,11 @@ def work(inputs: Inputs) -> Work:
     return Work(bytes=2 * weights, flops=3 * counter.get_total_flops())
 
 
-def prepare_plain(inputs: Inputs) -> Callable[[], dict[str, Tensor]]:
+def prepare_plain(inputs: StepInputs) -> Callable[[], dict[str, Tensor]]:
     return lambda: train_step(inputs)
 
 
-def prepare_patched(inputs: Inputs) -> Callable[[], dict[str, Tensor]]:
+def prepare_patched(inputs: StepInputs) -> Callable[[], dict[str, Tensor]]:
     images = inputs.batch["pixel_values"]
     require_backend("mask_loss", "triton" if images.is_cuda else "native", images)
 

@@ -17,7 +17,7 @@ from benchmarks.harness.providers import compiled, require_backend
 from benchmarks.harness.registry import Operation, Provider
 from benchmarks.networks.models import (
     CASES,
-    Inputs,
+    NetworkInputs,
     as_transformers,
     forward_flops,
     make_inputs,
@@ -35,7 +35,7 @@ class SmallRegret:
     """The labels' scores, by the float32 network and the reference, are on average the best ones to a tolerance: with
     random weights, and in bfloat16, the best classes lie too close for equal labels."""
 
-    def __init__(self, inputs: Inputs) -> None:
+    def __init__(self, inputs: NetworkInputs) -> None:
         model = copy.deepcopy(inputs.model).eval()
         with torch.no_grad():
             outputs = model(inputs.images)
@@ -57,7 +57,7 @@ class SmallRegret:
         return None
 
 
-def work(inputs: Inputs) -> Work:
+def work(inputs: NetworkInputs) -> Work:
     """The network forward, and the product of class and mask scores; weights read and labels written once."""
     size = torch.finfo(inputs.dtype).bits // 8
     height, width = inputs.size
@@ -68,22 +68,22 @@ def work(inputs: Inputs) -> Work:
     )
 
 
-def own_model(inputs: Inputs) -> nn.Module:
+def own_model(inputs: NetworkInputs) -> nn.Module:
     device = inputs.images.device
     require_backend("semantic_inference", "triton" if device.type == "cuda" else "native", inputs.images)
     return copy.deepcopy(inputs.model).to(inputs.dtype).eval()
 
 
-def prepare_fastmask(inputs: Inputs) -> Callable[[], Maps]:
+def prepare_fastmask(inputs: NetworkInputs) -> Callable[[], Maps]:
     model = own_model(inputs)
     return lambda: model.predict(inputs.images, order=ORDER)
 
 
-def prepare_graph(inputs: Inputs) -> Callable[[], Maps]:
+def prepare_graph(inputs: NetworkInputs) -> Callable[[], Maps]:
     return captured(prepare_fastmask(inputs), inputs.images.device)
 
 
-def prepare_compiled_fastmask(inputs: Inputs) -> Callable[[], Maps]:
+def prepare_compiled_fastmask(inputs: NetworkInputs) -> Callable[[], Maps]:
     """The network compiled, by its forward; the last step is an operator of its own."""
     network = compiled(own_model(inputs), inputs.images.device)
 
@@ -95,7 +95,7 @@ def prepare_compiled_fastmask(inputs: Inputs) -> Callable[[], Maps]:
     return call
 
 
-def transformers_call(inputs: Inputs, wrap: Callable[[nn.Module], Callable[..., object]]) -> Callable[[], Maps]:
+def transformers_call(inputs: NetworkInputs, wrap: Callable[[nn.Module], Callable[..., object]]) -> Callable[[], Maps]:
     from transformers import MaskFormerImageProcessor
 
     processor = MaskFormerImageProcessor()
@@ -110,11 +110,11 @@ def transformers_call(inputs: Inputs, wrap: Callable[[nn.Module], Callable[..., 
     return call
 
 
-def prepare_transformers(inputs: Inputs) -> Callable[[], Maps]:
+def prepare_transformers(inputs: NetworkInputs) -> Callable[[], Maps]:
     return transformers_call(inputs, lambda model: model)
 
 
-def prepare_compiled_transformers(inputs: Inputs) -> Callable[[], Maps]:
+def prepare_compiled_transformers(inputs: NetworkInputs) -> Callable[[], Maps]:
     def wrap(model: nn.Module) -> Callable[..., object]:
         torch.compiler.reset()
         return torch.compile(model)

@@ -27,7 +27,7 @@ CASES = (
 
 
 @dataclass(frozen=True)
-class Inputs:
+class NetworkInputs:
     """A network with random weights, in float32, and a batch.
 
     Args:
@@ -47,7 +47,7 @@ class Inputs:
         return self.images.shape[-2], self.images.shape[-1]
 
 
-def make_inputs(sizes: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> Inputs:
+def make_inputs(sizes: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> NetworkInputs:
     torch.manual_seed(0)
     model = MaskFormer(MaskFormerConfig.preset(sizes["preset"], CLASSES, dropout=0.0, **sizes["options"]))
     generator = torch.Generator().manual_seed(0)
@@ -56,7 +56,7 @@ def make_inputs(sizes: Mapping[str, Any], dtype: torch.dtype, device: torch.devi
     labels = [torch.randint(CLASSES, (count,), generator=generator) for count in counts]
     targets = Targets.from_segments(segments, labels, void=VOID)
     images = torch.rand(sizes["images"], 3, *sizes["size"], generator=generator)
-    return Inputs(model.to(device), images.to(device), targets.to(device), dtype)
+    return NetworkInputs(model.to(device), images.to(device), targets.to(device), dtype)
 
 
 def as_transformers(model: MaskFormer, *, auxiliary_loss: bool) -> nn.Module:
@@ -69,12 +69,12 @@ def as_transformers(model: MaskFormer, *, auxiliary_loss: bool) -> nn.Module:
     return other
 
 
-def normalized(inputs: Inputs) -> Tensor:
+def normalized(inputs: NetworkInputs) -> Tensor:
     """The images as transformers' model takes them."""
     return (inputs.images - inputs.model.preprocessor.mean) / inputs.model.preprocessor.std
 
 
-def forward_flops(inputs: Inputs) -> int:
+def forward_flops(inputs: NetworkInputs) -> int:
     """Matrix products and convolutions of the network, forward."""
     counter = FlopCounterMode(display=False)
     with counter:  # it needs autograd to tell modules apart
@@ -82,5 +82,5 @@ def forward_flops(inputs: Inputs) -> int:
     return counter.get_total_flops()
 
 
-def weight_bytes(inputs: Inputs) -> int:
+def weight_bytes(inputs: NetworkInputs) -> int:
     return sum(p.nbytes for p in inputs.model.parameters())

@@ -19,7 +19,7 @@ from benchmarks.harness.providers import compiled, require_backend
 from benchmarks.harness.registry import Operation, Provider
 from benchmarks.networks.models import (
     CASES,
-    Inputs,
+    NetworkInputs,
     as_transformers,
     forward_flops,
     make_inputs,
@@ -38,7 +38,7 @@ class SameLoss:
     transformers also supervises what comes before the first decoder layer, so that its loss has a part more.
     """
 
-    def __init__(self, inputs: Inputs) -> None:
+    def __init__(self, inputs: NetworkInputs) -> None:
         model = copy.deepcopy(inputs.model)
         model.criterion.backend = model.criterion.matcher.backend = "reference"
         with torch.no_grad():
@@ -54,7 +54,7 @@ class SameLoss:
         return None
 
 
-def loss_before_the_decoder(inputs: Inputs) -> float:
+def loss_before_the_decoder(inputs: NetworkInputs) -> float:
     """What transformers adds to its loss, by the states that its first decoder layer gets."""
     model = as_transformers(inputs.model, auxiliary_loss=True).train()
     weighted: dict[str, Tensor] = {}
@@ -64,13 +64,15 @@ def loss_before_the_decoder(inputs: Inputs) -> float:
     return float(sum(value for name, value in weighted.items() if name.endswith("_0")))
 
 
-def work(inputs: Inputs) -> Work:
+def work(inputs: NetworkInputs) -> Work:
     """Forward, and twice as many products backward; weights, gradients and the optimizer's two moments are read and
     written once each."""
     return Work(bytes=8 * weight_bytes(inputs), flops=3 * forward_flops(inputs))
 
 
-def make_step(model: nn.Module, loss: Callable[[], Tensor], inputs: Inputs) -> tuple[Step, torch.optim.Optimizer]:
+def make_step(
+    model: nn.Module, loss: Callable[[], Tensor], inputs: NetworkInputs
+) -> tuple[Step, torch.optim.Optimizer]:
     """A step of ``model``, and its optimizer. No gradients are left between steps: they count as a step's memory."""
     device = inputs.images.device
     on_gpu = device.type == "cuda"
@@ -87,7 +89,7 @@ def make_step(model: nn.Module, loss: Callable[[], Tensor], inputs: Inputs) -> t
     return step, optimizer
 
 
-def own_step(inputs: Inputs, *, compile: bool = False) -> tuple[nn.Module, Step, torch.optim.Optimizer]:
+def own_step(inputs: NetworkInputs, *, compile: bool = False) -> tuple[nn.Module, Step, torch.optim.Optimizer]:
     device = inputs.images.device
     require_backend("mask_loss", "triton" if device.type == "cuda" else "native", inputs.images)
     model = copy.deepcopy(inputs.model)
@@ -96,15 +98,15 @@ def own_step(inputs: Inputs, *, compile: bool = False) -> tuple[nn.Module, Step,
     return model, step, optimizer
 
 
-def prepare_fastmask(inputs: Inputs) -> Step:
+def prepare_fastmask(inputs: NetworkInputs) -> Step:
     return own_step(inputs)[1]
 
 
-def prepare_compiled_fastmask(inputs: Inputs) -> Step:
+def prepare_compiled_fastmask(inputs: NetworkInputs) -> Step:
     return own_step(inputs, compile=True)[1]
 
 
-def prepare_graph(inputs: Inputs) -> Step:
+def prepare_graph(inputs: NetworkInputs) -> Step:
     model, step, optimizer = own_step(inputs)
 
     def start_again() -> None:
@@ -116,13 +118,13 @@ def prepare_graph(inputs: Inputs) -> Step:
     return captured(step, inputs.images.device, start_again)
 
 
-def transformers_step(inputs: Inputs, wrap: Callable[[nn.Module], Callable[..., object]]) -> Step:
+def transformers_step(inputs: NetworkInputs, wrap: Callable[[nn.Module], Callable[..., object]]) -> Step:
     model = as_transformers(inputs.model, auxiliary_loss=True).train()
     network, batch = wrap(model), transformers_batch(inputs)
     return make_step(model, lambda: network(**batch).loss, inputs)[0]
 
 
-def transformers_batch(inputs: Inputs) -> dict[str, Any]:
+def transformers_batch(inputs: NetworkInputs) -> dict[str, Any]:
     targets = inputs.targets.to_list()
     return {
         "pixel_values": normalized(inputs),
@@ -131,11 +133,11 @@ def transformers_batch(inputs: Inputs) -> dict[str, Any]:
     }
 
 
-def prepare_transformers(inputs: Inputs) -> Step:
+def prepare_transformers(inputs: NetworkInputs) -> Step:
     return transformers_step(inputs, lambda model: model)
 
 
-def prepare_compiled_transformers(inputs: Inputs) -> Step:
+def prepare_compiled_transformers(inputs: NetworkInputs) -> Step:
     """With breaks in the graph, as its matcher runs on the host."""
 
     def wrap(model: nn.Module) -> Callable[..., object]:
@@ -145,17 +147,17 @@ def prepare_compiled_transformers(inputs: Inputs) -> Step:
     return transformers_step(inputs, wrap)
 
 
-def prepare_patched(inputs: Inputs) -> Step:
+def prepare_patched(inputs: NetworkInputs) -> Step:
     from fastmask import patch
 
     return transformers_step(inputs, patch)
 
 
-def own(raw: Tensor, _: Inputs) -> tuple[str, Tensor]:
+def own(raw: Tensor, _: NetworkInputs) -> tuple[str, Tensor]:
     return "fastmask", raw
 
 
-def theirs(raw: Tensor, _: Inputs) -> tuple[str, Tensor]:
+def theirs(raw: Tensor, _: NetworkInputs) -> tuple[str, Tensor]:
     return "transformers", raw
 
 

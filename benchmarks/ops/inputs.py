@@ -34,7 +34,7 @@ QUICK = TRAINING | {"layers": 2, "queries": 20, "grid": (32, 32), "size": (128, 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Predictions of L decoder layers and the targets of the B images that they belong to.
+    """The predictions of L decoder layers and the targets of the B images that they belong to.
 
     Args:
         class_logits: ``(L, B, N, K+1)``.
@@ -194,7 +194,7 @@ def single_images(inputs: Inputs) -> Iterator[tuple[int, int, Inputs]]:
 
 
 @dataclass(frozen=True)
-class Predictions:
+class InferenceInputs:
     """The output of a network, and the size of the results that are made of it.
 
     Args:
@@ -213,11 +213,11 @@ class Predictions:
         scores, classes = self.class_logits.float().softmax(-1).max(-1)
         return (scores > 0.8) & (classes < self.class_logits.shape[-1] - 1)
 
-    def to(self, dtype: torch.dtype) -> Predictions:
+    def to(self, dtype: torch.dtype) -> InferenceInputs:
         return replace(self, class_logits=self.class_logits.to(dtype), mask_logits=self.mask_logits.to(dtype))
 
 
-def make_predictions(sizes: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> Predictions:
+def make_predictions(sizes: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> InferenceInputs:
     """``build_predictions`` as the registry calls it, with the case's sizes."""
     return build_predictions(dtype, device, **sizes)
 
@@ -235,8 +235,8 @@ def build_predictions(
     confident: int,
     masks: str = "trained",
     seed: int = 0,
-) -> Predictions:
-    """Predictions as of a trained network, the same on every device.
+) -> InferenceInputs:
+    """Predictions like those of a trained network, the same on every device.
 
     Args:
         objects: of an image; query n sees object n % objects.
@@ -265,4 +265,4 @@ def build_predictions(
     order = torch.rand(images, queries, generator=generator).argsort(1)
     class_logits = class_logits.gather(1, order[..., None].expand_as(class_logits))
     mask_logits = mask_logits.gather(1, order[..., None, None].expand_as(mask_logits))
-    return Predictions(class_logits.to(device, dtype), mask_logits.to(device, dtype), size)
+    return InferenceInputs(class_logits.to(device, dtype), mask_logits.to(device, dtype), size)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from benchmarks.harness.machine import Work
 from benchmarks.harness.providers import require_backend
 from benchmarks.harness.registry import Case, Operation, Provider, Unavailable
-from benchmarks.ops.inputs import Predictions, build_predictions
+from benchmarks.ops.inputs import InferenceInputs, build_predictions
 from fastmask import instance_inference
 
 # A COCO image: 80 classes of things, the 100 best pairs, as many of them as there are queries.
@@ -33,10 +33,10 @@ CASES = (
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """Predictions, and what is wanted of them: "masks" or "rle"."""
+class InstanceInputs:
+    """Predictions, and the form of the result: "masks" or "rle"."""
 
-    predictions: Predictions
+    predictions: InferenceInputs
     output: str
 
     @property
@@ -44,10 +44,10 @@ class Inputs:
         return self.predictions.class_logits.shape[1]
 
 
-def make_inputs(sizes: Any, dtype: torch.dtype, device: torch.device) -> Inputs:
+def make_inputs(sizes: Any, dtype: torch.dtype, device: torch.device) -> InstanceInputs:
     sizes = dict(sizes)
     output = sizes.pop("output", "masks")
-    return Inputs(build_predictions(dtype, device, **sizes), output)
+    return InstanceInputs(build_predictions(dtype, device, **sizes), output)
 
 
 class Instances(NamedTuple):
@@ -64,8 +64,8 @@ class InstanceAgreement:
     Scores agree to 1e-5, as transformers rounds them to 1e-6.
     """
 
-    def __init__(self, inputs: Inputs) -> None:
-        self.inputs = Inputs(inputs.predictions.to(torch.float64), "masks")
+    def __init__(self, inputs: InstanceInputs) -> None:
+        self.inputs = InstanceInputs(inputs.predictions.to(torch.float64), "masks")
         self.expected: dict[str, Instances] = {}
 
     def disagreement(self, result: Instances, error_factor: float) -> str | None:
@@ -87,7 +87,7 @@ class InstanceAgreement:
         return None
 
 
-def run_fastmask(inputs: Inputs, rule: str, backend: str) -> list[dict[str, Any]]:
+def run_fastmask(inputs: InstanceInputs, rule: str, backend: str) -> list[dict[str, Any]]:
     predictions = inputs.predictions
     return instance_inference(
         predictions.class_logits,
@@ -118,7 +118,7 @@ def from_fastmask(raw: list[dict[str, Any]], rule: str) -> Instances:
 
 
 def fastmask_backend(backend: str, rule: str) -> Provider:
-    def prepare(inputs: Inputs) -> Callable[[], Any]:
+    def prepare(inputs: InstanceInputs) -> Callable[[], Any]:
         if backend != "reference":
             require_backend("instance_masks", backend, inputs.predictions.mask_logits)
         require_pycocotools(inputs)
@@ -128,13 +128,13 @@ def fastmask_backend(backend: str, rule: str) -> Provider:
     return Provider(name, prepare, lambda raw, _: from_fastmask(raw, rule))
 
 
-def require_pycocotools(inputs: Inputs) -> None:
+def require_pycocotools(inputs: InstanceInputs) -> None:
     """Run lengths are read by it, whoever made them."""
     if inputs.output == "rle":
         import pycocotools.mask  # noqa: F401
 
 
-def prepare_transformers(inputs: Inputs) -> Callable[[], Any]:
+def prepare_transformers(inputs: InstanceInputs) -> Callable[[], Any]:
     """All instances, also those of low scores. Logits in float32: its results have no better dtype."""
     from transformers import MaskFormerImageProcessor
 
@@ -152,7 +152,7 @@ def prepare_transformers(inputs: Inputs) -> Callable[[], Any]:
     )
 
 
-def from_transformers(raw: list[dict[str, Any]], inputs: Inputs) -> Instances:
+def from_transformers(raw: list[dict[str, Any]], inputs: InstanceInputs) -> Instances:
     images = []
     for image in raw:
         scores = torch.tensor([info["score"] for info in image["segments_info"]])
@@ -173,7 +173,7 @@ def eager_image(
     return values * mask_scores, index % probabilities.shape[1], inside.bool()
 
 
-def prepare_eager(inputs: Inputs) -> Callable[[], Any]:
+def prepare_eager(inputs: InstanceInputs) -> Callable[[], Any]:
     """Run lengths by pycocotools."""
     class_logits, mask_logits = inputs.predictions.class_logits.float(), inputs.predictions.mask_logits.float()
     if inputs.output == "rle":
@@ -192,7 +192,7 @@ def prepare_eager(inputs: Inputs) -> Callable[[], Any]:
     return call
 
 
-def work(inputs: Inputs) -> Work:
+def work(inputs: InstanceInputs) -> Work:
     """The logits of the queries picked read, at most all; masks written as bytes, run lengths as next to nothing."""
     predictions = inputs.predictions
     pixels = len(predictions.class_logits) * inputs.top_k * predictions.size[0] * predictions.size[1]

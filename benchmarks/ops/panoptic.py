@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from benchmarks.harness.machine import Work
 from benchmarks.harness.providers import require_backend
 from benchmarks.harness.registry import Case, Operation, Provider
-from benchmarks.ops.inputs import Predictions, make_predictions
+from benchmarks.ops.inputs import InferenceInputs, make_predictions
 from fastmask import panoptic_inference
 
 # A COCO image; 133 classes, none of them fused: ids that transformers repeats for fused classes could not be compared.
@@ -44,7 +44,7 @@ class SegmentAgreement:
 
     TOLERANCE = 1e-3
 
-    def __init__(self, inputs: Predictions) -> None:
+    def __init__(self, inputs: InferenceInputs) -> None:
         self.inputs = inputs.to(torch.float64)
         self.expected: dict[str, Segmented] = {}
 
@@ -62,7 +62,7 @@ class SegmentAgreement:
         return None
 
 
-def run_fastmask(inputs: Predictions, rule: str, backend: str) -> list[tuple[Tensor, list[dict[str, Any]]]]:
+def run_fastmask(inputs: InferenceInputs, rule: str, backend: str) -> list[tuple[Tensor, list[dict[str, Any]]]]:
     return panoptic_inference(
         inputs.class_logits,
         inputs.mask_logits,
@@ -79,7 +79,7 @@ def from_fastmask(raw: list[tuple[Tensor, list[dict[str, Any]]]], rule: str) -> 
 
 
 def fastmask_backend(backend: str, rule: str) -> Provider:
-    def prepare(inputs: Predictions) -> Callable[[], Any]:
+    def prepare(inputs: InferenceInputs) -> Callable[[], Any]:
         if backend != "reference":
             require_backend("panoptic_winners", backend, inputs.mask_logits)
         return lambda: run_fastmask(inputs, rule, backend)
@@ -88,7 +88,7 @@ def fastmask_backend(backend: str, rule: str) -> Provider:
     return Provider(name, prepare, lambda raw, _: from_fastmask(raw, rule))
 
 
-def prepare_transformers(inputs: Predictions) -> Callable[[], Any]:
+def prepare_transformers(inputs: InferenceInputs) -> Callable[[], Any]:
     """Logits in float32: its results have no better dtype."""
     from transformers import MaskFormerImageProcessor
 
@@ -105,7 +105,7 @@ def prepare_transformers(inputs: Predictions) -> Callable[[], Any]:
     )
 
 
-def from_transformers(raw: list[dict[str, Any]], inputs: Predictions) -> Segmented:
+def from_transformers(raw: list[dict[str, Any]], inputs: InferenceInputs) -> Segmented:
     images = [(image["segmentation"], [info["label_id"] for info in image["segments_info"]]) for image in raw]
     return Segmented("huggingface-exact", images)
 
@@ -130,7 +130,7 @@ def eager_image(class_logits: Tensor, mask_logits: Tensor, size: tuple[int, int]
     return ids, categories
 
 
-def prepare_eager(inputs: Predictions) -> Callable[[], Any]:
+def prepare_eager(inputs: InferenceInputs) -> Callable[[], Any]:
     class_logits, mask_logits = inputs.class_logits.float(), inputs.mask_logits.float()
 
     @torch.no_grad()
@@ -140,7 +140,7 @@ def prepare_eager(inputs: Predictions) -> Callable[[], Any]:
     return call
 
 
-def work(inputs: Predictions) -> Work:
+def work(inputs: InferenceInputs) -> Work:
     """The logits of kept queries read, one id a pixel written; bounds may decide every pixel."""
     pixels = len(inputs.class_logits) * inputs.size[0] * inputs.size[1]
     return Work(bytes=int(inputs.kept.sum()) * inputs.mask_logits[0, 0].nbytes + 4 * pixels)

@@ -40,7 +40,7 @@ CASES = (
 
 
 @dataclass(frozen=True)
-class Inputs:
+class SemanticInputs:
     """What one image's network says: ``class_logits (B, N, K+1)``, ``mask_logits (B, N, h, w)``."""
 
     class_logits: Tensor
@@ -49,7 +49,7 @@ class Inputs:
     order: str
 
 
-def make_inputs(sizes: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> Inputs:
+def make_inputs(sizes: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> SemanticInputs:
     """Noise, or smooth masks of the segments of a scene; with all queries alike, or all but OBJECTS no-object."""
     generator = torch.Generator().manual_seed(0)
     queries, classes, grid = 100, sizes["classes"], sizes["grid"]
@@ -68,7 +68,7 @@ def make_inputs(sizes: Mapping[str, Any], dtype: torch.dtype, device: torch.devi
     if sizes["kind"].endswith("no-object"):
         rest = class_logits[:, OBJECTS:]
         rest[..., -1] = rest[..., :-1].logsumexp(-1) + torch.logit(torch.tensor(0.99))
-    return Inputs(
+    return SemanticInputs(
         class_logits.to(device, dtype), mask_logits.to(device, dtype), sizes["size"], sizes.get("order", "masks")
     )
 
@@ -76,7 +76,7 @@ def make_inputs(sizes: Mapping[str, Any], dtype: torch.dtype, device: torch.devi
 class LabelOracle:
     """Labels are right wherever the float64 margin exceeds what the scores of two classes may be off."""
 
-    def __init__(self, inputs: Inputs) -> None:
+    def __init__(self, inputs: SemanticInputs) -> None:
         exact = scores_by_query(inputs, torch.float64)
         self.error = float((scores_by_query(inputs, torch.float32) - exact).abs().max())
         self.rounding = torch.finfo(torch.float32).eps * float(exact.max())
@@ -90,7 +90,7 @@ class LabelOracle:
         return f"{int(wrong.sum())} labels are wrong" if wrong.any() else None
 
 
-def scores_by_query(inputs: Inputs, dtype: torch.dtype) -> Tensor:
+def scores_by_query(inputs: SemanticInputs, dtype: torch.dtype) -> Tensor:
     """``(B, K, H, W)`` in ``dtype``, a query at a time to save memory."""
     probabilities = inputs.class_logits.to(dtype).softmax(-1)[..., :-1]
     pixels = inputs.size if inputs.order == "masks" else inputs.mask_logits.shape[2:]
@@ -107,7 +107,7 @@ def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(maps, size, mode="bilinear", align_corners=False)
 
 
-def work(inputs: Inputs) -> Work:
+def work(inputs: SemanticInputs) -> Work:
     """Logits read and labels written once; a sigmoid (exp, and a reciprocal on a GPU) of each query at each pixel that
     is scored, and the product with the class probabilities."""
     batch_size, queries, classes = inputs.class_logits.shape
@@ -121,7 +121,7 @@ def work(inputs: Inputs) -> Work:
 
 
 def fastmask_backend(backend: str) -> Provider:
-    def prepare(inputs: Inputs) -> Callable[[], Tensor]:
+    def prepare(inputs: SemanticInputs) -> Callable[[], Tensor]:
         require_backend("semantic_inference", backend, inputs.mask_logits)
         arguments = inputs.class_logits, inputs.mask_logits, inputs.size
         return lambda: semantic_inference(*arguments, order=inputs.order, backend=backend)
@@ -138,16 +138,16 @@ def original(class_logits: Tensor, mask_logits: Tensor, size: tuple[int, int], o
     return (scores if order == "masks" else resize(scores, size)).argmax(1)
 
 
-def prepare_eager(inputs: Inputs) -> Callable[[], Tensor]:
+def prepare_eager(inputs: SemanticInputs) -> Callable[[], Tensor]:
     return torch.no_grad()(lambda: original(inputs.class_logits, inputs.mask_logits, inputs.size, inputs.order))
 
 
-def prepare_compiled(inputs: Inputs) -> Callable[[], Tensor]:
+def prepare_compiled(inputs: SemanticInputs) -> Callable[[], Tensor]:
     function = compiled(original, inputs.mask_logits.device)
     return torch.no_grad()(lambda: function(inputs.class_logits, inputs.mask_logits, inputs.size, inputs.order))
 
 
-def prepare_transformers(inputs: Inputs) -> Callable[[], list[Tensor]]:
+def prepare_transformers(inputs: SemanticInputs) -> Callable[[], list[Tensor]]:
     if inputs.order != "scores":
         raise Unavailable("transformers resizes the scores")
     from transformers import MaskFormerImageProcessor

@@ -1,6 +1,6 @@
 #include "cpu/count_nan.h"
 
-#include "cpu/simd/logits.h"
+#include "cpu/simd/load_logits.h"
 
 namespace fastmask::FASTMASK_SIMD {
 

@@ -3,7 +3,7 @@
 
 #include "cpu/mask_cost.h"
 #include "cpu/simd/functions.h"
-#include "cpu/simd/logits.h"
+#include "cpu/simd/load_logits.h"
 
 namespace fastmask::FASTMASK_SIMD {
 

@@ -3,7 +3,7 @@
 #include "cpu/held_rows.h"
 #include "cpu/mask_loss_sums.h"
 #include "cpu/mask_terms.h"
-#include "cpu/simd/logits.h"
+#include "cpu/simd/load_logits.h"
 
 namespace fastmask::FASTMASK_SIMD {
 namespace {

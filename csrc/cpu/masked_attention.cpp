@@ -2,7 +2,7 @@
 
 #include "cpu/masked_attention_tiles.h"
 #include "cpu/simd/functions.h"
-#include "cpu/simd/logits.h"
+#include "cpu/simd/load_logits.h"
 #include "cpu/simd/philox.h"
 
 namespace fastmask::FASTMASK_SIMD {

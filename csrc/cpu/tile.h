@@ -5,7 +5,7 @@
 
 #include "common/tiles.h"
 #include "cpu/simd/functions.h"
-#include "cpu/simd/logits.h"
+#include "cpu/simd/load_logits.h"
 
 namespace fastmask::FASTMASK_SIMD {
 

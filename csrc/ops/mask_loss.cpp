@@ -19,11 +19,11 @@ struct PixelPairs : MatchedPairs {
 
   Workspace workspace(Scratch& scratch) const { return scratch.lay_out<Workspace>(logits.w(), targets.width()); }
 
-  MaskLossPair losses(const Pair& pair, const Workspace& work) const {
+  MaskLossPair losses(const MatchedPair& pair, const Workspace& work) const {
     return FASTMASK_SELECT(mask_loss_pair)(pair.plane, table.view(), pair.targets, pair.target, term, work);
   }
 
-  void add_gradient(const Pair& pair, const MaskLossGradient& given, const Workspace& work, float* grad) const {
+  void add_gradient(const MatchedPair& pair, const MaskLossGradient& given, const Workspace& work, float* grad) const {
     FASTMASK_SELECT(mask_loss_pair_backward)
     (pair.plane, table.view(), pair.targets, pair.target, term, given, work, grad);
   }
@@ -49,14 +49,16 @@ struct PointPairs : MatchedPairs {
 
   Workspace workspace(Scratch& scratch) const { return scratch.lay_out<Workspace>(logits.h(), logits.w()); }
 
-  const float* points_of(const Pair& pair) const { return data_of<const float>(points) + pair.index * num_points * 2; }
+  const float* points_of(const MatchedPair& pair) const {
+    return data_of<const float>(points) + pair.index * num_points * 2;
+  }
 
-  MaskLossPair losses(const Pair& pair, const Workspace& work) const {
+  MaskLossPair losses(const MatchedPair& pair, const Workspace& work) const {
     return FASTMASK_SELECT(point_mask_loss_pair)(pair.plane, pair.targets, pair.target, points_of(pair), num_points,
                                                  term, work);
   }
 
-  void add_gradient(const Pair& pair, const MaskLossGradient& given, const Workspace& work, float* grad) const {
+  void add_gradient(const MatchedPair& pair, const MaskLossGradient& given, const Workspace& work, float* grad) const {
     FASTMASK_SELECT(point_mask_loss_pair_backward)
     (pair.plane, pair.targets, pair.target, points_of(pair), num_points, term, given, work, grad);
   }
@@ -71,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor> losses_of(const Pairs& pairs) {
   parallel_for(0, pairs.count(), 1, [&](int64_t begin, int64_t end, Scratch& scratch) {
     const auto work = pairs.workspace(scratch);
     for (int64_t i = begin; i < end; ++i) {
-      const std::optional<Pair> pair = pairs.pair(i);
+      const std::optional<MatchedPair> pair = pairs.pair(i);
       if (!pair.has_value()) continue;
       const MaskLossPair losses = pairs.losses(*pair, work);
       data_of<float>(mask)[i] = losses.mask;
@@ -97,7 +99,7 @@ Tensor gradient_of(const Pairs& pairs, const PairGradients& gradients) {
       bool matched = false;
       for (int64_t i = first_pair; i < first_pair + max_targets; ++i) {
         if (queries[i] != row % pairs.logits.queries()) continue;
-        const std::optional<Pair> pair = pairs.pair(i);
+        const std::optional<MatchedPair> pair = pairs.pair(i);
         if (!pair.has_value()) continue;
         if (!matched) std::fill(grad.begin(), grad.end(), 0.0f);
         matched = true;

@@ -36,7 +36,7 @@ inline void check_point_pixels(const MaskLogits& logits) {
                   kMostPointPixels, " pixels with a border, got ", logits.h(), " x ", logits.w());
 }
 
-struct Pair {
+struct MatchedPair {
   int64_t index;  // (l * B + b) * M + m
   Plane plane;    // of the query
   ImageTargets targets;
@@ -53,11 +53,11 @@ struct MatchedPairs {
   const int64_t* queries() const { return data_of<const int64_t>(assignment); }
 
   // None for padding, and for a target without a query.
-  std::optional<Pair> pair(int64_t i) const {
+  std::optional<MatchedPair> pair(int64_t i) const {
     const int64_t layer_image = i / targets.max_targets(), m = i % targets.max_targets();
     const ImageTargets of_image = targets.image(layer_image % logits.batch());
     if (queries()[i] < 0 || m >= of_image.count) return std::nullopt;
-    return Pair{i, logits.plane(layer_image * logits.queries() + queries()[i]), of_image, m};
+    return MatchedPair{i, logits.plane(layer_image * logits.queries() + queries()[i]), of_image, m};
   }
 };
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastmask.data.derived_truth import segment_dtype, task_view
 from fastmask.data.image_files import (
     INVALID,
     Entry,
@@ -19,7 +20,6 @@ from fastmask.data.image_files import (
     read_labels,
 )
 from fastmask.data.sample import VOID, DatasetInfo, Sample
-from fastmask.data.tasks import segment_dtype, task_view
 
 # (name, label id, color) by train id.
 CLASSES = (

@@ -12,11 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from fastmask.data.coco_files import CATEGORY, FILE, FLAG, ID, INTEGER, image_folder, read_coco
+from fastmask.data.derived_truth import segment_dtype, task_view
 from fastmask.data.image_files import Entry, FileDataset, Size, file_of, folder_of, reading
 from fastmask.data.json_rules import Rule, field_faults, is_integer
 from fastmask.data.palette import distinct_colors
 from fastmask.data.sample import DatasetInfo, Sample
-from fastmask.data.tasks import segment_dtype, task_view
 
 VOID_ID = 0
 GREATEST_ID = 2**24 - 1

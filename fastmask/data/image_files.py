@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastmask.data.derived_truth import segment_dtype
 from fastmask.data.pictures import decode_picture, picture_size
 from fastmask.data.sample import Findings, Sample, SegmentationDataset
-from fastmask.data.tasks import segment_dtype
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 LABEL_MODES = ("L", "P", "1", "I", "I;16", "I;16L", "I;16B")

@@ -23,11 +23,11 @@ from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
 from fastmask.data.coco_panoptic import decode_ids, panoptic_truth, segment_faults
+from fastmask.data.derived_truth import task_view
 from fastmask.data.folder import CLASSES_FILE, classes_content, parse_classes, void_label
 from fastmask.data.image_files import IMAGE_SUFFIXES, UNREADABLE, FileDataset, decode_labels, label_truth
 from fastmask.data.pictures import decode_picture
 from fastmask.data.sample import Sample, SegmentationDataset
-from fastmask.data.tasks import task_view
 from fastmask.data.transforms import Transform
 from fastmask.extras import extra
 from fastmask.files import read_json, replace_file, write_json

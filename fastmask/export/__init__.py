@@ -27,6 +27,6 @@ where fastmask's own kernels hold a strip of them; ``portable=False`` keeps the 
 
 from fastmask.export.onnx_file import OPSET, export_onnx
 from fastmask.export.program import export_program, export_pt2
-from fastmask.export.tasks import TASKS
+from fastmask.export.task_module import EXPORTED_TASKS
 
-__all__ = ["OPSET", "TASKS", "export_onnx", "export_program", "export_pt2"]
+__all__ = ["EXPORTED_TASKS", "OPSET", "export_onnx", "export_program", "export_pt2"]

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastmask.export.description import check_path, describe
 from fastmask.export.program import export_program, open_dims
-from fastmask.export.tasks import check_task, check_window
+from fastmask.export.task_module import check_task, check_window
 from fastmask.extras import extra
 from fastmask.files import replace_file
 from fastmask.models._base import PretrainedModel

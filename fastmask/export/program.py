@@ -15,7 +15,7 @@ from torch.export import Dim, ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastmask.export.description import check_path, describe
-from fastmask.export.tasks import Events, ImageTask, check_task, check_window
+from fastmask.export.task_module import Events, ImageTask, check_task, check_window
 from fastmask.files import replace_file
 from fastmask.models._base import PretrainedModel
 from fastmask.models._images import Size

@@ -43,6 +43,8 @@ class PretrainedModel(nn.Module):
     views: ClassVar[tuple[str, ...]] = ()
     # Prefixes of buffers that follow from the configuration and are not saved.
     unsaved: ClassVar[tuple[str, ...]] = ()
+    # Of networks that segment images.
+    preprocessor: ImagePreprocessor
     # Of each network in its own form: results; results of several tasks, if it has them; and the logits of the last
     # layer with the size that they cover.
     predict: Callable[..., Any]

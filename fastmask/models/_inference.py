@@ -11,7 +11,7 @@ from torch import Tensor
 from fastmask.functional import general_inference, instance_inference, panoptic_inference, semantic_inference
 from fastmask.models._images import ImageBatch, Size
 
-TASKS: dict[str, Callable[..., Iterable[Any]]] = {
+INFERENCE_BY_TASK: dict[str, Callable[..., Iterable[Any]]] = {
     "semantic": semantic_inference,
     "general": general_inference,
     "panoptic": panoptic_inference,
@@ -58,14 +58,14 @@ def infer(
     this order.
 
     Args:
-        task: one of ``TASKS``.
+        task: one of ``INFERENCE_BY_TASK``.
         class_logits: ``(B, N, K+1)``.
         mask_logits: ``(B, N, h, w)``; or ``mask_embed (B, N, C)`` and ``pixel_embed (B, C, h, w)``.
         images: the batch that they were computed from.
         sizes: (height, width) of each result.
         options: further arguments of ``fastmask.semantic_inference`` or its siblings.
     """
-    function = TASKS[task]
+    function = INFERENCE_BY_TASK[task]
     together = images.uniform and len(set(sizes)) == 1
     groups = [slice(None)] if together else [slice(b, b + 1) for b in range(len(sizes))]
     results: list[Any] = []

@@ -65,7 +65,7 @@ class EfficientNetLite0(nn.Module):
         super().__init__()
         if pretrained not in (None, IMAGENET):
             raise ValueError(f"pretrained is {pretrained!r}; backbone {NAME!r} has the weights {IMAGENET!r} only")
-        self.stem = ConvNorm(3, STEM_CHANNELS, 3, stride=2)
+        self.stem = ConvBatchNorm(3, STEM_CHANNELS, 3, stride=2)
         self.blocks = nn.ModuleList()
         self.map_blocks = []  # the blocks whose outputs are maps
         inputs = STEM_CHANNELS
@@ -96,9 +96,9 @@ class InvertedResidual(nn.Module):
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
         hidden = expansion * inputs
-        self.expand = ConvNorm(inputs, hidden, 1) if expansion > 1 else nn.Identity()
-        self.depthwise = ConvNorm(hidden, hidden, kernel, stride, groups=hidden)
-        self.project = ConvNorm(hidden, outputs, 1, activation=False)
+        self.expand = ConvBatchNorm(inputs, hidden, 1) if expansion > 1 else nn.Identity()
+        self.depthwise = ConvBatchNorm(hidden, hidden, kernel, stride, groups=hidden)
+        self.project = ConvBatchNorm(hidden, outputs, 1, activation=False)
         self.is_residual = stride == 1 and inputs == outputs
 
     def forward(self, maps: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ class InvertedResidual(nn.Module):
         return maps + hidden if self.is_residual else hidden
 
 
-class ConvNorm(nn.Module):
+class ConvBatchNorm(nn.Module):
     """A convolution, batch normalization, and ReLU6 if asked for. The padding is TensorFlow's "same", which the weights
     were trained with: where it is odd, there is one row or column more at the bottom or right.
     """

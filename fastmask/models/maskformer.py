@@ -15,7 +15,7 @@ from fastmask.mask_term import MaskTerm
 from fastmask.models._base import PixelDecoderModel
 from fastmask.models._configuration import SMALL_BACKBONES, TINY, PixelDecoderConfig, require
 from fastmask.models._images import ImageBatch, Images, Size, fit_targets
-from fastmask.models._inference import TASKS, check_sizes, infer
+from fastmask.models._inference import INFERENCE_BY_TASK, check_sizes, infer
 from fastmask.models._views import EvaluationViews
 from fastmask.modules.criterion import SetCriterion
 from fastmask.modules.masked_predictor import MaskedTransformerPredictor
@@ -156,7 +156,7 @@ class MaskFormer(PixelDecoderModel):
     """
 
     config_class = MaskFormerConfig
-    tasks = tuple(TASKS)
+    tasks = tuple(INFERENCE_BY_TASK)
     views = ("window", "scales", "flip")
     class_weights = ("predictor.class_embed.",)
     unsaved = ("criterion.",)
@@ -345,8 +345,8 @@ class MaskFormer(PixelDecoderModel):
 
 def _check_tasks(tasks: Iterable[str]) -> None:
     for task in tasks:
-        if task not in TASKS:
-            raise ValueError(f"unknown task {task!r}; expected one of {', '.join(TASKS)}")
+        if task not in INFERENCE_BY_TASK:
+            raise ValueError(f"unknown task {task!r}; expected one of {', '.join(INFERENCE_BY_TASK)}")
 
 
 def _make_criterion(config: MaskFormerConfig) -> SetCriterion:

@@ -12,7 +12,7 @@ from fastmask.ops._tracing import same_size
 INIT_STD = 0.02
 
 
-class Attention(nn.Module):
+class SelfAttention(nn.Module):
     """Multi-head self-attention with one projection for queries, keys and values.
 
     Args:
@@ -90,7 +90,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = Attention(dim, num_heads, dropout)
+        self.attn = SelfAttention(dim, num_heads, dropout)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = FeedForward(dim, feedforward_dim, dropout)
         self.drop_path = DropPath(drop_path)

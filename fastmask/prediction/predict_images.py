@@ -18,7 +18,7 @@ from fastmask.data.palette import distinct_colors
 from fastmask.data.pictures import decode_picture
 from fastmask.device import usable_device
 from fastmask.models._base import PretrainedModel
-from fastmask.models._inference import TASKS
+from fastmask.models._inference import INFERENCE_BY_TASK
 from fastmask.models._registry import load_model, task_of_run
 from fastmask.models._views import view_options
 from fastmask.models.precision import autocast, check_precision
@@ -242,8 +242,8 @@ def _image_model(model: Any) -> PretrainedModel:
 def _task_of(model: PretrainedModel, task: str | None) -> str:
     if task is None:
         return "panoptic" if getattr(model.config, "stuff_classes", ()) else "semantic"
-    if task not in TASKS:
-        raise ValueError(f"task={task!r} is unknown; expected one of {', '.join(TASKS)}")
+    if task not in INFERENCE_BY_TASK:
+        raise ValueError(f"task={task!r} is unknown; expected one of {', '.join(INFERENCE_BY_TASK)}")
     if task not in model.tasks:
         raise ValueError(f"task={task!r}: a {type(model).__name__} does semantic segmentation only")
     return task

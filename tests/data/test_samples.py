@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from fastmask.data import ComposedScenes, DatasetInfo, Sample, SceneDataset, collate, open_dataset
-from fastmask.data.tasks import semantic_segments
+from fastmask.data.derived_truth import semantic_segments
 from fastmask.models._images import fit_targets, pad_images
 
 VOID = 255

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastmask.export import export_program
-from fastmask.export.tasks import ImageTask
+from fastmask.export.task_module import ImageTask
 from fastmask.models import MaskFormer, MaskFormerConfig
 from tests.helpers.exporting import (
     CLASSES,

@@ -16,12 +16,12 @@ import torch
 
 from benchmarks.gpu import __main__ as script
 from benchmarks.gpu import sanitize, tune
-from benchmarks.gpu.measure import rows_of
+from benchmarks.gpu.isolated import rows_of
 from benchmarks.gpu.processes import run_limited
 from benchmarks.gpu.profile import parse
 from benchmarks.gpu.summary import TARGETS, write_summary
 from benchmarks.harness.registry import load_operations
-from benchmarks.harness.timing import Plan
+from benchmarks.harness.timing import TimeBudget
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOORS = {"memory": 0.1, "special functions": 0.2, "matrix products": 0.0}
@@ -248,7 +248,7 @@ def test_tuning_tries_fields_that_exist_and_leaves_nothing_changed():
 
 
 def test_tuning_times_what_is_right_and_leaves_out_the_rest(capsys, monkeypatch):
-    plan = Plan(rounds=1, least_rounds=1, seconds=0.0, sample_seconds=0.0)
+    plan = TimeBudget(rounds=1, least_rounds=1, seconds=0.0, sample_seconds=0.0)
     tuning = replace(tune.TUNINGS["mask_cost"], variants=({"num_stages": 1},))
     times = tune.run(tuning, "quick", torch.device("cpu"), plan)
     assert sorted(name for _, name in times) == ["as it is", "num_stages=1"]
@@ -264,7 +264,7 @@ def test_only_the_devices_own_architecture_is_built(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("FASTMASK_CUDA_ARCHS", raising=False)
     quick_build = {"FASTMASK_CUDA_ARCHS": "90", "FASTMASK_PORTABLE": "1"}
-    assert script.build_for_this_gpu(script.Run("cuda", False, tmp_path)) == quick_build
-    assert script.build_for_this_gpu(script.Run("cpu", False, tmp_path)) == {}
+    assert script.build_for_this_gpu(script.Session("cuda", False, tmp_path)) == quick_build
+    assert script.build_for_this_gpu(script.Session("cpu", False, tmp_path)) == {}
     monkeypatch.setenv("FASTMASK_CUDA_ARCHS", "80")
-    assert script.build_for_this_gpu(script.Run("cuda", False, tmp_path)) == {}
+    assert script.build_for_this_gpu(script.Session("cuda", False, tmp_path)) == {}

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from fastmask.models import _base, make_model
+from fastmask.models import _images, make_model
 from fastmask.models._images import PixelRange
 from fastmask.targets import Targets
 from tests.helpers.host_syncs import host_syncs
@@ -17,7 +17,7 @@ MODELS = ["tiny", "segmenter-tiny", "per-pixel-tiny"]
 
 @pytest.fixture(autouse=True)
 def _as_in_a_new_process(monkeypatch):
-    monkeypatch.setattr(_base, "PIXEL_RANGE", PixelRange())
+    monkeypatch.setattr(_images, "PIXEL_RANGE", PixelRange())
 
 
 def images(highest):
@@ -82,7 +82,7 @@ def test_a_gpu_is_not_waited_for():
     model = make_model("tiny", 3).eval().cuda()
     bright = images(255).cuda()
     model(images(1).cuda() * 0)  # what a first call sets up may wait
-    _base.PIXEL_RANGE = PixelRange()
+    _images.PIXEL_RANGE = PixelRange()
     with host_syncs():
         model(bright)
     torch.cuda.synchronize()

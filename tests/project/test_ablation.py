@@ -19,7 +19,10 @@ from benchmarks.ablations import __main__ as ablation
 from benchmarks.ablations import images, sounds
 from benchmarks.ablations.findings import Finding, Judgement, image_findings, judge
 from benchmarks.ablations.groups import groups_of
-from benchmarks.ablations.plan import (
+from benchmarks.ablations.query_classes import QueryClasses, SharedPair, classes_per_query, histogram, shared_pairs
+from benchmarks.ablations.tables import difference, render, spread, summary
+from benchmarks.ablations.training import Bench
+from benchmarks.ablations.variants import (
     BIPARTITE,
     FIXED,
     FRAMES,
@@ -33,9 +36,6 @@ from benchmarks.ablations.plan import (
     comparisons,
     plan,
 )
-from benchmarks.ablations.query_classes import QueryClasses, SharedPair, classes_per_query, histogram, shared_pairs
-from benchmarks.ablations.tables import difference, render, spread, summary
-from benchmarks.ablations.training import Bench
 from benchmarks.harness.results import read_results
 from fastmask.training import Trainer
 from tests.helpers.dataset_trees import blocks, write_image, write_json, write_labels

@@ -18,7 +18,7 @@ from benchmarks.harness.registry import Case, Operation, Provider, Unavailable, 
 from benchmarks.harness.results import merge_rows, read_results, write_results
 from benchmarks.harness.runner import measure_case
 from benchmarks.harness.tables import markdown_table, number
-from benchmarks.harness.timing import Plan, Timer, interleave, speedup
+from benchmarks.harness.timing import TimeBudget, Timer, interleave, speedup
 from benchmarks.ops import inputs as benchmark_inputs
 from fastmask import measure
 from fastmask.measure import peak_memory, summary
@@ -113,7 +113,7 @@ def test_providers_take_turns_and_slow_ones_drop_out():
     timer = FakeTimer(scripts)
     calls = {name: lambda name=name: name for name in scripts}
     estimates = {name: script[0] for name, script in scripts.items()}
-    samples = interleave(calls, estimates, timer, Plan(rounds=5, seconds=6.0, least_rounds=3))
+    samples = interleave(calls, estimates, timer, TimeBudget(rounds=5, seconds=6.0, least_rounds=3))
     assert timer.order == ["a", "slow", "slower", "a", "slow", "slower", "a", "slow", "a", "a"]
     assert {name: len(values) for name, values in samples.items()} == {"a": 5, "slow": 3, "slower": 2}
 
@@ -126,7 +126,7 @@ def test_a_short_call_is_repeated_within_its_turn():
             repeats.append(count)
             return 0.001
 
-    interleave({"a": lambda: None}, {"a": 0.001}, OneMillisecond(), Plan(rounds=2, sample_seconds=0.02))
+    interleave({"a": lambda: None}, {"a": 0.001}, OneMillisecond(), TimeBudget(rounds=2, sample_seconds=0.02))
     assert repeats == [20, 20]
 
 
@@ -157,7 +157,7 @@ def test_providers_that_disagree_break_or_are_missing_are_never_timed():
 
     providers = [Provider(f.__name__, f) for f in (double, wrong, nan, other_shape, missing, breaks, unprepared)]
     operation = make_operation(*providers)
-    rows = measure_case(operation, operation.cases[0], "float32", CPU, RATES, Plan(rounds=2))
+    rows = measure_case(operation, operation.cases[0], "float32", CPU, RATES, TimeBudget(rounds=2))
     by_name = {row["provider"]: row for row in rows}
     assert {name: row["status"] for name, row in by_name.items()} == {
         "double": "ok",
@@ -377,9 +377,9 @@ def test_every_operation_agrees_on_its_quick_case(name):
         for case in operation.cases:
             if "quick" in case.suites:
                 providers = [provider for provider in operation.providers if not provider.compiles]
-                plan = Plan(rounds=1, least_rounds=1, seconds=0, sample_seconds=0, warm_up_seconds=0)
+                budget = TimeBudget(rounds=1, least_rounds=1, seconds=0, sample_seconds=0, warm_up_seconds=0)
                 for dtype in case.dtypes:
-                    rows = measure_case(operation, case, dtype, CPU, RATES, plan, providers=providers)
+                    rows = measure_case(operation, case, dtype, CPU, RATES, budget, providers=providers)
                     assert [row["reason"] for row in rows if row["status"] == "failed"] == []
                     assert operation.baseline in [row["provider"] for row in rows if row["status"] == "ok"]
     finally:

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/points.h"
-#include "cpu/simd/logits.h"
+#include "cpu/simd/load_logits.h"
 
 namespace fastmask::FASTMASK_SIMD {
 

@@ -7,8 +7,8 @@ import torch
 from fastmask.data.composed.classes import CLASS_NAMES, PALETTE, STUFF_LABELS
 from fastmask.data.composed.render import VOID as SCENE_VOID
 from fastmask.data.composed.scenes import ComposedScenes
+from fastmask.data.derived_truth import task_view
 from fastmask.data.sample import VOID, DatasetInfo, Sample, SegmentationDataset
-from fastmask.data.tasks import task_view
 
 
 class SceneDataset(SegmentationDataset):

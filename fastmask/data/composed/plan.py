@@ -104,7 +104,7 @@ class Garment:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ScenePlan:
     """The content of a scene of (height, width) pixels: textures in the order they are laid, garments back to front.
 
     A garment's shadow lies ``shadow`` = (rows, columns) from it and takes ``shadow_depth`` 256ths of the light. It does
@@ -118,7 +118,7 @@ class Plan:
     garments: tuple[Garment, ...]
 
 
-def plan_scene(library: Library, draws: Draws, size: tuple[int, int]) -> Plan:
+def plan_scene(library: Library, draws: Draws, size: tuple[int, int]) -> ScenePlan:
     """Draws one to three textures, and up to six garments of any class, place, size, turn and color."""
     share = draws.uniform()
     num_regions = 1 + sum(share >= limit for limit in TEXTURE_SHARES)
@@ -129,7 +129,7 @@ def plan_scene(library: Library, draws: Draws, size: tuple[int, int]) -> Plan:
     cosine, sine = draws.direction()
     distance = min(size) * draws.uniform(*SHADOW_LENGTHS)
     shadow = (round(distance * sine), round(distance * cosine))
-    return Plan(size, shadow, round(draws.uniform(*SHADOW_DEPTHS)), regions, garments)
+    return ScenePlan(size, shadow, round(draws.uniform(*SHADOW_DEPTHS)), regions, garments)
 
 
 def _draw_region(library: Library, draws: Draws, size: tuple[int, int], stuff: int, has_boundary: bool) -> Region:

@@ -10,7 +10,7 @@ import numpy as np
 
 from fastmask.data.composed.classes import THING_CLASSES
 from fastmask.data.composed.library import OPAQUE, OVERSAMPLING, SPRITE_MARGIN, SPRITE_SIZE, STAMP_SIZE, Library
-from fastmask.data.composed.plan import Boundary, Garment, Plan, Region
+from fastmask.data.composed.plan import Boundary, Garment, Region, ScenePlan
 
 VOID = 255
 # A garment with a smaller visible part is left out of the scene; a texture with a smaller one is void.
@@ -24,7 +24,7 @@ FIXED_POINT = 16
 Window = tuple[slice, slice]
 
 
-def render_scene(library: Library, plan: Plan) -> tuple[np.ndarray, np.ndarray, list[int]]:
+def render_scene(library: Library, plan: ScenePlan) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """The pixels and the truth of a plan.
 
     A garment owns the pixels that it covers by half or more; where two do, the front one owns them. A pixel without a
@@ -70,7 +70,7 @@ def _least_visible(library: Library, garment: Garment) -> float:
     return max(MIN_VISIBLE_PIXELS, MIN_VISIBLE_SHARE * area)
 
 
-def _background(library: Library, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+def _background(library: Library, plan: ScenePlan) -> tuple[np.ndarray, np.ndarray]:
     """The textures: ``(H, W, 3)`` uint8 pixels, and ``(H, W)`` uint8 index of the region that owns each."""
     ground = np.zeros(plan.size, np.uint8)
     image = _texture(library, plan.size, plan.regions[0])
@@ -176,7 +176,7 @@ def _mix(first: np.ndarray, second: np.ndarray, weight: np.ndarray) -> np.ndarra
     return (first * (256 - weight) + second * weight + 0x00800080) >> 8 & 0x00FF00FF
 
 
-def _shade(image: np.ndarray, plan: Plan, window: Window, _: np.ndarray, coverage: np.ndarray) -> None:
+def _shade(image: np.ndarray, plan: ScenePlan, window: Window, _: np.ndarray, coverage: np.ndarray) -> None:
     target, source = zip(*map(_shift, window, plan.shadow, plan.size), strict=True)
     light = (1 << 16) - coverage[source][:, :, None] * plan.shadow_depth
     image[target] = image[target] * light >> 16

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastmask.data.composed.library import SPLITS, load_library
-from fastmask.data.composed.plan import Draws, Plan, plan_scene
+from fastmask.data.composed.plan import Draws, ScenePlan, plan_scene
 from fastmask.data.composed.render import VOID, render_scene
 from fastmask.targets import Targets
 
@@ -87,7 +87,7 @@ class ComposedScenes(Dataset[Scene]):
             torch.tensor(labels, dtype=torch.int64),
         )
 
-    def plan(self, index: int) -> Plan:
+    def plan(self, index: int) -> ScenePlan:
         """The plan of scene ``index``."""
         index = _integer("index", index)
         if not 0 <= index < self.length:

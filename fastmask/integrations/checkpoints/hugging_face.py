@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fastmask.extras import extra
-from fastmask.integrations.checkpoints.backbones import NOT_LEARNED, hugging_face_swin
-from fastmask.integrations.checkpoints.names import Rule, rename, to_foreign, to_own
+from fastmask.integrations.checkpoints.backbone_names import NOT_LEARNED, hugging_face_swin
+from fastmask.integrations.checkpoints.names import NameRule, rename, to_foreign, to_own
 from fastmask.integrations.checkpoints.state_files import read_weights
 from fastmask.models._configuration import read_config
 from fastmask.models.backbones import describe_config
@@ -134,7 +134,7 @@ def to_hugging_face_maskformer(model: MaskFormer) -> MaskFormerForInstanceSegmen
     return other
 
 
-def rules_of(model: MaskFormer) -> list[Rule]:
+def rules_of(model: MaskFormer) -> list[NameRule]:
     layer = rf"{TRANSFORMER}.decoder.layers.\1"
     own = r"predictor\.decoder\.layers\.(\d+)"
     rules = [
@@ -152,7 +152,7 @@ def rules_of(model: MaskFormer) -> list[Rule]:
     for attention, name in (("self_attn", "self_attn"), ("multihead_attn", "encoder_attn")):
         parts = tuple(rf"{layer}.{name}.{part}_proj.\2" for part in "qkv")
         rules += [
-            Rule(rf"{own}\.{attention}\.in_proj_(.*)", parts),
+            NameRule(rf"{own}\.{attention}\.in_proj_(.*)", parts),
             rename(rf"{own}\.{attention}\.out_proj\.(.*)", rf"{layer}.{name}.o_proj.\2"),
         ]
     # Their pyramid counts from the coarsest map, ours from the finest.

@@ -14,7 +14,7 @@ from fastmask.models.weight_files import key_problems, listed
 
 
 @dataclass(frozen=True)
-class Rule:
+class NameRule:
     """Names that belong together: joined along their first dimension, our tensors equal the foreign ones.
 
     Args:
@@ -29,24 +29,24 @@ class Rule:
     partners: tuple[str, ...] = ()
 
 
-def rename(own: str, foreign: str) -> Rule:
+def rename(own: str, foreign: str) -> NameRule:
     """One tensor under two names."""
-    return Rule(own, (foreign,))
+    return NameRule(own, (foreign,))
 
 
 @dataclass(frozen=True)
-class Group:
+class NameGroup:
     own: tuple[str, ...]
     foreign: tuple[str, ...]
 
 
-def groups_of(own_names: Iterable[str], rules: Sequence[Rule]) -> list[Group]:
+def groups_of(own_names: Iterable[str], rules: Sequence[NameRule]) -> list[NameGroup]:
     """Every one of our names in its group, by the first rule that matches.
 
     Raises:
         ValueError: names that no rule knows, which the foreign format cannot hold; the message lists them.
     """
-    groups: list[Group] = []
+    groups: list[NameGroup] = []
     done: set[str] = set()
     unknown: list[str] = []
     for name in own_names:
@@ -55,7 +55,7 @@ def groups_of(own_names: Iterable[str], rules: Sequence[Rule]) -> list[Group]:
         for rule in rules:
             if match := re.fullmatch(rule.own, name):
                 own = (name, *(match.expand(partner) for partner in rule.partners))
-                groups.append(Group(own, tuple(match.expand(template) for template in rule.foreign)))
+                groups.append(NameGroup(own, tuple(match.expand(template) for template in rule.foreign)))
                 done.update(own)
                 break
         else:
@@ -65,7 +65,7 @@ def groups_of(own_names: Iterable[str], rules: Sequence[Rule]) -> list[Group]:
     return groups
 
 
-def to_foreign(weights: Mapping[str, Tensor], rules: Sequence[Rule]) -> dict[str, Tensor]:
+def to_foreign(weights: Mapping[str, Tensor], rules: Sequence[NameRule]) -> dict[str, Tensor]:
     """Our weights under the foreign names."""
     result: dict[str, Tensor] = {}
     for group in groups_of(weights, rules):
@@ -78,7 +78,7 @@ def to_foreign(weights: Mapping[str, Tensor], rules: Sequence[Rule]) -> dict[str
 def to_own(
     weights: Mapping[str, Tensor],
     own: Mapping[str, Tensor],
-    rules: Sequence[Rule],
+    rules: Sequence[NameRule],
     *,
     ignored: str = "",
     replaceable: str = "",

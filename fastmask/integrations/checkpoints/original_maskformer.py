@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmask.integrations.checkpoints.backbones import NOT_LEARNED, detectron2_resnet, microsoft_swin
-from fastmask.integrations.checkpoints.names import Rule, rename, to_foreign, to_own
+from fastmask.integrations.checkpoints.backbone_names import NOT_LEARNED, detectron2_resnet, microsoft_swin
+from fastmask.integrations.checkpoints.names import NameRule, rename, to_foreign, to_own
 from fastmask.integrations.checkpoints.state_files import read_weights
 from fastmask.models.maskformer import MaskFormer, MaskFormerConfig
 from fastmask.models.weight_files import key_problems, listed, without_prefix, wrapping_prefix
@@ -73,7 +73,7 @@ def to_original_maskformer(model: MaskFormer) -> dict[str, Tensor]:
     return to_foreign(model.weights(), rules_of(model))
 
 
-def rules_of(model: MaskFormer) -> list[Rule]:
+def rules_of(model: MaskFormer) -> list[NameRule]:
     rules = [
         *detectron2_resnet(),
         *microsoft_swin(),

@@ -1,4 +1,4 @@
-"""Benchmarks in one process as far as it comes: ``python -m benchmarks.gpu.measure``.
+"""Benchmarks in one process as far as it comes: ``python -m benchmarks.gpu.isolated``.
 
 A kernel that breaks the CUDA context takes all later operations of its process with it. They get another process.
 """

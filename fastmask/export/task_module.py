@@ -17,7 +17,7 @@ from fastmask.modules.resize import resize_bilinear
 from fastmask.ops._checks import check_choice
 from fastmask.ops._tracing import is_open
 
-TASKS = ("semantic", "scores", "logits", "events")
+EXPORTED_TASKS = ("semantic", "scores", "logits", "events")
 RESULTS = {"semantic": "labels", "scores": "scores"}
 
 
@@ -104,7 +104,7 @@ def check_task(model: PretrainedModel, task: str | None) -> str:
     """
     if not isinstance(model, PretrainedModel):
         raise TypeError(f"model must be a network of fastmask.models, got {type(model).__name__}")
-    known = TASKS[3:] if "events" in model.tasks else TASKS[:3]
+    known = EXPORTED_TASKS[3:] if "events" in model.tasks else EXPORTED_TASKS[:3]
     task = known[0] if task is None else task
     check_choice(f"task of a {type(model).__name__}", task, known)
     return task

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastmask.integrations.checkpoints.names import Rule, rename
+from fastmask.integrations.checkpoints.names import NameRule, rename
 
 # Of our backbones, which are those of transformers.
 RESNET_STAGE = r"backbone\.encoder\.stages\.{stage}\.layers\.(\d+)"
@@ -10,11 +10,11 @@ SWIN_BLOCK = r"backbone\.swin\.encoder\.layers\.(\d+)\.blocks\.(\d+)"
 NOT_LEARNED = r".*\.(num_batches_tracked|relative_position_index)"
 
 
-def detectron2_resnet() -> list[Rule]:
+def detectron2_resnet() -> list[NameRule]:
     """detectron2's ResNets, of the basic stem (R50, R101) and of DeepLab's (R101c)."""
     norm = r"normalization\.(.*)"
     rules = [
-        Rule(r"backbone\..*\.num_batches_tracked", ()),
+        NameRule(r"backbone\..*\.num_batches_tracked", ()),
         rename(r"backbone\.embedder\.embedder\.convolution\.weight", "backbone.stem.conv1.weight"),
         rename(rf"backbone\.embedder\.embedder\.{norm}", r"backbone.stem.conv1.norm.\1"),
     ]
@@ -34,7 +34,7 @@ def detectron2_resnet() -> list[Rule]:
     return rules
 
 
-def microsoft_swin() -> list[Rule]:
+def microsoft_swin() -> list[NameRule]:
     """The names of Swin's authors, which detectron2's projects took over: one tensor for queries, keys and values."""
     block = r"backbone.layers.\1.blocks.\2"
     own = r"backbone.swin.encoder.layers.\1.blocks.\2.attention"
@@ -43,7 +43,7 @@ def microsoft_swin() -> list[Rule]:
     return [
         rename(r"backbone\.swin\.embeddings\.patch_embeddings\.projection\.(.*)", r"backbone.patch_embed.proj.\1"),
         rename(r"backbone\.swin\.embeddings\.norm\.(.*)", r"backbone.patch_embed.norm.\1"),
-        Rule(rf"{SWIN_BLOCK}\.attention\.q_proj\.(.*)", (rf"{block}.attn.qkv.\3",), partners),
+        NameRule(rf"{SWIN_BLOCK}\.attention\.q_proj\.(.*)", (rf"{block}.attn.qkv.\3",), partners),
         rename(rf"{SWIN_BLOCK}\.attention\.o_proj\.(.*)", rf"{block}.attn.proj.\3"),
         rename(rf"{SWIN_BLOCK}\.attention\.{bias_table}", rf"{block}.attn.relative_position_bias_table"),
         rename(rf"{SWIN_BLOCK}\.layernorm_before\.(.*)", rf"{block}.norm1.\3"),
@@ -51,11 +51,11 @@ def microsoft_swin() -> list[Rule]:
         rename(rf"{SWIN_BLOCK}\.mlp\.(.*)", rf"{block}.mlp.\3"),
         rename(r"backbone\.swin\.encoder\.layers\.(\d+)\.downsample\.(.*)", r"backbone.layers.\1.downsample.\2"),
         *(rename(rf"backbone\.hidden_states_norms\.stage{i + 1}\.(.*)", rf"backbone.norm{i}.\1") for i in range(4)),
-        Rule(r"backbone\.swin\.layernorm\..*", ()),
+        NameRule(r"backbone\.swin\.layernorm\..*", ()),
     ]
 
 
-def hugging_face_swin(prefix: str) -> list[Rule]:
+def hugging_face_swin(prefix: str) -> list[NameRule]:
     """The Swin of transformers' MaskFormer, a copy with names of its own."""
     block = rf"{prefix}model.encoder.layers.\1.blocks.\2"
     bias_table = r"relative_position_bias\.relative_position_bias_table"
