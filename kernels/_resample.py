@@ -362,7 +362,7 @@ def _stage_kernel(
 
 
 @dataclass(frozen=True)
-class Band:
+class StagedBand:
     """Staged logits or probabilities, and the rows of the result that are made from them.
 
     Args:
@@ -416,7 +416,7 @@ def staged_bands(
     keep_nan: bool,
     resampling: Resampling,
     tile_rows: int,
-) -> Iterator[Band]:
+) -> Iterator[StagedBand]:
     """The result in bands of whole rows of tiles, as many as keep the stage within ``STAGE_BYTES``, or one.
 
     All bands share their memory: launch what reads a band, on the same stream, before taking the next.
@@ -480,4 +480,4 @@ def staged_bands(
         taps = make_taps(
             source, source_columns, out_top + top, below - top, first, end - first, source_columns.size, device
         )
-        yield Band(stage, peaks, taps, cells, width, padded_n, top, below - top)
+        yield StagedBand(stage, peaks, taps, cells, width, padded_n, top, below - top)
