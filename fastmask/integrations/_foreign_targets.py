@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -17,6 +17,7 @@ from fastmask.modules import Predictions
 from fastmask.targets import SEGMENT_DTYPES, Targets, check_binary
 
 Size = tuple[int, int]
+TargetList = Sequence[Mapping[str, Tensor]]
 Pairs = list[tuple[Tensor, Tensor]]  # queries and targets of each image
 VOID = 255  # the value of void pixels in mask labels, where ``ignore_void`` is asked for
 
@@ -155,6 +156,34 @@ def targets_of_masks(
         [{"labels": labels, "masks": masks} for labels, masks in pairs], num_classes=num_classes, device=device
     )
     return replace(targets, valid=~pad_and_stack(void, True)) if ignore_void else targets
+
+
+def targets_of_list(module: nn.Module, targets: TargetList, *, num_classes: int, device: torch.device) -> Targets:
+    """The container of a list of targets, as the original repositories pass them.
+
+    Args:
+        module: the patched matcher or criterion.
+        targets: for each image "labels" ``(M_b,)`` and "masks" ``(M_b, H, W)``.
+        num_classes: K.
+        device: of the result.
+
+    Raises:
+        ValueError: masks that are not binary, or of different sizes: the original's callers pad them to the size of
+            the batch, and for others its losses are undefined.
+    """
+    masks = [target["masks"] for target in targets]
+    if len(set(sizes_of(masks))) > 1:
+        raise ValueError(
+            f"the masks of targets are of different sizes, {sizes_of(masks)}; expected all padded to one size"
+        )
+    return targets_of_masks(
+        'targets[{}]["masks"]',
+        masks,
+        [target["labels"] for target in targets],
+        num_classes=num_classes,
+        device=device,
+        ignore_void=options_of(module).ignore_void,
+    )
 
 
 def targets_of_segments(

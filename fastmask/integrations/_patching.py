@@ -19,7 +19,7 @@ logger = logging.getLogger("fastmask")
 KNOWN = (
     "transformers' MaskFormer, Mask2Former, OneFormer, EoMT, EoMT-DINOv3, VidEoMT, RF-DETR and the other models of the "
     "DETR family, their matchers and losses and subclasses of these, and modules that look like the original "
-    "repositories' HungarianMatcher and SetCriterion"
+    "repositories' HungarianMatcher and SetCriterion of MaskFormer, Mask2Former and MaskDINO"
 )
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -37,7 +37,8 @@ def patch(model: Model, *, fix: bool = False, ignore_void: bool = False) -> Mode
     - transformers' DETR family, whose models have a loss function: one assignment on the device for all layers and
       groups of queries, and the mask losses of DetrForSegmentation, ConditionalDetrForSegmentation and
       RfDetrForInstanceSegmentation (of the last also the mask costs);
-    - any module with the name and attributes of the original repositories' HungarianMatcher or SetCriterion.
+    - any module with the name and attributes of a HungarianMatcher or SetCriterion in the repositories of MaskFormer,
+      Mask2Former or MaskDINO (of the last without its box losses).
 
     A subclass of a matcher, loss or model keeps the methods that it overrides; the others are replaced, also where it
     calls them by ``super()``. Outputs, losses and gradients stay equal up to rounding. For the same seed this includes

@@ -112,13 +112,24 @@ class PointLoss(Replacement, nn.Module):
         images = torch.arange(batch_size, device=device)[:, None].expand_as(assignment)
         pair_of_row = torch.zeros(2, num_pairs + 1, dtype=torch.int64, device=device)
         pair_of_row.scatter_(1, rows.flatten().expand(2, -1), torch.stack([images, assignment]).flatten(1))
-        planes = mask_logits[pair_of_row[0, :num_pairs], pair_of_row[1, :num_pairs]].float()  # [pairs, h, w]
-        points = candidates[:, :num_uncertain]
-        if num_pairs > 0:
-            logits = grid_sample(planes[:, None], 2 * candidates[:, :, None] - 1, align_corners=False)[:, 0, :, 0]
-            chosen = (-logits.abs()).topk(num_uncertain, dim=1, sorted=False).indices
-            points = candidates.gather(1, chosen[..., None].expand(-1, -1, 2))
+        planes = mask_logits[pair_of_row[0, :num_pairs], pair_of_row[1, :num_pairs]]  # [pairs, h, w]
+        points = most_uncertain(planes, candidates, num_uncertain)
         others = torch.rand(num_pairs, self.num_points - num_uncertain, 2, device=device)
         points = torch.cat([points, others], 1)
         unmatched = points.new_zeros(1, self.num_points, 2)
         return torch.cat([points, unmatched])[rows.flatten()].view(batch_size, num_targets, self.num_points, 2)
+
+
+@torch.no_grad()
+def most_uncertain(mask_logits: Tensor, candidates: Tensor, count: int) -> Tensor:
+    """``(T, count, 2)``: the candidates ``(T, C, 2)`` at which the mask logits ``(T, h, w)`` are nearest to 0."""
+    if len(mask_logits) == 0:
+        return candidates[:, :count]
+    chosen = sample(mask_logits[:, None], candidates)[:, 0].abs().topk(count, 1, largest=False, sorted=False).indices
+    return candidates.gather(1, chosen[..., None].expand(-1, -1, 2))
+
+
+def sample(planes: Tensor, points: Tensor) -> Tensor:
+    """``(T, C, h, w)`` at ``(T, P, 2)``, bilinearly: ``(T, C, P)`` float32, or float64 of such planes."""
+    planes = planes.to(torch.promote_types(planes.dtype, torch.float32))
+    return grid_sample(planes, (2 * points - 1)[:, None].to(planes.dtype), align_corners=False)[:, :, 0]

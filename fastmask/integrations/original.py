@@ -7,66 +7,116 @@ of its ``forward``. A class that has the name alone, such as DETR's, is refused 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastmask import modules
-from fastmask.integrations._foreign_targets import average_num_masks, mask_term, sizes_of, targets_of_masks
+from fastmask.integrations._foreign_targets import TargetList, average_num_masks, mask_term, targets_of_list
+from fastmask.integrations._known import find
 from fastmask.integrations._random_points import PointLoss, PointMatcher
-from fastmask.integrations._replacement import Found, Replacement, options_of, original_class
+from fastmask.integrations._replacement import Found, Replacement, original_class
+from fastmask.integrations.maskdino import MaskDinoCriterion, MaskDinoMatcher
 from fastmask.modules import Predictions
 from fastmask.modules.criterion import LOSSES
 from fastmask.modules.matcher import index_pairs
 from fastmask.targets import Targets
 
-TargetList = Sequence[Mapping[str, Tensor]]
-MATCHER, CRITERION = "HungarianMatcher", "SetCriterion"
-LOSS_METHODS = {"loss_labels", "loss_masks"}
 COSTS = frozenset({"cost_class", "cost_mask", "cost_dice"})
 SETTINGS = frozenset({"num_classes", "weight_dict", "eos_coef", "losses"})
 SAMPLING = frozenset({"num_points", "oversample_ratio", "importance_sample_ratio"})
+BOXES = frozenset({"num_points", "cost_box", "cost_giou", "panoptic_on"})
+DENOISING = frozenset({"dn", "dn_losses", "focal_alpha", "panoptic_on", "semantic_ce_loss"})
+
+
+@dataclass(frozen=True)
+class Form:
+    """How one repository writes its matcher or its criterion.
+
+    Args:
+        replacement: what takes its place.
+        attributes: of the module.
+        arguments: of its ``forward``.
+        matcher: the replacement of a criterion's matcher.
+        losses: the values of a criterion's ``losses``; each has a method ``loss_...``.
+        other_losses: its further methods of such names.
+    """
+
+    replacement: type[Replacement]
+    attributes: frozenset[str]
+    arguments: tuple[str, ...] = ("outputs", "targets")
+    matcher: type[Replacement] | None = None
+    losses: tuple[str, ...] = LOSSES
+    other_losses: tuple[str, ...] = ()
 
 
 def replacements(module: nn.Module) -> Iterator[Found]:
     """What to replace for ``module``; see ``fastmask.integrations._known.replacements``."""
-    cls = type(module)
-    if cls.__name__ not in (MATCHER, CRITERION) or cls.__module__.startswith("fastmask."):
+    own: Any = type(module)
+    classes = (cls for cls in own.__mro__ if not cls.__module__.startswith("fastmask."))
+    cls = next((cls for cls in classes if cls.__name__ in FORMS), None)
+    if cls is None:
         return
-    arguments = list(inspect.signature(cls.forward).parameters)
-    if arguments != ["self", "outputs", "targets"]:
-        raise TypeError(f"{cls.__name__}.forward takes {', '.join(arguments)}; expected self, outputs, targets")
-    if cls.__name__ == MATCHER:
-        known = {COSTS: HungarianMatcher, COSTS | {"num_points"}: PointHungarianMatcher}
-        yield Found(module, cls, _by_attributes(module, known))
-        return
-    ours = _by_attributes(module, {SETTINGS: SetCriterion, SETTINGS | SAMPLING: PointSetCriterion})
-    matcher, losses = module.get_submodule("matcher"), list(vars(module)["losses"])
-    if original_class(matcher).__name__ != MATCHER:
-        raise TypeError(f"the matcher of {CRITERION} is a {type(matcher).__name__}; expected a {MATCHER}")
-    if hasattr(matcher, "num_points") != (ours is PointSetCriterion):
-        raise TypeError(f"one of {CRITERION} and its {MATCHER} samples points, the other does not")
-    methods = {name for name in dir(cls) if name.startswith("loss_")}
-    if methods != LOSS_METHODS or not set(losses) <= set(LOSSES):
+    forms, attributes = FORMS[cls.__name__], _attributes(module)
+    # A subclass may have further ones.
+    fitting = [
+        form for form in forms if form.attributes == attributes or (form.attributes < attributes and cls is not own)
+    ]
+    form = max(fitting, key=lambda form: len(form.attributes), default=None)
+    if form is None:
         raise TypeError(
-            f"{CRITERION} has {', '.join(sorted(methods))} and losses={losses}; expected "
-            f"{', '.join(sorted(LOSS_METHODS))}, and any of {', '.join(LOSSES)}"
+            f"{cls.__module__}.{cls.__name__} has the attributes {', '.join(sorted(attributes))}; fastmask knows those "
+            f"that have {' or '.join(', '.join(sorted(form.attributes)) for form in forms)}"
         )
-    yield Found(module, cls, ours)
+    arguments = tuple(inspect.signature(cls.forward).parameters)[1:]
+    if arguments != form.arguments:
+        raise TypeError(f"{cls.__name__}.forward takes {', '.join(arguments)}; expected {', '.join(form.arguments)}")
+    if form.matcher is not None:
+        _check_criterion(module, cls, form)
+    yield Found(module, cls, form.replacement)
 
 
-def _by_attributes(module: nn.Module, known: Mapping[frozenset[str], type[Replacement]]) -> type[Replacement]:
-    """The ``known`` class with the attributes of the module."""
-    attributes = {name for name in vars(module) if not name.startswith("_")} - {"training"}
-    for expected, cls in known.items():
-        if attributes == expected:
-            return cls
-    raise TypeError(
-        f"{type(module).__module__}.{type(module).__name__} has the attributes {', '.join(sorted(attributes))}; "
-        f"fastmask knows those that have {' or '.join(', '.join(sorted(expected)) for expected in known)}"
-    )
+def _attributes(module: nn.Module) -> set[str]:
+    """The names of a module's settings."""
+    return {name for name in vars(module) if not name.startswith("_")} - {"training"}
+
+
+def _check_criterion(module: nn.Module, cls: type[nn.Module], form: Form) -> None:
+    name, matcher, losses = cls.__name__, module.get_submodule("matcher"), list(vars(module)["losses"])
+    found = find(matcher)
+    if found is None or found.replacement is not form.matcher:
+        expected = next(one for one in FORMS["HungarianMatcher"] if one.replacement is form.matcher)
+        raise TypeError(
+            f"the matcher of {name} is a {original_class(matcher).__name__} with "
+            f"{', '.join(sorted(_attributes(matcher))) or 'no attributes'}; expected a HungarianMatcher with "
+            f"{', '.join(sorted(expected.attributes))}"
+        )
+    methods = {method for method in dir(cls) if method.startswith("loss_")}
+    known = {f"loss_{loss}" for loss in (*form.losses, *form.other_losses)}
+    if methods != known or not set(losses) <= set(form.losses):
+        raise TypeError(
+            f"{name} has {', '.join(sorted(methods))} and losses={losses}; expected {', '.join(sorted(known))}, and "
+            f"any of {', '.join(form.losses)}"
+        )
+
+
+def unless_overridden(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A ``forward`` that gives way to the original's, which calls its parts, where a subclass overrides one of them."""
+
+    @wraps(method)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        found, matcher = find(self), find(getattr(self, "matcher", self))
+        assert found is not None and matcher is not None
+        own = {name for name in found.overridden() if name != "forward"}
+        if matcher.module is not self:
+            own.update(matcher.overridden())
+        return found.known.forward(self, *args, **kwargs) if own else method(self, *args, **kwargs)
+
+    return forward
 
 
 class HungarianMatcher(Replacement, modules.HungarianMatcher):
@@ -75,6 +125,7 @@ class HungarianMatcher(Replacement, modules.HungarianMatcher):
     points, backend = None, "auto"
     term = property(lambda self: mask_term(self, "focal"))
 
+    @unless_overridden
     def forward(
         self,
         outputs: Mapping[str, Tensor],
@@ -92,6 +143,7 @@ class SetCriterion(Replacement, modules.SetCriterion):
     points, backend = None, "auto"
     term = property(lambda self: mask_term(self, "focal"))
 
+    @unless_overridden
     def forward(
         self, outputs: Mapping[str, Any], targets: TargetList | Targets, *, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
@@ -106,6 +158,7 @@ class SetCriterion(Replacement, modules.SetCriterion):
 class PointHungarianMatcher(PointMatcher):
     """Mask2Former's matcher, by fastmask's kernels."""
 
+    @unless_overridden
     @torch.no_grad()
     def forward(self, outputs: Mapping[str, Tensor], targets: TargetList) -> list[tuple[Tensor, Tensor]]:
         """For each image (queries, targets), int64 on the CPU, by ascending query."""
@@ -119,6 +172,7 @@ class PointSetCriterion(PointLoss):
 
     losses: Sequence[str]
 
+    @unless_overridden
     def forward(self, outputs: Mapping[str, Any], targets: TargetList) -> dict[str, Tensor]:
         """Unweighted losses of all layers under their original names."""
         layers = [
@@ -143,30 +197,34 @@ class PointSetCriterion(PointLoss):
 
 
 def _targets(module: nn.Module, outputs: Mapping[str, Any], targets: TargetList | Targets) -> Targets:
-    """The container of a list of targets.
-
-    Args:
-        module: the patched matcher or criterion.
-        outputs: the model's.
-        targets: for each image "labels" ``(M_b,)`` and "masks" ``(M_b, H, W)``.
+    """The container of a list of targets, for the model's outputs.
 
     Raises:
-        TypeError, ValueError: no list, masks that are not binary, or of different sizes: the original's callers pad
-            them to the size of the batch, and for others its losses are undefined.
+        TypeError: Targets, which the original does not take.
     """
     if isinstance(targets, Targets):
         raise TypeError("targets must be a list of dicts, as for the original, got Targets")
-    masks = [target["masks"] for target in targets]
-    if len(set(sizes_of(masks))) > 1:
-        raise ValueError(
-            f"the masks of targets are of different sizes, {sizes_of(masks)}; expected all padded to one size"
-        )
     class_logits = outputs["pred_logits"]
-    return targets_of_masks(
-        'targets[{}]["masks"]',
-        masks,
-        [target["labels"] for target in targets],
-        num_classes=class_logits.shape[-1] - 1,
-        device=class_logits.device,
-        ignore_void=options_of(module).ignore_void,
-    )
+    return targets_of_list(module, targets, num_classes=class_logits.shape[-1] - 1, device=class_logits.device)
+
+
+# By the class's name.
+FORMS = {
+    "HungarianMatcher": (
+        Form(HungarianMatcher, COSTS),
+        Form(PointHungarianMatcher, COSTS | {"num_points"}),
+        Form(MaskDinoMatcher, COSTS | BOXES, ("outputs", "targets", "cost")),
+    ),
+    "SetCriterion": (
+        Form(SetCriterion, SETTINGS, matcher=HungarianMatcher),
+        Form(PointSetCriterion, SETTINGS | SAMPLING, matcher=PointHungarianMatcher),
+        Form(
+            MaskDinoCriterion,
+            SETTINGS | SAMPLING | DENOISING,
+            ("outputs", "targets", "mask_dict"),
+            matcher=MaskDinoMatcher,
+            losses=(*LOSSES, "boxes"),
+            other_losses=("labels_ce", "boxes_panoptic"),
+        ),
+    ),
+}

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from fastmask.functional import assign
+from fastmask.integrations._boxes import box_costs, focal_costs
 from fastmask.integrations._foreign_targets import (
     Pairs,
+    TargetList,
     check_labels,
     index_pairs,
     mask_term,
@@ -31,8 +33,6 @@ from fastmask.integrations._replacement import Found, Options, Replacement, opti
 from fastmask.targets import Targets
 
 Layer = Mapping[str, Any]  # "logits" (B, N, K), "pred_boxes" (B, N, 4) and others, of one decoder layer
-TargetList = Sequence[Mapping[str, Tensor]]
-TINY = 1e-8  # keeps the logarithms of the class cost finite
 
 
 class Matcher(Replacement, nn.Module):
@@ -79,8 +79,8 @@ class Matcher(Replacement, nn.Module):
         class_cost = self.label_costs(layers, targets)
         boxes = torch.stack([layer["pred_boxes"] for layer in layers]).to(class_cost.dtype)
         wanted = pad_sequence([target["boxes"] for target in targets], batch_first=True).to(boxes)
-        giou = generalized_iou(corners("pred_boxes", boxes), corners("boxes", wanted))
-        return self.bbox_cost * torch.cdist(boxes, wanted, p=1) + self.class_cost * class_cost - self.giou_cost * giou
+        distance, giou = box_costs(boxes, wanted)
+        return self.bbox_cost * distance + self.class_cost * class_cost + self.giou_cost * giou
 
     def label_costs(self, layers: Sequence[Layer], targets: TargetList) -> Tensor:
         """``(L, B, N, M)``: the class cost without its weight, -softmax(logits)[label] in DETR."""
@@ -107,13 +107,7 @@ class FocalMatcher(Matcher):
         """See :meth:`Matcher.label_costs`."""
         if not self.use_focal_loss:
             return super().label_costs(layers, targets)
-        return self.focal_costs(self.label_logits(layers, targets, lambda logits: logits))
-
-    def focal_costs(self, logits: Tensor) -> Tensor:
-        """The cost of a positive minus that of a negative, of each logit."""
-        p = logits.sigmoid()
-        positive = self.alpha * (1 - p) ** self.gamma * -(p + TINY).log()
-        return positive - (1 - self.alpha) * p**self.gamma * -(1 - p + TINY).log()
+        return focal_costs(self.label_logits(layers, targets, lambda logits: logits), self.alpha, self.gamma)
 
 
 class GroundedMatcher(FocalMatcher):
@@ -127,7 +121,7 @@ class GroundedMatcher(FocalMatcher):
             check_labels(f'labels[{b}]["class_labels"]', target["class_labels"], len(of_classes))
             of_targets = of_classes[target["class_labels"]]
             tokens.append(of_targets / of_targets.sum(-1, keepdim=True))
-        costs = self.focal_costs(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+        costs = focal_costs(logits.to(torch.promote_types(logits.dtype, torch.float32)), self.alpha, self.gamma)
         return costs @ pad_sequence(tokens, batch_first=True).to(costs).transpose(1, 2)
 
 
@@ -264,30 +258,3 @@ def _make(cls: type[nn.Module], options: Options, *args: Any, **kwargs: Any) -> 
     for found in parts(criterion):
         replace(found, options)
     return criterion
-
-
-def corners(name: str, boxes: Tensor) -> Tensor:
-    """``(..., 4)`` as (left, top, right, bottom), from centers and sizes.
-
-    Raises:
-        ValueError: boxes on the CPU whose size is negative or NaN; on a GPU a device-side assertion.
-    """
-    center, size = boxes[..., :2], boxes[..., 2:]
-    corner = torch.cat([center - size / 2, center + size / 2], -1)
-    ordered = (corner[..., 2:] >= corner[..., :2]).all()
-    if boxes.device.type != "cpu":
-        torch._assert_async(ordered, f"{name} holds a size that is negative or NaN")
-    elif not ordered:
-        raise ValueError(f"{name} holds a size that is negative or NaN; expected (center_x, center_y, width, height)")
-    return corner
-
-
-def generalized_iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """``(..., N, M)``: generalized intersection over union (arXiv:1902.09630) of boxes ``(..., N, 4)`` and ``(..., M,
-    4)``, as (left, top, right, bottom)."""
-    one, other = boxes[..., :, None, :], others[..., None, :, :]
-    overlap = (torch.min(one[..., 2:], other[..., 2:]) - torch.max(one[..., :2], other[..., :2])).clamp(min=0).prod(-1)
-    hull = (torch.max(one[..., 2:], other[..., 2:]) - torch.min(one[..., :2], other[..., :2])).clamp(min=0).prod(-1)
-    areas = [(corner[..., 2:] - corner[..., :2]).prod(-1) for corner in (one, other)]
-    union = areas[0] + areas[1] - overlap
-    return overlap / union - (hull - union) / hull

@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import grid_sample
 
 from fastmask.functional import mask_cost
-from fastmask.integrations._foreign_targets import Pairs, mask_term, pair_losses, sizes_of
+from fastmask.integrations._foreign_targets import Pairs, TargetList, mask_term, pair_losses, sizes_of
 from fastmask.integrations._known import find
+from fastmask.integrations._random_points import most_uncertain, sample
 from fastmask.integrations._replacement import options_of
-from fastmask.integrations.transformers.detr import Criterion, FocalMatcher, Layer, TargetList, mask_targets
+from fastmask.integrations.transformers.detr import Criterion, FocalMatcher, Layer, mask_targets
 from fastmask.targets import Targets
 
 OVERSAMPLE_RATIO, IMPORTANCE_SAMPLE_RATIO = 3, 0.75  # constants of transformers
@@ -124,9 +124,7 @@ class RfDetrCriterion(Criterion):
         others = torch.cat([layer[DRAWN].others for layer in layers])
         with torch.no_grad():
             num_uncertain = candidates.shape[1] // OVERSAMPLE_RATIO - others.shape[1]
-            certainty = sample(mask_logits[:, None], candidates)[:, 0].abs()
-            chosen = certainty.topk(num_uncertain, 1, largest=False).indices
-            points = torch.cat([candidates.gather(1, chosen[..., None].expand(-1, -1, 2)), others], 1)
+            points = torch.cat([most_uncertain(mask_logits, candidates, num_uncertain), others], 1)
             of_images = one_size(self, targets, mask_logits.device)
             index, inside = nearest_pixels(points, of_images.size)  # [L T, P]
             num_pixels = of_images.size[0] * of_images.size[1]
@@ -167,12 +165,6 @@ def one_size(module: RfDetrMatcher | RfDetrCriterion, targets: TargetList, devic
     if len(set(sizes)) > 1:
         raise ValueError(f"the masks of labels are of different sizes, {sizes}; expected all padded to one size")
     return mask_targets(module, targets, device)
-
-
-def sample(planes: Tensor, points: Tensor) -> Tensor:
-    """``(T, C, h, w)`` at ``(T, P, 2)``, bilinearly: ``(T, C, P)`` float32, or float64 of such planes."""
-    planes = planes.to(torch.promote_types(planes.dtype, torch.float32))
-    return grid_sample(planes, (2 * points - 1)[:, None].to(planes.dtype), align_corners=False)[:, :, 0]
 
 
 def nearest_pixels(points: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
