@@ -1,4 +1,9 @@
-"""Predictions for images as files and pictures."""
+"""Predictions for images as files and pictures, and pages of results."""
+
+from fastmask.extras import extra
+
+with extra("data"):
+    import PIL as PIL
 
 from fastmask.extras import extra
 
