@@ -5,11 +5,6 @@ from fastmask.extras import extra
 with extra("data"):
     import PIL as PIL
 
-from fastmask.extras import extra
-
-with extra("data"):
-    import PIL as PIL
-
 from fastmask.prediction import page
 from fastmask.prediction.evaluation_page import EvaluationPage
 from fastmask.prediction.inputs import ImageFile, find_images
