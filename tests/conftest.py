@@ -99,8 +99,14 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     return header
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked cuda are skipped without a GPU; --compiled leaves those of kernels."""
+    """Tests of Triton's kernels are marked so; those marked cuda are skipped without a GPU; --compiled leaves those of
+    GPU kernels."""
+    for item in items:
+        names = [value for value in parameters(item).values() if isinstance(value, str)]
+        if "triton" in names or "triton_kernels" in item.fixturenames:
+            item.add_marker("triton")
     if EMULATION in config.stash:
         chosen = [item for item in items if runs_kernels(item)]
         config.hook.pytest_deselected(items=list(set(items) - set(chosen)))
@@ -112,10 +118,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
+def parameters(item: pytest.Item) -> dict[str, Any]:
+    return item.callspec.params if hasattr(item, "callspec") else {}
+
+
 def runs_kernels(item: pytest.Item) -> bool:
     """Whether a test is one of GPU kernels, which --compiled runs."""
-    backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
-    return backend == "triton" or bool({"triton_kernels", "emulated"} & set(item.fixturenames))
+    return parameters(item).get("backend") == "triton" or bool({"triton_kernels", "emulated"} & set(item.fixturenames))
 
 
 @contextmanager

@@ -17,13 +17,13 @@ from fastmask import reference, semantic_inference
 from fastmask.ops.semantic import label_dtype
 from fastmask.testing import error_budget
 from tests.helpers import gpu_errors
-from tests.helpers.geometries import GEOMETRIES, random_classes, random_masks, steps
+from tests.helpers.inference_inputs import SMALL_GEOMETRIES, random_classes, random_masks, steps
 from tests.helpers.op_info import HALVES, poisoned_memory
 from tests.helpers.semantic_operator import SEMANTIC_INFERENCE
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
 
-USUAL = GEOMETRIES["stride 4"]
+USUAL = SMALL_GEOMETRIES["stride 4"]
 
 
 def kernels():
@@ -107,7 +107,7 @@ def test_ties_take_the_lowest_class(generator):
 
 def test_unlikely_queries_are_skipped_and_labels_stay_the_same(generator, monkeypatch):
     """20 of 100 queries have a class. Where tiles do without the rest, that may hold anything."""
-    sizes = GEOMETRIES["both steps"]
+    sizes = SMALL_GEOMETRIES["both steps"]
     class_logits = random_classes(1, 100, 5, generator)
     query = torch.arange(100)
     class_logits[:, query, torch.where(query % 5 == 0, query // 5 % 4 + 1, 5)] += 9
@@ -132,7 +132,7 @@ def test_unlikely_queries_are_skipped_and_labels_stay_the_same(generator, monkey
 
 @pytest.mark.parametrize("order", ["masks", "scores"])
 def test_nan_and_infinite_logits(order, generator):
-    sizes = GEOMETRIES["both steps"]
+    sizes = SMALL_GEOMETRIES["both steps"]
     class_logits, mask_logits = inputs(sizes, generator, 2)
     mask_logits[0, 0, 2, 3] = float("nan")
     mask_logits[0, 1] = float("nan")
@@ -162,7 +162,7 @@ def test_small_scores_are_as_precise_as_large_ones(dtype, precision, generator):
 @pytest.mark.parametrize("order", ["masks", "scores"])
 @pytest.mark.parametrize("name", ["stride 4", "both steps", "downsampling"])
 def test_bands_of_staged_logits(name, order, generator, monkeypatch):
-    sizes = GEOMETRIES[name]
+    sizes = SMALL_GEOMETRIES[name]
     class_logits, mask_logits = inputs(sizes, generator)
     options = {"order": order, "output": "scores", "backend": "triton", **steps(sizes)}
     expected = semantic_inference(class_logits, mask_logits, sizes.size, **options)
@@ -173,7 +173,7 @@ def test_bands_of_staged_logits(name, order, generator, monkeypatch):
 @pytest.mark.parametrize("name", ["stride 4", "both steps"])
 def test_some_rows_of_the_result(name, generator):
     """What a caller with a band of mask logits asks for."""
-    sizes = GEOMETRIES[name]
+    sizes = SMALL_GEOMETRIES[name]
     class_logits, mask_logits = inputs(sizes, generator)
     probabilities = class_logits.softmax(-1)[..., :-1].contiguous()
     run = kernels().semantic_inference
@@ -200,7 +200,7 @@ def test_two_runs_give_the_same_bits_whatever_was_in_memory(generator):
 
 @pytest.mark.parametrize("order", ["masks", "scores"])
 def test_the_kernels_of_both_backends_agree(order, generator):
-    sizes = GEOMETRIES["both steps"]
+    sizes = SMALL_GEOMETRIES["both steps"]
     arguments = (*inputs(sizes, generator, queries=40, classes=30), sizes.size)
     options = {"order": order, **steps(sizes)}
     exact = reference_scores(*arguments[:2], sizes, torch.float64, order)

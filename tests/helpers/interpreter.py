@@ -15,6 +15,7 @@ tests may ask for equal bits of what two tilings compute.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -35,20 +36,29 @@ def _dot(_: InterpreterBuilder, a: TensorHandle, b: TensorHandle, d: TensorHandl
 
 
 class _Patches:
-    """Patches ``triton.language`` once for each set of its modules that a function names, and leaves it so."""
+    """Patches ``triton.language`` once for each module of kernels, and leaves it so."""
 
     def __init__(self) -> None:
         self.patch, self.done = interpreter._patch_lang, set()
 
     def __call__(self, function: Any) -> _Patches:
-        modules = frozenset(x.__name__ for x in function.__globals__.values() if x is tl or x is tl.core)
-        if modules not in self.done:
+        if function.__module__ not in self.done:
             self.patch(function)
-            self.done.add(modules)
+            self.done.add(function.__module__)
         return self
 
     def restore(self) -> None:
         """The interpreter calls this after each kernel."""
+
+
+def _patch_attr(owner: Any, name: str, builtin: Any, _: InterpreterBuilder, scope: Any) -> None:
+    """A function of ``triton.language`` always has the interpreter's semantic."""
+    function = getattr(builtin, "__wrapped__", builtin)
+
+    def interpreted(*arguments: Any, _semantic: Any = None, **named: Any) -> Any:
+        return function(*arguments, _semantic=interpreter.interpreter_semantic, **named)
+
+    scope.set_attr(owner, name, interpreted)
 
 
 def _intern_block_types() -> None:
@@ -93,13 +103,56 @@ def _leave_equal_shapes() -> None:
     TritonSemantic.broadcast_impl_value = broadcast_impl_value
 
 
+def _check_operands_once() -> None:
+    """What becomes of two operands follows from their types, and is found out once; a number becomes a tensor once.
+
+    Operands of different shapes keep their data, which NumPy broadcasts.
+    """
+    check, types, constants = TritonSemantic.binary_op_type_checking_impl, {}, {}
+
+    def kind(operand: Any) -> Any:
+        return operand.type if isinstance(operand, tl.tensor) else (type(operand), repr(operand))
+
+    def converted(semantic: Any, operand: tl.tensor, to: tl.dtype) -> tl.tensor:
+        if operand.type is to:
+            return operand
+        if operand.type.scalar is not to.scalar:
+            operand = semantic.cast(operand, to.scalar)
+        return operand if operand.type is to else tl.tensor(operand.handle, to)
+
+    def binary_op_type_checking_impl(self: Any, lhs: Any, rhs: Any, *options: Any) -> tuple[Any, Any]:
+        key = (kind(lhs), kind(rhs), options)
+        if key not in types:
+            operands = check(self, lhs, rhs, *options)
+            types[key] = tuple(operand.type for operand in operands)
+            for side, operand in enumerate((lhs, rhs)):
+                if not isinstance(operand, tl.tensor):
+                    constants[key, side] = operands[side]
+                    operands[side].handle.data.flags.writeable = False
+        first, second = types[key]
+        return (
+            converted(self, lhs, first) if isinstance(lhs, tl.tensor) else constants[key, 0],
+            converted(self, rhs, second) if isinstance(rhs, tl.tensor) else constants[key, 1],
+        )
+
+    TritonSemantic.binary_op_type_checking_impl = binary_op_type_checking_impl
+
+
+def _identical_or(equal: Callable[[Any, Any], bool]) -> Callable[[Any, Any], bool]:
+    return lambda one, other: one is other or equal(one, other)
+
+
 @functools.cache
 def improve() -> None:
     """Changes the interpreter of this process as the module's docstring says."""
-    interpreter._patch_lang = _Patches()
+    interpreter._patch_lang, interpreter._patch_attr = _Patches(), _patch_attr
     interpreter._get_np_dtype = functools.cache(interpreter._get_np_dtype)
     TritonSemantic.computation_type_impl = functools.cache(TritonSemantic.computation_type_impl)
     InterpreterBuilder.create_dot = _dot
     _intern_block_types()
     _make_tensors_by_type()
     _leave_equal_shapes()
+    _check_operands_once()
+    tl.dtype.__eq__ = _identical_or(tl.dtype.__eq__)
+    # Without debug=True the interpreter computes whether integers overflow, and asserts nothing.
+    TritonSemantic.binary_op_sanitize_overflow_impl = lambda *_: None

@@ -23,7 +23,7 @@ from tests.helpers.inputs import (
     random_targets,
     without_labels,
 )
-from tests.helpers.op_info import Arguments, Case, OpInfo, Refused
+from tests.helpers.op_info import Arguments, Case, OpInfo, Refused, changed
 
 FORMS = ("segments", "masks", "masks+valid")
 # Of focal powers kernels know the square, and any by an exponential.
@@ -211,10 +211,6 @@ def corrupt_loss(arguments: Arguments) -> dict[str, Tensor]:
     pair, row = torch.zeros(assignment.shape, dtype=torch.bool), torch.zeros(logits.shape, dtype=torch.bool)
     pair[0, -1, 0] = row[0, -1, query] = True
     return {"loss_mask": pair, "loss_dice": pair, "gradient of mask_logits": row}
-
-
-def changed(name: str, change: Callable[[Any], Any]) -> Callable[[Arguments], Arguments]:
-    return lambda arguments: arguments | {name: change(arguments[name])}
 
 
 def logits_changed(change: Callable[[Tensor], Tensor]) -> Callable[[Arguments], Arguments]:

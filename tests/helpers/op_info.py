@@ -28,7 +28,7 @@ class OpInfo:
 
     Args:
         name: of the entry.
-        operator: what ``function`` calls beneath, in the namespace ``fastmask``.
+        operator: what ``function`` calls beneath, in the namespace ``fastmask``; None if it calls PyTorch's alone.
         function: takes arguments by name, and ``backend``. "reference" runs in the dtype of the logits.
         outputs: their names.
         logits: the arguments that have the dtype under test.
@@ -38,6 +38,7 @@ class OpInfo:
         refused: what must be refused.
         operands: what ``operator`` is called with.
         gpu_error: of each result, for arguments and their dtype.
+        judge: asserts that results follow from the arguments, instead of a budget for each: of integers, for instance.
         output_dtype: None if it is that of the logits.
         differentiable: the arguments that have a gradient.
         backward_operands: what the gradient's operator is called with before ``operands``, for the operator's outputs.
@@ -49,7 +50,7 @@ class OpInfo:
     """
 
     name: str
-    operator: str
+    operator: str | None
     function: Callable[..., Tensor | tuple[Tensor, ...]]
     outputs: tuple[str, ...]
     logits: tuple[str, ...]
@@ -57,8 +58,9 @@ class OpInfo:
     triton: Mapping[str, Case]
     typical: tuple[str, ...]
     refused: Mapping[str, Refused]
-    operands: Callable[[Arguments], tuple[Any, ...]]
-    gpu_error: Callable[[Arguments, torch.dtype], tuple[GpuError, ...]]
+    operands: Callable[[Arguments], tuple[Any, ...]] = tuple
+    gpu_error: Callable[[Arguments, torch.dtype], tuple[GpuError, ...]] | None = None
+    judge: Callable[[Arguments, dict[str, Tensor]], None] | None = None
     output_dtype: torch.dtype | None = torch.float32
     differentiable: tuple[str, ...] = ()
     backward_operands: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] = tuple
@@ -95,16 +97,35 @@ class OpInfo:
         return found
 
     def check(self, arguments: Arguments, dtype: torch.dtype, backend: str) -> dict[str, Tensor]:
-        """Results are within the error budget of the reference in float64."""
+        """Results are within the error budget of the reference in float64, or what ``judge`` says."""
         arguments = self.cast(arguments, dtype)
+        if self.judge is not None:
+            actual = self.run(arguments, backend)
+            self.judge(arguments, {name: result.cpu() for name, result in actual.items()})
+            return actual
         own = dtype if dtype in self.own_products and backend != "native" else torch.float32
         exact, same_dtype = (self.run(self.cast(arguments, of)) for of in (torch.float64, own))
         actual = self.run(arguments, backend)
-        for name, error in zip(self.results, self.gpu_error(arguments, dtype), strict=True):
+        errors = self.gpu_error(arguments, dtype) if self.gpu_error else [None] * len(self.results)
+        for name, error in zip(self.results, errors, strict=True):
             assert_within_budget(actual[name], same_dtype[name], exact[name], name=name, gpu=error)
         assert {actual[name].dtype for name in self.outputs} == {self.output_dtype or dtype}
         assert {actual[f"gradient of {name}"].dtype for name in self.differentiable} <= {dtype}
         return actual
+
+
+def changed(name: str, change: Callable[[Any], Any]) -> Callable[[Arguments], Arguments]:
+    """The same arguments but for one."""
+    return lambda arguments: arguments | {name: change(arguments[name])}
+
+
+def float64_for_kernels(*names: str) -> Refused:
+    """Which read no such logits."""
+
+    def change(arguments: Arguments) -> Arguments:
+        return arguments | {name: arguments[name].double() for name in names} | {"backend": "native"}
+
+    return change, RuntimeError, "do not read float64"
 
 
 def on_gpu(value: Any) -> Any:
@@ -135,12 +156,25 @@ def outermost_second(x: Tensor) -> Tensor:
     return x.transpose(0, 1).contiguous().transpose(0, 1)
 
 
+def innermost_third_last(x: Tensor) -> Tensor:
+    """Queries innermost, as convolutions lay them out in channels-last networks."""
+    return x.movedim(-3, -1).contiguous().movedim(-1, -3) if x.dim() > 2 else x
+
+
 def part_of_more(x: Tensor) -> Tensor:
     """Rows apart, with NaN between them, as parts of a projection have."""
-    return torch.cat([torch.full_like(x, torch.nan if x.is_floating_point() else 1), x], -1)[..., x.shape[-1] :]
+    return torch.cat([filler(x), x], -1)[..., x.shape[-1] :]
 
 
-LAYOUTS = (transposed, outermost_second, part_of_more)
+def every_other_column(x: Tensor) -> Tensor:
+    return torch.stack([x, filler(x)], -1).flatten(-2)[..., ::2]
+
+
+def filler(x: Tensor) -> Tensor:
+    return torch.full_like(x, torch.nan if x.is_floating_point() else 1)
+
+
+LAYOUTS = (transposed, outermost_second, innermost_third_last, part_of_more, every_other_column)
 
 
 @contextmanager

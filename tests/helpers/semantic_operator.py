@@ -12,7 +12,7 @@ from fastmask import reference, semantic_inference
 from fastmask.ops._geometry import Geometry
 from fastmask.testing import GpuError
 from tests.helpers import gpu_errors
-from tests.helpers.geometries import GEOMETRIES, random_classes, random_masks, steps
+from tests.helpers.inference_inputs import SMALL_GEOMETRIES, random_classes, random_masks, steps
 from tests.helpers.op_info import Arguments, Case, OpInfo, Refused
 
 Size = tuple[int, int]
@@ -75,10 +75,10 @@ CASES: dict[str, Case] = {
 }
 TRITON_CASES: dict[str, Case] = {
     f"{name}, {order} first": Inputs((1, 18, 5, sizes.grid, sizes.size), order, steps(sizes), blobs=True)
-    for name, sizes in GEOMETRIES.items()
+    for name, sizes in SMALL_GEOMETRIES.items()
     for order in ORDERS
 }
-NO_RATIO = GEOMETRIES["no ratio"]
+NO_RATIO = SMALL_GEOMETRIES["no ratio"]
 for queries, classes in ((1, 1), (16, 19), (33, 1), (100, 150), (40, 400)):  # 400: more than a program holds
     TRITON_CASES[f"{queries} queries, {classes} classes"] = Inputs(
         (1, queries, classes, NO_RATIO.grid, NO_RATIO.size), "masks", blobs=True

@@ -18,7 +18,9 @@ from torch import Tensor
 from fastmask import Targets
 from fastmask.testing import simd_level, simd_levels
 from tests.helpers.attention_operator import MASKED_ATTENTION
+from tests.helpers.class_operator import CLASS_LOSS
 from tests.helpers.inputs import at_odd_address
+from tests.helpers.instance_operator import INSTANCE
 from tests.helpers.mask_operators import MASK_OPERATORS
 from tests.helpers.op_info import (
     DTYPES,
@@ -32,9 +34,11 @@ from tests.helpers.op_info import (
     threads,
     transposed,
 )
+from tests.helpers.panoptic_operator import PANOPTIC
+from tests.helpers.points_operator import POINTS
 from tests.helpers.semantic_operator import SEMANTIC_INFERENCE
 
-OPERATORS = (*MASK_OPERATORS, MASKED_ATTENTION, SEMANTIC_INFERENCE)
+OPERATORS = (*MASK_OPERATORS, MASKED_ATTENTION, SEMANTIC_INFERENCE, PANOPTIC, INSTANCE, POINTS, CLASS_LOSS)
 EACH = pytest.mark.parametrize("op", OPERATORS, ids=str)
 
 
@@ -62,7 +66,9 @@ def first_of(op: OpInfo, backend: str = "native") -> Case:
     return next(table[name] for name in op.typical if name in table)
 
 
-ONE = on_backends(lambda op: {next(name for name in op.typical if name in table) for table in (op.cases, op.triton)})
+ONE = on_backends(
+    lambda op: {next(name for name in op.typical if name in table) for table in (op.cases, op.triton) if table}
+)
 
 
 @on_backends()
@@ -91,13 +97,21 @@ def test_every_simd_level(op, level, generator):
                 op.check(op.cases[name](generator), dtype, "native")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("level", simd_levels()[:-1])
+@pytest.mark.parametrize(("op", "case", "backend"), [param for op in OPERATORS for param in named(op, "native")])
+def test_all_cases_at_lower_simd_levels(op, case, backend, level, generator):
+    with simd_level(level):
+        op.check(case(generator), torch.float32, backend)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @ONE
 def test_odd_addresses(op, case, backend, dtype, generator, request):
     """Where vectors cannot be loaded at once."""
     skip_if_interpreted(op, backend, dtype, request)
-    arguments = case(generator)
-    odd = {name: at_odd_address(arguments[name].to(dtype)) for name in op.logits}
+    arguments = op.cast(case(generator), dtype)
+    odd = {name: at_odd_address(value) for name, value in arguments.items() if isinstance(value, Tensor)}
     op.check(arguments | odd, dtype, backend)
 
 
@@ -151,20 +165,25 @@ def test_only_what_has_a_gradient_carries_one(op, generator):
     assert all(output.requires_grad == bool(op.differentiable) for output in outputs)
 
 
-@EACH
+@pytest.mark.parametrize("op", [op for op in OPERATORS if op.operator], ids=str)
 def test_opcheck(op, generator):
+    """Traces, which take long, of two layouts; schema and fake kernel of all."""
+    quick: dict[str, Any] = {"test_utils": ("test_schema", "test_faketensor")}
     first, second = [name for name in op.typical if name in op.cases][:2]
-    for name, layout in ((first, torch.clone), (first, outermost_second), (first, transposed), (second, torch.clone)):
+    for name, layout, options in (
+        (first, torch.clone, quick), (first, outermost_second, {}), (first, transposed, quick),
+        (second, torch.clone, {}),
+    ):  # fmt: skip
         arguments = op.cases[name](generator)
         arguments |= {logits: layout(arguments[logits]) for logits in op.logits}
         operands, run = op.operands(arguments), getattr(torch.ops.fastmask, op.operator).default
         if op.differentiable:
             outputs = run(*operands)
             backward = getattr(torch.ops.fastmask, f"{op.operator}_backward").default
-            torch.library.opcheck(backward, (*op.backward_operands(outputs), *operands))
+            torch.library.opcheck(backward, (*op.backward_operands(outputs), *operands), **options)
             for differentiable in op.differentiable:
                 arguments[differentiable].requires_grad_()
-        torch.library.opcheck(run, op.operands(arguments))
+        torch.library.opcheck(run, op.operands(arguments), **options)
 
 
 @EACH

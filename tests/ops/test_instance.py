@@ -1,4 +1,5 @@
-"""Instance inference: masks, scores and boxes against the reference, and run lengths against pycocotools."""
+"""Instance inference: the public function against the reference, and run lengths against pycocotools; the battery of
+operators checks masks, sums and boxes."""
 
 from __future__ import annotations
 
@@ -15,75 +16,27 @@ from fastmask.measure import peak_memory
 from fastmask.ops import _mask_source
 from fastmask.ops import instance as instance_module
 from fastmask.ops._geometry import Geometry
-from fastmask.reference._common import image_logits, reads_nan, resize_bilinear
-from fastmask.testing import assert_within_budget, simd_level, simd_levels
+from fastmask.ops.instance import INSTANCE_MASKS
+from fastmask.testing import assert_within_budget
 from tests.helpers.inference_inputs import (
     GEOMETRIES,
-    KINDS,
+    SMALL_GEOMETRIES,
     exact_embeddings,
-    layouts,
     make_class_logits,
     make_logits,
+    random_classes,
+    random_masks,
+    steps,
 )
-from tests.helpers.op_info import poisoned_memory
+from tests.helpers.instance_operator import box_of, make_queries
 
 RULES = ("mask2former", "huggingface")
 
 
-def make_queries(generator: torch.Generator, batch: int = 2, queries: int = 9) -> Tensor:
-    """``(B, R)``: every query at least once, some again, padding in between."""
-    picks = torch.cat([torch.arange(queries), torch.tensor([-1, 0, 3 % queries, 3 % queries, -1])])
-    return torch.stack([picks[torch.randperm(len(picks), generator=generator)] for _ in range(batch)])
-
-
-def masks_of(mask_logits: Tensor, queries: Tensor, geometry: Geometry, packed: bool = False) -> list[Tensor]:
-    return torch.ops.fastmask.instance_masks(mask_logits, queries, packed, *geometry.arguments())
-
-
-def sums_of(logits: Tensor, masks: Tensor) -> Tensor:
-    return logits.sigmoid().masked_fill(~masks, 0).sum((-2, -1))
-
-
-def plain_box(mask: np.ndarray) -> list[int]:
-    rows, columns = np.nonzero(mask)
-    return [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1] if len(rows) else [0, 0, 0, 0]
-
-
-def check_against_reference(mask_logits: Tensor, queries: Tensor, geometry: Geometry) -> list[Tensor]:
-    """Masks equal the reference's in float64 where a logit is farther from 0 than rounding can move it."""
-    masks, foreground, area, boxes, nan_logits = results = masks_of(mask_logits, queries, geometry)
-    steps = (geometry.padded_size, geometry.valid_size)
-    pick = torch.arange(len(queries))[:, None], queries.clamp(min=0)
-    present = queries >= 0
-    nan = reads_nan(mask_logits, *steps, geometry.size)[pick]
-    exact, single = (
-        resize_bilinear(image_logits(mask_logits.to(dtype), *steps), geometry.size)[pick]
-        for dtype in (torch.float64, torch.float32)
-    )
-    finite = mask_logits[mask_logits.abs() < 1e4]
-    rounding = 16 * torch.finfo(torch.float32).eps * finite.abs().max()
-    expected = (exact > 0) & ~nan & present[..., None, None]
-    assert masks.dtype == torch.bool
-    assert (masks == expected)[(exact.abs() > rounding) | nan | ~present[..., None, None]].all()
-
-    assert area.equal(masks.sum((2, 3), dtype=torch.int32))
-    assert_within_budget(foreground, sums_of(single, masks), sums_of(exact, masks), name="foreground_sum")
-    for b, r in np.ndindex(queries.shape):
-        assert boxes[b, r].tolist() == plain_box(masks[b, r].numpy())
-    assert nan_logits.equal(mask_logits.isnan().sum((2, 3), dtype=torch.int32)[pick] * present)
-
-    bits, *others = masks_of(mask_logits, queries, geometry, packed=True)
-    assert bits.numpy().tobytes() == np.packbits(masks.numpy(), axis=-1, bitorder="little").tobytes()
-    assert all(map(torch.equal, others, results[1:]))
-    return results
-
-
-@pytest.mark.parametrize("level", simd_levels())
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
-def test_masks_sums_and_boxes(geometry, kind, level, generator):
-    with simd_level(level):
-        check_against_reference(make_logits(generator, geometry.grid, kind=kind), make_queries(generator), geometry)
+def masks_of(
+    mask_logits: Tensor, queries: Tensor, geometry: Geometry, packed: bool = False, backend: str = "native"
+) -> tuple[Tensor, ...]:
+    return INSTANCE_MASKS(backend, mask_logits, queries, packed, *geometry.arguments())
 
 
 @pytest.mark.parametrize("value", [-1.0, 0.0, 1.0])
@@ -97,57 +50,65 @@ def test_all_or_nothing(value):
     assert boxes.flatten().tolist() == ([0, 0, 160, 36] if value > 0 else [0, 0, 0, 0])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("level", simd_levels())
-def test_half_precision_logits_are_read_as_they_are(dtype, level, generator):
-    geometry = GEOMETRIES["two steps up"]
-    mask_logits, queries = make_logits(generator, geometry.grid).to(dtype), make_queries(generator)
-    with simd_level(level):
-        results = masks_of(mask_logits, queries, geometry)
-        assert all(map(torch.equal, results, masks_of(mask_logits.float(), queries, geometry)))
+@pytest.mark.parametrize(
+    ("geometry", "backend"),
+    [
+        *(pytest.param(geometry, "native", id=f"native-{name}") for name, geometry in GEOMETRIES.items()),
+        *(
+            pytest.param(SMALL_GEOMETRIES[name], "triton", id=f"triton-{name}")
+            for name in ("stride 4", "one dimension")
+        ),
+    ],
+    indirect=["backend"],
+)
+def test_bits_are_the_bytes(geometry, backend, generator):
+    queries = make_queries(generator)[:, :4] if backend == "triton" else make_queries(generator)
+    arguments = (make_logits(generator, geometry.grid), queries, geometry)
+    masks, *others = masks_of(*arguments, backend=backend)
+    bits, *same = masks_of(*arguments, packed=True, backend=backend)
+    assert bits.numpy().tobytes() == np.packbits(masks.numpy(), axis=-1, bitorder="little").tobytes()
+    assert all(map(torch.equal, same, others))
 
 
-def test_layouts(generator):
-    geometry = GEOMETRIES["odd sizes"]
-    mask_logits, queries = make_logits(generator, geometry.grid), make_queries(generator)
-    expected = masks_of(mask_logits, queries, geometry)
-    for layout in layouts(mask_logits).values():
-        assert all(map(torch.equal, masks_of(layout, queries, geometry), expected))
-    assert all(map(torch.equal, masks_of(mask_logits, queries.t().contiguous().t(), geometry), expected))
+@pytest.mark.usefixtures("triton_kernels")
+def test_a_query_beyond_the_last_reads_nothing(generator):
+    geometry = SMALL_GEOMETRIES["stride 4"]
+    mask_logits, queries = make_logits(generator, geometry.grid, queries=6), torch.tensor([[1 << 40, -1]] * 2)
+    for result in masks_of(mask_logits, queries, geometry, backend="triton"):
+        assert not result[:, 0].any() and not result[:, -1].any()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_bits_do_not_depend_on_threads_or_runs(kind, generator):
-    geometry = GEOMETRIES["two steps up"]
-    mask_logits, queries = make_logits(generator, geometry.grid, kind=kind), make_queries(generator)
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 1, 2, 5):
-            torch.set_num_threads(count)
-            results.append(masks_of(mask_logits, queries, geometry))
-        assert all(all(map(torch.equal, result, results[0])) for result in results)
-    finally:
-        torch.set_num_threads(threads)
+@pytest.mark.usefixtures("triton_kernels")
+def test_no_queries_have_no_masks(generator):
+    geometry = SMALL_GEOMETRIES["stride 4"]
+    for result in masks_of(torch.zeros(1, 0, *geometry.grid), torch.full((1, 3), -1), geometry, backend="triton"):
+        assert not result.any()
 
 
-@pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
-def test_outputs_are_written_whole(geometry, generator):
-    mask_logits, queries = make_logits(generator, geometry.grid), make_queries(generator)
-    for packed in (False, True):
-        expected = masks_of(mask_logits, queries, geometry, packed)
-        with poisoned_memory():
-            assert all(map(torch.equal, masks_of(mask_logits, queries, geometry, packed), expected))
+@pytest.mark.usefixtures("triton_kernels")
+@pytest.mark.parametrize("width", [16, 33])
+def test_rows_of_masks_are_padded_to_whole_groups(width, generator):
+    """Eight pixels are one store, whatever the width; fake masks have the strides of real ones."""
+    geometry = Geometry((5, 7), None, None, (20, width))
+    mask_logits, queries = make_logits(generator, geometry.grid, batch=1), torch.tensor([[3, -1]])
+    masks, *_ = masks_of(mask_logits, queries, geometry, backend="triton")
+    assert masks.stride(-2) == -(-width // 8) * 8
+    fake_masks, *_ = masks_of(mask_logits.to("meta"), queries.to("meta"), geometry)
+    assert fake_masks.shape == masks.shape and fake_masks.stride() == masks.stride()
 
 
-def test_nan_and_infinite_logits(generator):
-    geometry = GEOMETRIES["odd sizes"]
-    mask_logits = make_logits(generator, geometry.grid)
-    mask_logits[0, 0, 3:5, 7] = float("nan")
-    mask_logits[0, 1] = float("nan")
-    mask_logits[0, 2, 2, :9] = float("inf")
-    mask_logits[0, 3, :, 20:] = -float("inf")
-    check_against_reference(mask_logits, make_queries(generator), geometry)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_instances_of_triton(rule, backend, generator):
+    geometry = SMALL_GEOMETRIES["cropped"]
+    class_logits, mask_logits = random_classes(2, 6, 4, generator), random_masks(2, 6, geometry.grid, generator)
+    options = {"rule": rule, "top_k": 4, **steps(geometry)}
+    actual = instance_inference(class_logits, mask_logits, geometry.size, backend=backend, **options)
+    expected = reference.instance_inference(class_logits, mask_logits, geometry.size, **options)
+    for result, wanted in zip(actual, expected, strict=True):
+        assert torch.equal(result["labels"], wanted["labels"])
+        assert (result["masks"] != wanted["masks"]).double().mean() < 1e-3
+        torch.testing.assert_close(result["scores"], wanted["scores"])
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
@@ -170,8 +131,8 @@ def test_public_results_equal_the_reference(geometry, rule, stuff_classes, gener
             assert result[name].dtype == single[name].dtype
             assert result[name].equal(single[name])
         assert (result["masks"] != double["masks"]).float().mean() < 1e-3
-        assert result["boxes"].tolist() == [plain_box(mask) for mask in result["masks"].numpy()]
-        assert single["boxes"].tolist() == [plain_box(mask) for mask in single["masks"].numpy()]
+        assert result["boxes"].tolist() == [box_of(mask) for mask in result["masks"].numpy()]
+        assert single["boxes"].tolist() == [box_of(mask) for mask in single["masks"].numpy()]
         if result["masks"].equal(double["masks"]):
             assert_within_budget(result["scores"], single["scores"], double["scores"], name="scores")
 
@@ -320,31 +281,6 @@ def test_run_lengths_need_no_bytes_for_pixels(rule, generator, monkeypatch):
     assert memory["allocator"] < 3e6
 
 
-def test_opcheck(generator):
-    geometry = Geometry((5, 7), (10, 14), (9, 11), (13, 17))
-    mask_logits, queries = make_logits(generator, geometry.grid), make_queries(generator)
-    for packed in (False, True):
-        for layout in (mask_logits, mask_logits.mT.contiguous().mT):
-            arguments = (layout, queries, packed, *geometry.arguments())
-            torch.library.opcheck(torch.ops.fastmask.instance_masks.default, arguments)
-    masks = torch.rand(3, 5, 11, generator=generator) < 0.5
-    torch.library.opcheck(torch.ops.fastmask.rle_encode.default, (masks, 11))
-    torch.library.opcheck(torch.ops.fastmask.rle_encode.default, (masks[..., :2].to(torch.uint8), 11))
-
-
-def test_compiles_to_one_graph(generator):
-    geometry = GEOMETRIES["odd sizes"]
-    mask_logits, queries = make_logits(generator, geometry.grid), make_queries(generator)
-
-    def total(mask_logits, queries):
-        masks, foreground, area, boxes, _ = masks_of(mask_logits, queries, geometry)
-        return masks.logical_not(), foreground / area, boxes + 1
-
-    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
-    for actual, expected in zip(compiled(mask_logits, queries), total(mask_logits, queries), strict=True):
-        torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
-
-
 BAD_ARGUMENTS = {
     "no results": ({"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
     "unknown rule": ({"rule": "maskformer"}, ValueError, "rule must be one of mask2former"),
@@ -363,21 +299,10 @@ def test_bad_arguments(change, error, message, generator):
         fastmask.instance_inference(make_class_logits(generator), **arguments)
 
 
-BAD_OPERANDS = {
-    "a query beyond N": (lambda m, q, g: (m, q + 1, False, *g), "queries holds 9"),
-    "a query below -1": (lambda m, q, g: (m, q - 1, False, *g), "queries holds -2"),
-    "queries of another dtype": (lambda m, q, g: (m, q.int(), False, *g), "queries must be"),
-    "queries of another batch": (lambda m, q, g: (m, q[:1], False, *g), "queries must be"),
-    "rows that are missing": (lambda m, q, g: (m[:, :, :4], q, False, *g), "rows"),
-}
-
-
-@pytest.mark.parametrize(("change", "message"), BAD_OPERANDS.values(), ids=BAD_OPERANDS)
-def test_the_operator_reads_nothing_out_of_bounds(change, message, generator):
-    geometry = Geometry((9, 11), None, None, (21, 34))
-    queries = torch.arange(-1, 9).expand(2, -1)
-    with pytest.raises(RuntimeError, match=message):
-        torch.ops.fastmask.instance_masks(*change(make_logits(generator, (9, 11)), queries, geometry.arguments()))
+def test_opcheck_of_run_lengths(generator):
+    masks = torch.rand(3, 5, 11, generator=generator) < 0.5
+    torch.library.opcheck(torch.ops.fastmask.rle_encode.default, (masks, 11))
+    torch.library.opcheck(torch.ops.fastmask.rle_encode.default, (masks[..., :2].to(torch.uint8), 11))
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 5), (2, 4, 1), (2, 0, 9)])

@@ -1,6 +1,8 @@
-"""Panoptic inference: the operator against the reference in float64, segments from winners, and the public function."""
+"""Panoptic inference: segments from winners, and the public function; the battery of operators checks the winners."""
 
 from __future__ import annotations
+
+import sys
 
 import pytest
 import torch
@@ -11,137 +13,28 @@ from fastmask import panoptic_inference, reference
 from fastmask.measure import peak_memory
 from fastmask.ops import _mask_source
 from fastmask.ops._geometry import Geometry
-from fastmask.ops.panoptic import _segments
-from fastmask.reference._common import image_logits, reads_nan, resize_bilinear
-from fastmask.testing import simd_level, simd_levels
+from fastmask.ops.panoptic import PANOPTIC_WINNERS, _segments
 from tests.helpers.inference_inputs import (
     GEOMETRIES,
-    KINDS,
+    SMALL_GEOMETRIES,
     exact_embeddings,
-    layouts,
     make_class_logits,
     make_logits,
+    random_masks,
+    steps,
 )
-from tests.helpers.op_info import poisoned_memory
+from tests.helpers.panoptic_operator import OPTIONS, make_scores
 
-# (resize_probabilities, clip_to_mask, mask_threshold); the last two take all pixels and none.
-OPTIONS = {
-    "maskformer": (False, False, 0.5),
-    "mask2former": (False, True, 0.45),
-    "huggingface": (True, False, 0.5),
-    "huggingface, clipped": (True, True, 0.3),
-    "threshold 0": (False, True, 0.0),
-    "threshold 1": (True, True, 1.0),
-}
 RULES = ("maskformer", "mask2former", "huggingface")
 CPU = torch.device("cpu")
+USUAL = SMALL_GEOMETRIES["stride 4"]
+BOTH = pytest.mark.parametrize("backend", ["native", "triton"], indirect=True)
 
 
-def make_scores(generator: torch.Generator, batch: int = 2, queries: int = 9) -> Tensor:
-    """``(B, N)``, a third of them dropped."""
-    scores = torch.rand(batch, queries, generator=generator) * 0.5 + 0.5
-    return scores * (torch.rand(batch, queries, generator=generator) > 0.3)
-
-
-def winners(scores: Tensor, mask_logits: Tensor, options: tuple[bool, bool, float], geometry: Geometry) -> list[Tensor]:
-    return torch.ops.fastmask.panoptic_winners(scores, mask_logits, *options, *geometry.arguments())
-
-
-def check_against_reference(
-    scores: Tensor, mask_logits: Tensor, options: tuple[bool, bool, float], geometry: Geometry
-) -> tuple[Tensor, Tensor]:
-    """Winners and areas equal the reference's in float64 wherever its margins exceed what rounding can move."""
-    winner, areas, nan_logits = winners(scores, mask_logits, options, geometry)
-    resize_probabilities, clip, threshold = options
-    steps = (geometry.padded_size, geometry.valid_size)
-    nan = reads_nan(mask_logits, *steps, geometry.size)
-    logits = image_logits(mask_logits.double(), *steps)
-    if resize_probabilities:
-        probabilities = resize_bilinear(logits.sigmoid(), geometry.size)
-    else:
-        probabilities = resize_bilinear(logits, geometry.size).sigmoid()
-    kept = (scores > 0)[:, :, None, None] & ~nan
-    weighted = (probabilities * scores[:, :, None, None].double()).masked_fill(~kept, -1)
-    best, expected = weighted.max(1)
-    expected = expected.masked_fill(best < 0, -1)
-    # A logit moves by a dozen roundings of the largest that it is made of; so does its sigmoid, relatively.
-    finite = mask_logits[mask_logits.abs() < 1e4]
-    rounding = 16 * torch.finfo(torch.float32).eps * (1 + (finite.abs().max().item() if len(finite) else 0))
-    second = weighted.scatter(1, expected.clamp(min=0)[:, None], -1).amax(1)
-    sure = best - second > rounding * best
-    assert sure.float().mean() > 0.9 or best.numel() < 100
-
-    inside = (probabilities >= threshold) & kept
-    near = ((probabilities - threshold).abs() <= rounding) & kept
-    if clip:
-        index = expected.clamp(min=0)[:, None]
-        expected = expected.where(inside.gather(1, index)[:, 0], -1)
-        sure &= ~near.gather(1, index)[:, 0]
-    assert (winner == expected)[sure].all()
-
-    won, mask_area, visible = areas.unbind(-1)
-    assert ((mask_area - inside.sum((2, 3))).abs() <= near.sum((2, 3))).all()
-    queries = torch.arange(scores.shape[1])
-    assert visible.equal((winner[:, None] == queries[:, None, None]).sum((2, 3), dtype=torch.int32))
-    assert won.sum(1).equal((best >= 0).sum((1, 2), dtype=torch.int32))
-    assert clip or won.equal(visible)
-    assert nan_logits.equal(mask_logits.isnan().sum((2, 3), dtype=torch.int32) * (scores > 0))
-    return winner, areas
-
-
-@pytest.mark.parametrize("level", simd_levels())
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
-def test_winners_and_areas(geometry, options, kind, level, generator):
-    with simd_level(level):
-        check_against_reference(
-            make_scores(generator), make_logits(generator, geometry.grid, kind=kind), options, geometry
-        )
-
-
-@pytest.mark.parametrize("queries", [1, 2, 16, 17, 40])
-def test_numbers_of_queries(queries, generator):
-    scores = make_scores(generator, queries=queries)
-    mask_logits = make_logits(generator, (25, 38), queries=queries)
-    check_against_reference(scores, mask_logits, OPTIONS["maskformer"], GEOMETRIES["four times larger"])
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("level", simd_levels())
-def test_half_precision_logits_are_read_as_they_are(dtype, level, generator):
-    geometry = GEOMETRIES["two steps up"]
-    scores, mask_logits = make_scores(generator), make_logits(generator, geometry.grid).to(dtype)
-    with simd_level(level):
-        for options in OPTIONS.values():
-            results = winners(scores, mask_logits, options, geometry)
-            assert all(map(torch.equal, results, winners(scores, mask_logits.float(), options, geometry)))
-
-
-def test_layouts(generator):
-    geometry = GEOMETRIES["odd sizes"]
-    scores, mask_logits = make_scores(generator), make_logits(generator, geometry.grid)
-    expected = winners(scores, mask_logits, OPTIONS["mask2former"], geometry)
-    for layout in layouts(mask_logits).values():
-        assert all(map(torch.equal, winners(scores, layout, OPTIONS["mask2former"], geometry), expected))
-    apart = scores.repeat_interleave(2, 1)[:, ::2]
-    assert all(map(torch.equal, winners(apart, mask_logits, OPTIONS["mask2former"], geometry), expected))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_bits_do_not_depend_on_threads_or_runs(kind, generator):
-    geometry = GEOMETRIES["two steps up"]
-    scores, mask_logits = make_scores(generator), make_logits(generator, geometry.grid, kind=kind)
-    threads = torch.get_num_threads()
-    try:
-        for options in OPTIONS.values():
-            results = []
-            for count in (1, 1, 2, 5):
-                torch.set_num_threads(count)
-                results.append(winners(scores, mask_logits, options, geometry))
-            assert all(all(map(torch.equal, result, results[0])) for result in results)
-    finally:
-        torch.set_num_threads(threads)
+def winners(
+    scores: Tensor, mask_logits: Tensor, options: tuple[bool, bool, float], geometry: Geometry, backend: str = "native"
+) -> tuple[Tensor, Tensor, Tensor]:
+    return PANOPTIC_WINNERS(backend, scores, mask_logits, *options, *geometry.arguments())
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -165,14 +58,30 @@ def test_bands_equal_the_whole(geometry, options, generator):
     assert areas.equal(expected_areas)
 
 
-@pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
-def test_outputs_are_written_whole(geometry, generator):
-    scores, mask_logits = make_scores(generator), make_logits(generator, geometry.grid)
-    scores[1] = 0
-    for options in OPTIONS.values():
-        expected = winners(scores, mask_logits, options, geometry)
-        with poisoned_memory():
-            assert all(map(torch.equal, winners(scores, mask_logits, options, geometry), expected))
+@BOTH
+@pytest.mark.parametrize("threshold", [0.0, 1.0])
+def test_thresholds_at_the_ends(threshold, backend, generator):
+    scores, mask_logits = make_scores(generator), random_masks(2, 9, USUAL.grid, generator)
+    _, areas, _ = winners(scores, mask_logits, (False, False, threshold), USUAL, backend)
+    pixels = USUAL.size[0] * USUAL.size[1]
+    assert torch.equal(areas[..., 1], (scores > 0).int() * (pixels if threshold == 0 else 0))
+
+
+@BOTH
+def test_equal_queries_leave_the_pixel_to_the_first(backend, generator):
+    scores, mask_logits = torch.full((2, 40), 0.5), random_masks(2, 1, USUAL.grid, generator).repeat(1, 40, 1, 1)
+    scores[:, :3] = 0
+    winner, areas, _ = winners(scores, mask_logits, OPTIONS["maskformer"], USUAL, backend)
+    assert (winner == 3).all() and (areas[:, 3, 0] == winner[0].numel()).all()
+
+
+@pytest.mark.usefixtures("triton_kernels")
+def test_bands_of_staged_logits_change_nothing(generator, monkeypatch):
+    geometry = SMALL_GEOMETRIES["both steps"]
+    arguments = (make_scores(generator), random_masks(2, 9, geometry.grid, generator), OPTIONS["mask2former"], geometry)
+    expected = winners(*arguments, "triton")
+    monkeypatch.setattr(sys.modules["fastmask.kernels._resample"], "STAGE_BYTES", 1)
+    assert all(map(torch.equal, winners(*arguments, "triton"), expected))
 
 
 def test_ties_go_to_the_lowest_query():
@@ -183,28 +92,6 @@ def test_ties_go_to_the_lowest_query():
         scores = torch.tensor([[0.0, 0.7, 0.9, 0.9]])
         for options in (OPTIONS["maskformer"], OPTIONS["huggingface"]):
             assert (winners(scores, mask_logits, options, geometry)[0] == 2).all(), value
-
-
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_nan_and_infinite_logits(options, generator):
-    geometry = GEOMETRIES["odd sizes"]
-    scores, mask_logits = make_scores(generator) + 0.1, make_logits(generator, geometry.grid)
-    mask_logits[0, 0, 3:5, 7] = float("nan")
-    mask_logits[0, 1] = float("nan")
-    mask_logits[0, 2, 2, :9] = float("inf")
-    mask_logits[0, 3, :, 20:] = -float("inf")
-    mask_logits[1, :, 5:9, 6:12] = float("nan")
-    winner, areas = check_against_reference(scores, mask_logits, options, geometry)
-    assert not areas[0, 1].any()
-    assert (winner[1, 24:30, 32:40] == -1).all()
-
-
-def test_extreme_probabilities(generator):
-    """Logits whose sigmoid all but underflows: what differs by more than rounding is still told apart."""
-    geometry = GEOMETRIES["odd sizes"]
-    mask_logits = make_logits(generator, geometry.grid) * 3 - 40
-    mask_logits = mask_logits.clamp(-85, 85)
-    check_against_reference(make_scores(generator), mask_logits, OPTIONS["maskformer"], geometry)
 
 
 def plain_segments(winner, areas, scores, classes, rule, overlap_threshold, stuff_classes):
@@ -269,6 +156,24 @@ def test_public_results_equal_the_reference(geometry, rule, stuff_classes, gener
         assert [(i["id"], i["isthing"]) for i in infos] == [(i["id"], i["isthing"]) for i in wanted_infos]
         assert [i["area"] for i in infos] == [int((segmentation == i["id"]).sum()) for i in infos]
         assert (segmentation != wanted).float().mean() < 0.002
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_segments_of_triton(rule, backend, generator):
+    geometry = SMALL_GEOMETRIES["cropped"]
+    class_logits = make_class_logits(generator, queries=18, classes=5)
+    mask_logits = random_masks(2, 18, geometry.grid, generator)
+    options = {"rule": rule, "threshold": 0.4, "overlap_threshold": 0.3, "stuff_classes": (1, 3), **steps(geometry)}
+    actual = panoptic_inference(class_logits, mask_logits, geometry.size, backend=backend, **options)
+    expected = reference.panoptic_inference(class_logits, mask_logits, geometry.size, **options)
+    for (segmentation, infos), (wanted, wanted_infos) in zip(actual, expected, strict=True):
+        assert (segmentation != wanted).double().mean() < 0.01
+        assert len(infos) == len(wanted_infos) > 1
+        for info, wanted_info in zip(infos, wanted_infos, strict=True):
+            assert abs(info.pop("area") - wanted_info.pop("area")) <= 5
+            assert info.pop("score") == pytest.approx(wanted_info.pop("score"))
+            assert info == wanted_info
 
 
 def test_the_exact_rule_stays_with_the_reference(generator):
@@ -359,26 +264,6 @@ def test_memory_does_not_grow_with_the_queries(rule, generator):
     assert memory["allocator"] < 2e6
 
 
-def test_opcheck(generator):
-    geometry = Geometry((5, 7), (10, 14), (9, 11), (13, 17))
-    mask_logits = make_logits(generator, geometry.grid)
-    for layout in (mask_logits, mask_logits.mT.contiguous().mT):
-        arguments = (make_scores(generator), layout, True, True, 0.5, *geometry.arguments())
-        torch.library.opcheck(torch.ops.fastmask.panoptic_winners.default, arguments)
-
-
-def test_compiles_to_one_graph(generator):
-    geometry = GEOMETRIES["odd sizes"]
-    scores, mask_logits = make_scores(generator), make_logits(generator, geometry.grid)
-
-    def total(scores, mask_logits):
-        winner, areas, nan_logits = winners(scores, mask_logits, OPTIONS["mask2former"], geometry)
-        return winner + 1, areas.sum(0), nan_logits
-
-    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
-    assert all(map(torch.equal, compiled(scores, mask_logits), total(scores, mask_logits)))
-
-
 BAD_ARGUMENTS = {
     "threshold above 1": ({"threshold": 1.5}, ValueError, r"threshold must lie in 0\.\.1, got 1\.5"),
     "negative": ({"overlap_threshold": -0.1}, ValueError, r"overlap_threshold must lie in 0\.\.1"),
@@ -396,24 +281,3 @@ def test_bad_arguments(change, error, message, generator):
     arguments = {"mask_logits": make_logits(generator, (9, 11)), "size": (21, 34)} | change
     with pytest.raises(error, match=message):
         fastmask.panoptic_inference(make_class_logits(generator), **arguments)
-
-
-BAD_OPERANDS = {
-    "scores of another dtype": (lambda s, m, o, g: (s.double(), m, *o, *g), "scores must be"),
-    "scores of other queries": (lambda s, m, o, g: (s[:, 1:], m, *o, *g), "scores must be"),
-    "threshold": (lambda s, m, o, g: (s, m, *o[:2], 2.0, *g), "mask_threshold"),
-    "float64 logits": (lambda s, m, o, g: (s, m.double(), *o, *g), "mask_logits must be float32"),
-    "rows that are missing": (lambda s, m, o, g: (s, m[:, :, :4], *o, *g), "rows"),
-    "rows beyond the result": (lambda s, m, o, g: (s, m, *o, *g[:-2], 1, g[-1]), "out_rows"),
-    "another grid": (lambda s, m, o, g: (s, m[..., 1:], *o, *g), "grid"),
-}
-
-
-@pytest.mark.parametrize(("change", "message"), BAD_OPERANDS.values(), ids=BAD_OPERANDS)
-def test_the_operator_reads_nothing_out_of_bounds(change, message, generator):
-    geometry = Geometry((9, 11), None, None, (21, 34))
-    arguments = change(
-        make_scores(generator), make_logits(generator, (9, 11)), OPTIONS["maskformer"], geometry.arguments()
-    )
-    with pytest.raises(RuntimeError, match=message):
-        torch.ops.fastmask.panoptic_winners(*arguments)

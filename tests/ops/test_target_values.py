@@ -14,6 +14,7 @@ from fastmask.models._images import fit_targets, pad_images
 from tests.helpers.inputs import random_assignment, random_logits, random_points, random_targets
 
 SHAPE = (1, 2, 3, 3, 2, 3, 4, 6, 8)
+ONE_IMAGE = (1, 1, 2, 3, 2, 3, 4, 6, 8)
 # What would be -1 (or 255) if it were cut down to the map's dtype; and what would be the index of a target then, in any
 # dtype up to 32 bits.
 OUTSIDE = {
@@ -28,9 +29,9 @@ IDS = [f"{dtype}, {void}".removeprefix("torch.") for dtype, void in CASES]
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "native", "triton"], indirect=True)
 
 
-def targets_of(dtype: torch.dtype, generator: torch.Generator) -> Targets:
+def targets_of(dtype: torch.dtype, generator: torch.Generator, shape: tuple[int, ...] = SHAPE) -> Targets:
     """Segments with pixels of each target, of background, and of -1 (or 255), which is void by default."""
-    targets = random_targets(SHAPE, generator, "segments", dtype=dtype)
+    targets = random_targets(shape, generator, "segments", dtype=dtype)
     assert (targets.segments == targets.void).any() and (targets.segments == 1).any()
     return targets
 
@@ -38,9 +39,9 @@ def targets_of(dtype: torch.dtype, generator: torch.Generator) -> Targets:
 def results(targets: Targets, backend: str) -> list[Tensor]:
     """Of every operator that reads targets, with its gradient."""
     generator = torch.Generator().manual_seed(1)
-    class_logits, mask_logits = random_logits(SHAPE, generator)
+    class_logits, mask_logits = random_logits(ONE_IMAGE, generator)
     mask_logits.requires_grad_()
-    assignment = random_assignment(SHAPE, targets, generator)
+    assignment = random_assignment(ONE_IMAGE, targets, generator)
     shared = random_points(generator, targets.batch_size, 9)
     own = random_points(generator, *assignment.shape, 9)
     options = {"term": MaskTerm(ignore_void=True), "backend": backend}
@@ -60,7 +61,7 @@ def results(targets: Targets, backend: str) -> list[Tensor]:
 @BACKENDS
 @pytest.mark.parametrize("dtype", OUTSIDE)
 def test_no_operator_takes_a_pixel_for_void(dtype, backend, generator):
-    targets = targets_of(dtype, generator)
+    targets = targets_of(dtype, generator, ONE_IMAGE)
     unused = 200 if dtype == torch.uint8 else -7
     assert not (targets.segments == unused).any()
     expected = results(replace(targets, void=unused), backend)
@@ -73,7 +74,7 @@ def test_no_operator_takes_a_pixel_for_void(dtype, backend, generator):
 
 @BACKENDS
 def test_any_byte_but_zero_is_foreground(backend, generator):
-    targets = random_targets(SHAPE, generator, "masks+valid")
+    targets = random_targets(ONE_IMAGE, generator, "masks+valid")
     values = torch.tensor([1, 2, 128, 255], dtype=torch.uint8)
     values = values[torch.randint(0, 4, targets.masks.shape, generator=generator)]
     changed = replace(targets, masks=targets.masks * values)
