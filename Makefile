@@ -28,13 +28,13 @@ demo: setup ## train MaskFormer on the embedded scenes, evaluate it, write pictu
 
 # ARGS: pytest's options; CONTRIBUTING.md has those for a random order and for other processors.
 # worksteal leaves most files to one worker, which makes what their tests share once.
-FAST := $(addprefix tests/,reference ops modules data metrics project/test_architecture.py)
+FAST := $(addprefix tests/,reference ops modules metrics project/test_architecture.py)
 PYTEST = $(BIN)/python -m pytest -n auto --dist worksteal
-test: setup ## run the tests, but for those marked slow; about ten minutes on two cores
+test: setup ## run the tests but for those marked slow; about seven minutes on two cores
 	$(PYTEST) $(ARGS)
 
-test-fast: setup ## run the tests of operators, modules, data and metrics
-	$(PYTEST) $(FAST) $(ARGS)
+test-fast: setup ## run the tests of CPU operators, reference, modules, metrics and imports; under two minutes
+	$(PYTEST) -m "not slow and not triton" $(FAST) $(ARGS)
 
 test-all: setup ## run all tests: also what is built, exported, compiled and measured from end to end
 	$(PYTEST) -m "" $(ARGS)
@@ -77,7 +77,7 @@ triton-matrix: setup $(TRITONS:%=build/triton-%) ## compile the Triton kernels u
 	set -e; for version in $(TRITONS); do \
 		export PYTHONPATH=build/triton-$$version; \
 		$(BIN)/python -c "import triton; assert triton.__version__ == '$$version', triton.__file__"; \
-		$(BIN)/python -m pytest -n auto tests/gpu/test_triton_compile.py $(ARGS); \
+		$(BIN)/python -m pytest -n auto -m "" tests/gpu/test_triton_compile.py $(ARGS); \
 	done
 
 bench: setup ## run the benchmarks and render the tables of README and docs

@@ -131,12 +131,12 @@ def test_a_training_step_of_maskformer(name):
 
 
 @pytest.mark.parametrize(
-    "model",
-    [Segmenter(SegmenterConfig.preset("tiny", 5)), PerPixelBaseline(PerPixelBaselineConfig.preset("tiny", 5))],
+    ("network", "config"),
+    [(Segmenter, SegmenterConfig), (PerPixelBaseline, PerPixelBaselineConfig)],
     ids=["Segmenter", "PerPixelBaseline"],
 )
-def test_a_training_step_on_class_maps(model):
-    model = model.to(DEVICE).train()
+def test_a_training_step_on_class_maps(network, config):
+    model = network(config.preset("tiny", 5)).to(DEVICE).train()
     classes = torch.zeros(2, SIDE, SIDE, dtype=torch.int64, device=DEVICE)
     check(lambda: train(model, torch.rand(2, 3, SIDE, SIDE, device=DEVICE), classes))
 

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from fastmask import MaskTerm
-from tests.helpers.inputs import SHAPES
-from tests.helpers.mask_operators import MASK_OPERATORS, SMALL, SMALLER, Inputs
+from tests.helpers.mask_operators import LOSS_SHAPES, MASK_OPERATORS, SMALL, SMALLER, Inputs
 from tests.helpers.op_info import Arguments, OpInfo, assert_same_bits
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
@@ -98,7 +97,7 @@ def test_the_gradient_does_not_depend_on_the_order_of_the_points(generator):
 @pytest.mark.parametrize("name", ["mask_cost", "mask_loss"])
 def test_void_pixels_may_hold_anything(name, generator):
     """At the logits' size: elsewhere the battery has void over NaN."""
-    op, arguments = OPERATORS[name], drawn(name, SHAPES["targets at the logits' size"], generator)
+    op, arguments = OPERATORS[name], drawn(name, LOSS_SHAPES["targets at the logits' size"], generator)
     arguments["term"] = MaskTerm(ignore_void=True)
     void = (arguments["targets"].segments == arguments["targets"].void)[None, :, None]
     poisoned = arguments["mask_logits"].masked_fill(void, torch.nan)

@@ -3,8 +3,11 @@ not ask of every operator."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
+from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from tests.helpers.attention_operator import (
     output_and_gradients,
     random_inputs,
 )
+from tests.helpers.op_info import DTYPES
 from tests.ops.test_masked_attention import uniform
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
@@ -70,12 +74,17 @@ def test_splits_of_the_keys(padding, changes, generator, monkeypatch):
     check_attention(q, k, v, mask_logits, "triton", **options)
 
 
-@pytest.mark.parametrize("block", [16, 32, 64, 128])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    ("grid", "size"),
-    [((16, 16), (128, 128)), ((7, 9), (30, 20)), ((40, 37), (13, 21)), ((9, 9), (9, 9)), ((1, 1), (5, 4))],
-)
+BLOCKS = (16, 32, 64, 128)
+KEY_GRIDS = (((16, 16), (128, 128)), ((7, 9), (30, 20)), ((40, 37), (13, 21)), ((9, 9), (9, 9)), ((1, 1), (5, 4)))
+
+
+def key_grids() -> Iterator[Any]:
+    """Each grid in blocks of each size, in one dtype after another; in all of them if slow."""
+    for (i, (grid, size)), (j, block), (k, dtype) in product(*map(enumerate, (KEY_GRIDS, BLOCKS, DTYPES))):
+        yield pytest.param(grid, size, dtype, block, marks=[] if (i + j) % len(DTYPES) == k else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("grid", "size", "dtype", "block"), key_grids())
 def test_the_very_keys_are_attended_to(grid, size, dtype, block, generator):
     """The bits are those of PyTorch's resampling wherever that is further from 0 than rounding; some queries have no
     foreground, or none but padding, and attend to all keys that are not padding."""

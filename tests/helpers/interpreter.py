@@ -4,8 +4,8 @@
 decides whether a kernel is compiled or interpreted where ``@triton.jit`` decorates it.
 
 For each call of a kernel, and of a function that a kernel calls, the interpreter patches ``triton.language``; for each
-operation it builds the types of the result anew. That takes several times as long as the operation itself. Here each is
-done once.
+operation it finds out anew what becomes of the operands, and builds the types of the result. That takes many times as
+long as the operation itself. Here each is done once.
 
 The interpreter leaves ``tl.dot`` to NumPy's BLAS, which sums in an order that depends on the processor, and on where in
 a tile a row or column lies. As on a GPU, an element of a product depends here on its own row and column alone, so that
