@@ -42,8 +42,8 @@ def results(targets: Targets, backend: str) -> list[Tensor]:
     class_logits, mask_logits = random_logits(ONE_IMAGE, generator)
     mask_logits.requires_grad_()
     assignment = random_assignment(ONE_IMAGE, targets, generator)
-    shared = random_points(generator, targets.batch_size, 9)
-    own = random_points(generator, *assignment.shape, 9)
+    shared = random_points(generator, targets.batch_size, 40)
+    own = random_points(generator, *assignment.shape, 40)
     options = {"term": MaskTerm(ignore_void=True), "backend": backend}
     at_points = {"term": MaskTerm("bce", ignore_void=True), "backend": backend}
     costs = [
