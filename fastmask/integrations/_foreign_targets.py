@@ -95,9 +95,9 @@ def onto_void(points: Tensor, targets: Targets, term: MaskTerm) -> Tensor:
     if not term.ignore_void:
         return points
     height, width = targets.size
-    scale = points.new_tensor([width, height])
-    moved = torch.minimum(torch.maximum(points, 0.5 / scale), 1 - 0.5 / scale)
-    columns, rows = (moved * scale).long().unbind(-1)
+    lengths = ((0, width), (1, height))
+    moved = torch.stack([points[..., axis].clamp(0.5 / length, 1 - 0.5 / length) for axis, length in lengths], -1)
+    columns, rows = ((moved[..., axis] * length).long().clamp(max=length - 1) for axis, length in lengths)
     images = torch.arange(targets.batch_size, device=points.device).view(-1, *[1] * (points.dim() - 2))
     void = ~targets.valid_pixels()[images, rows, columns]
     return torch.where(void[..., None], moved, points)

@@ -105,8 +105,8 @@ class PointLoss(Replacement, nn.Module):
         num_pairs, num_candidates = sum(pairs), int(self.num_points * self.oversample_ratio)
         num_uncertain = int(self.importance_sample_ratio * self.num_points)
         candidates = torch.rand(num_pairs, num_candidates, 2, device=device)
-        firsts = torch.tensor([sum(pairs[:b]) for b in range(batch_size)], device=device)
         matched = assignment >= 0
+        firsts = matched.sum(1).cumsum(0) - matched.sum(1)
         ranks = (matched[:, None] & (assignment[:, None] < assignment[:, :, None])).sum(2)
         rows = (firsts[:, None] + ranks).masked_fill(~matched, num_pairs)  # [B, M]
         images = torch.arange(batch_size, device=device)[:, None].expand_as(assignment)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
     EomtConfig,
-    EomtDinov3Config,
-    EomtDinov3ForUniversalSegmentation,
     EomtForUniversalSegmentation,
     Mask2FormerConfig,
     Mask2FormerForUniversalSegmentation,
@@ -19,8 +18,6 @@ from transformers import (
     OneFormerForUniversalSegmentation,
     ResNetConfig,
     SwinConfig,
-    VideomtConfig,
-    VideomtForUniversalSegmentation,
 )
 
 import fastmask
@@ -110,14 +107,15 @@ def tiny_eomt() -> nn.Module:
 def tiny_eomt_dinov3() -> nn.Module:
     """A seeded model of 3 layers, the last two with queries."""
     torch.manual_seed(0)
-    config = EomtDinov3Config(image_size=SIZE, intermediate_size=64, **COMMON, **EOMT)
-    return EomtDinov3ForUniversalSegmentation(config).train()
+    config = transformers.EomtDinov3Config(image_size=SIZE, intermediate_size=64, **COMMON, **EOMT)
+    return transformers.EomtDinov3ForUniversalSegmentation(config).train()
 
 
 def tiny_videomt() -> nn.Module:
     """A seeded model of 3 layers, the last two with queries that move on from frame to frame."""
     torch.manual_seed(0)
-    return VideomtForUniversalSegmentation(VideomtConfig(image_size=SIZE, **COMMON, **EOMT)).train()
+    config = transformers.VideomtConfig(image_size=SIZE, **COMMON, **EOMT)
+    return transformers.VideomtForUniversalSegmentation(config).train()
 
 
 def random_batch(seed: int, counts: tuple[int, ...] = (4, 2), sizes: tuple[int, ...] = (SIZE, SIZE)) -> dict:

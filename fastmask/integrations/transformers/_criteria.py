@@ -94,7 +94,7 @@ class Criterion(Replacement, nn.Module):
         self, masks_queries_logits: Tensor, mask_labels: Sequence[Tensor], indices: Pairs, num_masks: Tensor | float
     ) -> dict[str, Tensor]:
         """The mask and dice losses of one layer, of whose queries and targets the ``indices`` are pairs."""
-        no_labels = [torch.zeros(len(masks), dtype=torch.int64) for masks in mask_labels]
+        no_labels = [torch.zeros(len(masks), dtype=torch.int64, device=masks.device) for masks in mask_labels]
         targets = make_targets(self, mask_labels, no_labels, masks_queries_logits.new_empty(0, 2))
         queries = torch.cat([queries for queries, _ in indices])
         images = torch.cat([torch.full_like(queries, b) for b, (queries, _) in enumerate(indices)])

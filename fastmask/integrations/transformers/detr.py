@@ -63,7 +63,8 @@ class Matcher(Replacement, nn.Module):
         size = num_queries // num_groups
         counts = [len(target["class_labels"]) for target in targets]
         groups = cost[:, :, : size * num_groups].unflatten(2, (num_groups, size))  # [L, B, G, N/G, M]
-        assignment = assign(groups, torch.tensor(counts, device=cost.device)[:, None])
+        present = pad_sequence([torch.ones_like(target["class_labels"]) for target in targets], batch_first=True)
+        assignment = assign(groups, present.sum(1, keepdim=True).to(cost.device))
         flat = index_pairs(
             assignment.flatten(0, 2), [count for count in counts for _ in range(num_groups)] * num_layers, size
         )

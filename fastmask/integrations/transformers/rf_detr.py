@@ -171,8 +171,7 @@ def nearest_pixels(points: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tenso
     """Which of H * W pixels is the nearest to each point ``(..., 2)``, as ``grid_sample`` computes it, int64; and
     whether there is one."""
     height, width = size
-    scale = points.new_tensor([width, height])
-    cells = (((2 * points - 1 + 1) * scale - 1) / 2).round()
-    inside = ((cells >= 0) & (cells < scale)).all(-1)
-    columns, rows = cells.long().unbind(-1)
+    grid = 2 * points - 1 + 1
+    columns, rows = (((grid[..., axis] * length - 1) / 2).round().long() for axis, length in ((0, width), (1, height)))
+    inside = (columns >= 0) & (columns < width) & (rows >= 0) & (rows < height)
     return torch.where(inside, rows * width + columns, 0), inside
