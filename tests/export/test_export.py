@@ -37,7 +37,7 @@ def with_encoder():
 
 
 @pytest.mark.parametrize("portable", [True, False])
-@pytest.mark.parametrize("make", [with_encoder, masked_attention])
+@pytest.mark.parametrize("make", [pytest.param(with_encoder, marks=pytest.mark.slow), masked_attention])
 def test_a_maskformers_labels(make, portable):
     model, program = exported(make, portable=portable)
     expected = set() if portable else {"fastmask.masked_attention.default", "fastmask.semantic_inference.default"}

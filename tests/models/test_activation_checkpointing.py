@@ -68,7 +68,10 @@ def one_step(model):
     return loss
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in ("resnet", "swin", "segmenter") else pytest.mark.slow) for name in MODELS],
+)
 def test_same_training_from_less_memory(name):
     make, classes, count = MODELS[name]
     torch.manual_seed(0)

@@ -8,7 +8,7 @@ shapes of fake kernels, compilation as one graph, and what must be refused.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pytest
@@ -42,12 +42,22 @@ OPERATORS = (*MASK_OPERATORS, MASKED_ATTENTION, SEMANTIC_INFERENCE, PANOPTIC, IN
 EACH = pytest.mark.parametrize("op", OPERATORS, ids=str)
 
 
+def first_name(op: OpInfo, table: Mapping[str, Case]) -> str | None:
+    return next((name for name in op.typical if name in table), None)
+
+
 def named(op: OpInfo, backend: str, names: Iterable[str] | None = None) -> list[Any]:
-    """Parameters: an operator, one of its cases and a backend."""
+    """Parameters: an operator, one of its cases and a backend. Of Triton's typical cases all but the first are slow."""
     table = op.triton if backend == "triton" else op.cases
-    marks = [pytest.mark.cuda] if backend == "cuda" else []
+    first = first_name(op, table)
+
+    def marks(name: str) -> list[pytest.MarkDecorator]:
+        if backend == "triton" and names is not None and name != first:
+            return [pytest.mark.slow]
+        return [pytest.mark.cuda] if backend == "cuda" else []
+
     return [
-        pytest.param(op, case, backend, id=f"{op}-{backend}-{name}", marks=marks)
+        pytest.param(op, case, backend, id=f"{op}-{backend}-{name}", marks=marks(name))
         for name, case in table.items()
         if names is None or name in names
     ]
@@ -63,12 +73,10 @@ TYPICAL = on_backends(lambda op: op.typical)
 
 def first_of(op: OpInfo, backend: str = "native") -> Case:
     table = op.triton if backend == "triton" else op.cases
-    return next(table[name] for name in op.typical if name in table)
+    return table[first_name(op, table)]
 
 
-ONE = on_backends(
-    lambda op: {next(name for name in op.typical if name in table) for table in (op.cases, op.triton) if table}
-)
+ONE = on_backends(lambda op: {first_name(op, op.cases), first_name(op, op.triton)})
 
 
 @on_backends()
