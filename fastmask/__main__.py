@@ -1,4 +1,4 @@
-"""The command ``fastmask``, which ``python -m fastmask`` runs too."""
+"""The command ``fastmask``, also run by ``python -m fastmask``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A device by name, checked before it is used."""
+"""Checks that a device can be used."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 
 
 def usable_device(device: str | torch.device) -> torch.device:
-    """A device by name, if this machine has it.
+    """The device of this name, after allocating on it to check that it works.
 
     Raises:
-        ValueError: no such device, or PyTorch cannot use it here.
+        ValueError: there is no such device, or PyTorch cannot use it on this machine.
     """
     try:
         found = torch.device(device)

@@ -1,4 +1,4 @@
-"""Packages that only an extra of the distribution installs."""
+"""Optional packages, each installed by an extra of the distribution."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes files whole or not at all; reads and writes JSON."""
+"""Writes files atomically; reads and writes JSON."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], object]])
     interruption leaves the earlier files.
 
     Args:
-        folder: the folder, which is created with its subfolders if needed.
-        writers: by a file's path in the folder, a function that writes the file to the path that it is given.
+        folder: the folder; it and its subfolders are created if needed.
+        writers: maps each file's path in the folder to a function that writes the file to the path it is given.
     """
     token = uuid.uuid4().hex
-    # A file's own name with an addition may be too long.
+    # A temporary name that contains the file's own name might be too long.
     temporaries = {name: (folder / name).with_name(f".{token}-{i}.tmp") for i, name in enumerate(writers)}
     try:
         for name, write in writers.items():
@@ -29,7 +29,7 @@ def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], object]])
             temporary.touch()
             mode = temporary.stat().st_mode
             write(temporary)
-            temporary.chmod(mode)  # safetensors makes its files readable by their owner only
+            temporary.chmod(mode)  # safetensors makes its files readable only by their owner
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
         for name, temporary in temporaries.items():
@@ -40,15 +40,15 @@ def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], object]])
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes one file whole or not at all, as :func:`replace_files` does."""
+    """Writes one file atomically, as :func:`replace_files` does."""
     replace_files(path.parent, {path.name: write})
 
 
 def read_json(path: Path, default: Any = None) -> Any:
-    """The content of a JSON file in UTF-8, with or without a byte order mark; ``default``, if given, if there is none.
+    """The content of a JSON file in UTF-8, with or without a byte order mark; ``default`` if the file does not exist.
 
     Raises:
-        FileNotFoundError: no such file, and no ``default``.
+        FileNotFoundError: the file does not exist, and ``default`` is None.
         ValueError: the file is not JSON; the message names it.
     """
     try:
@@ -62,13 +62,13 @@ def read_json(path: Path, default: Any = None) -> Any:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes the :func:`finite` values as a JSON file, whole or not at all."""
+    """Writes the values, made :func:`finite`, to a JSON file atomically."""
     text = json.dumps(finite(values), indent=2) + "\n"
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def finite(value: Any) -> Any:
-    """The value in types that JSON has: None replaces infinities and NaN, also within dicts, lists and tuples."""
+    """Replaces infinities and NaN, which JSON lacks, with None, also within dicts, lists and tuples."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

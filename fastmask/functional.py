@@ -1,6 +1,6 @@
-"""The operators as functions without state, as ``torch.nn.functional`` has those of PyTorch.
+"""The operators as stateless functions, in the manner of ``torch.nn.functional``.
 
-``backend`` is "auto", "reference", "native" (C++/CUDA) or "triton". One that is asked for by name never falls back.
+``backend`` is "auto", "reference", "native" (C++/CUDA) or "triton". A backend requested by name never falls back.
 """
 
 from fastmask.ops._show_config import show_config

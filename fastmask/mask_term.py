@@ -15,7 +15,7 @@ class MaskTerm:
         kind: "focal" (MaskFormer, arXiv:2107.06278) or "bce", cross-entropy (Mask2Former, arXiv:2112.01527).
         alpha: weight of foreground in the focal loss, 0..1.
         gamma: focusing parameter of the focal loss, >= 0.
-        ignore_void: leave void pixels out of all sums and means, those of the dice term too; otherwise they are
+        ignore_void: leave void pixels out of all sums and means, including those of the dice term; otherwise they are
             background.
 
     Raises:

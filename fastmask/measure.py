@@ -1,4 +1,4 @@
-"""Time and peak extra memory of calls, including their results, for benchmarks and demonstrations."""
+"""Measures the time and the peak extra memory of calls, including their results, for benchmarks."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-# Otherwise Kineto, beneath the profiler, reports each start and stop on stderr.
+# Otherwise Kineto, the profiler's backend, reports each start and stop on stderr.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
 
-LEAST_ROUNDS = 3
+MIN_ROUNDS = 3
 
 Sample = TypeVar("Sample")
 
@@ -31,11 +31,11 @@ def in_turns(
     turns: Mapping[str, Callable[[], Sample]], next_round: Callable[[dict[str, list[Sample]]], Iterable[str]]
 ) -> dict[str, list[Sample]]:
     """Takes samples round by round, A B C A B C ..., so that other load on the machine affects all alike. Garbage
-    collection is off meanwhile.
+    collection is off during the rounds.
 
     Args:
-        turns: by name, a function that takes one sample.
-        next_round: gets all samples so far, and returns the names of the next round; none to end.
+        turns: maps each name to a function that takes one sample.
+        next_round: gets all samples so far, and returns the names to sample in the next round; no names end the rounds.
     """
     samples: dict[str, list[Sample]] = {name: [] for name in turns}
     collecting = gc.isenabled()
@@ -52,13 +52,13 @@ def in_turns(
 
 
 def summary(seconds: Sequence[float]) -> dict[str, float | int]:
-    """Median, 20th and 80th percentile in milliseconds, and how many rounds there were."""
+    """The median, 20th and 80th percentile in milliseconds, and the number of rounds."""
     low, median, high = (1e3 * np.percentile(seconds, (20, 50, 80))).tolist()
     return {"median_ms": median, "p20_ms": low, "p80_ms": high, "rounds": len(seconds)}
 
 
 class Clock:
-    """Splits the time of a call into parts. On CUDA it waits for the device only when the seconds are read."""
+    """Splits the time of a call into parts. On CUDA, only :meth:`seconds` waits for the device."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -69,12 +69,12 @@ class Clock:
         self._marks = [self._now()]
 
     def mark(self, part: str) -> None:
-        """Adds the time since the last mark, or since the beginning, to a part."""
+        """Adds the time since the previous mark, or since the start, to a part."""
         self._parts.append(part)
         self._marks.append(self._now())
 
     def seconds(self) -> dict[str, float]:
-        """The seconds of each part; parts of the same name are added up."""
+        """The seconds of each part, summed over its marks."""
         if self._on_gpu:
             self._marks[-1].synchronize()
         total: dict[str, float] = {}
@@ -93,13 +93,13 @@ class Clock:
 
 @dataclass(frozen=True)
 class Measurement:
-    """The result of :func:`take_turns` for a call.
+    """The result of :func:`take_turns` for one call.
 
     Attributes:
         rounds: for each round, the seconds of each part.
-        memory: bytes, as from :func:`peak_memory`.
+        memory: bytes, as :func:`peak_memory` returns them.
         result: the result of the call.
-        failure: why the call could not run, in which case the other attributes are empty; or None.
+        failure: why the call could not run (the other attributes are then empty), or None.
     """
 
     rounds: list[dict[str, float]] = field(default_factory=list)
@@ -117,8 +117,8 @@ class Measurement:
         return {part: float(np.median([parts[part] for parts in self.rounds])) for part in self.rounds[0]}
 
     def ratio(self, other: Measurement) -> float:
-        """The time of the other call over the time of this one, as the median over the rounds."""
-        return float(np.median([theirs / own for own, theirs in zip(self.seconds, other.seconds, strict=True)]))
+        """The time of the other call divided by the time of this one: the median over rounds."""
+        return float(np.median([theirs / ours for ours, theirs in zip(self.seconds, other.seconds, strict=True)]))
 
 
 def take_turns(
@@ -126,13 +126,13 @@ def take_turns(
 ) -> dict[str, Measurement]:
     """Times several calls :func:`in_turns`.
 
-    Before, each call runs once or twice to measure its memory and to warm up. Then there are at least three rounds, and
-    more until ``seconds`` are used up; but only one if it takes more than half of them. All calls have the same number
-    of rounds: a quick call that continued alone would find its caches warm.
+    First, each call runs once or twice to measure its memory and to warm up. At least three rounds follow, and more
+    until ``seconds`` are used up; but only one if it takes more than half of ``seconds``. All calls run in all rounds:
+    a quick call that continued alone would find its caches warm.
 
     Args:
-        calls: by name; each gets a clock on which it marks its parts, the last one at its end.
-        device: the device of the calls.
+        calls: maps each name to a call, which gets a clock to mark the end of each of its parts.
+        device: the device that the calls run on.
         seconds: the time for all rounds together.
     """
     share = seconds / max(1, len(calls))
@@ -141,7 +141,7 @@ def take_turns(
         start = time.perf_counter()
         try:
             value, memory = peak_memory(partial(_run, call, device), device)
-            if time.perf_counter() - start < share:  # the first call may have compiled, and filled caches
+            if time.perf_counter() - start < share:  # the first call may have compiled code and filled caches
                 value, memory = peak_memory(partial(_run, call, device), device)
             first[name] = Measurement(memory=memory, result=value)
         except torch.OutOfMemoryError:
@@ -171,17 +171,17 @@ def _seconds(call: Callable[[Clock], Any], device: torch.device) -> dict[str, fl
 def _needs_more(rounds: list[float], seconds: float) -> bool:
     if not rounds:
         return True
-    return rounds[0] <= seconds / 2 and (len(rounds) < LEAST_ROUNDS or sum(rounds) < seconds)
+    return rounds[0] <= seconds / 2 and (len(rounds) < MIN_ROUNDS or sum(rounds) < seconds)
 
 
 def peak_memory(call: Callable[[], Any], device: torch.device) -> tuple[Any, dict[str, int | None]]:
-    """Runs a call and measures the peak of the memory that it adds.
+    """Runs a call and measures its peak of extra memory.
 
     Returns:
         (result of the call, bytes). "allocator" is the memory that PyTorch's allocator handed out. On the CPU it
-        excludes scratch memory of C++ code; "resident", the growth of the process's resident memory, includes that but
-        is coarse (pages that the process kept from earlier count as free). "resident" is None on CUDA, and where the
-        system does not tell.
+        excludes scratch memory of C++ code; "resident", the growth of the process's resident memory, includes it but is
+        coarse (pages that the process already held count as free). "resident" is None on CUDA, and where the system
+        does not report it.
     """
     gc.collect()
     if device.type == "cuda":
@@ -211,7 +211,7 @@ def _allocation_peak(recorded: profile) -> int:
 
 
 def _return_free_pages() -> None:
-    """Returns pages that malloc keeps to the system, so that their reuse shows as growth."""
+    """Gives free pages that malloc has kept back to the system, so that their reuse shows as growth."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):  # not glibc
@@ -219,7 +219,7 @@ def _return_free_pages() -> None:
 
 
 def _restart_resident_peak() -> int | None:
-    """Sets the peak of resident memory to the current value and returns it; None where the system cannot."""
+    """Resets the peak of resident memory to the current value and returns it; None if the system cannot."""
     try:
         _CLEAR_REFS.write_text("5")
         return _status_bytes("VmRSS")

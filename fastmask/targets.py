@@ -1,4 +1,4 @@
-"""The container of training targets: on the device, padded, and built without host syncs."""
+"""The container of training targets: padded, on the device, and built without host syncs."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ CLASS_DTYPES = (
 class Targets:
     """Ground truth of a batch of B images with at most M targets each, on an H x W grid.
 
-    Exactly one of ``masks`` and ``segments`` is given. The segment map takes one byte per pixel
-    instead of M and is the better form whenever masks do not overlap.
+    Exactly one of ``masks`` and ``segments`` is given. A segment map takes one byte per pixel
+    instead of M, and is the better form if masks do not overlap.
 
     Args:
-        labels: ``(B, M)`` int64, the class of each target in ``0..K-1``; -1 pads images with fewer targets.
-            The targets of an image come first, its padding last.
+        labels: ``(B, M)`` int64, the class of each target in ``0..K-1``; -1 is padding, which follows an image's
+            targets.
         counts: ``(B,)`` int64, how many targets each image has.
         masks: ``(B, M, H, W)`` uint8 or bool, nonzero where the pixel belongs to the target; may overlap.
         segments: ``(B, H, W)`` uint8, int16 or int32, the index ``0..M-1`` of the target that owns the pixel.
             ``void`` marks an unlabeled pixel; any other value is background, which belongs to no target.
         valid: ``(B, H, W)`` bool, False at unlabeled pixels; only with ``masks`` (a segment map has ``void``).
-        void: the value of unlabeled pixels in ``segments``; one that their dtype does not hold marks none.
+        void: the value of unlabeled pixels in ``segments``; a value outside their dtype means that there are none.
 
     Raises:
         TypeError: a tensor has the wrong dtype.
@@ -79,7 +79,7 @@ class Targets:
 
     @property
     def num_targets(self) -> int:
-        """M, the largest number of targets that an image can have here."""
+        """M, the number of targets per image including padding."""
         return self.labels.shape[1]
 
     @property
@@ -90,7 +90,7 @@ class Targets:
 
     @property
     def segment_map(self) -> Tensor:
-        """``segments``, of targets in that form."""
+        """``segments`` of targets that have a segment map, for type checkers."""
         assert self.segments is not None
         return self.segments
 
@@ -135,13 +135,13 @@ class Targets:
     def merged_by_class(self) -> Targets:
         """The same pixels with one target for each class of an image, as in semantic segmentation.
 
-        Targets keep the order in which their classes first appear; M stays as it is. No host sync.
+        Targets keep the order in which their classes first appear. M does not change; the host does not wait.
         """
         if self.num_targets == 0:
             return self
         indices = torch.arange(self.num_targets, device=self.device)
         same_class = (self.labels[:, :, None] == self.labels[:, None]) & (self.labels >= 0)[:, None]
-        # argmax gives the first of equal values: the first target of the class of each, itself for padding.
+        # argmax gives the first of equal values: for each target the first one of its class. Padding maps to itself.
         first = torch.where(self.labels >= 0, same_class.int().argmax(2), indices)
         is_first = (first == indices) & (self.labels >= 0)
         slots = (is_first.cumsum(1) - 1).gather(1, first).masked_fill(self.labels < 0, self.num_targets)
@@ -153,7 +153,7 @@ class Targets:
             owners = slots[:, :, None, None].expand_as(self.masks)
             masks.scatter_reduce_(1, owners, self.masks.to(torch.uint8), "amax")
             return replace(merged, masks=masks[:, :-1].to(self.masks.dtype))
-        # Values that index no target are background or void and stay; those of padding stay beyond the counts.
+        # Values that index no target are background or void and do not change; nor do those that index padding.
         segments = self.segment_map
         values = segments.flatten(1).long()
         owned = (values >= 0) & (values < self.num_targets)
@@ -164,8 +164,7 @@ class Targets:
     def class_map(self, ignore_index: int = 255) -> Tensor:
         """``(B, H, W)`` int64: the class of each pixel, the inverse of :meth:`from_segmentation`.
 
-        Pixels of no target and unlabeled pixels become ``ignore_index``. Where masks overlap, the later target lies
-        on top.
+        Unlabeled pixels and pixels without a target become ``ignore_index``. Where masks overlap, the last target wins.
         """
         if self.masks is not None:
             classes = self.labels.new_full((self.batch_size, *self.size), ignore_index)
@@ -181,7 +180,7 @@ class Targets:
         return classes.masked_fill(classes < 0, ignore_index)
 
     def to_list(self) -> list[dict[str, Tensor]]:
-        """A list of ``{"labels": (M_b,), "masks": (M_b, H, W) bool}``, one an image. Reads ``counts`` on the host."""
+        """A list of ``{"labels": (M_b,), "masks": (M_b, H, W) bool}``, one per image. Reads ``counts`` on the host."""
         masks = self.dense_masks()
         return [
             {"labels": self.labels[b, :count], "masks": masks[b, :count]}
@@ -196,21 +195,21 @@ class Targets:
         size: tuple[int, int] | None = None,
         device: torch.device | str | None = None,
     ) -> Targets:
-        """Pads a list of ``{"labels", "masks"}`` dicts, one an image, as the original repository passes them.
+        """Pads a list of ``{"labels", "masks"}`` dicts, one per image, the form that the original repository uses.
 
         Args:
-            targets: each has ``labels (M_b,)`` of any integer dtype and ``masks (M_b, H_b, W_b)`` of any dtype: bool,
-                integers, of which any but 0 is foreground (as 255 in files), or floating point that is 0 or 1. An image
-                without objects has ``M_b = 0``.
-            num_classes: K; when given, labels that lie on the CPU are checked against ``0..K-1``.
-            size: (H, W) to pad to, at the bottom and right; the largest mask of the batch by default. Pixels
-                added by padding belong to no target and are not ``valid``.
-            device: of the result; by default that of the labels.
+            targets: each has ``labels (M_b,)`` of any integer dtype and ``masks (M_b, H_b, W_b)`` that are bool,
+                integers (any value but 0, such as 255 in files, is foreground), or floating point, only 0 and 1. An
+                image without objects has ``M_b = 0``.
+            num_classes: K; if given, labels on the CPU are checked against ``0..K-1``.
+            size: (H, W) to pad to, at the bottom and right; by default the largest height and width of the batch.
+                Pixels added by padding belong to no target and are not ``valid``.
+            device: the device of the result; by default that of the labels.
 
         Raises:
             TypeError: masks of complex numbers.
-            ValueError: an empty list, a missing key, labels and masks that differ in number, a label out of range, a
-                mask larger than ``size``, or floating-point masks that hold something other than 0 and 1 (on a GPU a
+            ValueError: an empty list, a missing key, different numbers of labels and masks, a label out of range, a
+                mask larger than ``size``, or floating-point masks with values other than 0 and 1 (on a GPU a
                 device-side assertion, so that the host need not wait).
         """
         if len(targets) == 0:
@@ -246,23 +245,23 @@ class Targets:
     def from_segmentation(
         segmentation: Tensor, num_classes: int, *, ignore_index: int = 255, max_targets: int | None = None
     ) -> Targets:
-        """One target for each class in an image, as mask classification is trained for semantic segmentation.
+        """One target for each class in an image, as used to train mask classification for semantic segmentation.
 
         Args:
-            segmentation: ``(B, H, W)`` integer class of each pixel in ``0..K-1``, or ``ignore_index``.
+            segmentation: ``(B, H, W)`` integers, the class of each pixel in ``0..K-1``, or ``ignore_index``.
             num_classes: K.
-            ignore_index: the class of unlabeled pixels, which become void; may lie outside of the dtype.
+            ignore_index: the class of unlabeled pixels, which become void; may lie outside the dtype.
             max_targets: M of the result; ``num_classes`` by default, so that no host sync is needed to count. Classes
                 beyond the first ``max_targets`` of an image become background.
 
         Raises:
-            TypeError: no tensor, or one that does not hold integers.
+            TypeError: ``segmentation`` is not a tensor of integers.
             ValueError: a wrong shape, or (for CPU tensors) a class outside ``0..K-1`` that is not ``ignore_index``.
         """
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
         check_class_map("segmentation", segmentation, 3, num_classes, ignore_index)
-        # Widened before it is compared: for bytes PyTorch would compare with 156 for -100.
+        # Widened before the comparison, in which PyTorch would turn -100 into 156 for uint8.
         classes = segmentation.long()
         batch_size = segmentation.shape[0]
         num_targets = num_classes if max_targets is None else max_targets
@@ -288,7 +287,7 @@ class Targets:
 
         Args:
             segments: ``(B, H, W)`` uint8, int16 or int32; pixel value m belongs to segment m of its image.
-            labels: for each image ``(M_b,)`` integer classes, in the order of the segments.
+            labels: for each image, ``(M_b,)`` integer classes in the order of the segments.
             void: the value of unlabeled pixels; 255 for uint8 and -1 for the signed types by default.
         """
         if len(labels) != segments.shape[0]:
@@ -318,15 +317,15 @@ def label_dtype(num_classes: int) -> torch.dtype:
 
 
 def check_class_map(name: str, classes: Tensor, dim: int, num_classes: int, ignore_index: int) -> None:
-    """Refuses anything but a map of classes.
+    """Checks that a tensor is a map of classes.
 
     Args:
-        name: of the map, for errors.
+        name: the argument's name, for errors.
         classes: ``(H, W)`` or ``(B, H, W)``, as ``dim`` says; integers in ``0..K-1`` or ``ignore_index``.
         num_classes: K.
 
     Raises:
-        TypeError: no tensor, or one that does not hold integers.
+        TypeError: ``classes`` is not a tensor of integers.
         ValueError: a wrong shape, or (for CPU tensors) a class outside ``0..K-1`` that is not ``ignore_index``.
     """
     shape = {2: "(H, W)", 3: "(B, H, W)"}[dim]
@@ -336,7 +335,7 @@ def check_class_map(name: str, classes: Tensor, dim: int, num_classes: int, igno
         raise TypeError(f"{name} must hold integer classes, got {classes.dtype}")
     if classes.dim() != dim:
         raise ValueError(f"{name} has shape {tuple(classes.shape)}; expected {shape}")
-    # Reading values on a GPU would make the host wait; there, indexing with them fails.
+    # Reading values from a GPU would make the host wait; there, indexing with a wrong class fails.
     if classes.device.type == "cpu" and not torch.compiler.is_compiling():
         classes = classes.long()
         wrong = (classes != ignore_index) & ((classes < 0) | (classes >= num_classes))
@@ -346,11 +345,11 @@ def check_class_map(name: str, classes: Tensor, dim: int, num_classes: int, igno
 
 
 def foreground(name: str, masks: Tensor) -> Tensor:
-    """Masks as bool. Integers other than 0 are foreground; floating-point masks must hold 0 and 1, for values in
-    between have no agreed meaning.
+    """Masks as bool. Integers other than 0 are foreground; floating-point masks must hold only 0 and 1, because values
+    in between have no agreed meaning.
 
     Raises:
-        TypeError, ValueError: as for :func:`check_binary`, of masks that are not integers.
+        TypeError, ValueError: as in :func:`check_binary`, for masks that are not integers.
     """
     if masks.is_floating_point() or masks.is_complex():
         check_binary(name, masks)
@@ -358,13 +357,13 @@ def foreground(name: str, masks: Tensor) -> Tensor:
 
 
 def check_binary(name: str, masks: Tensor) -> None:
-    """Refuses masks with values other than 0 and 1, of which kernels would read one bit.
+    """Checks that masks hold only 0 and 1; of any other value, kernels would read one bit.
 
     On a GPU the host does not wait: a failure shows as a device-side assertion.
 
     Raises:
-        TypeError: complex numbers.
-        ValueError: ``masks``, called ``name``, lie on the CPU and hold something other than 0 and 1.
+        TypeError: ``masks``, the argument ``name``, hold complex numbers.
+        ValueError: ``masks`` are on the CPU and hold values other than 0 and 1.
     """
     if masks.dtype == torch.bool:
         return
@@ -379,7 +378,7 @@ def check_binary(name: str, masks: Tensor) -> None:
 
 
 def _segment_dtype(num_targets: int) -> tuple[torch.dtype, int]:
-    """The smallest dtype whose values index the targets and still mark void and background; and its void value."""
+    """The smallest dtype that can index the targets and also mark void and background, and its void value."""
     if num_targets <= 254:
         return torch.uint8, 255
     return (torch.int16, -1) if num_targets <= 2**15 else (torch.int32, -1)
@@ -401,7 +400,7 @@ def _check_target(b: int, target: Mapping[str, Tensor], num_classes: int | None)
         if key not in target:
             raise ValueError(f'targets[{b}] has no "{key}"; expected the keys "labels" and "masks"')
     labels, masks = target["labels"], target["masks"]
-    # An empty list of labels becomes a float tensor in torch.tensor([]).
+    # torch.tensor([]) is a float tensor.
     if labels.dim() != 1 or (labels.is_floating_point() and labels.numel() > 0):
         raise ValueError(f'targets[{b}]["labels"] must be 1-D integers, got {labels.dtype} {tuple(labels.shape)}')
     if masks.dim() != 3 or masks.shape[0] != labels.shape[0]:

@@ -1,4 +1,4 @@
-"""What tests of fastmask's operators share: the error budget, and how to run the kernels in other ways."""
+"""Helpers for tests of fastmask's operators: the error budget, and running the kernels at other SIMD levels."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from fastmask.ops._registry import EXTENSION_ERROR, SIMD_LEVELS, set_simd_level
 
 ERROR_FACTOR = 2.0
 
-# The PTX manual allows a GPU beside rounding each operation: ex2, rcp and div.full are off by two units in the last
-# place at most, lg2 by 2^-22 (absolute between 1/2 and 2). Tensor cores add products with at least single precision,
-# in an order and with a rounding that the manual leaves open, so that each addition may cut off.
+# Errors that the PTX manual allows in addition to rounding: ex2, rcp and div.full may be off by two units in the last
+# place, lg2 by 2^-22 (absolute, between 1/2 and 2). Tensor cores add products in at least single precision; the manual
+# leaves their order and rounding open, so that each addition may truncate.
 SPECIAL_FUNCTION_ERROR = 2.0**-22
 TENSOR_CORE_ERROR = 2.0**-23
 
@@ -24,12 +24,12 @@ _as_on_gpu = False
 
 @dataclass(frozen=True)
 class GpuError:
-    """How far a GPU's special functions and tensor cores may take a result from what exact ones would give.
+    """The error that a GPU's special functions and tensor cores may add to a result.
 
     Args:
-        functions: errors of special functions that a term of the result has, to first order.
-        products: that tensor cores add up before a sum leaves them.
-        magnitude: of the terms, where they cancel, beyond the largest result.
+        functions: how many errors of special functions a term of the result contains, to first order.
+        products: how many products tensor cores add up in one sum.
+        magnitude: by how much the terms exceed the largest result, if they cancel.
     """
 
     functions: float = 0.0
@@ -37,14 +37,14 @@ class GpuError:
     magnitude: float = 0.0
 
     def of(self, exact: Tensor) -> float:
-        """The error of a result, absolute."""
+        """The absolute error allowed for the result ``exact``."""
         relative = self.functions * SPECIAL_FUNCTION_ERROR + self.products * TENSOR_CORE_ERROR
         return relative * (exact.abs().max().item() + self.magnitude)
 
 
 @contextmanager
 def gpu_budget() -> Iterator[None]:
-    """Results on CPU tensors have the budget of GPU runs here: an emulator rounds as they may."""
+    """Gives results on CPU tensors the budget of GPU runs, for an emulator that rounds as a GPU may."""
     global _as_on_gpu
     before, _as_on_gpu = _as_on_gpu, True
     try:
@@ -56,7 +56,7 @@ def gpu_budget() -> Iterator[None]:
 def error_budget(
     dtype: torch.dtype, same_dtype: Tensor, exact: Tensor, gpu: GpuError | None = None, *, on_gpu: bool
 ) -> tuple[float, str]:
-    """How far a result in ``dtype`` may be from ``exact``, and what that is made of; see ``assert_within_budget``."""
+    """How far a result in ``dtype`` may be from ``exact``, as a number and as text; see ``assert_within_budget``."""
     reference = (same_dtype.double() - exact).abs().max().item()
     rounding = 2 * torch.finfo(dtype).eps * exact.abs().max().item()
     budget, text = ERROR_FACTOR * reference + rounding, f"{ERROR_FACTOR} x {reference:.3g} (reference) + {rounding:.3g}"
@@ -70,16 +70,16 @@ def error_budget(
 def assert_within_budget(
     actual: Tensor, same_dtype: Tensor, exact: Tensor, *, name: str = "result", gpu: GpuError | None = None
 ) -> None:
-    """Asserts that ``actual`` is at most twice as far from ``exact`` as the reference in the kernel's own dtype is.
+    """Asserts that ``actual`` is at most twice as far from ``exact`` as the reference in the kernel's dtype is.
 
-    Rounding the result itself is allowed for: half a unit in the last place of the largest magnitude, for each of a
-    handful of final operations. Elements that are not finite must be the same in all three.
+    The budget also covers the rounding of the result: half a unit in the last place of the largest magnitude, for each
+    of a handful of final operations. Elements that are not finite must be equal in ``actual`` and ``exact``.
 
     Args:
-        actual: what the kernel returned.
+        actual: the kernel's result.
         same_dtype: the PyTorch reference's result, computed in the dtype that the kernel computes in.
         exact: the reference's result in float64.
-        gpu: what is allowed for besides where a GPU, or an emulator of one, computed ``actual``.
+        gpu: an additional error allowed if a GPU, or an emulator of one, computed ``actual``.
     """
     assert actual.shape == exact.shape, f"{name} has shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
     on_cpu = actual.detach().double().cpu()
@@ -97,7 +97,7 @@ _best_level = SIMD_LEVELS[-1]
 
 
 def cap_simd_level(level: str) -> None:
-    """Makes ``level`` the best that this process uses, as on a processor that has none above it."""
+    """Caps the SIMD level of this process, as on a processor without higher levels."""
     global _best_level
     _best_level = set_simd_level(level)
 

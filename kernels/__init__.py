@@ -1,1 +1,1 @@
-"""Triton kernels, installed as ``fastmask.kernels``; imported when first used, so that fastmask works without them."""
+"""Triton kernels, installed as ``fastmask.kernels``; imported on first use, so that fastmask works without Triton."""

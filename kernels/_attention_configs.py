@@ -1,4 +1,4 @@
-"""Tuning of masked attention: blocks and stages by type, GPU and head dimension."""
+"""Tuning of masked attention: blocks and stages by dtype, GPU and head dimension."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class MaskedAttentionConfig:
     """Tuning of the forward or the backward kernel.
 
     Args:
-        queries: most queries of a program, a power of two.
-        keys: of a block; a program handles one at a time.
-        warp_queries: queries of a warp, if there are ``least_warps`` or more.
-        programs: how many to have by splitting the keys, if there are enough of them: two for each of 132 SMs.
-        least_keys: of a split.
-        registers: of a thread, at most. Without a limit ptxas spills a few where that fits one more block on a
+        queries: the most queries per program, a power of two.
+        keys: keys per block; a program processes one block at a time.
+        warp_queries: queries per warp, if that gives at least ``min_warps`` warps.
+        programs: the number of programs to reach by splitting the keys, if there are enough: two for each of 132 SMs.
+        min_keys: the fewest keys per split.
+        registers: the most registers per thread. Without a limit, ptxas spills a few if that fits one more block on a
             multiprocessor.
     """
 
@@ -29,13 +29,13 @@ class MaskedAttentionConfig:
     warp_queries: int
     num_stages: int = 2
     programs: int = 264
-    least_keys: int = 256
-    least_warps: int = 4
+    min_keys: int = 256
+    min_warps: int = 4
     registers: int | None = None
 
 
-# By type, the major version of a GPU's compute capability and the head dimension. At B=16 and N=100 half precision
-# spills no registers, and float32 at most 32 bytes; the general ones fit a multiprocessor with 100 KB of shared memory.
+# By dtype, the major version of a GPU's compute capability (None: any other) and the head dimension. At B=16 and N=100
+# half precision spills no registers, float32 at most 32 bytes; the entries under None fit 100 KB of shared memory.
 Configs = dict[str, dict[int | None, dict[int, MaskedAttentionConfig]]]
 _HALF = {
     32: MaskedAttentionConfig(queries=64, keys=128, warp_queries=16, num_stages=3, registers=255),
@@ -49,9 +49,9 @@ FORWARD_CONFIGS: Configs = {
         10: _HALF,
         None: _HALF | {128: MaskedAttentionConfig(queries=64, keys=32, warp_queries=8, num_stages=3, registers=255)},
     },
-    # Random numbers take registers: as many as there are weights in a block.
+    # Random numbers take registers, one for each weight in a block.
     "half, dropout": {None: {32: _DROPOUT, 64: _DROPOUT, 128: _DROPOUT}},
-    # Products of float32 are fused multiply-adds with operands in registers.
+    # float32 products are fused multiply-adds with operands in registers.
     "float32": {
         None: {
             32: MaskedAttentionConfig(queries=64, keys=32, warp_queries=8, num_stages=3, registers=255),
@@ -60,12 +60,12 @@ FORWARD_CONFIGS: Configs = {
         }
     },
 }
-# As in forward. Products of 64 keys with queries run on warp groups; on other GPUs a warp holds whole operands.
+# Keys as in forward. Products of 64 keys with queries run on warp groups; on other GPUs a warp holds whole operands.
 _BACKWARD_DROPOUT = MaskedAttentionConfig(queries=64, keys=32, warp_queries=8, num_stages=1, registers=255)
 BACKWARD_CONFIGS: Configs = {
     "half": {
         9: {
-            32: MaskedAttentionConfig(queries=256, keys=64, warp_queries=32, num_stages=3, least_warps=8),
+            32: MaskedAttentionConfig(queries=256, keys=64, warp_queries=32, num_stages=3, min_warps=8),
             64: MaskedAttentionConfig(queries=128, keys=64, warp_queries=16),
             128: MaskedAttentionConfig(queries=64, keys=32, warp_queries=8),
         },

@@ -1,4 +1,4 @@
-"""What the kernels of several operators share: functions of a logit, arguments for targets and planes, launching.
+"""Code that several operators' kernels share: functions of a logit, arguments for targets and planes, launching.
 
 Arithmetic is float32 whatever the type of the logits.
 """
@@ -16,21 +16,22 @@ from torch import Tensor
 
 Config = TypeVar("Config")
 
-# Options of every launch: a product and a sum are one instruction, which is no longer Triton's default from 3.10 on.
+# Options of every launch: fuse a product and a sum into one instruction, which Triton 3.10 no longer does by default.
 COMPILER_OPTIONS = {"enable_fp_fusion": True}
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
-# Elements of which the planes or rows of logits may be a multiple: 16 bytes, the most that a thread loads at a time.
+# Elements that a thread loads at a time if planes or rows of logits are multiples of it: 16 bytes of half precision.
 UNIT = 8
 
 
 def kernel(function: Callable[..., None]) -> Any:
     """A Triton kernel that is compiled once for all sizes.
 
-    By default Triton makes a constant of an integer that is 1, and compiles one kernel for multiples of 16 and another
-    for other numbers: dozens of kernels over the images of a data set. What the compiler must know of a size is a
-    constexpr instead; see ``unit``. Sizes and strides are no tuples, as Triton specializes integers in those always.
+    By default Triton turns an integer argument that is 1 into a constant, and compiles separate kernels for multiples
+    of 16 and for other numbers: dozens of kernels over the images of a data set. What the compiler must know of a size
+    is a constexpr instead; see ``unit``. Sizes and strides are not passed as tuples, as Triton always specializes the
+    integers in those.
     """
     sizes = [
         name
@@ -43,8 +44,8 @@ def kernel(function: Callable[..., None]) -> Any:
 def unit(*sizes: int) -> int:
     """UNIT if all sizes are multiples of it, else 1.
 
-    Kernels take such sizes in units, and the unit as a constexpr: the compiler then knows that their product is
-    aligned, and loads 16 bytes at a time where it can.
+    Kernels take such sizes in units, and the unit as a constexpr: the compiler then knows that the size is aligned, and
+    loads 16 bytes at a time where it can.
     """
     return UNIT if all(size % UNIT == 0 for size in sizes) else 1
 
@@ -55,7 +56,7 @@ def generation(device: torch.device) -> int | None:
 
 
 def pick_config(configs: dict[int | None, Config], device: torch.device) -> Config:
-    """The configuration of a device's generation, or that of the key None.
+    """The configuration for a device's generation; the key None holds the default.
 
     Nothing is tuned at run time. Tuning would launch kernels while a CUDA graph is captured, could choose differently
     from run to run and so change the order of sums, and fails in the interpreter.
@@ -64,18 +65,18 @@ def pick_config(configs: dict[int | None, Config], device: torch.device) -> Conf
 
 
 def power_of_two(size: int, least: int, most: int) -> int:
-    """The least power of two that holds ``size``, within bounds, so that block shapes take few values."""
+    """The smallest power of two that is at least ``size``, within bounds, so that there are few block shapes."""
     return min(max(1 << (size - 1).bit_length() if size > 1 else 1, least), most)
 
 
 def with_contiguous_rows(x: Tensor) -> Tensor:
-    """``x`` whose last dimension is contiguous."""
+    """``x``, copied unless its last dimension is contiguous."""
     return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
 
 
 def plane_arguments(logits: Tensor, grad: Tensor | None = None, *sizes: int) -> dict[str, Any]:
-    """The arguments by which kernels find the planes of logits ``(L, B, N, h, w)``, and of their gradient; see
-    ``_plane``. The caller passes the ``sizes`` in the same units."""
+    """The kernel arguments that locate the planes of logits ``(L, B, N, h, w)`` and of their gradient; see ``_plane``.
+    The caller passes the ``sizes`` in the same units."""
     strides = dict(zip(("stride_l", "stride_b", "stride_n"), logits.stride(), strict=False))
     if grad is not None:
         strides |= zip(("grad_stride_l", "grad_stride_b", "grad_stride_n"), grad.stride(), strict=False)
@@ -87,7 +88,7 @@ def plane_arguments(logits: Tensor, grad: Tensor | None = None, *sizes: int) -> 
 def target_arguments(
     masks: Tensor | None, segments: Tensor | None, valid: Tensor | None, void_value: int, ignore_void: bool
 ) -> dict[str, Any]:
-    """The arguments by which kernels read the targets of B images; see ``_counted``."""
+    """The kernel arguments that hold the targets of B images; see ``_counted``."""
     plane = masks if segments is None else segments
     has_void = ignore_void and (segments is not None or valid is not None)
     plane = plane.contiguous()
@@ -105,12 +106,12 @@ def target_arguments(
 
 
 def term_arguments(mask_term: str, alpha: float, gamma: float) -> dict[str, Any]:
-    """The arguments by which kernels compute the mask term."""
+    """The kernel arguments of the mask term."""
     return {"alpha": alpha, "gamma": gamma, "FOCAL": mask_term == "focal", "SQUARE": gamma == 2.0}
 
 
 def check_positions(targets: dict[str, Any], *sizes: int) -> None:
-    """Positions among the targets' pixels, and all ``sizes``, fit in 32 bits."""
+    """Raises unless positions among the targets' pixels, and all ``sizes``, fit in 32 bits."""
     height, width = targets["H"], targets["W"]
     if max(height * width, *sizes) >= 1 << 31:
         raise ValueError(f"targets of {height} x {width} pixels are too large for 32-bit positions")
@@ -118,20 +119,20 @@ def check_positions(targets: dict[str, Any], *sizes: int) -> None:
 
 @triton.jit
 def _plane(ptr, layer, image, query, stride_l, stride_b, stride_n, UNIT: tl.constexpr):
-    """Where planes of ``plane_arguments`` begin."""
+    """The addresses of planes, from ``plane_arguments``."""
     at = layer.to(tl.int64) * stride_l + image.to(tl.int64) * stride_b + query.to(tl.int64) * stride_n
     return ptr + at * UNIT
 
 
 @triton.jit
 def _special_function(x, NAME: tl.constexpr):
-    """An instruction of the special-function unit; it reads and writes 0 for numbers below 2^-126."""
+    """An instruction of the special-function unit, which treats numbers below 2^-126 as 0."""
     return tl.inline_asm_elementwise(NAME + ".approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
 def _reciprocal(x):
-    """1 / x to one unit in the last place, for normal x: one instruction, where a division takes nine."""
+    """1 / x to one unit in the last place, for normal x, in one instruction; a division takes nine."""
     return 1.0 / x if INTERPRETED else _special_function(x, "rcp")
 
 
@@ -149,11 +150,11 @@ def _exp2(x):
 
 @triton.jit
 def _focal_of_magnitude(a, gamma, SQUARE: tl.constexpr):
-    """For a >= 0: sigmoid(a), sigmoid(-a), and the focal terms of a logit a, without alpha and over log(2): of
-    foreground, sigmoid(-a)^gamma softplus(-a) / log(2), and of background, sigmoid(a)^gamma softplus(a) / log(2).
+    """For a logit a >= 0: sigmoid(a), sigmoid(-a), and the focal terms without alpha, divided by log(2): for foreground
+    sigmoid(-a)^gamma softplus(-a) / log(2), for background sigmoid(a)^gamma softplus(a) / log(2).
 
-    For gamma = 2 these are three special functions and 8 other instructions; with the polynomial of
-    ``_sigmoid_of_magnitude`` they would be two and 17. The logarithm's error of 2^-22 would dominate a small softplus;
+    For gamma = 2 this takes three special functions and 8 other instructions; with the polynomial of
+    ``_sigmoid_of_magnitude`` it would take two and 17. The logarithm's error of 2^-22 would dominate a small softplus;
     here sigmoid(-a)^gamma scales it down.
     """
     a = a * 1.44269502
@@ -172,14 +173,14 @@ def _sigmoid_of_magnitude(a, RELATIVE: tl.constexpr):
     """sigmoid(a), sigmoid(-a) and softplus(-a) for a >= 0; softplus(a) is a + softplus(-a).
 
     The special-function unit computes one exponential e = exp(-a) and one reciprocal: softplus(-a) = log(1 + e) is e
-    times a degree-8 minimax polynomial (relative error 3e-8 before rounding, 1.5e-7 after). The unit's own logarithm
-    has an absolute error, which is too large where the result is small.
+    times a degree-8 minimax polynomial (relative error 3e-8 before rounding, 1.5e-7 after). The unit's logarithm has an
+    absolute error, which is too large where the result is small.
 
-    Rounding a / log(2) is an error of up to a * 2^-24 relative to e, harmless in sums with terms near one. RELATIVE
-    corrects it by four instructions, for sums whose terms may all be small.
+    Rounding a / log(2) causes an error of up to a * 2^-24 relative to e, which is harmless in sums with terms near one.
+    RELATIVE corrects it in four instructions, for sums whose terms may all be small.
     """
     if RELATIVE:
-        a = tl.minimum(a, 200.0, propagate_nan=tl.PropagateNan.ALL)  # e is 0 there, and infinity has no rest
+        a = tl.minimum(a, 200.0, propagate_nan=tl.PropagateNan.ALL)  # e is 0 from 200 on; for infinity, rest is NaN
     exponent = a * -1.44269502
     e = tl.exp2(exponent)
     if RELATIVE:
@@ -199,13 +200,13 @@ def _sigmoid_of_magnitude(a, RELATIVE: tl.constexpr):
 @triton.jit
 def _power(base, minus_log, gamma, SQUARE: tl.constexpr):
     """base^gamma, the weight of the focal loss, for base in (0, 1] given -log(base)."""
-    # Bounded, so that infinity to the power of 0 is 1.
+    # Bounded, because infinity * 0 would be NaN where gamma is 0.
     return base * base if SQUARE else tl.exp2(tl.minimum(minus_log, 1e30) * (gamma * -1.4426950408889634))
 
 
 @triton.jit
 def _counted(segment_ptrs, valid_ptrs, inside, void_value, HAS_SEGMENTS: tl.constexpr, HAS_VOID: tl.constexpr):
-    """Which of the pixels ``inside`` count; and their segments, where the targets are a segment map."""
+    """Which of the pixels ``inside`` count and, if the targets are a segment map, their segments."""
     counted = inside
     segment = inside
     if HAS_SEGMENTS:

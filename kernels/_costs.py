@@ -1,4 +1,4 @@
-"""What the matching costs at pixels and at points share: how the sums are split over programs, stored and added."""
+"""Code that the matching costs at pixels and at points share: sums are split over programs, stored and added up."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastmask.kernels._common import COMPILER_OPTIONS, kernel, power_of_two, with_contiguous_rows
 
-REDUCED_ROWS = 16  # of a program that adds up the splits
+REDUCED_ROWS = 16  # the rows of one program that adds up the splits
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,10 @@ class CostSums:
     Targets come in blocks of ``block_targets`` - 1; the last column of a block stands for all pixels that count.
 
     Args:
-        sums: ``(splits, 2, B, blocks, rows, block_targets)`` of probabilities and losses; rows are layers and queries.
-        areas: ``(splits, B, blocks, block_targets)`` of the targets.
-        per_split: pixels or points of a split.
+        sums: ``(splits, 2, B, blocks, rows, block_targets)``, sums of probabilities and of losses; a row is a layer and
+            query.
+        areas: ``(splits, B, blocks, block_targets)``, areas of the targets.
+        per_split: pixels or points per split.
         row_blocks: programs that share the rows of an image.
     """
 
@@ -49,12 +50,12 @@ class CostSums:
 
     @staticmethod
     def empty(cost: Tensor, size: int, rows: int, programs: int, least: int) -> CostSums:
-        """For a ``cost`` (L, B, N, M) over ``size`` pixels or points.
+        """Allocates the sums for a ``cost`` (L, B, N, M) over ``size`` pixels or points.
 
         Args:
-            rows: of a program.
-            programs: how many to have by splitting the pixels or points, if there are enough of these.
-            least: of a split, which holds a multiple of it.
+            rows: rows per program.
+            programs: the number of programs to reach by splitting the pixels or points, if there are enough of them.
+            least: the fewest pixels or points per split; a split holds a multiple of it.
         """
         layers, batch, queries, num_targets = cost.shape
         block_targets = power_of_two(num_targets + 1, 16, 64)
@@ -72,17 +73,17 @@ class CostSums:
 
 @triton.jit
 def _high_part(x):
-    """The 11 bits of a float32 that a tf32 holds."""
+    """The 11 significant bits of a float32 that tf32 keeps."""
     return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _pair_sums(values, t, WHOLE: tl.constexpr):
-    """``[R, C]`` times ``[C, M]``, float32, each as a high and a low part in tf32, without the product of low parts. A
-    WHOLE ``t`` of zeros and ones has no low part.
+    """``[R, C]`` times ``[C, M]`` in float32, each split into a high and a low part in tf32; the product of the low
+    parts is left out. A WHOLE ``t`` of zeros and ones has no low part.
 
-    The caller adds the result of each block to its sums: in the tensor core's own accumulator every step would
-    truncate, and over thousands of pixels that is a bias of 1e-5.
+    The caller adds the result of each block to its sums: the tensor core's accumulator would truncate at every step,
+    which over thousands of pixels adds up to a bias of 1e-5.
     """
     high = _high_part(values)
     if WHOLE:
@@ -113,10 +114,10 @@ def _mask_cost_reduce_kernel(
     BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """cost = -cost_class softmax(class_logits)[label] + cost_mask sums[1] / pixels + cost_dice dice, with
-    dice = 1 - (2 sum_c p T + 1) / (sum_c p + sum_c T + 1) (V-Net, arXiv:1606.04797), the splits in their order.
+    dice = 1 - (2 sum_c p T + 1) / (sum_c p + sum_c T + 1) (V-Net, arXiv:1606.04797). Splits are added in order.
 
-        class_logits  (L, B, N, K), rows contiguous, the last class being no-object
-        cost          (L, B, N, M); 0 where labels are -1, NaN where they are no class
+        class_logits  (L, B, N, K), rows contiguous, the last class is no-object
+        cost          (L, B, N, M); 0 where labels are -1, NaN where they are not a class
     """
     image = (tl.program_id(0) // row_blocks).to(tl.int64)
     rows = (tl.program_id(0) % row_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
@@ -124,8 +125,8 @@ def _mask_cost_reduce_kernel(
     layer = (rows // N).to(tl.int64)
     query = (rows % N).to(tl.int64)
     class_ptrs = (class_ptr + image * stride_b + layer * stride_l + query * stride_n)[:, None]  # [BLOCK_R, 1]
-    # Reduced after the loops, not within: that is less work, and Triton up to 3.8 fails on a reduction within of as
-    # many columns as another tensor of the same layout has.
+    # Reduced after the loops, not inside: that is less work, and Triton up to 3.8 fails on a reduction inside if
+    # another tensor of the same layout has as many columns.
     k = tl.arange(0, BLOCK_K)[None, :]
     largest = tl.full([BLOCK_R, BLOCK_K], float("-inf"), dtype=tl.float32)
     for block in range(0, K, BLOCK_K):

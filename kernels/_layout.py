@@ -1,4 +1,4 @@
-"""Where mask logits, and their gradient, lie in memory. PyTorch alone: the operators' fake kernels use it as well."""
+"""The memory layout of mask logits and their gradient. Imports only PyTorch, as the operators' fake kernels use it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from torch import Tensor
 
 
 def with_contiguous_planes(logits: Tensor) -> Tensor:
-    """Mask logits ``(L, B, N, h, w)`` whose planes are contiguous, wherever layers, images and queries lie."""
+    """Mask logits ``(L, B, N, h, w)``, copied unless their planes (h, w) are contiguous; other strides are kept."""
     h, w = logits.shape[-2:]
     planes = (w == 1 or logits.stride(-1) == 1) and (h == 1 or logits.stride(-2) == w)
     return logits if planes else logits.contiguous()
 
 
 def empty_gradient(mask_logits: Tensor) -> Tensor:
-    """Memory for the gradient of mask logits ``(L, B, N, h, w)``: contiguous planes, whose layers, images and queries
-    lie in the order of the logits', so that it goes on through the model without a copy. Logits may overlap in memory,
-    their gradient does not. As csrc/ops/matched_pairs.h has it."""
+    """Memory for the gradient of mask logits ``(L, B, N, h, w)``: contiguous planes, with layers, images and queries in
+    the same order as those of the logits, so that the model's backward needs no copy. Logits may overlap in memory;
+    their gradient does not. ``csrc/ops/matched_pairs.h`` uses the same layout."""
     mask_logits = with_contiguous_planes(mask_logits)
     h, w = mask_logits.shape[-2:]
     strides, step = [0, 0, 0, w, 1], h * w

@@ -1,4 +1,4 @@
-"""What the losses of matched pairs share: which query a target has, the sums of a pair, and the kernels' arguments."""
+"""Code that the losses of matched pairs share: the query of a target, the sums of a pair, and kernel arguments."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastmask.kernels._common import COMPILER_OPTIONS, kernel, plane_arguments, 
 
 @triton.jit
 def _matched_query(assignment_ptr, labels_ptr, pair, B, N, M):
-    """The image, the target and the query of a pair, and whether it has a query."""
+    """The image, target and query of a pair, and whether the target has a query."""
     target = (pair % M).to(tl.int32)
     image = pair // M % B
     query = tl.load(assignment_ptr + pair)
@@ -24,7 +24,7 @@ def _matched_query(assignment_ptr, labels_ptr, pair, B, N, M):
 
 @triton.jit
 def _targets_of_query(assignment_ptr, labels_ptr, first_pair, image, query, M, BLOCK_M: tl.constexpr):
-    """``[BLOCK_M]``, which targets of a layer and image have the query; and how many."""
+    """Which targets of a layer and image are matched to the query, ``[BLOCK_M]``; and how many."""
     m = tl.arange(0, BLOCK_M)
     queries = tl.load(assignment_ptr + first_pair + m, mask=m < M, other=-1)
     labels = tl.load(labels_ptr + image * M + m, mask=m < M, other=-1)
@@ -34,7 +34,7 @@ def _targets_of_query(assignment_ptr, labels_ptr, first_pair, image, query, M, B
 
 @triton.jit
 def _next_target(of_query, target, BLOCK_M: tl.constexpr):
-    """The first target of a query after ``target``."""
+    """The query's next target after ``target``."""
     m = tl.arange(0, BLOCK_M)
     return tl.min(tl.where(of_query & (m > target), m, BLOCK_M), 0)
 
@@ -53,7 +53,7 @@ def _mask_loss_reduce_kernel(
     assignment_ptr, labels_ptr, parts_ptr, mask_ptr, dice_ptr, sums_ptr, pairs, B, N, M, parts, BLOCK_P: tl.constexpr
 ):
     """mask = loss / pixels and dice = 1 - (2 sum p t + 1) / (sum p + sum t + 1) (V-Net, arXiv:1606.04797) of each pair,
-    the parts in their order; zero for targets without a query.
+    from parts added in order; zero for targets without a query.
 
         parts  (pairs, parts, 5);  mask, dice  (pairs);  sums  (pairs, 4): sum p t, sum p, sum t, counted pixels
     """
@@ -88,8 +88,8 @@ def pair_arguments(
     valid: Tensor | None, void_value: int, ignore_void: bool, mask_term: str, alpha: float, gamma: float,
     grad: Tensor | None = None, sizes: tuple[int, ...] = (),
 ) -> dict[str, Any]:  # fmt: skip
-    """What the kernels of forward and backward take alike. ``mask_logits`` and ``grad`` have contiguous planes; for
-    ``sizes`` see ``plane_arguments``."""
+    """The arguments that the forward and backward kernels share. ``mask_logits`` and ``grad`` have contiguous planes;
+    for ``sizes`` see ``plane_arguments``."""
     _, batch, queries, h, w = mask_logits.shape
     return {
         **plane_arguments(mask_logits, grad, *sizes),
@@ -107,7 +107,7 @@ def pair_arguments(
 
 
 def add_parts(arguments: dict[str, Any], parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The results of forward from the parts of all pairs: both losses (L, B, M), and the sums (L, B, M, 4)."""
+    """Adds the parts of all pairs; returns both losses (L, B, M) and the sums (L, B, M, 4)."""
     pairs = parts.shape[0]
     mask = parts.new_empty(arguments["assignment_ptr"].shape)
     dice, sums = torch.empty_like(mask), mask.new_empty((*mask.shape, 4))

@@ -1,4 +1,4 @@
-"""What kernels at points share: bilinear samples, the targets around a point, a point's loss, random points."""
+"""Code that kernels at points share: bilinear samples, the targets around a point, a point's loss, random points."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import triton.language as tl
 
 from fastmask.kernels._common import _power, _sigmoid_of_magnitude
 
-# A point whose weight, 1 less its share of void pixels, is below this has none: what is left is rounding.
-LEAST_WEIGHT = tl.constexpr(1e-6)
+# A point's weight, 1 - its share of void pixels, counts as 0 below this, where it is a rounding error.
+MIN_WEIGHT = tl.constexpr(1e-6)
 
 
 @triton.jit
-def _axis_taps(position, size):
-    """The first, -1..size-1, of the two pixels that a position in 0..1 lies between, and the weight of the second. A
-    position off the map, or NaN, counts as one beyond its border."""
+def _point_taps(position, size):
+    """The first, in -1..size-1, of the two pixels around a position in 0..1, and the weight of the second. A position
+    off the map, or NaN, counts as one beyond its border."""
     at = tl.fma(position, tl.cast(size, tl.float32), -0.5)
     at = tl.where(at > -1.0, at, -1.0)
     at = tl.where(at < size, at, tl.cast(size, tl.float32))
@@ -24,10 +24,10 @@ def _axis_taps(position, size):
 
 @triton.jit
 def _four_pixels(x, y, h, w, inside):
-    """The four pixels around each point of an h x w map: the position of the upper left one, which of their columns and
-    rows lie on the map and have a weight (0 * inf is NaN), and the weights of the right and the lower ones."""
-    column, right = _axis_taps(x, w)
-    row, lower = _axis_taps(y, h)
+    """The four pixels around each point of an h x w map: the index of the upper left one; which of their columns and
+    rows lie on the map and have a nonzero weight (0 * inf is NaN); and the weights of the right and the lower ones."""
+    column, right = _point_taps(x, w)
+    row, lower = _point_taps(y, h)
     on_left, on_right = (column >= 0) & (right < 1.0), (column + 1 < w) & (right > 0.0)
     on_upper, on_lower = (row >= 0) & (lower < 1.0), (row + 1 < h) & (lower > 0.0)
     return row * w + column, on_left, on_right, inside & on_upper, inside & on_lower, right, lower
@@ -42,7 +42,7 @@ def _between(upper_left, upper_right, lower_left, lower_right, right, lower):
 
 @triton.jit
 def _load_points(points_ptr, i, inside):
-    """x and y of the points i, off the map where there is none."""
+    """x and y of the points i; lanes without a point get one off the map."""
     x = tl.load(points_ptr + i * 2, mask=inside, other=-1.0)
     y = tl.load(points_ptr + i * 2 + 1, mask=inside, other=-1.0)
     return x, y
@@ -50,7 +50,7 @@ def _load_points(points_ptr, i, inside):
 
 @triton.jit
 def _sample(plane_ptr, x, y, h, w, inside):
-    """Bilinear samples of a map of logits at points (x, y), 0 beyond it."""
+    """Bilinear samples of a map of logits at points (x, y); the map is 0 beyond its border."""
     at, on_left, on_right, on_upper, on_lower, right, lower = _four_pixels(x, y, h, w, inside)
     a = tl.load(plane_ptr + at, mask=on_upper & on_left, other=0.0).to(tl.float32)
     b = tl.load(plane_ptr + at + 1, mask=on_upper & on_right, other=0.0).to(tl.float32)
@@ -62,8 +62,8 @@ def _sample(plane_ptr, x, y, h, w, inside):
 @triton.jit
 def _pixel_share(target_ptrs, valid_ptrs, on, of_target, target, void_value, HAS_SEGMENTS: tl.constexpr,
                  HAS_VOID: tl.constexpr):  # fmt: skip
-    """1 or 0, float32: whether a pixel ``on`` the map belongs to the target, and whether it is void. What is not
-    ``of_target`` does not belong, and no mask is read there."""
+    """Whether a pixel that is ``on`` the map belongs to the target, and whether it is void: 1 or 0, float32. Pixels
+    that are not ``of_target`` do not belong to it, and their masks are not read."""
     value = tl.load(target_ptrs, mask=of_target, other=0).to(tl.int32)
     counts = on
     if HAS_VOID:
@@ -78,8 +78,8 @@ def _weigh(t, void_share, inside, HAS_VOID: tl.constexpr):
     v = tl.where(inside, 1.0, 0.0)
     if HAS_VOID:
         v -= tl.where(inside, void_share, 0.0)
-        t = tl.where(v >= LEAST_WEIGHT, t, 0.0)
-        v = tl.where(v >= LEAST_WEIGHT, v, 0.0)
+        t = tl.where(v >= MIN_WEIGHT, t, 0.0)
+        v = tl.where(v >= MIN_WEIGHT, v, 0.0)
     return t, v
 
 
@@ -104,7 +104,7 @@ def _target_at(x, y, inside, image, target, target_ptr, valid_ptr, void_value, M
 
 @triton.jit
 def _point_terms(x, alpha, gamma, FOCAL: tl.constexpr, SQUARE: tl.constexpr):
-    """p = sigmoid(x), 1 - p, F+ and F- of logits, and the sizes of the derivatives of both, -dF+/dx and dF-/dx."""
+    """p = sigmoid(x), 1 - p, F+ and F- of logits, and the magnitudes of their derivatives, -dF+/dx and dF-/dx."""
     magnitude = tl.abs(x)
     large, small, softplus = _sigmoid_of_magnitude(magnitude, RELATIVE=True)
     positive = x >= 0.0

@@ -1,8 +1,8 @@
-"""Mask logits on their way from the grid to the pixels of a result, as the inference kernels read them.
+"""Resampling of mask logits from the grid to the pixels of a result, for the inference kernels.
 
-Both bilinear steps become tables of taps: those of the rows, and those of the columns. The logits are staged once, a
+Both bilinear steps become tables of taps, one for the rows and one for the columns. The logits are staged (copied) one
 band of rows at a time, with the queries innermost: a thread then reads 16 bytes of queries for each tap of its pixel,
-where planes of queries would take a load for each query. Staging also brings logits within bounds.
+whereas planes of queries would take a load for each query. Staging also clamps the logits.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from torch import Tensor
 
 from fastmask.kernels._common import COMPILER_OPTIONS, INTERPRETED, _exp2, _reciprocal, kernel, unit
 
-# Queries that a program takes at a time; staged queries are padded to a multiple of it.
+# Queries that a program processes at a time; staged queries are padded to a multiple of it.
 BLOCK_N = tl.constexpr(16)
 
-# Above 2^-126: of a constant below that, Triton would make a float64 and compute with it.
-LEAST_NORMAL = tl.constexpr(1.2e-38)
+# Above 2^-126: Triton would turn a constant below that into a float64 and compute in float64.
+MIN_NORMAL = tl.constexpr(1.2e-38)
 
-# A band's staged logits: most of them are still in the L2 cache (50 MB on Hopper) when they are read.
+# The bytes of a band's staged logits, most of which are still in the L2 cache (50 MB on Hopper) when they are read.
 STAGE_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of both bilinear steps: grid -> padded, cropped to valid, -> size."""
+    """One axis of both bilinear steps: from grid to padded, which is cropped to valid, and from valid to size."""
 
     grid: int
     padded: int
@@ -40,7 +40,7 @@ class Axis:
 
     @property
     def taps(self) -> int:
-        """How many inputs an output reads at most. Upsampled neighbors have three between them."""
+        """How many inputs an output reads at most. Two neighbors in an upsampled map read three inputs together."""
         steps = (self.grid != self.padded) + (self.valid != self.size)
         return (1, 2, 3 if self.padded >= self.grid else 4)[steps]
 
@@ -52,7 +52,7 @@ class Axis:
         return Axis(self.valid, self.valid, self.valid, self.size)
 
     def reads(self, begin: int, end: int) -> tuple[int, int]:
-        """(first, end) of the inputs that the outputs [begin, end) read, or one more at either side."""
+        """The range [first, end) of the inputs that the outputs [begin, end) read, or one more on either side."""
         first, last = begin, end - 1
         for inputs, outputs in ((self.valid, self.size), (self.grid, self.padded)):
             if inputs != outputs:
@@ -65,7 +65,7 @@ class Axis:
 class Resampling(NamedTuple):
     """The last arguments of the inference operators.
 
-    The mask logits hold the rows of the grid from ``in_top`` on; the result holds ``out_rows`` rows of ``size`` from
+    The mask logits hold the grid's rows from ``in_top`` on; the result holds ``out_rows`` of the rows of ``size``, from
     ``out_top`` on.
     """
 
@@ -78,7 +78,7 @@ class Resampling(NamedTuple):
     out_rows: int
 
     def axes(self) -> tuple[Axis, Axis]:
-        """Rows and columns."""
+        """The axes of rows and of columns."""
         padded = self.padded_size or self.grid
         rows, columns = zip(self.grid, padded, self.valid_size or padded, self.size, strict=True)
         return Axis(*rows), Axis(*columns)
@@ -86,7 +86,7 @@ class Resampling(NamedTuple):
 
 @triton.jit
 def _bilinear_taps(i, inputs, outputs):
-    """PyTorch's bilinear rule with align_corners=False, in float64: both inputs of output i, the second's weight."""
+    """PyTorch's bilinear rule with align_corners=False, in float64: both inputs of output i and the second's weight."""
     scale = tl.cast(inputs, tl.float64) / tl.cast(outputs, tl.float64)
     source = tl.maximum((i.to(tl.float64) + 0.5) * scale - 0.5, 0.0)
     first = tl.minimum(source.to(tl.int32), inputs - 1)
@@ -101,31 +101,33 @@ def _taps_kernel(
     grid_x, padded_x, valid_x, size_x, count_x,
     TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Taps of the rows [begin_y, begin_y + count_y), counted from base_y, and of the columns [0, count_x).
+    """Taps of the rows [begin_y, begin_y + count_y), with indices relative to base_y, and of the columns [0, count_x).
 
     row_index, row_weight        (TAPS_Y, count_y), indices in [0, limit_y)
     column_index, column_weight  (TAPS_X, count_x)
 
-    Tables have room for a multiple of 8 taps; those beyond the count have weight 0.
+    Rows of the tables are padded to a multiple of 8 entries; those beyond the count have weight 0.
     """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     if tl.program_id(1) == 0:
-        _axis_taps(row_index_ptr, row_weight_ptr, i, grid_y, padded_y, valid_y, size_y, begin_y, count_y, base_y,
-                   limit_y, TAPS_Y)  # fmt: skip
+        _store_axis_taps(row_index_ptr, row_weight_ptr, i, grid_y, padded_y, valid_y, size_y, begin_y, count_y, base_y,
+                         limit_y, TAPS_Y)  # fmt: skip
     else:
-        _axis_taps(column_index_ptr, column_weight_ptr, i, grid_x, padded_x, valid_x, size_x, 0, count_x, 0, grid_x,
-                   TAPS_X)  # fmt: skip
+        _store_axis_taps(column_index_ptr, column_weight_ptr, i, grid_x, padded_x, valid_x, size_x, 0, count_x, 0,
+                         grid_x, TAPS_X)  # fmt: skip
 
 
 @triton.jit
 def _table_pitch(count):
-    """Taps of a row of a table: rows are as many as are read at a time, and aligned."""
+    """The entries of one row of a table, a multiple of 8, so that rows are aligned and can be read in whole vectors."""
     return tl.cdiv(count, 8) * 8
 
 
 @triton.jit
-def _axis_taps(index_ptr, weight_ptr, i, grid, padded, valid, size, begin, count, base, limit, TAPS: tl.constexpr):
-    """Multiplies the weights of both steps, and rounds once. Three taps are neighbors, whose shares are added up."""
+def _store_axis_taps(
+    index_ptr, weight_ptr, i, grid, padded, valid, size, begin, count, base, limit, TAPS: tl.constexpr
+):
+    """Multiplies the weights of both steps and rounds once. Three taps are neighbors, whose weights are added up."""
     first, second, outer = _bilinear_taps(begin + i, valid, size)
     inner_first, inner_second, inner = _bilinear_taps(first, grid, padded)
     last_first, last_second, last = _bilinear_taps(second, grid, padded)
@@ -149,7 +151,7 @@ def _axis_taps(index_ptr, weight_ptr, i, grid, padded, valid, size, begin, count
 
 @dataclass(frozen=True)
 class Taps:
-    """Tables on the device; see ``_taps_kernel``."""
+    """Tables of taps on the device; see ``_taps_kernel``."""
 
     row_index: Tensor
     row_weight: Tensor
@@ -176,8 +178,8 @@ NO_TAPS = {
 def make_taps(
     rows: Axis, columns: Axis, begin: int, count: int, base: int, limit: int, width: int, device: torch.device
 ) -> Taps:
-    """Taps of the rows [begin, begin + count), whose inputs count from ``base`` below ``limit``, and of the columns
-    [0, width)."""
+    """Taps of the rows [begin, begin + count), with indices relative to ``base`` and below ``limit``, and of the
+    columns [0, width)."""
     pitches = triton.cdiv(count, 8) * 8, triton.cdiv(width, 8) * 8
     row_index = torch.empty((rows.taps, pitches[0]), dtype=torch.int32, device=device)
     column_index = torch.empty((columns.taps, pitches[1]), dtype=torch.int32, device=device)
@@ -204,14 +206,14 @@ def make_taps(
         count_x=width,
         BLOCK=128,
         num_warps=4,
-        enable_fp_fusion=False,  # the coordinates that other backends compute
+        enable_fp_fusion=False,  # for the same coordinates as in other backends
     )
     return taps
 
 
 @triton.jit
 def _within_bounds(x, KEEP_NAN: tl.constexpr):
-    """Logits as float32 within +-1e30, NaN as it is or as the lower bound."""
+    """Clamps logits to +-1e30, as float32; NaN becomes the lower bound unless KEEP_NAN."""
     x = x.to(tl.float32)
     if KEEP_NAN:
         x = tl.clamp(x, -1e30, 1e30, propagate_nan=tl.PropagateNan.ALL)
@@ -222,7 +224,7 @@ def _within_bounds(x, KEEP_NAN: tl.constexpr):
 
 @triton.jit
 def _widen(x):
-    """float32 of staged values. Two bfloat16 take two instructions, where the compiler's own conversion takes three."""
+    """Staged values as float32. Two bfloat16 take two instructions; the compiler's conversion takes three."""
     if INTERPRETED or x.dtype == tl.float32:
         result = x.to(tl.float32)
     else:
@@ -237,9 +239,9 @@ def _tile_taps(
     row_index_ptr, row_weight_ptr, column_index_ptr, column_weight_ptr, columns, top, count, H, W, tiles_x,
     TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr,
 ):  # fmt: skip
-    """Of the pixels of a program's tile, in a band of ``count`` rows from ``top`` on: whether they exist, their place
+    """For the pixels of a program's tile, in a band of ``count`` rows from ``top`` on: whether they exist, their index
     in the result's planes of H x W, which cells of the stage they read, and with which weights. Pixels that do not
-    exist read the same cells as the nearest that does."""
+    exist read the same cells as the nearest pixel that does."""
     pixel = tl.arange(0, TILE_Y * TILE_X)  # [PIXELS]
     y = tl.program_id(0) // tiles_x * TILE_Y + pixel // TILE_X
     x = tl.program_id(0) % tiles_x * TILE_X + pixel % TILE_X
@@ -260,7 +262,7 @@ def _tile_taps(
 
 @triton.jit
 def _interpolate(z, stage_ptr, n, offsets, weights, TAPS: tl.constexpr):
-    """z plus the staged values of queries n at each pixel's taps, weighted: [pixels, queries]."""
+    """z ``[pixels, queries]`` plus the weighted staged values of queries n at each pixel's taps."""
     for tap in tl.static_range(TAPS):
         value = tl.load(stage_ptr + (offsets[tap][:, None] + n[None, :]))
         z = tl.fma(_widen(value), weights[tap][:, None], z)
@@ -269,7 +271,7 @@ def _interpolate(z, stage_ptr, n, offsets, weights, TAPS: tl.constexpr):
 
 @kernel
 def _nan_count_kernel(logits_ptr, stride_b, stride_n, count_ptr, N, pixels, UNIT: tl.constexpr, BLOCK: tl.constexpr):
-    """count (B, N) is increased by how many of a query's logits are NaN; strides and pixels are in units."""
+    """Adds to count (B, N) how many of each query's logits are NaN; strides and pixels are in units."""
     plane = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     plane_ptr = logits_ptr + (plane // N * stride_b + plane % N * stride_n) * UNIT
@@ -280,7 +282,7 @@ def _nan_count_kernel(logits_ptr, stride_b, stride_n, count_ptr, N, pixels, UNIT
 
 
 def count_nans(mask_logits: Tensor) -> Tensor:
-    """``(B, N)`` int32: how many logits of each query are NaN, of ``(B, N, rows, w)`` with contiguous planes."""
+    """How many logits of each query are NaN, ``(B, N)`` int32, for ``(B, N, rows, w)`` with contiguous planes."""
     batch, queries, rows, w = mask_logits.shape
     count = torch.zeros((batch, queries), dtype=torch.int32, device=mask_logits.device)
     if mask_logits.numel():
@@ -313,13 +315,13 @@ def _stage_kernel(
     TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, PROBABILITIES: tl.constexpr, PEAKS: tl.constexpr,
     KEEP_NAN: tl.constexpr, UNIT: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Stages the queries innermost, in the given order: logits within bounds; or with PROBABILITIES the sigmoids of
-    logits after the first of both bilinear steps, by the given taps.
+    """Copies the logits to the stage, clamped, with the queries innermost in the given order. With PROBABILITIES it
+    stages the sigmoids of logits after the first bilinear step, which the given taps describe.
 
         logits  (B, N, h, w), planes contiguous, strides and columns in units; without taps the rows from ``first`` on
         order   (B, N), the query at each place; weight (B, padded_n), its factor, padded_n = blocks * BLOCK_N
-        stage   (B, rows * columns, padded_n); places beyond N hold some query's
-        peak    (B, rows * columns), an upper bound of log2(weight * sigmoid(x)) over the queries x
+        stage   (B, rows * columns, padded_n); places beyond N hold arbitrary queries
+        peak    (B, rows * columns), an upper bound of log2(weight * sigmoid(x)) over the queries
     """
     image = tl.program_id(1).to(tl.int64)
     padded_n = blocks * BLOCK_N
@@ -347,14 +349,14 @@ def _stage_kernel(
                 weight = tl.load(row_weight_ptr + ty * _table_pitch(rows) + row, mask=inside, other=0.0)
                 x = tl.fma(line, weight[None, :], x)
             x = _reciprocal(1.0 + _exp2(x * -1.44269504))
-            level = tl.log2(tl.maximum(x, LEAST_NORMAL))
+            level = tl.log2(tl.maximum(x, MIN_NORMAL))
         else:
             at = tl.cast(first, tl.int64) * columns + c
             x = _within_bounds(tl.load(query_ptrs + at[None, :], mask=inside[None, :], other=0.0), KEEP_NAN)
             level = tl.minimum(x * 1.44269504, 0.0)  # sigmoid(x) <= exp(min(x, 0))
         if PEAKS:
             weight = tl.load(weight_ptr + image * padded_n + n)  # 0 where there is no query
-            peak = tl.maximum(peak, level + tl.log2(tl.maximum(weight, LEAST_NORMAL))[:, None])
+            peak = tl.maximum(peak, level + tl.log2(tl.maximum(weight, MIN_NORMAL))[:, None])
         stage_ptrs = stage_ptr + image * cells * padded_n + c[:, None] * padded_n + n[None, :]
         tl.store(stage_ptrs, tl.trans(x).to(stage_ptr.dtype.element_ty), mask=inside[:, None])
     if PEAKS:
@@ -363,14 +365,14 @@ def _stage_kernel(
 
 @dataclass(frozen=True)
 class StagedBand:
-    """Staged logits or probabilities, and the rows of the result that are made from them.
+    """Staged logits or probabilities, and the rows of the result that are computed from them.
 
     Args:
-        stage: ``(B, cells, padded_n)`` at its beginning, the cells in rows of ``columns``.
-        peaks: ``(B, cells)`` float32 upper bounds at its beginning; see ``_stage_kernel``.
-        taps: of the result's rows and columns, into the stage.
-        columns: of the stage; cells: all of it; padded_n: places of queries in each cell.
-        top, count: the first row of the result in this band, counted from ``out_top``, and how many there are.
+        stage: memory that begins with the stage ``(B, cells, padded_n)``; its cells form rows of ``columns``.
+        peaks: memory that begins with ``(B, cells)`` float32 upper bounds; see ``_stage_kernel``.
+        taps: the taps in the stage for the result's rows and columns.
+        cells, columns, padded_n: the size of the stage: all cells, cells per row, and places of queries per cell.
+        top, count: the first row of the result in this band, relative to ``out_top``, and the number of rows.
     """
 
     stage: Tensor
@@ -383,7 +385,7 @@ class StagedBand:
     count: int
 
     def launch(self, result: Tensor, tile_rows: int, tile_columns: int) -> tuple[tuple[int, int], dict[str, Any]]:
-        """The grid of programs, one a tile of the ``result (B, ..., H, W)``, and what kernels take alike."""
+        """The grid of programs, one for each tile of the ``result (B, ..., H, W)``, and arguments for its kernel."""
         height, width = result.shape[-2:]
         tiles_x = triton.cdiv(width, tile_columns)
         return (triton.cdiv(self.count, tile_rows) * tiles_x, result.shape[0]), {
@@ -417,17 +419,17 @@ def staged_bands(
     resampling: Resampling,
     tile_rows: int,
 ) -> Iterator[StagedBand]:
-    """The result in bands of whole rows of tiles, as many as keep the stage within ``STAGE_BYTES``, or one.
+    """Yields the result in bands of whole rows of tiles, enough of them to keep each stage within ``STAGE_BYTES``.
 
-    All bands share their memory: launch what reads a band, on the same stream, before taking the next.
+    All bands share their memory: launch the kernels that read a band, on the same stream, before taking the next band.
 
     Args:
         mask_logits: ``(B, N, rows, w)``, planes contiguous.
         order: ``(B, N)`` int64, the query at each place of the stage.
-        weight: ``(B, padded_n)`` float32 for peaks; None: no peaks.
-        probabilities: stage the sigmoid of the valid grid, and leave the second step to the taps.
+        weight: ``(B, padded_n)`` float32, the queries' weights in the peaks; None computes no peaks.
+        probabilities: stage the sigmoid of the valid grid, so that the taps cover the second step only.
         keep_nan: stage NaN as NaN, rather than as a logit that never wins.
-        tile_rows: of the result; bands hold multiples of it.
+        tile_rows: the rows of a tile of the result; bands hold a multiple of them.
     """
     batch, queries, in_rows, in_width = mask_logits.shape
     device = mask_logits.device
@@ -447,7 +449,7 @@ def staged_bands(
     reads = [(max(first, bounds[0]), min(end, bounds[1])) for first, end in reads]
     most = max(end - first for first, end in reads)
     stage = torch.empty(batch * most * width * padded_n, dtype=dtype, device=device)
-    # Taps are read one at a time, and the grid that they make may have any width.
+    # Taps are read one at a time, so with probabilities the width of the stage need not be a multiple of the unit.
     strides = strides_in_units(mask_logits, 1 if probabilities else width)
     peaks = None if weight is None else torch.empty(batch * most * width, dtype=torch.float32, device=device)
     for (top, below), (first, end) in zip(pairwise(cuts), reads, strict=True):

@@ -1,9 +1,9 @@
-"""Which keys each query of a masked attention attends to, a bit each: the mask logits are resampled once for all heads.
+"""The keys that each query of masked attention attends to, one bit per key, computed once for all heads.
 
 At B=16, N=100, 128 x 128 bf16 logits and a 64 x 64 grid the logits are 52 MB, 12 us at 4.2 TB/s, and the bits 0.8 MB;
-52 instructions a key and query, in the machine code for sm_90, are 11 us of issue slots on 132 SMs. Grids of 32 x 32
-and 16 x 16 read a half and a quarter of the rows of logits. Backward computes the bits again, as forward returns no
-tensor that could hold them.
+52 instructions per key and query, in the machine code for sm_90, are 11 us of issue slots on 132 SMs. Grids of 32 x 32
+and 16 x 16 read a half and a quarter of the rows of logits. Backward computes the bits again, because forward returns
+no tensor that could hold them.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from torch import Tensor
 
 from fastmask.kernels._common import COMPILER_OPTIONS, kernel, power_of_two, with_contiguous_rows
 
-QUERIES = tl.constexpr(4)  # of a program: a byte each of the words in which it gathers bits
-STEP_KEYS = 512  # most keys that a program resamples at a time
+QUERIES = tl.constexpr(4)  # queries per program; each owns one byte of the 32-bit words in which it gathers bits
+STEP_KEYS = 512  # the most keys that a program resamples at a time
 
 
 @triton.jit
-def _taps(i, inputs, outputs, half_step):
-    """PyTorch's bilinear rule with align_corners=False: where output i lies between, and the weight of the second.
+def _key_taps(i, inputs, outputs, half_step):
+    """PyTorch's bilinear rule with align_corners=False: the two inputs of output i, and the weight of the second.
 
-    The position is an integer in units of half_step = 1 / (2 outputs), so that weights which should be 0 are. A logit
-    without weight is not read, as 0 * inf is NaN: where one logit is the whole result, it is both taps, with half the
+    The position is an integer in units of half_step = 1 / (2 outputs), so that zero weights are exactly 0. A logit of
+    weight 0 is not read, as 0 * inf is NaN: if one logit is the whole result, it serves as both taps, with half the
     weight each.
     """
     position = tl.maximum((2 * i + 1) * inputs - outputs, 0)
-    # A quarter of a unit more exceeds the rounding error where inputs * outputs is less than 2^20.
+    # The added quarter of a unit exceeds the rounding error if inputs * outputs is less than 2^20.
     first = tl.fma(position.to(tl.float32), half_step, 0.25 * half_step).to(tl.int32)
     rest = position - first * (2 * outputs)
     whole = (rest == 0) | (first == inputs - 1)
@@ -44,7 +44,7 @@ def _or(a, b):
 
 @triton.jit
 def _readable(padding_ptr, s, S, HAS_PADDING: tl.constexpr):
-    """Which keys s are there, and not padding."""
+    """Which keys s exist and are not padding."""
     readable = s < S
     if HAS_PADDING:
         readable = readable & (tl.load(padding_ptr + s, mask=readable, other=1) == 0)
@@ -76,7 +76,7 @@ def _attended_keys_kernel(
 
         logits    (B, N, h, w), rows contiguous
         padding   (B, S) uint8
-        bits      (B, words, N) int64, words for whole blocks
+        bits      (B, words, N) int64; the words cover whole blocks
         occupied  (B, groups, blocks) uint8, blocks of BLOCK_S keys
     """
     half_step_y = tl.cast(half_step_y, tl.float32)
@@ -89,7 +89,7 @@ def _attended_keys_kernel(
     if HAS_PADDING:
         padding_ptrs = padding_ptr + image * S
     bit = tl.arange(0, 8)[None, :]
-    queries = 0x01010101 >> (8 * tl.maximum(query + QUERIES - N, 0))  # bit 8 i: whether query i is there
+    queries = 0x01010101 >> (8 * tl.maximum(query + QUERIES - N, 0))  # bit 8 i: whether query i exists
     foreground = tl.zeros([BLOCK_C // 8], dtype=tl.int32)
     for begin in range(0, S, BLOCK_C):
         s = begin + tl.arange(0, BLOCK_C // 8)[:, None] * 8 + bit  # [BLOCK_C / 8, 8]
@@ -97,8 +97,8 @@ def _attended_keys_kernel(
         packed = tl.zeros([BLOCK_C // 8, 8], dtype=tl.int32)
         if HAS_LOGITS:
             y = s // grid_width
-            y_first, y_second, y_weight = _taps(y, h, grid_height, half_step_y)
-            x_first, x_second, x_weight = _taps(s - y * grid_width, w, grid_width, half_step_x)
+            y_first, y_second, y_weight = _key_taps(y, h, grid_height, half_step_y)
+            x_first, x_second, x_weight = _key_taps(s - y * grid_width, w, grid_width, half_step_x)
             top_left = y_first * stride_y + x_first
             top_right = y_first * stride_y + x_second
             bottom_left = y_second * stride_y + x_first
@@ -114,7 +114,7 @@ def _attended_keys_kernel(
                 packed |= tl.where(present & (value >= 0.0), 1, 0) << (bit + 8 * i)
         else:
             packed = tl.where(present, 1, 0) << bit
-        packed = tl.reduce(packed, 1, _or) & (queries * 255)  # [BLOCK_C / 8], a byte of each query
+        packed = tl.reduce(packed, 1, _or) & (queries * 255)  # [BLOCK_C / 8], one byte per query
         foreground |= packed
         _store_queries(packed, begin, queries, byte_ptr, occupied_ptr, N, words, blocks, BLOCK_S)
 
@@ -125,7 +125,7 @@ def _attended_keys_kernel(
         some |= (some >> 1) & 0x7F7F7F7F
         without = queries & ~some & 0x01010101
         if without != 0:
-            tl.debug_barrier()  # what was stored above is overwritten
+            tl.debug_barrier()  # the stores above must finish before they are overwritten
             for begin in range(0, S, BLOCK_C):
                 s = begin + tl.arange(0, BLOCK_C // 8)[:, None] * 8 + bit
                 present = _readable(padding_ptrs, s, S, HAS_PADDING)
@@ -137,8 +137,8 @@ def _attended_keys_kernel(
 def _occupied_blocks(
     occupied_ptr, stride_occupied_n, first_query, N, first, end, HAS_BITS: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """The blocks that any of BLOCK_N queries attends to, among the 32 from ``first`` on that lie before ``end``: a bit
-    each, and their number."""
+    """The blocks that any of BLOCK_N queries attends to, among up to 32 blocks from ``first`` to ``end``: one bit per
+    block, and their number."""
     i = tl.arange(0, 32)
     if HAS_BITS:
         GROUPS: tl.constexpr = BLOCK_N // QUERIES
@@ -156,7 +156,7 @@ def _occupied_blocks(
 
 @triton.jit
 def _lowest_block(remaining):
-    """The lowest bit set, and its index, which is the exponent of that power of two as a float32."""
+    """The lowest set bit, and its index, which is the exponent of this power of two as a float32."""
     lowest = remaining & -remaining
     return lowest, ((lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 255) - 127
 
@@ -187,18 +187,18 @@ def _attends(
 def attended_keys(
     mask_logits: Tensor | None, key_padding_mask: Tensor | None, like: Tensor, grid: tuple[int, int], block: int
 ) -> dict[str, Any]:
-    """The arguments by which kernels read the attended keys; see ``_occupied_blocks`` and ``_attends``.
+    """The kernel arguments that hold the attended keys; see ``_occupied_blocks`` and ``_attends``.
 
-    bits ``(B, words, N)`` int64, bit i of word j being key 64 j + i; and occupied ``(B, ceil(N / 4), blocks)`` uint8,
-    whether any of four queries attends to any key of a block. Where all queries attend to the same keys, there is one
-    row of both, and no OWN_BITS; where they attend to all keys, there are no bits.
+    bits ``(B, words, N)`` int64: bit i of word j is key 64 j + i. occupied ``(B, ceil(N / 4), blocks)`` uint8: whether
+    any of four queries attends to any key of a block. If all queries attend to the same keys, both have one row, and
+    OWN_BITS is False; if all attend to all keys, there are no bits.
 
     Args:
         mask_logits: ``(B, N, h, w)``, any strides.
         key_padding_mask: ``(B, S)`` bool, True at padding.
-        like: ``(B, N, E)``, on the device of the result.
+        like: ``(B, N, E)``, whose device the results get.
         grid: (height, width) of the keys.
-        block: keys of a block, a power of two from 16 to 128.
+        block: keys per block, a power of two from 16 to 128.
     """
     if mask_logits is None and key_padding_mask is None:
         names = ("bits_ptr", "stride_bits_b", "stride_bits_w", "occupied_ptr", "stride_occupied_b", "stride_occupied_n")

@@ -1,7 +1,7 @@
-"""Instance inference: binary masks of chosen queries, sums for their scores, and boxes, in two launches for the batch.
+"""Instance inference: binary masks of chosen queries, sums for their scores, and boxes, in two launches per batch.
 
-A program makes some rows and columns of one mask straight from its plane of logits: at the usual stride of 4 it writes
-16 times as many pixels as it reads logits. A second kernel combines the programs' sums and bounds in their order.
+A program computes some rows and columns of one mask directly from its plane of logits: at the usual stride of 4 it
+writes 16 times as many pixels as it reads logits. A second kernel combines the programs' sums and bounds in order.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class InstanceConfig:
     """Tuning of the main kernel.
 
     Args:
-        groups: of eight pixels of a row that a program owns, and a thread one of them.
-        rows: of the result that it owns.
+        groups: groups of eight pixels in a row that a program owns; a thread owns one group.
+        rows: rows of the result that a program owns.
     """
 
     groups: int = 32
@@ -42,9 +42,9 @@ def _instance_fwd_kernel(
     N, R, w, H, groups_x, column_blocks, out_top, rows_per_program,
     TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, PACKED: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    """mask = x > 0 for some rows and columns of one query, x interpolated from its logits; NaN is not above 0.
+    """mask = x > 0 for some rows and columns of one query, with x interpolated from its logits; NaN is not above 0.
 
-    logits   (B, N, h, w), planes contiguous;  queries (B, R), -1 for none
+    logits   (B, N, h, w), planes contiguous;  queries (B, R), -1 for padding
     masks    (B, R, H, groups_x, 8) bytes, or bits (B, R, H, groups_x) with PACKED; zero beyond the result's width
     sums     (B * R, parts), the sum of sigmoid(x) over the mask
     bounds   (B * R, parts, 5) int32: pixels of the mask, then its left, top, right and bottom
@@ -104,7 +104,7 @@ def _instance_fwd_kernel(
 
 @kernel
 def _instance_reduce_kernel(sums_ptr, bounds_ptr, sum_ptr, area_ptr, box_ptr, parts, BLOCK_P: tl.constexpr):
-    """The parts of one mask together: foreground sum, area, and box; zeros for an empty mask."""
+    """Combines the parts of one mask: foreground sum, area, and box; zeros for an empty mask."""
     pair = tl.program_id(0).to(tl.int64)
     total = tl.zeros([BLOCK_P], dtype=tl.float64)
     area = tl.zeros([BLOCK_P], dtype=tl.int32)
@@ -146,7 +146,7 @@ def instance_masks(
     mask_logits = with_contiguous_planes(mask_logits)
     count = mask_logits.shape[1]
     groups_x = triton.cdiv(width, 8)
-    # Rows of bytes are padded to whole groups, so that each is stored at once.
+    # Rows of bytes are padded to whole groups, so that each group is stored at once.
     shape = (*queries.shape, height, groups_x if packed else 8 * groups_x)
     rows_of_masks = torch.empty(shape, dtype=torch.uint8 if packed else torch.bool, device=device)
     masks = rows_of_masks if packed else rows_of_masks[..., :width]

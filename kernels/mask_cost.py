@@ -1,15 +1,15 @@
 """The matching cost of every query against every target: three launches for all layers and images.
 
-The first samples the targets at the grid of the logits, a bit each, once for all layers; the second reads the logits;
-the third adds the splits of the pixels in their order. Where the time of the second goes, at B=16, L=6, N=100, M=20 and
+The first samples the targets at the grid of the logits, one bit each, once for all layers; the second reads the logits;
+the third adds the splits of the pixels in order. The second takes most of the time. At B=16, L=6, N=100, M=20 and
 128 x 128 bf16 logits (157 M logits: 315 MB, 75 us at 4.2 TB/s; 168 M with the padding of L * N = 600 rows to 640):
 
-- special functions: three a logit, exponential, reciprocal and logarithm, 113 us on 132 SMs at 16 lanes a clock. A
-  polynomial in the logarithm's place would take 38 us from them and add 40 us of instructions;
-- instructions: 38 a logit in the machine code for sm_90, 190 us at 128 lanes a clock: issue slots are what binds;
+- special functions: three per logit (exponential, reciprocal, logarithm), 113 us on 132 SMs at 16 lanes per clock. A
+  polynomial instead of the logarithm would save 38 us of them and add 40 us of instructions;
+- instructions: 38 per logit in the machine code for sm_90, 190 us at 128 lanes per clock: issue slots are scarcest;
 - tensor cores: three products with 0/1 targets padded to 32, each of two tf32 parts, 64 GFLOP, 130 us at the peak of
-  tf32, beside the other instructions. The parts high + low hold 22 bits of a float32, and the targets are exact. fp16
-  parts would halve that, but reach only to 65504 and cost one more instruction a value, where instructions bind.
+  tf32, in parallel with the other instructions. The parts high + low hold 22 bits of a float32, and the targets are
+  exact. fp16 parts would halve that, but end at 65504 and cost one more of the scarce instructions per value.
 """
 
 from __future__ import annotations
@@ -41,24 +41,24 @@ class MaskCostConfig:
     """Tuning of the kernels.
 
     Args:
-        rows: of logits (layers and queries of one image) that a program reads.
-        pixels: read at a time.
-        programs: how many to have by splitting the pixels, if there are enough of them.
-        least_pixels: of a split; a multiple of the other numbers of pixels.
-        target_pixels: read at a time by a program of the targets' kernel.
+        rows: rows of logits (layers and queries of one image) that a program reads.
+        pixels: pixels that it reads at a time.
+        programs: the number of programs to reach by splitting the pixels, if there are enough pixels.
+        min_pixels: the fewest pixels per split; a multiple of ``pixels`` and ``target_pixels``.
+        target_pixels: pixels that a program of the targets' kernel reads at a time.
     """
 
     rows: int = 64
     pixels: int = 32
     programs: int = 2048
-    least_pixels: int = 256
+    min_pixels: int = 256
     target_pixels: int = 128
     num_warps: int = 4
     num_stages: int = 3
 
 
 _ONE_STAGE = MaskCostConfig(num_stages=1)
-# With more stages, Triton 3.6's kernel for sm_100 hangs in an emulator (no GPU has run it); three spill on sm_120.
+# With more stages, Triton 3.6's kernel for sm_100 hangs in an emulator (no GPU has run it); on sm_120, three spill.
 CONFIGS = {10: _ONE_STAGE, 12: _ONE_STAGE, None: MaskCostConfig()}
 
 
@@ -68,7 +68,7 @@ def _mask_cost_targets_kernel(
     B, M, h, w, H, W, scale_y, scale_x, pixels_per_split,
     HAS_SEGMENTS: tl.constexpr, HAS_VOID: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Targets at the h x w grid of the logits, one bit each, as ``_mask_cost_fwd_kernel`` reads them for every row.
+    """Targets at the h x w grid of the logits, one bit each; ``_mask_cost_fwd_kernel`` reads them for every row.
 
     words  (B, blocks of BLOCK_M - 1 targets, h * w); the last bit marks pixels that count
     areas  (splits, B, blocks, BLOCK_M), how many pixels have each bit
@@ -123,7 +123,7 @@ def _mask_cost_fwd_kernel(
 
     with F+ = alpha (1-p)^gamma softplus(-x) and F- = (1-alpha) p^gamma softplus(x) (RetinaNet, arXiv:1708.02002,
     equation 5), or for "bce" the softplus alone. In the last column T is one at every counted pixel, for sum_c p[c].
-    With separate products of T and of 1 - T nothing cancels.
+    Separate products of T and of 1 - T avoid cancellation.
 
         logits  (L, B, N, P), strides and P in units
         words   (B, blocks, P), see ``_mask_cost_targets_kernel``
@@ -148,7 +148,7 @@ def _mask_cost_fwd_kernel(
         x = x.to(tl.float32)
         word = tl.load(word_ptrs + c, mask=c < P, other=0)
         if HAS_VOID:
-            x = tl.where((word >> (BLOCK_M - 1) != 0)[None, :], x, 0.0)  # a logit that does not count may be NaN
+            x = tl.where((word >> (BLOCK_M - 1) != 0)[None, :], x, 0.0)  # a logit at a void pixel may be NaN
         t = tl.where(((word[:, None] >> bits[None, :]) & 1) != 0, 1.0, 0.0)  # [BLOCK_C, BLOCK_M]
         not_t = tl.where((word >> (BLOCK_M - 1) != 0)[:, None], 1.0 - t, 0.0)
 
@@ -186,9 +186,9 @@ def mask_cost(
     config = pick_config(CONFIGS, mask_logits.device)
     planes = plane_arguments(with_contiguous_planes(mask_logits))
     targets = target_arguments(masks, segments, valid, void_value, ignore_void)
-    sums = CostSums.empty(cost, h * w, config.rows, config.programs, config.least_pixels)
+    sums = CostSums.empty(cost, h * w, config.rows, config.programs, config.min_pixels)
     wide = sums.block_targets == 64
-    block_pixels = config.pixels // 2 if wide else config.pixels  # sums take twice the registers
+    block_pixels = config.pixels // 2 if wide else config.pixels  # the sums take twice the registers
     _, blocks, _ = sums.target_programs
     words = labels.new_empty((batch, blocks, h * w), dtype=torch.int64 if wide else torch.int32)
     _mask_cost_targets_kernel[sums.target_programs](

@@ -1,16 +1,16 @@
 """The mask and dice losses of the matched pairs, and their gradient.
 
-Forward is one launch over the pixels and one that adds up; backward is one launch that writes each logit's gradient
-once.
+Forward is one launch over the pixels and one that adds up their sums; backward is one launch that writes each logit's
+gradient once.
 
-The output pixels of a row lie in cells: cell c holds the outputs nearest to logit c, which are interpolated from the
-logits c - 1, c and c + 1. A thread that owns a cell needs those three logits alone, whatever the ratio of the sizes. In
-backward it sums three gradients, one for each of them: a gather without atomics that visits each output pixel once.
+The output pixels of a row are divided into cells: cell c holds the outputs nearest to logit c, which are interpolated
+from the logits c - 1, c and c + 1. A thread that owns a cell needs only those three logits, whatever the ratio of the
+sizes. In backward it sums three gradients, one for each: a gather without atomics that visits each output pixel once.
 
-Where the time goes, at B=16, L=6, M=20, 128 x 128 logits and 512 x 512 targets (503 M output pixels), on 132 SMs: two
-special-function instructions a pixel take 240 us each way; all 58 instructions, in the machine code for sm_90, are
-870 us of issue slots, and backward's 62 are 1.0 ms. The logits of all pairs are 63 MB, the segment maps 4 MB: memory
-does not bind.
+Time at B=16, L=6, M=20, 128 x 128 logits and 512 x 512 targets (503 M output pixels), on 132 SMs: two special-function
+instructions per pixel take 240 us each way; all 58 instructions of forward, in the machine code for sm_90, are 870 us
+of issue slots, and backward's 62 are 1.0 ms. The logits of all pairs are 63 MB, the segment maps 4 MB: memory is not
+the bottleneck.
 """
 
 from __future__ import annotations
@@ -49,19 +49,19 @@ class MaskLossConfig:
     """Tuning of forward and backward.
 
     Args:
-        cells: most cells of a row that a program owns.
-        cells_per_warp: of those, how many a warp owns.
-        outputs: most outputs of a cell that are unrolled.
-        programs: how many forward programs to have by splitting the rows, if there are enough rows.
-        least_rows: output rows of a forward program.
-        backward_rows: rows of logits of a backward program.
+        cells: the most cells of a row that a program owns.
+        cells_per_warp: the cells that one of its warps owns.
+        outputs: the most outputs of a cell for which the loop is unrolled.
+        programs: the number of forward programs to reach by splitting the rows, if there are enough rows.
+        min_rows: the fewest output rows per forward program.
+        backward_rows: rows of logits per backward program.
     """
 
     cells: int = 512
     cells_per_warp: int = 64
     outputs: int = 8
     programs: int = 8192
-    least_rows: int = 32
+    min_rows: int = 32
     backward_rows: int = 32
 
 
@@ -72,9 +72,9 @@ CONFIGS = {None: MaskLossConfig()}
 def _row_taps(y, h, H, half_step_y):
     """PyTorch's bilinear rule with align_corners=False: both rows of logits of output row y, and the second's weight.
 
-    The source position (y + 1/2) h / H - 1/2 is an integer in units of half_step_y = 1 / (2 H), and so exact; the
-    rounding error of a float32 would grow with the position, and large logits would amplify it. The position is clamped
-    at both ends instead of the rows, which gives the same sum.
+    The source position (y + 1/2) h / H - 1/2 is an exact integer in units of half_step_y = 1 / (2 H); the rounding
+    error of a float32 would grow with the position, and large logits would amplify it. Clamping the position at both
+    ends, instead of the rows, gives the same sum.
     """
     source = tl.minimum(tl.maximum((2 * y + 1) * h - H, 0), 2 * H * (h - 1))
     first = source // (2 * H)
@@ -83,14 +83,14 @@ def _row_taps(y, h, H, half_step_y):
 
 @triton.jit
 def _cell_start(cell, w, W):
-    """The first output of a cell: the least j with floor((2 j + 1) w / (2 W)) >= cell."""
+    """The first output of a cell: the smallest j with floor((2 j + 1) w / (2 W)) >= cell."""
     start = (2 * cell.to(tl.int64) * W + w - 1) // (2 * w)
     return tl.minimum(tl.maximum(start, 0), W).to(tl.int32)
 
 
 @triton.jit
 def _row_logits(row_ptr, cell, w):
-    """A row's logits before, of and after each cell; the edges repeat."""
+    """A row's logits before, at and after each cell; the edges repeat."""
     last = w - 1
     before = tl.load(row_ptr + tl.minimum(tl.maximum(cell - 1, 0), last)).to(tl.float32)
     middle = tl.load(row_ptr + tl.minimum(tl.maximum(cell, 0), last)).to(tl.float32)
@@ -100,8 +100,8 @@ def _row_logits(row_ptr, cell, w):
 
 @triton.jit
 def _between_rows(plane_ptr, first, second, weight, cell, w):
-    """The logits before, of and after each cell, between two rows of logits. A row without weight is not read, as
-    0 * inf is NaN: the other row then stands for both, with half the weight each."""
+    """The logits before, at and after each cell, interpolated between two rows. A row of weight 0 is not read, as
+    0 * inf is NaN: the other row then serves as both, with half the weight each."""
     second = tl.where(weight == 0.0, first, second)
     weight = tl.where(weight == 0.0, 0.5, weight)
     before_0, middle_0, after_0 = _row_logits(plane_ptr + first.to(tl.int64) * w, cell, w)
@@ -127,8 +127,8 @@ def _target_row(y, start, image, target, M, H, W, target_ptr, valid_ptr, HAS_SEG
 
 @triton.jit
 def _offset(start, k, cell, w, W, half_step_x):
-    """How far output start + k of each cell lies from the cell's own logit, exact as in ``_row_taps``. Its size is the
-    bilinear weight of the neighbor: the logit before if negative, else the one after."""
+    """The offset of output start + k of each cell from the cell's logit, exact as in ``_row_taps``. Its magnitude is
+    the bilinear weight of the neighboring logit: the one before if the offset is negative, else the one after."""
     output = start.to(tl.int64) + k
     offset = (2 * output + 1) * w - (2 * cell + 1).to(tl.int64) * W
     return offset.to(tl.float32) * half_step_x
@@ -144,10 +144,10 @@ def _upsampled(offset, before, middle, after):
 @triton.jit
 def _pixel_terms(x, k, inside, target_ptrs, valid_ptrs, target, void_value, alpha, gamma, FOCAL: tl.constexpr,
                  SQUARE: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_VOID: tl.constexpr):  # fmt: skip
-    """Of outputs k with upsampled logit x: whether they belong to the target, whether they count, p_t, 1 - p_t, the
+    """For outputs k with upsampled logit x: whether they belong to the target, whether they count, p_t, 1 - p_t, the
     cross-entropy -log p_t, and for the focal loss alpha_t (1 - p_t)^gamma.
 
-    With z = x in the target and -x elsewhere both kinds of pixel have the same formulas, p_t = sigmoid(z).
+    With z = x inside the target and -x outside, the same formulas hold for both kinds of pixel: p_t = sigmoid(z).
     """
     counted, segment = _counted(target_ptrs + k, valid_ptrs + k, inside, void_value, HAS_SEGMENTS, HAS_VOID)
     belongs = segment == target if HAS_SEGMENTS else tl.load(target_ptrs + k, mask=counted, other=0) != 0
@@ -206,7 +206,7 @@ def _mask_loss_fwd_kernel(
             target_ptrs, valid_ptrs = _target_row(
                 y, start, image, target, M, H, W, target_ptr, valid_ptr, HAS_SEGMENTS, HAS_VOID
             )
-            # A row's sums are added up first: fewer roundings at the size of the total.
+            # Each row is summed separately, so that fewer roundings have the magnitude of the total.
             row_loss, row_intersection, row_outside = zero, zero, zero
             for chunk in range(1 if ONE_CHUNK else chunks):
                 for i in tl.static_range(BLOCK_K):
@@ -240,12 +240,12 @@ def _mask_loss_fwd_kernel(
 def launch_arguments(
     config: MaskLossConfig, mask_logits: Tensor, *inputs: Any, grad: Tensor | None = None
 ) -> dict[str, Any]:
-    """What the kernels of forward and backward take alike; ``inputs`` as those of ``pair_arguments``."""
+    """The arguments that the forward and backward kernels share; ``inputs`` as in ``pair_arguments``."""
     h, w = mask_logits.shape[-2:]
     arguments = pair_arguments(mask_logits, *inputs, grad=grad, sizes=(w,))
     check_positions(arguments, 2 * arguments["H"] * h)
     cells = power_of_two(w, 32, config.cells)
-    outputs = triton.cdiv(arguments["W"], w)  # most outputs of a cell
+    outputs = triton.cdiv(arguments["W"], w)  # the most outputs per cell
     block_outputs = power_of_two(outputs, 1, config.outputs)
     return arguments | {
         "w": w // arguments["UNIT"],
@@ -267,7 +267,7 @@ def mask_loss(mask_logits: Tensor, assignment: Tensor, *inputs: Any) -> tuple[Te
     height = arguments["H"]
     pairs = assignment.numel()
     splits = config.programs // max(pairs * column_blocks, 1)
-    splits = max(1, min(splits, triton.cdiv(height, config.least_rows)))
+    splits = max(1, min(splits, triton.cdiv(height, config.min_rows)))
     rows_per_split = triton.cdiv(height, splits)
     splits = triton.cdiv(height, rows_per_split)
     parts = mask_logits.new_empty((pairs, splits * column_blocks, 5), dtype=torch.float32)
@@ -280,8 +280,8 @@ def mask_loss(mask_logits: Tensor, assignment: Tensor, *inputs: Any) -> tuple[Te
 
 @triton.jit
 def _pair_slopes(pair, sums_ptr, grad_mask_ptr, grad_dice_ptr):
-    """Of a pair, with U = sum p + sum t + 1 and I = 2 sum p t + 1: -grad_mask / pixels, and grad_dice times the slope
-    d dice / dp = (I - 2 t U) / U^2 outside and inside the target. In float64, once for thousands of pixels."""
+    """For a pair with U = sum p + sum t + 1 and I = 2 sum p t + 1: -grad_mask / pixels, and grad_dice times the slope
+    d dice / dp = (I - 2 t U) / U^2 outside and inside the target. Float64 is cheap, once for thousands of pixels."""
     intersection = tl.load(sums_ptr + pair * 4).to(tl.float64)
     prediction = tl.load(sums_ptr + pair * 4 + 1).to(tl.float64)
     target = tl.load(sums_ptr + pair * 4 + 2).to(tl.float64)
@@ -300,7 +300,7 @@ def _row_gradient(
     FOCAL: tl.constexpr, SQUARE: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_VOID: tl.constexpr,
     ONE_CHUNK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Sums over the outputs of each cell of row y: the gradients of the logits before, of and after the cell.
+    """Sums over the outputs of each cell of row y: the gradients of the logits before, at and after the cell.
 
     With z as in ``_pixel_terms``: d focal / dz = -alpha_t q^gamma (gamma p_t (-log p_t) + q), q = 1 - p_t,
     d cross-entropy / dz = -q, and dp / dx = p_t q.
@@ -328,7 +328,7 @@ def _row_gradient(
             to_middle += g * (1.0 - tl.abs(offset))
             to_before += g * tl.maximum(-offset, 0.0)
             to_after += g * tl.maximum(offset, 0.0)
-    # The edges repeat: beyond them lies the cell's own logit.
+    # The edges repeat: the logit beyond an edge is that of the edge's cell.
     to_middle += tl.where(cell == 0, to_before, 0.0)
     to_middle += tl.where(cell == w - 1, to_after, 0.0)
     return to_before, to_middle, to_after
@@ -345,9 +345,9 @@ def _mask_loss_bwd_kernel(
 ):  # fmt: skip
     """Gradient of sum grad_mask mask + grad_dice dice with respect to some rows and columns of one query's logits.
 
-    Output rows come in order. The gradients of the two rows of logits around an output row stay in registers, three for
-    each cell; a row that no later output reaches is gathered from its cells and written. A query without a target gets
-    zeros, one with several targets the sum in their order.
+    Output rows are visited in order. The gradients of the two rows of logits around an output row are kept in
+    registers, three per cell; a row that no later output reaches is gathered from its cells and written. A query
+    without a target gets zeros; one with several targets gets the sum, in their order.
 
         logits, grad          (L, B, N, h, w), strides and w in units
         grad_mask, grad_dice  (L, B, M);  sums  (L, B, M, 4), of forward
@@ -394,7 +394,7 @@ def _mask_loss_bwd_kernel(
         zero = tl.zeros([BLOCK_C], dtype=tl.float32)
         upper_before, upper_middle, upper_after = zero, zero, zero
         lower_before, lower_middle, lower_after = zero, zero, zero
-        top = tl.maximum(row_begin - 1, 0)  # the row of logits that the upper sums belong to
+        top = tl.maximum(row_begin - 1, 0)  # the row of logits to which the upper sums belong
         for y in range(y_begin, y_end + 1):
             first, second, weight = _row_taps(y, h, H, half_step_y)
             first = tl.where(y == y_end, row_end, first)
@@ -419,7 +419,7 @@ def _mask_loss_bwd_kernel(
                         mask_slope, dice_outside, dice_inside = _pair_slopes(
                             first_pair + target, sums_ptr, grad_mask_ptr, grad_dice_ptr
                         )
-                        # Read again, or the terms of all pixels would stay in registers for a second match: 226.
+                        # Read again; otherwise the terms of all pixels would occupy 226 registers for a second match.
                         before, middle, after = _between_rows(plane_ptr, first, second, weight, cell, w)
                     match_before, match_middle, match_after = _row_gradient(
                         y, before, middle, after, mask_slope, dice_outside, dice_inside, cell, start, outputs, image,
@@ -448,7 +448,7 @@ def mask_loss_backward(
     config = pick_config(CONFIGS, mask_logits.device)
     arguments = launch_arguments(config, mask_logits, assignment, *inputs, grad=grad)
     h, w, cells = *mask_logits.shape[-2:], arguments["BLOCK_C"]
-    halo = 0 if w <= cells else 1  # cells beyond both ends of a program's columns, whose outputs reach into them
+    halo = 0 if w <= cells else 1  # extra cells at both ends of a program's columns, whose outputs reach into these
     rows_per_split = min(config.backward_rows, h)
     _mask_loss_bwd_kernel[
         (mask_logits[..., 0, 0].numel(), triton.cdiv(w, cells - 2 * halo), triton.cdiv(h, rows_per_split))
@@ -460,6 +460,6 @@ def mask_loss_backward(
         rows_per_split=rows_per_split,
         HALO=halo,
         BLOCK_M=power_of_two(arguments["M"], 16, 1 << 30),
-        maxnreg=255,  # or ptxas takes 168, so that twelve warps fit instead of eight, and spills
+        maxnreg=255,  # otherwise ptxas takes 168, so that twelve warps fit instead of eight, and spills
     )
     return grad

@@ -1,24 +1,25 @@
-"""Masked attention and its gradient: bits of the attended keys, then a pass over the keys that skips the blocks that no
-query attends to.
+"""Masked attention and its gradient: first the bits of the attended keys, then a pass over the keys that skips the
+blocks to which no query attends.
 
-Where the time of forward goes, at B=16, 8 heads of 32, N=100 (two blocks of 64) in bf16 on 132 SMs, for key grids of
-64 x 64, 32 x 32 and 16 x 16:
+Time of forward at B=16, 8 heads of 32, N=100 (two blocks of 64) in bf16 on 132 SMs, for key grids of 64 x 64 (32 x 32
+and 16 x 16 in parentheses):
 
-- memory: keys and values are 67 MB, 16 us at 4.2 TB/s (4 and 1 us), read by two programs each, once from L2;
-- instructions: 9.9 a query and key in the machine code for sm_90, of which two for the mask, a maximum, a product, an
+- memory: keys and values are 67 MB, 16 us at 4.2 TB/s (4 and 1 us); two programs read each, the second from L2;
+- instructions: 9.9 per query and key in the machine code for sm_90, of which two for the mask, a maximum, a product, an
   exponential, a sum and half a conversion make 6.5: 21 us of issue slots (5.3 and 1.3 us);
-- special functions: one a query and key, 17 us (4.3 and 1.1 us); tensor cores: 8.6 GFLOP, 11 us.
+- special functions: one per query and key, 17 us (4.3 and 1.1 us); tensor cores: 8.6 GFLOP, 11 us.
 
-Two programs an SM (256) are resident at once, so the keys are split over programs only where there are fewer images.
+Two programs per SM (256) are resident at once, so the keys are split over programs only if there are fewer images.
 
-Backward computes all three gradients in one pass. With few queries a program holds all of them, and the gradient of q,
-while it walks over a split of the keys: it reads each block of keys once, writes its gradients once, and needs five
-products where separate passes for q and for keys need seven. More queries than a program holds come in turns, which add
-to the gradients of keys and values in memory; the splits' gradients of q are added in their order. Nothing is atomic.
+Backward computes all three gradients in one pass. With few queries, a program holds all of them, and the gradient of q,
+while it loops over a split of the keys: it reads each block of keys once, writes its gradients once, and needs five
+products; separate passes for q and for keys would need seven. More queries than a program holds take several launches,
+which add to the gradients of keys and values in memory; the splits' gradients of q are added in order. There are no
+atomics.
 
 At the same sizes, with a block of 128 queries and a key grid of 64 x 64, keys, values and their gradients are 134 MB,
-32 us at 4.2 TB/s; 12.2 instructions a query and key are 26 us of issue slots; exponentials 17 us; 21 GFLOP on tensor
-cores 28 us. Smaller grids take time in proportion.
+32 us at 4.2 TB/s; 12.2 instructions per query and key are 26 us of issue slots; exponentials 17 us; 21 GFLOP on tensor
+cores 28 us. The time is proportional to the number of keys.
 """
 
 from __future__ import annotations
@@ -39,14 +40,14 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _rows(ptr, first, stride, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """``[BLOCK, BLOCK_D]``, where one head's channels of the rows from ``first`` on are."""
+    """The addresses ``[BLOCK, BLOCK_D]`` of one head's channels in the rows from ``first`` on."""
     row = tl.arange(0, BLOCK)[:, None]
     return ptr + tl.cast(first, tl.int64) * stride + (row * stride + tl.arange(0, BLOCK_D)[None, :])
 
 
 @triton.jit
 def _kept(seed, row, S, s, dropout_p):
-    """``[BLOCK_N, BLOCK_S]``, which weights dropout keeps; row = (b heads + h) N + n."""
+    """Which weights dropout keeps, ``[BLOCK_N, BLOCK_S]``; row = (b heads + h) N + n."""
     return tl.rand(seed, row[:, None] * S + s[None, :]) >= dropout_p
 
 
@@ -59,9 +60,9 @@ def _masked_attention_fwd_kernel(
     HAS_BITS: tl.constexpr, OWN_BITS: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     UNIT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One head and BLOCK_N queries over one split of the keys: softmax(scale q k^T + M) v (Mask2Former,
-    arXiv:2112.01527, equation 2) with the maximum and sum of the softmax as they are so far (FlashAttention-2,
-    arXiv:2307.08691, algorithm 1), in powers of two.
+    """softmax(scale q k^T + M) v (Mask2Former, arXiv:2112.01527, equation 2) of one head and BLOCK_N queries over one
+    split of the keys, with a running maximum and sum of the softmax (FlashAttention-2, arXiv:2307.08691, algorithm 1),
+    in powers of two.
 
         q  (B, N, E);  k, v  (B, S, E), strides in units;  padding  (B, S) uint8
         bits and occupied: see ``attended_keys``
@@ -81,7 +82,7 @@ def _masked_attention_fwd_kernel(
     q_ptr += image * stride_qb * UNIT + channel
     q = tl.load(_rows(q_ptr, first_query, stride_qn * UNIT, BLOCK_N, BLOCK_D), mask=there, other=0.0)
     if q.dtype == tl.float32:
-        q *= scale  # as the reference does, and with its rounding
+        q *= scale  # first, as in the reference, so that it rounds alike
         scale = 1.0
     else:
         # Scores are scaled after their maximum is taken, and some are -inf: the scale must be positive.
@@ -135,7 +136,7 @@ def _masked_attention_fwd_kernel(
             out = tl.dot(weights.to(v.dtype), v, out * rescale[:, None], input_precision="ieee")
             maximum = larger
 
-    present = total != 0.0  # NaN stays
+    present = total != 0.0  # True for NaN
     total = tl.where(present, total, 1.0)
     factor = tl.where(present, 1.0 / total, 0.0)
     if HAS_DROPOUT:
@@ -153,7 +154,7 @@ def _masked_attention_reduce_kernel(
     parts_ptr, lse_parts_ptr, out_ptr, lse_ptr, B, N, heads, query_blocks, splits,
     WEIGHTED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Adds the results of the splits of the keys in their order: outputs times exp(lse_parts - lse), or gradients.
+    """Adds the results of the splits of the keys in order: outputs times exp(lse_parts - lse), or gradients.
 
     parts  (splits, B, N, E) float32;  lse_parts  (splits, B, heads, N)
     out    (B, N, E);                  lse        (B, heads, N)
@@ -214,7 +215,7 @@ def add_splits(parts: Tensor, lse_parts: Tensor | None, out: Tensor, lse: Tensor
 
 
 def with_near_rows(x: Tensor) -> Tensor:
-    """``x (B, N or S, E)`` with contiguous rows, near enough to each other for 32-bit positions within a block."""
+    """``x (B, N or S, E)``, copied unless rows are contiguous and close enough for 32-bit positions within a block."""
     return with_contiguous_rows(x if x.stride(1) < 1 << 22 else x.contiguous())
 
 
@@ -223,16 +224,16 @@ def launch_arguments(
     grid_height: int, grid_width: int, num_heads: int, scale: float, dropout_p: float, seed: Tensor | None,
     grad_out: Tensor | None = None,
 ) -> tuple[dict[str, Any], int, int]:  # fmt: skip
-    """What the kernels of forward and backward take alike, the number of blocks of queries, and that of splits of the
-    keys."""
+    """The arguments that the forward and backward kernels share, the number of blocks of queries, and the number of
+    splits of the keys."""
     batch, queries, channels = q.shape
     keys, head_dim = k.shape[1], channels // num_heads
     config = config_of_heads(configs, q, head_dim, dropout_p)
     block_queries = power_of_two(queries, min(64, config.queries), config.queries)
     query_blocks = triton.cdiv(queries, block_queries)
-    programs = batch * num_heads * (query_blocks if grad_out is None else 1)  # in backward they come in turns
+    programs = batch * num_heads * (query_blocks if grad_out is None else 1)  # backward: one after another
     blocks = triton.cdiv(keys, config.keys)
-    splits = max(1, min(config.programs // programs, triton.cdiv(keys, config.least_keys)))
+    splits = max(1, min(config.programs // programs, triton.cdiv(keys, config.min_keys)))
     blocks_per_split = triton.cdiv(blocks, splits)
     tensors = {"q": with_near_rows(q), "k": with_near_rows(k), "v": with_near_rows(v)}
     if grad_out is not None:
@@ -264,7 +265,7 @@ def launch_arguments(
             "BLOCK_N": block_queries,
             "BLOCK_S": config.keys,
             "BLOCK_D": power_of_two(head_dim, 16, 128),
-            "num_warps": max(config.least_warps, block_queries // config.warp_queries),
+            "num_warps": max(config.min_warps, block_queries // config.warp_queries),
             "num_stages": config.num_stages,
             "maxnreg": config.registers,
             **COMPILER_OPTIONS,
@@ -314,13 +315,13 @@ def _masked_attention_bwd_kernel(
     UNIT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one head, from one split of the keys and BLOCK_N queries from ``first_query`` on. With the weights
-    P = exp(scale q k^T - logsumexp), and P', dP' what dropout makes of P and of the gradient dO V^T of its result:
+    P = exp(scale q k^T - logsumexp), and P' and dP' the result of dropout on P and on the gradient dO V^T:
 
         dV = P'^T dO,  dS = P (dP' - delta),  delta = rowsum(P dP') = rowsum(O dO),  dQ = scale dS K,  dK = scale dS^T Q
 
     (FlashAttention-2, arXiv:2307.08691, algorithm 2). With DELTA = "out" delta is rowsum(O dO). float32 needs the sum
-    of the very products that delta is subtracted from, and weights that sum to one, which a rounded logsumexp does not
-    give: a launch with "summed" adds up rowsum(P dP') and rowsum(P), one with "known" reads them.
+    of exactly those products from which delta is subtracted, and weights that sum to one, which a rounded logsumexp
+    does not give: a launch with "summed" adds up rowsum(P dP') and rowsum(P), and one with "known" reads them.
 
         q, grad_out, out  (B, N, E);  k, v, grad_k, grad_v  (B, S, E);  logsumexp  (B, heads, N);  strides in units
         delta   (splits, 2, B, heads, N);  grad_q  (splits, B, N, E)
@@ -450,14 +451,14 @@ def _masked_attention_bwd_kernel(
 def masked_attention_backward(
     grad_out: Tensor, out: Tensor, logsumexp: Tensor, q: Tensor, k: Tensor, v: Tensor, *inputs: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``fastmask::masked_attention_backward``: the gradients of q, k and v, contiguous; ``inputs`` as of forward."""
+    """``fastmask::masked_attention_backward``: the gradients of q, k and v, contiguous; ``inputs`` as in forward."""
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     arguments, query_blocks, splits = launch_arguments(BACKWARD_CONFIGS, q, k, v, *inputs, grad_out=grad_out)
     pairs = arguments["B"] * arguments["heads"]
     grad_q = q.new_empty(q.shape)
     parts = grad_q if splits == 1 else grad_q.new_empty((splits, *q.shape), dtype=torch.float32)
-    # Sums over several blocks of queries stay in memory until they are complete.
+    # Sums over several blocks of queries accumulate in memory, in float32.
     grad_dtype = k.dtype if query_blocks == 1 else torch.float32
     grad_k, grad_v = (k.new_empty(k.shape, dtype=grad_dtype) for _ in range(2))
     single = q.dtype == torch.float32

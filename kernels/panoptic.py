@@ -1,6 +1,6 @@
-"""Panoptic inference: the query that wins each pixel, and the areas of all queries, in one launch for the batch.
+"""Panoptic inference: the query that wins each pixel, and the areas of all queries, in one launch per batch.
 
-Kept queries are staged first, in their order, so that the loop over queries ends after the last of them. A thread holds
+Kept queries are staged first, in order, so that the loop over queries ends after the last of them. A thread holds
 several pixels and several columns of queries, and the best query so far of each column; columns are compared once, at
 the end.
 """
@@ -23,7 +23,7 @@ from fastmask.kernels._resample import BLOCK_N, Resampling, _interpolate, _tile_
 
 @dataclass(frozen=True)
 class PanopticConfig:
-    """Tuning: the pixels of the result that a program owns."""
+    """Tuning: the size of the tile of pixels that a program owns."""
 
     tile_rows: int = 8
     tile_columns: int = 16
@@ -35,8 +35,8 @@ CONFIGS = {None: PanopticConfig()}
 
 @triton.jit
 def _column_counts(inside, PIXELS: tl.constexpr):
-    """How many of [PIXELS, BLOCK_N] are true in each column. Threads exchange four columns' counts as the bytes of one
-    integer."""
+    """How many of ``[PIXELS, BLOCK_N]`` are true in each column. Threads exchange the counts of four columns as the
+    bytes of one integer."""
     byte = tl.arange(0, 4)[None, None, :] * 8
     flags = tl.reshape(inside.to(tl.int32), [PIXELS, BLOCK_N // 4, 4])
     packed = tl.sum(tl.sum(flags << byte, 2), 0)  # [BLOCK_N / 4]
@@ -52,13 +52,13 @@ def _panoptic_fwd_kernel(
     TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, PROBABILITIES: tl.constexpr, CLIP: tl.constexpr,
     TILE_Y: tl.constexpr, TILE_X: tl.constexpr,
 ):  # fmt: skip
-    """winner = argmax_n scores[n] sigmoid(x[n]) over the queries kept, the lowest of equals, for one tile of pixels
-    (MaskFormer, arXiv:2107.06278, section 3.4); x is interpolated from the stage, or sigmoid(x) is (PROBABILITIES).
+    """winner = argmax_n scores[n] sigmoid(x[n]) over the kept queries, the lowest among equals, for one tile of pixels
+    (MaskFormer, arXiv:2107.06278, section 3.4). Interpolates x or, with PROBABILITIES, sigmoid(x) from the stage.
 
-        stage   (B, cells, blocks * BLOCK_N), NaN where logits are; taps as in ``_semantic_fwd_kernel``
+        stage   (B, cells, blocks * BLOCK_N), NaN where logits are NaN; taps as in ``_semantic_fwd_kernel``
         scores  (B, N) and order (B, N), score and query at each place of the stage;  kept (B), how many places count
         winner  (B, H, W), -1 where nothing was kept or all is NaN; with CLIP also where the winner is not ``inside``
-        areas   (B, N, 3) by place is increased by the pixels won, inside, and where ``winner`` is the query
+        areas   (B, N, 3), by place; adds the pixels won, inside, and where ``winner`` is the query
 
     A pixel is inside a mask where x, or sigmoid(x), is at least ``threshold``. Probabilities below 2^-126 are 0.
     """
@@ -75,7 +75,7 @@ def _panoptic_fwd_kernel(
     for tap in tl.static_range(TAPS_Y * TAPS_X):
         offsets = offsets + (taps[tap] * padded_n,)  # noqa: RUF005 (Triton has no stars)
         share = shares[tap] * (1.0 if PROBABILITIES else -1.44269504)
-        # NaN is inside no mask and wins nothing, as pixels beyond the result should.
+        # With NaN, pixels beyond the result are inside no mask, and no query wins them.
         weights = weights + (tl.where(visible, share, float("nan")),)  # noqa: RUF005
 
     stage_ptr += image * cells * padded_n
@@ -83,7 +83,7 @@ def _panoptic_fwd_kernel(
     areas_ptr += image * N * 3
     kept = tl.load(kept_ptr + image)
     best = tl.full([PIXELS, BLOCK_N], -1.0, dtype=tl.float32)
-    mark = tl.full([PIXELS, BLOCK_N], -1, dtype=tl.int32)  # twice the block, and one where the pixel is inside
+    mark = tl.full([PIXELS, BLOCK_N], -1, dtype=tl.int32)  # twice the block, plus one if the pixel is inside
     for block in range(tl.cdiv(kept, BLOCK_N)):
         n = block * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         score = tl.load(scores_ptr + n, mask=n < kept, other=float("-inf"))  # wins nothing
@@ -102,7 +102,7 @@ def _panoptic_fwd_kernel(
         tl.atomic_add(areas_ptr + n * 3 + 1, area, mask=(n < kept) & (area > 0), sem="relaxed")
 
     winning = tl.max(best, 1)[:, None]
-    # Places rise with the block first, so the lowest of equals is the least of these.
+    # Later blocks hold higher places, so the minimum over the columns is the lowest place among equals.
     place = (mark >> 1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     place = tl.where((best == winning) & (mark >= 0), place, 1 << 30)
     lowest = tl.min(place, 1)  # [PIXELS]
@@ -113,7 +113,7 @@ def _panoptic_fwd_kernel(
     query = tl.load(order_ptr + image * N + lowest, mask=own, other=-1)
     tl.store(winner_ptr + at, query.to(tl.int32), mask=visible)
 
-    # A tile has few winners: they are counted one after the other.
+    # A tile has few winners, so they are counted one at a time.
     least = tl.min(lowest, 0)
     while least < 1 << 30:
         of_place = lowest == least
@@ -127,8 +127,8 @@ def panoptic_winners(
     scores: Tensor, mask_logits: Tensor, resize_probabilities: bool, clip_to_mask: bool, mask_threshold: float,
     *geometry: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """``fastmask::panoptic_winners``: the winner (B, out_rows, W) of each pixel, areas (B, N, 3) and how many logits of
-    each kept query are NaN (B, N). ``geometry``: see ``Resampling``."""
+    """``fastmask::panoptic_winners``: the winner of each pixel (B, out_rows, W), areas (B, N, 3), and the number of NaN
+    logits of each kept query (B, N). ``geometry``: see ``Resampling``."""
     batch, queries = scores.shape
     resampling = Resampling(*geometry)
     scores, mask_logits = scores.contiguous(), with_contiguous_planes(mask_logits)

@@ -1,9 +1,9 @@
-"""The matching cost of every query against every target, at points that an image's queries and targets share.
+"""The matching cost of every query against every target, at points that all queries and targets of an image share.
 
-Points are sorted by the cell of the logits that they lie in, so that neighboring lanes read neighboring logits. One
-launch samples the targets, once for all layers; the second samples the logits; the third adds the splits of the points
-in their order. At B=16, L=10, N=100 and 12,544 points there are 200 M samples of four logits and two special functions
-each, from planes that stay in the caches.
+Points are sorted by the cell of the logits in which they lie, so that neighboring lanes read neighboring logits. The
+first launch samples the targets, once for all layers; the second samples the logits; the third adds the splits of the
+points in order. At B=16, L=10, N=100 and 12,544 points there are 200 M samples of four logits and two special functions
+each, from planes that fit in the caches.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ class PointMaskCostConfig:
     """Tuning of the kernels.
 
     Args:
-        rows: of logits (layers and queries of one image) that a program samples.
-        points: read at a time.
-        programs: how many to have by splitting the points, if there are enough of them.
-        least_points: of a split; a multiple of the other numbers of points.
-        target_points: read at a time by a program of the targets' kernel.
+        rows: rows of logits (layers and queries of one image) that a program samples.
+        points: points that it reads at a time.
+        programs: the number of programs to reach by splitting the points, if there are enough points.
+        min_points: the fewest points per split; a multiple of ``points`` and ``target_points``.
+        target_points: points that a program of the targets' kernel reads at a time.
     """
 
     rows: int = 16
     points: int = 32
     programs: int = 2048
-    least_points: int = 256
+    min_points: int = 256
     target_points: int = 16
     num_warps: int = 4
 
@@ -56,7 +56,7 @@ CONFIGS = {None: PointMaskCostConfig()}
 @triton.jit
 def _shares_at(target_ptr, valid_ptr, image, offset, on, targets, void_value, M, plane,
                HAS_SEGMENTS: tl.constexpr, HAS_VOID: tl.constexpr):  # fmt: skip
-    """``[C, M]`` belonging and ``[C, 1]`` void of the pixel at ``offset`` of each point; see ``_pixel_share``."""
+    """``_pixel_share`` of the pixel at ``offset`` of each point: belonging ``[C, M]`` and void ``[C, 1]``."""
     on = on[:, None]
     of_target = on
     pixels = target_ptr + image * plane + offset[:, None]
@@ -75,11 +75,11 @@ def _point_mask_cost_targets_kernel(
     B, M, P, H, W, points_per_split,
     HAS_SEGMENTS: tl.constexpr, HAS_VOID: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """The share of each target in each point, as ``_point_mask_cost_fwd_kernel`` reads them for every row.
+    """The share of each target at each point; ``_point_mask_cost_fwd_kernel`` reads them for every row.
 
     points  (B, P, 2)
-    shares  (B, blocks of BLOCK_M - 1 targets, P, BLOCK_M); the last is the point's weight
-    areas   (splits, B, blocks, BLOCK_M), the shares' sums
+    shares  (B, blocks of BLOCK_M - 1 targets, P, BLOCK_M); the last column is the point's weight
+    areas   (splits, B, blocks, BLOCK_M), the sums of the shares
     """
     image = tl.program_id(0).to(tl.int64)
     blocks = tl.num_programs(1)
@@ -125,7 +125,7 @@ def _point_mask_cost_fwd_kernel(
         sums[0] = sum_i p[i] T[i, m]
         sums[1] = sum_i F+[i] T[i, m] + F-[i] (v[i] - T[i, m])
 
-    as in ``_mask_cost_fwd_kernel``, T and v being shares (Mask2Former, arXiv:2112.01527, section 3.3). In the last
+    as in ``_mask_cost_fwd_kernel``, but T and v are shares (Mask2Former, arXiv:2112.01527, section 3.3). In the last
     column T is v, for sum_i v[i] p[i].
 
         logits  (L, B, N, h, w);  points  (B, P, 2)
@@ -151,7 +151,7 @@ def _point_mask_cost_fwd_kernel(
         t = tl.load(share_ptrs[:, None] + slots[None, :], mask=(i < P)[:, None], other=0.0)  # [BLOCK_C, BLOCK_M]
         inside = (rows < R)[:, None] & (i < P)[None, :]
         x = _sample(row_ptrs[:, None], px[None, :], py[None, :], h, w, inside)  # [BLOCK_R, BLOCK_C]
-        x = tl.where((v > 0.0)[None, :], x, 0.0)  # a logit that does not count may be NaN
+        x = tl.where((v > 0.0)[None, :], x, 0.0)  # a logit at a void point may be NaN
         p, _, foreground, background, _, _ = _point_terms(x, alpha, gamma, FOCAL, SQUARE)
         probability += _pair_sums(p, t, WHOLE=False)
         loss += _pair_sums(foreground, t, WHOLE=False)
@@ -161,7 +161,7 @@ def _point_mask_cost_fwd_kernel(
 
 
 def sorted_by_cell(points: Tensor, h: int, w: int) -> Tensor:
-    """``(B, P, 2)``: the points of each image, sorted by the cell of its h x w grid."""
+    """Sorts the points ``(B, P, 2)`` of each image by their cell in the h x w grid."""
     column, row = (points[..., 0] * w).long(), (points[..., 1] * h).long()
     order = (row * w + column).argsort(dim=-1, stable=True)
     return points.gather(1, order[..., None].expand_as(points))
@@ -182,7 +182,7 @@ def point_mask_cost(
     targets = target_arguments(masks, segments, valid, void_value, ignore_void)
     check_positions(targets, h * w)
     points = sorted_by_cell(points, h, w)
-    sums = CostSums.empty(cost, num_points, config.rows, config.programs, config.least_points)
+    sums = CostSums.empty(cost, num_points, config.rows, config.programs, config.min_points)
     _, blocks, _ = sums.target_programs
     shares = cost.new_empty((batch, blocks, num_points, sums.block_targets))
     of_points = {

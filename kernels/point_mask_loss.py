@@ -1,12 +1,12 @@
-"""Both losses of the matched pairs at points of their own, forward and backward.
+"""The mask and dice losses of the matched pairs at each pair's points, forward and backward.
 
-A point reads four logits and four pixels of the targets, wherever they are; at B=16, L=10, M=20 with 12,544 points each
-there are 40 M points. Of a segment map the four values suffice.
+Each point reads four logits and four pixels of the targets, scattered in memory; at B=16, L=10, M=20 with 12,544 points
+per pair there are 40 M points. From a segment map, four values suffice for target and void.
 
-Backward adds every point's gradient to four logits, and points come in no order. Floating-point atomics would add in
-another order each time. Instead each pair's gradients are added as integers of 64 bits, in units of 2^-40 of a bound
-that holds for each of its points, which is exact in any order; a last launch converts them to the logits' type. They
-take 8 bytes for each pair and logit: 419 MB at those sizes and 128 x 128 logits, where the gradient takes 524 MB.
+Backward adds every point's gradient to four logits, and points are unordered. Floating-point atomics would add in a
+different order each time. Instead each pair's gradients are added as 64-bit integers, in units of 2^-40 of a bound
+on the gradients of all its points, which is exact in any order; a last launch converts them to the logits' dtype. They
+take 8 bytes per pair and logit: 419 MB at these sizes with 128 x 128 logits, whose gradient takes 524 MB.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from fastmask.kernels._pairs import (
 )
 from fastmask.kernels._points import _four_pixels, _load_points, _point_terms, _sample, _target_at
 
-MOST_POINTS = 1 << 22  # of a pair, so that sums in units of 2^-40 of the bound stay below 2^63
+MAX_POINTS = 1 << 22  # per pair, so that sums in units of 2^-40 of the bound are less than 2^63
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class PointMaskLossConfig:
     """Tuning of forward and backward.
 
     Args:
-        points: read at a time by a program.
-        points_per_split: summed by a forward program; a multiple of ``points``.
-        cells: logits written by a program of the last kernel of backward.
+        points: points that a program reads at a time.
+        points_per_split: points that a forward program sums; a multiple of ``points``.
+        cells: logits that a program of backward's last kernel writes.
     """
 
     points: int = 256
@@ -94,7 +94,7 @@ def _point_mask_loss_fwd_kernel(
                 px, py, inside, image, target, target_ptr, valid_ptr, void_value, M, H, W, HAS_SEGMENTS, HAS_VOID
             )
             x = _sample(plane_ptr, px, py, h, w, inside)
-            x = tl.where(v > 0.0, x, 0.0)  # a logit that does not count may be NaN
+            x = tl.where(v > 0.0, x, 0.0)  # a logit at a void point may be NaN
             p, _, foreground, background, _, _ = _point_terms(x, alpha, gamma, FOCAL, SQUARE)
             losses += tl.fma(t, foreground, (v - t) * background)
             intersections += p * t
@@ -121,7 +121,7 @@ def _pair_slopes(pair, sums_ptr, grad_mask_ptr, grad_dice_ptr, gamma, FOCAL: tl.
     if FOCAL:
         bound *= 1.0 + gamma
     bound += 0.25 * (tl.abs(of_v) + tl.abs(of_t))
-    # A power of two, so that division by it is exact, and at least twice the bound: weights may round to above one.
+    # A power of two, so that division by it is exact, and at least twice the bound: weights may round up to above one.
     bound = 4.0 * (bound.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     return mask_slope, of_v, of_t, bound
 
@@ -136,14 +136,14 @@ def _point_mask_loss_bwd_kernel(
 ):  # fmt: skip
     """Adds the gradients of some points of one pair to the four logits around each, in units of 2^-40 of the bound.
 
-    units  (L * B * M, h, w) int64, zero before
+    units  (L * B * M, h, w) int64, initially zero
     """
     alpha = tl.cast(alpha, tl.float32)
     gamma = tl.cast(gamma, tl.float32)
     pair = tl.program_id(0).to(tl.int64)
     image, target, query, matched = _matched_query(assignment_ptr, labels_ptr, pair, B, N, M)
     mask_slope, of_v, of_t, bound = _pair_slopes(pair, sums_ptr, grad_mask_ptr, grad_dice_ptr, gamma, FOCAL)
-    # With an infinite bound the whole gradient becomes NaN.
+    # With an infinite bound, the last kernel makes the whole gradient NaN.
     if matched & (bound > 0.0) & (bound < float("inf")):
         plane_ptr = _plane(logits_ptr, pair // M // B, image, query, stride_l, stride_b, stride_n, UNIT)
         i = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)  # [BLOCK_P]
@@ -173,7 +173,7 @@ def _point_mask_loss_grad_kernel(
     grad_mask_ptr, grad_dice_ptr, sums_ptr, units_ptr, B, N, M, cells, gamma,
     FOCAL: tl.constexpr, UNIT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of one query's logits, summed over its pairs in their order; zero if it has none.
+    """The gradient of one query's logits, summed over its pairs in order; zero without pairs.
 
     grad  (L, B, N, cells), strides and cells in units
     """
@@ -200,13 +200,13 @@ def _point_mask_loss_grad_kernel(
 def launch_arguments(
     config: PointMaskLossConfig, mask_logits: Tensor, assignment: Tensor, *inputs: Any
 ) -> dict[str, Any]:
-    """What the kernels of forward and backward take alike; ``inputs`` as those of ``pair_arguments``, with the points
+    """The arguments that the forward and backward kernels share; ``inputs`` as in ``pair_arguments``, with the points
     before the mask term."""
     *targets, points, mask_term, alpha, gamma = inputs
     arguments = pair_arguments(mask_logits, assignment, *targets, mask_term, alpha, gamma)
     check_positions(arguments, arguments["h"] * arguments["w"])
-    if points.shape[3] > MOST_POINTS:
-        raise ValueError(f"points has {points.shape[3]} points a pair; at most {MOST_POINTS} are supported")
+    if points.shape[3] > MAX_POINTS:
+        raise ValueError(f"points has {points.shape[3]} points per pair; at most {MAX_POINTS} are supported")
     return arguments | {
         "points_ptr": points.contiguous(),
         "P": points.shape[3],

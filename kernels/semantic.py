@@ -1,31 +1,31 @@
 """Semantic inference: the class of every pixel, without storing masks or scores; see ``_semantic_fwd_kernel``.
 
-Precision. score[k] = sum_n P[n, k] s[n] is a product on the tensor cores of factors in 0..1. fp16 has three bits more
-than bf16 and is as fast; its range is short, so both factors are scaled to the top of it:
+Precision: score[k] = sum_n P[n, k] s[n] is a tensor-core product of factors in 0..1. fp16 has three bits more than bf16
+and is as fast; its range is short, so both factors are scaled to the top of it:
 
 - P[n] is divided by its largest value and s[n] multiplied by it: s[n] then bounds what query n adds to any class;
-- a pixel's s is multiplied by a power of two, found from the logits that the pixel reads, so that the largest s[n] of
-  the cells that it reads is in 1/4..1. The winning class scores no less than the largest s[n] of the pixel, so what
-  fp16 loses below 2^-14 is lost relative to the winner, also where all scores are small.
+- a pixel's s is multiplied by a power of two, computed from the logits that the pixel reads, so that the largest s[n]
+  of the cells that it reads is in 1/4..1. The winning class scores at least the largest s[n] of the pixel, so what fp16
+  loses below 2^-14 is small relative to the winner, even if all scores are small.
 
-bfloat16 logits take one product, of factors rounded by 2^-12: the PyTorch reference in bfloat16 rounds these, the
-logits and the result by 2^-9. float32 and float16 logits take three products, of the high and low parts of both
-factors, without low * low: 2^-22 in all, for half of what three tf32 products cost. The tensor cores add in float32 and
-truncate, one or three times for each 16 queries: half a unit in the last place of the sum each, on average.
+bfloat16 logits take one product, of factors with a rounding error of 2^-12; the PyTorch reference in bfloat16 rounds
+factors, logits and result by 2^-9. float32 and float16 logits take three products, of the high and low parts of both
+factors, without low * low: an error of 2^-22 in total, at half the cost of three tf32 products. The tensor cores add in
+float32 and truncate, one or three times per 16 queries, by half a unit in the last place of the sum on average.
 
 Order "scores" resamples a mixture of sigmoids. As that is linear in the sigmoids, these are staged, once for each
-logit, and resampled; scores exist for a program's tile alone.
+logit, and resampled; scores exist only for a program's tile.
 
-Where the time goes at B=8, N=100, K=150, 512 x 512 from 128 x 128, on 132 SMs at 1.75 GHz (210 M pairs of a pixel and a
-query, 235 M as N is padded to 112), for bfloat16 / float32 logits, calculated and not measured:
+Time at B=8, N=100, K=150, 512 x 512 from 128 x 128, on 132 SMs at 1.75 GHz (210 M pairs of a pixel and a query, 235 M
+as N is padded to 112), for bfloat16 / float32 logits, calculated and not measured:
 
-- special functions, an exponential and a reciprocal a pair: 127 us at 16 lanes a clock (113 us without the padding);
+- special functions, an exponential and a reciprocal per pair: 127 us at 16 lanes per clock (113 us without padding);
 - tensor cores, with K padded to 160: 75 GFLOP, 95 us / 285 us at 790 TFLOP/s;
-- instructions of the machine code for sm_90, at 128 lanes a clock: 21 / 26 a pair in the loop, of which 8 are the
-  interpolation, 0.17 / 0.21 ms; and 1500 / 1650 a pixel around it, of which zeroing the sums and finding the best of
-  160 classes are two thirds, 0.11 / 0.12 ms. Issue slots are what binds, 0.27 ms, for bfloat16; the tensor cores need
-  nearly as long for float32;
-- before that: counting NaN logits (26 MB, 7 us), staging (13 us), sorting queries and tables of classes.
+- instructions of the machine code for sm_90, at 128 lanes per clock: 21 / 26 per pair in the loop, of which 8 are the
+  interpolation, 0.17 / 0.21 ms; and 1500 / 1650 per pixel around it, of which zeroing the sums and finding the best of
+  160 classes are two thirds, 0.11 / 0.12 ms. The bottleneck for bfloat16 is issue slots, 0.27 ms; for float32 the
+  tensor cores need nearly as long;
+- before that: counting NaN logits (26 MB, 7 us), staging (13 us), sorting queries and computing class tables.
 """
 
 from __future__ import annotations
@@ -66,16 +66,16 @@ class SemanticConfig:
     """Tuning of the main kernel.
 
     Args:
-        tile_rows, tile_columns: pixels of the result that a program owns.
-        classes: most classes whose scores a program holds at a time; more take more passes over the queries.
-        least_skipped: the fewest remaining blocks of queries for which a tile checks whether they matter.
-        negligible: the most that the remaining queries may add to a class, for a tile to check whether they matter.
+        tile_rows, tile_columns: the size of the tile of pixels that a program owns.
+        classes: the most classes whose scores a program holds at a time; more take more passes over the queries.
+        min_skipped: a tile checks whether the remaining queries matter only if they are at least so many blocks,
+        negligible: and if they add at most so much to any class.
     """
 
     tile_rows: int = 8
     tile_columns: int = 16
     classes: int = 192
-    least_skipped: int = 4
+    min_skipped: int = 4
     negligible: float = 0.1
     num_warps: int = 8
 
@@ -86,8 +86,8 @@ CONFIGS = {1: {None: SemanticConfig()}, 2: {None: SemanticConfig(tile_columns=8,
 
 @triton.jit
 def _to_half(x):
-    """fp16 of float32, opaque to the compiler: it would otherwise convert the four staged values behind each x to the
-    layout of a product's factor, rather than x itself."""
+    """Converts float32 to fp16, opaquely to the compiler, which would otherwise convert the four staged values behind
+    each x, rather than x, to the layout of a product's factor."""
     if INTERPRETED:
         result = x.to(tl.float16)
     else:
@@ -100,15 +100,15 @@ def _to_half(x):
 @kernel
 def _semantic_classes_kernel(
     probabilities_ptr, order_ptr, largest_ptr, weight_ptr, high_ptr, low_ptr, stop_ptr, rest_ptr,
-    N, K, blocks, least_skipped, negligible,
+    N, K, blocks, min_skipped, negligible,
     SKIP: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Class probabilities in the order of the stage, each query's divided by its largest, as factors of products.
 
-    probabilities  (B, N, K);  order (B, N), by falling largest (B, N)
-    weight         (B, blocks * BLOCK_N), the largest again, 0 where there is no query
-    high, low      (B, class blocks, blocks * BLOCK_N, WIDTH) fp16, their sum the quotient to 22 bits
-    stop           (B), after how many blocks of queries to check whether the rest matters; after all means never
+    probabilities  (B, N, K);  order (B, N), by decreasing largest (B, N)
+    weight         (B, blocks * BLOCK_N), a copy of largest, 0 where there is no query
+    high, low      (B, class blocks, blocks * BLOCK_N, WIDTH) fp16; their sum is the quotient to 22 bits
+    stop           (B), after how many blocks of queries to check whether the rest matters; all blocks means never
     rest           (B), the most that the rest adds to any class
     """
     image = tl.program_id(0).to(tl.int64)
@@ -139,9 +139,9 @@ def _semantic_classes_kernel(
         if SKIP:
             suffix += tl.sum(p, 0)
             bound = tl.max(suffix, 0)
-            small = (block > 0) & (done + 1 >= least_skipped) & (bound <= negligible)
+            small = (block > 0) & (done + 1 >= min_skipped) & (bound <= negligible)
             stop = tl.where(small, block, stop)
-            rest = tl.where(small, bound * (1.0 + 2.0**-9), rest)  # as the factors are rounded
+            rest = tl.where(small, bound * (1.0 + 2.0**-9), rest)  # the factors are rounded
     if class_block == 0:
         tl.store(stop_ptr + image, stop)
         tl.store(rest_ptr + image, rest)
@@ -157,18 +157,18 @@ def _semantic_fwd_kernel(
     CLASS_BLOCKS: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     """score[k] = sum_n P[n, k] sigmoid(x[n]) for one tile of pixels, label = the lowest argmax_k score[k] (MaskFormer,
-    arXiv:2107.06278, section 3.4); x is interpolated from the stage, or sigmoid(x) is (PROBABILITIES).
+    arXiv:2107.06278, section 3.4). Interpolates x or, with PROBABILITIES, sigmoid(x) from the stage.
 
         stage           (B, cells, blocks * BLOCK_N), peak (B, cells); see ``_stage_kernel``
         row_index, ...  the taps of the ``count`` rows of a band and of all W columns; see ``_taps_kernel``
         weight, high, low, stop, rest  see ``_semantic_classes_kernel``
         result          (B, H, W) labels or (B, K, H, W) scores; the band's rows are those from ``top`` on
-        score, margin   (B, H, W) float32, of the winner, and its distance to the next class
+        score, margin   (B, H, W) float32, the winner's score and its lead over the next class
 
-    Classes lie in two blocks, as neither 150 nor 133 is near a power of two. Queries come by falling probability of
-    their most likely class. After ``stop`` blocks of them, the rest cannot change a label where the winner leads by
-    more than ``rest`` and rounding. If it does at every pixel of the tile, the program stops; else it adds the rest.
-    Labels are the same as with all queries.
+    Classes are split into two blocks, as neither 150 nor 133 is near a power of two. Queries are in order of decreasing
+    probability of their most likely class. After ``stop`` blocks of them, the rest cannot change a label if the winner
+    leads by more than ``rest`` and rounding. If it does so at every pixel of the tile, the program stops; otherwise it
+    adds the rest. Labels are the same as with all queries.
     """
     slack = tl.cast(slack, tl.float32)
     image = tl.program_id(1).to(tl.int64)
@@ -207,7 +207,7 @@ def _semantic_fwd_kernel(
         block = 0
         while block < end:
             n = block * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-            # Loaded early, to arrive while the masks are computed.
+            # Loaded early, so that the values arrive while the masks are computed.
             table_row = (n * WIDTH)[:, None]
             high_a = tl.load(high_ptr + table + (table_row + a[None, :]))  # [BLOCK_N, BLOCK_A]
             if BLOCK_B:
@@ -246,8 +246,8 @@ def _semantic_fwd_kernel(
                 rivals = tl.sum((scores_a >= near[:, None]).to(tl.int32), 1)
                 if BLOCK_B:
                     rivals += tl.sum((scores_b >= near[:, None]).to(tl.int32), 1)
-                # Over two axes, one of them of length one: so the compiler may choose another layout. Triton up to 3.7
-                # fails on sm_100 to reduce along axis 0 in one that comes from tensor memory.
+                # Reduced over two axes, one of length one, so that the compiler may choose another layout: on sm_100,
+                # Triton up to 3.7 fails to reduce along axis 0 in a layout that comes from tensor memory.
                 if tl.max(rivals[:, None]) > 1:
                     end = blocks
 
@@ -288,8 +288,8 @@ def _semantic_fwd_kernel(
 
 
 def class_blocks(count: int, most: int) -> tuple[int, int, int]:
-    """The number of blocks of classes, and the two widths that hold one: powers of two of 16 or more; the second may
-    be 0."""
+    """The number of blocks of classes, and the two widths into which a block is split: powers of two, at least 16; the
+    second may be 0."""
     blocks = triton.cdiv(count, most)
     size = triton.cdiv(count, blocks)
     large = power_of_two(size, 16, 1 << 30)
@@ -300,7 +300,7 @@ def class_blocks(count: int, most: int) -> tuple[int, int, int]:
 
 @dataclass(frozen=True)
 class ClassTables:
-    """The class probabilities as the main kernel reads them; see ``_semantic_classes_kernel``."""
+    """The class probabilities in the form that the main kernel reads; see ``_semantic_classes_kernel``."""
 
     order: Tensor
     weight: Tensor
@@ -338,7 +338,7 @@ def class_tables(probabilities: Tensor, parts: int, skip: bool, config: Semantic
         N=queries,
         K=classes,
         blocks=padded_n // BLOCK_N.value,
-        least_skipped=config.least_skipped,
+        min_skipped=config.min_skipped,
         negligible=config.negligible,
         SKIP=skip and blocks == 1,
         PARTS=parts,
@@ -359,8 +359,8 @@ def semantic_inference(
     *geometry: Any,
     skip: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``fastmask::semantic_inference``: labels (B, out_rows, W) or scores (B, K, out_rows, W), the winning score and
-    its margin (B, out_rows, W) or empty, and how many logits of each query (B, N) are NaN.
+    """``fastmask::semantic_inference``: labels (B, out_rows, W) or scores (B, K, out_rows, W); the winning score and
+    its margin, (B, out_rows, W) or empty; and the number of NaN logits of each query, (B, N).
 
     Args:
         geometry: see ``Resampling``.
@@ -401,7 +401,7 @@ def semantic_inference(
             score_ptr=score if details else None,
             margin_ptr=margin if details else None,
             K=classes,
-            slack=tiles["blocks"] * 3 * 2.0**-21,  # what the sums of three products may be rounded by
+            slack=tiles["blocks"] * 3 * 2.0**-21,  # bounds the rounding error of the sums of three products
             PROBABILITIES=order == "scores",
             PARTS=parts,
             SCORES=scores,

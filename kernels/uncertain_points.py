@@ -1,8 +1,8 @@
-"""Random points of each matched pair, most of them where its query's mask is the least certain.
+"""Random points of each matched pair, most of them where its query's mask is least certain.
 
-Candidates are never stored: one launch stores a key for each, its uncertainty; PyTorch's top-k chooses; and a second
-launch draws the chosen points again. At B=16, L=10, M=20 and 37,632 candidates a pair (120 M of them, four logits each)
-the keys take 482 MB; the candidates themselves would take twice as much.
+Candidates are never stored: one launch stores their uncertainties as keys; PyTorch's top-k chooses; and a second launch
+draws the chosen points again. At B=16, L=10, M=20 and 37,632 candidates per pair (120 M of them, four logits each) the
+keys take 482 MB; the candidates themselves would take twice as much.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _uncertain_points_keys_kernel(
     logits_ptr, stride_l, stride_b, stride_n, assignment_ptr, seed_ptr, keys_ptr,
     B, N, M, h, w, CANDIDATES: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """-abs(x) of each candidate i of a pair, x the logit there; 1 where x is NaN.
+    """-abs(x) of each candidate of a pair, where x is the sampled logit; 1 if x is NaN.
 
     logits (L, B, N, h, w), assignment (L, B, M), keys (L * B * M, CANDIDATES); 0 for targets without a query
     """
@@ -51,7 +51,7 @@ def _uncertain_points_gather_kernel(
     assignment_ptr, seed_ptr, chosen_ptr, points_ptr, N, P,
     CANDIDATES: tl.constexpr, UNCERTAIN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The chosen candidates of each pair, and after them points of the stream beyond the candidates.
+    """The chosen candidates of each pair, followed by points of the random stream after the candidates.
 
     chosen (L * B * M, UNCERTAIN), points (L * B * M, P, 2); 0 for targets without a query
     """

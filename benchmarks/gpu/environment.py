@@ -16,7 +16,7 @@ import torch
 from benchmarks.harness.machine import best_rates, commit, default_name, describe_machine
 from fastmask import show_config
 from fastmask.ops import OPERATORS
-from fastmask.ops._registry import automatic
+from fastmask.ops._registry import auto_backend
 
 TOOLS = ("nvcc", "ptxas", "compute-sanitizer", "ncu", "cuobjdump")
 PACKAGES = ("pytest", "hypothesis", "xdist", "tqdm", "typer", "matplotlib", "pycocotools", "torchvision", "lapx")
@@ -65,7 +65,7 @@ def main() -> int:
     print(json.dumps(found, indent=1))
     print(f"{machine['gpu'] or machine['cpu']}, torch {torch.__version__}; missing: {', '.join(found['missing'])}")
     probe = torch.empty(0, device=device)
-    slow = [operator.name for operator in OPERATORS.values() if automatic(operator, probe) == "reference"]
+    slow = [operator.name for operator in OPERATORS.values() if auto_backend(operator, probe) == "reference"]
     if slow:
         print(f"FAILED {', '.join(slow)} would run by the reference on {device.type}; see the build's log")
     return 1 if slow else 0

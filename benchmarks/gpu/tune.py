@@ -60,11 +60,11 @@ TUNINGS = {
     "mask_cost": Tuning("mask_cost", TRAINING, ("mask_cost", "CONFIGS"), (None,), (
         {"num_stages": 2}, {"num_stages": 1}, {"rows": 128, "num_warps": 8}, {"num_warps": 8},
         {"rows": 128, "num_warps": 8, "num_stages": 1}, {"rows": 128, "num_warps": 8, "pixels": 64, "num_stages": 1},
-        {"programs": 1024}, {"programs": 4096}, {"least_pixels": 512},
+        {"programs": 1024}, {"programs": 4096}, {"min_pixels": 512},
     )),
     "mask_loss": Tuning("mask_loss", TRAINING, ("mask_loss", "CONFIGS"), (None,), (
         {"outputs": 4}, {"cells": 256}, {"cells_per_warp": 32}, {"cells_per_warp": 128}, {"programs": 16384},
-        {"least_rows": 16}, {"backward_rows": 16}, {"backward_rows": 64},
+        {"min_rows": 16}, {"backward_rows": 16}, {"backward_rows": 64},
     )),
     "semantic": Tuning("semantic", "B8 512x512 K150, noise", ("semantic", "CONFIGS"), (1, None), (
         {"tile_columns": 8, "num_warps": 4}, {"tile_columns": 32}, {"tile_rows": 16}, {"num_warps": 4},

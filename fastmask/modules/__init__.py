@@ -1,4 +1,4 @@
-"""Drop-in ``nn.Module``s."""
+"""Matchers, criterion, decoders and other building blocks of mask-classification networks, as ``nn.Module``s."""
 
 from fastmask.modules.attention import MaskedCrossAttention
 from fastmask.modules.criterion import LayerLosses, SetCriterion

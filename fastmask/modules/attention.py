@@ -12,16 +12,16 @@ from fastmask.functional import masked_attention
 
 
 class MaskedCrossAttention(nn.Module):
-    """Multi-head cross-attention in which a query attends where its own mask is foreground (Mask2Former,
+    """Multi-head cross-attention in which each query attends where its own mask is foreground (Mask2Former,
     arXiv:2112.01527, equation 2); without mask logits, plain cross-attention.
 
-    The parameters have the names, shapes and initial values of ``nn.MultiheadAttention``, so either loads the other's
-    state dict. Batch first. See :func:`fastmask.masked_attention` for the reading of masks.
+    The parameters have the names, shapes and initial values of ``nn.MultiheadAttention``, so either can load the
+    other's state dict. Batch first. See :func:`fastmask.masked_attention` for how masks are read.
 
     Args:
         embed_dim: channels of queries, keys and values, a multiple of ``num_heads``.
         num_heads: attention heads.
-        dropout: of the attention weights, in training.
+        dropout: the probability of dropping an attention weight in training.
         bias: whether the projections have biases.
         backend: "auto", "reference", "native" or "triton".
 
@@ -62,7 +62,7 @@ class MaskedCrossAttention(nn.Module):
             query: ``(B, N, embed_dim)``.
             key, value: ``(B, S, embed_dim)``, row by row over the grid.
             mask_logits: ``(B, N, h, w)``, each query's mask at any resolution; None to attend everywhere.
-            grid: (height, width) of the keys; may be left out where there are no mask logits.
+            grid: (height, width) of the keys; required with mask logits.
             key_padding_mask: ``(B, S)`` bool, True at padding, which no query attends to.
 
         Raises:
@@ -100,12 +100,12 @@ def projected_attention(
     bias: Tensor | None,
     **options: Any,
 ) -> Tensor:
-    """:func:`fastmask.masked_attention` of inputs that ``nn.MultiheadAttention``'s parameters project first.
+    """Projects the inputs with ``nn.MultiheadAttention``'s parameters, then calls :func:`fastmask.masked_attention`.
 
     Args:
         query, key, value, mask_logits: as for :class:`MaskedCrossAttention`.
-        weight: ``(3 * embed_dim, embed_dim)``, of queries, keys and values.
-        bias: ``(3 * embed_dim,)``.
+        weight: ``(3 * embed_dim, embed_dim)``, the stacked projections of queries, keys and values.
+        bias: ``(3 * embed_dim,)``, their biases, or None.
         options: further arguments of :func:`fastmask.masked_attention`.
     """
     biases = (None, None, None) if bias is None else bias.chunk(3)

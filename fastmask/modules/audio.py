@@ -1,4 +1,4 @@
-"""From waveforms to features of short frames of time."""
+"""Turns waveforms into features of short time frames."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from fastmask.extras import extra
 from fastmask.modules.position_encoding import sine_position_encoding
 from fastmask.modules.transformer import TransformerEncoder
 
-LEAST_POWER = 1e-6
+MIN_POWER = 1e-6
 
 
 class LogMel(nn.Module):
-    """The logarithm of the power in mel bands, for one window after the other.
+    """The log mel spectrogram: the base-10 logarithm of the power in mel bands, for each window.
 
     Args:
-        sample_rate: in Hz.
-        num_mels: bands between 0 Hz and half the sample rate.
-        window: samples of a (Hann) window; its spectrum has as many bins.
-        hop: samples from one window to the next.
+        sample_rate: samples per second.
+        num_mels: the number of mel bands between 0 Hz and half the sample rate.
+        window: the length of the Hann window and of the Fourier transform, in samples.
+        hop: samples from the start of one window to the next.
     """
 
     filters: Tensor
@@ -38,7 +38,7 @@ class LogMel(nn.Module):
 
     def forward(self, waveforms: Tensor) -> Tensor:
         """``(B, S)`` samples to ``(B, num_mels, S // hop)``, in the dtype of the module."""
-        # cuFFT has no bfloat16, and float16 would overflow in the power.
+        # cuFFT does not support bfloat16, and the power would overflow in float16.
         with torch.autocast(waveforms.device.type, enabled=False):
             spectrum = torch.stft(
                 waveforms.float(),
@@ -49,22 +49,22 @@ class LogMel(nn.Module):
                 pad_mode="constant",
             )
             power = spectrum.real.square() + spectrum.imag.square()
-            mel = (self.filters.float() @ power).clamp(min=LEAST_POWER).log10()
+            mel = (self.filters.float() @ power).clamp(min=MIN_POWER).log10()
         return mel[..., : waveforms.shape[-1] // self.hop].to(self.filters.dtype)
 
 
 class FrameEncoder(nn.Module):
     """A convolutional network over time and frequency, then a transformer encoder over time.
 
-    Each block halves the frequencies; the first ones halve the time as well, until ``time_stride`` is reached.
+    Each block halves the frequency axis; the first blocks also halve the time axis, until ``time_stride`` is reached.
 
     Args:
-        num_mels: bands of the input.
-        channels: of each block.
+        num_mels: mel bands of the input.
+        channels: output channels of each block.
         dim: channels of the result.
-        time_stride: windows in a frame, a power of two, at most 2 to the number of blocks.
-        encoder_layers: of the transformer; 0 for none.
-        num_heads, feedforward_dim, dropout: of its layers.
+        time_stride: windows per frame, a power of two, at most 2^(number of blocks).
+        encoder_layers: transformer layers; 0 for no transformer.
+        num_heads, feedforward_dim, dropout: as for ``TransformerEncoder``.
     """
 
     def __init__(
@@ -110,13 +110,13 @@ class FrameEncoder(nn.Module):
 def linear_softmax(probabilities: Tensor) -> Tensor:
     """``(..., T)`` to ``(...)``: the mean over frames, each weighted by its own probability, sum y^2 / sum y.
 
-    Wang, Li and Metze, arXiv:1810.09050, table 1 ("linear softmax"): a clip counts as much as its most probable frames,
-    and every frame gets a gradient.
+    Wang, Li and Metze, arXiv:1810.09050, table 1 ("linear softmax"). The most probable frames dominate, and every frame
+    gets a gradient.
     """
     return probabilities.square().sum(-1) / probabilities.sum(-1).clamp(min=torch.finfo(probabilities.dtype).tiny)
 
 
 def median_filter(active: Tensor, frames: int) -> Tensor:
-    """``(..., T)`` bool: the majority over the ``frames`` (odd) around each; beyond the ends is silence."""
+    """``(..., T)`` bool: the majority of the ``frames`` (odd) around each frame; silence lies beyond the ends."""
     windows = F.pad(active, (frames // 2, frames // 2)).unfold(-1, frames, 1)
     return 2 * windows.sum(-1) > frames

@@ -1,4 +1,4 @@
-"""The set criterion: matching and losses of every decoder layer, in one call for all layers and images."""
+"""The set criterion: matches and computes the losses of all decoder layers and images in one call."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ class SetCriterion(nn.Module):
     """Matches predictions to targets and computes classification, mask and dice losses (MaskFormer, arXiv:2107.06278,
     section 3.2).
 
-    Every decoder layer has a matching of its own. The signature, the losses and their names are those of the original
+    Every decoder layer is matched separately. The signature, the losses and their names are those of the original
     repository. The host never waits for the device.
 
-    With several processes (an initialized ``torch.distributed``) all losses are normalized over all processes: the
-    average that data-parallel training takes of losses and gradients is exactly that of one process with the joined
-    batch. All processes must call the criterion together. The original counts at least one target for each process
-    instead of one in all, and normalizes classes by the queries of each process alone, so its averaged classification
-    loss differs where processes have unequal numbers of targets.
+    With several processes (an initialized ``torch.distributed``) all losses are normalized over all processes, so that
+    data-parallel averages of losses and gradients equal those of one process with the joined batch. All processes must
+    call the criterion together. The original counts at least one target per process instead of one in total, and
+    normalizes the classification loss over the queries of each process, so its averaged classification loss differs if
+    processes have unequal numbers of targets.
 
     Args:
         num_classes: K, without "no object".
         matcher: a HungarianMatcher or a FixedMatcher.
-        weight_dict: weight of each loss name; kept for the code that sums the losses, not applied here.
-        eos_coef: weight of "no object" in the classification loss.
+        weight_dict: the weight of each loss, by name; kept for the code that sums the losses, not applied here.
+        eos_coef: the weight of "no object" in the classification loss.
         losses: any of "labels" (loss_ce) and "masks" (loss_mask, loss_dice).
-        term: the mask term of the losses; a HungarianMatcher has its own.
-        points: how to sample the points at which the losses compare masks (Mask2Former); all pixels if None.
+        term: the mask term of the losses; a HungarianMatcher has a separate one.
+        points: how to sample the points at which the losses compare masks (Mask2Former); None compares all pixels.
         backend: "auto", "reference" or "native".
 
     Raises:
@@ -96,18 +96,18 @@ class SetCriterion(nn.Module):
         *,
         generator: torch.Generator | None = None,
     ) -> dict[str, Tensor]:
-        """Unweighted scalar losses "loss_ce", "loss_mask", "loss_dice", and with suffix "_i" for auxiliary output i.
+        """The unweighted scalar losses "loss_ce", "loss_mask" and "loss_dice", with suffix "_i" for auxiliary output i.
 
         Args:
             outputs: "pred_logits" ``(B, N, K+1)`` and "pred_masks" ``(B, N, h, w)``; optionally "aux_outputs", a list
-                of such dicts, one for each earlier layer. Or, in one call and without a copy, all layers stacked, the
-                last layer last: "class_logits" ``(L, B, N, K+1)``, and "mask_logits" ``(L, B, N, h, w)`` or the
-                embeddings "mask_embed" ``(L, B, N, C)`` and "pixel_embed" ``(B, C, h, w)`` or both; see
-                :class:`Predictions`. Stacked layers take precedence.
-            targets: a list of {"labels": ``(M_b,)``, "masks": ``(M_b, H_b, W_b)``}, one for each image, which is padded
-                to the largest mask; or Targets.
-            generator: of the device, for the points, if there are any; its default generator if None. The same
-                generator state gives the same losses.
+                of such dicts, one for each earlier layer. Or, to avoid copies, all layers stacked, the last layer last:
+                "class_logits" ``(L, B, N, K+1)``, and "mask_logits" ``(L, B, N, h, w)`` or the embeddings "mask_embed"
+                ``(L, B, N, C)`` and "pixel_embed" ``(B, C, h, w)`` or both; see :class:`Predictions`. Stacked layers
+                take precedence.
+            targets: Targets; or a list of {"labels": ``(M_b,)``, "masks": ``(M_b, H_b, W_b)``}, one for each image,
+                which is padded to the largest mask.
+            generator: draws the points, if any; a generator on the device, or None for the device's default generator.
+                The same generator state gives the same losses.
 
         Raises:
             ValueError: outputs and targets that do not fit.
@@ -135,7 +135,7 @@ class SetCriterion(nn.Module):
     def layer_losses(
         self, predictions: Sequence[Predictions], targets: Targets, *, generator: torch.Generator | None = None
     ) -> LayerLosses:
-        """The losses of all layers of ``predictions``, in their order."""
+        """The losses of all layers of ``predictions``, in order."""
         assignment = self.matcher.match(predictions, targets, generator=generator)
         loss_ce = loss_mask = loss_dice = None
         weight = torch.zeros(0, device=assignment.device)
@@ -156,14 +156,14 @@ class SetCriterion(nn.Module):
         return LayerLosses(loss_ce, loss_mask, loss_dice, assignment)
 
     def normalizers(self, weight: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
-        """The divisors of the sums of class and mask losses.
+        """The divisors of the summed classification and mask losses.
 
         Args:
-            weight: ``(L,)``, the sum of the weights of this process's queries in each layer.
-            targets: of this process.
+            weight: ``(L,)``, the total weight of this process's queries in each layer.
+            targets: this process's targets.
 
         Returns:
-            ``(L,)`` for classes and a scalar for masks.
+            The divisors for classification, ``(L,)``, and for masks, a scalar.
         """
         weight, num_masks = across_processes([weight, targets.counts.sum().float()], least=(0, 1))
         return weight, num_masks

@@ -1,4 +1,4 @@
-"""Mask2Former's transformer decoder: each query reads the image where its own mask is foreground."""
+"""Mask2Former's transformer decoder, in which each query attends where its own mask is foreground."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from fastmask.modules.transformer import MaskedDecoderLayer, layer_stack
 class MaskedTransformerPredictor(nn.Module):
     """Mask2Former's transformer decoder and segmentation head (arXiv:2112.01527, section 3.2).
 
-    Query features and query positions are learned, and so is an embedding of each feature level. Layer i attends to
-    feature level i modulo their number, where the mask that the queries before the layer predict is foreground. The
-    first prediction is that of the query features alone. All predictions share the heads and the norm before them.
+    Query features, query positions and an embedding of each feature level are learned. Layer i attends to feature level
+    i % num_levels, where the mask that the queries predicted before this layer is foreground. The first prediction uses
+    the query features alone. All predictions share the heads and the norm before them.
 
     Args:
         input_dim: channels of the feature levels; projected to ``hidden_dim`` if they differ.
         num_classes: K.
-        num_levels: of feature maps.
-        decoder_layers: there is one prediction more.
+        num_levels: the number of feature levels.
+        decoder_layers: the number of layers; there is one more prediction.
         num_queries, hidden_dim, ...: as for :class:`fastmask.modules.TransformerPredictor`.
     """
 
@@ -64,19 +64,20 @@ class MaskedTransformerPredictor(nn.Module):
         *,
         all_layers: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        """Class logits and mask embeddings, whose ``mask_products`` with the pixel embeddings are the mask logits.
+        """Class logits and mask embeddings; ``mask_products`` of mask and pixel embeddings gives the mask logits.
 
         Args:
-            levels: ``num_levels`` maps ``(B, input_dim, h_i, w_i)``, the first layer's first: coarse to fine.
+            levels: ``num_levels`` maps ``(B, input_dim, h_i, w_i)``, from coarse to fine; the first layer takes the
+                first.
             pixel_embed: ``(B, mask_dim, h, w)``.
-            padding_masks: of each level ``(B, h_i, w_i)`` bool, True at cells that are padding, or None.
-            all_layers: return every prediction, as deep supervision needs, or the last alone (L = 1).
+            padding_masks: for each level ``(B, h_i, w_i)`` bool, True at cells that are padding, or None.
+            all_layers: return every prediction, as deep supervision needs, or only the last (L = 1).
 
         Returns:
             ``class_logits (L, B, N, K+1)`` and ``mask_embed (L, B, N, mask_dim)``, L = ``decoder_layers`` + 1.
 
         Raises:
-            ValueError: another number of levels.
+            ValueError: the number of levels is not ``num_levels``.
         """
         if len(levels) != self.num_levels:
             raise ValueError(f"levels has {len(levels)} maps; expected num_levels = {self.num_levels}")
@@ -85,8 +86,8 @@ class MaskedTransformerPredictor(nn.Module):
         grids = [(level.shape[-2], level.shape[-1]) for level in levels]
         memories = [self._memory(i, level, padding_masks[i]) for i, level in enumerate(levels)]
         paddings = [None if mask is None else mask.flatten(1) for mask in padding_masks]
-        # Resizing is linear, so it may come before the product with the mask embeddings: once for an image instead of
-        # once for each query and layer; and the product then has the cells of the level alone.
+        # Resizing is linear, so it may precede the product with the mask embeddings. It then runs once per image, not
+        # once per query and layer, and the product covers only the cells of the level.
         level_embeds = [resize_bilinear(pixel_embed.detach(), grid) for grid in grids]
 
         query_position = self.query_embed.weight[None]

@@ -1,4 +1,4 @@
-"""Which query answers for which target: MaskFormer's Hungarian matcher, and fixed matching."""
+"""Matchers, which assign queries to targets: MaskFormer's Hungarian matcher, and fixed matching."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastmask.targets import Targets
 
 
 class Matcher(nn.Module, ABC):
-    """Base of the matchers that the criterion takes."""
+    """Base class of the criterion's matchers."""
 
     @abstractmethod
     def match(
@@ -27,23 +27,23 @@ class Matcher(nn.Module, ABC):
         targets.
 
         Args:
-            predictions: groups of layers, L in all.
-            targets: of the B images.
-            generator: of the device, for the points, if there are any; its default generator if None.
+            predictions: groups of layers, L layers in total.
+            targets: the targets of the B images.
+            generator: draws the points, if any; a generator on the device, or None for the device's default generator.
         """
 
 
 class HungarianMatcher(Matcher):
-    """Matches queries and targets one to one so that the total cost is least (MaskFormer, arXiv:2107.06278, 3.2).
+    """Matches queries and targets one to one with minimal total cost (MaskFormer, arXiv:2107.06278, section 3.2).
 
     Args:
         cost_class: weight of the class term, -softmax(class_logits)[label].
         cost_mask: weight of the mask term.
         cost_dice: weight of the dice term.
         term: the mask term.
-        points: how to sample the points at which masks are compared (Mask2Former); all pixels if None.
-        backend: of the cost and of the assignment: "auto", "reference", or "native" for tensors on the CPU. On a GPU,
-            where the cost has Triton kernels and the assignment CUDA ones, only "auto" uses both.
+        points: how to sample the points at which masks are compared (Mask2Former); None compares all pixels.
+        backend: the backend of the cost and the assignment: "auto", "reference", or, for CPU tensors, "native". On a
+            GPU the cost has only Triton kernels and the assignment only CUDA kernels, so "auto" is needed to use both.
 
     Raises:
         ValueError: all three costs are 0.
@@ -72,9 +72,9 @@ class HungarianMatcher(Matcher):
 
     @torch.no_grad()
     def cost(self, class_logits: Tensor, mask_logits: Tensor, targets: Targets, points: Tensor | None = None) -> Tensor:
-        """``(..., B, N, M)``: the cost of every query and target; see ``fastmask.mask_cost`` for the shapes.
+        """The cost of every query and target, ``(..., B, N, M)``; see ``fastmask.mask_cost`` for the shapes.
 
-        ``points (B, P, 2)`` take the place of all pixels. A matcher that samples points draws them if none are given.
+        ``points (B, P, 2)`` replace all pixels. A matcher that samples points draws them if none are given.
         """
         if points is None:
             points = self.draw_points(targets)
@@ -91,7 +91,7 @@ class HungarianMatcher(Matcher):
         )
 
     def draw_points(self, targets: Targets, generator: torch.Generator | None = None) -> Tensor | None:
-        """``(B, P, 2)``, one set for each image; None if the matcher compares all pixels."""
+        """One set of points for each image, ``(B, P, 2)``; None if the matcher compares all pixels."""
         if self.points is None:
             return None
         return self.points.shared(targets.batch_size, targets.device, generator)
@@ -111,15 +111,15 @@ class HungarianMatcher(Matcher):
         *,
         generator: torch.Generator | None = None,
     ) -> list[tuple[Tensor, Tensor]]:
-        """The matching as index pairs on the host.
+        """The matching as pairs of indices on the host.
 
         Args:
             outputs: "pred_logits" ``(B, N, K+1)`` and "pred_masks" ``(B, N, h, w)``.
             targets: a list of {"labels": ``(M_b,)``, "masks": ``(M_b, H, W)``}, one for each image; or Targets.
-            generator: of the device, for the points, if there are any; its default generator if None.
+            generator: draws the points, if any; a generator on the device, or None for the device's default generator.
 
         Returns:
-            For each image (queries, targets), int64 on the CPU, min(N, M_b) of each, by ascending query.
+            For each image (queries, targets), min(N, M_b) indices each, int64 on the CPU, by ascending query.
         """
         predictions = Predictions(outputs["pred_logits"][None], outputs["pred_masks"][None])
         if not isinstance(targets, Targets):
@@ -132,16 +132,16 @@ class HungarianMatcher(Matcher):
 
 
 class FixedMatcher(Matcher):
-    """Query k answers for class k (structure (c) of MaskFormer's comparison, arXiv:2107.06278, section 4.3).
+    """Matches query k to the targets of class k (structure (c) in MaskFormer, arXiv:2107.06278, section 4.3).
 
-    It needs as many queries as classes. Several targets of one class share its query; ``Targets.merged_by_class`` makes
-    them one target, as in semantic segmentation.
+    There must be as many queries as classes. All targets of a class share its query; ``Targets.merged_by_class`` merges
+    them into one target, as in semantic segmentation.
     """
 
     def match(
         self, predictions: Sequence[Predictions], targets: Targets, *, generator: torch.Generator | None = None
     ) -> Tensor:
-        """See :meth:`Matcher.match`. It draws no points.
+        """See :meth:`Matcher.match`. The generator is not used.
 
         Raises:
             ValueError: the numbers of queries and classes differ.
@@ -158,7 +158,7 @@ class FixedMatcher(Matcher):
 
 
 def index_pairs(assignment: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The assignment ``(B, M)`` as (queries, targets) of each image, int64 on the CPU, by ascending query."""
+    """Turns an assignment ``(B, M)`` into (queries, targets) for each image, int64 on the CPU, by ascending query."""
     pairs = []
     for queries in assignment.cpu():
         matched = (queries >= 0).nonzero().squeeze(1)

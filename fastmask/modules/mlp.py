@@ -1,4 +1,4 @@
-"""The perceptron that turns a query into its mask embedding."""
+"""The MLP that turns a query into its mask embedding."""
 
 from __future__ import annotations
 

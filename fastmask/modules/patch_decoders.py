@@ -1,4 +1,4 @@
-"""Segmenter's decoders: from encoded patches to class logits of each patch."""
+"""Segmenter's decoders, which turn encoded patches into class logits of each patch."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ class LinearDecoder(nn.Module):
 
 
 class MaskTransformer(nn.Module):
-    """Class embeddings join the patches in a transformer (arXiv:2105.05633, section 3.2, "Mask Transformer").
+    """A transformer over patches and class embeddings (arXiv:2105.05633, section 3.2, "Mask Transformer").
 
     The logits are the scalar products of the projected patches with the projected class embeddings, both L2-normalized,
-    after a layer norm over the classes.
+    followed by a layer norm over the classes.
 
     Args:
         dim: channels of the patches and of the transformer.
         num_classes: K.
         num_layers: blocks of the transformer.
         num_heads: attention heads; divides ``dim``.
-        feedforward_dim: hidden channels of the blocks' perceptrons.
-        dropout: probability, in the blocks.
-        drop_path: probability of leaving out a residual of the last block.
+        feedforward_dim: hidden channels of the blocks' MLPs.
+        dropout: dropout probability in the blocks.
+        drop_path: probability of dropping a residual of the last block.
     """
 
     def __init__(

@@ -30,20 +30,21 @@ class ConvNorm(nn.Module):
 
 
 class PixelDecoder(nn.Module):
-    """FPN from coarse to fine: a 1 x 1 adapter of each map is added to the upsampled coarser result, and a 3 x 3 layer
-    follows; a last 3 x 3 convolution makes the pixel embeddings (arXiv:2107.06278, section 3.3).
+    """MaskFormer's feature pyramid (arXiv:2107.06278, section 3.3). From coarse to fine, the output of a 1 x 1 adapter
+    on each map is added to the upsampled coarser result, and a 3 x 3 layer follows; a last 3 x 3 convolution computes
+    the pixel embeddings.
 
     With ``encoder_layers`` a transformer encoder runs on the coarsest map first, as in the paper's panoptic models, and
     the transformer decoder reads its output instead of the backbone's.
 
     Args:
-        channels: of the backbone's maps, from fine to coarse.
+        channels: channels of the backbone's maps, from fine to coarse.
         dim: channels of the pyramid, a multiple of 32.
         mask_dim: channels of the pixel embeddings.
         encoder_layers: transformer layers on the coarsest map; 0 for none.
         num_heads: attention heads of these layers.
         feedforward_dim: hidden channels of these layers.
-        dropout: of these layers.
+        dropout: dropout probability in these layers.
 
     Raises:
         ValueError: no channels, or ``dim`` is not a multiple of 32.
@@ -89,15 +90,15 @@ class PixelDecoder(nn.Module):
                 not attend.
 
         Returns:
-            ``pixel_embed (B, mask_dim, h_0, w_0)`` and ``memory (B, C, h_last, w_last)``, C being ``dim`` with an
-            encoder and the backbone's own channels without.
+            ``pixel_embed (B, mask_dim, h_0, w_0)`` and ``memory (B, C, h_last, w_last)``, where C is ``dim`` with an
+            encoder, and else the channels of the backbone's coarsest map.
         """
         maps, memory = self.pyramid(features, padding_mask)
         return self.mask_features(maps[-1]), memory
 
     def pyramid(self, features: Sequence[Tensor], padding_mask: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
-        """The maps ``(B, dim, h_i, w_i)`` of the pyramid, from coarse to fine, and the memory, as for ``forward``; the
-        finest map gives the pixel embeddings through ``mask_features``.
+        """The maps ``(B, dim, h_i, w_i)`` of the pyramid, from coarse to fine, and the memory, as in ``forward``;
+        ``mask_features`` turns the finest map into the pixel embeddings.
         """
         memory = features[-1]
         if self.encoder is not None and self.input_proj is not None:
@@ -121,7 +122,7 @@ def _encode(encoder: TransformerEncoder, memory: Tensor, padding_mask: Tensor | 
 
 
 def projection(input_dim: int, output_dim: int) -> nn.Module:
-    """A 1 x 1 convolution, or the identity where the channels agree."""
+    """A 1 x 1 convolution, or the identity if the numbers of channels are equal."""
     if input_dim == output_dim:
         return nn.Identity()
     conv = nn.Conv2d(input_dim, output_dim, 1)
@@ -130,7 +131,7 @@ def projection(input_dim: int, output_dim: int) -> nn.Module:
 
 
 def conv_init(conv: nn.Conv2d) -> None:
-    """Uniform with variance ``1 / fan_in`` and zero bias, the original's choice for convolutions outside backbones."""
+    """Initializes uniformly with variance ``1 / fan_in`` and zero bias, as the original does outside the backbone."""
     nn.init.kaiming_uniform_(conv.weight, a=1)
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)

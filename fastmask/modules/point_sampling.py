@@ -1,4 +1,4 @@
-"""Random points at which masks are compared instead of at all pixels."""
+"""Random points, which replace all pixels when masks are compared."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from fastmask.ops._checks import check_point_sampling
 
 @dataclass(frozen=True)
 class PointSampling:
-    """Masks are compared at random points (Mask2Former, arXiv:2112.01527, section 3.3).
+    """How to sample the random points at which masks are compared (Mask2Former, arXiv:2112.01527, section 3.3).
 
-    The matcher uses one set of points for each image, shared by all its layers, queries and targets. (The original
-    repository and Hugging Face draw one for each layer.) For the losses each matched pair has points of its own, most
-    of them where the predicted mask is uncertain; see ``fastmask.uncertain_points``. The paper's weights of cost and
-    losses are 2 for the class term, 5 for the cross-entropy of masks and 5 for dice.
+    The matcher uses one set of points per image, shared by all its layers, queries and targets. (The original
+    repository and Hugging Face draw one set per layer.) For the losses, each matched pair gets its own points, most of
+    them where the predicted mask is uncertain; see ``fastmask.uncertain_points``. The paper weights both the cost and
+    the losses by 2 for the class term, 5 for the cross-entropy of masks and 5 for dice.
 
     Args:
-        num_points: P, 112 x 112 in the paper.
-        oversample_ratio: candidates for each point of the losses, at least 1.
-        importance_sample_ratio: share of the losses' points that are chosen where the mask is uncertain, 0..1.
+        num_points: P, the number of points; 112 x 112 in the paper.
+        oversample_ratio: candidates per point of the losses, at least 1.
+        importance_sample_ratio: the share of the losses' points, 0..1, that are chosen where the mask is uncertain.
 
     Raises:
         ValueError: a number out of range.
@@ -37,7 +37,7 @@ class PointSampling:
         check_point_sampling(self.num_points, self.oversample_ratio, self.importance_sample_ratio)
 
     def shared(self, batch_size: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
-        """``(B, P, 2)`` float32 in [0, 1): the matcher's points of each image."""
+        """The matcher's points of each image, ``(B, P, 2)`` float32 in [0, 1)."""
         return torch.rand(batch_size, self.num_points, 2, device=device, generator=generator)
 
     def uncertain(
@@ -48,7 +48,7 @@ class PointSampling:
         generator: torch.Generator | None = None,
         backend: str = "auto",
     ) -> Tensor:
-        """``(..., B, M, P, 2)``: the losses' points of each matched pair."""
+        """The losses' points of each matched pair, ``(..., B, M, P, 2)``."""
         return uncertain_points(
             mask_logits,
             assignment,

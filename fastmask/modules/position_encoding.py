@@ -1,4 +1,4 @@
-"""Sine position encoding of a feature map."""
+"""The sine position encoding of a feature map."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def sine_position_encoding(
 ) -> Tensor:
     """The fixed two-dimensional encoding that DETR adds to attention keys.
 
-    Rows and columns are counted from 1 and scaled so that the last one of the image stands at 2 pi; then
-    ``PE(p, 2i) = sin(p / T^(2i / d))`` and ``PE(p, 2i + 1) = cos(p / T^(2i / d))`` with ``d = dim / 2``, the row's
-    channels first (Vaswani et al., arXiv:1706.03762, section 3.5; Carion et al., arXiv:2005.12872, appendix A.4).
+    Rows and columns are counted from 1 and scaled so that the last one of the image is at 2 pi; then
+    ``PE(p, 2i) = sin(p / T^(2i / d))`` and ``PE(p, 2i + 1) = cos(p / T^(2i / d))`` with ``d = dim / 2``. Channels of
+    the row come first (Vaswani et al., arXiv:1706.03762, section 3.5; Carion et al., arXiv:2005.12872, appendix A.4).
 
     Args:
         height: rows of the map.
         width: columns of the map.
         dim: channels, a multiple of 4.
-        padding_mask: ``(B, height, width)`` bool, True at padding, which lies at the bottom and right. Positions are
-            scaled by each image's own extent, so that an image gets the same encoding in any batch.
+        padding_mask: ``(B, height, width)`` bool, True at padding, which is at the bottom and right. Positions are
+            scaled by the extent of each image without padding, so that an image gets the same encoding in any batch.
         temperature: T.
-        dtype: of the result; the arithmetic is float32, or float64 for float64.
-        device: of the result; by default that of ``padding_mask``.
+        dtype: dtype of the result; the arithmetic is float32, or float64 for float64.
+        device: device of the result; by default that of ``padding_mask``.
 
     Returns:
         ``(B, height * width, dim)``, or ``(1, height * width, dim)`` without a mask.

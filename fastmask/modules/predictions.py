@@ -1,4 +1,4 @@
-"""The predictions of a decoder, as models of every origin hand them to matchers and criteria."""
+"""The form in which models of every origin pass their decoder's predictions to matchers and criteria."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from fastmask.targets import Targets
 
 @dataclass(frozen=True)
 class Predictions:
-    """Classes and masks of L decoder layers that are stacked in memory.
+    """Classes and masks of L decoder layers, stacked in memory.
 
-    With ``embeddings``, the losses recompute the mask logits of the matched queries from them, and backward carries
-    these rows only: the gradient of all other mask logits is zero (85 % of it with 15 targets and 100 queries). The
-    matcher needs the mask logits of all queries, without gradient: ``mask_logits``, or the products of the embeddings.
+    With ``embeddings``, the losses recompute the mask logits of the matched queries from them, and backward computes
+    only these rows: all other mask logits have zero gradient (85% of them with 15 targets and 100 queries). The matcher
+    needs the mask logits of all queries, without gradient: ``mask_logits``, or the products of the embeddings.
 
     Args:
         class_logits: ``(L, B, N, K+1)``.
-        mask_logits: ``(L, B, N, h, w)``; may be left out where there are embeddings.
+        mask_logits: ``(L, B, N, h, w)``; may be None if there are embeddings.
         embeddings: mask embeddings ``(L, B, N, C)`` and pixel embeddings ``(B, C, h, w)``.
 
     Raises:
@@ -54,7 +54,7 @@ class Predictions:
         return self.class_logits.shape[0]
 
     def detached_mask_logits(self) -> Tensor:
-        """``(L, B, N, h, w)`` of all queries, without gradient."""
+        """The mask logits ``(L, B, N, h, w)`` of all queries, without gradient."""
         if self.mask_logits is not None:
             return self.mask_logits.detach()
         assert self.embeddings is not None
@@ -62,8 +62,8 @@ class Predictions:
         return mask_products(mask_embed.detach(), pixel_embed.detach())
 
     def matched(self, targets: Targets, assignment: Tensor) -> tuple[Tensor, Tensor]:
-        """Mask logits ``(L, B, R, h, w)`` that hold at least the matched queries, with gradient, and the ``assignment
-        (L, B, M)`` in terms of their R rows."""
+        """Differentiable mask logits ``(L, B, R, h, w)`` of at least the matched queries, and ``assignment (L, B, M)``
+        as indices of their R rows."""
         if self.embeddings is not None:
             return matched_mask_logits(*self.embeddings, targets, assignment)
         assert self.mask_logits is not None

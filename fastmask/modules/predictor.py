@@ -1,4 +1,4 @@
-"""From image features to the class and mask of each query."""
+"""MaskFormer's transformer decoder, which predicts the class and mask of each query from image features."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class TransformerPredictor(nn.Module):
 
     Args:
         input_dim: channels of the memory; projected to ``hidden_dim`` if they differ.
-        num_classes: K; None for no class head, where each query stands for a class.
+        num_classes: K; None if each query stands for one class, so that there is no class head.
         num_queries: N.
         hidden_dim: channels of the transformer, a multiple of 4 and of ``num_heads``.
         mask_dim: channels of the pixel embeddings.
         decoder_layers: L.
         num_heads: attention heads.
-        feedforward_dim: hidden channels of the transformer's perceptrons.
-        dropout: of the transformer.
+        feedforward_dim: hidden channels of the transformer's MLPs.
+        dropout: dropout probability in the transformer.
     """
 
     def __init__(
@@ -54,12 +54,12 @@ class TransformerPredictor(nn.Module):
     def forward(
         self, memory: Tensor, padding_mask: Tensor | None = None, *, all_layers: bool = True
     ) -> tuple[Tensor | None, Tensor]:
-        """Predicts from the coarsest map; the mask logits are ``mask_products`` of mask and pixel embeddings.
+        """Predicts from the coarsest map; ``mask_products`` of mask and pixel embeddings gives the mask logits.
 
         Args:
             memory: ``(B, input_dim, h', w')``, the coarsest map.
             padding_mask: ``(B, h', w')`` bool, True at cells of the memory that are padding.
-            all_layers: predict after every decoder layer or after the last alone (L = 1).
+            all_layers: predict after every decoder layer, or only after the last (L = 1).
 
         Returns:
             ``class_logits (L, B, N, K+1)``, None without a class head, and ``mask_embed (L, B, N, mask_dim)``.

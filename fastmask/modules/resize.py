@@ -11,7 +11,7 @@ from fastmask.ops._tracing import same_size
 
 
 def resize_bilinear(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """``maps (B, C, h, w)`` at (height, width) ``size``, with align_corners=False; maps of that size as they are."""
+    """Resizes ``maps (B, C, h, w)`` to (height, width) ``size``, if they differ, with align_corners=False."""
     if same_size(maps.shape[-2:], size):
         return maps
     return interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)

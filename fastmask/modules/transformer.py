@@ -11,16 +11,16 @@ from fastmask.modules.attention import MaskedCrossAttention
 
 
 class PostNormLayer(nn.Module):
-    """Base of the layers: attentions and a two-layer perceptron, each followed by residual and layer norm.
+    """Base class of the layers: attentions and a two-layer MLP, each followed by a residual and a layer norm.
 
     Args:
         dim: channels of the tokens.
         num_heads: attention heads; divides ``dim``.
-        feedforward_dim: hidden channels of the perceptron.
-        dropout: probability, after each block, inside the perceptron and on attention weights.
+        feedforward_dim: hidden channels of the MLP.
+        dropout: dropout probability after each block, inside the MLP and on attention weights.
     """
 
-    # The attentions in their order: "self_attn", and any other name for cross-attention.
+    # The names of the attentions, in order: "self_attn" is self-attention, any other name cross-attention.
     attentions: ClassVar[tuple[str, ...]]
     norm1: nn.LayerNorm
     norm2: nn.LayerNorm
@@ -40,7 +40,7 @@ class PostNormLayer(nn.Module):
             self.add_module(f"norm{i + 1}", nn.LayerNorm(dim))
         self.dropout = nn.Dropout(dropout)
 
-    def attend_to_themselves(
+    def self_attention(
         self, tokens: Tensor, position: Tensor, norm: nn.LayerNorm, padding_mask: Tensor | None = None
     ) -> Tensor:
         """``tokens (B, S, dim)`` to the same shape; ``padding_mask (B, S)`` is True at padding."""
@@ -54,12 +54,12 @@ class PostNormLayer(nn.Module):
         return self.add(tokens, self.linear2(hidden), norm)
 
     def add(self, tokens: Tensor, update: Tensor, norm: nn.LayerNorm) -> Tensor:
-        """The residual of a block."""
+        """Adds a block's update to its input, then normalizes."""
         return norm(tokens + self.dropout(update))
 
 
 class TransformerEncoderLayer(PostNormLayer):
-    """Self-attention and a perceptron; see :class:`PostNormLayer` for the arguments."""
+    """Self-attention and an MLP; see :class:`PostNormLayer` for the arguments."""
 
     attentions = ("self_attn",)
 
@@ -71,11 +71,11 @@ class TransformerEncoderLayer(PostNormLayer):
             position: ``(B or 1, S, dim)``, added to queries and keys.
             padding_mask: ``(B, S)`` bool, True at padding, which no token attends to.
         """
-        return self.feed_forward(self.attend_to_themselves(tokens, position, self.norm1, padding_mask), self.norm2)
+        return self.feed_forward(self.self_attention(tokens, position, self.norm1, padding_mask), self.norm2)
 
 
 class TransformerDecoderLayer(PostNormLayer):
-    """Self-attention among the queries, cross-attention to the image, and a perceptron; see :class:`PostNormLayer` for
+    """Self-attention among the queries, cross-attention to the image, and an MLP; see :class:`PostNormLayer` for
     the arguments."""
 
     attentions = ("self_attn", "multihead_attn")
@@ -88,18 +88,18 @@ class TransformerDecoderLayer(PostNormLayer):
 
         Args:
             queries: ``(B, N, dim)``.
-            query_position: ``(1, N, dim)``, added wherever queries serve as attention queries or keys.
+            query_position: ``(1, N, dim)``, added to ``queries`` where they are attention queries or keys.
             keys: ``(B, S, dim)``, the memory with its position encoding.
             values: ``(B, S, dim)``, the memory itself.
             padding_mask: ``(B, S)`` bool, True at padding, which no query attends to.
         """
-        queries = self.attend_to_themselves(queries, query_position, self.norm1)
+        queries = self.self_attention(queries, query_position, self.norm1)
         attended = self.multihead_attn(queries + query_position, keys, values, key_padding_mask=padding_mask)
         return self.feed_forward(self.add(queries, attended, self.norm2), self.norm3)
 
 
 class MaskedDecoderLayer(PostNormLayer):
-    """Masked cross-attention to the image, self-attention among the queries, and a perceptron (Mask2Former,
+    """Masked cross-attention to the image, self-attention among the queries, and an MLP (Mask2Former,
     arXiv:2112.01527, section 3.2); see :class:`PostNormLayer` for the arguments."""
 
     attentions = ("cross_attn", "self_attn")
@@ -120,20 +120,20 @@ class MaskedDecoderLayer(PostNormLayer):
         Args:
             queries, query_position, padding_mask: as for :class:`TransformerDecoderLayer`.
             keys, values: ``(B, S, dim)``, a feature level with and without its position encoding.
-            mask_logits: ``(B, N, h, w)``, the queries' masks so far.
+            mask_logits: ``(B, N, h, w)``, the masks predicted from ``queries``.
             grid: (height, width) of the feature level.
         """
         attended = self.cross_attn(
             queries + query_position, keys, values, mask_logits, grid=grid, key_padding_mask=padding_mask
         )
         queries = self.add(queries, attended, self.norm1)
-        return self.feed_forward(self.attend_to_themselves(queries, query_position, self.norm2), self.norm3)
+        return self.feed_forward(self.self_attention(queries, query_position, self.norm2), self.norm3)
 
 
 def layer_stack(
     kind: type[PostNormLayer], num_layers: int, dim: int, num_heads: int, feedforward_dim: int, dropout: float
 ) -> nn.ModuleList:
-    """Layers whose weight matrices are initialized as DETR's; biases and norms keep their own initial values."""
+    """Layers with weight matrices initialized as in DETR; biases and norms keep PyTorch's initial values."""
     layers = nn.ModuleList(kind(dim, num_heads, feedforward_dim, dropout) for _ in range(num_layers))
     for parameter in layers.parameters():
         if parameter.dim() > 1:
@@ -149,7 +149,7 @@ class TransformerEncoder(nn.Module):
         self.layers = layer_stack(TransformerEncoderLayer, num_layers, dim, num_heads, feedforward_dim, dropout)
 
     def forward(self, tokens: Tensor, position: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """``tokens (B, S, dim)`` to the same shape; the arguments are those of a layer."""
+        """``tokens (B, S, dim)`` to the same shape; see :class:`TransformerEncoderLayer` for the arguments."""
         for layer in self.layers:
             tokens = layer(tokens, position, padding_mask)
         return tokens
@@ -179,7 +179,7 @@ class TransformerDecoder(nn.Module):
             memory: ``(B, S, dim)``.
             memory_position: ``(B or 1, S, dim)``, added to the keys.
             padding_mask: ``(B, S)`` bool, True at padding, which no query attends to.
-            all_layers: return the output of every layer, as deep supervision needs, or of the last alone.
+            all_layers: return the output of every layer, as deep supervision needs, or only of the last.
 
         Returns:
             ``(L, B, N, dim)``, with L = 1 unless ``all_layers``.

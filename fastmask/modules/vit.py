@@ -1,4 +1,4 @@
-"""The plain vision transformer, under the names that timm gives its weights."""
+"""The plain vision transformer; its parameters have the names that timm uses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class SelfAttention(nn.Module):
     Args:
         dim: channels of the tokens.
         num_heads: attention heads; divides ``dim``.
-        dropout: probability, on attention weights and after the output projection.
+        dropout: dropout probability on attention weights and after the output projection.
     """
 
     def __init__(self, dim: int, num_heads: int, dropout: float = 0.0) -> None:
@@ -55,7 +55,7 @@ class FeedForward(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (Huang et al., arXiv:1603.09382): in training, the residual of each sample is left out with
+    """Stochastic depth (Huang et al., arXiv:1603.09382): in training, the residual of each sample is dropped with
     probability ``rate``; the others are divided by ``1 - rate``.
     """
 
@@ -75,14 +75,14 @@ class DropPath(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention and a perceptron, each normed before and with a residual around it.
+    """Self-attention and an MLP, each with a layer norm before it and a residual connection around both.
 
     Args:
         dim: channels of the tokens.
         num_heads: attention heads; divides ``dim``.
-        feedforward_dim: hidden channels of the perceptron.
-        dropout: probability, in attention and perceptron.
-        drop_path: probability of leaving out a residual.
+        feedforward_dim: hidden channels of the MLP.
+        dropout: dropout probability in attention and MLP.
+        drop_path: probability of dropping a residual.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Block(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """Each patch of pixels as one token, by a linear layer: a convolution whose stride is its size."""
+    """Turns each patch of pixels into one token by a linear layer: a convolution whose stride is its kernel size."""
 
     def __init__(self, channels: int, dim: int, patch_size: int) -> None:
         super().__init__()
@@ -117,8 +117,8 @@ class VisionTransformer(nn.Module):
     """The encoder of Dosovitskiy et al. (arXiv:2010.11929) for images of any size.
 
     Position embeddings are learned on one grid of patches and resized bilinearly to others, as in Segmenter
-    (arXiv:2105.05633), whose code does not resize them to a grid with as many patches. The ViT of ``transformers``
-    resizes by cubic convolution, has no stochastic depth and attends to padding.
+    (arXiv:2105.05633), whose code, however, skips this for another grid with the same number of patches. In contrast,
+    the ViT of ``transformers`` resizes bicubically, has no stochastic depth and attends to padding.
 
     Args:
         grid_size: (rows, columns) of the patches for which position embeddings are learned.
@@ -126,10 +126,10 @@ class VisionTransformer(nn.Module):
         dim: channels of the tokens.
         num_layers: blocks.
         num_heads: attention heads; divides ``dim``.
-        feedforward_dim: hidden channels of the blocks' perceptrons.
-        dropout: probability, on the embedded tokens and in the blocks.
-        drop_path: probability of leaving out a residual of the last block; it grows linearly from 0 at the first.
-        distilled: a distillation token stands beside the class token (DeiT, arXiv:2012.12877).
+        feedforward_dim: hidden channels of the blocks' MLPs.
+        dropout: dropout probability on the embedded tokens and in the blocks.
+        drop_path: probability of dropping a residual of the last block; it grows linearly from 0 at the first block.
+        distilled: add a distillation token beside the class token (DeiT, arXiv:2012.12877).
         channels: C of the images.
     """
 
@@ -167,8 +167,8 @@ class VisionTransformer(nn.Module):
 
         Args:
             pixels: ``(B, C, H, W)``, both sides multiples of the patch size.
-            grids: (rows, columns) of the patches of each image; in a padded batch they stand in the top left corner.
-            attended: ``(B, S)`` bool, False at patches that are padding; None if none is.
+            grids: (rows, columns) of each image's patches, which are in the top left corner of a padded batch.
+            attended: ``(B, S)`` bool, False at patches that are padding; None if there is no padding.
 
         Returns:
             ``(B, S, dim)``, S = (H / patch) * (W / patch), row by row.
@@ -210,13 +210,13 @@ def resize_positions(positions: Tensor, from_grid: tuple[int, int], to_grid: tup
 def blocks(
     num_layers: int, dim: int, num_heads: int, feedforward_dim: int, dropout: float, drop_path: float
 ) -> list[Block]:
-    """Blocks whose residuals are left out with a probability that grows linearly from 0 to ``drop_path``."""
+    """Blocks whose residuals are dropped with a probability that grows linearly from 0 to ``drop_path``."""
     rates = [drop_path * i / max(num_layers - 1, 1) for i in range(num_layers)]
     return [Block(dim, num_heads, feedforward_dim, dropout, rate) for rate in rates]
 
 
 def init_linear(module: nn.Module) -> None:
-    """Normal weights of deviation 0.02 and zero bias for linear layers, as Segmenter and DeiT start."""
+    """Initializes linear layers as Segmenter and DeiT do: normal weights (standard deviation 0.02) and zero bias."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=INIT_STD)
         nn.init.zeros_(module.bias)

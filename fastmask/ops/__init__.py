@@ -1,7 +1,7 @@
-"""One file an operator: its public function, its schema and fake kernel, its gradient, and which kernels it has.
+"""Each file defines one operator: its public function, schema, fake kernel, gradient and kernels.
 
-The kernels are the C++ and CUDA of ``csrc``, loaded as a library, and the Triton kernels of ``fastmask.kernels``,
-imported when first used. ``fastmask.functional`` has the public functions.
+The C++ and CUDA kernels come from ``csrc``, loaded as a shared library, the Triton kernels from ``fastmask.kernels``,
+imported on first use. ``fastmask.functional`` exports the public functions.
 """
 
 from fastmask.ops.assign import ASSIGN

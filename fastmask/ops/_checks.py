@@ -21,13 +21,13 @@ def check_mask_term(term: MaskTerm) -> None:
         raise TypeError(f"term must be a fastmask.MaskTerm, got {type(term).__name__}")
 
 
-def check_floating(name: str, tensor: Tensor, least_dim: int, shape: str) -> None:
-    """``tensor`` is floating point, of at least ``least_dim`` dimensions; the message gives ``shape``."""
+def check_floating(name: str, tensor: Tensor, min_dim: int, shape: str) -> None:
+    """Raises unless ``tensor`` is floating point with at least ``min_dim`` dimensions; messages quote ``shape``."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor of shape {shape}, got {type(tensor).__name__}")
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
-    if tensor.dim() < least_dim:
+    if tensor.dim() < min_dim:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {shape}")
 
 
@@ -37,9 +37,9 @@ def check_is_targets(targets: Targets) -> None:
 
 
 def check_targets(targets: Targets, name: str, logits: Tensor, batch_size: int) -> None:
-    """``targets`` fits the ``batch_size`` images and the device of ``logits``, an argument called ``name``."""
+    """Raises unless ``targets`` has ``batch_size`` images on the device of ``logits``, the argument ``name``."""
     if targets.batch_size != batch_size:
-        raise ValueError(f"targets has {targets.batch_size} images, {name} of shape {tuple(logits.shape)} {batch_size}")
+        raise ValueError(f"targets has {targets.batch_size} images, but {name} {batch_size}: {tuple(logits.shape)}")
     if targets.device != logits.device:
         raise ValueError(f"targets is on {targets.device}, {name} on {logits.device}")
 
@@ -66,7 +66,7 @@ def check_class_logits(class_logits: Tensor, targets: Targets) -> None:
             f"class_logits has shape {tuple(class_logits.shape)}; expected at least one class and no-object"
         )
     check_targets(targets, "class_logits", class_logits, class_logits.shape[-3])
-    # Reading values on a GPU would make the host wait for it; kernels read no class out of bounds.
+    # Reading values from a GPU would make the host wait; the kernels never read out of bounds.
     if targets.device.type == "cpu" and not torch.compiler.is_compiling():
         num_classes = class_logits.shape[-1] - 1
         if targets.labels.numel() > 0 and (highest := int(targets.labels.max())) >= num_classes:
@@ -89,7 +89,7 @@ def check_assignment(assignment: Tensor, leading: tuple[int, ...], num_queries: 
 def check_assigned_queries(
     assignment: Tensor, expected: tuple[int, ...], num_queries: int, other: str, device: torch.device
 ) -> None:
-    """``assignment`` has the ``expected`` shape, the ``device`` of argument ``other``, and queries below N."""
+    """Raises unless ``assignment`` has the ``expected`` shape, ``other``'s ``device`` and queries below N."""
     if assignment.dtype != torch.int64:
         raise TypeError(f"assignment must have dtype int64, got {assignment.dtype}")
     if tuple(assignment.shape) != expected:
@@ -103,7 +103,7 @@ def check_assigned_queries(
 
 
 def check_points(points: Tensor, leading: tuple[int, ...], shape: str, targets: Targets) -> None:
-    """``points`` has shape ``(*leading, P, 2)``, which messages give as ``shape``, and enough precision."""
+    """Raises unless ``points`` is float32 or float64 of shape ``(*leading, P, 2)``; messages quote ``shape``."""
     if not isinstance(points, Tensor):
         raise TypeError(f"points must be a tensor of shape {shape}, got {type(points).__name__}")
     if points.dtype not in (torch.float32, torch.float64):
@@ -127,10 +127,10 @@ def check_point_sampling(num_points: int, oversample_ratio: float, importance_sa
 
 
 def stack_layers(tensor: Tensor, dim: int) -> Tensor:
-    """Flattens the leading dimensions: ``(..., *last dim sizes)`` to ``(L, *last dim sizes)``, as operators take."""
+    """Flattens all but the last ``dim`` dimensions into one, L, as the operators expect."""
     return tensor.reshape(math.prod(tensor.shape[:-dim]), *tensor.shape[-dim:])
 
 
 def computing_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype that the reference backend computes in: float64 if any tensor is, else float32."""
+    """The dtype that the reference backend computes in: float64 if any tensor is float64, else float32."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32

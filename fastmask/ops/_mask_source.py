@@ -1,4 +1,4 @@
-"""What semantic, panoptic and instance inference share: checks, and mask logits in bands of the result's rows."""
+"""Argument checks of semantic, panoptic and instance inference, and mask logits in bands of the result's rows."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from fastmask.ops._registry import Operator, choose_backend
 from fastmask.ops._tracing import as_size
 from fastmask.ops.embeddings import mask_products
 
-# Mask logits that one band holds at most when they come from embeddings.
+# The most bytes that the mask logits of one band take when they are computed from embeddings.
 BAND_BYTES = {"cpu": 16 << 20, "cuda": 64 << 20}
 
 
 class Band(NamedTuple):
-    """Rows of a result, and the rows of mask logits that they read.
+    """A band of a result's rows, with the rows of mask logits that it reads.
 
     Args:
         mask_logits: ``(B, N, rows, w)``.
-        rows: of the result.
-        repeated: how many of its first rows of mask logits the previous band has read as well.
+        rows: the result's rows in this band.
+        repeated: how many of the first rows of ``mask_logits`` the previous band has read, too.
         geometry: the operators' last arguments.
     """
 
@@ -36,7 +36,7 @@ class Band(NamedTuple):
     geometry: GeometryArguments
 
     def repeated_nan_logits(self) -> Tensor:
-        """``(B, N)`` int32: how many NaN logits of each query the previous band has counted as well."""
+        """``(B, N)`` int32: how many of each query's NaN logits the previous band has counted, too."""
         return self.mask_logits[:, :, : self.repeated].isnan().sum((-2, -1), dtype=torch.int32)
 
 
@@ -45,9 +45,9 @@ class MaskSource:
     """Where mask logits come from, and how they become the pixels of a result.
 
     Args:
-        masks: mask logits ``(B, N, h, w)``, or ``mask_embed (B, N, C)`` and ``pixel_embed (B, C, h, w)``, whose product
-            they are.
-        geometry: from their grid to the result.
+        masks: mask logits ``(B, N, h, w)``, or a pair ``mask_embed (B, N, C)`` and ``pixel_embed (B, C, h, w)`` to
+            multiply over C.
+        geometry: how the grid of the mask logits maps to the pixels of the result.
     """
 
     masks: Tensor | tuple[Tensor, Tensor]
@@ -55,14 +55,14 @@ class MaskSource:
 
     @property
     def tensor(self) -> Tensor:
-        """One of the tensors, for its device and dtype."""
+        """One of the tensors; all have the same device and dtype."""
         return self.masks if isinstance(self.masks, Tensor) else self.masks[0]
 
-    def of_used_queries(self, used: Tensor) -> tuple[MaskSource, Tensor]:
-        """The masks of the ``used (B, N)`` queries, where leaving out the others saves work; and ``(B, U)`` int64, the
-        indices of these queries, used ones first, in their order.
+    def keep_used(self, used: Tensor) -> tuple[MaskSource, Tensor]:
+        """Drops queries that are not ``used (B, N)``, if that saves work. Also returns the indices of the remaining
+        queries, ``(B, U)`` int64, in ascending order with the used ones first.
 
-        Only embeddings on a CPU leave out any: elsewhere the host would have to wait for their number.
+        Only embeddings on a CPU drop queries: elsewhere the host would have to wait for U.
         """
         if isinstance(self.masks, Tensor) or used.device.type != "cpu":
             return self, torch.arange(used.shape[1], device=used.device).expand_as(used)
@@ -73,7 +73,7 @@ class MaskSource:
         return replace(self, masks=(mask_embed, pixel_embed)), queries
 
     def bands(self) -> Iterator[Band]:
-        """All of the result in one band; from embeddings, in as many as keep the mask logits small."""
+        """Yields the whole result as one band or, with embeddings, as enough bands to keep the mask logits small."""
         height = self.geometry.size[0]
         if isinstance(self.masks, Tensor):
             yield Band(self.masks, slice(0, height), 0, self.geometry.arguments())
@@ -96,14 +96,14 @@ class MaskSource:
             seen = last
 
     def logits_of_rows(self, first: int, end: int) -> Tensor:
-        """``(B, N, end - first, w)``."""
+        """The mask logits ``(B, N, end - first, w)`` of the grid's rows [first, end)."""
         if isinstance(self.masks, Tensor):
             return self.masks[:, :, first:end]
         mask_embed, pixel_embed = self.masks
         return mask_products(mask_embed, pixel_embed[:, :, first:end])
 
     def full_logits(self, dtype: torch.dtype) -> Tensor:
-        """``(B, N, h, w)`` in ``dtype``, to which embeddings are converted before their product: for the reference."""
+        """All mask logits ``(B, N, h, w)``, for the reference; embeddings become ``dtype`` before their product."""
         if isinstance(self.masks, Tensor):
             return self.masks.to(dtype)
         mask_embed, pixel_embed = self.masks
@@ -111,7 +111,7 @@ class MaskSource:
 
 
 def belong_to(labels: Tensor, classes: Collection[int]) -> Tensor:
-    """Whether each label is one of ``classes``. Nothing waits for the device, as ``torch.isin`` and copies may."""
+    """Whether each label is one of ``classes``. Unlike ``torch.isin``, this never makes the host wait."""
     chosen = torch.tensor(sorted(classes), dtype=labels.dtype, pin_memory=labels.device.type == "cuda")
     return (labels[..., None] == chosen.to(labels.device, non_blocking=True)).any(-1)
 
@@ -125,7 +125,7 @@ def prepare(
     valid_size: Size | None,
     backend: str,
 ) -> tuple[MaskSource, str, torch.dtype]:
-    """The masks, the backend that will run, and the dtype that the reference computes in; all arguments checked."""
+    """Checks all arguments; returns the masks, the backend that will run, and the dtype for the reference."""
     check_floating("class_logits", class_logits, 3, "(B, N, K+1)")
     if class_logits.dim() != 3 or class_logits.shape[-1] < 2:
         raise ValueError(f"class_logits has shape {tuple(class_logits.shape)}; expected (B, N, K+1), K at least 1")

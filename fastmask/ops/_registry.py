@@ -1,6 +1,6 @@
-"""The operator library ``fastmask::``, and the choice of the implementation that runs a call.
+"""The operator library ``fastmask::``, and the choice of the backend that runs a call.
 
-Importing this module loads ``libfastmask.so``. Where that fails, the operators still exist, trace and compile;
+Importing this module loads ``libfastmask.so``. If that fails, the operators still exist, trace and compile;
 ``EXTENSION_ERROR`` says why they cannot run.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 EXTENSION = Path(__file__).parent.parent / "libfastmask.so"
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 BACKENDS = ("auto", "reference", "native", "triton")
-LEAST_CAPABILITY = (8, 0)  # of a GPU: bfloat16 in tensor cores, asynchronous copies, reductions of a warp
+MIN_CAPABILITY = (8, 0)  # tensor cores for bfloat16, asynchronous copies, warp reductions
 
 
 def _load_extension() -> str | None:
@@ -42,9 +42,9 @@ class Gradient:
     """How an operator is differentiated with respect to its first arguments.
 
     Args:
-        operator: returns their gradients.
+        operator: the backward operator, which returns the gradients of these arguments.
         save: called with the context of ``torch.autograd.Function``, the inputs and the outputs of the forward pass.
-        arguments: makes the arguments of ``operator`` from the context and the gradients of the forward outputs.
+        arguments: builds the arguments of ``operator`` from the context and the gradients of the forward outputs.
     """
 
     operator: Operator
@@ -54,16 +54,16 @@ class Gradient:
 
 @dataclass(frozen=True, eq=False)
 class Operator:
-    """Registers ``fastmask::name`` and its kernels; calling it runs them.
+    """Registers ``fastmask::name`` and its kernels; a call runs them.
 
     Args:
-        name: of the operator.
-        schema: its arguments and results, as ``torch.library`` writes them.
-        fake: its fake kernel: shapes, strides and dtypes of the results.
+        name: the operator's name in the namespace ``fastmask``.
+        schema: its arguments and results, in the syntax of ``torch.library``.
+        fake: its fake kernel, which determines shapes, strides and dtypes of the results.
         native: device types that the C++/CUDA extension serves.
         triton: the module of ``fastmask.kernels`` whose function ``name`` launches Triton kernels for CUDA tensors.
-        dtypes: of the tensors that the kernels read; arithmetic is float32 in any case.
-        gradient: None if it has none.
+        dtypes: the tensor dtypes that the kernels read.
+        gradient: its gradient; None if it is not differentiable.
     """
 
     name: str
@@ -82,24 +82,24 @@ class Operator:
             backward = partial(self._backward, self.gradient)
             torch.library.register_autograd(name, backward, setup_context=self.gradient.save)
         if self.triton is not None:
-            torch.library.impl(name, "cuda", self.on_tensors_device)
+            torch.library.impl(name, "cuda", self.launch_on_tensor_device)
 
     def __call__(self, backend: str, *arguments: Any) -> Any:
-        """Runs the operator on the chosen backend, which is not the reference.
+        """Runs the operator on ``backend``, any but the reference.
 
-        The dispatcher runs C++ on CPU tensors. Triton kernels on CPU tensors, which Triton's interpreter runs, are
-        called directly.
+        The dispatcher runs C++ for CPU tensors, so Triton kernels for CPU tensors, which run in Triton's interpreter,
+        are called directly.
         """
         if backend != "triton" or arguments[0].device.type != "cpu":
             return getattr(torch.ops.fastmask, self.name)(*arguments)
-        return self.launch(*arguments) if self.gradient is None else _PastDispatcher.apply(self, *arguments)
+        return self.launch(*arguments) if self.gradient is None else _DirectLaunch.apply(self, *arguments)
 
     def launch(self, *arguments: Any) -> Any:
         """Launches the Triton kernels on the current device."""
         return getattr(importlib.import_module(f"fastmask.kernels.{self.triton}"), self.name)(*arguments)
 
-    def on_tensors_device(self, *arguments: Any) -> Any:
-        """Triton launches on the current device, which the dispatcher does not set for kernels written in Python."""
+    def launch_on_tensor_device(self, *arguments: Any) -> Any:
+        """Launches the Triton kernels on the tensors' device, which PyTorch's dispatcher does not make current."""
         with torch.cuda.device(next(x.device for x in arguments if isinstance(x, Tensor))):
             return self.launch(*arguments)
 
@@ -108,14 +108,14 @@ class Operator:
         return self.padded(run(*gradient.arguments(ctx, *grads)))
 
     def padded(self, gradients: Tensor | tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-        """Gradients of the first arguments, and None for each of the others."""
+        """The gradients of the first arguments, followed by None for each of the others."""
         first = (gradients,) if isinstance(gradients, Tensor) else gradients
         inputs = len(getattr(torch.ops.fastmask, self.name).default._schema.arguments)
         return *first, *[None] * (inputs - len(first))
 
 
-class _PastDispatcher(torch.autograd.Function):
-    """The Triton kernels of an operator, and of its gradient, on CPU tensors."""
+class _DirectLaunch(torch.autograd.Function):
+    """Launches an operator's Triton kernels, forward and backward, on CPU tensors without the dispatcher."""
 
     @staticmethod
     def forward(operator: Operator, *arguments: Any) -> Any:
@@ -142,7 +142,7 @@ def triton_interpreted() -> bool:
 
 
 def unavailable_reason(operator: Operator, backend: str, tensor: Tensor) -> str | None:
-    """Why ``backend`` cannot run ``operator`` on tensors like this one; None if it can."""
+    """Why ``backend`` cannot run ``operator`` on tensors like ``tensor``; None if it can."""
     device = tensor.device.type
     if backend == "native":
         if device not in operator.native:
@@ -150,7 +150,7 @@ def unavailable_reason(operator: Operator, backend: str, tensor: Tensor) -> str 
         if EXTENSION_ERROR is not None:
             return EXTENSION_ERROR
         if not _registered(operator.name, device):
-            return f"{EXTENSION.name} was built without {device.upper()} (nvcc was not found, or left out)"
+            return f"{EXTENSION.name} was built without {device.upper()} (nvcc was not found, or CUDA was switched off)"
     elif backend == "triton":
         if operator.triton is None:
             return f"{operator.name} has no Triton kernel"
@@ -160,34 +160,34 @@ def unavailable_reason(operator: Operator, backend: str, tensor: Tensor) -> str 
             return "triton is not installed"
     if backend != "reference":
         if tensor.dtype not in operator.dtypes:
-            return f"the kernels of {operator.name} do not read {str(tensor.dtype).removeprefix('torch.')}"
+            return f"the kernels of {operator.name} do not support {str(tensor.dtype).removeprefix('torch.')}"
         if device == "cuda":
             return gpu_reason(tensor.device.index)
     return None
 
 
 def _constant_in_traces(function: Callable[..., Any]) -> Callable[..., Any]:
-    """As torch.compiler.assume_constant_result, without importing torch._dynamo."""
+    """Does the same as torch.compiler.assume_constant_result, without importing torch._dynamo."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # PyTorch's own mark
     return function
 
 
 @_constant_in_traces
 def _registered(name: str, device: str) -> bool:
-    """Whether the dispatcher has a kernel."""
+    """Whether PyTorch's dispatcher has a kernel of this operator for the device type."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"fastmask::{name}", device.upper())
 
 
 @_constant_in_traces
 def gpu_reason(index: int | None) -> str | None:
-    """Why the kernels cannot run on a GPU; None if they can, or if there is no GPU and only a trace is made."""
+    """Why the kernels cannot run on GPU ``index``; None if they can, or if a call is traced without a GPU."""
     if torch.version.hip is not None:
         return "this is a ROCm build of PyTorch; the kernels are for NVIDIA GPUs"
     if not torch.cuda.is_initialized():
         return None
     capability = torch.cuda.get_device_capability(index)
-    if capability < LEAST_CAPABILITY:
-        has, needed = (".".join(map(str, version)) for version in (capability, LEAST_CAPABILITY))
+    if capability < MIN_CAPABILITY:
+        has, needed = (".".join(map(str, version)) for version in (capability, MIN_CAPABILITY))
         return f"{torch.cuda.get_device_name(index)} has compute capability {has}; the kernels need {needed} or more"
     return None
 
@@ -196,10 +196,10 @@ _warned: set[str] = set()
 
 
 def choose_backend(operator: Operator, backend: str, tensor: Tensor) -> str:
-    """Resolves ``backend`` for tensors like this one; a backend given by name never falls back.
+    """Resolves ``backend`` for tensors like ``tensor``; a backend given by name never falls back.
 
-    "auto" takes the operator's Triton or C++/CUDA kernel for the device. Where that cannot run (the extension or Triton
-    is missing, or the GPU is too old or not NVIDIA's), it warns once and takes the reference. Where there is no kernel
+    "auto" takes the operator's Triton or C++/CUDA kernel for the device. If that cannot run (the extension or Triton is
+    missing, or the GPU is too old or not NVIDIA's), it warns once and takes the reference. If there is no kernel
     (float64, or another device), it takes the reference silently.
 
     Raises:
@@ -209,13 +209,13 @@ def choose_backend(operator: Operator, backend: str, tensor: Tensor) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "auto":
-        return automatic(operator, tensor)
+        return auto_backend(operator, tensor)
     if (reason := unavailable_reason(operator, backend, tensor)) is not None:
         raise RuntimeError(f"backend={backend!r} cannot run {operator.name}: {reason}")
     return backend
 
 
-def automatic(operator: Operator, tensor: Tensor) -> str:
+def auto_backend(operator: Operator, tensor: Tensor) -> str:
     """The backend that ``backend="auto"`` takes."""
     device = tensor.device.type
     if tensor.dtype not in operator.dtypes:
@@ -241,13 +241,13 @@ torch.library.define("fastmask::_set_simd_level", "(int level) -> int")
 
 
 def set_simd_level(level: str) -> str:
-    """Lowers the SIMD level of the CPU kernels, for tests; "avx512" restores the processor's best.
+    """Caps the SIMD level of the CPU kernels, for tests; "avx512" restores the processor's best.
 
-    Returns the level now in use: one that the processor lacks becomes the best that it has.
+    Returns the level now in use, which is at most the processor's best.
     """
     number = SIMD_LEVELS.index(level)
     if importlib.util.find_spec("fastmask._native") is not None:
         from fastmask import _native
 
-        _native.set_simd_level(number)  # the module has kernels of its own
+        _native.set_simd_level(number)  # the module contains its own copy of the kernels
     return SIMD_LEVELS[torch.ops.fastmask._set_simd_level(number)]

@@ -7,7 +7,7 @@ import importlib.util
 import torch
 
 from fastmask.ops import OPERATORS
-from fastmask.ops._registry import EXTENSION_ERROR, automatic, unavailable_reason
+from fastmask.ops._registry import EXTENSION_ERROR, auto_backend, unavailable_reason
 from fastmask.version import __version__
 
 
@@ -17,7 +17,7 @@ def _cuda(archs: str, version: str) -> str:
     built = f"{archs} (by nvcc of CUDA {version})"
     runs = torch.version.cuda
     if runs is not None and runs.split(".")[0] != version.split(".")[0]:
-        built += f"; torch is of CUDA {runs}: build with an nvcc of that major version"
+        built += f"; torch uses CUDA {runs}: build with nvcc of that major version"
     return built
 
 
@@ -44,7 +44,7 @@ def show_config() -> str:
                 for backend in ("native", "triton")
                 if (reason := unavailable_reason(operator, backend, probe)) is not None
             ]
-            lines.append(f"  {operator.name:<18} {automatic(operator, probe):<10} {'; '.join(others)}".rstrip())
+            lines.append(f"  {operator.name:<18} {auto_backend(operator, probe):<10} {'; '.join(others)}".rstrip())
     text = "\n".join(lines)
     print(text)
     return text

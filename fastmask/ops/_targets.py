@@ -1,4 +1,4 @@
-"""The six arguments by which operators take the targets of a batch."""
+"""The six operator arguments that hold the targets of a batch."""
 
 from __future__ import annotations
 

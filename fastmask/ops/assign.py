@@ -1,7 +1,7 @@
 """Batched optimal assignment of queries to targets.
 
 ``fastmask::assign`` returns the query of each target, and how many pairs of each problem have a cost that is not
-finite; ``fastmask::assign_duals`` also returns the duals, which prove the result.
+finite; ``fastmask::assign_duals`` also returns the duals, which prove that the result is optimal.
 """
 
 from __future__ import annotations
@@ -33,38 +33,38 @@ def assign(
     policy: str = "last",
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor | tuple[Tensor, ...], ...]:
-    """The query of each target, so that the total cost of the pairs is least, for a batch of problems at once.
+    """Assigns a query to each target so that the total cost of the pairs is minimal, for a batch of problems at once.
 
     min over injective a of sum_m cost[a(m), m] (MaskFormer, arXiv:2107.06278, section 3.2), by an auction (Bertsekas,
     Annals of Operations Research 14, 1988) that shortest augmenting paths finish (Jonker and Volgenant, Computing 38,
     1987). With fewer queries than targets, the N best pairs are taken and the other targets stay unmatched. The total
-    is proved to exceed the least one by at most 1e-6 (float64: 1e-12) of the sum of |cost| over the pairs. The same
-    input gives the same bits on any processor, with any number of threads; a fixed rule breaks ties.
+    provably exceeds the minimum by at most 1e-6 (float64: 1e-12) of the sum of |cost| over the pairs. The same input
+    gives the same bits on any processor, with any number of threads; a fixed rule breaks ties.
 
     Pairs whose cost is NaN or infinite (of either sign) are taken last: among the complete matchings with the fewest
-    such pairs, the result has the least total of finite costs.
+    such pairs, the result has the smallest total of finite costs.
 
     Args:
-        cost: ``(..., N, M)`` floating point, of any strides; on a GPU, at most 1000 queries and targets a problem.
+        cost: ``(..., N, M)`` floating point, any strides; on a GPU, at most 1000 queries and 1000 targets per problem.
         counts: broadcastable to ``(...)``, int64: only the first ``counts`` targets of a problem exist; M by default.
-            On a GPU, counts outside ``0..M`` are taken as the nearer of the two.
-        return_duals: also return the duals, which prove the result.
-        return_status: also return how many pairs of each matching are not finite.
-        policy: "last", or "raise" for SciPy's errors about costs that are not finite, which need a CPU tensor.
+            On a GPU, counts are clamped to ``0..M``.
+        return_duals: also return the duals, which prove that the result is optimal.
+        return_status: also return how many pairs of each matching have a cost that is not finite.
+        policy: "last" takes such pairs last; "raise" raises SciPy's errors about them, and needs a CPU tensor.
         backend: "auto", "reference" or "native". The reference returns no duals.
 
     Returns:
         ``(..., M)`` int64 on the device of ``cost``: the query of each target, -1 for unmatched targets and padding.
-        With ``return_duals``, then a pair of float64 tensors ``(..., N)`` and ``(..., M)``: u and v with
-        cost[n, m] >= u[n] + v[m], equal for matched pairs, so that sum u + sum v is the least total. The duals of the
+        With ``return_duals``, next a pair of float64 tensors ``(..., N)`` and ``(..., M)``: u and v with
+        cost[n, m] >= u[n] + v[m], equal for matched pairs, so that sum u + sum v is the minimal total. The duals of the
         longer side are at most 0, and 0 where unmatched; those of padding are 0; NaN where a pair is not finite.
-        With ``return_status``, then ``(...)`` int32. Nothing carries a gradient.
+        With ``return_status``, next the number of such pairs, ``(...)`` int32. Nothing carries a gradient.
 
     Raises:
         ValueError: shapes or counts that do not fit; an unknown policy, or "raise" for a tensor that is not on the CPU;
             with "raise", NaN or -inf anywhere, or no complete matching without +inf.
         TypeError: a cost that is not floating point, or counts that are not int64.
-        RuntimeError: the backend asked for cannot run.
+        RuntimeError: the requested backend cannot run.
     """
     check_floating("cost", cost, 2, "(..., N, M)")
     if policy != "last":
@@ -105,7 +105,7 @@ def _check_counts(cost: Tensor, counts: Tensor) -> Tensor:
         raise ValueError(
             f"counts has shape {tuple(counts.shape)}; expected one that broadcasts to {tuple(leading)}"
         ) from None
-    # Reading values on a GPU would make the host wait for it.
+    # Reading values from a GPU would make the host wait.
     if counts.device.type == "cpu" and not torch.compiler.is_compiling() and counts.numel() > 0:
         low, high = (int(bound) for bound in counts.aminmax())
         if low < 0 or high > cost.shape[-1]:
@@ -160,7 +160,7 @@ ASSIGN_DUALS = Operator(
     native=("cpu", "cuda"),
     dtypes=_DTYPES,
 )
-# The CUDA kernel's form, on one CPU thread; for tests. The seed permutes what a block does in parallel.
+# The CUDA kernel's algorithm on one CPU thread, for tests. The seed permutes the steps that a block runs in parallel.
 torch.library.define(
     "fastmask::_assign_serial", "(Tensor cost, Tensor? counts, int seed) -> (Tensor, Tensor, Tensor, Tensor)"
 )

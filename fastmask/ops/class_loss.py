@@ -17,20 +17,20 @@ def class_loss(
     eos_coef: float = 0.1,
     class_weights: Tensor | None = None,
 ) -> Tensor:
-    """Weighted cross-entropy of every query: its target's class, or "no object" where it has none.
+    """Weighted cross-entropy of every query against its target's class, or "no object" for unmatched queries.
 
     sum_n w[y_n] (-log softmax(class_logits_n)[y_n]) / sum_n w[y_n] over all queries of a layer (DETR, arXiv:2005.12872,
     section 3; MaskFormer, arXiv:2107.06278, equation 2).
 
     Args:
         class_logits: ``(..., B, N, K+1)`` floating point; any leading dimensions, usually L decoder layers, or none.
-        targets: of the B images.
+        targets: the targets of the B images.
         assignment: ``(..., B, M)`` int64, the query of each target; -1 for padding and unmatched targets.
-        eos_coef: w of "no object"; all other classes have weight 1.
-        class_weights: ``(K+1,)`` w of every class, instead of ``eos_coef``.
+        eos_coef: the weight w of "no object"; all other classes have weight 1.
+        class_weights: ``(K+1,)``, the weight w of every class; replaces ``eos_coef``.
 
     Returns:
-        ``(...)`` float32 (float64 for float64 logits), one value a layer.
+        ``(...)`` float32 (float64 for float64 logits), one value per layer.
 
     Raises:
         ValueError: shapes, devices or labels that do not fit.
@@ -62,8 +62,8 @@ def class_loss_terms(
 
 
 def query_classes(labels: Tensor, assignment: Tensor, num_queries: int, num_classes: int) -> Tensor:
-    """``(..., B, N)`` int64: the class of each query's target, ``num_classes`` where it has none."""
-    # Unmatched targets write to a slot of their own beyond the queries, which is cut off.
+    """``(..., B, N)`` int64: the class of each query's target, ``num_classes`` for unmatched queries."""
+    # Unmatched targets write to an extra slot after the queries, which is then cut off.
     slots = torch.where(assignment < 0, num_queries, assignment)
     classes = labels.new_full((*assignment.shape[:-1], num_queries + 1), num_classes)
     return classes.scatter(-1, slots, labels.expand(assignment.shape))[..., :num_queries]

@@ -1,4 +1,4 @@
-"""Mask logits from mask and pixel embeddings: of all queries, or of the matched ones alone."""
+"""Mask logits from mask and pixel embeddings, for all queries or for the matched ones only."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from fastmask.targets import Targets
 
 
 def mask_products(mask_embed: Tensor, pixel_embed: Tensor) -> Tensor:
-    """``(..., B, N, C)`` and ``(B, C, h, w)`` to mask logits ``(..., B, N, h, w)``, by the sum over the C channels.
+    """``(..., B, N, C)`` times ``(B, C, h, w)``, summed over the C channels: mask logits ``(..., B, N, h, w)``.
 
-    One product for all layers of an image, so in memory the images come first: the planes (h, w) are contiguous, the
-    layers are strided.
+    One matrix product covers all layers of an image. So images come before layers in memory: each (h, w) plane is
+    contiguous, and layers are strided.
     """
     return torch.einsum("...bnc,bchw->...bnhw", mask_embed, pixel_embed)
 
@@ -24,18 +24,18 @@ def matched_mask_logits(
     """Mask logits of the matched queries, sum_c mask_embed[n, c] pixel_embed[c, y, x] (MaskFormer, arXiv:2107.06278,
     section 3.3), for ``fastmask.mask_loss``.
 
-    Unmatched queries get no gradient from the mask losses, so backward needs nothing of the size of all mask logits.
+    Unmatched queries get no gradient from the mask losses, so backward allocates nothing as large as all mask logits.
 
     Args:
         mask_embed: ``(..., B, N, C)`` floating point; any leading dimensions, usually L decoder layers, or none.
         pixel_embed: ``(B, C, h, w)``.
-        targets: of the B images.
+        targets: the targets of the B images.
         assignment: ``(..., B, M)`` int64, the query of each target; -1 for padding and unmatched targets.
 
     Returns:
         ``(..., B, R, h, w)`` mask logits in the dtype of the product, differentiable, and ``(..., B, M)`` int64, the
-        row ``0..R-1`` of each target, -1 where ``assignment`` is -1. R is the smaller of M and N; on the CPU, where
-        counts are known, the largest number of targets takes the place of M. Rows without a target get no gradient.
+        row ``0..R-1`` of each target, -1 where ``assignment`` is -1. R is min(M, N); on the CPU, where the host can
+        read the counts, the largest count replaces M. Rows without a target get no gradient.
 
     Raises:
         ValueError: shapes, devices or indices that do not fit.
@@ -56,10 +56,10 @@ def matched_mask_logits(
     if num_rows >= num_queries:
         return mask_products(mask_embed, pixel_embed), assignment
     matched = assignment >= 0
-    # Matched targets of an image take its rows in turn; the others write to a row of their own, which is cut off.
+    # An image's matched targets take its rows in turn; the others write to an extra row, which is then cut off.
     rows = (matched.cumsum(-1) - 1).masked_fill(~matched, num_rows)
     queries = assignment.new_zeros(*leading, batch_size, num_rows + 1).scatter(-1, rows, assignment)[..., :num_rows]
-    # Indexing, as its backward is deterministic on a GPU, which that of torch.gather is not.
+    # On a GPU the backward of indexing is deterministic; that of torch.gather is not.
     stacked = stack_layers(mask_embed, 2)
     images = torch.arange(stacked.shape[0], device=queries.device)[:, None]
     matched_embed = stacked[images, stack_layers(queries, 1)].view(*leading, batch_size, num_rows, channels)
@@ -67,7 +67,7 @@ def matched_mask_logits(
 
 
 def _most_targets(targets: Targets) -> int:
-    """The largest number of targets where reading the counts needs no wait, else M."""
+    """The largest number of targets if the host can read it without waiting, else M."""
     if targets.device.type != "cpu" or torch.compiler.is_compiling() or targets.batch_size == 0:
         return targets.num_targets
     return int(targets.counts.max())

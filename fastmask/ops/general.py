@@ -23,14 +23,14 @@ def general_inference(
 ) -> Tensor:
     """Each pixel goes to the query i that maximizes p_i(c_i) m_i[h, w], and gets its most likely class c_i.
 
-    MaskFormer (arXiv:2107.06278), section 3.4, "general inference" for semantic segmentation. Queries whose most likely
-    class is "no object", or with a NaN class logit, take no part; segments of one class are merged.
+    MaskFormer (arXiv:2107.06278), section 3.4, "general inference" for semantic segmentation. Queries with a NaN class
+    logit, or whose most likely class is "no object", take no part; segments of the same class are merged.
     ``fastmask.semantic_inference`` is the paper's other rule, which sums over queries instead.
 
     Args:
         class_logits: ``(B, N, K+1)`` floating point; the last class is "no object".
-        mask_logits: ``(B, N, h, w)`` floating point; or a pair of ``mask_embed (B, N, C)`` and ``pixel_embed
-            (B, C, h, w)``, whose product over C they are.
+        mask_logits: ``(B, N, h, w)`` floating point; or a pair ``mask_embed (B, N, C)`` and ``pixel_embed
+            (B, C, h, w)`` to multiply over C.
         size: (H, W) of the result, in pixels.
         ignore_index: the label of pixels that no query wins, in ``0..2^31-1``.
         padded_size, valid_size: as in ``semantic_inference``.
@@ -42,7 +42,7 @@ def general_inference(
     Raises:
         ValueError: shapes, devices or options that do not fit.
         TypeError: logits that are not floating point.
-        RuntimeError: the backend asked for cannot run.
+        RuntimeError: the requested backend cannot run.
     """
     if ignore_index < 0:
         raise ValueError(f"ignore_index must be at least 0, got {ignore_index}")
@@ -57,7 +57,7 @@ def general_inference(
         return reference.general_inference(class_logits.to(dtype), logits, size, ignore_index=ignore_index, **steps)
     masks, scores, classes, _ = kept_queries(class_logits.to(dtype), masks, threshold=0.0)
     winner = pixel_winners(backend, scores, masks)[0]
-    # One more entry for pixels without a winner: -1 becomes the first.
+    # Pixels without a winner have index -1; an extra first entry serves them.
     num_classes = class_logits.shape[-1] - 1
     table = torch.nn.functional.pad(classes, (1, 0), value=ignore_index)
     table = table.to(label_dtype(max(num_classes, ignore_index + 1)))

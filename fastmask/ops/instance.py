@@ -1,6 +1,6 @@
 """Instance segmentation from class logits, and mask logits or embeddings.
 
-``fastmask::instance_masks``: binary masks of chosen queries; ``fastmask::rle_encode``: run lengths of binary masks.
+``fastmask::instance_masks`` computes binary masks of chosen queries; ``fastmask::rle_encode`` run-length encodes masks.
 
 Args of ``instance_masks``:
     mask_logits: ``(B, N, rows, w)`` float32, bfloat16 or float16.
@@ -11,16 +11,16 @@ Args of ``instance_masks``:
 Returns of ``instance_masks``:
     masks: ``(B, R, out_rows, W)`` bool, whether the resampled logit x exceeds 0 (NaN does not); with ``packed``,
         ``(B, R, out_rows, ceil(W / 8))`` uint8, the first pixel in the lowest bit and bits beyond W zero. Zeros for
-        padding. On a GPU rows of bytes are 8 * ceil(W / 8) apart.
+        padding. On a GPU, the rows of bool masks are 8 * ceil(W / 8) bytes apart.
     foreground_sum: ``(B, R)`` float32, the sum of sigmoid(x) over the mask.
     area: ``(B, R)`` int32, pixels of the mask.
     boxes: ``(B, R, 4)`` int32, (left, top, right, bottom) of the mask in pixels of the full result, right and bottom
         exclusive; zeros for an empty mask.
     nan_logits: ``(B, R)`` int32, how many of the given logits of the query are NaN.
 
-``rle_encode`` runs on the CPU alone, as the host uses run lengths. It takes ``(R, H, W)`` bool or the packed
-``(R, H, ceil(W / 8))`` uint8, and the width W. It returns ``(T,)`` uint8, the compressed counts of pycocotools (columns
-first) of all masks one after another; and ``(R + 1,)`` int64, where each mask's counts begin and the last end.
+``rle_encode`` runs on the CPU only, since the host uses the run lengths. It takes ``(R, H, W)`` bool or packed
+``(R, H, ceil(W / 8))`` uint8 masks, and the width W. It returns ``(T,)`` uint8, the compressed counts of pycocotools
+(column by column) of all masks in turn, and ``(R + 1,)`` int64, where each mask's counts begin and the last ones end.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 RULES = ("mask2former", "huggingface")
 OUTPUTS = ("masks", "rle")
 
-# Of binary masks that exist at once where run lengths are the output.
+# The most bytes of binary masks in memory at a time when the output is run lengths.
 MASK_BYTES = 16 << 20
 
 
@@ -73,20 +73,20 @@ def instance_inference(
 
     Args:
         class_logits: ``(B, N, K+1)`` floating point; the last class is "no object".
-        mask_logits: ``(B, N, h, w)`` floating point; or a pair of ``mask_embed (B, N, C)`` and ``pixel_embed
-            (B, C, h, w)``, whose product over C they are.
+        mask_logits: ``(B, N, h, w)`` floating point; or a pair ``mask_embed (B, N, C)`` and ``pixel_embed
+            (B, C, h, w)`` to multiply over C.
         size: (H, W) of the masks, in pixels.
-        top_k: the most pairs of an image.
+        top_k: the largest number of pairs per image.
         rule: "mask2former" or "huggingface"; ``fastmask.reference.instance`` says how they differ.
         stuff_classes: classes that give no instances.
-        output: "masks", or "rle": run lengths as ``pycocotools.mask`` has them, made of one bit a pixel.
+        output: "masks", or "rle" for run lengths in the format of ``pycocotools.mask``.
         boxes: also return the masks' bounding boxes.
         details: also return the query of each mask, and how many of its logits are NaN.
         padded_size, valid_size: as in ``semantic_inference``.
         backend: "auto", "reference", "native" or "triton". Run lengths are encoded on the host.
 
     Returns:
-        For each image a dict, its entries by falling class probability, R <= top_k:
+        For each image a dict with R <= top_k pairs, in order of decreasing class probability:
         "scores": ``(R,)`` float32 (float64 for float64 logits, which only the reference reads);
         "labels": ``(R,)`` int64;
         "masks": ``(R, H, W)`` bool, or "rle": a list of R dicts {"size": [H, W], "counts": bytes};
@@ -97,7 +97,7 @@ def instance_inference(
     Raises:
         ValueError: shapes, devices or options that do not fit.
         TypeError: logits that are not floating point.
-        RuntimeError: the backend asked for cannot run.
+        RuntimeError: the requested backend cannot run.
     """
     check_choice("rule", rule, RULES)
     check_choice("output", output, OUTPUTS)
@@ -118,7 +118,7 @@ def instance_inference(
 
 
 class _Options(NamedTuple):
-    """Those of ``instance_inference``."""
+    """Options of ``instance_inference``."""
 
     top_k: int
     rule: str
@@ -157,9 +157,9 @@ def _results(backend: str, class_logits: Tensor, masks: MaskSource, options: _Op
 
 
 def _pick(class_logits: Tensor, top_k: int, stuff_classes: Collection[int]) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-    """(class probabilities, classes, queries), each ``(B, R)``, and how many of the R each image has.
+    """The best pairs as (class probabilities, classes, queries), each ``(B, R)``, and how many of the R each image has.
 
-    Those of ``stuff_classes`` are left out; queries beyond an image's count are -1.
+    Pairs of ``stuff_classes`` are left out; queries beyond an image's count are -1.
     """
     probabilities = class_logits.float().softmax(-1)[..., :-1].nan_to_num(nan=0.0)  # [B, N, K]
     num_queries, num_classes = probabilities.shape[1:]
@@ -178,11 +178,11 @@ def _pick(class_logits: Tensor, top_k: int, stuff_classes: Collection[int]) -> t
 def _run_bands(
     backend: str, masks: MaskSource, queries: Tensor, packed: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The operator's results, with bands combined; NaN logits of rows that two bands read count once."""
+    """The operator's results, combined over bands; NaN logits in rows that two bands read are counted once."""
     num_queries = masks.tensor.shape[1]
     used = torch.zeros(len(queries), num_queries + 1, dtype=torch.bool, device=queries.device)
     used = used.scatter(1, queries.where(queries >= 0, num_queries), True)[:, :-1]
-    masks, kept = masks.of_used_queries(used)
+    masks, kept = masks.keep_used(used)
     places = torch.arange(kept.shape[1], device=queries.device).expand_as(kept)
     places = kept.new_full((len(queries), num_queries + 1), -1).scatter(1, kept, places)
     queries = places.gather(1, queries.where(queries >= 0, num_queries))
@@ -190,7 +190,7 @@ def _run_bands(
     bands = []
     for band in masks.bands():
         *sums, nan_logits = INSTANCE_MASKS(backend, band.mask_logits, queries, packed, *band.geometry)
-        repeated = F.pad(band.repeated_nan_logits(), (0, 1))  # none of padding
+        repeated = F.pad(band.repeated_nan_logits(), (0, 1))  # padding has none
         nan_logits = nan_logits - repeated.gather(1, queries.where(queries >= 0, kept.shape[1]))
         bands.append((*sums, nan_logits))
     if len(bands) == 1:
@@ -210,7 +210,7 @@ def _run_bands(
 
 
 def _resize(maps: Tensor, size: tuple[int, int], output: str, boxes: bool) -> dict[str, Any]:
-    """Masks ``(R, h, w)`` bool at another size, by PyTorch's "nearest" rule."""
+    """Resizes masks ``(R, h, w)`` bool by PyTorch's "nearest" rule; gives the output and, with ``boxes``, boxes."""
     step = len(maps) if output == "masks" else max(1, MASK_BYTES // (size[0] * size[1]))
     results: list[Any] = []
     extents = []
@@ -224,14 +224,14 @@ def _resize(maps: Tensor, size: tuple[int, int], output: str, boxes: bool) -> di
 
 
 def _encode(maps: Tensor, size: tuple[int, int]) -> list[dict[str, Any]]:
-    """Run lengths of masks ``(R, H, W)`` bool or ``(R, H, ceil(W / 8))`` packed."""
+    """Run lengths of masks: ``(R, H, W)`` bool or packed ``(R, H, ceil(W / 8))`` uint8."""
     counts, offsets = torch.ops.fastmask.rle_encode(maps.cpu(), size[1])
     characters, ends = counts.numpy().tobytes(), offsets.tolist()
     return [{"size": list(size), "counts": characters[begin:end]} for begin, end in pairwise(ends)]
 
 
 def _bounding_boxes(maps: Tensor) -> Tensor:
-    """``(R, 4)`` int32 of masks ``(R, H, W)`` bool."""
+    """The bounding boxes ``(R, 4)`` int32 of masks ``(R, H, W)`` bool."""
     sides = []
     for occupied in (maps.any(1), maps.any(2)):  # columns, rows
         occupied = occupied.to(torch.uint8)

@@ -1,4 +1,4 @@
-"""SciPy's solver of one assignment problem, for NumPy arrays and tensors."""
+"""A replacement for SciPy's solver of one assignment problem, for NumPy arrays and tensors."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ except ImportError:
 def linear_sum_assignment(
     cost_matrix: Any, maximize: bool = False
 ) -> tuple[np.ndarray, np.ndarray] | tuple[Tensor, Tensor]:
-    """The row and column indices of an optimal assignment: ``scipy.optimize.linear_sum_assignment``, faster.
+    """The row and column indices of an optimal assignment: a faster ``scipy.optimize.linear_sum_assignment``.
 
-    min over matchings of sum C[i, j] over the matched pairs, to within 1e-12 of the sum of |C| over them (1e-6 for
-    tensors other than float64). A fixed rule breaks ties, not always as SciPy does. See ``fastmask.assign`` for the
-    algorithm and for batches.
+    Minimizes the sum of C[i, j] over the matched pairs, to within 1e-12 of the sum of their |C[i, j]| (1e-6 for tensors
+    other than float64). A fixed rule breaks ties, not always as SciPy does. See ``fastmask.assign`` for the algorithm
+    and for batches.
 
     Args:
         cost_matrix: ``(N, M)``; a tensor of any real dtype, or an array that NumPy casts to float64 without loss.
@@ -36,9 +36,9 @@ def linear_sum_assignment(
         on its device.
 
     Raises:
-        ValueError: not two-dimensional; NaN or -inf (with ``maximize``, +inf) in the matrix; no complete matching
-            without +inf. A tensor on a GPU raises nothing about its values, as that would make the host wait: pairs
-            that are not finite are taken last.
+        ValueError: the matrix is not two-dimensional, holds NaN or -inf (with ``maximize``, +inf), or has no complete
+            matching without +inf. The values of a tensor on a GPU are not checked, because the host would have to
+            wait: pairs that are not finite are taken last.
         TypeError: a dtype that does not cast to float64.
     """
     if isinstance(cost_matrix, Tensor):

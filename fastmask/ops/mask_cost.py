@@ -36,10 +36,10 @@ def mask_cost(
     term: MaskTerm = FOCAL,
     backend: str = "auto",
 ) -> Tensor:
-    """The matrix that the matcher solves, for all layers, images, queries and targets in one pass over the logits.
+    """The matcher's cost matrices, for all layers, images, queries and targets in one pass over the logits.
 
     cost = cost_class * (-softmax(class_logits)[label]) + cost_mask * mask term + cost_dice * dice term, where x are the
-    mask logits, T the targets, p = sigmoid(x), v the weights of pixels or points, and sums run over these:
+    mask logits, T the targets, p = sigmoid(x), v the weights of pixels or points, and sums run over pixels or points:
 
     - "focal": (sum T F+ + (v - T) F-) / sum v with F+ = alpha (1-p)^gamma softplus(-x) and
       F- = (1-alpha) p^gamma softplus(x) (RetinaNet, arXiv:1708.02002, equation 5; MaskFormer, arXiv:2107.06278,
@@ -47,21 +47,21 @@ def mask_cost(
     - "bce": the same with F+ = softplus(-x) and F- = softplus(x) (Mask2Former, arXiv:2112.01527);
     - dice term: 1 - (2 sum p T + 1) / (sum v p + sum T + 1) (V-Net, arXiv:1606.04797).
 
-    Without ``points`` the sums run over the h x w logits, and T is sampled at the nearest of its pixels for each of
-    them: MaskFormer's matcher. With ``points`` both x and T are sampled bilinearly (align_corners=False, 0 beyond the
-    map), so that T is a fraction on an outline: Mask2Former's, section 3.3.
+    Without ``points`` the sums run over the h x w logits, and T is resized to them by the "nearest" rule, as in
+    MaskFormer's matcher. With ``points`` both x and T are sampled bilinearly (align_corners=False, 0 beyond the map),
+    so that T is a fraction on outlines, as in Mask2Former's matcher (section 3.3).
 
-    A query with a NaN logit costs NaN, one with an infinite logit may; ``assign`` takes such pairs last.
+    A query with a NaN logit costs NaN; one with an infinite logit may, too. ``assign`` takes such pairs last.
 
     Args:
         class_logits: ``(..., B, N, K+1)`` floating point; the last class is "no object".
         mask_logits: ``(..., B, N, h, w)`` floating point. Any leading dimensions, usually L decoder layers, or none.
-        targets: of the B images, on the same device, at any resolution H x W.
+        targets: the targets of the B images, on the same device, at any resolution H x W.
         points: ``(B, P, 2)`` float32, (x, y) in 0..1 from the left and the top, shared by all layers, queries and
             targets of an image. Points beyond the map sample 0. None compares all pixels.
         cost_class, cost_mask, cost_dice: the weights of the three terms.
-        term: which mask term, and its alpha and gamma. With ``ignore_void`` a void pixel has v = 0, a point v = 1 - the
-            bilinear share of void pixels in it, and sum v is taken to be at least 1; otherwise v is 1 everywhere.
+        term: the mask term with its alpha and gamma. With ``ignore_void``, v is 0 at a void pixel and 1 - the bilinear
+            share of void pixels at a point, and sum v counts as at least 1; otherwise v is 1 everywhere.
         backend: "auto", "reference", "native" or "triton".
 
     Returns:
@@ -71,7 +71,7 @@ def mask_cost(
     Raises:
         ValueError: shapes, devices, labels or options that do not fit.
         TypeError: logits that are not floating point, or points that are not float32 or float64.
-        RuntimeError: the backend asked for cannot run.
+        RuntimeError: the requested backend cannot run.
     """
     check_mask_logits(mask_logits, targets)
     check_class_logits(class_logits, targets)

@@ -1,7 +1,7 @@
 """The mask and dice losses of the matched pairs, at all pixels or at points, and their gradient.
 
 ``fastmask::mask_loss`` and ``fastmask::point_mask_loss`` return, for each pair, both losses and the four sums that
-backward needs: sum p t, sum v p, sum t and sum v, where a pixel that counts weighs v = 1.
+backward needs: sum p t, sum v p, sum t and sum v, where v is the weight of a pixel or point.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def mask_loss(
 ) -> tuple[Tensor, Tensor]:
     """Focal (or cross-entropy) and dice losses of the matched queries, at the targets' resolution or at points.
 
-    With x the logits of a target's query, t the target, p = sigmoid(x), v the weights of pixels or points, and sums
-    over these, a pair's losses are
+    Let x be the logits of a target's query, t the target, p = sigmoid(x) and v the weights of pixels or points. With
+    sums over pixels or points, a pair's losses are
 
     - mask: (sum t F+ + (v - t) F-) / sum v with F+ = alpha (1-p)^gamma softplus(-x) and
       F- = (1-alpha) p^gamma softplus(x) (RetinaNet, arXiv:1708.02002, equation 5), or for "bce" with
@@ -50,34 +50,34 @@ def mask_loss(
 
     Without ``points`` the logits are upsampled bilinearly (align_corners=False) to the H x W pixels of the targets.
     With ``points`` both x and t are sampled bilinearly there (align_corners=False, 0 beyond the map), so that t is a
-    fraction on an outline (Mask2Former, arXiv:2112.01527, section 3.3).
+    fraction on outlines (Mask2Former, arXiv:2112.01527, section 3.3).
 
-    Nothing of size H * W is stored, and no logits are gathered, neither forward nor for backward. A logit without
-    weight in a pixel or point is not read. NaN reaches the losses of its own pair alone; an infinite logit on its
-    pixel's right side costs nothing.
+    Neither forward nor backward stores anything of size H * W or gathers logits. A logit whose weight in a pixel or
+    point is 0 is not read. A NaN affects only the losses of its own pair; an infinite logit of the correct sign costs
+    nothing.
 
     Args:
         mask_logits: ``(..., B, N, h, w)`` floating point; any leading dimensions, usually L decoder layers, or none.
-        targets: of the B images, on the same device, at any resolution H x W.
+        targets: the targets of the B images, on the same device, at any resolution H x W.
         assignment: ``(..., B, M)`` int64, the query of each target; -1 for padding and unmatched targets.
-        points: ``(..., B, M, P, 2)`` float32, (x, y) in 0..1 from the left and the top, of each target; usually from
-            ``uncertain_points``. Points beyond the map sample 0. They get no gradient. None compares all pixels.
-        num_masks: what the sums over pairs are divided by; the number of targets of the batch, at least 1, by default.
-        term: which mask term, and its alpha and gamma. With ``ignore_void`` a void pixel has v = 0, a point v = 1 - the
-            bilinear share of void pixels in it, and sum v is taken to be at least 1; otherwise v is 1 everywhere.
-        reduction: "sum", over pairs and divided by ``num_masks``; or "none".
+        points: ``(..., B, M, P, 2)`` float32, each target's points (x, y) in 0..1 from the left and the top, usually
+            from ``uncertain_points``. Points beyond the map sample 0. They get no gradient. None compares all pixels.
+        num_masks: the divisor of the sums over pairs; by default the number of targets in the batch, at least 1.
+        term: the mask term with its alpha and gamma. With ``ignore_void``, v is 0 at a void pixel and 1 - the bilinear
+            share of void pixels at a point, and sum v counts as at least 1; otherwise v is 1 everywhere.
+        reduction: "sum" adds up the pairs and divides by ``num_masks``; "none" returns a value for each pair.
         backend: "auto", "reference", "native" or "triton".
 
     Returns:
-        (loss_mask, loss_dice), float32 (float64 for float64 logits, which only the reference reads): ``(...)``, one
-        value a layer, or ``(..., B, M)`` with ``reduction="none"``, 0 for unmatched targets. Differentiable once with
+        (loss_mask, loss_dice), float32 (float64 for float64 logits, which only the reference reads): ``(...)``, one per
+        layer, or ``(..., B, M)`` with ``reduction="none"``, 0 for unmatched targets. Differentiable once with
         respect to ``mask_logits``; queries without a target get a zero gradient.
 
     Raises:
         ValueError: shapes, devices, indices or options that do not fit.
         TypeError: logits that are not floating point, an assignment that is not int64, or points that are not
             float32 or float64.
-        RuntimeError: the backend asked for cannot run.
+        RuntimeError: the requested backend cannot run.
     """
     check_mask_logits(mask_logits, targets)
     check_assignment(assignment, tuple(mask_logits.shape[:-4]), mask_logits.shape[-3], targets)

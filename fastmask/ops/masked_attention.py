@@ -1,14 +1,14 @@
-"""Cross-attention in which a query attends where its own mask is foreground, and its gradient.
+"""Cross-attention in which each query attends where its own mask is foreground, and its gradient.
 
 ``fastmask::masked_attention`` also returns ``logsumexp (B, heads, N)``: log sum_s exp(scale q k_s) over the keys s
-that the query attends to, before dropout, from which backward recomputes the weights. Rows without any key hold +inf,
-so that exp(score - logsumexp) is 0 there as well. It is float32 on a GPU and float64 on the CPU, where it costs nothing
+that the query attends to, before dropout. Backward recomputes the weights from it. Rows without any key hold +inf, so
+that exp(score - logsumexp) is 0 there, too. It is float32 on a GPU and float64 on the CPU, where float64 costs nothing
 and avoids the largest rounding error of backward.
 
 With ``dropout_p`` > 0, ``seed`` is an int64 tensor of one element on the tensors' device, so that no value crosses to
-the host. The weight of key s for query n in head h of image b is kept where u >= dropout_p, u being the first number of
-Philox4x32-10 (Salmon et al., SC 2011), as ``triton.language.rand(seed, ((b * heads + h) * N + n) * S + s)`` returns it:
-all backends drop the same weights, and backward draws them again.
+the host. The weight of key s for query n in head h of image b is kept where u >= dropout_p. Here u is the first number
+of Philox4x32-10 (Salmon et al., SC 2011), as ``triton.language.rand(seed, ((b * heads + h) * N + n) * S + s)`` returns
+it: all backends drop the same weights, and backward draws the same numbers again.
 """
 
 from __future__ import annotations
@@ -40,22 +40,21 @@ def masked_attention(
     Mask2Former (arXiv:2112.01527), equations 2 and 3. The mask logits are resampled bilinearly (align_corners=False)
     inside the kernel, once for all heads; sigmoid(x) >= 0.5 is x >= 0. A query without any foreground among the keys
     that are not padding attends to all of those; padded keys are never attended to, whatever they hold. A key that
-    reads a NaN or -inf mask logit is background, else one that reads +inf is foreground; a logit without weight is not
-    read. No mask, and nothing of size N * S, is stored. Arithmetic is float32.
+    reads a NaN or -inf mask logit is background; otherwise one that reads +inf is foreground; a logit of weight 0 is
+    not read. Nothing of size N * S, such as a mask, is stored. Arithmetic is float32.
 
     Args:
         q: ``(B, N, E)`` float, projected queries; head i owns channels ``i * E / num_heads`` onward. N may be 0.
-        k: ``(B, S, E)``, projected keys, row by row over the grid. v: ``(B, S, E)``, projected values. Both in the
-            dtype of ``q``.
+        k, v: ``(B, S, E)``, projected keys and values, row by row over the grid, in the dtype of ``q``.
         mask_logits: ``(B, N, h, w)`` float of any dtype, the previous layer's masks at any resolution; None masks
             nothing, which is plain cross-attention.
         grid: (height, width) of the keys; height * width = S.
-        num_heads: divides E.
-        scale: (E / num_heads) ** -0.5 by default.
+        num_heads: the number of heads, which divides E.
+        scale: the factor on q k^T; (E / num_heads) ** -0.5 by default.
         key_padding_mask: ``(B, S)`` bool, True for keys that are padding.
         dropout_p: the probability, 0..1, of dropping a weight; the others are scaled by 1 / (1 - dropout_p).
         backend: "auto", "reference", "native" or "triton". The C++ kernels take any head dimension E / num_heads, the
-            Triton kernels up to 128; "auto" takes the reference beyond.
+            Triton kernels up to 128; beyond that, "auto" takes the reference on a GPU.
 
     Returns:
         ``(B, N, E)`` in the dtype of ``q``, heads side by side, before any output projection; 0 for images whose keys
@@ -64,7 +63,7 @@ def masked_attention(
     Raises:
         ValueError: shapes, devices or options that do not fit.
         TypeError: inputs that are not floating point or not of one dtype, or a padding mask that is not bool.
-        RuntimeError: the backend asked for cannot run.
+        RuntimeError: the requested backend cannot run.
     """
     _check_queries_and_keys(q, k, v, grid, num_heads)
     _check_masks(q, k, mask_logits, key_padding_mask)
@@ -155,7 +154,7 @@ def _check_device(name: str, tensor: Tensor, q: Tensor) -> None:
         raise ValueError(f"{name} is on {tensor.device}, q on {q.device}")
 
 
-TRITON_MAX_HEAD_DIM = 128  # channels; C++ takes any
+TRITON_MAX_HEAD_DIM = 128  # channels; the C++ kernels have no limit
 
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? mask_logits, Tensor? key_padding_mask, SymInt grid_height, "

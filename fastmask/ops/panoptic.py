@@ -1,20 +1,20 @@
 """Panoptic segmentation from class logits, and mask logits or embeddings.
 
-``fastmask::panoptic_winners``: the query that wins each pixel, and how many pixels each query has.
+``fastmask::panoptic_winners`` finds the query that wins each pixel, and how many pixels each query has.
 
 Args of the operator:
-    scores: ``(B, N)`` float32, the class probability of each kept query; 0 for those dropped.
+    scores: ``(B, N)`` float32, the class probability of each kept query; 0 for dropped queries.
     mask_logits: ``(B, N, rows, w)`` float32, bfloat16 or float16.
-    resize_probabilities: resample sigmoid(mask logits), by the second step alone, rather than the logits.
+    resize_probabilities: apply the sigmoid before the second resizing step rather than after it.
     clip_to_mask: the winner only gets pixels where its own mask reaches ``mask_threshold``.
     mask_threshold: the probability at which a pixel belongs to a mask.
     The other arguments are the geometry that all inference operators share.
 
 Returns of the operator:
-    winner: ``(B, out_rows, W)`` int32, the kept query of highest score * probability, the lowest of equals; -1 where
-        no query was kept, all kept queries are NaN, or ``clip_to_mask`` took the pixel away.
+    winner: ``(B, out_rows, W)`` int32, the kept query of highest score * probability, the lowest index among equals;
+        -1 where no query was kept, all kept queries are NaN, or ``clip_to_mask`` took the pixel away.
     areas: ``(B, N, 3)`` int32, pixels that the query wins, pixels of its mask, and pixels where ``winner`` names it.
-    nan_logits: ``(B, N)`` int32, how many of the given logits of a kept query are NaN; 0 for those dropped.
+    nan_logits: ``(B, N)`` int32, how many of the given logits of a kept query are NaN; 0 for dropped queries.
 """
 
 from __future__ import annotations
@@ -68,23 +68,23 @@ def panoptic_inference(
     valid_size: tuple[int, int] | None = None,
     backend: str = "auto",
 ) -> list[tuple[Tensor, Segments]] | list[PanopticDetails]:
-    """Each pixel goes to the confident query that is most probable there; weak and mostly hidden ones are dropped.
+    """Each pixel goes to the confident query that is most probable there; weak and mostly hidden queries are dropped.
 
     MaskFormer (arXiv:2107.06278), section 3.4, "general inference". ``fastmask.reference.panoptic`` says how the rules
-    differ. "huggingface-exact" always runs there, with PyTorch's own operators: their last bits are part of that rule.
+    differ. "huggingface-exact" always runs in the reference: that rule depends on how PyTorch's operators round.
 
-    Of N masks only those of queries that pass ``threshold`` are read, and nothing of the size N * H * W exists. The
-    host waits for the device once, for ``segments_info``. Below a mask logit of -87 all probabilities count as equal.
-    Infinite mask logits count as -1e30 and 1e30; a query never wins a pixel that is made of one of its NaN logits.
+    Only the masks of queries that pass ``threshold`` are read, and nothing of size N * H * W is stored. The host waits
+    for the device once, for ``segments_info``. Below a mask logit of -87 all probabilities count as equal. Infinite
+    mask logits count as -1e30 and 1e30; a query never wins a pixel that is interpolated from one of its NaN logits.
 
     Args:
         class_logits: ``(B, N, K+1)`` floating point; the last class is "no object".
-        mask_logits: ``(B, N, h, w)`` floating point; or a pair of ``mask_embed (B, N, C)`` and ``pixel_embed
-            (B, C, h, w)``, whose product over C they are.
+        mask_logits: ``(B, N, h, w)`` floating point; or a pair ``mask_embed (B, N, C)`` and ``pixel_embed
+            (B, C, h, w)`` to multiply over C.
         size: (H, W) of the result, in pixels.
         rule: "maskformer", "mask2former", "huggingface" (corrected) or "huggingface-exact" (as shipped).
         threshold: the class probability, 0..1, that a query must exceed.
-        overlap_threshold: the least visible share, 0..1, of a query's mask.
+        overlap_threshold: the visible share, 0..1, that a query's mask must have.
         mask_threshold: the probability, 0..1, at which a pixel belongs to a mask.
         stuff_classes: the classes whose segments are merged into one; all others are things.
         details: also count NaN logits.
@@ -92,14 +92,14 @@ def panoptic_inference(
         backend: "auto", "reference", "native" or "triton".
 
     Returns:
-        For each image (segmentation, segments_info): ``(H, W)`` int32 with segment ids from 1 and 0 where there is
-        none, and a list of {"id", "category_id", "isthing", "score", "area"}; area in pixels. With ``details`` a
-        :class:`PanopticDetails` for each.
+        For each image (segmentation, segments_info): ``(H, W)`` int32 with segment ids from 1 and 0 where there is no
+        segment, and a list of {"id", "category_id", "isthing", "score", "area"}; area in pixels. With ``details``, a
+        :class:`PanopticDetails` for each image.
 
     Raises:
         ValueError: shapes, devices or options that do not fit.
         TypeError: logits that are not floating point.
-        RuntimeError: the backend asked for cannot run.
+        RuntimeError: the requested backend cannot run.
     """
     check_choice("rule", rule, RULES)
     thresholds = {"threshold": threshold, "overlap_threshold": overlap_threshold, "mask_threshold": mask_threshold}
@@ -156,13 +156,13 @@ def _kept(class_logits: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tenso
 def kept_queries(
     class_logits: Tensor, masks: MaskSource, threshold: float
 ) -> tuple[MaskSource, Tensor, Tensor, Tensor]:
-    """The masks of U queries that are read; and, ``(B, U)`` each, the scores of these queries (0 for those dropped),
-    their classes, and their indices.
+    """The masks of the U queries to be read; and, ``(B, U)`` each, their scores (0 for dropped queries), their classes
+    and their indices.
 
-    Kept are queries whose most likely class is not "no object" and more probable than ``threshold``.
+    A query is kept if its most likely class is not "no object" and is more probable than ``threshold``.
     """
     scores, classes, kept = _kept(class_logits, threshold)
-    masks, queries = masks.of_used_queries(kept)
+    masks, queries = masks.keep_used(kept)
     return masks, torch.where(kept, scores, 0.0).gather(1, queries), classes.gather(1, queries), queries
 
 
@@ -175,7 +175,7 @@ def pixel_winners(
     clip_to_mask: bool = False,
     mask_threshold: float = 0.5,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator's results, with bands combined; NaN logits of rows that two bands read count once."""
+    """The operator's results, combined over bands; NaN logits in rows that two bands read are counted once."""
     options = (resize_probabilities, clip_to_mask, mask_threshold)
     bands = []
     for band in masks.bands():
@@ -196,10 +196,10 @@ def _segments(
     overlap_threshold: float,
     stuff_classes: Collection[int],
 ) -> list[tuple[Tensor, Segments]]:
-    """Segment ids of pixels from the queries that won them, without a loop over queries on the device.
+    """Turns the winning queries of pixels into segments, without a loop over queries on the device.
 
     Args:
-        winner: ``(B, H, W)`` int32, -1 where there is none; overwritten.
+        winner: ``(B, H, W)`` int32, -1 for pixels without a winner; overwritten.
         areas: ``(B, N, 3)``, pixels won, pixels of the query's own mask, and pixels where ``winner`` names it.
         scores: ``(B, N)``, 0 for queries that were dropped. classes: ``(B, N)``.
     """
@@ -212,15 +212,15 @@ def _segments(
     segment = (scores > 0) & (mask_area > 0) & (visible_area > 0) & visible
     stuff = belong_to(classes, stuff_classes)
     fused = segment & stuff
-    own = torch.eye(num_queries, dtype=torch.bool, device=scores.device)
-    same = (fused[:, :, None] & fused[:, None] & (classes[:, :, None] == classes[:, None])) | own  # [B, N, N]
+    itself = torch.eye(num_queries, dtype=torch.bool, device=scores.device)
+    same = (fused[:, :, None] & fused[:, None] & (classes[:, :, None] == classes[:, None])) | itself  # [B, N, N]
     order = torch.arange(num_queries, device=scores.device)
-    first = (same & (same.cumsum(-1) == 1)).mul(order).sum(-1)  # [B, N], the query that a segment is listed under
+    first = (same & (same.cumsum(-1) == 1)).mul(order).sum(-1)  # [B, N], the first query of the segment
     listed = segment & (first == order)
     ids = listed.cumsum(-1).gather(1, first) * segment
     areas_of_segments = (same * (visible_area * segment)[:, None]).sum(-1)
 
-    # One more entry for pixels without a winner: index -1 becomes the first of the image's.
+    # Pixels without a winner have index -1; an extra first entry of each image serves them.
     table = torch.nn.functional.pad(ids, (1, 0)).to(torch.int32)
     starts = torch.arange(batch_size, dtype=torch.int32, device=winner.device) * (num_queries + 1) + 1
     index = winner.add_(starts[:, None, None])

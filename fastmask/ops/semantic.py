@@ -26,11 +26,11 @@ OUTPUTS = ("labels", "scores")
 
 
 class SemanticDetails(NamedTuple):
-    """Labels and how sure they are.
+    """Labels with their scores and margins.
 
     Args:
         labels: ``(B, H, W)``.
-        score: ``(B, H, W)`` float32, of the winning class.
+        score: ``(B, H, W)`` float32, the score of the winning class.
         margin: ``(B, H, W)`` float32, the winning score minus that of the next class, or the winning score if K is 1.
         nan_logits: ``(B, N)`` int32, how many mask logits of each query are NaN.
     """
@@ -57,20 +57,20 @@ def semantic_inference(
     """score[k] = sum_n softmax(class_logits[n])[k] sigmoid(mask_logits[n]); label = argmax_k score[k].
 
     MaskFormer (arXiv:2107.06278), section 3.4, "semantic inference". Resizing is bilinear (align_corners=False).
-    Nothing of the size N * H * W exists, nor of K * H * W unless scores are the output; from embeddings, the mask
-    logits exist for a band of rows at a time.
+    Nothing of size N * H * W is stored, nor of K * H * W unless the output is scores; mask logits from embeddings are
+    computed for one band of rows at a time.
 
     Infinite mask logits count as -1e30 and 1e30, NaN as -1e30: a query never wins where it reads a NaN.
 
     Args:
         class_logits: ``(B, N, K+1)`` floating point; the last class is "no object".
-        mask_logits: ``(B, N, h, w)`` floating point; or a pair of ``mask_embed (B, N, C)`` and ``pixel_embed
-            (B, C, h, w)``, whose product over C they are.
+        mask_logits: ``(B, N, h, w)`` floating point; or a pair ``mask_embed (B, N, C)`` and ``pixel_embed
+            (B, C, h, w)`` to multiply over C.
         size: (H, W) of the result, in pixels.
-        order: "masks" resizes the mask logits and then scores them, as the original code does before panoptic
-            inference; "scores" scores the logits and resizes the scores, as Hugging Face's code does.
+        order: "masks" resizes the mask logits and then scores them, as the original code does when it also computes
+            panoptic results; "scores" scores the logits and resizes the scores, as Hugging Face's code does.
         output: "labels" or "scores".
-        details: return labels with their scores, margins and the number of NaN logits.
+        details: return labels with their scores, their margins and the number of NaN logits.
         padded_size: (height, width) of the padded network input, to which the logits are upsampled first.
         valid_size: (height, width) of the image within it, at its top left, to which they are then cropped.
         backend: "auto", "reference", "native" or "triton".
@@ -83,12 +83,12 @@ def semantic_inference(
     Raises:
         ValueError: shapes, devices or options that do not fit.
         TypeError: logits that are not floating point.
-        RuntimeError: the backend asked for cannot run.
+        RuntimeError: the requested backend cannot run.
     """
     check_choice("order", order, ORDERS)
     check_choice("output", output, OUTPUTS)
     if details and output != "labels":
-        raise ValueError('details come with output="labels"')
+        raise ValueError(f'details needs output="labels", got {output!r}')
     masks, backend, dtype = prepare(
         SEMANTIC_INFERENCE, class_logits, mask_logits, size, padded_size, valid_size, backend
     )
@@ -102,7 +102,7 @@ def semantic_inference(
 def _run_bands(
     backend: str, probabilities: Tensor, masks: MaskSource, order: str, output: str, details: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The operator's results, with bands concatenated; NaN logits of rows that two bands read count once."""
+    """The operator's results, combined over bands; NaN logits in rows that two bands read are counted once."""
     bands = []
     for band in masks.bands():
         *maps, nan_logits = SEMANTIC_INFERENCE(
@@ -172,8 +172,8 @@ torch.library.define("fastmask::_set_query_skipping", "(bool on) -> bool")
 
 
 def set_query_skipping(on: bool) -> bool:
-    """Whether the C++ kernel leaves out queries that cannot change a label, for tests: labels are the same either way.
+    """Sets whether the C++ kernel skips queries that cannot change a label, for tests; labels are the same either way.
 
-    Returns what it was before.
+    Returns the previous setting.
     """
     return torch.ops.fastmask._set_query_skipping(on)

@@ -13,7 +13,7 @@ from fastmask.ops._mask_source import Band, MaskSource, prepare
 from fastmask.ops.semantic import ORDERS, OUTPUTS, SEMANTIC_INFERENCE
 from fastmask.targets import label_dtype
 
-# Scores that exist at a time: of a band of the result's rows, and as many again of one view of it.
+# The bytes of one band of scores: rows of the result. The scores of one view of the band take as much again.
 BAND_BYTES = 64 << 20
 
 
@@ -41,7 +41,7 @@ class SemanticView:
 
     @property
     def end(self) -> int:
-        """The row below the rectangle."""
+        """The first row below the rectangle."""
         return self.top + self.size[0]
 
 
@@ -54,16 +54,16 @@ def merge_views(
     output: str = "labels",
     backend: str = "auto",
 ) -> Tensor:
-    """The views' scores, averaged over those that cover a pixel, and the class of the largest.
+    """Averages the scores of the views that cover each pixel, and takes the class with the largest average.
 
     This is the evaluation of MaskFormer (arXiv:2107.06278: the scores of all scales and of their mirror images are
     averaged at the image's size) and, with windows, that of Segmenter (arXiv:2105.05633, section 4.2).
 
-    Scores exist for a band of rows at a time. A view is taken from the iterable when the band reaches it, and dropped
-    when the band has passed: from a generator, only the views of two rows of windows are in memory.
+    Scores exist for one band of rows at a time. A view is taken from the iterable when the band reaches it, and dropped
+    when the band has passed: with a generator, only the views of two rows of windows are in memory.
 
     Args:
-        views: of one image and K classes, by rising ``top``; together they cover every pixel.
+        views: views of one image with the same K classes, in order of ``top``; together they cover every pixel.
         size: (H, W) of the result, in pixels.
         order: "masks" or "scores", as in ``fastmask.semantic_inference``.
         output: "labels" or "scores".
@@ -77,13 +77,13 @@ def merge_views(
         ValueError: no views, views out of order or beyond the image, pixels that no view covers, or shapes, devices or
             options that do not fit.
         TypeError: logits that are not floating point.
-        RuntimeError: the backend asked for cannot run.
+        RuntimeError: the requested backend cannot run.
     """
     check_choice("order", order, ORDERS)
     check_choice("output", output, OUTPUTS)
     height, width = size
-    waiting = _Waiting(views, size, order, backend)
-    first = waiting.until(0)[0]
+    active_views = _ActiveViews(views, size, order, backend)
+    first = active_views.covering(0)[0]
     num_classes, dtype = first.num_classes, first.dtype
     rows = min(height, max(1, BAND_BYTES // (num_classes * width * dtype.itemsize)))
     memory = torch.empty(num_classes * rows * width, dtype=dtype, device=first.device)
@@ -91,9 +91,9 @@ def merge_views(
     result = memory.new_empty(shape, dtype=label_dtype(num_classes) if output == "labels" else dtype)
     top = 0
     while top < height:
-        active = waiting.until(top)
+        active = active_views.covering(top)
         # A band ends where a view begins or ends, so that every view of it covers all of its rows.
-        end = min(top + rows, height, waiting.next_top, *(scores.view.end for scores in active))
+        end = min(top + rows, height, active_views.next_top, *(scores.view.end for scores in active))
         total = memory[: num_classes * (end - top) * width].view(num_classes, end - top, width)
         coverage = _add_scores(active, top, total)
         if output == "labels":
@@ -105,7 +105,7 @@ def merge_views(
 
 
 class _Scores:
-    """The scores of a view, any rows of it."""
+    """Computes the scores of any rows of a view."""
 
     def __init__(self, view: SemanticView, order: str, backend: str) -> None:
         masks: Tensor | tuple[Tensor, Tensor]
@@ -159,7 +159,7 @@ def _rows_of(masks: MaskSource, top: int, end: int) -> Band:
     return Band(masks.logits_of_rows(first, last), slice(top, end), 0, masks.geometry.arguments(first, top, end - top))
 
 
-class _Waiting:
+class _ActiveViews:
     """The views that a band needs, each taken from the iterable once."""
 
     def __init__(self, views: Iterable[SemanticView], size: tuple[int, int], order: str, backend: str) -> None:
@@ -172,28 +172,28 @@ class _Waiting:
     def next_top(self) -> int:
         return self.size[0] if self.following is None else self.following.top
 
-    def until(self, row: int) -> list[_Scores]:
-        """Those that cover this row."""
+    def covering(self, row: int) -> list[_Scores]:
+        """The views that cover this row."""
         self.active = [scores for scores in self.active if scores.view.end > row]
         while self.following is not None and self.following.top <= row:
             view = self.following
             height, width = view.size
             if not (min(view.left, view.top) >= 0 and view.left + width <= self.size[1] and view.end <= self.size[0]):
                 raise ValueError(
-                    f"views holds one of {height} x {width} pixels at ({view.top}, {view.left}); "
-                    f"expected it to lie within {self.size[0]} x {self.size[1]}"
+                    f"views holds {height} x {width} pixels at ({view.top}, {view.left}); "
+                    f"expected views to lie within {self.size[0]} x {self.size[1]}"
                 )
             self.active.append(_Scores(view, self.order, self.backend))
             self.following = next(self.views, None)
             if self.following is not None and self.following.top < view.top:
-                raise ValueError(f"views must come by rising top, got {self.following.top} after {view.top}")
+                raise ValueError(f"views must be sorted by top, got {self.following.top} after {view.top}")
         if not self.active:
-            raise ValueError(f"views leaves row {row} uncovered")
+            raise ValueError(f"views leave row {row} uncovered")
         return self.active
 
 
 def _add_scores(active: list[_Scores], top: int, total: Tensor) -> Tensor:
-    """Sums the views' scores of the rows from ``top`` on to ``total (K, rows, W)``; how many cover each column."""
+    """Sums the views' scores of the rows from ``top`` into ``total (K, rows, W)``; counts the views per column."""
     total.zero_()
     coverage = total.new_zeros(total.shape[2])
     end = top + total.shape[1]
@@ -205,12 +205,12 @@ def _add_scores(active: list[_Scores], top: int, total: Tensor) -> Tensor:
         total[..., columns] += scores.rows(top - view.top, end - view.top)
         coverage[columns] += 1
     if not bool(coverage.all()):
-        raise ValueError(f"views leaves columns of the rows {top}..{end} uncovered")
+        raise ValueError(f"views leave columns of rows {top}..{end} uncovered")
     return coverage
 
 
 def _largest(scores: Tensor, dtype: torch.dtype) -> Tensor:
-    """The lowest class of the largest of ``scores (K, ...)``, which are overwritten."""
+    """The class of the largest of ``scores (K, ...)``, the lowest among equals; overwrites ``scores``."""
     if scores.device.type != "cpu":
         return scores.argmax(0).to(dtype)
     # PyTorch's argmax over the first dimension takes ten times as long on a CPU.

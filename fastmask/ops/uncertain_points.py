@@ -1,7 +1,7 @@
 """Random points of the matched pairs, most of them where the predicted mask is uncertain.
 
-``fastmask::uncertain_points`` takes them from a stream determined by the seed, an int64 tensor of one element; see
-``fastmask.reference.random_points``. It stores the chosen points alone.
+``fastmask::uncertain_points`` takes them from the random stream of the seed, an int64 tensor of one element (see
+``fastmask.reference.random_points``). It stores only the chosen points.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ def uncertain_points(
     """Points for ``mask_loss``: importance sampling of PointRend (arXiv:1912.08193, section 4.1) as Mask2Former
     (arXiv:2112.01527, section 3.3) uses it.
 
-    Of ``oversample_ratio * num_points`` uniformly random candidates of a pair, the ``importance_sample_ratio *
-    num_points`` are chosen where the sampled logit of the target's query is closest to 0 (NaN counts as the closest).
-    The rest of ``num_points`` are random points. Both products are rounded down.
+    For each pair, ``oversample_ratio * num_points`` uniformly random candidates are drawn. Of these, the
+    ``importance_sample_ratio * num_points`` are chosen where the sampled logit of the target's query is closest to 0
+    (NaN counts as closest). The rest of ``num_points`` are random points. Both products are rounded down.
 
-    The generator gives one seed; a counter-based generator (Philox-4x32-10) draws the points from it, the same ones on
-    every device, and candidates that are not chosen are never stored. Nothing is read back from the device, and a
-    captured CUDA graph draws other points at each replay.
+    ``generator`` gives one seed; from it Philox-4x32-10, a counter-based generator, draws the same points on every
+    device, and candidates that are not chosen are never stored. Nothing is read back from the device, and a captured
+    CUDA graph draws new points at each replay.
 
     Args:
         mask_logits: ``(..., B, N, h, w)`` floating point; any leading dimensions, usually L decoder layers, or none.
         assignment: ``(..., B, M)`` int64, the query of each target; -1 for padding and unmatched targets.
-        num_points: P, of each pair.
-        oversample_ratio: random candidates for each point, at least 1.
-        importance_sample_ratio: share of the points that are chosen, 0..1.
-        generator: of the device of ``mask_logits``; that device's default generator if None.
+        num_points: P, the number of points per pair.
+        oversample_ratio: random candidates per point, at least 1.
+        importance_sample_ratio: the share of points, 0..1, that are chosen as uncertain.
+        generator: a generator on the device of ``mask_logits``; None takes that device's default generator.
         backend: "auto", "reference", "native" or "triton". The same seed gives the same points, up to their order and
             to candidates that are equally uncertain in float32.
 
@@ -52,7 +52,7 @@ def uncertain_points(
     Raises:
         ValueError: shapes, devices, indices or options that do not fit.
         TypeError: logits that are not floating point, or an assignment that is not int64.
-        RuntimeError: the backend asked for cannot run.
+        RuntimeError: the requested backend cannot run.
     """
     check_mask_planes(mask_logits)
     leading = (*mask_logits.shape[:-3], assignment.shape[-1] if assignment.dim() > 0 else 0)

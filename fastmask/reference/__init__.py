@@ -1,4 +1,4 @@
-"""The oracle: every operation in plain PyTorch, as the papers' equations read, in any float dtype up to float64."""
+"""The reference for tests: every operation in plain PyTorch that reads like the papers' equations, up to float64."""
 
 from fastmask.reference.assign import assign
 from fastmask.reference.attention import masked_attention

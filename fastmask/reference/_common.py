@@ -1,4 +1,4 @@
-"""Shared by several references: argument checks, resampling, and the two element-wise mask terms."""
+"""Code that several references share: argument checks, resampling, and the two element-wise mask terms."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torch.nn import functional as F
 
 MASK_TERMS = ("focal", "bce")
 
-# Mask logits beyond this count as this, so that infinite ones leave no NaN behind.
+# Mask logits are clamped to this magnitude, so that infinite ones lead to no NaN.
 LOGIT_BOUND = 1e30
 
-# Below every positive weight of a resized map, and above the rounding errors of zero weights in float64.
-LEAST_SHARE = 1e-12
+# Smaller than every positive weight of a resized map, and larger than the rounding errors of zero weights in float64.
+MIN_SHARE = 1e-12
 
 
 def check_choice(name: str, value: str, choices: Collection[str]) -> None:
-    """Raises ValueError when ``value`` is none of the ``choices``."""
+    """Raises ValueError unless ``value`` is one of ``choices``."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
-    """Raises ValueError when the last dimensions of ``tensor`` are not ``expected`` (-1 takes any size)."""
+    """Raises ValueError unless the last dimensions of ``tensor`` are ``expected`` (-1 allows any size)."""
     shape = tuple(tensor.shape)
     tail = shape[len(shape) - len(expected) :]
     if len(shape) < len(expected) or any(e not in (-1, s) for s, e in zip(tail, expected, strict=True)):
@@ -33,7 +33,7 @@ def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
 
 
 def check_focal(alpha: float, gamma: float) -> None:
-    """Raises ValueError outside 0 <= alpha <= 1 and gamma >= 0."""
+    """Raises ValueError unless 0 <= alpha <= 1 and gamma >= 0."""
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in 0..1, got {alpha}")
     if not gamma >= 0:
@@ -59,23 +59,23 @@ def _resize(maps: Tensor, size: tuple[int, int], mode: str, align_corners: bool 
 
 
 def resize_logits(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """As ``resize_bilinear``, for logits that may be infinite or NaN; see ``read_what_has_weight``."""
-    return read_what_has_weight(lambda maps: resize_bilinear(maps, size), logits, LEAST_SHARE)
+    """``resize_bilinear`` for logits that may be infinite or NaN; see ``skip_zero_weights``."""
+    return skip_zero_weights(lambda maps: resize_bilinear(maps, size), logits, MIN_SHARE)
 
 
-def read_what_has_weight(resample: Callable[[Tensor], Tensor], logits: Tensor, least: float = 0.0) -> Tensor:
-    """``resample``, a weighted mean, of logits that may be infinite or NaN; logits of zero weight are not read.
+def skip_zero_weights(resample: Callable[[Tensor], Tensor], logits: Tensor, tolerance: float = 0.0) -> Tensor:
+    """Applies ``resample``, a weighted mean, to logits that may be infinite or NaN, without reading those of weight 0.
 
-    PyTorch's own functions multiply these by 0, which gives NaN, for instance where a pixel falls exactly on a logit.
+    PyTorch's own functions multiply them by 0, which gives NaN, for instance where a pixel falls exactly on a logit.
 
     Args:
-        least: float64 weights up to this count as 0.
+        tolerance: float64 weights up to this count as 0.
     """
     if not torch.compiler.is_compiling() and logits.isfinite().all():
         return resample(logits)
     result = resample(logits.nan_to_num(nan=0, posinf=0, neginf=0))
     for value, found in ((torch.inf, logits.isposinf()), (-torch.inf, logits.isneginf()), (torch.nan, logits.isnan())):
-        result = torch.where(resample(found.double()) > least, result + value, result)
+        result = torch.where(resample(found.double()) > tolerance, result + value, result)
     return result
 
 
@@ -85,7 +85,7 @@ def mask_terms(logits: Tensor, mask_term: str, alpha: float, gamma: float) -> tu
     "focal": alpha (1 - p)^gamma softplus(-x) and (1 - alpha) p^gamma softplus(x), p = sigmoid(x)
     (RetinaNet, arXiv:1708.02002, equation 5). "bce": softplus(-x) and softplus(x).
 
-    Each is the other at -x, except for alpha.
+    Except for alpha, each equals the other at -x.
     """
     return foreground_term(logits, mask_term, alpha, gamma), foreground_term(-logits, mask_term, 1 - alpha, gamma)
 
@@ -99,7 +99,7 @@ def foreground_term(logits: Tensor, mask_term: str, alpha: float | Tensor, gamma
     cross_entropy = -F.logsigmoid(logits)
     if mask_term == "bce":
         return cross_entropy
-    # Not quite 0, where a power below 1 has an infinite derivative: the cross-entropy is 0 there.
+    # Clamped above 0, where a power below 1 has an infinite derivative; the cross-entropy is 0 there anyway.
     opposite = torch.sigmoid(-logits).clamp(min=torch.finfo(logits.dtype).tiny)
     return alpha * opposite**gamma * cross_entropy
 
@@ -107,10 +107,10 @@ def foreground_term(logits: Tensor, mask_term: str, alpha: float | Tensor, gamma
 def image_logits(
     mask_logits: Tensor, padded_size: tuple[int, int] | None, valid_size: tuple[int, int] | None
 ) -> Tensor:
-    """Mask logits of the image alone: upsampled to the padded network input, then its top left ``valid_size`` pixels.
+    """Mask logits of the image without padding: upsampled to the padded network input, then cropped to ``valid_size``.
 
     None skips either step. Infinite logits count as -1e30 and 1e30, and NaN as -1e30, so that a query never wins where
-    it reads a NaN, and pixels that do not read such a logit are unaffected.
+    it reads a NaN, and pixels that read no such logit are unaffected.
     """
     bound = min(LOGIT_BOUND, torch.finfo(mask_logits.dtype).max)
     mask_logits = mask_logits.clamp(-bound, bound).nan_to_num(nan=-bound)
@@ -139,7 +139,7 @@ def reads_nan(
 
 
 def as_batch(class_logits: Tensor, mask_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """``(B, N, K+1)`` and ``(B, N, h, w)``, from one image without B as well; checks that the two fit."""
+    """Adds B to the logits of a single image; checks that the shapes match: ``(B, N, K+1)`` and ``(B, N, h, w)``."""
     if class_logits.dim() == 2 and mask_logits.dim() == 3:
         class_logits, mask_logits = class_logits[None], mask_logits[None]
     if class_logits.dim() != 3 or mask_logits.dim() != 4 or class_logits.shape[:2] != mask_logits.shape[:2]:

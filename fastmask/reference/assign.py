@@ -11,14 +11,14 @@ from fastmask.reference._common import check_shape
 
 
 def assign(cost: Tensor, counts: Tensor | None = None) -> Tensor:
-    """The query of each target, so that the total cost of the pairs is least.
+    """Assigns a query to each target so that the total cost of the pairs is minimal.
 
     min over injective a of sum_m cost[a(m), m] (MaskFormer, arXiv:2107.06278, section 3.2). With fewer queries than
     targets, the N best pairs are taken and the other targets stay unmatched.
 
-    Pairs whose cost is NaN or infinite (of either sign) are taken last: among all complete matchings, those with the
-    fewest such pairs compete, by the total of their finite costs. Where such pairs cannot be avoided, finite costs
-    below about 1e-14 of the largest one no longer decide.
+    Pairs whose cost is NaN or infinite (of either sign) are taken last: among the complete matchings with the fewest
+    such pairs, the result has the smallest total of finite costs. If such pairs cannot be avoided, finite costs below
+    about 1e-14 of the largest one no longer matter.
 
     Args:
         cost: ``(..., N, M)``, any real dtype; solved in float64.
@@ -48,7 +48,7 @@ def assign(cost: Tensor, counts: Tensor | None = None) -> Tensor:
 def _solve(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     finite = np.isfinite(cost)
     largest = np.abs(cost[finite]).max(initial=0.0)
-    # A power of two changes no comparison, and sums of costs up to 1 in magnitude cannot overflow.
+    # Scaling by a power of two changes no comparison, and sums of costs up to 1 in magnitude cannot overflow.
     scaled = np.ldexp(np.where(finite, cost, 0.0), -np.frexp(largest)[1])
     try:
         return linear_sum_assignment(np.where(finite, scaled, np.inf))

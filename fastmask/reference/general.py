@@ -21,8 +21,8 @@ def general_inference(
     """Each pixel goes to the query i that maximizes p_i(c_i) m_i[h, w], and gets its most likely class c_i.
 
     MaskFormer (arXiv:2107.06278), section 3.4, "general inference" for semantic segmentation: queries whose most likely
-    class is "no object" take no part, and segments of one class are merged. Ties take the lowest query; a query never
-    wins where it reads a NaN, and one with a NaN class logit nowhere.
+    class is "no object" take no part, and segments of the same class are merged. Ties take the lowest query. A query
+    never wins where it reads a NaN; a query with a NaN class logit never wins at all.
 
     Args:
         class_logits: ``(B, N, K+1)`` float, or ``(N, K+1)`` for one image.

@@ -32,11 +32,11 @@ def instance_inference(
 ) -> list[dict[str, Tensor]]:
     """The ``top_k`` pairs (query n, class k) of highest P = softmax(class_logits[n])[k]; a query may give several.
 
-    mask = x > 0 and score = P * sum(sigmoid(x) mask) / (sum(mask) + 1e-6), x being the query's mask logits
-    (Mask2Former, arXiv:2112.01527, and its code). The rules differ in where x is taken:
+    With x the query's mask logits, mask = x > 0 and score = P * sum(sigmoid(x) mask) / (sum(mask) + 1e-6)
+    (Mask2Former, arXiv:2112.01527, and its code). The rules differ in the resolution of x:
 
-    - "mask2former": x at the output size, upsampled bilinearly.
-    - "huggingface": x at h x w; the binary mask is then brought to the output size by the "nearest" rule.
+    - "mask2former": x is upsampled bilinearly to the output size.
+    - "huggingface": x stays at h x w; the binary mask is then resized to the output size by the "nearest" rule.
 
     A pixel that reads a NaN mask logit is never foreground, and a query with a NaN class logit has P = 0.
 
@@ -44,17 +44,17 @@ def instance_inference(
         class_logits: ``(B, N, K+1)`` float, or ``(N, K+1)`` for one image.
         mask_logits: ``(B, N, h, w)`` float, or ``(N, h, w)``.
         size: (H, W) of the masks.
-        top_k: number of pairs; all N * K when there are fewer.
+        top_k: the number of pairs; all N * K pairs if there are fewer.
         rule: "mask2former" or "huggingface".
-        stuff_classes: pairs of these classes are dropped from the ``top_k``, as Mask2Former does where it also does
+        stuff_classes: pairs of these classes are dropped from the ``top_k``, as Mask2Former does when it also does
             panoptic segmentation.
-        padded_size, valid_size: resize the masks by way of the padded network input and crop the image from it, as
-            the original code does (see ``semantic_inference``; Hugging Face's code for Mask2Former is
-            ``padded_size=(384, 384)``); None skips each.
+        padded_size, valid_size: upsample the mask logits to the padded network input and crop the image from it, as
+            the original code does (see ``semantic_inference``; Hugging Face's code for Mask2Former has
+            ``padded_size=(384, 384)``); None skips a step.
 
     Returns:
         For each image {"scores": ``(R,)`` in the promoted dtype of the logits, "labels" and "queries": ``(R,)`` int64,
-        "masks": ``(R, H, W)`` bool}, by falling P; R = top_k less the pairs that ``stuff_classes`` drops. Masks may
+        "masks": ``(R, H, W)`` bool}, by decreasing P; R is top_k less the pairs that ``stuff_classes`` drops. Masks may
         overlap, and may be empty (score 0).
 
     Raises:

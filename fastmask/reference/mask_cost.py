@@ -34,9 +34,9 @@ def mask_cost(
         F+ = softplus(-x),  F- = softplus(x)                                             mask_term="bce"
         D[n, m] = 1 - (2 sum_i p[n, i] T[m, i] + 1) / (sum_i v[i] p[n, i] + sum_i T[m, i] + 1)
 
-    Without ``points``, i are the pixels of the h x w logits, T is brought to them by the "nearest" rule, and v is 1
+    Without ``points``, i are the pixels of the h x w logits, T is resized to them by the "nearest" rule, and v is 1
     where the pixel counts, else 0. With ``points``, ``sample_points`` reads both x and T there, so that T is a fraction
-    between pixels of both kinds.
+    on outlines.
 
     Sources: MaskFormer (arXiv:2107.06278), section 3.2 and its matcher, which adds the dice term (V-Net,
     arXiv:1606.04797, smoothed by 1) and uses the focal loss (RetinaNet, arXiv:1708.02002); Mask2Former
@@ -50,9 +50,9 @@ def mask_cost(
         points: ``(B, P, 2)`` float, (x, y) in 0..1, shared by all layers, queries and targets of an image.
         cost_class, cost_mask, cost_dice: the weights of the three terms.
         mask_term: "focal" or "bce".
-        alpha, gamma: of the focal term.
-        valid: ``(B, H, W)`` bool. Pixels where it is False belong to no target; they count nowhere, and v of a point is
-            1 less their bilinear share of it. sum_i v is taken to be at least 1. All pixels by default, so that v = 1.
+        alpha, gamma: the parameters of the focal term.
+        valid: ``(B, H, W)`` bool, False for void pixels, which belong to no target and do not count: v at a point is
+            1 - their bilinear share, and sum_i v counts as at least 1. By default all pixels are valid and v = 1.
 
     Returns:
         ``(..., B, N, M)`` in the promoted dtype of the logits, in which all arithmetic runs; 0 in columns of padding.
@@ -82,7 +82,7 @@ def mask_cost(
         check_shape("points", points, (batch_size, -1, 2))
         targets, weights = sampled_targets(masks, valid, points[:, None], dtype)
         x = sample_points(mask_logits.to(dtype), points[:, None].expand(*mask_logits.shape[:-2], *points.shape[-2:]))
-    # Filled before the products, so that NaN logits without weight do not contribute.
+    # Filled before the products, so that NaN logits of weight 0 do not contribute.
     x = x.masked_fill(weights == 0, 0)
     p = torch.sigmoid(x)
 

@@ -28,7 +28,7 @@ def mask_loss(
     gamma: float = 2.0,
     valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Both losses of each matched pair.
+    """The mask and dice losses of each matched pair.
 
     With x the logits of the target's query, t the target, p = sigmoid(x) and v the weights, all at the pixels or points
     i::
@@ -48,13 +48,13 @@ def mask_loss(
 
     Args:
         mask_logits: ``(..., B, N, h, w)`` float; differentiable.
-        assignment: ``(..., B, M)`` int64, the query of each target; -1 where there is none.
+        assignment: ``(..., B, M)`` int64, the query of each target; -1 for unmatched targets and padding.
         masks: ``(B, M, H, W)`` bool or uint8, non-zero where the pixel belongs to the target.
-        points: ``(..., B, M, P, 2)`` float, (x, y) in 0..1, of each target.
+        points: ``(..., B, M, P, 2)`` float, each target's points (x, y) in 0..1.
         mask_term: "focal" or "bce".
-        alpha, gamma: of the focal term.
-        valid: ``(B, H, W)`` bool. Pixels where it is False belong to no target; they count nowhere, and v of a point is
-            1 less their bilinear share of it. sum_i v is taken to be at least 1. All pixels by default, so that v = 1.
+        alpha, gamma: the parameters of the focal term.
+        valid: ``(B, H, W)`` bool, False for void pixels, which belong to no target and do not count: v at a point is
+            1 - their bilinear share, and sum_i v counts as at least 1. By default all pixels are valid and v = 1.
 
     Returns:
         ``(pair_mask, pair_dice)``, both ``(..., B, M)`` in the dtype of the logits; 0 where ``assignment`` is -1.
@@ -77,7 +77,8 @@ def mask_loss(
         counted = counted.flatten(2)
         x = resize_logits(matched, (height, width)).flatten(-2).masked_fill(~counted, 0)  # [..., B, M, P]
         inside = masks.bool().flatten(2) & counted
-        # One term for both kinds of pixel, of -x in the background: not even 0 times the other reaches a gradient.
+        # A single term, of x in the foreground and -x in the background, so that the other term never reaches a
+        # gradient, not even times 0.
         alphas = torch.where(inside, x.new_tensor(alpha), x.new_tensor(1 - alpha))
         terms = foreground_term(torch.where(inside, x, -x), mask_term, alphas, gamma) * counted
         t, v = inside.to(x.dtype), counted.to(x.dtype)

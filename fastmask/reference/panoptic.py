@@ -17,12 +17,12 @@ class PanopticRule:
 
     Args:
         resize_probabilities: resize sigmoid(mask logits) rather than the logits.
-        clip_to_mask: a segment takes only those of its pixels where its own mask is at least ``mask_threshold``.
+        clip_to_mask: a segment keeps only the pixels where its own mask is at least ``mask_threshold``.
         strict_overlap: the overlap must exceed ``overlap_threshold``, compared in float32, rather than reach it.
         weighted_area: the mask's area is counted after its probabilities were multiplied by the class score.
-        reuse_fused_id: a fused stuff region sets the id counter back to its own, so that ids of later segments may
+        reuse_fused_id: a fused stuff region resets the id counter to its own id, so that ids of later segments may
             repeat, and is listed again in ``segments_info``.
-        no_segment_value: the whole map's value when no query passes ``threshold``.
+        no_segment_value: the value of the whole map if no query passes ``threshold``.
     """
 
     resize_probabilities: bool = False
@@ -56,16 +56,16 @@ def panoptic_inference(
     padded_size: tuple[int, int] | None = None,
     valid_size: tuple[int, int] | None = None,
 ) -> list[tuple[Tensor, list[dict[str, int | float | bool]]]]:
-    """Each pixel goes to the query i that maximizes p_i(c_i) m_i[h, w], c_i being the query's most likely class.
+    """Each pixel goes to the query i that maximizes p_i(c_i) m_i[h, w], where c_i is the query's most likely class.
 
     MaskFormer (arXiv:2107.06278), section 3.4, "general inference". Queries whose class is no-object, or whose p_i(c_i)
-    does not exceed ``threshold``, are dropped first; then those with too small a visible part: the area won, divided by
-    the area where m_i >= ``mask_threshold``, is compared with ``overlap_threshold``. Stuff of one class is one segment.
-
-    A query never wins a pixel where it reads a NaN mask logit; where every query reads one, there is no segment.
+    does not exceed ``threshold``, are dropped first; then those whose visible part is too small: the area won, divided
+    by the area where m_i >= ``mask_threshold``, is compared with ``overlap_threshold``. All stuff of a class is one
+    segment. A query never wins a pixel where it reads a NaN mask logit; where every query reads one, there is no
+    segment.
 
     ``rule`` names the code base (``PANOPTIC_RULES`` lists the differences): "maskformer", "mask2former"
-    (arXiv:2112.01527), "huggingface", or "huggingface-exact", which keeps two faults of transformers for comparison:
+    (arXiv:2112.01527), "huggingface", or "huggingface-exact", which keeps two bugs of transformers for comparison:
     after fused stuff the ids of later segments repeat, and the area of a mask is measured on its score-weighted
     probabilities, so that a mask seems smaller than it is.
 
@@ -75,16 +75,16 @@ def panoptic_inference(
         size: (H, W) of the result.
         rule: a key of ``PANOPTIC_RULES``.
         threshold: the class score that a query must exceed.
-        overlap_threshold: the least visible share of a query's mask.
+        overlap_threshold: the visible share that a query's mask must have.
         mask_threshold: the probability at which a pixel belongs to a mask.
         stuff_classes: the classes whose segments are fused; all others are things.
-        padded_size, valid_size: resize the masks by way of the padded network input and crop the image from it, as
-            the original code does (see ``semantic_inference``); None skips each.
+        padded_size, valid_size: upsample the mask logits to the padded network input and crop the image from it, as
+            the original code does (see ``semantic_inference``); None skips a step.
 
     Returns:
-        For each image ``(segmentation, segments_info)``: ``(H, W)`` int32 with ids from 1 (0 where no segment is), and
-        a dict for each segment, in the order of queries: "id", "category_id", "isthing", "score" (p_i(c_i); of its
-        first query for fused stuff) and "area" (the pixels that carry this id).
+        For each image ``(segmentation, segments_info)``: ``(H, W)`` int32 with ids from 1 (0 without a segment), and a
+        dict for each segment, in the order of queries: "id", "category_id", "isthing", "score" (p_i(c_i); for fused
+        stuff, that of its first query) and "area" (the number of pixels with this id).
 
     Raises:
         ValueError: an unknown ``rule``, shapes that do not fit, or ``valid_size`` beyond the map.
@@ -125,7 +125,7 @@ def _segments(
     mask_threshold: float,
     stuff_classes: frozenset[int],
 ) -> tuple[Tensor, list[dict[str, int | float | bool]]]:
-    """One image: ``probabilities (Q, H, W)`` (-1 for NaN), ``scores (Q,)`` and classes of the queries kept."""
+    """One image, from its kept queries: ``probabilities (Q, H, W)`` (-1 for NaN), ``scores (Q,)`` and classes."""
     value = 0 if classes else rule.no_segment_value
     segmentation = torch.full(probabilities.shape[1:], value, dtype=torch.int32, device=probabilities.device)
     if not classes:

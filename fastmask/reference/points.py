@@ -1,4 +1,4 @@
-"""The points of Mask2Former's criterion: sampling maps at points, and drawing and choosing points."""
+"""Points as in Mask2Former's criterion: sampling maps at points, drawing random points and choosing uncertain ones."""
 
 from __future__ import annotations
 
@@ -6,33 +6,33 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastmask.reference._common import check_shape, read_what_has_weight
+from fastmask.reference._common import check_shape, skip_zero_weights
 
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 PHILOX_ROUNDS = 10
 LOW_32_BITS = 0xFFFFFFFF
 
-# Weights of points, 1 - their share of void pixels, count as 0 below this; the rest is rounding.
-LEAST_WEIGHT = 1e-6
+# A point's weight, 1 - its share of void pixels, counts as 0 below this, where it is a rounding error.
+MIN_WEIGHT = 1e-6
 
 
 def sample_points(maps: Tensor, points: Tensor) -> Tensor:
-    """Values of maps between their pixels, as PointRend samples them (arXiv:1912.08193, section 3.1).
+    """Samples maps between their pixels, as PointRend does (arXiv:1912.08193, section 3.1).
 
-    The point (x, y) lies at column x w - 1/2 and row y h - 1/2 of the pixels' centers and takes the bilinear mean of
-    the four around it; pixels beyond the map are 0, so that a point on the border takes half of the pixel beside it
-    (``grid_sample`` with align_corners=False and padding_mode="zeros"). Pixels without weight are not read, where
-    ``grid_sample`` multiplies infinity and NaN by 0.
+    In the grid of pixel centers, the point (x, y) lies at column x w - 1/2 and row y h - 1/2. Its value is the bilinear
+    mean of the four pixels around it; pixels beyond the map are 0, so that a point on the border takes half of the
+    pixel beside it (``grid_sample`` with align_corners=False and padding_mode="zeros"). Pixels of weight 0 are not
+    read, whereas ``grid_sample`` would multiply infinity and NaN by 0.
 
     Args:
         maps: ``(..., h, w)`` float.
-        points: ``(..., P, 2)`` float, (x, y) in 0..1 from the left and the top; leading dims as those of ``maps``.
+        points: ``(..., P, 2)`` float, (x, y) in 0..1 from the left and the top; leading dimensions as in ``maps``.
 
     Returns:
         ``(..., P)`` in the dtype of the maps.
     """
-    return read_what_has_weight(lambda planes: _grid_sample(planes, points), maps)
+    return skip_zero_weights(lambda planes: _grid_sample(planes, points), maps)
 
 
 def _grid_sample(maps: Tensor, points: Tensor) -> Tensor:
@@ -44,12 +44,13 @@ def _grid_sample(maps: Tensor, points: Tensor) -> Tensor:
 def random_points(seed: Tensor, count: int, num_points: int) -> Tensor:
     """``(count, num_points, 2)`` float32 uniform in [0, 1), the same on every device and backend.
 
-    Row r, point i takes two words of Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
-    SC 2011) with counter (16 (i // 32) + i % 16, r, 0, 0) and the seed as its key: the first two where i // 16 is even,
-    else the last two. Vectors of 16 counters so give whole runs of points. The upper 24 bits of a word count.
+    Point i of row r takes two words of Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
+    SC 2011) with counter (16 (i // 32) + i % 16, r, 0, 0) and the seed as key: the first two words if i // 16 is even,
+    else the last two. So a vector of 16 counters gives 32 consecutive points. The upper 24 bits of a word are used.
 
     Args:
-        seed: int64, of one element.
+        seed: an int64 tensor of one element.
+        count: the number of rows.
     """
     step = torch.arange(16 * -(-num_points // 32), device=seed.device)
     row = torch.arange(count, device=seed.device)[:, None]
@@ -66,21 +67,21 @@ def random_points(seed: Tensor, count: int, num_points: int) -> Tensor:
 
 
 def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a product of 32-bit numbers, without the overflow of int64."""
+    """The high and low 32 bits of a product of 32-bit numbers, without int64 overflow."""
     low = (a & 0xFFFF) * b
     high = (a >> 16) * b + (low >> 16)
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
 def uncertain_points(mask_logits: Tensor, assignment: Tensor, candidates: Tensor, num_uncertain: int) -> Tensor:
-    """Of each matched pair's candidates, those where its query's mask is the least certain: -abs(x) is greatest
+    """Chooses each matched pair's candidates where its query's mask logit x is least certain, that is, closest to 0
     (Mask2Former, arXiv:2112.01527, section 3.3; PointRend, arXiv:1912.08193, section 4.1).
 
     Args:
         mask_logits: ``(..., B, N, h, w)`` float.
-        assignment: ``(..., B, M)`` int64, the query of each target; -1 where there is none.
+        assignment: ``(..., B, M)`` int64, the query of each target; -1 for unmatched targets and padding.
         candidates: ``(..., B, M, C, 2)`` float, (x, y) in 0..1.
-        num_uncertain: how many to choose. NaN is the most uncertain; of equals the earlier are taken.
+        num_uncertain: how many to choose. NaN is the most uncertain; among equals the earlier are taken.
 
     Returns:
         ``(..., B, M, num_uncertain, 2)``, in the order of the candidates; 0 where ``assignment`` is -1.
@@ -93,7 +94,7 @@ def uncertain_points(mask_logits: Tensor, assignment: Tensor, candidates: Tensor
 
 
 def sampled_targets(masks: Tensor, valid: Tensor | None, points: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Targets at the points, and the points' weights: ``(..., B, M, P)``, or ``(B, 1, P)`` weights for points so."""
+    """Targets ``(..., B, M, P)`` at points ``(..., B, M or 1, P, 2)``, and the points' weights, in their shape."""
     maps = masks.bool()
     weights = torch.ones(points.shape[:-1], dtype=dtype, device=points.device)
     if valid is not None:
@@ -101,7 +102,7 @@ def sampled_targets(masks: Tensor, valid: Tensor | None, points: Tensor, dtype: 
         maps = maps & valid[:, None]
         void = (~valid).to(dtype)[:, None].expand(*points.shape[:-2], *masks.shape[-2:])
         weights = 1 - sample_points(void, points)
-        weights = weights.masked_fill(weights < LEAST_WEIGHT, 0)
+        weights = weights.masked_fill(weights < MIN_WEIGHT, 0)
     shape = (*points.shape[:-4], *masks.shape[:2])
     points = points.expand(*shape, *points.shape[-2:])
     shares = sample_points(maps.to(dtype).expand(*shape, *masks.shape[-2:]), points)
@@ -109,9 +110,9 @@ def sampled_targets(masks: Tensor, valid: Tensor | None, points: Tensor, dtype: 
 
 
 def matched_logits(mask_logits: Tensor, assignment: Tensor) -> Tensor:
-    """``(..., B, M, h, w)``: the logits of each target's query, 0 where there is none.
+    """``(..., B, M, h, w)``: the logits of each target's query, 0 for unmatched targets.
 
-    Filled before anything else: a NaN of the query that stands in for "none" must not reach its gradient.
+    These are filled first: a NaN of query 0, which index -1 is clamped to, must not reach a gradient.
     """
     matched = torch.take_along_dim(mask_logits, assignment.clamp(min=0)[..., None, None], dim=-3)
     return matched.masked_fill((assignment < 0)[..., None, None], 0)

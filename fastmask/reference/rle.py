@@ -1,4 +1,4 @@
-"""Run lengths of binary masks, in the compressed form of the COCO tools."""
+"""Run-length encoding of binary masks, in the compressed format of the COCO tools."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def rle_encode(masks: Tensor) -> list[dict[str, list[int] | bytes]]:
-    """What ``pycocotools.mask.encode`` gives: lengths of runs of equal pixels, columns first, background first.
+    """Encodes as ``pycocotools.mask.encode``: lengths of runs of equal pixels, column by column, background first.
 
-    From the fourth on, a run is written as its difference from the last but one. A number is written in digits of 5
-    bits, lowest first, in two's complement, as many as it takes; a sixth bit says that more follow, and 48 is added.
+    From the fourth on, a run is stored as its difference from the run two before it. A number is stored in two's
+    complement, in as many 5-bit digits as it takes, lowest first; a sixth bit says that more follow, and 48 is added.
 
     Args:
         masks: ``(R, H, W)`` bool.
@@ -22,7 +22,7 @@ def rle_encode(masks: Tensor) -> list[dict[str, list[int] | bytes]]:
 
 
 def run_lengths(mask: Tensor) -> list[int]:
-    """Of one ``(H, W)`` mask, columns first; the first is of background and may be 0."""
+    """The run lengths of an ``(H, W)`` mask, column by column; the first run is background and may be empty."""
     pixels = mask.t().flatten().to(torch.int8)
     changes = pixels.diff(prepend=pixels.new_zeros(1)).nonzero().flatten()
     ends = torch.cat([changes, changes.new_tensor([len(pixels)])])
@@ -30,7 +30,7 @@ def run_lengths(mask: Tensor) -> list[int]:
 
 
 def compress(lengths: list[int]) -> bytes:
-    """The digits of a mask's run lengths."""
+    """The digits of a mask's run lengths, as characters."""
     characters = bytearray()
     for i, length in enumerate(lengths):
         rest = length - lengths[i - 2] if i > 2 else length

@@ -24,13 +24,13 @@ def semantic_inference(
     """score[k] = sum_n softmax(class_logits[n])[k] sigmoid(mask_logits[n]), label = argmax_k score[k].
 
     MaskFormer (arXiv:2107.06278), section 3.4, "semantic inference"; the no-object class K takes part in the softmax
-    only. Resizing is bilinear with align_corners=False, and what is resized is a choice:
+    only. Resizing is bilinear with align_corners=False; ``order`` chooses what is resized:
 
     - ``order="masks"``: the mask logits are resized, then scored. With ``padded_size`` and ``valid_size`` this is the
       original code with SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE, which it always uses for panoptic segmentation.
     - ``order="scores"``: the mask logits are scored, then the scores are resized. With ``padded_size`` and
       ``valid_size`` this is the original code without that option, its default for semantic data sets; with neither
-      it is Hugging Face's for MaskFormer, and with ``padded_size=(384, 384)`` Hugging Face's for Mask2Former.
+      it is Hugging Face's code for MaskFormer, and with ``padded_size=(384, 384)`` that for Mask2Former.
 
     Args:
         class_logits: ``(B, N, K+1)`` float, or ``(N, K+1)`` for one image.
@@ -38,13 +38,13 @@ def semantic_inference(
         size: (H, W) of the result.
         order: "masks" or "scores".
         output: "labels" or "scores".
-        padded_size: (height, width) of the padded network input, to which the mask logits are upsampled before
-            anything else; None skips that step.
-        valid_size: (height, width) of the image within that, at its top left, to which they are then cropped; None
-            skips that step.
+        padded_size: (height, width) of the padded network input, to which the mask logits are upsampled first; None
+            skips this step.
+        valid_size: (height, width) of the image within it, at its top left, to which they are then cropped; None
+            skips this step.
 
     Returns:
-        "labels": ``(B, H, W)``, the smallest of uint8, int16 and int32 that holds ``0..K-1``; ties take the lowest
+        "labels": ``(B, H, W)`` in the smallest of uint8, int16 and int32 that holds ``0..K-1``; ties take the lowest
         class. "scores": ``(B, K, H, W)`` in the promoted dtype of the logits. For one image B is 1.
 
     Raises:

@@ -177,7 +177,7 @@ def test_kernels_run_on_the_device_of_their_tensors(operator, monkeypatch):
     """Whichever device is current; and that one is current again afterwards."""
     with FakeTensorMode(), recorded_launches(monkeypatch) as driver:
         arguments = cuda_arguments(operator)
-        operator.on_tensors_device(*arguments)
+        operator.launch_on_tensor_device(*arguments)
         assert driver.launched_on
         assert {device for _, device in driver.launched_on} == {1}
         assert driver.current == 0

@@ -82,7 +82,7 @@ def caller() -> str:
 @pytest.fixture(autouse=True)
 def _kernels_for_meta_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """ "auto" takes for meta tensors the operator that it takes on a GPU."""
-    monkeypatch.setattr(_registry, "automatic", lambda operator, _: "triton" if operator.triton else "native")
+    monkeypatch.setattr(_registry, "auto_backend", lambda operator, _: "triton" if operator.triton else "native")
 
 
 def check(run: Callable[[], object]) -> None:

@@ -64,7 +64,7 @@ def test_configurations_of_other_gpus(dtype, head_dim, major, generator, monkeyp
     check_attention(*(x.to(dtype) for x in (q, k, v)), mask_logits, "triton", **options)
 
 
-@pytest.mark.parametrize("changes", [{"programs": 1}, {"least_keys": 32}], ids=["no splits", "a split a block"])
+@pytest.mark.parametrize("changes", [{"programs": 1}, {"min_keys": 32}], ids=["no splits", "a split a block"])
 @pytest.mark.parametrize("padding", [False, True], ids=["whole", "padded"])
 def test_splits_of_the_keys(padding, changes, generator, monkeypatch):
     """Without splits a program handles 41 blocks of 32 keys: more than its word has bits."""

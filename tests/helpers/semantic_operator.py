@@ -128,7 +128,7 @@ REFUSED: dict[str, Refused] = {
     ),
     "float64": (
         lambda a: a | {"mask_logits": a["mask_logits"].double(), "backend": "native"}, RuntimeError,
-        "do not read float64",
+        "do not support float64",
     ),
 }  # fmt: skip
 

@@ -265,7 +265,7 @@ def test_float64_takes_the_reference_and_no_kernel(generator):
     q, k, v, mask_logits, options = random_inputs(SHAPES["odd sizes"], generator)
     doubles = [x.double() for x in (q, k, v, mask_logits)]
     assert torch.equal(masked_attention(*doubles, **options), reference.masked_attention(*doubles, **options))
-    with pytest.raises(RuntimeError, match="the kernels of masked_attention do not read float64"):
+    with pytest.raises(RuntimeError, match="the kernels of masked_attention do not support float64"):
         masked_attention(*doubles, backend="native", **options)
 
 

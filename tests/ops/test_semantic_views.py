@@ -17,7 +17,7 @@ from fastmask.ops import semantic_views
 from fastmask.testing import assert_within_budget
 
 SIZE = (50, 70)
-# (top, left, size, logits' grid, mirrored): rectangles of all kinds that together cover the map, by rising top.
+# (top, left, size, logits' grid, mirrored): rectangles of all kinds that together cover the map, sorted by top.
 RECTANGLES = {
     "whole": [(0, 0, SIZE, (13, 18), False)],
     "scales and mirror images": [
@@ -110,11 +110,11 @@ def test_views_are_made_when_needed_and_dropped_afterwards(generator):
 @pytest.mark.parametrize(
     ("rectangles", "message"),
     [
-        ([], "leaves row 0 uncovered"),
-        ([(0, 0, (20, 70), (4, 4), False)], "leaves row 20 uncovered"),
-        ([(0, 0, (50, 60), (4, 4), False)], "leaves columns of the rows 0..50 uncovered"),
-        ([(0, 0, (50, 71), (4, 4), False)], "expected it to lie within 50 x 70"),
-        ([(0, 0, SIZE, (4, 4), False), (20, 0, (30, 70), (4, 4), False), (10, 0, (9, 9), (4, 4), False)], "rising top"),
+        ([], "leave row 0 uncovered"),
+        ([(0, 0, (20, 70), (4, 4), False)], "leave row 20 uncovered"),
+        ([(0, 0, (50, 60), (4, 4), False)], "leave columns of rows 0..50 uncovered"),
+        ([(0, 0, (50, 71), (4, 4), False)], "expected views to lie within 50 x 70"),
+        ([(0, 0, SIZE, (4, 4), False), (20, 0, (30, 70), (4, 4), False), (10, 0, (9, 9), (4, 4), False)], "by top"),
     ],
 )
 def test_views_that_do_not_cover_the_map(rectangles, message, generator):

@@ -138,7 +138,7 @@ def test_another_cuda_than_torchs_is_said(nvcc, runs, warned, monkeypatch, capsy
     monkeypatch.setattr(_native, "cuda_version", "13.0")
     config = fastmask.show_config()
     assert "CUDA architectures: 80,90 (by nvcc of CUDA 13.0)" in config
-    assert ("torch is of CUDA 12.8" in config) == warned
+    assert ("torch uses CUDA 12.8" in config) == warned
 
 
 @pytest.mark.parametrize(
