@@ -1,4 +1,4 @@
-// One piece of memory, cut into arrays.
+// Lays out several arrays in one block of memory.
 #pragma once
 
 #include <cstdint>
@@ -19,12 +19,12 @@ FASTMASK_HOST_DEVICE static constexpr int64_t round_up(int64_t count, int64_t si
   return ceil_div(count, size) * size;
 }
 
-constexpr int64_t kMostLanes = 16;  // of a vector at any SIMD level
+constexpr int64_t kMostLanes = 16;  // the most lanes of a vector at any SIMD level
 
-// Up to full vectors at every SIMD level.
+// Rounds up to full vectors of every SIMD level.
 FASTMASK_HOST_DEVICE static constexpr int64_t to_full_vectors(int64_t count) { return round_up(count, kMostLanes); }
 
-// Each array begins at a 64-byte boundary, as the memory does. From a null pointer the carver only counts.
+// Each array begins at a 64-byte boundary, as the memory must. Given a null pointer, the carver only counts bytes.
 class Carver {
  public:
   FASTMASK_HOST_DEVICE explicit Carver(char* memory) : memory_(memory) {}

@@ -1,9 +1,9 @@
 // Which targets cover which of the h x w pixels, as a list sorted by pixel.
 //
-// The pixels of a row of mask logits are cut into chunks of 16. An entry says which lanes of one chunk belong to one
-// target, so the sums of the mask cost take one masked addition for each chunk and target found there: their cost grows
-// with the covered area and the length of the outlines, not with the number of targets, and overlapping masks have the
-// same form. One list serves all layers and queries of the image.
+// The pixels of a row of mask logits are divided into chunks of 16. An entry says which lanes of one chunk belong to
+// one target, so the sums of the mask cost take one masked addition for each chunk and target found there: their cost
+// grows with the covered area and the length of the outlines, not with the number of targets. Overlapping masks need
+// no other form. One list serves all layers and queries of the image.
 #pragma once
 
 #include <cstdint>
@@ -21,11 +21,11 @@ struct CoverageEntry {
   int32_t lanes;  // bit i: pixel 16 * chunk + i belongs to the target
 };
 
-// Plain pointers for the kernels, which must share no inline function of the standard library between SIMD levels.
+// Plain pointers for the kernels, whose SIMD levels must not share inline functions of the standard library.
 struct CoverageView {
   const CoverageEntry* entries;  // by chunk, then by target
   int64_t num_entries;
-  const int32_t* valid;  // [chunks] lanes that count at all: neither void nor beyond h * w
+  const int32_t* valid;  // [chunks] lanes that count: neither void nor beyond h * w
   const float* areas;    // [targets] counted pixels of each target
   int64_t targets;
   int64_t pixels;  // counted pixels
@@ -43,7 +43,7 @@ struct Coverage {
   }
 };
 
-// Samples the targets at the nearest of H x W for each of h x w pixels.
+// Samples, for each of h x w pixels, the targets at the nearest of their H x W pixels.
 Coverage make_coverage(const ImageTargets& targets, int64_t h, int64_t w);
 
 }  // namespace fastmask

@@ -12,7 +12,7 @@ void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t byt
   const auto address = reinterpret_cast<uintptr_t>(data);
   const uintptr_t begin = (address + kPage - 1) & ~(kPage - 1);
   const uintptr_t end = (address + static_cast<uintptr_t>(bytes)) & ~(kPage - 1);
-  // Advice only: where it is refused, pages stay small.
+  // Only advice: if the system refuses it, pages stay small.
   if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }

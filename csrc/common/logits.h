@@ -1,4 +1,4 @@
-// Logits as the kernels read them, and scalar conversions between their types and float.
+// The logits that kernels read, and scalar conversions between their types and float.
 //
 // The functions are static: every translation unit, compiled for its own SIMD level, has its own copy.
 #pragma once
@@ -10,10 +10,10 @@
 
 namespace fastmask {
 
-// Of logits and of costs; only costs may be float64.
+// The type of logits or costs; only costs may be float64.
 enum class Dtype : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
-// Logits from element `offset` of a tensor on.
+// Logits of a tensor, from element `offset` on.
 struct Logits {
   const void* data;
   Dtype dtype;

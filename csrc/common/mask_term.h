@@ -5,7 +5,7 @@ namespace fastmask {
 
 struct MaskTerm {
   bool focal;   // false: plain binary cross-entropy
-  float alpha;  // of the focal loss: the weight of foreground
+  float alpha;  // the weight of foreground in the focal loss
   float gamma;
 };
 

@@ -5,8 +5,8 @@
 namespace fastmask {
 namespace {
 
-// Where a coordinate in 0..1 lies along an axis of `size` pixels with a border pixel at each end: the first of the two
-// pixels around it, 0..size, and the weight of the second. One off the map, or NaN, lies on a border pixel.
+// The position of a coordinate in 0..1 on an axis of `size` pixels with a border pixel at each end: the first of the
+// two pixels around it, 0..size, and the weight of the second. A coordinate off the map, or NaN, is on a border pixel.
 struct Position {
   int64_t first;
   double weight;
@@ -20,7 +20,7 @@ struct Position {
   }
 };
 
-// The pixels of the targets' map around a point, without those beyond it, which belong to no target and are not void.
+// The pixels around a point in the targets' map. Pixels beyond the map are left out; they are neither target nor void.
 struct Neighbors {
   int64_t pixels[4];
   double weights[4];
@@ -39,7 +39,7 @@ struct Neighbors {
   }
 };
 
-// The shares of one point, appended to `shares`; returns its weight.
+// Appends the shares of one point to `shares`; returns its weight.
 double add_shares(const Neighbors& around, const ImageTargets& targets, std::vector<PointShare>& shares) {
   double weights[4];
   double void_share = 0;

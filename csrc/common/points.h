@@ -1,8 +1,8 @@
 // The points of one image, sorted for the mask cost. All layers and queries share them, so they are prepared once.
 //
 // Most points lie inside one target or in the background, where a target's share of the point is one or zero. Sorted by
-// row and target they form runs, whose sums need no multiplication and no look at the other targets: the cost grows
-// with the points and the length of the outlines, not with the number of targets.
+// row and target, they form runs, whose sums need neither multiplications nor the other targets: the cost grows with
+// the points and the length of the outlines, not with the number of targets.
 #pragma once
 
 #include <cstdint>
@@ -12,43 +12,43 @@
 
 namespace fastmask {
 
-// Floats of a map of h x w logits with a border of zeros, so that every point of the unit square lies between four of
-// its pixels. Rows may be written in steps of 16.
+// The number of floats in a map of h x w logits with a border of zeros, so that every point of the unit square lies
+// between four pixels. Rows may be written in steps of 16.
 static constexpr int64_t bordered_size(int64_t h, int64_t w) { return (h + 2) * (w + 2) + 16; }
 
-// A point whose weight, 1 less its share of void pixels, is below this has none: what is left is rounding.
+// A point's weight, 1 - its share of void pixels, counts as 0 below this, where it is a rounding error.
 constexpr float kLeastWeight = 1e-6f;
 
 constexpr int32_t kBackground = -1;
 constexpr int32_t kMixed = -2;
 
-// The four logits that a point lies between in a map with a border of zeros: column `column` and the next one, in the
-// run's row and the next one.
+// The four logits around a point in a map with a border of zeros: column `column` and the next one, in the run's row
+// and the next one.
 struct PointCorners {
   int32_t column;
   float weights[4];  // upper left, upper right, lower left, lower right
 };
 
-constexpr int64_t kLongestRun = 32;  // points whose terms may be summed in float one after the other
+constexpr int64_t kLongestRun = 32;  // the most points whose terms are summed sequentially in float
 
 struct PointRun {
   int64_t begin, end;  // points
   int32_t row;         // 0..h, with the border
-  int32_t target;      // that owns the points, kBackground or kMixed
+  int32_t target;      // the target that owns the points, kBackground or kMixed
 };
 
-// A point of weight below one, or that several targets share.
+// A point with a weight below one, or one that several targets share.
 struct MixedPoint {
-  float weight;        // 1 less the share of void pixels
+  float weight;        // 1 - the share of void pixels
   int64_t begin, end;  // shares
 };
 
 struct PointShare {
   int32_t target;
-  float share;  // bilinear share of its pixels
+  float share;  // bilinear share of the target's pixels
 };
 
-// Plain pointers for the kernels, which must share no inline function of the standard library between SIMD levels.
+// Plain pointers for the kernels, whose SIMD levels must not share inline functions of the standard library.
 struct PointView {
   const PointCorners* corners;
   const PointRun* runs;  // by row
@@ -74,7 +74,7 @@ struct PointSet {
   }
 };
 
-// points [num_points, 2], (x, y) in 0..1; a point of weight zero is left out. The map of logits has h x w pixels.
+// points [num_points, 2], (x, y) in 0..1; points of weight zero are left out. The map of logits has h x w pixels.
 PointSet make_point_set(const float* points, int64_t num_points, const ImageTargets& targets, int64_t h, int64_t w);
 
 }  // namespace fastmask

@@ -9,14 +9,14 @@ namespace {
 
 bool bit(const std::vector<uint64_t>& words, int64_t i) { return (words[i / 64] >> (i % 64) & 1) != 0; }
 
-// Eight bytes of 0 or 1 as the bits of one: the product brings the lowest bit of byte i to bit 56 + i.
+// Packs eight bytes of 0 or 1 into the bits of one byte: the product moves the lowest bit of byte i to bit 56 + i.
 uint64_t gather_bits(const uint8_t* bytes, int64_t count) {
   uint64_t eight = 0;
   memcpy(&eight, bytes, count < 8 ? count : 8);
   return (eight & 0x0101010101010101u) * 0x0102040810204080u >> 56;
 }
 
-// The lengths of runs, in the order that they are found in.
+// Writes the lengths of runs in the order in which they are found.
 class RunWriter {
  public:
   explicit RunWriter(std::string& out) : out_(out) {}
@@ -88,7 +88,7 @@ void RunLengthEncoder::find_changes(const BinaryMask& mask) {
 
 void RunLengthEncoder::encode(const BinaryMask& mask, std::string& out) {
   find_changes(mask);
-  // Sorted by columns, rows of a column staying in order: each column's changes begin where the last one's end.
+  // A stable counting sort by column: each column's changes begin where those of the previous column end.
   for (int64_t j = 0; j < mask.width; ++j) column_end_[j + 1] += column_end_[j];
   sorted_rows_.resize(change_row_.size());
   for (size_t i = 0; i < change_row_.size(); ++i) sorted_rows_[column_end_[change_column_[i]]++] = change_row_[i];

@@ -1,4 +1,4 @@
-// Run lengths of a binary mask, in the compressed form of the COCO tools.
+// Run-length encoding of binary masks, in the compressed format of the COCO tools.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace fastmask {
 
-// Rows of a mask, one byte (0 or 1) or one bit a pixel, the first pixel in the lowest bit.
+// Rows of a mask with one byte (0 or 1) or one bit per pixel; the first pixel is in the lowest bit.
 struct BinaryMask {
   const uint8_t* data;
   int64_t height, width;
@@ -15,12 +15,12 @@ struct BinaryMask {
   bool packed;
 };
 
-// Encodes masks one after the other; the memory that it works in is kept between them.
+// Encodes one mask after another, reusing its memory.
 class RunLengthEncoder {
  public:
-  // Lengths of runs of equal pixels, columns first, the first of them of background; each as its difference from the
-  // last but one (from the fourth on), in digits of 5 bits, lowest first, a sixth bit saying that more follow, as
-  // characters from '0' on.
+  // Lengths of runs of equal pixels, column by column, starting with background. From the fourth on, a run is stored as
+  // its difference from the run two before it. Numbers are stored in 5-bit digits, lowest first; a sixth bit says that
+  // more follow. Digits are characters from '0' on.
   void encode(const BinaryMask& mask, std::string& out);
 
  private:

@@ -1,4 +1,4 @@
-// A thread's temporary memory, kept from call to call: a small problem takes less time than fresh memory would.
+// A thread's temporary memory, kept between calls: allocating it would take longer than solving a small problem.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 
 namespace fastmask {
 
-// Becomes Python's MemoryError.
+// Callers from Python get a MemoryError.
 class OutOfMemory : public std::bad_alloc {
  public:
   explicit OutOfMemory(int64_t bytes) {
@@ -26,8 +26,8 @@ class OutOfMemory : public std::bad_alloc {
 
 class Scratch {
  public:
-  // A workspace whose lay_out(carver, sizes...) takes its arrays. They hold arbitrary values and are valid until the
-  // next call.
+  // Returns a workspace, whose lay_out(carver, sizes...) has assigned its arrays. They hold arbitrary values and are
+  // valid until the next call.
   template <class Workspace, class... Sizes>
   Workspace lay_out(const Sizes&... sizes) {
     Workspace workspace{};
@@ -38,10 +38,10 @@ class Scratch {
     return workspace;
   }
 
-  // Sets each byte, so that tests see what reads memory before it is written.
+  // Sets each byte, so that tests detect reads of uninitialized memory.
   void fill(int byte) { memset(memory_.get(), byte, size_ + kAlignment); }
 
-  // Frees what an unusually large problem took.
+  // Frees the memory of an unusually large problem.
   void trim() {
     if (size_ <= kKept) return;
     memory_.reset();
@@ -67,7 +67,7 @@ class Scratch {
   int64_t size_ = 0;
 };
 
-// The calling thread's.
+// The calling thread's scratch memory.
 inline Scratch& thread_scratch() {
   static thread_local Scratch scratch;
   return scratch;

@@ -11,7 +11,7 @@ enum class SimdLevel : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
 // The level in use: the best that this processor has, unless set_simd_level lowered it.
 SimdLevel simd_level();
 
-// Lowers the level (for tests); a level that the processor lacks is clamped. Returns the level now in use.
+// Caps the level (for tests). Returns the level now in use, at most the processor's best.
 SimdLevel set_simd_level(SimdLevel level);
 
 const char* simd_level_name(SimdLevel level);

@@ -11,7 +11,7 @@ struct Tap {
   double weight;
 };
 
-// The second tap is left out where its weight is 0.
+// The second tap is left out if its weight is 0.
 int bilinear_taps(int64_t i, int64_t in, int64_t out, Tap taps[2]) {
   const double scale = static_cast<double>(in) / static_cast<double>(out);
   const double source = std::max((static_cast<double>(i) + 0.5) * scale - 0.5, 0.0);
@@ -35,7 +35,7 @@ TapTable::TapTable(int64_t count, int taps)
       index_(taps * stride_),
       weight_(taps * stride_) {}
 
-// The last output fills the padding.
+// The last output also fills the padding.
 void TapTable::set(int64_t i, int tap, int64_t index, float weight) {
   const int64_t begin = tap * stride_ + i, end = i + 1 == count_ ? (tap + 1) * stride_ : begin + 1;
   std::fill(index_.begin() + begin, index_.begin() + end, static_cast<int32_t>(index));

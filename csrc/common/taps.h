@@ -1,4 +1,4 @@
-// Where each output of a resampled axis reads its inputs, and with which weights.
+// The inputs that each output of a resampled axis reads, and their weights.
 #pragma once
 
 #include <cstdint>
@@ -8,15 +8,15 @@
 
 namespace fastmask {
 
-// Logits are read as if they were within these bounds, NaN as the lower one (see fastmask/ops/_geometry.py).
+// Logits are clamped to -kLogitBound..kLogitBound, and NaN becomes -kLogitBound (see fastmask/ops/_geometry.py).
 constexpr float kLogitBound = 1e30f;
 
 constexpr int kMaxTaps = 4;
 
-// Vectors of outputs are read whole: tables are padded with their last output up to a multiple of this.
+// Kernels read whole vectors of outputs, so tables are padded with their last output to a multiple of this.
 constexpr int64_t kTapsPadding = 64;
 
-// out[i] = sum over t < taps of in[index[t * stride + i]] * weight[t * stride + i]; indices rise with t and with i. An
+// out[i] = sum over t < taps of in[index[t * stride + i]] * weight[t * stride + i]; indices increase with t and i. An
 // output with fewer taps repeats its last index.
 struct Taps {
   int64_t out, stride;
@@ -35,23 +35,23 @@ class TapTable {
  public:
   TapTable() = default;
 
-  // One step, always two taps: source = (i + 0.5) * in / out - 0.5, at least 0. It is kept as an integer, in units of
-  // 1 / (2 out), so that a weight that should be 0 is 0. A pixel without weight is not read, as 0 * inf is NaN: where
-  // one pixel is the whole output, it is both taps, and each has half of it.
+  // One step, always two taps: source = (i + 0.5) * in / out - 0.5, at least 0. It is computed as an integer, in units
+  // of 1 / (2 out), so that zero weights are exactly 0. A pixel of weight 0 is not read, as 0 * inf is NaN: if one
+  // pixel is the whole output, it serves as both taps, with half the weight each.
   TapTable(int64_t in, int64_t out);
 
   // Two steps in one, for the outputs [begin, begin + count): step 1 resamples `grid` logits to `padded` pixels, of
-  // which the first `valid` are kept; step 2 resamples those to `size`. Where two sizes of a step are equal, the step
-  // changes nothing. Coordinates are computed in double and weights rounded to float once; equal inputs of the four
-  // reads share a tap, and taps of weight 0 are left out.
+  // which the first `valid` are kept; step 2 resamples those to `size`. A step between equal sizes changes nothing.
+  // Coordinates are computed in double, and weights are rounded to float once; equal inputs among the four reads share
+  // a tap, and taps of weight 0 are left out.
   TapTable(int64_t grid, int64_t padded, int64_t valid, int64_t size, int64_t begin, int64_t count);
 
   Taps view() const { return {count_, stride_, taps_, index_.data(), weight_.data()}; }
 
-  // Makes indices count from input `origin` on.
+  // Makes indices relative to input `origin`.
   void count_from(int64_t origin);
 
-  // The inputs [first, end) that all outputs together read.
+  // The range [first, end) of inputs that all outputs read together.
   int32_t first() const { return index_.front(); }
   int32_t end() const { return index_.back() + 1; }
 

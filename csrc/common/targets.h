@@ -1,4 +1,4 @@
-// Targets of one image as the kernels see them: M binary masks, or one segment map, on an H x W grid.
+// The targets of one image in the form that kernels read: M binary masks, or one segment map, on an H x W grid.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ struct ImageTargets {
   bool ignore_void;
 };
 
-// Calls run(segments), the pointer being of the segments' type.
+// Calls run(segments) with a pointer of the segments' type.
 template <class Run>
 static inline auto with_segments(const ImageTargets& targets, const Run& run) {
   switch (targets.segment_type) {
@@ -35,7 +35,7 @@ static inline auto with_segments(const ImageTargets& targets, const Run& run) {
   return with_segments(targets, [pixel](const auto* segments) { return static_cast<int64_t>(segments[pixel]); });
 }
 
-// False where the pixel is void and void pixels are to be left out.
+// False if the pixel is void and void pixels are to be left out.
 [[maybe_unused]] static inline bool counts_pixel(const ImageTargets& targets, int64_t pixel) {
   if (!targets.ignore_void) return true;
   if (targets.segments != nullptr) return segment_at(targets, pixel) != targets.void_value;

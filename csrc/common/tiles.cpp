@@ -82,7 +82,7 @@ void TileWorkspace::lay_out(Carver& carver, const TilePlans& plans) {
     longest = std::max({longest, plans.inner_columns_->most_inputs(), width});
     inner_size = plans.inner_rows_->most_inputs() * width;
   }
-  carver.take(piece, to_full_vectors(longest) + 32);  // kernels look up in 32 floats at least
+  carver.take(piece, to_full_vectors(longest) + 32);  // look_up() may read 32 floats
   carver.take(rows, plans.rows_.most_inputs() * kTileColumns);
   carver.take(inner, inner_size);
   carver.take(values, kTileRows * kTileColumns);

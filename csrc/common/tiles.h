@@ -1,4 +1,4 @@
-// Results are computed in tiles of pixels: the inputs and the weights of a tile's rows and columns.
+// Results are computed in tiles of pixels. This file holds the inputs and weights of a tile's rows and columns.
 #pragma once
 
 #include <cstdint>
@@ -17,21 +17,21 @@ constexpr int64_t kTileColumns = 64;
 // Outputs of one axis, each a sum over t < taps of inputs[slot[t * stride + i]] * weight[t * stride + i].
 struct AxisTile {
   int64_t begin, count;  // the first output, and how many
-  int64_t stride;        // count, up to full vectors; weights beyond count are NaN, so that nothing counts there
-  int64_t inputs;        // how many inputs there are
-  const int32_t* input;  // [inputs], rising
-  const int32_t* slot;   // [taps, stride], which of the inputs
+  int64_t stride;  // count, rounded up to full vectors; weights beyond count are NaN, so that no pixel counts there
+  int64_t inputs;  // the number of inputs
+  const int32_t* input;  // [inputs], ascending
+  const int32_t* slot;   // [taps, stride], indices into `input`
   const float* weight;   // [taps, stride]
   int taps;              // 1..kMaxTaps
 };
 
-// The tiles of an axis, of `length` outputs each but for the last.
+// The tiles of an axis, with `length` outputs each except the last.
 class AxisTiles {
  public:
   // `dense` lists all inputs from the first to the last that a tile reads, so that they can be loaded at once.
   AxisTiles(const Taps& taps, int64_t length, bool dense);
 
-  // For each tile of `outer` a tile whose outputs are its inputs; output `origin` is the first that `taps` has.
+  // For each tile of `outer`, a tile whose outputs are the inputs of that tile; the first output in `taps` is `origin`.
   AxisTiles(const Taps& taps, const AxisTiles& outer, int64_t origin, bool dense);
 
   int64_t size() const { return static_cast<int64_t>(tiles_.size()); }
@@ -53,11 +53,11 @@ class AxisTiles {
   std::vector<Tile> tiles_;
 };
 
-// How a tile of the result is made: from logits at once, or from logits to probabilities to the result.
+// How a tile of the result is computed: directly from logits, or from logits to probabilities to the result.
 struct TilePlan {
   AxisTile rows, columns;              // from logits, or from probabilities
   bool probabilities;                  // whether there are two steps
-  AxisTile inner_rows, inner_columns;  // from logits to what the sigmoid is taken of
+  AxisTile inner_rows, inner_columns;  // from logits to the inputs of the sigmoid
 };
 
 class TilePlans;
@@ -66,7 +66,7 @@ class TilePlans;
 struct TileWorkspace {
   float* piece;   // a row of inputs
   float* rows;    // the rows of inputs, resampled along the columns
-  float* inner;   // the same of the first of two steps
+  float* inner;   // the same for the first of two steps
   float* values;  // [kTileRows, kTileColumns] of the result
 
   void lay_out(Carver& carver, const TilePlans& plans);
@@ -78,7 +78,7 @@ class TilePlans {
   // From logits, by the composition of both steps.
   TilePlans(const Taps& rows, const Taps& columns);
 
-  // From logits to probabilities and on, for inner rows from `inner_top` on.
+  // From logits to probabilities to the result, with inner rows from `inner_top` on.
   TilePlans(const Taps& rows, const Taps& columns, const Taps& inner_rows, int64_t inner_top,
             const Taps& inner_columns);
 

@@ -7,7 +7,7 @@ namespace {
 
 using matcher::Costs;
 
-// How a problem's costs are read.
+// The matcher's group on one CPU thread, and how it reads a problem's costs.
 class AssignGroup : public CpuGroup {
  public:
   double ranges(const Costs& c, double* least, double* greatest) {

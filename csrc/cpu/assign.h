@@ -13,7 +13,7 @@ constexpr int64_t kMaxAssignLongSide = 1048575;  // float64 searches keep an obj
 
 struct AssignWorkspace {
   matcher::ProblemMemory problem;
-  double* copy;  // [queries * targets] of costs that are of half precision, or contiguous along neither side
+  double* copy;  // [queries * targets], of costs in half precision or contiguous along neither side
 
   void lay_out(Carver& carver, int64_t queries, int64_t targets) {
     problem.lay_out(carver, static_cast<int32_t>(queries), static_cast<int32_t>(targets), kMostLanes);
@@ -21,9 +21,9 @@ struct AssignWorkspace {
   }
 };
 
-// Returns how many pairs of the matching have a cost that is NaN or infinite: as few as possible, then the total of the
-// others is the least. Duals: cost >= query dual + target dual for every finite pair, equal on the matching; the
-// duals of the longer side are at most 0, and 0 where unmatched. NaN if a pair is not finite.
+// Among the matchings with the fewest pairs of NaN or infinite cost, finds the one with the smallest total of the other
+// costs; returns the number of such pairs. Duals: cost >= query dual + target dual for every finite pair, equal on the
+// matching; the duals of the longer side are at most 0, and 0 where unmatched. NaN if a pair is not finite.
 FASTMASK_KERNEL(int32_t assign_problem(const AssignProblem& problem, const AssignWorkspace& work,
                                        const AssignResult& result))
 

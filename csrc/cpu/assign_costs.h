@@ -1,5 +1,5 @@
-// Reading and quantizing costs with SIMD, in the two layouts that matter: persons side by side in memory (a cost of
-// queries by targets, with no more targets than queries), or objects side by side.
+// Reading and quantizing costs with SIMD, in two layouts: persons adjacent in memory (a cost of queries by targets,
+// with no more targets than queries), or objects adjacent.
 #pragma once
 
 #include "cpu/assign_group.h"
@@ -39,7 +39,7 @@ static inline Doubles widen(vfloat v) {
 
 static inline Doubles widen(Doubles v) { return v; }
 
-// Rounds towards zero; what 32 bits do not hold, and NaN, becomes INT32_MIN.
+// Rounds toward zero; numbers beyond 32 bits, and NaN, become INT32_MIN.
 static inline vint truncate(Doubles v) {
 #if defined(__AVX512F__)
   return (vint)_mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvttpd_epi32((__m512d)v.low)),
@@ -65,7 +65,7 @@ static inline Doubles operator+(Doubles a, Doubles b) { return {a.low + b.low, a
 static inline Doubles operator-(Doubles a, Doubles b) { return {a.low - b.low, a.high - b.high}; }
 static inline Doubles operator*(Doubles a, Doubles b) { return {a.low * b.low, a.high * b.high}; }
 
-// The first `count` < kLanes numbers, and zeros: nothing beyond them is read.
+// The first `count` < kLanes numbers, followed by zeros: nothing beyond them is read.
 static inline Doubles load_some(const double* p, int count) {
 #if defined(__AVX512F__)
   const uint32_t lanes = (1u << count) - 1;

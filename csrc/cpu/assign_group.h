@@ -37,7 +37,7 @@ static inline uint32_t lanes_up_to(vint v, int32_t limit) {
                            bits_where([&](int i) { return v[i] <= limit; }));
 }
 
-// x < y ? a : b in each lane, and the same of other comparisons.
+// x < y ? a : b in each lane, and the same for other comparisons.
 static inline vint choose_less(vint x, vint y, vint a, vint b) {
   [[maybe_unused]] const vint plain = x < y ? a : b;
   return FASTMASK_BY_LEVEL(
@@ -69,7 +69,7 @@ static inline int32_t lowest_index(vint values, int32_t least, vint indices, con
   return least_lane(choose_equal(values, splat(least), indices, splat(INT32_MAX)));
 }
 
-// The least of some vectors of unsigned numbers, in order, and where it is.
+// The smallest element of a sequence of vectors of unsigned numbers, and its index.
 struct LeastLanes {
   vint least = splat(-1), index = {}, at = lane_numbers();
 
@@ -146,7 +146,7 @@ class CpuGroup : public matcher::OneThread<CpuGroup> {
     best.first = least_lane(first);
     const uint32_t lanes = equal_lanes(first, splat(best.first));
     best.index = lowest_index(first, best.first, index, indices, lanes);
-    // In the lane of the best object the next one counts, in the others the first; unless two lanes hold the best.
+    // The lane of the best object contributes its second, every other lane its first, unless two lanes hold the best.
     best.second = least_lane(choose_equal(first, splat(best.first), second, first));
     if ((lanes & (lanes - 1)) != 0) best.second = best.first;
     return best;
@@ -260,7 +260,7 @@ class CpuGroup : public matcher::OneThread<CpuGroup> {
 
  private:
   int32_t bidders_ = 0;   // persons in the list who bid in this round
-  int32_t rejoined_ = 0;  // and those who were evicted in it
+  int32_t rejoined_ = 0;  // persons in the list who were evicted in this round
 };
 
 }  // namespace fastmask::FASTMASK_SIMD

@@ -1,4 +1,4 @@
-// Two rows of a map that are kept while others are asked for, from above to below.
+// Keeps the last two rows of a map while its rows are requested from top to bottom.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +11,8 @@ class HeldRows {
  public:
   explicit HeldRows(float* const (&rows)[2]) : rows_{rows[0], rows[1]} {}
 
-  // Row `index`, one of the last two asked for or a later one. For a later one replace(old index, row) is called, with
-  // the older of the rows held and its index, which is negative if it holds none.
+  // Row `index`, one of the last two requested or a later one. For a later one, replace(old index, row) is called with
+  // the older of the held rows and its index, which is negative if it is empty.
   template <class Replace>
   float* row(int64_t index, const Replace& replace) {
     if (held_[0] == index) return rows_[0];
@@ -23,7 +23,7 @@ class HeldRows {
     return rows_[slot];
   }
 
-  // Calls take(index, row) for the rows held.
+  // Calls take(index, row) for the held rows.
   template <class Take>
   void each(const Take& take) const {
     for (int slot = 0; slot < 2; ++slot) take(held_[slot], rows_[slot]);

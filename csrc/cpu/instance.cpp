@@ -7,7 +7,7 @@ namespace {
 
 static_assert(kTileColumns == 64, "a row of a tile is one word");
 
-// Bits to bytes of 0 and 1: each of eight copies keeps its own bit, and the sum carries it to the highest bit.
+// Unpacks bits to bytes of 0 and 1: each of eight copies keeps one bit, which the sum carries to its highest bit.
 uint64_t spread_bits(uint64_t bits) {
   const uint64_t own = ((bits & 0xff) * 0x0101010101010101u) & 0x8040201008040201u;
   return ((own + 0x7f7f7f7f7f7f7f7fu) >> 7) & 0x0101010101010101u;
@@ -38,7 +38,7 @@ void instance_tile(const Plane& plane, const TilePlan& plan, const TileWorkspace
   uint64_t any = 0;
   for (int64_t i = 0; i < plan.rows.count; ++i) {
     uint64_t word = 0;
-    vfloat foreground = {};  // of one row: equal terms round alike, so that long sums would drift
+    vfloat foreground = {};  // of one row: equal terms round alike, so long sums would drift
     for (int64_t j = 0; j < plan.columns.stride; j += kLanes) {
       const vfloat x = load(work.values + i * plan.columns.stride + j);
       const vint inside = x > 0.0f;

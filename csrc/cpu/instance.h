@@ -1,6 +1,6 @@
-// The binary mask x > 0 of one query, its area and extent, and the sum of sigmoid(x) within.
+// The binary mask x > 0 of one query, its area and extent, and the sum of sigmoid(x) inside it.
 //
-// Where no logit that a tile reads is above 0, neither is any pixel: nothing is resampled there.
+// If no logit that a tile reads is above 0, no pixel is either, so the tile is not resampled.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace fastmask {
 
-// One byte a pixel, or one bit, the first pixel in the lowest bit; rows lie row_bytes apart.
+// One byte per pixel, or one bit with the first pixel in the lowest bit; rows are row_bytes apart.
 struct MaskRows {
   uint8_t* data;
   int64_t row_bytes;

@@ -22,7 +22,7 @@ CostTotals accumulate(Logits logits, int64_t pixels, const CoverageView& coverag
     const int64_t first_chunk = begin / kChunk;
     const int64_t last_chunk = first_chunk + ceil_div(count, kChunk);
     load_logits(after(logits, begin), count, x_block);
-    // Over all pixels of a large map the rounding of one float sum would exceed the reference's; a block's does not.
+    // Float sums run over one block: over all pixels of a large map, their rounding would exceed the reference's.
     vfloat probability[kParts] = {};
     vfloat negative[kParts] = {};
 

@@ -15,10 +15,10 @@ struct MaskCostRule {
   float cost_class, cost_mask, cost_dice;
 };
 
-constexpr int64_t kMaskCostBlock = 1024;  // pixels whose per-pixel terms stay in the L1 cache
+constexpr int64_t kMaskCostBlock = 1024;  // pixels whose terms fit the L1 cache
 
-// Sums over each target's pixels: p, F+ and F-. F+ - F- in one sum would do, but where F- is large inside the target it
-// cancels against the total, and on small maps its rounding shows.
+// Sums over each target's pixels: p, F+ and F-. A single sum of F+ - F- would suffice, but if F- is large inside the
+// target it cancels against the total, and its rounding is visible on small maps.
 constexpr int kMaskCostSums = 3;
 
 struct MaskCostWorkspace {

@@ -1,4 +1,4 @@
-// From the sums of a query's mask terms to its costs.
+// Computes a query's costs from the sums of its mask terms.
 #pragma once
 
 #include "cpu/mask_cost.h"
@@ -7,7 +7,7 @@
 
 namespace fastmask::FASTMASK_SIMD {
 
-// softmax[k] = exp(x[k] - maximum) / sum; NaN everywhere if any logit is.
+// softmax[k] = exp(x[k] - maximum) / sum; NaN for all classes if any logit is NaN.
 struct Softmax {
   float maximum;
   double sum;
@@ -43,18 +43,18 @@ static inline double probability_of(const Softmax& softmax, Logits logit) {
   return exp_neg(splat(softmax.maximum - padded[0]))[0] / softmax.sum;
 }
 
-// Over all counted pixels or points, `counted` in number or weight.
+// Sums over all counted pixels or points; `counted` is their number or total weight.
 struct CostTotals {
   double probability, negative;  // sums of p and F-
   double counted;
 };
 
-// Over those of one target.
+// Sums over the pixels or points of one target.
 struct TargetSums {
   double probability, foreground, background;  // sums of p, F+ and F-
 };
 
-// Writes the costs of the targets, of which sums_of(m) gives the TargetSums.
+// Writes the costs of the targets; sums_of(m) returns the TargetSums of target m.
 template <class Area, class SumsOf>
 static inline void write_costs(Logits class_logits, int64_t classes, const int64_t* labels, int64_t targets,
                                const Area* areas, const CostTotals& totals, const MaskCostRule& rule, float* block,

@@ -8,7 +8,7 @@
 namespace fastmask::FASTMASK_SIMD {
 namespace {
 
-// The code of an output pixel: bit 0 is set where it belongs to the target, bit 1 where it counts.
+// The code of an output pixel: bit 0 is set if it belongs to the target, bit 1 if it counts.
 constexpr uint8_t kTarget = 1;
 constexpr uint8_t kCounted = 2;
 
@@ -27,7 +27,7 @@ void segment_codes(const T* row, int64_t width, int64_t target, int64_t void_val
   }
 }
 
-// Codes of one output row, up to a full vector: pixels beyond the row do not count.
+// The codes of one output row, up to a full vector; pixels beyond the row do not count.
 void pixel_codes(const ImageTargets& targets, int64_t y, int64_t target, uint8_t* codes) {
   const int64_t width = targets.width;
   const int64_t begin = y * width;
@@ -46,7 +46,7 @@ void pixel_codes(const ImageTargets& targets, int64_t y, int64_t target, uint8_t
   for (int64_t j = width; j % kMostLanes != 0; ++j) codes[j] = 0;
 }
 
-// Two neighboring rows of the prediction, stretched to W pixels; rows advance with y, so each is stretched once.
+// Two neighboring rows of the prediction, stretched to W pixels. As y only increases, each row is stretched once.
 class StretchedRows {
  public:
   StretchedRows(const Plane& plane, const Taps& columns, const MaskLossWorkspace& work)
@@ -71,7 +71,7 @@ class StretchedRows {
   HeldRows rows_;
 };
 
-// Where row y of the output lies between two stretched rows.
+// The position of row y of the output between two stretched rows.
 struct RowTaps {
   int32_t upper, lower;
   vfloat upper_weight, lower_weight;
@@ -83,7 +83,7 @@ struct RowTaps {
         lower_weight(splat(rows.weight[rows.stride + y])) {}
 };
 
-// With z = x where the pixel belongs to the target and -x elsewhere, both kinds of pixel have the same formulas:
+// With z = x inside the target and -x outside, the same formulas hold for both kinds of pixel:
 // p_t = sigmoid(z), q = 1 - p_t, cross-entropy softplus(-z), focal a q^gamma softplus(-z).
 struct Pixel {
   vint target;    // all ones where the pixel belongs to the target
@@ -146,8 +146,8 @@ MaskLossPair forward(const Plane& plane, const Resampling& resampling, const Ima
                    static_cast<double>(counted_pixels));
 }
 
-// The gradients of two neighboring stretched rows, contracted into the result once no later y reaches them: the
-// transpose of the horizontal stretch adds W gradients to the w logits that they were made of.
+// The gradients of two neighboring stretched rows, added to the result once no later y reaches them: the transpose of
+// the horizontal stretch adds W gradients to the w logits from which the row was stretched.
 class StretchedGradients {
  public:
   StretchedGradients(int64_t w, const Taps& columns, const MaskLossWorkspace& work, float* grad)

@@ -14,7 +14,7 @@
 
 namespace fastmask {
 
-// The sums over the counted pixels of a pair that both losses, and their gradients, are made of.
+// The sums over the counted pixels of a pair from which both losses, and their gradients, are computed.
 struct MaskLossSums {
   float intersection;  // sum p t
   float prediction;    // sum p
@@ -28,7 +28,7 @@ struct MaskLossPair {
   MaskLossSums sums;
 };
 
-// The arguments of backward for a pair.
+// Backward's arguments for a pair.
 struct MaskLossGradient {
   float mask, dice;  // the gradients of both losses
   MaskLossSums sums;
@@ -54,7 +54,7 @@ FASTMASK_KERNEL(MaskLossPair mask_loss_pair(const Plane& plane, const Resampling
                                             const MaskLossWorkspace& work))
 
 // Adds the gradient of a pair's losses to grad [h * w]. Each output pixel's interpolation is recomputed, and its
-// gradient gathered into the logits it was made of.
+// gradient is added to the logits from which it was interpolated.
 FASTMASK_KERNEL(void mask_loss_pair_backward(const Plane& plane, const Resampling& resampling,
                                              const ImageTargets& targets, int64_t target, MaskTerm term,
                                              const MaskLossGradient& given, const MaskLossWorkspace& work, float* grad))

@@ -1,11 +1,11 @@
-// From the sums of a matched pair to its losses.
+// Computes a matched pair's losses from its sums.
 #pragma once
 
 #include "cpu/mask_loss.h"
 
 namespace fastmask::FASTMASK_SIMD {
 
-// `loss` and `counted` are sums over the counted pixels, or points by their weights.
+// `loss` and `counted` are sums over the counted pixels, or weighted sums over points.
 static inline MaskLossPair losses_of(double loss, double intersection, double prediction, double target,
                                      double counted) {
   return {static_cast<float>(loss / (counted > 1.0 ? counted : 1.0)),

@@ -1,4 +1,4 @@
-// The terms of a pixel or point in the mask cost and the mask losses.
+// A pixel's or point's terms in the mask cost and the mask losses.
 #pragma once
 
 #include "common/mask_term.h"
@@ -6,7 +6,7 @@
 
 namespace fastmask::FASTMASK_SIMD {
 
-// base^gamma, the focal loss's weight, for base in [0, 1], given -log(base) >= 0: bounded, so that 0^0 is 1.
+// base^gamma, the weight of the focal loss, for base in [0, 1], given -log(base) >= 0; bounded, so that 0^0 is 1.
 template <bool kSquare>
 static inline vfloat focal_power(vfloat base, vfloat minus_log, float gamma) {
   return kSquare ? base * base : exp_neg(minimum(splat(1e30f), minus_log) * gamma);
@@ -16,7 +16,7 @@ static inline vfloat focal_power(vfloat base, vfloat minus_log, float gamma) {
 struct PixelTerms {
   vfloat p, q;                                // sigmoid(x), sigmoid(-x)
   vfloat foreground, background;              // F+, F-
-  vfloat foreground_slope, background_slope;  // -dF+/dx, dF-/dx, if asked for
+  vfloat foreground_slope, background_slope;  // -dF+/dx, dF-/dx, if requested
 };
 
 template <bool kFocal, bool kSquare, bool kSlopes = false>

@@ -10,7 +10,7 @@ namespace {
 
 constexpr float kLowest = -3.402823466e38f;
 
-// Blocks of keys are summed so many at a time, and these sums then: rounding grows with the longest chain of additions.
+// Blocks of keys are summed in runs of this many, then the runs: rounding grows with the longest chain of additions.
 constexpr int64_t kRun = 16;
 
 inline int64_t key_blocks(const AttentionImage& image) { return ceil_div(image.keys, kKeys); }
@@ -30,7 +30,7 @@ void find_present(const AttentionImage& image, uint32_t* present) {
   }
 }
 
-// A query's mask logits at the centers of the key grid's cells.
+// Resamples a query's mask logits to the centers of the key grid's cells.
 void resample(const AttentionMask& mask, int64_t query, const Workspace& work) {
   const Taps &rows = mask.resampling.rows, &columns = mask.resampling.columns;
   const int64_t w = mask.first.w;
@@ -52,7 +52,8 @@ void resample(const AttentionMask& mask, int64_t query, const Workspace& work) {
   }
 }
 
-// Which keys each query attends to: those in its foreground that are not padding, or all of these if it has none.
+// Finds the keys that each query attends to: keys in its foreground that are not padding, or all others than padding if
+// there are none.
 void find_attended(const AttentionImage& image, int64_t first_query, int64_t num_queries, const Workspace& work) {
   const int64_t blocks = key_blocks(image);
   find_present(image, work.present);
@@ -92,7 +93,7 @@ int64_t find_active(const uint32_t* attended, int64_t num_queries, const Workspa
   return count;
 }
 
-// Row `index` of a head as float, padded with zeros to full vectors.
+// Loads row `index` of a head as float, padded with zeros to full vectors.
 template <typename T>
 inline void load_row(const AttentionImage& image, const AttentionRows<T>& rows, int64_t head, int64_t index,
                      float* out) {
@@ -105,7 +106,7 @@ inline void store_row(const AttentionImage& image, const AttentionRows<void>& ro
   store_logits(in, image.head_dim, rows.data, image.dtype, rows.offset + index * rows.stride + head * image.head_dim);
 }
 
-// The rows of a block of keys; zeros for padding, which may hold NaN, and beyond the last key.
+// Loads the rows of a block of keys; zeros for padding, which may hold NaN, and beyond the last key.
 void load_keys(const AttentionImage& image, const AttentionRows<const void>& rows, int64_t head, int64_t block,
                const Workspace& work, float* out) {
   for (int64_t i = 0; i < kKeys; ++i) {
@@ -127,14 +128,14 @@ void load_scaled_queries(const AttentionImage& image, int64_t head, int64_t firs
   }
 }
 
-// The lanes that dropout keeps, of the weights of a query and head from key `key` on.
+// The lanes that dropout keeps among the weights of a query and head, from key `key` on.
 inline vint kept(const AttentionImage& image, int64_t head, int64_t query, int64_t key) {
   const uint64_t row = static_cast<uint64_t>(head * image.queries + query);
   const uint64_t index = image.first_weight + row * static_cast<uint64_t>(image.keys) + static_cast<uint64_t>(key);
   return keep_lanes(image.seed, index, image.dropout);
 }
 
-// Adds a run of blocks, in the first `floats` numbers of out and total, to those before, and begins the next.
+// Adds a run of blocks, the first `floats` numbers of out and total, to the previous runs, and begins the next one.
 inline void end_run(const Workspace& work, int64_t floats) {
   for (int64_t i = 0; i < floats; i += kLanes) {
     store(work.sums + i, load(work.sums + i) + load(work.out + i));
@@ -142,8 +143,8 @@ inline void end_run(const Workspace& work, int64_t floats) {
   }
 }
 
-// Makes a query's scores of one block weights exp(score - maximum), relative to the maximum so far: where a score
-// exceeds it, what was summed before is scaled down.
+// Turns a query's scores of one block into weights exp(score - maximum), relative to the running maximum; if a score
+// exceeds the maximum, the previous sums are scaled down.
 inline void soften(float* scores, uint32_t attended, int64_t n, const Workspace& work) {
   vfloat peak = splat(kLowest);
   for (int part = 0; part < kParts; ++part) {
@@ -178,7 +179,7 @@ void drop(const AttentionImage& image, int64_t head, int64_t query, int64_t key,
   }
 }
 
-// Dropout multiplies the weights that it keeps by this.
+// The factor by which dropout multiplies the weights that it keeps.
 inline float kept_scale(const AttentionImage& image) {
   return image.dropout < 1.0f ? 1.0f / (1.0f - image.dropout) : 0.0f;
 }
@@ -223,10 +224,10 @@ void forward_head(const AttentionImage& image, const AttentionForward& result, c
   }
 }
 
-// Makes a query's scores of one block the weights that multiply the values, and the products of grad_out with the
-// values the gradients of the scores: weight (kept product / (1 - dropout) - delta). delta is the mean of kept products
-// by weight. Where the block is the whole of what a query attends to, it is taken from the block: a query of few keys
-// has weights near 1, and what is left there of the product must not be the rounding of delta.
+// Turns a query's scores of one block into the weights that multiply the values, and the products of grad_out with the
+// values into the gradients of the scores: weight (kept product / (1 - dropout) - delta). delta is the weighted mean of
+// the kept products. If the query attends to no other block, delta is computed from this block: with few keys, weights
+// are near 1 and products near delta, so that the rounding of delta would dominate the difference.
 inline void differentiate(const AttentionImage& image, double logsumexp, uint32_t attended, bool whole, int64_t head,
                           int64_t query, int64_t key, float delta, float* weights, float* slopes) {
   const float scale = kept_scale(image);
@@ -271,7 +272,7 @@ void backward_head(const AttentionImage& image, const AttentionBackward& result,
     load_row(image, result.out, head, first_query + n, out_row);
     work.delta[n] = product(grad_row, out_row, image.head_dim);
   }
-  float* grad_q = work.out;  // the output has done its part
+  float* grad_q = work.out;  // the output is no longer needed
   const int64_t floats = num_queries * work.channels;
   memset(grad_q, 0, sizeof(float) * floats);
   memset(work.sums, 0, sizeof(float) * floats);
@@ -294,7 +295,7 @@ void backward_head(const AttentionImage& image, const AttentionBackward& result,
         const bool whole = work.keys[n] == __builtin_popcount(attended[n]);
         differentiate(image, logsumexp[n], attended[n], whole, head, first_query + n, block * kKeys, work.delta[n],
                       weights + g * kKeys, slopes + g * kKeys);
-        // The weight of an only key is 1 whatever its score: what differs here is rounding.
+        // The weight of a single key is 1 whatever its score, so its gradient is 0 up to rounding.
         if (work.keys[n] == 1) memset(slopes + g * kKeys, 0, sizeof(float) * kKeys);
       }
       tile_combine<G>(slopes, kKeys, 1, work.rows, work.key_offsets, kKeys, grad_q, work.offsets + first,

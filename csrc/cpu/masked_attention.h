@@ -1,7 +1,8 @@
 // softmax(M + scale q k^T) v of one image (Mask2Former, arXiv:2112.01527, equation 2), and its gradient.
 //
-// Whether a query attends to a key is one bit, made from the mask logits for a block of queries at a time and used by
-// all heads. Keys are taken kAttentionKeys at a time; a query skips those blocks in which it attends to nothing.
+// Whether a query attends to a key is one bit, computed from the mask logits for one block of queries at a time and
+// used by all heads. Keys are processed in blocks of kAttentionKeys; a query skips blocks in which it attends to no
+// key.
 #pragma once
 
 #include <cstdint>
@@ -13,9 +14,9 @@
 namespace fastmask {
 
 constexpr int64_t kAttentionKeys = 32;
-constexpr int64_t kAttentionQueries = 128;  // at most in a block: what a head keeps of them fits the cache
+constexpr int64_t kAttentionQueries = 128;  // at most in a block, so that a head's arrays for them fit the cache
 
-// Rows of one image from element `offset` on, `stride` elements apart; heads lie side by side in a row.
+// Rows of one image from element `offset` on, `stride` elements apart; heads are adjacent in a row.
 template <typename T>
 struct AttentionRows {
   T* data;
@@ -43,8 +44,8 @@ struct AttentionImage {
 
 struct AttentionForward {
   AttentionRows<void> out;
-  // [heads][queries]; +inf for queries without any key. As float, what rounding takes would scale all of a row's
-  // weights in backward, which is more than all other rounding.
+  // [heads][queries]; +inf for queries without any key. The rounding error of a float would scale all weights of a row
+  // in backward, by more than all other rounding.
   double* logsumexp;
 };
 
@@ -60,18 +61,18 @@ struct AttentionWorkspace {
   int64_t channels;
   uint32_t* present;     // [key blocks] bits of the keys that are not padding
   uint32_t* attended;    // [key blocks][queries] bits of the keys that a query attends to
-  int32_t* keys;         // [queries] how many these are
+  int32_t* keys;         // [queries] how many keys a query attends to
   float* samples;        // [keys] a query's mask on the key grid
   float* source[2];      // [w] two neighboring rows of mask logits
-  float* mixed;          // [w] what lies between them
-  int32_t* active;       // [queries] those that attend to the block of keys
+  float* mixed;          // [w] the row interpolated between them
+  int32_t* active;       // [queries] the queries that attend to the block of keys
   int32_t* offsets;      // [queries] where their rows of `channels` begin
   int32_t* key_offsets;  // [kAttentionKeys]
   float* q;              // [queries][channels], scaled
-  float* out;            // [queries][channels] of a run of blocks, and right behind it
+  float* out;            // [queries][channels] of a run of blocks, directly followed by
   float* total;          // [queries][kLanes] the sums of its weights
-  float* sums;           // out and total of the runs before
-  float* maximum;        // [queries] of the scores so far
+  float* sums;           // out and total of the previous runs
+  float* maximum;        // [queries] the running maximum of the scores
   float* rows;           // [kAttentionKeys][channels] a block of keys
   float* columns;        // [channels][kAttentionKeys] the same
   float* values;         // [kAttentionKeys][channels]
@@ -110,7 +111,7 @@ struct AttentionWorkspace {
   }
 };
 
-// What a call computes: queries [first_query, first_query + num_queries), at most kAttentionQueries, and heads
+// The part that a call computes: queries [first_query, first_query + num_queries), at most kAttentionQueries, and heads
 // [first_head, last_head).
 struct AttentionTask {
   int64_t first_query, num_queries, first_head, last_head;

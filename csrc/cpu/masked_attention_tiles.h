@@ -8,7 +8,7 @@ namespace fastmask::FASTMASK_SIMD {
 
 constexpr int64_t kKeys = kAttentionKeys;
 constexpr int kParts = kKeys / kLanes;
-// Rows whose sums stay in registers, two vectors each: AVX-512 has 32 registers, the other levels 16.
+// Rows whose sums fit in registers, two vectors each: AVX-512 has 32 registers, the other levels 16.
 constexpr int kGroup = kLanes == 16 ? 8 : 4;
 
 static inline float largest_lane(vfloat v) {
@@ -17,7 +17,7 @@ static inline float largest_lane(vfloat v) {
   return largest;
 }
 
-// Channels are summed so many at a time, and these sums then: rounding grows with the longest chain of additions.
+// Channels are summed in chains of this many, then the chains: rounding grows with the longest chain of additions.
 constexpr int64_t kChain = 16;
 
 // out[g][s] = sum over c of rows[offsets[g] + c] * columns[c][s], for the kKeys keys s.
@@ -61,7 +61,8 @@ static inline float product(const float* a, const float* b, int64_t channels) {
 }
 
 // out[out_offsets[g] + c] += sum over r < count of weights[g * out_step + r * row_step] * rows[offsets[r] + c], for V
-// vectors of channels c. The sum is made apart and added once, so that rounding grows with the number of tiles only.
+// vectors of channels c. The sum is computed separately and added once, so that rounding grows only with the number of
+// tiles.
 template <int G, int V>
 static inline void combine_vectors(const float* weights, int64_t out_step, int64_t row_step, const float* rows,
                                    const int32_t* offsets, int64_t count, float* out, const int32_t* out_offsets) {
@@ -95,8 +96,8 @@ static inline void tile_combine(const float* weights, int64_t out_step, int64_t 
   }
 }
 
-// Calls run.operator()<G>(first) for groups of G that cover 0..count, the largest first. A group's size changes no
-// result, as each row has sums of its own.
+// Calls run.operator()<G>(first) for groups of G that cover 0..count, the largest first. The size of a group changes no
+// result, because each row is summed separately.
 template <typename Run>
 static inline void for_groups(int64_t count, const Run& run) {
   int64_t first = 0;

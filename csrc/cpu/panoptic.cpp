@@ -5,17 +5,17 @@
 namespace fastmask::FASTMASK_SIMD {
 namespace {
 
-// More than the rounding of a resampled logit (a dozen roundings, relative to the largest logit that it is made of),
-// and of a probability and its product with the score.
+// Exceeds the rounding error of a resampled logit (a dozen roundings, relative to the largest logit that it reads), and
+// of a probability and its product with the score.
 constexpr float kLogitSlack = 2e-6f;
 constexpr float kProbabilitySlack = 1e-5f;
 
-constexpr int32_t kNobody = -2;  // has won a pixel so far
+constexpr int32_t kNobody = -2;  // no query has won the pixel so far
 
 enum class Coverage { kNone, kSome, kAll };
 
-// score * sigmoid(x) = score / (1 + exp(-x)): fractions are compared crosswise, which saves a division a pixel. Logits
-// below -87 are alike, so that nothing overflows; NaN never wins.
+// score * sigmoid(x) = score / (1 + exp(-x)): comparing fractions by cross-multiplication saves a division per pixel.
+// Logits below -87 count as equal, so that nothing overflows; NaN never wins.
 template <bool kProbabilities, bool kClip>
 int64_t compete(const float* values, int64_t pixels, float score, int32_t marker, float threshold,
                 const PanopticWinners& winners) {
@@ -49,7 +49,7 @@ int64_t count_inside(const float* values, int64_t pixels, float threshold) {
   return sum_lanes<int64_t>(area);
 }
 
-// Pixels won and pixels kept of the query whose marks are marker and marker + 1.
+// Counts the pixels won and kept by the query whose marks are marker and marker + 1.
 void count_won(const int32_t* winner, int64_t pixels, int32_t marker, PanopticAreas& areas) {
   vint clipped = {}, kept = {};
   for (int64_t j = 0; j < pixels; j += kLanes) {
@@ -81,7 +81,7 @@ void look_ahead(const KeptQueries& kept, const TilePlan& plan, float* buffer, co
   }
 }
 
-// How much of a tile lies in a query's own mask, as far as its bounds tell.
+// How much of a tile is inside a query's mask, as far as the bounds tell.
 Coverage coverage(const PanopticOutlook& outlook, int64_t i, const TilePlan& plan, const PanopticRule& rule) {
   const bool nan = outlook.lower[i] == 0.0f;
   if (!plan.probabilities) {
@@ -109,7 +109,7 @@ void panoptic_tile(const KeptQueries& kept, const TilePlan& plan, const Panoptic
   const float* const values = work.tile.values;
 
   look_ahead(kept, plan, work.tile.piece, outlook);
-  float least = 0;  // what the winner of any pixel has at least
+  float least = 0;  // a lower bound for the winner of every pixel
   for (int64_t i = 0; i < kept.count; ++i) least = outlook.lower[i] > least ? outlook.lower[i] : least;
   int64_t candidates = 0, only = -1;
   for (int64_t i = 0; i < kept.count; ++i) {
@@ -117,7 +117,7 @@ void panoptic_tile(const KeptQueries& kept, const TilePlan& plan, const Panoptic
     ++candidates;
     only = i;
   }
-  // Nobody else can win, and the only candidate is nowhere NaN.
+  // No other query can win, and the only candidate has no NaN here.
   const bool decided = candidates == 1 && outlook.lower[only] > 0;
   const int64_t pixels = plan.rows.count * plan.columns.stride;
   const int64_t visible_pixels = plan.rows.count * plan.columns.count;

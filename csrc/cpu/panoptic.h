@@ -1,8 +1,8 @@
-// For each pixel the query that wins it, and for each query how many pixels it wins and its own mask has.
+// For each pixel the query that wins it, and for each query the number of pixels that it wins and that its mask has.
 //
-// A query wins where score * probability is highest. From the lowest and the highest logit that a tile reads follow
-// bounds of its probabilities there; a query whose upper bound lies below another's lower bound cannot win in the tile.
-// Where one query is left, or none of a tile's pixels can lie on the threshold's other side, nothing is resampled.
+// A query wins where score * probability is highest. The lowest and the highest logit that a tile reads bound a query's
+// probabilities there; a query whose upper bound is below another's lower bound cannot win in the tile. If one query is
+// left, or no pixel of the tile can be on the other side of the threshold, nothing is resampled.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@ struct PanopticAreas {
   int64_t won, mask, visible;
 };
 
-// The queries of an image that were kept, in rising order.
+// The kept queries of an image, in ascending order.
 struct KeptQueries {
   int64_t count;
   const Plane* planes;     // [count]
@@ -25,13 +25,13 @@ struct KeptQueries {
 };
 
 struct PanopticRule {
-  bool clip_to_mask;      // a winner keeps a pixel only where its own mask has it
-  float mask_threshold;   // of probabilities
-  float logit_threshold;  // the same, of logits
+  bool clip_to_mask;      // a winner keeps a pixel only if its own mask contains it
+  float mask_threshold;   // as a probability
+  float logit_threshold;  // the same as a logit
 };
 
-// The winner of each pixel of a tile so far: 2 * i + 1 for kept query i where it keeps the pixel and 2 * i where it
-// does not; and the winner's score * probability as a fraction.
+// The winner of each pixel of a tile so far: 2 * i + 1 if kept query i keeps the pixel, 2 * i if it does not; and the
+// winner's score * probability as a fraction.
 struct PanopticWinners {
   float *numerator, *denominator;  // [kTileRows * kTileColumns]
   int32_t* winner;                 // [kTileRows * kTileColumns]

@@ -7,7 +7,8 @@
 namespace fastmask::FASTMASK_SIMD {
 namespace {
 
-// Points after which float sums are added to the double ones: over all of them their rounding would show.
+// Float sums are added to double sums after this many points, because their rounding over all points would be too
+// large.
 constexpr int64_t kFlush = 128;
 
 // Two neighboring rows of the maps with their border, columns outermost: [w + 2][kLanes].
@@ -16,7 +17,7 @@ class TransposedRows {
   TransposedRows(const Plane* planes, int64_t queries, const PointMaskCostWorkspace& work)
       : planes_(planes), queries_(queries), w_(planes[0].w), lines_(work.lines), rows_(work.rows) {}
 
-  // Row 0..h+1, the border's included.
+  // Row 0..h+1, including the border.
   const float* row(int64_t index) {
     return rows_.row(index, [&](int64_t, float* out) { fill(index, out); });
   }
@@ -61,7 +62,7 @@ inline PixelTerms terms_at(const PointCorners& point, const float* upper, const 
 
 inline void add(float* sum, vfloat v) { store(sum, load(sum) + v); }
 
-// Sums over the points of p T, F+ T and F- T for each target and, in the last slot, of v p, nothing and v F-:
+// Sums over the points of p T, F+ T and F- T for each target and, in the last slot, of v p, 0 and v F-:
 // sums [targets + 1][kMaskCostSums][kLanes].
 template <bool kFocal, bool kSquare>
 void accumulate(TransposedRows rows, const PointView& points, MaskTerm term, float* partial, double* sums) {

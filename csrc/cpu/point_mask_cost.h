@@ -1,8 +1,8 @@
 // The matching cost of some queries of one image against all of its targets, at points that they share.
 //
-// A vector holds one point of as many queries: logits are transposed from rows of queries into columns, a row of the
-// map at a time, so that a point's four neighbors are four loads, without a gather, and the sums of a run of points
-// stay in registers.
+// A vector holds one point of several queries, one per lane: logits are transposed so that queries are innermost, one
+// row of the map at a time. A point's four neighbors are then four loads, without a gather, and the sums of a run of
+// points stay in registers.
 #pragma once
 
 #include <cstdint>
@@ -29,8 +29,8 @@ struct PointMaskCostWorkspace {
   }
 };
 
-// Writes the costs of `queries` queries (at most one a lane of the SIMD level, point_mask_cost_lanes()), each as in
-// mask_cost.h with the points in place of the pixels.
+// Writes the costs of `queries` queries, at most one per lane of the SIMD level (point_mask_cost_lanes()), as in
+// mask_cost.h with points instead of pixels.
 //
 //   class_logits  [queries] of [classes] each
 //   planes        [queries]

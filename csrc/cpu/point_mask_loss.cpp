@@ -7,9 +7,9 @@
 namespace fastmask::FASTMASK_SIMD {
 namespace {
 
-constexpr int64_t kBlock = 128;  // points whose coordinates are taken apart, and whose terms are summed in float
+constexpr int64_t kBlock = 128;  // points whose x and y are separated, and whose terms are summed in float
 
-// Coordinates of some points, one array each; those beyond the last lie off the map.
+// The x and y coordinates of some points, in separate arrays; entries beyond the last point are off the map.
 struct Coordinates {
   float x[kBlock], y[kBlock];
 
@@ -22,12 +22,12 @@ struct Coordinates {
   }
 };
 
-// Pixels of an H x W map that a gather can reach: words of four bytes that begin at a pixel, or as late as possible.
+// Gathers pixels of an H x W map as words of four bytes that begin at a pixel, or at the last possible byte.
 template <typename T>
 struct Pixels {
   const uint8_t* data;
-  int32_t last_word;  // the last pixel that four bytes can be read from
-  uint8_t few[4];     // a copy, where there are fewer bytes
+  int32_t last_word;  // the last pixel from which four bytes can be read
+  uint8_t few[4];     // a copy of a map with fewer bytes
 
   Pixels(const void* map, int64_t count) : data(static_cast<const uint8_t*>(map)), few{} {
     const int64_t whole = 4 / static_cast<int64_t>(sizeof(T));
@@ -39,7 +39,7 @@ struct Pixels {
   }
   Pixels(const Pixels&) = delete;
 
-  // Pixels `at` and at + 1 of the row that both lie in; the second is anything beyond the map's end.
+  // Pixels `at` and at + 1 of a row; beyond the map's end, the second is arbitrary.
   void pair(vint at, vint& first, vint& second) const {
     const vint from = at < last_word ? at : splat(last_word);
     if constexpr (sizeof(T) == 4) {
@@ -65,10 +65,10 @@ struct PixelTaps {
 
 // The first of two neighboring pixels of the map around each position, and the weights of both.
 inline vint pixel_axis(vfloat coordinates, int64_t size, vfloat (&weight)[2]) {
-  const Positions at = positions(coordinates, size);  // with a border: 0 is the pixel before the map
+  const Positions at = positions(coordinates, size);  // counts the border: 0 is the pixel before the map
   const int32_t last = static_cast<int32_t>(size > 1 ? size - 2 : 0);
   vint first = at.first - 1;
-  // One step before the first pair its first pixel is the second of the two; one step after the last, the other way.
+  // A pair before the map is shifted by one, so that its second pixel is read as the first; after the map, vice versa.
   const vint before = first < 0;
   const vint after = first > last;
   first = before ? vint{} : first;
@@ -96,7 +96,7 @@ inline PixelTaps pixel_taps(vfloat x, vfloat y, const ImageTargets& targets) {
 
 struct Shares {
   vfloat target;  // t, the share of the target's pixels
-  vfloat weight;  // v, 1 less the share of void pixels
+  vfloat weight;  // v, 1 - the share of void pixels
 };
 
 // Looks up points in targets of type T: segments, or one mask and the valid pixels.
@@ -147,7 +147,7 @@ class Reader {
 
   static bool fits(int64_t value) { return static_cast<int64_t>(static_cast<T>(value)) == value; }
 
-  // A value as its bits are found in a pixel of type T; one beyond the type's range is found nowhere.
+  // The bits of a value in a pixel of type T; a value beyond the type's range gets bits that no pixel has.
   static int32_t code(int64_t value) {
     if constexpr (sizeof(T) == 4) return static_cast<int32_t>(value);
     return fits(value) ? static_cast<int32_t>(value) & ((1 << (8 * sizeof(T) % 32)) - 1) : -1;
@@ -163,7 +163,7 @@ class Reader {
 // The loss is t F+ + (v - t) F-.
 template <bool kFocal, bool kSquare, bool kSlopes>
 inline PixelTerms point_terms(vfloat x, const Shares& shares, MaskTerm term) {
-  return pixel_terms<kFocal, kSquare, kSlopes>(masked(shares.weight > 0.0f, x), term);  // what has no weight may be NaN
+  return pixel_terms<kFocal, kSquare, kSlopes>(masked(shares.weight > 0.0f, x), term);  // x may be NaN at weight 0
 }
 
 template <bool kFocal, bool kSquare, typename T>
@@ -202,7 +202,7 @@ MaskLossPair forward(const float* map, const Plane& plane, const ImageTargets& t
 
 // With U = sum v p + sum t + 1 and I = 2 sum p t + 1:
 //   d mask / dx = (t dF+/dx + (v - t) dF-/dx) / sum v,   d dice / dx = (I v - 2 t U) / U^2 p (1 - p),
-// given to the four logits of each point by their weights. The points' scatter is one thread's, in order.
+// distributed to the four logits of each point by their weights. One thread scatters the points, in order.
 template <bool kFocal, bool kSquare, typename T>
 void backward(const float* map, const Plane& plane, const ImageTargets& targets, int64_t target, const float* points,
               int64_t num_points, MaskTerm term, const MaskLossGradient& given, float* grad) {

@@ -1,6 +1,6 @@
-// Cross-entropy (or focal) and dice losses of one matched pair, at points of its own.
+// Cross-entropy (or focal) and dice losses of one matched pair, at the pair's points.
 //
-// Each point takes four logits around it, and four pixels of the targets: nothing of size H * W is built.
+// Each point reads the four logits and the four target pixels around it; nothing of size H * W is stored.
 #pragma once
 
 #include <cstdint>
@@ -20,13 +20,13 @@ struct PointMaskLossWorkspace {
   }
 };
 
-// points [num_points, 2]; `target` is the index of the pair's target. The sums are those of MaskLossSums with the
-// points' weights in place of the number of pixels.
+// points [num_points, 2]; `target` is the index of the pair's target. In the sums, MaskLossSums, the points' weights
+// replace the number of pixels.
 FASTMASK_KERNEL(MaskLossPair point_mask_loss_pair(const Plane& plane, const ImageTargets& targets, int64_t target,
                                                   const float* points, int64_t num_points, MaskTerm term,
                                                   const PointMaskLossWorkspace& work))
 
-// Adds the gradient of a pair's losses to grad [h * w], the points in their order.
+// Adds the gradient of a pair's losses to grad [h * w], point by point in order.
 FASTMASK_KERNEL(void point_mask_loss_pair_backward(const Plane& plane, const ImageTargets& targets, int64_t target,
                                                    const float* points, int64_t num_points, MaskTerm term,
                                                    const MaskLossGradient& given, const PointMaskLossWorkspace& work,

@@ -42,9 +42,9 @@ class StripInference {
     });
   }
 
-  // Labels of the rows [y, end), which read the same logits, from the queries that matter there; pixels that these
-  // leave open are kept for decide_doubtful. False where that are too many: then it was in vain, and is not tried again
-  // for a while.
+  // Finds the labels of the rows [y, end), which read the same logits, from the queries that matter there; pixels that
+  // these leave undecided are kept for decide_doubtful. Returns false if those are too many: then the work was in vain,
+  // and is not tried again for a while.
   bool few_queries(int64_t y, int64_t end) {
     if (pause_ > 0) {
       --pause_;
@@ -58,7 +58,7 @@ class StripInference {
     const int64_t pixels = (end - y) * width_;
     int64_t open = 0;
     for (int64_t row = y; row < end && 4 * open <= 3 * pixels; ++row) open = few_queries_row(row, row - y, open);
-    // A pixel costs in proportion to the queries, and an open one those of all again.
+    // A pixel's cost is proportional to the number of queries, and an undecided pixel needs all of them again.
     if (open * table_.queries > (table_.queries - choice_.count()) * pixels) {
       pause();
     } else {
@@ -74,7 +74,7 @@ class StripInference {
     next_pause_ = next_pause_ < kLongestPause ? 2 * next_pause_ : kLongestPause;
   }
 
-  // Appends what stays open to open_, which holds `open` pixels already; returns how many it holds then.
+  // Appends the undecided pixels to open_, which already holds `open` pixels; returns their new number.
   int64_t few_queries_row(int64_t y, int64_t row, int64_t open) {
     strip_.sigmoids(choice_.chosen(), choice_.count(), y, work_.sigmoids);
     int32_t labels[kStrip];
@@ -97,7 +97,7 @@ class StripInference {
     return open;
   }
 
-  // Computes the sigmoids of all queries at the pixels in open_, and decides them when they fill a strip.
+  // Computes the sigmoids of all queries at the pixels in open_, and decides these pixels when they fill a strip.
   void keep_doubtful(int64_t y, int64_t open) {
     for (int64_t begin = 0, count; begin < open; begin += count) {
       count = open - begin < kLanes ? open - begin : kLanes;
@@ -114,7 +114,7 @@ class StripInference {
     }
   }
 
-  // Decides the first of them, as many as fill a strip.
+  // Decides the first pixels, as many as fill a strip.
   void decide_doubtful() {
     const int64_t count = doubtful_ < kStrip ? doubtful_ : kStrip;
     for (int64_t j = 0; j < count; j += kMixPixels) {

@@ -1,7 +1,7 @@
-// Semantic inference of one image: score[k] = sum_n P[n, k] sigmoid(x_n), x_n the resampled mask logits, and argmax_k.
+// Semantic inference of one image: score[k] = sum_n P[n, k] sigmoid(x_n) with resampled mask logits x_n, and argmax_k.
 //
-// Pixels are taken a strip of kStrip columns at a time, and row by row within it: the few rows of mask logits that a
-// row of pixels reads are stretched to the strip's width once for all rows of pixels between them. Sigmoids and scores
+// Pixels are processed in strips of kStrip columns, row by row within a strip: the few rows of mask logits that a row
+// of pixels reads are stretched to the strip's width once, for all rows of pixels between them. Sigmoids and scores
 // exist for kStrip pixels at a time.
 #pragma once
 
@@ -14,7 +14,7 @@
 namespace fastmask {
 
 constexpr int64_t kStrip = kTapsPadding;
-constexpr int64_t kClassBlock = 6;  // classes whose sums a register block holds at most
+constexpr int64_t kClassBlock = 6;  // the most classes whose sums a block of registers holds
 
 // The columns that a strip of pixels reads.
 struct StripSpan {
@@ -26,51 +26,51 @@ static inline StripSpan strip_span(const Taps& columns, int64_t strip) {
   return {index[0], index[(columns.taps - 1) * columns.stride + kStrip - 1] + 1 - index[0]};
 }
 
-// Classes are divided into as few blocks as hold them, as equal as can be.
+// Classes are divided into as few blocks as possible, of about equal size.
 static constexpr int64_t class_blocks(int64_t classes) { return ceil_div(classes, kClassBlock); }
 static constexpr int64_t class_block_size(int64_t classes, int64_t block) {
   const int64_t blocks = class_blocks(classes);
   return classes / blocks + (block < classes % blocks ? 1 : 0);
 }
 
-// Mask logits of one image: the first query's plane, and how many elements lie between two queries.
+// Mask logits of one image: the first query's plane, and the number of elements from one query to the next.
 struct MaskPlanes {
   Plane first;
   int64_t queries, query_stride;
 };
 
-// The logits that a band of rows of pixels reads, as bounded floats and in the order of use: for each strip of pixels,
-// each row from `top` on and each query, the columns that the strip reads. (Planes often map to the same cache sets,
-// where a hundred of them displace each other.)
+// The logits that a band of pixel rows reads, as clamped floats in the order of use: for each strip of pixels, each row
+// from `top` on and each query, the columns that the strip reads. (In place, planes often map to the same cache sets,
+// where a hundred of them would evict each other.)
 struct PackedLogits {
-  float* logits;  // [strips, rows, queries, stride], followed by 32 floats that can be read
+  float* logits;  // [strips, rows, queries, stride], followed by 32 readable floats
   float* cells;   // [rows, strips, to_full_vectors(queries)], the largest logit of each; or null
   int64_t top, rows, strips, queries, stride;
 };
 
-// Class probabilities of one image, in the layouts that the kernels read.
+// The class probabilities of one image, in the layouts that the kernels read.
 struct ClassTable {
   int64_t queries, classes;
   const float* blocks;   // for each block of R classes from k on: [queries, R] from element queries * k on
-  const float* rows;     // [queries, to_full_vectors(classes)], the query's middle beyond the classes
+  const float* rows;     // [queries, to_full_vectors(classes)], padded with the query's median
   const float* middles;  // [queries], the median of each query's probabilities
-  const float* peaks;    // [to_full_vectors(queries)], the largest of them, 0 beyond the queries
+  const float* peaks;    // [to_full_vectors(queries)], each query's largest probability, 0 beyond the queries
 };
 
-// Results of one image, [rows, width]; null for what is not wanted.
+// Results of one image, [rows, width]; null if not requested.
 struct SemanticMaps {
   int64_t rows, width;
   void* labels;
   int64_t label_bytes;  // 1, 2 or 4
-  float* score;         // the winning class's
-  float* margin;        // over the runner-up
+  float* score;         // the score of the winning class
+  float* margin;        // its lead over the runner-up
   float* scores;        // [classes, rows, width]
 };
 
-constexpr int64_t kPackQueries = 16;  // read at a time
+constexpr int64_t kPackQueries = 16;  // queries read at a time
 
 struct PackWorkspace {
-  float* rows;   // [kPackQueries, w + 32 that can be read]
+  float* rows;   // [kPackQueries, w + 32 readable floats]
   float* lanes;  // [kPackQueries, kLanes + 1]
 
   void lay_out(Carver& carver, int64_t w) {
@@ -79,15 +79,15 @@ struct PackWorkspace {
   }
 };
 
-// Reads the rows [begin, end) of all queries. Those of `packed` go there, unless it has none; NaN logits of the rows
-// before `count_end` are counted in nans[queries].
+// Reads the rows [begin, end) of all queries and stores the rows of `packed`, if it has memory; counts NaN logits of
+// the rows before `count_end` in nans[queries].
 FASTMASK_KERNEL(void pack_logits(const MaskPlanes& planes, const Taps& columns, int64_t begin, int64_t end,
                                  int64_t count_end, const PackedLogits& packed, int32_t* nans,
                                  const PackWorkspace& work))
 
 struct MaskStripWorkspace {
   float* stretched[kMaxTaps];  // [queries, kStrip] of each slot
-  int32_t* held[kMaxTaps];     // the row of logits that each query's row in a slot was made of
+  int32_t* held[kMaxTaps];     // the row of logits from which each query's row in a slot was stretched
 
   void lay_out(Carver& carver, int64_t queries, int row_taps) {
     for (int t = 0; t < row_taps; ++t) {
@@ -129,19 +129,19 @@ struct SemanticWorkspace {
   }
 };
 
-// The rows of pixels [begin, end) of one strip. With packed.cells, queries that cannot change a label are left out
-// where that is certain; labels stay the same, bit for bit.
+// Computes the pixel rows [begin, end) of one strip. With packed.cells, queries that certainly cannot change a label
+// are skipped; labels are the same, bit for bit.
 FASTMASK_KERNEL(void semantic_strip(const PackedLogits& packed, const ClassTable& table, const Taps& rows,
                                     const Taps& columns, int64_t strip, int64_t begin, int64_t end,
                                     const SemanticMaps& maps, const SemanticWorkspace& work))
 
-// For the order of scores, in two steps. First the scores at the rows and columns of the valid grid that `rows` and
-// `columns` make, to scores[row, class, column] with columns.stride columns.
+// Order "scores", first step: the scores at the rows and columns of the valid grid that are the outputs of `rows` and
+// `columns`, to scores[row, class, column] with columns.stride columns.
 FASTMASK_KERNEL(void semantic_grid_scores(const PackedLogits& packed, const ClassTable& table, const Taps& rows,
                                           const Taps& columns, float* scores, const SemanticWorkspace& work))
 
-// Then these scores, resampled to the pixels whose taps `rows` and `columns` are, of which the first is pixel
-// (top, left) of the maps. The scores are followed by 32 floats that can be read; `row` holds grid_columns and 32 more.
+// Second step: resamples these scores to the pixels with the taps `rows` and `columns`; the first is pixel (top, left)
+// of the maps. The scores are followed by 32 readable floats; `row` holds grid_columns + 32 floats.
 FASTMASK_KERNEL(void semantic_resample_scores(const float* scores, int64_t classes, int64_t grid_columns,
                                               const Taps& rows, const Taps& columns, int64_t top, int64_t left,
                                               const SemanticMaps& maps, float* row))

@@ -1,4 +1,4 @@
-// Which queries a tile of pixels needs: all others together add too little to any class to matter.
+// Chooses the queries that a tile of pixels needs; all others together add too little to any class to change a label.
 #pragma once
 
 #include "cpu/semantic.h"
@@ -8,7 +8,7 @@ namespace fastmask::FASTMASK_SIMD {
 namespace {
 
 // Let b_n >= sigmoid(x_n) = s_n at all pixels of the tile, S the chosen queries, and a_n any number, here the median of
-// P[n, k] over k. What the other queries add to the score of class k is sum a_n s_n, the same for all classes, and
+// P[n, k] over k. The other queries add two sums to the score of class k: sum a_n s_n, the same for all classes, and
 // sum (P[n, k] - a_n) s_n, which lies within -below[k]..above[k] with above[k] = sum of b_n max(P[n, k] - a_n, 0) and
 // below[k] = sum of b_n max(a_n - P[n, k], 0). So with u[k] = above[k] + sum over S of P[n, k] s_n, the class c has the
 // largest score if u[c] exceeds all others by more than width[c] = above[c] + below[c] = sum of b_n |P[n, c] - a_n|.
@@ -16,16 +16,16 @@ class QueryChoice {
  public:
   QueryChoice(const ClassTable& table, const QueryChoiceWorkspace& work) : table_(table), work_(work) {
     while ((int64_t{1} << tag_bits_) < table.classes) ++tag_bits_;
-    // A score is a sum of at most N terms of one sign: each addition errs by at most 2^-24 of it, and each product
-    // where it is rounded; so do u, the width, and the scores that are to be predicted, of both classes. The tag takes
-    // the place of tag_bits_ bits.
+    // A score is a sum of at most N terms of one sign: each addition, and each rounded product, has an error of at most
+    // 2^-24 of it. The same holds for u, the width, and the exact scores of both classes. The tag replaces tag_bits_
+    // bits.
     rounding_ = static_cast<float>(8 * table.queries + 64) * 0x1p-23f + static_cast<float>(4 << tag_bits_) * 0x1p-23f;
   }
 
-  // [to_full_vectors(N)] b_n, to be set before choose().
+  // b_n, [to_full_vectors(N)]; set them before choose().
   float* bounds() { return work_.bounds; }
 
-  // Leaves out queries by rising bound while the rest stays small. False if that leaves most of them in.
+  // Leaves out queries in order of increasing bound while their sum is small. Returns false if most of them remain.
   bool choose() {
     const int64_t queries = table_.queries;
     sort_by_weight();
@@ -47,7 +47,7 @@ class QueryChoice {
   const float* above() const { return work_.above; }  // [classes]
   int32_t tag_mask() const { return (1 << tag_bits_) - 1; }
 
-  // By how much the u of a class, the largest, must exceed the next for the class to be certain.
+  // How far the largest u must exceed the next largest for its class to be certain.
   vfloat doubt(vfloat u, vint label) const {
     const vfloat width = gather(work_.width, label);
     return fma(u + width + common_, splat(rounding_), width + 1e-30f);

@@ -1,5 +1,5 @@
-// score[k] = sum_n P[n, k] s_n for a block of pixels: a matrix product whose sums stay in registers, one block of
-// classes after the other, and go from there to a consumer, which stores them or finds the largest.
+// score[k] = sum_n P[n, k] s_n for a block of pixels: a matrix product that keeps the sums of one block of classes
+// after another in registers and passes them to a consumer, which stores them or finds the largest.
 #pragma once
 
 #include "cpu/semantic.h"
@@ -9,7 +9,7 @@ namespace fastmask::FASTMASK_SIMD {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kMixVectors = 4;  // with blocks of 6 classes 24 of 32 registers hold sums
+constexpr int kMixVectors = 4;  // with blocks of 6 classes, 24 of 32 registers hold sums
 #else
 constexpr int kMixVectors = 2;  // 12 of 16
 #endif
@@ -50,9 +50,9 @@ inline void for_class_count(int64_t classes, const Run& run) {
   run.template operator()<R>();
 }
 
-// Gives consumer.take(k, sums) the scores of kMixPixels pixels for the classes from k on, block by block, in rising
-// order. Each is start[k] (0 if null) plus P[n, k] times the sigmoids of the `count` listed queries, in their order;
-// the sigmoids of the i-th begin at sigmoids + i * stride.
+// Calls consumer.take(k, sums) with the scores of kMixPixels pixels for the classes from k on, block by block in
+// ascending order. Each is start[k] (0 if null) plus P[n, k] times the sigmoids of the `count` listed queries, in
+// order; the sigmoids of the i-th query begin at sigmoids + i * stride.
 template <class Consumer>
 inline void mix_classes(const ClassTable& table, const int32_t* queries, int64_t count, const float* start,
                         const float* sigmoids, int64_t stride, Consumer& consumer) {
@@ -70,7 +70,7 @@ static inline void keep_two(vfloat x, vfloat& best, vfloat& second) {
   best = maximum(best, x);
 }
 
-// The class of the largest score; the lowest of equal ones.
+// The class of the largest score, the lowest among equals.
 struct BestClass {
   vfloat score[kMixVectors];
   vint label[kMixVectors];
@@ -96,7 +96,7 @@ struct BestClass {
   }
 };
 
-// And the runner-up's score; -1 if there is one class only.
+// Also the runner-up's score; -1 if there is only one class.
 struct BestTwoClasses : BestClass {
   vfloat second[kMixVectors];
 
@@ -115,7 +115,7 @@ struct BestTwoClasses : BestClass {
     BestClass::take(k, sums);
   }
 
-  // Winning score and its distance to the runner-up, or the score itself if there is none, of `count` pixels.
+  // Writes the winning score of `count` pixels and its lead over the runner-up, or the score if there is none.
   void write(int64_t classes, int64_t count, float* score_out, float* margin_out) const {
     vfloat margin[kMixVectors];
     for (int v = 0; v < kMixVectors; ++v) margin[v] = classes > 1 ? score[v] - second[v] : score[v];
@@ -124,8 +124,8 @@ struct BestTwoClasses : BestClass {
   }
 };
 
-// The two largest scores, the class in the last bits of each: four operations a score. Which of two nearly equal
-// classes comes first is open.
+// The two largest scores, with the class in the last bits of each: four operations per score. Nearly equal scores may
+// come in either order.
 struct RoughBestTwo {
   vint tag_mask;
   vfloat best[kMixVectors], second[kMixVectors];
@@ -169,7 +169,7 @@ inline void convert_labels(const int32_t* labels, int64_t count, T* out) {
   for (int64_t i = 0; i < count; ++i) out[i] = static_cast<T>(labels[i]);
 }
 
-// `count` labels from pixel `at` on.
+// Writes `count` labels from pixel `at` on.
 inline void write_labels(const SemanticMaps& maps, int64_t at, const int32_t* labels, int64_t count) {
   switch (maps.label_bytes) {
     case 1:
@@ -183,8 +183,8 @@ inline void write_labels(const SemanticMaps& maps, int64_t at, const int32_t* la
   }
 }
 
-// Writes to the maps what is wanted of the scores of a row of `width` pixels from pixel `at` on, in parts of
-// kMixPixels: mix(j, consumer) gives a consumer the scores from the j-th pixel on.
+// Writes the requested results for a row of `width` pixels from pixel `at` on to the maps, kMixPixels at a time:
+// mix(j, consumer) passes a consumer the scores from the j-th pixel on.
 template <class Mix>
 inline void write_row(const SemanticMaps& maps, int64_t classes, int64_t at, int64_t width, const Mix& mix) {
   int32_t labels[kStrip];

@@ -5,13 +5,13 @@
 namespace fastmask::FASTMASK_SIMD {
 namespace {
 
-// Writes x within +-kLogitBound, NaN as the lower bound; returns how many lanes are NaN.
+// Writes x clamped to +-kLogitBound, with NaN as the lower bound; returns how many lanes are NaN.
 inline int32_t store_bounded(vfloat x, float* out) {
   store(out, minimum(maximum(x, splat(-kLogitBound)), splat(kLogitBound)));
   return __builtin_popcount(lane_bits(x != x));
 }
 
-// Reads a row, 0 beyond it up to a full vector, and returns how many of its logits are NaN.
+// Reads a row, padded with 0 to a full vector, and returns how many of its logits are NaN.
 int32_t load_bounded(Logits row, int64_t count, float* out) {
   int32_t nans = 0;
   int64_t i = 0;
@@ -32,8 +32,8 @@ inline void copy(const float* in, int64_t count, float* out) {
   if (i < count) store_some(out + i, load(in + i), count - i);
 }
 
-// The largest of each of kPackQueries rows of `count` values, which may be followed by lower ones; to
-// out[kPackQueries].
+// Writes the largest of `count` values in each of kPackQueries rows to out[kPackQueries]; values after them must not be
+// larger.
 inline void largest_of_rows(const float* rows, int64_t stride, int64_t count, float* lanes, float* out) {
   const int64_t last = count < kLanes ? 0 : count - kLanes;
   for (int64_t q = 0; q < kPackQueries; ++q) {

@@ -12,7 +12,7 @@ struct GridScores {
   const float* row(int64_t y, int64_t k) const { return scores + (y * classes + k) * columns; }
 };
 
-// Gives consumer.take(k, scores) the resampled scores of the pixels [j, j + kMixPixels) of a strip at row y.
+// Calls consumer.take(k, scores) with the resampled scores of the pixels [j, j + kMixPixels) of a strip at row y.
 template <class Consumer>
 inline void resample_scores(const GridScores& grid, const Taps& rows, const StripColumns& columns, int64_t y, int64_t j,
                             float* values, Consumer& consumer) {

@@ -1,4 +1,4 @@
-// Values resampled to one strip of pixels: a row of them, and mask logits as sigmoids.
+// Resampling to one strip of pixels: of a row of values, and of mask logits to sigmoids.
 #pragma once
 
 #include "cpu/semantic.h"
@@ -19,7 +19,7 @@ class StripColumns {
       for (int64_t j = 0; j < kStrip; ++j) relative_[t][j] = index[t * stride_ + j] - static_cast<int32_t>(left_);
     }
 #if defined(__AVX512F__)
-    // Where 16 neighboring pixels read from two vectors, a permutation is faster than gathering.
+    // If 16 neighboring pixels read from two vectors, a permutation is faster than a gather.
     permute_ = true;
     for (int64_t j = 0; j < kStrip; j += kLanes) {
       permute_ &= relative_[taps_ - 1][j + kLanes - 1] - relative_[0][j] < 2 * kLanes;
@@ -27,12 +27,12 @@ class StripColumns {
 #endif
   }
 
-  // The first column that the strip reads. Counted from it, the pixels [i, j] read the columns [first(i), last(j)].
+  // The first column that the strip reads. Relative to it, the pixels [i, j] read the columns [first(i), last(j)].
   int64_t left() const { return left_; }
   int64_t first(int64_t j) const { return relative_[0][j]; }
   int64_t last(int64_t j) const { return relative_[taps_ - 1][j]; }
 
-  // The pixels [j, j + kLanes), from the values of the columns from left on, and 2 * kLanes more that can be read.
+  // The pixels [j, j + kLanes), from the values of the columns from left on, which 2 * kLanes readable floats follow.
   vfloat apply(const float* values, int64_t j) const {
     vfloat x;
 #if defined(__AVX512F__)
@@ -80,8 +80,8 @@ inline vfloat pick(const float* row, vint column) {
 
 constexpr int64_t kRowsTogether = 8;
 
-// A row of logits is stretched to the strip's width when a query is first asked for at a row of pixels that reads it;
-// the rows that one row of pixels reads are kept, so that the rows of pixels below find them.
+// A row of logits is stretched to the strip's width when a query is first requested at a row of pixels that reads it;
+// the rows that one row of pixels reads are kept for the rows of pixels below.
 class MaskStrip {
  public:
   MaskStrip(const PackedLogits& packed, const Taps& rows, const Taps& columns, int64_t strip,
@@ -92,14 +92,14 @@ class MaskStrip {
     }
   }
 
-  // The end of the rows of pixels from y on that read the same rows of logits, at most kRowsTogether of them.
+  // The end of the pixel rows from y on that read the same rows of logits, at most kRowsTogether of them.
   int64_t same_rows(int64_t y, int64_t end) const {
     int64_t next = y + 1;
     while (next < end && next < y + kRowsTogether && reads_same(y, next)) ++next;
     return next;
   }
 
-  // Goes to a row of pixels and those that read the same rows of logits.
+  // Moves to a row of pixels and those that read the same rows of logits.
   void go_to(int64_t y) {
     const int32_t first = row_of(0, y), last = row_of(rows_.taps - 1, y);
     for (int t = 0; t < rows_.taps; ++t) {
@@ -109,19 +109,19 @@ class MaskStrip {
     }
   }
 
-  // The largest sigmoid that each query can have at the rows of pixels gone to, [to_full_vectors(queries)].
+  // The largest sigmoid that each query can have at the current rows of pixels, [to_full_vectors(queries)].
   void bounds(float* out) const {
     const int64_t padded = to_full_vectors(packed_.queries);
     for (int64_t n = 0; n < padded; n += kLanes) {
       vfloat x = load(cells(0) + n);
       for (int t = 1; t < rows_.taps; ++t) x = maximum(x, load(cells(t) + n));
-      // Interpolation rounds: weights may exceed 1 in sum, and the sigmoid is monotonous up to its own error only.
+      // Allows for rounding: weights may add up to more than 1, and the sigmoid is monotonic only up to its error.
       const vfloat slack = (x < 0.0f ? -x : x) * 0x1p-20f;
       store(out + n, logistic(x + slack) * (1.0f + 0x1p-20f));
     }
   }
 
-  // sigmoid(x_n) at row y of the listed queries, to out[i * kStrip].
+  // sigmoid(x_n) of the listed queries at row y, to out[i * kStrip].
   void sigmoids(const int32_t* queries, int64_t count, int64_t y, float* out) {
     with_taps([&](auto taps) {
       vfloat weights[taps];
@@ -139,8 +139,7 @@ class MaskStrip {
     });
   }
 
-  // The same for single pixels, a vector of them at rows y and columns of the strip, of all queries, to out[n *
-  // stride].
+  // The same for all queries at a vector of single pixels, at rows y and columns of the strip, to out[n * stride].
   void sigmoids_at(vint y, vint column, float* out, int64_t stride) {
     with_taps([&](auto taps) {
       vfloat weights[taps];

@@ -1,4 +1,4 @@
-// Bounds of a query's logits in a tile, and the tile itself resampled. Functions of this level's namespace alone.
+// Bounds of a query's logits in a tile, and the resampled tile. Only functions of this level's namespace.
 #pragma once
 
 #include <cstdint>
@@ -19,16 +19,16 @@ static inline vfloat look_up(const float* table, [[maybe_unused]] int64_t count,
   return gather(table, index);
 }
 
-// x within +-bound; NaN stays NaN.
+// x clamped to +-bound; NaN stays NaN.
 static inline vfloat clamp(vfloat x, float bound) { return maximum(splat(-bound), minimum(splat(bound), x)); }
 
-// sigmoid(x), NaN for NaN; below -87 all are alike.
+// sigmoid(x), NaN for NaN; constant below -87.
 static inline vfloat probability(vfloat x) {
   x = x < -87.0f ? splat(-87.0f) : x;
   return 1.0f / (1.0f + exp_neg(x));
 }
 
-// The lowest and the highest logit that a tile reads, infinite ones bounded; NaN counts for neither, but is noted.
+// The lowest and the highest logit that a tile reads, clamped; NaN counts as neither, but is noted.
 struct Bounds {
   float low, high;
   bool nan;
@@ -101,7 +101,7 @@ static inline void load_piece(const Plane& plane, int64_t row, const AxisTile& c
   for (int64_t j = 0; j < columns.inputs; j += kLanes) store(piece + j, clamp(load(piece + j), kLogitBound));
 }
 
-// Writes the logits, or the probabilities of a plan that makes such, of a tile's pixels to work.values: [rows.count,
+// Writes the logits of a tile's pixels, or probabilities if the plan says so, to work.values: [rows.count,
 // columns.stride], NaN beyond columns.count.
 static inline void resample_tile(const Plane& plane, const TilePlan& plan, const TileWorkspace& work) {
   const AxisTile& rows = plan.rows;

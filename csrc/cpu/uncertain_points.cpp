@@ -6,7 +6,7 @@
 namespace fastmask::FASTMASK_SIMD {
 namespace {
 
-constexpr int kBins = 1 << 11;  // of a digit of a key, of which a pass counts the occurrences
+constexpr int kBins = 1 << 11;  // values of a digit of a key; each pass counts the values of one digit
 
 struct Point {
   float x, y;
@@ -30,14 +30,14 @@ inline void draw(uint64_t seed, uint32_t row, int64_t first, Consumer consume) {
   }
 }
 
-// Orders as |x| does, NaN before all.
+// An integer that is ordered like |x|, with NaN first.
 inline vint certainty(vfloat x) {
   const vint magnitude = bits(x) & splat(0x7fffffff);
   return magnitude > splat(0x7f800000) ? vint{} : wrapping_sum(magnitude, splat(1));
 }
 
-// Writes the values whose keys lie in low..high to `out`, in their order; returns how many they are. `out` may be
-// `values` or `keys`, and has room for all.
+// Writes the values whose keys are in low..high to `out`, in order; returns their number. `out` may be `values` or
+// `keys`, and has room for all values.
 template <typename Value>
 int64_t keep_between(const int32_t* keys, const Value* values, int64_t count, int32_t low, int32_t high, Value* out) {
   int64_t kept = 0, i = 0;
@@ -66,9 +66,9 @@ int64_t keep_between(const int32_t* keys, const Value* values, int64_t count, in
   return kept;
 }
 
-// Finds the digit at which the keys' `wanted` least end; `wanted` becomes how many of those with that digit they need.
+// Finds the digit of the `wanted`-th smallest key; `wanted` becomes its rank among the keys with that digit.
 int32_t find_digit(const int32_t* keys, int64_t count, int shift, int64_t& wanted) {
-  // Four counts a bin: neighbors are often of one bin, and would wait for each other's addition.
+  // Four counts per bin: neighbors often fall into one bin, and would wait for each other's addition.
   int32_t bins[4][kBins] = {};
   for (int64_t i = 0; i < count; ++i) ++bins[i % 4][(keys[i] >> shift) & (kBins - 1)];
   int32_t digit = 0;
@@ -79,13 +79,13 @@ int32_t find_digit(const int32_t* keys, int64_t count, int shift, int64_t& wante
   }
 }
 
-// The largest of the `wanted` least keys; how many keys are equal to it, and how many of these are wanted.
+// The largest of the `wanted` smallest keys; how many keys equal it, and how many of those are wanted.
 struct Threshold {
   int32_t key;
   int64_t equal, wanted;
 };
 
-// Digit by digit, the highest first; `rest` has room for all keys.
+// Finds the threshold digit by digit, the highest first; `rest` has room for all keys.
 Threshold least(const int32_t* keys, int64_t count, int64_t wanted, int32_t* rest) {
   int32_t key = find_digit(keys, count, 20, wanted) << 20;
   count = keep_between(keys, keys, count, key, key + ((1 << 20) - 1), rest);
@@ -97,7 +97,7 @@ Threshold least(const int32_t* keys, int64_t count, int64_t wanted, int32_t* res
   return {key, count, wanted};
 }
 
-// The `wanted` points with the least keys, moved to the front in their order.
+// Moves the `wanted` points with the smallest keys to the front, in order.
 void keep_least(Point* points, const int32_t* keys, int64_t count, int64_t wanted, int32_t* rest) {
   const Threshold threshold = least(keys, count, wanted, rest);
   if (threshold.equal == threshold.wanted) {

@@ -1,4 +1,4 @@
-// Random points of one matched pair, most of them where its query's mask is the least certain.
+// Random points of one matched pair, most of them where its query's mask is least certain.
 #pragma once
 
 #include <cstdint>
@@ -14,13 +14,13 @@ struct PointCounts {
   int64_t points, candidates, uncertain;
 };
 
-constexpr int64_t kPointBatch = 32;  // points of 16 counters: what is drawn at a time
+constexpr int64_t kPointBatch = 32;  // points drawn at a time, from 16 counters
 
 struct UncertainPointsWorkspace {
   float* map;       // of logits, with a border
   float* stream;    // [drawn, 2] points
   int32_t* keys;    // [drawn]
-  int32_t* passed;  // [drawn] those that a pass over the keys keeps
+  int32_t* passed;  // [drawn] the keys that a pass keeps
 
   void lay_out(Carver& carver, int64_t h, int64_t w, PointCounts counts) {
     const int64_t drawn = round_up(counts.candidates + counts.points - counts.uncertain, kPointBatch);
@@ -31,8 +31,9 @@ struct UncertainPointsWorkspace {
   }
 };
 
-// points [counts.points, 2]: of the first `candidates` points of row `row` of the random stream the `uncertain` with
-// the least |logit|, in their order, of equals the earlier, NaN before all; then the next points of the stream.
+// points [counts.points, 2]: among the first `candidates` points of row `row` of the random stream, the `uncertain`
+// points with the smallest |logit|, in order (NaN counts as smallest; among equals the earlier points are taken);
+// followed by the next points of the stream.
 FASTMASK_KERNEL(void uncertain_points_pair(const Plane& plane, uint64_t seed, uint32_t row, PointCounts counts,
                                            const UncertainPointsWorkspace& work, float* points))
 

@@ -4,7 +4,7 @@
 #include "cuda/assign.h"
 #include "ops/assign.h"
 
-// Declared by PyTorch's CUDA build, in a library that this one does not link: the same binary serves the CPU build.
+// A function of PyTorch's CUDA build, looked up at run time, so that the same binary also serves PyTorch's CPU build.
 using GetStream = int32_t (*)(int32_t device, void** stream);
 
 namespace fastmask {

@@ -1,6 +1,6 @@
-// One launch solves a batch, one block a problem. Costs stay in shared memory where they fit (300 x 100 take 120 kB),
-// else in global memory and so, for the most part, in L2. Compiled with -fmad=false: a fused multiply-add would round
-// the duals otherwise than the CPU.
+// One launch solves a batch, with one block per problem. Costs are kept in shared memory if they fit (300 x 100 take
+// 120 kB), otherwise in global memory and so mostly in L2. Compiled with -fmad=false, because a fused multiply-add
+// would round the duals differently from the CPU.
 #include <cuda_runtime.h>
 
 #include <map>
@@ -13,7 +13,7 @@ namespace {
 
 using namespace matcher;
 
-constexpr int kMaxThreads = 384;  // leaves each thread 168 registers; with 512, 128 would not do
+constexpr int kMaxThreads = 384;  // leaves each thread 168 registers; the 128 that 512 threads leave are too few
 
 __global__ void __launch_bounds__(kMaxThreads, 1) assign_kernel(const AssignLaunch launch) {
   extern __shared__ __align__(64) char shared[];
@@ -28,11 +28,11 @@ AssignPlan assign_cuda_plan(const AssignProblem& largest, int64_t shared_limit) 
   return plan_for(largest, shared_limit);
 }
 
-// The kernel is allowed all that a block may have, once for each device: the allowance belongs to the kernel and not to
-// a launch, so that one which follows the sizes would be taken from under a launch of another thread.
+// Allows the kernel all shared memory that a block may have, once per device: the limit belongs to the kernel, not to a
+// launch, so that lowering it for one thread's sizes would break another thread's launch.
 const char* assign_cuda_shared_limit(int64_t& bytes) {
   static std::mutex mutex;
-  static std::map<int, int> limits;  // by device, whose kernel has its allowance
+  static std::map<int, int> limits;  // by device, for kernels that have their limit set
   int device = 0, limit = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return message(error);

@@ -134,7 +134,7 @@ class CudaGroup {
     return count(n, [&](int32_t k) { return values[k] <= limit; });
   }
 
-  // Minima and maxima of several warps meet as integers that are ordered like the costs.
+  // Minima and maxima of several warps are combined as integers that are ordered like the costs.
   __device__ double ranges(const Costs& c, double* least, double* greatest) const {
     int64_t* low = reinterpret_cast<int64_t*>(least);
     int64_t* high = reinterpret_cast<int64_t*>(greatest);
@@ -219,8 +219,8 @@ class CudaGroup {
   }
 
  private:
-  // f(i, costs) once for each person and share of the objects; costs(g) calls g(k, cost) for the share's objects. Lanes
-  // run along the side that is contiguous in memory.
+  // Calls f(i, costs) once for each person and share of the objects; costs(g) calls g(k, cost) for the share's objects.
+  // Lanes run along the side that is contiguous in memory.
   template <class F>
   __device__ void each_pair(const Costs& c, F f) const {
     const int32_t warp = thread_ / kWarp, warps = threads_ / kWarp;
@@ -255,7 +255,7 @@ class CudaGroup {
   }
   __device__ static double unordered(int64_t key) { return __longlong_as_double(key < 0 ? key ^ INT64_MAX : key); }
 
-  // The least distance by one instruction, then the lowest index among the lanes that hold it by another.
+  // One instruction finds the least distance, another the lowest index among the lanes that hold it.
   __device__ static Nearest nearest_lane(const Nearest& own) {
     __syncwarp();  // what the lanes wrote is seen by all from here on
     const unsigned least = __reduce_min_sync(kAll, static_cast<unsigned>(own.distance));

@@ -1,13 +1,13 @@
-// One assignment problem from its costs to the best matching and the duals that prove it.
+// Solves one assignment problem: finds the best matching for its costs, and the duals that prove it.
 //
-// In fixed point with the quantum 1 / scale, q = floor((c - least of the row) scale), so a solution that is the best
-// for q is at most persons * quantum from the best for c. How far is known from the duals u (of persons) and p
-// (prices):
+// Costs become fixed point numbers with the quantum 1 / scale, q = floor((c - least of the row) scale), so the best
+// matching for q is at most persons * quantum from the best for c. The duals u (of persons) and p (prices) give the
+// gap:
 //   gap = sum over the pairs of (c + p - u) + sum over the free objects of p, with u[i] = min over k of c[i][k] + p[k].
-// A gap within `tolerance` of the sum of |c| over the pairs is accepted, unless the duals are so large that float64
-// could not tell. Otherwise the problem is posed again in what the duals leave of the costs, c + p - u: no pair that
-// costs more than the gap can belong to the best matching, so the range is the gap, and the quantum some 2^20 times
-// finer. A problem that is still undecided then goes to float64.
+// A gap within `tolerance` of the sum of |c| over the pairs is accepted, unless the duals are too large for float64 to
+// decide. Otherwise the problem is solved again with the reduced costs c + p - u: no pair whose reduced cost exceeds
+// the gap can belong to the best matching, so the range is the gap, and the quantum about 2^20 times finer. A problem
+// that is still undecided is then solved in float64.
 #pragma once
 
 #include "matcher/costs.h"
@@ -19,7 +19,7 @@ namespace fastmask::matcher {
 
 constexpr int kMaxRefinements = 3;
 
-// Of the sum of |c| over the matched pairs. float32 costs are known to 6e-8 of each; with fewer bits to less.
+// Relative to the sum of |c| over the matched pairs. float32 costs are accurate to 6e-8, half precision to less.
 constexpr double kTolerance32 = 1e-6;
 constexpr double kTolerance64 = 1e-12;
 
@@ -37,10 +37,10 @@ struct Duals {
 
 struct Certificate {
   double gap, magnitude;
-  double rounding;  // what float64 may have lost in the duals so far, with a margin of some 50
+  double rounding;  // a bound on the rounding errors of the duals so far, about 50 times too large
 };
 
-// Whether it proves the matching. A pair that is not finite never does.
+// Whether the gap proves the matching. With a pair that is not finite, it never does.
 template <class Group>
 FASTMASK_GROUP_FN bool proves(const Certificate& found, double tolerance) {
   return is_finite<Group>(found.magnitude) && found.gap <= tolerance * found.magnitude &&
@@ -56,7 +56,7 @@ FASTMASK_GROUP_FN Certificate certificate(Group& group, const Costs& c, const St
   return {gap, magnitude, 0x1p-46 * duals};
 }
 
-// Of the first pass: what rounding down took from the pairs, c - least - q's quanta, which no large price can swallow.
+// The gap of the first pass: what rounding down took from the pairs, c - least - q's quanta, free of large prices.
 template <class Group>
 FASTMASK_GROUP_FN double first_gap(Group& group, const Costs& c, const State& s, const double* least, double quantum) {
   return group.sum(c.persons, [&](int32_t i) {
@@ -72,8 +72,8 @@ FASTMASK_GROUP_FN double gap_of(Group& group, const Costs& c, const State& s, co
   });
 }
 
-// The duals in the unit of the costs: u and p of this pass come on top of those that it was posed with. `lift` is by
-// how many quanta its costs were raised.
+// The duals in the unit of the costs: u and p of this pass are added to those that the pass started from. `lift` is the
+// number of quanta by which its costs were raised.
 template <class Group>
 FASTMASK_GROUP_FN void add_duals(Group& group, const Costs& c, const State& s, const Duals& d, double quantum,
                                  int32_t lift) {
@@ -97,8 +97,8 @@ FASTMASK_GROUP_FN void pose(Group& group, const Costs& c, const State& s, const 
   group.sync();
 }
 
-// Poses the problem in the reduced costs c + p - u, with the prices as the costs of the dummies. Prices are rounded
-// down to the quantum, so that a free object ends with a price of exactly 0; costs one quantum higher make up for that.
+// Restates the problem with the reduced costs c + p - u, and the prices as the costs of the dummies. Prices are rounded
+// down to the quantum, so that a free object ends with a price of exactly 0; costs one quantum higher compensate.
 template <class Group>
 FASTMASK_GROUP_FN void pose_again(Group& group, const Costs& c, const State& s, const Duals& d, double limit,
                                   double scale) {
@@ -123,8 +123,8 @@ FASTMASK_GROUP_FN int32_t broken_pairs(Group& group, const Costs& c, const State
   return group.count(c.persons, [&](int32_t i) { return !is_finite<Group>(cost_at<Group>(c, i, s.object[i])); });
 }
 
-// In fixed point; whether the matching was proved. The row minima are the first duals of the persons, zero is that of
-// the objects. All passes share one loop, as the solver is too large to be there twice.
+// Solves in fixed point; returns whether the matching was proved. The first duals are the row minima for persons, and
+// zero for objects. All passes share one loop, as the solver is too large to be compiled twice.
 template <class Group>
 FASTMASK_GROUP_FN bool assign_fixed(Group& group, const Costs& c, const State& s, const Duals& d, double range,
                                     double tolerance) {
@@ -143,7 +143,7 @@ FASTMASK_GROUP_FN bool assign_fixed(Group& group, const Costs& c, const State& s
     group.sync();
     add_duals(group, c, s, d, quantum, first ? 0 : 1);
     if (!first) gap = gap_of(group, c, s, d);
-    // Rounding down leaves the quanta below the costs: the duals are feasible without looking at all pairs again.
+    // Quanta were rounded down, so they are at most the costs: the duals are feasible without checking all pairs again.
     const double before = found.rounding;
     found = certificate(group, c, s, d, gap);
     found.rounding = first && gap == 0 ? 0 : found.rounding + before;

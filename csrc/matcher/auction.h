@@ -1,10 +1,10 @@
 // The auction at epsilon 0 (Bertsekas, Annals of Operations Research 14, 1988), in Jacobi rounds.
 //
-// All persons without an object bid at once: person i offers for its best object the raise second - best, which makes
-// best and second equal for it. Of the bids for an object the largest raise wins, then the lowest person; the owner is
-// evicted. A raise of 0 against an owner would only trade places, and a person that was evicted kMaxEvictions times
-// would go on in a price war: both wait for the shortest augmenting paths. Among equally good objects person i takes
-// the first from the i-th on, cyclically: if all took the lowest, each round would serve only one of them.
+// All persons without an object bid at once: person i offers to raise the price of its best object by second - best,
+// which makes the best and second best equal for it. Among the bids for an object the largest raise wins, then the
+// lowest person; the owner is evicted. A raise of 0 would only swap owners, and a person that was evicted kMaxEvictions
+// times would continue a price war: both wait for the shortest augmenting paths. Among equally good objects person i
+// takes the first from the i-th on, cyclically: if all took the lowest, each round would serve only one of them.
 #pragma once
 
 #include "matcher/state.h"
@@ -16,8 +16,8 @@ constexpr int32_t kMaxEvictions = 2;
 constexpr int32_t kMaxPersons = 65535;
 constexpr int32_t kMaxRounds = 65535;  // persons who still bid then wait for the shortest augmenting paths
 
-// Bids compare by round, so that none need be cleared, then by raise, then for the lowest person. The bits: 16 for the
-// round, 31 for the raise, 16 for the person.
+// Bids are compared by round, so that none need be cleared, then by raise, then by lowest person. Their bits: 16 for
+// the round, 31 for the raise, 16 for the person.
 template <class Group>
 FASTMASK_GROUP_FN int64_t pack_bid(int32_t round, int32_t raise, int32_t person) {
   return (static_cast<int64_t>(round) << 47) | (static_cast<int64_t>(raise) << 16) | (kMaxPersons - person);
@@ -53,15 +53,15 @@ FASTMASK_GROUP_FN bool won(const State& s, int32_t i) {
   return s.phase[i] == kBidding && s.best_bid[s.choice[i]] == s.bid[i];
 }
 
-// A person whose object went to another.
+// Handles a person whose object went to another.
 template <class Group>
 FASTMASK_GROUP_FN void evict(const State& s, int32_t person) {
   s.object[person] = kNobody;
   s.phase[person] = ++s.evictions[person] > kMaxEvictions ? kWaiting : kBidding;
 }
 
-// The winners take their objects, and tell the group of the owners before. It evicts these at once or in next_round():
-// an evicted person that comes by in the same pass still has an older bid than the one that evicted it.
+// The winners take their objects, and report the previous owners to the group, which evicts them at once or in
+// next_round(): an evicted person visited in the same pass still has an older bid than the one that evicted it.
 template <class Group>
 FASTMASK_GROUP_FN void settle_bids(Group& group, const State& s) {
   group.bidders_alone(s, [&](int32_t i) {

@@ -1,4 +1,4 @@
-// The costs of one problem as they came, seen as persons (the short side) by objects (the long side).
+// The original costs of one problem, as persons (the short side) by objects (the long side).
 #pragma once
 
 #include <cstdint>
@@ -45,7 +45,7 @@ FASTMASK_GROUP_FN double magnitude_of(double x) {
   return x < 0 ? -x : x;
 }
 
-// The largest power of two that takes `range` below 2^bits; capped where it would leave float64.
+// The largest power of two that scales `range` below 2^bits, capped to the range of float64.
 template <class Group>
 FASTMASK_GROUP_FN double scale_for(double range, int32_t bits) {
   if (range == 0) return 1;

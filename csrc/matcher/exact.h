@@ -1,7 +1,7 @@
-// Shortest augmenting paths in float64, for what fixed point cannot decide, and with costs that are not finite.
+// Shortest augmenting paths in float64, for problems that fixed point cannot decide or whose costs are not all finite.
 //
-// A cost is a pair (1, 0) if it is NaN or infinite and (0, cost) otherwise, and pairs compare and add like vectors, the
-// first entry first. So the least total has the fewest costs that are not finite, and among those the least finite sum.
+// A cost is a pair, (1, 0) if it is NaN or infinite and (0, cost) otherwise. Pairs are added like vectors and compared
+// lexicographically, so the least total has the fewest costs that are not finite, and then the least finite sum.
 #pragma once
 
 #include "matcher/costs.h"
@@ -14,7 +14,7 @@ struct Pair {
   double finite;
 };
 
-// Where an object stands in the search: nearest first, then free before owned, then the lowest index.
+// An object in the search, which takes the nearest first, then free before owned, then the lowest index.
 struct Candidate {
   Pair length;
   int32_t rank;  // the object's index, + kOwnedRank if it is owned
@@ -30,7 +30,7 @@ struct Exact {
   int32_t* broken_distance;  // [objects]
   int32_t* done;             // [objects]
 
-  // All but the prices, which are there already.
+  // All arrays but the prices, which already have their memory.
   FASTMASK_HOST_DEVICE void lay_out(Carver& carver, const State& s) {
     carver.take(distance, s.stride);
     carver.take(broken_price, s.stride);

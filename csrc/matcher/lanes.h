@@ -1,5 +1,5 @@
-// The part of one of 32 lanes in each step over a row, and how the results of two lanes combine. A CUDA warp runs the
-// lanes at once, the serial group one after the other.
+// What one of 32 lanes does in each step over a row, and how the results of two lanes combine. A CUDA warp runs the
+// lanes at once, the serial group one after another.
 #pragma once
 
 #include "matcher/assign.h"
@@ -25,8 +25,8 @@ FASTMASK_GROUP_FN Candidate combine(const Candidate& a, const Candidate& b) {
   return before<Group>(a, b) ? a : b;
 }
 
-// Whether a person bids in the next round. Each person finds out by itself that its object has another owner: a winner
-// that changed the phase would do so while the person's own thread reads it.
+// Whether a person bids in the next round. Each person checks whether its object has another owner: if the winner
+// changed the phase instead, the person's thread might be reading it.
 template <class Group>
 FASTMASK_GROUP_FN bool rejoins(const State& s, int32_t person) {
   if (s.phase[person] == kAssigned && s.owner[s.object[person]] != person) evict<Group>(s, person);
@@ -47,7 +47,7 @@ FASTMASK_GROUP_FN Best lane_scan(const int32_t* row, const int32_t* price, int32
   return best;
 }
 
-// How far from `from`, cyclically, the first k with row[k] + price[k] == sum is.
+// The cyclic distance from `from` to the first k with row[k] + price[k] == sum.
 template <class Group>
 FASTMASK_GROUP_FN uint32_t lane_first_equal(const int32_t* row, const int32_t* price, int32_t stride, int32_t sum,
                                             int32_t from, int32_t lane) {

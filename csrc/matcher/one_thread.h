@@ -1,11 +1,11 @@
-// The functions that groups of one thread share.
+// Functions that the single-threaded groups share.
 #pragma once
 
 #include "matcher/assign.h"
 
 namespace fastmask::matcher {
 
-// Group is the class derived from it, so that each SIMD level has its own copy.
+// Group is the derived class, so that each SIMD level has its own copy.
 template <class Group>
 class OneThread {
  public:
@@ -29,7 +29,7 @@ class OneThread {
     for (int32_t i = 0; i < n; ++i) total += f(i);
     return total;
   }
-  // The order of the additions is that of a warp: 32 strided sums, then those in order.
+  // Adds in the order of a warp: 32 strided sums, then these in order.
   template <class F>
   double sum(int32_t n, F f) const {
     double lanes[kWarp] = {};
@@ -69,7 +69,7 @@ class OneThread {
   static double widest_range(int32_t persons, double* least, const double* greatest) {
     double range = 0;
     for (int32_t i = 0; i < persons; ++i) {
-      least[i] += 0.0;  // -0 becomes 0: which of the two is found depends on the order
+      least[i] += 0.0;  // turns -0 into 0, as the order decides which of the two is found
       range = greatest[i] - least[i] > range ? greatest[i] - least[i] : range;
     }
     return range;

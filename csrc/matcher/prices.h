@@ -1,4 +1,4 @@
-// Prices to start from where all persons want the same few objects, and their repair afterwards.
+// Starting prices for problems in which all persons want the same few objects, and their repair afterwards.
 #pragma once
 
 #include "matcher/augment.h"
@@ -6,8 +6,9 @@
 
 namespace fastmask::matcher {
 
-// p[k] = max(0, T - mean over the persons of q[i][k]), T about the (persons + 1)-th smallest mean (the largest one if
-// there is none): what the cheap objects have in advance of those that stay free. Halves the costs first, to make room.
+// p[k] = max(0, T - mean over the persons of q[i][k]), with T near the (persons + 1)-th smallest mean, or the largest
+// if there are fewer: the advantage of cheap objects over those that remain free. Halves the costs first, to avoid
+// overflow.
 template <class Group>
 FASTMASK_GROUP_FN void set_structured_prices(Group& group, const State& s) {
   // A cost is below 2^28, so that persons times costs / 2^shift fits 32 bits.
@@ -16,7 +17,7 @@ FASTMASK_GROUP_FN void set_structured_prices(Group& group, const State& s) {
   int32_t* sum = s.distance;
   group.halve_and_sum(s.costs, s.persons, s.stride, shift, sum);
   group.sync();
-  // The threshold by bisection, as more than `rank` sums are below it; to 1/2^16, as any threshold gives valid prices.
+  // Bisects for the threshold that more than `rank` sums are below; to 1/2^16, as any threshold gives valid prices.
   const int32_t rank = s.persons < s.objects ? s.persons : s.objects - 1;
   int32_t low = 0, high = INT32_MAX;
   while (high - low > 1 << 15) {
@@ -27,7 +28,7 @@ FASTMASK_GROUP_FN void set_structured_prices(Group& group, const State& s) {
       low = middle + 1;
     }
   }
-  // float32 rounds alike everywhere; a division for each object would take as long as the sums.
+  // float32 rounds alike on all processors; a division for each object would take as long as the sums.
   const float mean = static_cast<float>(1 << shift) / static_cast<float>(s.persons);
   int32_t* price = s.price;
   group.elements(s.objects, [=](int32_t k) {
@@ -37,8 +38,8 @@ FASTMASK_GROUP_FN void set_structured_prices(Group& group, const State& s) {
   group.sync();
 }
 
-// Lowers the price of each free object to where the first person would want it, or a dummy (see settle_dummies): to
-// p[k] = max(max over the persons of u[i] - q[i][k], -dummy[k]), u[i] the sum that person i pays now.
+// Lowers the price of each free object until the first person, or a dummy (see settle_dummies), would want it: to
+// p[k] = max(max over the persons of u[i] - q[i][k], -dummy[k]), where u[i] is the sum that person i pays now.
 template <class Group>
 FASTMASK_GROUP_FN void lower_free_prices(Group& group, const State& s) {
   int32_t* sum = s.choice;
@@ -58,11 +59,11 @@ FASTMASK_GROUP_FN void lower_free_prices(Group& group, const State& s) {
   group.sync();
 }
 
-// Where prices did not start from zero, a free object may keep a price, and the matching need not be the best although
-// no person prefers another object. For each object beyond the persons let a dummy person own it, who pays dummy[k]
-// for object k: a free object is a dummy's if dummy[k] + p[k] = 0, the least there is. As long as one is nobody's, a
-// shortest path from a dummy to the nearest such object ends that. Falling by the length of the path, all prices keep
-// the dummies at 0.
+// If prices did not start from zero, a free object may keep a positive price, and the matching need not be the best
+// even though no person prefers another object. So let each of the (objects - persons) extra objects be owned by a
+// dummy person, who pays dummy[k] for object k: a dummy owns a free object if dummy[k] + p[k] = 0, the minimum. While
+// some free object is owned by nobody, a shortest path from a dummy to the nearest such object is applied. All prices
+// fall by the length of the path, which keeps the dummies at 0.
 template <class Group>
 FASTMASK_GROUP_FN void settle_dummies(Group& group, const State& s) {
   for (;;) {

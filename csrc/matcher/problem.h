@@ -1,4 +1,4 @@
-// A problem of queries and targets: which side the persons are, the memory it takes, and where the results go.
+// A problem of queries and targets: which side are the persons, the memory that it takes, and where the results go.
 #pragma once
 
 #include "matcher/assign.h"
@@ -84,7 +84,7 @@ FASTMASK_GROUP_FN void write_result(Group& group, const AssignProblem& problem, 
   }
 }
 
-// Solves `problem` as `costs` has it, and returns how many pairs of the matching are not finite.
+// Solves `problem`, whose costs `costs` reads; returns how many pairs of the matching are not finite.
 template <class Group>
 FASTMASK_GROUP_FN int32_t assign_and_write(Group& group, const AssignProblem& problem, const Costs& costs,
                                            const ProblemMemory& memory, const AssignResult& result) {

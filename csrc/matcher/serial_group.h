@@ -1,5 +1,5 @@
-// A CUDA block on one thread, for tests: its warps and lanes one after the other, between barriers in an order that
-// `seed` scrambles. The block's results must not depend on that order, and so equal those of this group.
+// A CUDA block on one thread, for tests. Between barriers, its warps and lanes run one after another in an order that
+// `seed` scrambles. The block's results must not depend on that order, and so must equal those of this group.
 #pragma once
 
 #include <vector>
@@ -127,7 +127,7 @@ class SerialGroup : public OneThread<SerialGroup> {
     return order;
   }
 
-  // As __shfl_xor_sync combines the lanes of a warp; all lanes end with the same.
+  // Combines the lanes of a warp as __shfl_xor_sync does; all lanes end with the same result.
   template <class T, class F>
   static T butterfly(F lane_value) {
     T values[kWarp], next[kWarp];

@@ -1,4 +1,4 @@
-// One problem in fixed point: the auction, then shortest augmenting paths for the persons that it left without an
+// Solves one problem in fixed point: the auction, then shortest augmenting paths for the persons left without an
 // object.
 #pragma once
 
@@ -11,7 +11,7 @@ namespace fastmask::matcher {
 
 template <class Group>
 FASTMASK_GROUP_FN void reset(Group& group, const State& s) {
-  // By value, so that the compiler knows that no store changes a pointer.
+  // Captured by value, so that the compiler knows that no store changes a pointer.
   group.elements(s.stride, [price = s.price, owner = s.owner, bid = s.best_bid, objects = s.objects](int32_t k) {
     price[k] = k < objects ? 0 : kOwned;
     owner[k] = kNobody;
@@ -28,9 +28,9 @@ FASTMASK_GROUP_FN void reset(Group& group, const State& s) {
 
 // Matches all persons at the least total cost. Returns whether the costs were halved on the way.
 //
-// If the persons want only few objects, the auction would be a long price war; more than half of them (square) or three
-// quarters (rectangular) outbid in the first round say so. Who bids a raise of 0 has another object to go to. `priced`
-// problems bring the dummies' costs with them and start from zero prices.
+// If the persons want only a few objects, the auction would be a long price war; the sign is that more than half of
+// them (square) or three quarters (rectangular) are outbid in the first round. Bids with a raise of 0 do not count, as
+// their persons have another object. `priced` problems come with the dummies' costs and start from zero prices.
 template <class Group>
 FASTMASK_GROUP_FN bool solve(Group& group, const State& s, bool priced) {
   reset(group, s);
@@ -62,7 +62,7 @@ FASTMASK_GROUP_FN bool solve(Group& group, const State& s, bool priced) {
     const int32_t nobodys = group.count(s.objects, [price = s.price, dummy = s.dummy](int32_t k) {
       return static_cast<int32_t>((price[k] & kOwned) == 0 && dummy[k] + price[k] > 0);
     });
-    // A look at all costs, which pays if it shortens a few searches.
+    // This reads all costs, which pays off if it shortens a few searches.
     if (nobodys > 4) lower_free_prices(group, s);
     if (nobodys > 0) group.solo([&] { settle_dummies(group, s); });
     group.sync();

@@ -1,12 +1,13 @@
-// The state that every step of the matcher works on: one problem in fixed point, its prices and its matching so far.
+// The state on which every step of the matcher works: one problem in fixed point, its prices and its matching so far.
 //
-// The short side of a problem are the persons i, who are all matched, the long side the objects k. Costs are integers
-// q[i][k] in 0..kRange, prices p[k] >= 0, and person i wants the object with the least q[i][k] + p[k]. Both are stored
-// doubled, and the lowest bit of a price says whether its object is owned: so the least sum of a row names, among equal
-// objects, a free one, at no cost.
+// The short side of a problem are the persons i, all of whom are matched; the long side are the objects k. Costs are
+// integers q[i][k] in 0..kRange, prices p[k] >= 0, and person i wants the object with the least q[i][k] + p[k]. Both
+// are stored doubled, and the lowest bit of a price says whether its object is owned, so that the least sum of a row
+// prefers free objects among equals at no extra cost.
 //
 // A "group" runs the steps: one CPU thread with SIMD, one CUDA block, or a serial stand-in for the block. All
-// arithmetic is on integers and every choice among equals goes to the lowest index, so all groups compute the same.
+// arithmetic is on integers, and every choice among equals takes the lowest index, so all groups compute the same
+// result.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +24,7 @@ namespace fastmask::matcher {
 
 // Bounds, in doubled units, with C = kRange from zero prices, or kPricedRange from prices up to C: a price is at most C
 // (2 C), a sum q + p at most 2 C (3 C), a path to the nearest free object at most C (2 C), and a path to any object at
-// most 3 C (5 C), below 2^31. kPadding stays above every path that a step ends with.
+// most 3 C (5 C), below 2^31. kPadding exceeds every path at the end of a step.
 constexpr int32_t kRange = (1 << 29) - 2;
 constexpr int32_t kPricedRange = (1 << 28) - 2;
 constexpr int32_t kPadding = 3 << 29;
@@ -39,7 +40,7 @@ struct State {
   int32_t persons, objects;
   int32_t stride;  // of a row of costs: objects, rounded up to the group's vectors
   int32_t* costs;  // [persons, stride], doubled; kPadding beyond the objects
-  int32_t* dummy;  // [stride], doubled: the costs of persons who stand for no person; kPadding beyond the objects
+  int32_t* dummy;  // [stride], doubled: the costs of dummy persons; kPadding beyond the objects
 
   int32_t* price;   // [stride], doubled, | kOwned
   int32_t* owner;   // [stride], the person or kNobody
@@ -76,12 +77,12 @@ struct State {
   }
 };
 
-// The least sum q + p of a row, where it is, and the next to least.
+// The least sum q + p of a row, its index, and the second least sum.
 struct Best {
   int32_t first, index, second;
 };
 
-// The least distance among the objects that were not scanned yet, and where.
+// The least distance among the objects not yet scanned, and the object's index.
 struct Nearest {
   int32_t distance, index;
 };

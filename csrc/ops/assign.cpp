@@ -6,13 +6,13 @@
 namespace fastmask {
 namespace {
 
-// The form of the matcher that CUDA runs, on one CPU thread, for tests: the work between two barriers is done in an
-// order that `seed` scrambles.
+// The matcher's CUDA form on one CPU thread, for tests: the work between two barriers is done in an order that `seed`
+// scrambles.
 int32_t solve_serially(const AssignProblem& problem, Scratch& scratch, const AssignResult& result, uint32_t seed) {
   using namespace matcher;
-  // As the kernel: an odd stride, so that neither rows nor columns meet in the banks of shared memory.
+  // An odd stride, as in the kernel, where it avoids bank conflicts of shared memory in rows and columns.
   const auto memory = scratch.lay_out<ProblemMemory>(problem.queries, problem.targets, 1);
-  scratch.fill(0xff);  // NaN and -1: nothing may lean on what memory held before
+  scratch.fill(0xff);  // NaN and -1: results must not depend on previous values
   SerialGroup group(seed);
   return assign_and_write(group, problem, memory, result);
 }
@@ -27,7 +27,7 @@ AssignSolution solve(const Tensor& cost, const std::optional<Tensor>& counts, bo
   AssignSolution out(batch, with_duals);
   int32_t* broken = out.broken_data();
   const auto solve_problem = FASTMASK_SELECT(assign_problem);
-  // Starting a thread costs what some 16,000 pairs do.
+  // Starting a thread costs as much as about 16,000 pairs.
   const int64_t pairs = std::max<int64_t>(batch.queries * batch.targets, 1);
   parallel_for(0, batch.problems, std::max<int64_t>(16384 / pairs, 1),
                [&](int64_t begin, int64_t end, Scratch& scratch) {

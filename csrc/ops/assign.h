@@ -1,4 +1,4 @@
-// The checks and the results of fastmask::assign, for CPU and CUDA alike.
+// The checks and results of fastmask::assign, shared by CPU and CUDA.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 
 namespace fastmask {
 
-// Costs (..., N, M) as a list of problems, which are read in place whatever their strides.
+// Costs (..., N, M) as a list of problems, which are read in place with any strides.
 struct AssignBatch {
   Tensor cost;
   std::vector<int64_t> leading, cost_strides, count_strides;
@@ -67,7 +67,7 @@ struct AssignSolution {
   Tensor assignment;                 // (..., M) int64
   Tensor broken;                     // (...) int32
   Tensor query_duals, target_duals;  // (..., N) and (..., M) float64, or undefined
-  AssignResult result;               // where each problem's part of them begins
+  AssignResult result;               // pointers to the first problem's results
 
   AssignSolution(const AssignBatch& batch, bool with_duals) {
     const auto new_tensor = [&](std::vector<int64_t> trailing, ScalarType type) {

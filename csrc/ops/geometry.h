@@ -1,5 +1,5 @@
-// The arguments that the inference operators share, checked and made into tables: the geometry
-// (fastmask/ops/_geometry.py) and the mask logits.
+// The arguments that the inference operators share: checks them, and turns the geometry (fastmask/ops/_geometry.py)
+// into tables of taps.
 #pragma once
 
 #include <optional>
@@ -43,7 +43,7 @@ class Geometry {
   int64_t out_rows() const { return out_rows_; }
   int64_t width() const { return size_[1]; }
 
-  // Both steps at once, of the band's rows and of all columns. Indices of rows count from in_top.
+  // Both steps at once, for the band's rows and for all columns. Row indices are relative to in_top.
   TapTable rows() const {
     TapTable taps = rows_at(out_top_, out_rows_);
     taps.count_from(in_top_);
@@ -51,14 +51,14 @@ class Geometry {
   }
   TapTable columns() const { return {grid_[1], padded_[1], valid_[1], size_[1], 0, size_[1]}; }
 
-  // The steps one by one. The second: rows [begin, begin + count) of the band, or columns, from the valid grid.
+  // The second step alone: rows [begin, begin + count) of the band, or columns, from the valid grid.
   TapTable rows_of_valid(int64_t begin, int64_t count) const {
     return {valid_[0], valid_[0], valid_[0], size_[0], out_top_ + begin, count};
   }
   TapTable columns_of_valid(int64_t begin, int64_t count) const {
     return {valid_[1], valid_[1], valid_[1], size_[1], begin, count};
   }
-  // The first: rows or columns [begin, end) of the valid grid. Indices of rows count from in_top.
+  // The first step alone: rows or columns [begin, end) of the valid grid. Row indices are relative to in_top.
   TapTable valid_rows(int64_t begin, int64_t end) const {
     TapTable taps(grid_[0], padded_[0], padded_[0], padded_[0], begin, end - begin);
     taps.count_from(in_top_);
@@ -78,7 +78,7 @@ class Geometry {
     return size;
   }
 
-  // Rows [begin, begin + count) of the result, both steps at once, from those of the grid.
+  // Both steps at once: rows [begin, begin + count) of the result from the rows of the grid.
   TapTable rows_at(int64_t begin, int64_t count) const {
     return {grid_[0], padded_[0], valid_[0], size_[0], begin, count};
   }
@@ -87,8 +87,8 @@ class Geometry {
   int64_t in_top_, out_top_, out_rows_;
 };
 
-// Mask logits (B, N, rows, w), plane by plane. Images, queries and rows may lie anywhere; they are copied only where
-// the pixels of a row are not side by side.
+// Mask logits (B, N, rows, w), plane by plane. Images, queries and rows may have any strides; logits are copied only if
+// the pixels of a row are not contiguous.
 class QueryPlanes {
  public:
   explicit QueryPlanes(const Tensor& mask_logits)
@@ -116,7 +116,7 @@ class QueryPlanes {
   Dtype dtype_;
 };
 
-// All tiles of a result that is made of logits, or of probabilities that are resampled once more.
+// All tiles of a result, computed from logits or, if `probabilities`, from resampled probabilities.
 inline TilePlans tile_plans(const Geometry& geometry, bool probabilities) {
   if (!probabilities) return {geometry.rows().view(), geometry.columns().view()};
   const TapTable rows = geometry.rows_of_valid(0, geometry.out_rows());

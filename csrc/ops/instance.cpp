@@ -24,7 +24,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> instance_masks(Tensor mask_lo
   const int64_t batch = planes.batch(), picks = queries.size(1), width = geometry.width();
   STD_TORCH_CHECK(out_rows * width <= INT32_MAX, "out_rows x W must be less than 2^31 pixels");
   const int64_t* query = data_of<const int64_t>(queries);
-  // Of each pick, the first pick of the image with the same query, which alone is computed; -1 for padding.
+  // For each pick, the image's first pick with the same query, the only one that is computed; -1 for padding.
   std::vector<int64_t> first(batch * picks, -1), found(planes.queries());
   for (int64_t b = 0; b < batch; ++b) {
     std::fill(found.begin(), found.end(), -1);

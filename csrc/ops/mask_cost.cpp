@@ -10,7 +10,7 @@
 namespace fastmask {
 namespace {
 
-// The arguments but for the points, and the result.
+// The arguments except the points, and the result.
 struct MaskCost {
   Tensor class_logits;
   MaskLogits mask_logits;
@@ -89,7 +89,7 @@ Tensor fill(const MaskCost& given, Tensor points) {
   return given.cost;
 }
 
-// Points: a tensor, or nothing.
+// Points is a tensor type, or nothing.
 template <class... Points>
 struct MaskCostOperator {
   static Tensor call(Tensor class_logits, Tensor mask_logits, Tensor labels, std::optional<Tensor> masks,

@@ -29,7 +29,7 @@ struct PixelPairs : MatchedPairs {
   }
 };
 
-// Pairs compared at points of their own.
+// Pairs compared at each pair's points.
 struct PointPairs : MatchedPairs {
   using Workspace = PointMaskLossWorkspace;
   Tensor points;
@@ -84,7 +84,7 @@ std::tuple<Tensor, Tensor, Tensor> losses_of(const Pairs& pairs) {
   return {mask, dice, sums};
 }
 
-// A row of logits is one thread's, whichever targets it was matched to.
+// One thread computes the gradient of a query's logits, for all targets matched to it.
 template <class Pairs>
 Tensor gradient_of(const Pairs& pairs, const PairGradients& gradients) {
   const Tensor grad_logits = zero_gradient(pairs.logits);
@@ -113,7 +113,7 @@ Tensor gradient_of(const Pairs& pairs, const PairGradients& gradients) {
   return grad_logits;
 }
 
-// An operator and its gradient. Points: a tensor, or nothing.
+// Registers an operator and its gradient. Points is a tensor type, or nothing.
 template <class Pairs, class... Points>
 struct MaskLossOperator {
   static std::tuple<Tensor, Tensor, Tensor> forward(Tensor mask_logits, Tensor assignment, Tensor labels,

@@ -89,8 +89,9 @@ class Attention {
     return image;
   }
 
-  // Calls run(b, part, task, workspace) for all images, their parts, and heads, of which it sets the task's. As many
-  // tasks as threads, even if that takes heads apart: each group of heads finds anew where the queries attend.
+  // Calls run(b, part, task, workspace) for all images, their parts, and groups of heads, which it sets in the task.
+  // There are as many tasks as threads, even if that splits the heads: each group of heads then finds the attended keys
+  // again.
   template <typename Run>
   void for_each_task(int64_t parts_of_image, bool backward, const Run& run) const {
     if (batch() == 0) return;
@@ -187,7 +188,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_attention_backward(Tensor grad_out, Te
   Tensor grad_v = zero_result(v, {batch, attention.keys(), channels}, ScalarType::Float);
   const QueryBlocks blocks(queries);
   const auto kernel = FASTMASK_SELECT(masked_attention_backward);
-  // A head's keys are written by one thread, for one block of queries after the other: the same sums whatever the
+  // One thread writes a head's keys, for one block of queries after another, so that the sums do not depend on the
   // number of threads.
   attention.for_each_task(1, true, [&](int64_t b, int64_t, const auto& heads, const auto& work) {
     const AttentionBackward result{

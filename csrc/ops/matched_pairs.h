@@ -14,7 +14,7 @@
 
 namespace fastmask {
 
-// assignment (L, B, M) int64 for the layers, images and queries of `logits`; indices beyond the queries are refused.
+// Checks assignment (L, B, M) int64 against the layers, images and queries of `logits`.
 inline Tensor checked_assignment(const Tensor& assignment, const MaskLogits& logits, int64_t max_targets) {
   const Tensor checked = torch::stable::contiguous(assignment);
   check_tensor(checked.dim() == 3 && checked.scalar_type() == ScalarType::Long && checked.size(0) == logits.layers() &&
@@ -28,7 +28,7 @@ inline Tensor checked_assignment(const Tensor& assignment, const MaskLogits& log
   return checked;
 }
 
-// Kernels that look up points count bytes in 32 bits.
+// Kernels that look up points use 32-bit byte offsets.
 constexpr int64_t kMostPointPixels = int64_t{1} << 29;
 
 inline void check_point_pixels(const MaskLogits& logits) {
@@ -52,7 +52,7 @@ struct MatchedPairs {
   int64_t count() const { return logits.layers() * logits.batch() * targets.max_targets(); }
   const int64_t* queries() const { return data_of<const int64_t>(assignment); }
 
-  // None for padding, and for a target without a query.
+  // Nothing for padding, and for a target without a query.
   std::optional<MatchedPair> pair(int64_t i) const {
     const int64_t layer_image = i / targets.max_targets(), m = i % targets.max_targets();
     const ImageTargets of_image = targets.image(layer_image % logits.batch());
@@ -87,9 +87,9 @@ class PairGradients {
   Tensor mask_, dice_, sums_;
 };
 
-// Zeros with contiguous planes, whose layers, images and queries lie in the order of the logits', so that the gradient
-// goes on through the model without a copy. Logits may overlap in memory, the gradient does not. As
-// kernels/_layout.py has it.
+// Zeros for the gradient: contiguous planes, with layers, images and queries in the same order as those of the logits,
+// so that the model's backward needs no copy. Logits may overlap in memory; the gradient does not. kernels/_layout.py
+// uses the same layout.
 inline Tensor zero_gradient(const MaskLogits& logits) {
   const Tensor& like = logits.tensor();
   int64_t sizes[5], strides[5] = {0, 0, 0, logits.w(), 1}, step = logits.h() * logits.w();

@@ -12,7 +12,7 @@
 namespace fastmask {
 namespace {
 
-// The queries of one image that have a score.
+// The kept queries of one image: those with a score above 0.
 struct ImageQueries {
   std::vector<Plane> planes;
   std::vector<float> scores;
@@ -82,7 +82,7 @@ std::tuple<Tensor, Tensor, Tensor> panoptic_winners(Tensor scores, Tensor mask_l
         int32_t* out = winner_data + (b * out_rows + plan.rows.begin) * width + plan.columns.begin;
         tile_kernel(image.view(), plan, rule, work, out, width, tile_areas.data());
       }
-      // Sums of integers are the same in any order.
+      // Integer sums are the same in any order.
       for (size_t k = 0; k < tile_areas.size(); ++k) {
         int32_t* sums = area_data + 3 * (b * queries + image.queries[k]);
         const int64_t terms[3] = {tile_areas[k].won, tile_areas[k].mask, tile_areas[k].visible};

@@ -12,9 +12,9 @@
 
 namespace fastmask {
 
-// Calls body(begin, end), or body(begin, end, scratch) with the thread's scratch memory, for parts of [begin, end) of
-// at least `grain`. Throws again what a part throws, the first of several: PyTorch's C interface reports that there was
-// an error, but not which.
+// Calls body(begin, end), or body(begin, end, scratch) with the thread's scratch memory, for parts of [begin, end) with
+// at least `grain` elements. Rethrows the first exception of a part, because PyTorch's C interface reports only that
+// there was an error, not which.
 template <typename Body>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
   std::exception_ptr error;

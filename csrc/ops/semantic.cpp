@@ -11,16 +11,16 @@
 namespace fastmask {
 namespace {
 
-constexpr int64_t kBandRows = 32;  // of pixels at most, for one thread at a time
-constexpr int64_t kBands = 16;     // at least, where that leaves kFewRows to each
+constexpr int64_t kBandRows = 32;  // the most rows of pixels in a band, which one thread processes at a time
+constexpr int64_t kBands = 16;     // the fewest bands, if that leaves kFewRows in each
 constexpr int64_t kFewRows = 4;
 
-// In the order of scores a thread holds the scores of a part of the valid grid: about so many columns, and as many rows
-// as this many floats are enough for.
+// With order "scores" a thread holds the scores of a part of the valid grid: about this many columns, and as many rows
+// as fit in this many floats.
 constexpr int64_t kPanelColumns = 512;
 constexpr int64_t kPanelFloats = 1 << 20;
 
-// Beyond this, a class no longer fits beside its score in 32 bits.
+// With more classes, a class no longer fits in 32 bits together with its score.
 constexpr int64_t kMostClassesToSkip = 4096;
 
 std::atomic<bool> skip_queries{true};
@@ -31,7 +31,7 @@ ScalarType label_type(int64_t classes) {
   return classes <= 32768 ? ScalarType::Short : ScalarType::Int;
 }
 
-// Class probabilities [queries, classes] of one image in the layouts of ClassTable.
+// Memory for the class probabilities [queries, classes] of one image in the layouts of ClassTable.
 class ClassTableMemory {
  public:
   ClassTableMemory(const float* probabilities, int64_t queries, int64_t classes)
@@ -70,12 +70,12 @@ class ClassTableMemory {
   std::vector<float> blocks_, rows_, middles_, peaks_;
 };
 
-// A band of logits as the kernels read them.
+// A band of logits in the layout that the kernels read.
 struct Band {
   PackedLogits packed;
   PackWorkspace pack;
 
-  // Room for the rows [top, end) of the logits, for all strips of pixels of `columns`, and of `cells` if wanted.
+  // Allocates the rows [top, end) of the logits for all strips of pixels of `columns` and, if requested, their `cells`.
   void lay_out(Carver& carver, const MaskPlanes& planes, const Taps& columns, int64_t top, int64_t end, bool cells) {
     packed.top = top;
     packed.rows = end - top;
@@ -91,7 +91,7 @@ struct Band {
     pack.lay_out(carver, planes.first.w);
   }
 
-  // Fills it. NaN logits of the rows [top, count_end) are added to nans[queries].
+  // Fills the band. NaN logits of the rows [top, count_end) are added to nans[queries].
   void fill(const MaskPlanes& planes, const Taps& columns, int64_t count_end, int32_t* nans) const {
     FASTMASK_SELECT(pack_logits)
     (planes, columns, packed.top, std::max(packed.top + packed.rows, count_end), count_end, packed, nans, pack);
@@ -111,7 +111,7 @@ struct MixWorkspace {
 
 struct ScoresWorkspace {
   MixWorkspace mix;
-  float* scores;  // [rows, classes, columns], followed by 32 floats that can be read
+  float* scores;  // [rows, classes, columns], followed by 32 readable floats
   float* row;     // [columns], the same
 
   void lay_out(Carver& carver, const MaskPlanes& planes, int64_t classes, const Taps& rows, const Taps& columns,
@@ -122,7 +122,7 @@ struct ScoresWorkspace {
   }
 };
 
-// Where each band of so many rows of pixels begins to read; and the end of the logits.
+// The first row of logits that each band of pixel rows reads, followed by the end of the logits.
 std::vector<int64_t> band_tops(const Taps& rows, int64_t height, int64_t logit_rows) {
   std::vector<int64_t> tops{0};
   for (int64_t y = height; y < rows.out; y += height) tops.push_back(rows.index[y]);
@@ -130,7 +130,7 @@ std::vector<int64_t> band_tops(const Taps& rows, int64_t height, int64_t logit_r
   return tops;
 }
 
-// Sums up what each of several bands has counted, so that no two threads add to one number.
+// Adds up the counts of several bands, which are separate so that no two threads add to the same number.
 void add_nans(const std::vector<int32_t>& nans, int64_t queries, int32_t* nan_logits) {
   for (size_t i = 0; i < nans.size(); ++i) nan_logits[i % queries] += nans[i];
 }

@@ -1,4 +1,4 @@
-// From PyTorch's tensors to the arguments of the kernels; every size is checked here, before a kernel runs.
+// Turns PyTorch's tensors into kernel arguments; every size is checked here, before a kernel runs.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -27,7 +27,7 @@ inline std::string in_parentheses(const std::vector<int64_t>& sizes) {
   return "(" + shape + ")";
 }
 
-// Refuses a tensor that is not `expected`.
+// Throws an error that names the tensor and what was `expected`, unless it is `good`.
 inline void check_tensor(bool good, const Tensor& tensor, const char* name, const char* expected) {
   if (good) return;
   std::vector<int64_t> sizes;
@@ -36,14 +36,14 @@ inline void check_tensor(bool good, const Tensor& tensor, const char* name, cons
                   in_parentheses(sizes));
 }
 
-// A new tensor on the device of another. PyTorch's interface in C says of a failure only that there was one.
+// Makes a new tensor and, if that fails, explains why: PyTorch's C interface reports only that there was an error.
 template <typename Make>
 Tensor new_result(const Make& make, const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
   try {
     return make(like, sizes, dtype);
   } catch (const std::exception&) {
     STD_TORCH_CHECK(false, "cannot make a result of shape ", in_parentheses(sizes),
-                    ": not enough memory, or more than can be counted");
+                    ": not enough memory, or too many elements");
   }
 }
 
@@ -61,7 +61,7 @@ T* data_of(const Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
 }
 
-// The type of logits, or of costs, which may be float64 too.
+// The type of logits, or of costs, which may also be float64.
 inline Dtype dtype_of(const Tensor& tensor, const char* name, bool costs = false) {
   const ScalarType type = tensor.scalar_type();
   if (type == ScalarType::Float) return Dtype::kFloat32;
@@ -91,8 +91,8 @@ struct ResamplingTable {
   Resampling view() const { return {rows.view(), columns.view()}; }
 };
 
-// Mask logits (L, B, N, h, w) whose planes are contiguous while layers, images and queries may lie anywhere: a model
-// that makes the logits of all layers with one product per image has the images outermost in memory.
+// Mask logits (L, B, N, h, w) with contiguous planes; layers, images and queries may have any strides: a model that
+// computes the logits of all layers with one product per image has the images outermost in memory.
 class MaskLogits {
  public:
   explicit MaskLogits(const Tensor& logits)
@@ -131,7 +131,7 @@ class MaskLogits {
   int64_t size_[5], stride_[3];
 };
 
-// The targets of a batch, for mask logits of as many images; with contiguous copies of tensors that are not.
+// The targets of a batch with as many images as the mask logits; tensors that are not contiguous are copied.
 class BatchTargets {
  public:
   BatchTargets(const Tensor& labels, const std::optional<Tensor>& masks, const std::optional<Tensor>& segments,

@@ -12,7 +12,7 @@ Tensor uncertain_points(Tensor mask_logits, Tensor assignment, Tensor seed, int6
   const int64_t max_targets = assignment.size(2);
   const Tensor queries = checked_assignment(assignment, logits, max_targets);
   check_tensor(seed.numel() == 1 && seed.scalar_type() == ScalarType::Long, seed, "seed", "one int64");
-  constexpr int64_t kMost = int64_t{1} << 29;  // counters of 32 bits
+  constexpr int64_t kMost = int64_t{1} << 29;  // limited by 32-bit counters
   STD_TORCH_CHECK(0 <= num_uncertain && num_uncertain <= num_points && num_uncertain <= num_candidates &&
                       num_points < kMost && num_candidates < kMost,
                   "num_uncertain must lie in 0..num_points and 0..num_candidates, and those below ", kMost, ", got ",
@@ -22,7 +22,7 @@ Tensor uncertain_points(Tensor mask_logits, Tensor assignment, Tensor seed, int6
 
   Tensor points =
       empty_result(mask_logits, {logits.layers(), logits.batch(), max_targets, num_points, 2}, ScalarType::Float);
-  if (points.numel() == 0) return points;  // memory of no bytes has no address
+  if (points.numel() == 0) return points;  // an empty tensor may have a null address
   float* data = data_of<float>(points);
   advise_huge_pages(data, points.numel() * static_cast<int64_t>(sizeof(float)));
   const auto* query_data = data_of<const int64_t>(queries);

@@ -19,7 +19,7 @@ std::string simd_level() { return fastmask::simd_level_name(fastmask::simd_level
 
 void set_simd_level(int level) { fastmask::set_simd_level(static_cast<fastmask::SimdLevel>(level)); }
 
-// As SciPy reads its argument: anything that NumPy casts to float64 without loss.
+// Reads the argument as SciPy does: anything that NumPy casts to float64 without loss.
 py::array as_matrix(const py::object& cost_matrix) {
   const auto& numpy = py::detail::npy_api::get();
   PyObject* array = numpy.PyArray_FromAny_(cost_matrix.ptr(), py::dtype::of<double>().release().ptr(), 0, 0,
@@ -32,7 +32,7 @@ py::array as_matrix(const py::object& cost_matrix) {
   return matrix;
 }
 
-// One problem with strides in elements; solved without the interpreter's lock.
+// Solves one problem, with strides in elements, without holding the interpreter's lock.
 std::vector<int64_t> solve(const double* cost, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride,
                            bool maximize) {
   std::vector<double> negated;
@@ -45,7 +45,7 @@ std::vector<int64_t> solve(const double* cost, int64_t rows, int64_t columns, in
     row_stride = columns;
     column_stride = 1;
   }
-  // 0 times a finite cost is 0, times any other NaN: one sum says whether to look closer.
+  // 0 times a finite cost is 0, and 0 times any other cost is NaN: a single sum tells whether to check each cost.
   double zero = 0;
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < columns; ++j) zero += 0 * cost[i * row_stride + j * column_stride];
@@ -115,7 +115,7 @@ PYBIND11_MODULE(_native, module) {
   module.attr("cuda_version") = FASTMASK_CUDA_VERSION;
   module.attr("compiler") = __VERSION__;
   module.def("simd_level", &simd_level, "The SIMD level in use.");
-  module.def("set_simd_level", &set_simd_level, "For this module alone; see fastmask.ops._registry.set_simd_level.");
+  module.def("set_simd_level", &set_simd_level, "For this module only; see fastmask.ops._registry.set_simd_level.");
   module.def("linear_sum_assignment", &linear_sum_assignment, py::arg("cost_matrix"), py::arg("maximize") = false,
-             "SciPy's function of the same name, for what NumPy takes for a matrix.");
+             "A replacement for SciPy's function of the same name, for anything that NumPy reads as a matrix.");
 }

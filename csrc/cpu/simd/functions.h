@@ -23,7 +23,7 @@ static inline vfloat exp2_fraction(vfloat f) {
                     2.4022646891e-01f, 6.9314720574e-01f, 1.0f);
 }
 
-// exp(-a) for a >= 0. Below 2^-126 the result stays there; NaN stays NaN.
+// exp(-a) for a >= 0. The result is at least 2^-126; NaN gives NaN.
 static inline vfloat exp_neg(vfloat a) {
   vfloat t = a * -1.44269504f;
   t = t < -126.0f ? splat(-126.0f) : t;
@@ -34,7 +34,7 @@ static inline vfloat exp_neg(vfloat a) {
   return exp2_fraction(fraction) * power_of_two(rounded);
 }
 
-// The functions of a logit x that mask terms are made of, from one exponential and one division.
+// The functions of a logit x that mask terms need, from one exponential and one division.
 struct Sigmoid {
   vfloat p;             // sigmoid(x)
   vfloat q;             // 1 - p = sigmoid(-x)
@@ -62,7 +62,7 @@ static inline Sigmoid sigmoid(vfloat x) {
           (negative ? magnitude : vfloat{}) + log1p_e};
 }
 
-// sigmoid(x) alone, for x that is no NaN: 1 / (1 + 2^n y) with 2^n y = exp(-x) as in exp_neg. 0 below -87.
+// Only sigmoid(x), for x other than NaN: 1 / (1 + 2^n y) with 2^n y = exp(-x) as in exp_neg. 0 below -87.
 static inline vfloat logistic(vfloat x) {
   const vfloat clamped = x < -88.0f ? splat(-88.0f) : (x > 87.0f ? splat(87.0f) : x);
   const vfloat magic = splat(12582912.0f);
@@ -70,7 +70,7 @@ static inline vfloat logistic(vfloat x) {
   const vfloat f = fma(clamped, splat(-1.92596299e-08f), fma(clamped, splat(-1.44269504f), magic - rounded));
   const vfloat d = fma(exp2_fraction(f), power_of_two(rounded), splat(1.0f));
 #if defined(__AVX512F__)
-  // A division takes 16 cycles, the estimate of 14 bits and one step of Newton's method 4.
+  // A division takes 16 cycles; an estimate with 14 bits and one step of Newton's method take 4.
   const vfloat estimate = (vfloat)_mm512_rcp14_ps((__m512)d);
   const vfloat p = fma(estimate, fma(-d, estimate, splat(1.0f)), estimate);
 #else

@@ -9,7 +9,7 @@ namespace fastmask::FASTMASK_SIMD {
 // first = base[index], second = base[index + 1]: one access for both.
 static inline void gather_pairs(const float* base, vint index, vfloat& first, vfloat& second) {
 #if defined(__AVX512F__)
-  // The masked forms: gcc 12 warns of the undefined lanes of the others.
+  // Masked forms, because gcc 12 warns about undefined lanes in the others.
   const __m512i zero = _mm512_setzero_si512();
   const __m256i half = _mm512_castsi512_si256((__m512i)index);
   const __m256i rest = _mm512_extracti64x4_epi64((__m512i)index, 1);
@@ -26,15 +26,16 @@ static inline void gather_pairs(const float* base, vint index, vfloat& first, vf
 #endif
 }
 
-// Four bytes from each of the byte offsets, which need not be aligned.
+// The four bytes at each byte offset; offsets need not be aligned.
 static inline vint gather_words(const uint8_t* base, vint offset) {
   return FASTMASK_BY_LEVEL((vint)_mm512_mask_i32gather_epi32(_mm512_setzero_si512(), 0xffff, (__m512i)offset, base, 1),
                            (vint)_mm256_i32gather_epi32(reinterpret_cast<const int*>(base), (__m256i)offset, 1),
                            by_lane([&](int i) { return load_as<int32_t>(base + offset[i]); }));
 }
 
-// Where coordinates in 0..1 lie along an axis of `size` pixels with a border pixel at each end: the first of the two
-// pixels around each, 0..size, and the weight of the second. One off the map, or NaN, lies on a border pixel.
+// The positions of coordinates in 0..1 on an axis of `size` pixels with a border pixel at each end: the first of the
+// two pixels around each, 0..size, and the weight of the second. A coordinate off the map, or NaN, is on a border
+// pixel.
 struct Positions {
   vint first;
   vfloat weight;
@@ -42,7 +43,7 @@ struct Positions {
 
 static inline Positions positions(vfloat coordinates, int64_t pixels) {
   const float size = static_cast<float>(pixels);
-  // Counted from the first pixel, not from the border: half a pixel more could need one bit more than there is.
+  // Relative to the first pixel, not the border, whose extra half pixel might cost one bit of precision.
   vfloat at = fma(coordinates, splat(size), splat(-0.5f));
   at = at > -1.0f ? at : splat(-1.0f);
   at = at < size ? at : splat(size);
@@ -53,8 +54,8 @@ static inline Positions positions(vfloat coordinates, int64_t pixels) {
   return {first, at - __builtin_convertvector(first - 1, vfloat)};
 }
 
-// Bilinear samples of a map with a border of zeros, `stride` floats from row to row. Pixels without weight are not
-// read, as 0 * inf is NaN: those after a position on a pixel, and those before one beyond the map.
+// Bilinear samples of a map with a border of zeros and rows `stride` floats apart. Pixels of weight 0 are not read, as
+// 0 * inf is NaN: those after a position exactly on a pixel, and those before one beyond the map.
 static inline vfloat sample(const float* bordered, int32_t stride, Positions columns, Positions rows) {
   const vint index = rows.first * stride + columns.first;
   vfloat a, b, c, d;

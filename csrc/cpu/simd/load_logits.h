@@ -1,4 +1,4 @@
-// Logits read as float, and gradients written in their type.
+// Reads logits as float, and writes gradients in the logits' type.
 #pragma once
 
 #include "common/logits.h"

@@ -1,4 +1,4 @@
-// Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), a counter a lane.
+// Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), one counter per lane.
 #pragma once
 
 #include "cpu/simd/vec.h"
@@ -9,7 +9,7 @@ namespace fastmask::FASTMASK_SIMD {
 static inline void multiply(vuint a, uint32_t b, vuint& high, vuint& low) {
 #if defined(__AVX512F__)
   const __m512i factor = _mm512_set1_epi64(b);
-  // The masked forms: gcc 12 warns of the undefined lanes of the others.
+  // Masked forms, because gcc 12 warns about undefined lanes in the others.
   const __m512i even = _mm512_maskz_mul_epu32(0xff, (__m512i)a, factor);
   const __m512i odd = _mm512_maskz_mul_epu32(0xff, _mm512_maskz_srli_epi64(0xff, (__m512i)a, 32), factor);
   high = (vuint)_mm512_mask_blend_epi32(0xaaaa, _mm512_maskz_srli_epi64(0xff, even, 32), odd);
@@ -53,8 +53,8 @@ static inline vfloat uniform(vuint word) {
   return __builtin_convertvector((vint)(word >> 8), vfloat) * splat(0x1p-24f);
 }
 
-// All ones in the lanes i whose number u(index + i) in [0, 1) is at least `probability`. u is the first word for the
-// counter `index`, made a float as Triton's tl.rand does, so that both drop the same weights.
+// All ones in the lanes i whose number u(index + i) in [0, 1) is at least `probability`. u is the first word for its
+// counter, converted to float as in Triton's tl.rand, so that both drop the same weights.
 static inline vint keep_lanes(uint64_t seed, uint64_t index, float probability) {
   const uint32_t low = static_cast<uint32_t>(index);
   const vuint c0 = (vuint)lane_numbers() + low;

@@ -1,7 +1,7 @@
-// Vectors of the SIMD level that this file is compiled for.
+// Vectors of the SIMD level for which this file is compiled.
 //
-// Only functions of this level's namespace may be defined here: an inline function shared between levels would be
-// merged by the linker into one copy, compiled for whichever level came first.
+// Only functions of this level's namespace may be defined here: the linker would merge an inline function that levels
+// share into one copy, compiled for whichever level came first.
 #pragma once
 
 #include <cstdint>
@@ -13,15 +13,15 @@
 #endif
 
 #if defined(__clang__)
-// Vectors in arguments: no function of a level is called from another one.
+// Passing vectors as arguments is safe, as no function of one level is called from another.
 #pragma GCC diagnostic ignored "-Wpsabi"
 #else
-// GCC warns of its own intrinsics, such as _mm512_min_epi32.
+// GCC warns about its own intrinsics, such as _mm512_min_epi32.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
-// One of three expressions.
+// Selects the expression for the SIMD level.
 #if defined(__AVX512F__)
 #define FASTMASK_BY_LEVEL(avx512, avx2, portable) (avx512)
 #elif defined(__AVX2__)
@@ -39,7 +39,7 @@ using vint = int32_t __attribute__((vector_size(4 * kLanes)));
 using vuint = uint32_t __attribute__((vector_size(4 * kLanes)));
 using vbyte = uint8_t __attribute__((vector_size(kLanes)));
 
-// Minus 0 changes no x, not even -0, so the compiler leaves a plain broadcast.
+// Subtracting 0 changes no x, not even -0, so the compiler emits a plain broadcast.
 static inline vfloat splat(float x) { return x - vfloat{}; }
 static inline vint splat(int32_t x) { return vint{} + x; }
 
@@ -73,7 +73,7 @@ static inline vint load_bytes(const uint8_t* p) { return __builtin_convertvector
 static inline vint bits(vfloat v) { return load_as<vint>(&v); }
 static inline vfloat from_bits(vint v) { return load_as<vfloat>(&v); }
 
-// The first `count` < kLanes elements, and zeros: nothing beyond them is read.
+// The first `count` < kLanes elements, followed by zeros: nothing beyond them is read.
 static inline vfloat load_some(const float* p, int64_t count) {
 #if defined(__AVX512F__)
   return (vfloat)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
@@ -94,7 +94,7 @@ static inline void store_some(float* p, vfloat v, int64_t count) {
 #endif
 }
 
-// Lane i is lane kLane[i] of a followed by b. GCC has the builtin of Clang from version 12 on.
+// Lane i of the result is lane kLane[i] of a followed by b. GCC has Clang's builtin since version 12.
 template <int... kLane, class V>
 static inline V shuffle(V a, V b) {
 #if __has_builtin(__builtin_shufflevector)
@@ -104,7 +104,7 @@ static inline V shuffle(V a, V b) {
 #endif
 }
 
-// One step of a transposition: the blocks off the diagonal of each 2 kStep x 2 kStep square change places.
+// One step of a transposition: swaps the off-diagonal blocks of each 2 kStep x 2 kStep square.
 template <int kStep, class V, int... kLane>
 static inline void swap_blocks(V& a, V& b, std::integer_sequence<int, kLane...>) {
   const V low = shuffle<((kLane & kStep) == 0 ? kLane : kLanes + kLane - kStep)...>(a, b);
@@ -124,13 +124,13 @@ static inline void transpose(V (&v)[kLanes]) {
   }
 }
 
-// a * b + c, rounded once where the level has such an instruction.
+// a * b + c, rounded once if the level has such an instruction.
 static inline vfloat fma(vfloat a, vfloat b, vfloat c) {
   return FASTMASK_BY_LEVEL((vfloat)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c),
                            (vfloat)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c), a * b + c);
 }
 
-// As the instruction has it: b where either is NaN.
+// Like the instruction: b if either is NaN.
 static inline vfloat minimum(vfloat a, vfloat b) {
   return FASTMASK_BY_LEVEL((vfloat)_mm512_min_ps((__m512)a, (__m512)b), (vfloat)_mm256_min_ps((__m256)a, (__m256)b),
                            a < b ? a : b);
@@ -166,7 +166,7 @@ static inline vfloat gather(const float* p, vint index) {
                            by_lane<vfloat>([&](int i) { return p[index[i]]; }));
 }
 
-// value with the bits of `mask` replaced by `tag`, which has no others.
+// `value` with the bits of `mask` replaced by `tag`, which has no other bits.
 static inline vfloat with_tag(vfloat value, vint tag, vint mask) {
 #if defined(__AVX512F__)
   return (vfloat)_mm512_ternarylogic_epi32((__m512i)value, (__m512i)tag, (__m512i)mask, 0xDC);
@@ -200,7 +200,7 @@ static inline Sum sum_lanes(V v) {
   return total;
 }
 
-// All ones in the lanes of part `part` of a chunk of lanes that the bits of `lanes` name.
+// All ones in the lanes whose bits are set in `lanes`, for vector number `part` of a chunk.
 static inline vint select(uint32_t lanes, int part) {
   const vint lane_bit = by_lane([](int i) { return 1 << i; });
   return (splat(static_cast<int32_t>(lanes >> (part * kLanes))) & lane_bit) != 0;
