@@ -1,6 +1,6 @@
-"""ADE20K SceneParsing: ``images`` and ``annotations``, each with ``training`` and ``validation``.
+"""ADE20K SceneParsing: the folders ``images`` and ``annotations``, each with ``training`` and ``validation``.
 
-The panoptic form has ``ade20k_panoptic_train.json`` and ``ade20k_panoptic_val.json`` beside them.
+The panoptic form also has the files ``ade20k_panoptic_train.json`` and ``ade20k_panoptic_val.json``.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ INFO = DatasetInfo(
 
 
 def matches(root: Path) -> bool:
-    """The folder has this layout."""
+    """Whether the folder has this layout."""
     return any((root / "annotations" / folder).is_dir() for folder in FOLDERS.values())
 
 
@@ -62,13 +62,13 @@ def open_ade20k(root: Path, split: str, task: str | None = None) -> LabelMapData
 
 
 def matches_panoptic(root: Path) -> bool:
-    """The folder has the panoptic layout."""
+    """Whether the folder has the panoptic layout."""
     return next(root.glob("ade20k_panoptic_*.json"), None) is not None
 
 
 def open_ade20k_panoptic(root: Path, split: str, task: str | None = None) -> PanopticDataset:
     """The same 150 classes, 100 of them things: ``ade20k_panoptic_SPLIT.json`` and a folder of the same name, which
-    ``prepare_ade20k_pan_seg.py`` of MaskFormer and Mask2Former makes of the challenge's label maps and instances.
+    ``prepare_ade20k_pan_seg.py`` of MaskFormer and Mask2Former makes from the challenge's label maps and instances.
 
     Args:
         root: the folder ``ADEChallengeData2016``.

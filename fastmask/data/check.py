@@ -13,7 +13,7 @@ from fastmask.data.sample import SegmentationDataset
 
 
 def check_dataset(dataset: SegmentationDataset, *, full: bool = True, workers: int | None = None) -> list[str]:
-    """Raises one error that names every broken file of a data set; describes its truth if there is none.
+    """Raises one error that names every broken file of a data set; without faults, describes its truth.
 
     It finds images without label maps and label maps without images; missing, empty and truncated files; images and
     truth of different sizes; labels out of range; invalid fields of annotations; and ids that the annotation lacks.
@@ -22,12 +22,12 @@ def check_dataset(dataset: SegmentationDataset, *, full: bool = True, workers: i
         dataset: from ``open_dataset``.
         full: decode every image and its truth. Otherwise read only headers and annotations, which finds missing files
             and wrong sizes in a hundredth of the time.
-        workers: threads; one for each processor by default.
+        workers: the number of threads; by default one for each processor.
 
     Returns:
-        A line for each split with what is useful to know before training: the share of void pixels, the classes without
-        a pixel and the likely cause, and the number of annotations that draw no pixel and are left out. No lines
-        without ``full``, or for truth without files.
+        For each split a line of facts to know before training: the share of void pixels, the classes without a pixel
+        and the likely cause, and the number of annotations that draw no pixel and are left out. No lines without
+        ``full``, or for truth that is not in files.
 
     Raises:
         ValueError: there are faults; the message has a line for each.
@@ -63,8 +63,9 @@ def _note(dataset: SegmentationDataset, pixels: Tensor, empty: int) -> str:
     """The line that describes a split's truth.
 
     Args:
-        pixels: ``(K+1,)`` of each class and of void.
-        empty: annotations that draw no pixel.
+        dataset: the split.
+        pixels: ``(K+1,)``, the number of pixels of each class and, last, of void.
+        empty: the number of annotations that draw no pixel.
     """
     info = dataset.info
     absent = [name for name, count in zip(info.class_names, pixels.tolist(), strict=False) if count == 0]

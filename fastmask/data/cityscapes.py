@@ -45,7 +45,7 @@ CLASSES = (
 )
 NUM_STUFF = 11
 NUM_LABEL_IDS = 34
-LICENSE_PLATE = 255  # label id -1 in a byte
+LICENSE_PLATE = 255  # label id -1 as a byte
 IDS_PER_CLASS = 1000  # an instance id is 1000 times its label id plus a number; a group's is its label id
 INFO = DatasetInfo(
     tuple(name for name, _, _ in CLASSES),
@@ -57,7 +57,7 @@ INFO = DatasetInfo(
 
 
 def matches(root: Path) -> bool:
-    """The folder has this layout."""
+    """Whether the folder has this layout."""
     return (root / "leftImg8bit").is_dir() and (root / "gtFine").is_dir()
 
 
@@ -65,7 +65,7 @@ def open_cityscapes(root: Path, split: str, task: str | None = None) -> FileData
     """Cityscapes with fine annotations.
 
     Args:
-        root: has ``leftImg8bit`` and ``gtFine``.
+        root: the folder that holds ``leftImg8bit`` and ``gtFine``.
         split: "train", "val" or "test".
         task: "semantic" by default, from the label ids; "panoptic" or "instance" from the instance ids.
     """

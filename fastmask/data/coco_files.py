@@ -1,4 +1,4 @@
-"""The parts that COCO's two formats share: the places of files and the rules of their JSON."""
+"""Code that COCO's two formats share: where their files are, and the rules of their JSON."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ class CocoFile(NamedTuple):
 
     @property
     def class_of(self) -> dict[int, int]:
-        """The class of each category: the place of its id among all ids."""
+        """The class of each category id: its position among all ids."""
         return {category_id: label for label, category_id in enumerate(self.categories)}
 
     def image_names(self) -> list[str]:
-        """A name for each image: its path in the folder of images, without suffix unless two would share a name."""
+        """The name of each image: its path in the folder of images, without suffix unless two images share it."""
         paths = [PurePath(image["file_name"]) for image in self.images.values()]
         names = [path.with_suffix("").as_posix() for path in paths]
         return names if len(set(names)) == len(names) else [path.as_posix() for path in paths]
@@ -98,14 +98,14 @@ def read_coco(path: Path, category_rules: Mapping[str, Rule] = CATEGORY) -> Coco
 
 
 def entry_name(kind: str, place: int, entry: Any) -> str:
-    """The name of an entry in messages: its id, or its place in the list if it has none."""
+    """The name of an entry in messages: its id, or its position in the list if it has no id."""
     if isinstance(entry, dict) and ID.holds(entry.get("id")):
         return f"{NOUNS[kind]} {entry['id']}"
     return f'"{kind}"[{place}]'
 
 
 def image_folder(root: Path, split: str) -> Path:
-    """The folder of a split's images, in any of the usual places."""
+    """The folder of a split's images, at any of the usual places."""
     names = (f"{split}2017", split, f"images/{split}2017", f"images/{split}", "images")
     return folder_of(split, [root / name for name in names])
 

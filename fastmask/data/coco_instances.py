@@ -18,7 +18,7 @@ from fastmask.data.sample import DatasetInfo
 from fastmask.extras import extra
 
 GREATEST_AREA = 2.0**63
-FARTHEST = 10**6  # of a polygon's coordinates, in pixels: the memory to draw it grows with them
+MAX_COORDINATE = 10**6  # of a polygon, in pixels; drawing takes memory in proportion to it
 ANNOTATION = {
     "id": ID,
     "image_id": ID,
@@ -39,7 +39,7 @@ def annotation_files(root: Path, split: str) -> list[Path]:
 
 
 def matches(root: Path) -> bool:
-    """The folder has this layout."""
+    """Whether the folder has this layout."""
     if next(root.glob("annotations/instances_*.json"), None):
         return True
     return any(path.is_file() for split in ("train", "val", "test") for path in annotation_files(root, split))
@@ -49,12 +49,12 @@ class CocoInstances(FileDataset):
     """Instance segmentation from COCO's JSON: polygons, run lengths, and run lengths compressed to a string.
 
     The file is ``annotations/instances_SPLIT2017.json``, ``annotations/instances_SPLIT.json`` or
-    ``annotations/SPLIT.json``; images are in ``SPLIT2017`` or ``SPLIT``, or in one of these within ``images``, or in
-    ``images``. hotcoco draws the polygons, as pycocotools does.
+    ``annotations/SPLIT.json``; images are in ``SPLIT2017`` or ``SPLIT``, in one of these folders inside ``images``, or
+    directly in ``images``. hotcoco draws the polygons as pycocotools does.
 
     Args:
         root: the folder that holds ``annotations``.
-        split: as in the file's name.
+        split: the split, SPLIT in these names.
         task: "instance".
         skip_invalid: leave out invalid polygons (fewer than three points, or numbers that are not finite), and
             annotations without valid ones. A warning counts them. Otherwise they are faults.
@@ -87,7 +87,7 @@ class CocoInstances(FileDataset):
         ]
         super().__init__(split, entries, coco.faults)
         places = {image_id: index for index, image_id in enumerate(coco.images)}
-        # For each image: its annotations, each with its place in the file.
+        # For each image: its annotations, each with its position in the file.
         self._annotations: list[list[tuple[int, dict[str, Any]]]] = [[] for _ in entries]
         skipped = _skip_invalid(coco.annotations, coco.path) if skip_invalid else set()
         for place, annotation in enumerate(coco.annotations):
@@ -100,7 +100,7 @@ class CocoInstances(FileDataset):
             name = f"{coco.path}: {entry_name('annotations', place, annotation)}"
             self._set_faults += [f"{name}: {fault}" for fault in field_faults(annotation, ANNOTATION)]
             if ID.holds(image_id) and image_id not in coco.rejected:
-                self._set_faults.append(f"{name} is of image {image_id}, which is not listed")
+                self._set_faults.append(f"{name} belongs to image {image_id}, which is not listed")
 
     def read_truth(self, index: int) -> dict[str, Tensor]:
         size, annotations = self._sizes[index], [annotation for _, annotation in self._annotations[index]]
@@ -136,7 +136,7 @@ class CocoInstances(FileDataset):
 
 
 def _skip_invalid(annotations: list[Any], path: Path) -> set[int]:
-    """Removes invalid polygons from annotations; returns the places of annotations without valid ones."""
+    """Removes invalid polygons from annotations; returns the positions of annotations without valid polygons."""
     polygons, places = 0, set()
     for place, annotation in enumerate(annotations):
         segmentation = annotation.get("segmentation") if isinstance(annotation, dict) else None
@@ -157,7 +157,7 @@ def _skip_invalid(annotations: list[Any], path: Path) -> set[int]:
 
 
 def segmentation_fault(segmentation: Any, size: Size) -> str | None:
-    """The fault of a mask's description, without drawing it; None if there is none.
+    """The fault of a mask's description, found without drawing it; None if it is valid.
 
     Args:
         segmentation: a list of polygons, or {"size", "counts"}.
@@ -181,11 +181,11 @@ def segmentation_fault(segmentation: Any, size: Size) -> str | None:
 
 
 def polygon_fault(polygon: Any) -> str | None:
-    """The fault of a polygon ``[x0, y0, x1, y1, ...]``; None if there is none."""
+    """The fault of a polygon ``[x0, y0, x1, y1, ...]``; None if it is valid."""
     if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
         return "a polygon must be a list of x, y of at least three points"
-    if not all(is_number(value, -FARTHEST, FARTHEST) for value in polygon):
-        return f"a polygon holds something else than finite numbers up to {FARTHEST}"
+    if not all(is_number(value, -MAX_COORDINATE, MAX_COORDINATE) for value in polygon):
+        return f"a polygon holds something other than finite numbers up to {MAX_COORDINATE}"
     return None
 
 
@@ -196,16 +196,16 @@ def draw(segmentation: Any, size: Size) -> np.ndarray:
         coder = _mask_coder()
         return coder.decode(coder.merge(coder.frPyObjects(segmentation, height, width))).astype(bool)
     lengths = run_lengths(segmentation["counts"])
-    # Runs of 0 and 1 in turn, column by column.
+    # Alternating runs of 0 and 1, column by column.
     values = np.arange(len(lengths)) % 2 == 1
     return np.repeat(values, lengths).reshape(width, height).T
 
 
 def run_lengths(counts: list[int] | str) -> list[int]:
-    """Run lengths, which COCO also writes as a string.
+    """Run lengths as a list; COCO also writes them as a string.
 
     A character's code minus 48 holds five bits of a number, lowest first; bit 32 says that more follow, and bit 16 of
-    the last character is the sign. From the third on, a number is the difference to the length two before. A string
+    the last character is the sign. From the fourth on, a number is the difference from the length two before. A string
     that ends within a number, or has other characters, gives the impossible length -1.
     """
     if isinstance(counts, list):

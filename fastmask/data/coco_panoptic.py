@@ -1,4 +1,4 @@
-"""COCO panoptic: a JSON file, and PNG files whose colors are segment ids."""
+"""COCO panoptic segmentation: a JSON file, and PNG files whose colors are segment ids."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ def annotation_files(root: Path, split: str) -> list[Path]:
 
 
 def matches(root: Path) -> bool:
-    """The folder has this layout."""
+    """Whether the folder has this layout."""
     return any(next(folder.glob("panoptic_*.json"), None) for folder in (root / "annotations", root))
 
 
 def open_coco_panoptic(root: Path, split: str, task: str | None = None) -> PanopticDataset:
     """COCO panoptic segmentation in its published layout.
 
-    ``annotations/panoptic_SPLIT2017.json`` or ``annotations/panoptic_SPLIT.json``, with a folder of the same name, both
-    of which may lie in the root as well. Images are in ``SPLIT2017`` or ``SPLIT``, or in one of these within
-    ``images``, or in ``images``.
+    The layout has ``annotations/panoptic_SPLIT2017.json`` or ``annotations/panoptic_SPLIT.json``, and a folder of the
+    same name; both may also be in the root. Images are in ``SPLIT2017`` or ``SPLIT``, in one of these folders inside
+    ``images``, or directly in ``images``.
 
     Args:
         root: the folder that holds ``annotations``.
-        split: as in the file's name.
+        split: the split, SPLIT in these names.
         task: "panoptic" by default, "semantic" or "instance".
 
     Raises:
@@ -66,14 +66,14 @@ def open_coco_panoptic(root: Path, split: str, task: str | None = None) -> Panop
 class PanopticDataset(FileDataset):
     """Panoptic truth in COCO's format.
 
-    A JSON file lists {"id", "category_id", "iscrowd"} of each segment; for each image there is a PNG in which the id of
-    a pixel is R + 256 G + 65536 B, and 0 is void.
+    A JSON file lists {"id", "category_id", "iscrowd"} for each segment. For each image there is a PNG, in which the id
+    of a pixel is R + 256 G + 65536 B, and 0 is void.
 
     Args:
-        split: its name.
+        split: the name of the split.
         path: the JSON file.
         images: the folder of images.
-        maps: the folder of ids.
+        maps: the folder of PNG files with ids.
         task: "panoptic" by default, "semantic" or "instance".
 
     Raises:
@@ -109,7 +109,7 @@ class PanopticDataset(FileDataset):
             elif image_id in coco.images:
                 of_image.setdefault(image_id, []).append(annotation)
             elif image_id not in coco.rejected:
-                faults.append(f"{path}: an annotation is of image {image_id}, which is not listed")
+                faults.append(f"{path}: an annotation belongs to image {image_id}, which is not listed")
         entries: list[Entry] = []
         self._segments: list[list[Any]] = []
         self._sizes: list[Size] = []
@@ -149,12 +149,12 @@ class PanopticDataset(FileDataset):
 
 
 def segment_faults(segments: Sequence[Any], class_of: Mapping[int, int], of_image: str = "") -> list[str]:
-    """The faults of a list of segments, each in words.
+    """The faults of a list of segments, in words.
 
     Args:
-        segments: as in ``segments_info``.
+        segments: a list as in ``segments_info``.
         class_of: the class of each category.
-        of_image: stands behind the name of a segment.
+        of_image: text that follows the name of a segment in messages.
     """
     faults, seen = [], set()
     for place, segment in enumerate(segments):
@@ -181,11 +181,11 @@ def panoptic_truth(
 
     Args:
         values: ``(H, W)`` int32 segment ids; 0 is void.
-        segments: those without :func:`segment_faults`.
+        segments: a list of segments without :func:`segment_faults`.
         class_of: the class of each category.
 
     Raises:
-        ValueError: an id that is not among the segments.
+        ValueError: ``values`` holds an id that ``segments`` does not list.
     """
     listed = sorted(segments, key=lambda segment: segment["id"])
     ids = np.array([VOID_ID, *(segment["id"] for segment in listed)], np.int32)

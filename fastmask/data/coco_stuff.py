@@ -1,4 +1,4 @@
-"""COCO-Stuff 164k and 10k, with label maps as PNG."""
+"""COCO-Stuff 164k and 10k, with label maps in PNG files."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from fastmask.data.sample import DatasetInfo
 
 NUM_THINGS = 80
 NUM_IDS = 182
-# Category ids of 1..182 that COCO-Stuff's label maps do not hold.
+# The category ids among 1..182 that do not occur in COCO-Stuff's label maps.
 UNUSED_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)
 CATEGORY_IDS = tuple(i for i in range(1, NUM_IDS + 1) if i not in UNUSED_IDS)
 VOID_VALUE = 255
 TRAIN_IDS = "_labelTrainIds"
-# By category id; the things first.
+# In order of category id; things come first.
 NAMES = """
 person; bicycle; car; motorcycle; airplane; bus; train; truck; boat; traffic light; fire hydrant; stop sign;
 parking meter; bench; bird; cat; dog; horse; sheep; cow; elephant; bear; zebra; giraffe; backpack; umbrella;
@@ -54,7 +54,7 @@ INFO = DatasetInfo(
 
 
 def matches(root: Path) -> bool:
-    """The folder has one of these layouts."""
+    """Whether the folder has one of these layouts."""
     if (root / "annotations_detectron2").is_dir() and (root / "images_detectron2").is_dir():
         return True
     folders = [
@@ -67,13 +67,13 @@ def matches(root: Path) -> bool:
 def open_coco_stuff(root: Path, split: str, task: str | None = None) -> LabelMapDataset:
     """COCO-Stuff in any of the usual forms of its label maps.
 
-    - 164k as published: ``stuffthingmaps/SPLIT2017`` (or ``annotations/SPLIT2017``), each value a category id less one.
+    - 164k as published: ``stuffthingmaps/SPLIT2017`` (or ``annotations/SPLIT2017``); values are category ids minus one.
     - 164k with train ids: ``annotations/SPLIT2017/*_labelTrainIds.png``, values 0..170.
     - 10k as MMSegmentation converts it: ``annotations/SPLIT2014/*_labelTrainIds.png``, values 1..171 and 0 for void.
     - 10k as Detectron2's users convert it: ``annotations_detectron2/SPLIT`` with ``images_detectron2/SPLIT``, 0..170.
 
-    The images are in ``images/SPLIT2017`` or ``SPLIT2017``, and 2014. 255 is void. The classes are the 171 that occur,
-    80 things and 91 stuff.
+    The images are in ``images/SPLIT2017`` or ``SPLIT2017``, or the same with 2014. 255 is void. The classes are the 171
+    that occur, 80 things and 91 stuff.
 
     Args:
         root: the folder of one of these forms.
@@ -106,7 +106,7 @@ def open_coco_stuff(root: Path, split: str, task: str | None = None) -> LabelMap
 
 
 def _raw_values() -> np.ndarray:
-    """The class of each category id less one."""
+    """The class of each value, which is a category id minus one."""
     table = np.full(VOID_VALUE + 1, INVALID, np.int64)
     table[np.array(CATEGORY_IDS) - 1] = np.arange(len(CATEGORY_IDS))
     table[VOID_VALUE] = -1
@@ -114,7 +114,7 @@ def _raw_values() -> np.ndarray:
 
 
 def _train_ids(first: int) -> np.ndarray:
-    """The class of each value where classes begin at ``first``; lower values are void."""
+    """The class of each value if classes begin at ``first``; lower values are void."""
     table = np.full(VOID_VALUE + 1, INVALID, np.int64)
     table[:first] = table[VOID_VALUE] = -1
     table[first : first + len(CATEGORY_IDS)] = np.arange(len(CATEGORY_IDS))

@@ -1,4 +1,4 @@
-"""Panoptic truth as the truth of semantic segmentation and of instances."""
+"""Converts panoptic truth to that of semantic and instance segmentation."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def semantic_segments(class_map: Tensor, num_classes: int) -> tuple[Tensor, Tens
         num_classes: K.
 
     Returns:
-        segments ``(H, W)``, one for each class that occurs, by class; labels ``(M,)``.
+        segments ``(H, W)``, one for each class that occurs, in order of class; labels ``(M,)``.
     """
     classes = class_map.long()
     classes = torch.where((classes >= 0) & (classes < num_classes), classes, num_classes)
@@ -39,14 +39,14 @@ def semantic_segments(class_map: Tensor, num_classes: int) -> tuple[Tensor, Tens
 
 
 def task_view(info: DatasetInfo, task: str | None) -> tuple[DatasetInfo, Callable[[Sample], Sample]]:
-    """The classes of a data set with panoptic truth for a task, and the change to each sample.
+    """The classes of a data set with panoptic truth when opened for ``task``, and the conversion of its samples.
 
     Args:
-        info: its task is "panoptic".
-        task: "panoptic" (also for None), "semantic" or "instance".
+        info: the classes, for the task "panoptic".
+        task: "semantic", "instance" or "panoptic", the default.
 
     Returns:
-        The classes, and a function that can be pickled.
+        The classes, and a function that converts a sample and can be pickled.
 
     Raises:
         ValueError: the task is "instance" and no class is a thing.

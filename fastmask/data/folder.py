@@ -26,17 +26,17 @@ VOID_VALUE = 255
 
 
 def matches(root: Path) -> bool:
-    """The folder has this layout."""
+    """Whether the folder has this layout."""
     return (root / CLASSES_FILE).is_file()
 
 
 def open_folder(root: Path, split: str, task: str | None = None) -> LabelMapDataset:
-    """Images and label maps of the same names, with a list of classes; CamVid comes in this form.
+    """Images and label maps with the same names, and a list of classes; CamVid comes in this form.
 
     ``classes.json`` is a list of class names, or {"classes": [...], "void": a value or a list of values, "stuff":
-    [names], "palette": [[r, g, b], ...]}, where only "classes" is required. A label map is a PNG of one channel whose
-    pixels hold the index of a class or a void value: 255 by default, 65535 beyond 255 classes. Folders within the
-    folders may have any names.
+    [names], "palette": [[r, g, b], ...]}, where only "classes" is required. A label map is a PNG of one channel, whose
+    pixels hold the index of a class or a void value: by default 255, or 65535 with more than 255 classes. Subfolders
+    may have any names.
 
     Args:
         root: the folder with ``images``, ``annotations`` and ``classes.json``.
@@ -53,10 +53,10 @@ def open_folder(root: Path, split: str, task: str | None = None) -> LabelMapData
 
 
 def void_label(num_classes: int) -> int:
-    """The label of void pixels: 255, or 65535 where 255 is a class and label maps have 16 bits.
+    """The label of void pixels: 255, or 65535 if 255 is a class and label maps have 16 bits.
 
     Raises:
-        ValueError: more classes than 16 bits tell apart.
+        ValueError: there are too many classes for 16 bits.
     """
     if num_classes > MAX_LABEL:
         raise ValueError(f"{num_classes} classes; label maps hold at most {MAX_LABEL}")
@@ -64,7 +64,7 @@ def void_label(num_classes: int) -> int:
 
 
 def classes_content(info: DatasetInfo) -> dict[str, Any]:
-    """The content of ``classes.json`` for label maps in which :func:`void_label` is void."""
+    """The content of ``classes.json`` for label maps that mark void pixels by :func:`void_label`."""
     return {
         "classes": info.class_names,
         "void": void_label(info.num_classes),
@@ -90,7 +90,7 @@ def parse_classes(content: Any, path: str) -> tuple[DatasetInfo, np.ndarray]:
     void = content.get("void", ignore_index)
     void = void if isinstance(void, list) else [void]
     if not all(isinstance(value, int) and len(names) <= value <= MAX_LABEL for value in void):
-        raise ValueError(f'{path}: "void" is {void}; expected values in {len(names)}..{MAX_LABEL}, which are no class')
+        raise ValueError(f'{path}: "void" is {void}; expected values in {len(names)}..{MAX_LABEL}, not classes')
     stuff = content.get("stuff", [])
     if not isinstance(stuff, list) or not all(name in names for name in stuff):
         raise ValueError(f'{path}: "stuff" is {stuff}; expected names of classes')

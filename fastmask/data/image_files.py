@@ -1,4 +1,4 @@
-"""Data sets of images and their truth in files."""
+"""Data sets whose images and truth are files."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from fastmask.data.sample import Findings, Sample, SegmentationDataset
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 LABEL_MODES = ("L", "P", "1", "I", "I;16", "I;16L", "I;16B")
-MAX_LABEL = 2**16 - 1  # the greatest that a table has room for; pictures of 32 bits may hold more
-WHITE = 255  # in a mask that is stored as black and white
+MAX_LABEL = 2**16 - 1  # the greatest label in a table of classes; pictures of 32 bits may hold greater values
+WHITE = 255  # the foreground of a mask stored as a black and white picture
 INVALID = -2  # in a table of classes: values that a label map must not hold
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 Size = tuple[int, int]
@@ -37,7 +37,7 @@ class Entry(NamedTuple):
 
 
 class FileDataset(SegmentationDataset):
-    """Base of the data sets that read an image and its truth from files.
+    """Base class of data sets that read each image and its truth from files.
 
     Samples leave out annotations that draw no pixel, as the papers' data mappers do.
 
@@ -61,7 +61,7 @@ class FileDataset(SegmentationDataset):
         """Sample ``index``.
 
         Raises:
-            IndexError: no such sample.
+            IndexError: there is no such sample.
             ValueError: its files are broken; the message names them.
         """
         image = self.read_image(index)
@@ -74,19 +74,19 @@ class FileDataset(SegmentationDataset):
         return self.as_task(self._sample(index, image, truth).without_empty())
 
     def read_image(self, index: int) -> Tensor:
-        """``(3, H, W)`` uint8, upright."""
+        """The image, ``(3, H, W)`` uint8, upright."""
         return reading(self.entries[index].image, decode_picture)
 
     def read_truth(self, index: int) -> dict[str, Tensor]:
-        """The fields of a sample that hold its truth; called only where ``annotation_faults`` finds nothing."""
+        """The fields of a sample that hold its truth; called only if ``annotation_faults`` finds nothing."""
         raise NotImplementedError
 
     def as_task(self, sample: Sample) -> Sample:
-        """The sample for the task that the data set was opened for."""
+        """Converts the sample to the task for which the data set was opened."""
         return sample
 
     def annotation_faults(self, index: int) -> list[str]:
-        """What is wrong in the annotation itself, without its picture."""
+        """The faults of the annotation itself, without its picture."""
         return []
 
     def truth_header(self, index: int) -> Size:
@@ -105,7 +105,7 @@ class FileDataset(SegmentationDataset):
             size = _attempt(lambda: reading(picture, picture_size), faults)
         header = _attempt(lambda: self.truth_header(index), faults)
         if not full and size is not None and header is not None and size != header:
-            # The header may not tell how the picture is turned.
+            # The header may lack the picture's orientation.
             size = _attempt(lambda: _size(self.read_image(index)), faults)
         if size is not None and header is not None and size != header:
             faults.append(self._size_fault(index, size, header))
@@ -154,7 +154,7 @@ class LabelMapDataset(FileDataset):
         if (self._classes[0], white) != (0, -1) or not found[0] or not found[-1] or found[1:-1].any():
             return ""
         return (
-            f"only 0 ({self.info.class_names[0]}) and void occur, as in masks of 0 and {WHITE}: {WHITE} is void here, "
+            f"only 0 ({self.info.class_names[0]}) and void occur, as in masks of 0 and {WHITE}; here {WHITE} is void, "
             "and the second class is 1"
         )
 
@@ -165,7 +165,7 @@ def label_truth(values: np.ndarray, classes: np.ndarray) -> dict[str, Tensor]:
     Args:
         values: ``(H, W)`` non-negative integers.
         classes: the class of each value, -1 for void, ``INVALID`` for values that must not occur; values beyond the
-            table must not occur either.
+            end of the table must not occur, either.
 
     Raises:
         ValueError: a value that must not occur.
@@ -187,7 +187,7 @@ def label_truth(values: np.ndarray, classes: np.ndarray) -> dict[str, Tensor]:
 
 
 def _attempt(read: Callable[[], T], faults: list[str]) -> T | None:
-    """The result of ``read``, or None if it raises a ValueError, whose message goes to ``faults``."""
+    """The result of ``read``; if it raises a ValueError, appends its message to ``faults`` and returns None."""
     try:
         return read()
     except ValueError as error:
@@ -196,7 +196,7 @@ def _attempt(read: Callable[[], T], faults: list[str]) -> T | None:
 
 
 def reading(path: Path, read: Callable[[Path], T]) -> T:
-    """``read(path)``, whose errors become a ValueError that names the file."""
+    """``read(path)``; turns its errors into a ValueError that names the file."""
     try:
         return read(path)
     except FileNotFoundError:
@@ -207,12 +207,12 @@ def reading(path: Path, read: Callable[[Path], T]) -> T:
 
 
 def read_labels(path: Path) -> np.ndarray:
-    """``(H, W)`` non-negative integers of a label map of one channel, as stored: a palette is not applied."""
+    """The values ``(H, W)`` of a label map with one channel, non-negative integers; a palette is not applied."""
     return reading(path, decode_labels)
 
 
 def decode_labels(file: Path | BinaryIO) -> np.ndarray:
-    """What :func:`read_labels` reads, with errors that do not name the file."""
+    """Like :func:`read_labels`, with errors that do not name the file."""
     with Image.open(file) as image:
         if image.mode not in LABEL_MODES:
             raise ValueError(f"a label map of mode {image.mode}; expected one channel of integers")
@@ -240,7 +240,7 @@ def truth_size(truth: Mapping[str, Any]) -> Size:
 
 
 def files_below(folder: Path, suffixes: Collection[str], excluded: Collection[Path] = ()) -> Iterator[Path]:
-    """The files of a folder at any depth, in no order. Hidden files and folders, which begin with a dot, are left out.
+    """The files of a folder at any depth, unordered. Hidden files and folders, which begin with a dot, are left out.
 
     Args:
         folder: the folder to search.
@@ -258,8 +258,8 @@ def files_below(folder: Path, suffixes: Collection[str], excluded: Collection[Pa
 
 
 def list_files(folder: Path, suffixes: Collection[str], ending: str = "") -> dict[str, Path]:
-    """The :func:`files_below` a folder whose names end with ``ending`` before the suffix, by their path in the folder
-    without both.
+    """The :func:`files_below` a folder whose names end with ``ending`` and a suffix. The keys are their paths in the
+    folder without both.
 
     Raises:
         ValueError: two files have the same name.
@@ -276,7 +276,7 @@ def list_files(folder: Path, suffixes: Collection[str], ending: str = "") -> dic
 
 
 def paired(images: Mapping[str, Path], truths: Mapping[str, Path]) -> tuple[list[Entry], list[str]]:
-    """Images and truths of the same name, and a fault for each that has no partner."""
+    """Pairs images and truths by name; returns the pairs, and a fault for each file without a partner."""
     entries = [Entry(name, image, truths[name]) for name, image in images.items() if name in truths]
     faults = [f"{path}: no label map for this image" for name, path in images.items() if name not in truths]
     faults += [f"{path}: no image for this label map" for name, path in truths.items() if name not in images]
@@ -302,6 +302,6 @@ def _first(split: str, kind: str, candidates: Iterable[Path], exists: Callable[[
 
 
 def only_semantic(task: str | None, kind: str) -> None:
-    """Raises a ValueError for another task than "semantic"."""
+    """Raises a ValueError for a task other than "semantic"."""
     if task not in (None, "semantic"):
         raise ValueError(f"task={task!r}: {kind} has truth for semantic segmentation only")

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-MAX_SHOWN = 60  # characters of a wrong value
+MAX_SHOWN = 60  # characters of a wrong value in a message
 
 
 class Rule(NamedTuple):
@@ -15,7 +15,7 @@ class Rule(NamedTuple):
     Attributes:
         holds: whether a value is valid.
         expected: the valid values in words.
-        optional: the field may be missing.
+        optional: whether the field may be missing.
     """
 
     holds: Callable[[Any], bool]
@@ -24,7 +24,7 @@ class Rule(NamedTuple):
 
 
 def field_faults(entry: Any, rules: Mapping[str, Rule]) -> list[str]:
-    """The faults of an entry's fields, each in words."""
+    """The faults of an entry's fields, in words."""
     if not isinstance(entry, dict):
         return [f"{shown(entry)}; expected an object"]
     faults = []
@@ -38,16 +38,16 @@ def field_faults(entry: Any, rules: Mapping[str, Rule]) -> list[str]:
 
 
 def shown(value: Any) -> str:
-    """A value as JSON, cut if it is long."""
+    """A value as JSON, shortened if it is long."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def is_integer(value: Any) -> bool:
-    """``value`` is an integer, and not true or false."""
+    """Whether ``value`` is an integer, and not true or false."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value: Any, least: float, greatest: float) -> bool:
-    """``value`` is a number within the limits, and not NaN."""
+    """Whether ``value`` is a number within the limits, and not NaN."""
     return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= greatest

@@ -1,4 +1,4 @@
-"""Opens every data set; recognizes the layout of a folder."""
+"""Opens data sets of all kinds; recognizes the layout of a folder."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Layout(NamedTuple):
         matches: whether a folder has it.
         evidence: the files or folders by which it is recognized.
         open: opens a split of a folder for a task.
-        tasks: the tasks that it has truth for.
-        has_polygons: ``open`` takes ``skip_invalid``.
+        tasks: the tasks for which it has truth.
+        has_polygons: whether ``open`` takes ``skip_invalid``.
     """
 
     matches: Callable[[Path], bool]
@@ -63,26 +63,26 @@ LAYOUTS = {
 def open_dataset(
     path: str | Path, split: str, kind: str = "auto", task: str | None = None, *, skip_invalid: bool = False
 ) -> SegmentationDataset:
-    """The data set at a path.
+    """Opens the data set at a path.
 
-    Files and folders whose names begin with a dot are ignored. Images are turned as their EXIF orientation says; label
-    maps have none.
+    Files and folders whose names begin with a dot are ignored. Images are rotated as their EXIF orientation says; label
+    maps have no orientation.
 
     Args:
-        path: its folder; or a pattern of shards, as for :class:`fastmask.data.ShardDataset`; or "composed:scenes" for
-            the scenes that come with the package.
-        split: "train", "val", or another that the data set has.
+        path: the data set's folder; or a pattern of shards, as for :class:`fastmask.data.ShardDataset`; or
+            "composed:scenes" for the scenes that come with the package.
+        split: "train", "val", or another split of the data set.
         kind: the layout of the folder, one of "folder", "cityscapes", "ade20k", "ade20k-panoptic", "coco-panoptic",
-            "coco-instances" and "coco-stuff"; "auto" recognizes it. If a folder of ADE20K or COCO has several, a layout
-            made for the task comes first, and without a task the first of this list.
-        task: "semantic", "panoptic" or "instance"; the data set's own by default. Panoptic truth serves all three.
+            "coco-instances" and "coco-stuff"; "auto" recognizes it. If a folder of ADE20K or COCO has several layouts,
+            "auto" takes one made for the task or, without a task, the first in this list.
+        task: "semantic", "panoptic" or "instance"; by default the data set's own. Panoptic truth serves all three.
         skip_invalid: for "coco-instances": leave out invalid polygons, with a warning that counts them, instead of
             reporting them as faults.
 
     Raises:
-        FileNotFoundError: no such folder or shard, no such split in it, or an empty split.
+        FileNotFoundError: the folder, shard or split does not exist, or the split is empty.
         ImportError: the layout needs a package that is missing; the message names the extra that installs it.
-        ValueError: an unknown kind, layout or task, a task that the data set has no truth for, ``skip_invalid`` of a
+        ValueError: an unknown kind, layout or task, a task for which the data set has no truth, ``skip_invalid`` for a
             layout without polygons, or a JSON file that cannot be read.
     """
     if task not in (None, *TASKS):
@@ -97,7 +97,7 @@ def open_dataset(
         return ShardDataset(path, split, task)
     root = Path(path)
     if not root.is_dir():
-        raise FileNotFoundError(f"{root} is no folder")
+        raise FileNotFoundError(f"{root} is not a folder")
     if kind == "auto":
         kind = _layout_of(root, task)
     if kind not in LAYOUTS:
@@ -115,6 +115,6 @@ def _layout_of(root: Path, task: str | None) -> str:
     found = [kind for kind, layout in LAYOUTS.items() if layout.matches(root)]
     if not found:
         tried = "; ".join(f"{kind} ({layout.evidence})" for kind, layout in LAYOUTS.items())
-        raise ValueError(f"{root} has no layout that is known; expected one of {tried}")
+        raise ValueError(f"{root} has no known layout; expected one of {tried}")
     serving = [kind for kind in found if task in LAYOUTS[kind].tasks]
     return min(serving, key=lambda kind: len(LAYOUTS[kind].tasks)) if serving else found[0]

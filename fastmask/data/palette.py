@@ -8,7 +8,7 @@ GOLDEN_SECTION = 0.6180339887498949
 
 
 def distinct_colors(count: int) -> tuple[tuple[int, int, int], ...]:
-    """RGB colors in 0..255 whose neighbors differ: their hues lie a golden section of the circle apart."""
+    """RGB colors in 0..255, of which neighbors differ: their hues are a golden section of the circle apart."""
     colors = []
     for k in range(count):
         shade = k // 3 % 3

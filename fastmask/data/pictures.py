@@ -1,4 +1,4 @@
-"""Pictures of any kind as RGB pixels."""
+"""Decodes pictures of any kind to RGB pixels."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange height and width
+SIDEWAYS = (5, 6, 7, 8)  # orientations that swap height and width
 
 
 def decode_picture(file: Path | BinaryIO) -> Tensor:
-    """``(3, H, W)`` uint8 RGB of a file's first frame, turned as its EXIF orientation says.
+    """A file's first frame as ``(3, H, W)`` uint8 RGB, rotated as its EXIF orientation says.
 
     Gray, palette and CMYK pictures become RGB; transparent pixels become white; 16 bits become 8 by dropping the lower
     half, and floating point in 0..1 is scaled. Color profiles are not applied.
 
     Args:
-        file: in a format that Pillow reads.
+        file: a picture in a format that Pillow reads.
 
     Raises:
-        ValueError: values that no known scale brings to 8 bits.
+        ValueError: the values have an unknown range, so that they cannot be scaled to 8 bits.
         OSError and others of ``fastmask.data.image_files.UNREADABLE``: the file is missing or broken.
     """
     with Image.open(file) as image:
-        image.load()  # the orientation may stand behind the pixels
+        image.load()  # the orientation may be stored after the pixels
         turn = TURNS.get(_orientation(image))
         pixels = np.array(_rgb(image if turn is None else image.transpose(turn)))
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
 def picture_size(path: Path) -> tuple[int, int]:
-    """(H, W) of :func:`decode_picture`, as far as a file's header tells: the orientation of a PNG may stand behind its
-    pixels, and Pillow may give a TIFF's size as if it were turned already.
+    """(H, W) of :func:`decode_picture`, as far as a file's header tells: a PNG's orientation may be stored after its
+    pixels, and Pillow may report a TIFF's size as if it were already rotated.
     """
     with Image.open(path) as image:
         sideways = _orientation(image) in SIDEWAYS
@@ -56,9 +56,9 @@ def picture_size(path: Path) -> tuple[int, int]:
 def _orientation(image: Image.Image) -> Any:
     """The orientation in the EXIF data read so far; None if there is none or the data are damaged."""
     try:
-        # Not image.getexif(), which decodes a PNG in search of it.
+        # Not image.getexif(), which decodes a whole PNG to find the orientation.
         return Image.Image.getexif(image).get(ExifTags.Base.Orientation)
-    except Exception:  # Pillow raises errors of many kinds for damaged EXIF, which other readers pass over
+    except Exception:  # Pillow raises errors of many kinds for damaged EXIF data, which other readers ignore
         return None
 
 
@@ -72,7 +72,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(values: np.ndarray) -> np.ndarray:
-    """``(H, W)`` uint8 of integers in 0..65535 or floating point in 0..1."""
+    """Scales integers in 0..65535 or floating point in 0..1 to ``(H, W)`` uint8."""
     floating = values.dtype.kind == "f"
     limit = 1 if floating else 2**16 - 1
     low, high = values.min(), values.max()

@@ -1,4 +1,4 @@
-"""The samples of data sets, the description of their classes, and batches for the models."""
+"""Samples of data sets, the description of their classes, and batches for the models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from fastmask.targets import PADDING_LABEL, Targets
 
 TASKS = ("semantic", "panoptic", "instance")
-VOID = -1  # of a sample's segment map
+VOID = -1  # the void value of a sample's segment map
 
 
 class Sample(NamedTuple):
@@ -25,12 +25,12 @@ class Sample(NamedTuple):
         image: ``(3, H, W)`` uint8, RGB.
         labels: ``(M,)`` int64, the class of each segment, an index into the data set's ``info.class_names``.
         segments: ``(H, W)`` int16 (int32 beyond 32767 segments), the index ``0..M-1`` of the segment that owns the
-            pixel, -1 at void. None if ``masks`` is given.
+            pixel; -1 is void. None if ``masks`` is given.
         masks: ``(M, H, W)`` bool, for instances, which may overlap; pixels without a mask are background.
-        crowd: ``(M,)`` bool, True for a region of several things that the annotation does not separate. It is no target
-            of training, where its pixels are void, and predictions inside it are no errors. None if there is none.
+        crowd: ``(M,)`` bool, True for a region of several things that the annotation does not separate. It is not a
+            training target (its pixels become void), and predictions inside it are not errors. None if there is none.
         areas: ``(M,)`` float32, the areas in pixels that the annotation states, by which COCO's AP sorts objects into
-            small, medium and large. None if it states none, or after the image was resized or cropped.
+            small, medium and large. None if it states none, or if the image was resized or cropped.
         name: the unique name of the image in its data set: its path in the folder of images, without the suffix unless
             two images would then share a name.
     """
@@ -49,31 +49,31 @@ class Sample(NamedTuple):
         return self.image.shape[-2], self.image.shape[-1]
 
     def class_map(self, ignore_index: int = 255) -> Tensor:
-        """``(H, W)`` int64, the class of each pixel, ``ignore_index`` at void.
+        """``(H, W)`` int64, the class of each pixel; ``ignore_index`` for void.
 
         Raises:
             ValueError: the sample has masks instead of a segment map.
         """
         if self.segments is None:
             raise ValueError(f"{self.name}: instances have no class map; open the data set for another task")
-        # Void, -1, reads the last entry.
+        # Void pixels, -1, read the last entry.
         return torch.cat([self.labels, self.labels.new_tensor([ignore_index])])[self.segments.long()]
 
     def pixels_of_segments(self) -> Tensor:
-        """``(M,)`` int64, the pixels of each segment or mask."""
+        """``(M,)`` int64, the number of pixels of each segment or mask."""
         if self.segments is None:
             return self._own_masks().flatten(1).sum(1)
         return torch.bincount(self.segments.flatten() - VOID, minlength=len(self.labels) + 1)[1:]
 
     def pixels_of_classes(self, num_classes: int) -> Tensor:
-        """``(K+1,)`` int64, the pixels of each class and, last, of void: 0 if ``masks`` is given."""
+        """``(K+1,)`` int64, the number of pixels of each class and, last, of void (0 if ``masks`` is given)."""
         pixels = self.labels.new_zeros(num_classes + 1).index_add_(0, self.labels, self.pixels_of_segments())
         if self.segments is not None:
             pixels[num_classes] = self.segments.numel() - pixels.sum()
         return pixels
 
     def without_empty(self) -> Sample:
-        """The sample without segments or masks that have no pixel."""
+        """The sample without those segments or masks that have no pixel."""
         kept = self.pixels_of_segments() > 0
         if kept.all():
             return self
@@ -87,7 +87,7 @@ class Sample(NamedTuple):
 
     def _own_masks(self) -> Tensor:
         if self.masks is None:
-            raise ValueError(f"{self.name}: a sample needs segments or masks")
+            raise ValueError(f"{self.name}: expected segments or masks")
         return self.masks
 
 
@@ -96,7 +96,7 @@ class Findings(NamedTuple):
 
     Attributes:
         faults: the faults found, each with the file's name.
-        pixels: ``(K+1,)`` int64, the pixels of each class and, last, of void; None if they were not counted.
+        pixels: ``(K+1,)`` int64, the number of pixels of each class and, last, of void; None if not counted.
         empty: the number of annotations that draw no pixel and are left out.
     """
 
@@ -107,12 +107,12 @@ class Findings(NamedTuple):
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """The classes of a data set and the task it is opened for.
+    """The classes of a data set, and the task for which it is opened.
 
     Args:
         class_names: the names of the classes 0..K-1.
-        task: "semantic" (a segment for each class of an image), "panoptic" (a segment for each thing, and one for each
-            class of stuff) or "instance" (a mask for each thing; all classes are things).
+        task: "semantic" (a segment for each class in an image), "panoptic" (a segment for each thing, and one for each
+            stuff class) or "instance" (a mask for each thing; all classes are things).
         stuff_classes: the indices of stuff classes; the others are things.
         palette: an RGB color, 0..255, for each class, or None.
         ignore_index: the value of void pixels in class maps, outside 0..K-1.
@@ -155,7 +155,7 @@ class SegmentationDataset(Dataset[Sample]):
 
     Attributes:
         info: its classes and its task.
-        split: "train", "val" or the like.
+        split: the split's name, such as "train" or "val".
     """
 
     info: DatasetInfo
@@ -168,11 +168,11 @@ class SegmentationDataset(Dataset[Sample]):
         raise NotImplementedError
 
     def inspect(self, index: int, full: bool) -> Findings:
-        """Looks at the files of sample ``index``; see ``check_dataset``.
+        """Inspects the files of sample ``index``; see ``check_dataset``.
 
         Args:
             index: 0..len-1.
-            full: decode image and truth, rather than read their headers only.
+            full: decode image and truth, rather than read only their headers.
         """
         return Findings()
 
@@ -184,22 +184,22 @@ class SegmentationDataset(Dataset[Sample]):
         """A sentence that says why classes may have no pixel, or "".
 
         Args:
-            pixels: ``(K+1,)`` of the whole set, as in :class:`Findings`.
+            pixels: ``(K+1,)``, pixels of the whole set, as in :class:`Findings`.
         """
         return ""
 
 
 def collate(samples: Sequence[Sample]) -> tuple[Tensor | list[Tensor], Targets]:
-    """A batch as the models take it: the ``collate_fn`` of a ``DataLoader``.
+    """Batches samples for the models: the ``collate_fn`` of a ``DataLoader``.
 
-    Crowd regions are no targets; their pixels become void unless a target owns them too.
+    Crowd regions are not targets; their pixels become void unless a target also owns them.
 
     Returns:
-        images: ``(B, 3, H, W)`` float32 in 0..1, or a list of ``(3, H_b, W_b)`` where sizes differ.
-        targets: of the images' largest height and width; pixels beyond a smaller image are void.
+        images: ``(B, 3, H, W)`` float32 in 0..1, or a list of ``(3, H_b, W_b)`` if sizes differ.
+        targets: the targets, of the images' largest height and width; pixels beyond a smaller image are void.
 
     Raises:
-        ValueError: no samples, or samples with segment maps beside samples with masks.
+        ValueError: there are no samples, or some have segment maps and others masks.
     """
     if len(samples) == 0:
         raise ValueError("samples is empty; expected at least one")
@@ -236,7 +236,7 @@ def collate(samples: Sequence[Sample]) -> tuple[Tensor | list[Tensor], Targets]:
 
 
 def _target_map(segments: Tensor, keep: Tensor, dtype: torch.dtype, void: int) -> Tensor:
-    """``(H, W)`` the index of each pixel's segment among the kept ones, void elsewhere."""
+    """``(H, W)``, the index of each pixel's segment among the kept segments; ``void`` elsewhere."""
     lookup = torch.where(keep, keep.cumsum(0) - 1, void)
     return torch.cat([lookup, lookup.new_tensor([void])]).to(dtype)[segments.long()]
 

@@ -1,4 +1,4 @@
-"""WebDataset shards: tar files that are read from front to back, for data that no single disk holds."""
+"""WebDataset shards: tar files that are read sequentially, for data too large for a single disk."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ from fastmask.files import read_json, replace_file, write_json
 COUNTS_FILE = "shards.json"
 LABELS, IDS, SEGMENTS = "labels.png", "panoptic.png", "segments.json"
 SHARD_NAME = re.compile(r"[^/\s]+\.tar\b")
-SHUFFLE_BUFFER = 1000  # samples, not decoded yet
+SHUFFLE_BUFFER = 1000  # samples, not yet decoded
 
-RawSample = dict[str, Any]  # the bytes of each file of a sample by its suffix; "__key__" and "__url__"
+RawSample = dict[str, Any]  # the bytes of a sample's files by suffix, and its "__key__" and "__url__"
 T = TypeVar("T")
 
 
@@ -54,27 +54,27 @@ def is_url(path: str) -> bool:
 class ShardDataset(SegmentationDataset):
     """Samples in the tar files of a pattern, such as ``/data/train-{000000..000127}.tar``.
 
-    The name of a shard begins with its split and a hyphen. Beside the shards are ``classes.json``, as in a plain
-    folder, and ``shards.json``, the number of samples of each shard by its name: {"train-000000.tar": 1000, ...}. A
-    sample KEY has an image, ``KEY.jpg`` or another format, and either ``KEY.labels.png``, a label map as in a plain
-    folder, or ``KEY.panoptic.png`` and ``KEY.segments.json``: segment ids R + 256 G + 65536 B, 0 at void, and a list of
-    {"id", "category_id", "iscrowd"}, where the category is the index of a class. :func:`write_shards` writes all of it.
+    The name of a shard begins with its split and a hyphen. The folder of the shards also holds ``classes.json``, as in
+    a plain folder, and ``shards.json``, the number of samples of each shard: {"train-000000.tar": 1000, ...}. A sample
+    KEY has an image, ``KEY.jpg`` or another format, and either ``KEY.labels.png``, a label map as in a plain folder, or
+    ``KEY.panoptic.png`` and ``KEY.segments.json``: segment ids R + 256 G + 65536 B (0 is void), and a list of
+    {"id", "category_id", "iscrowd"}, where the category is the index of a class. :func:`write_shards` writes all these.
 
     Shards are local files or URLs that webdataset opens ("https:", "gs:", "pipe:COMMAND"). Training reads them with a
-    :class:`ShardStream`. ``dataset[i]`` reads the shard from its beginning, or on from the last sample: reading in
-    order, as evaluation does, costs one pass in each process. ``check_dataset`` does not read shards: broken samples
+    :class:`ShardStream`. ``dataset[i]`` reads the shard from its beginning, or continues from the last sample: reading
+    in order, as in evaluation, takes one pass in each process. ``check_dataset`` does not read shards: broken samples
     raise errors when they are read.
 
     Args:
-        pattern: paths or URLs with ranges and lists in braces; local paths may have ``*``. Shards of other splits are
-            passed over, so that ``/data/*.tar`` serves all splits.
-        split: "train", "val" or another that the shards have.
-        task: "semantic", "panoptic" or "instance"; by default what the truth of the first sample is made for.
+        pattern: paths or URLs with ranges and lists in braces; local paths may contain ``*``. Shards of other splits
+            are ignored, so that ``/data/*.tar`` serves all splits.
+        split: "train", "val" or another split of the shards.
+        task: "semantic", "panoptic" or "instance"; by default the task of the first sample's truth.
 
     Raises:
-        FileNotFoundError: no shard of the split.
+        FileNotFoundError: the split has no shard.
         ImportError: webdataset is missing.
-        ValueError: a JSON file or the first sample cannot be read, or a task that the truth does not serve.
+        ValueError: a JSON file or the first sample cannot be read, or there is no truth for the task.
     """
 
     def __init__(self, pattern: str | Path, split: str, task: str | None = None):
@@ -87,7 +87,7 @@ class ShardDataset(SegmentationDataset):
         self.counts = [counts.get(_shard_name(url), 0) if isinstance(counts, dict) else 0 for url in urls]
         for url, count in zip(urls, self.counts, strict=True):
             if not isinstance(count, int) or count < 1:
-                raise ValueError(f"{COUNTS_FILE} beside {url} has no number of samples for {_shard_name(url)}")
+                raise ValueError(f"{COUNTS_FILE} of {url} has no number of samples for {_shard_name(url)}")
         self._starts = list(itertools.accumulate(self.counts, initial=0))
         self._reader: tuple[tuple[int, int], int, Iterator[RawSample]] | None = None
         info, self._classes = parse_classes(_read_beside(urls[0], CLASSES_FILE), f"{CLASSES_FILE} beside {urls[0]}")
@@ -109,10 +109,10 @@ class ShardDataset(SegmentationDataset):
         return {**vars(self), "_reader": None}
 
     def read(self, shard: int) -> Iterator[RawSample]:
-        """The samples of a shard in their order, not decoded.
+        """The samples of a shard in order, not decoded.
 
         Raises:
-            ValueError: the shard cannot be read, or has another number of samples than ``shards.json`` says.
+            ValueError: the shard cannot be read, or its number of samples differs from ``shards.json``.
         """
         with extra("shards"):
             import webdataset
@@ -127,7 +127,7 @@ class ShardDataset(SegmentationDataset):
             raise ValueError(f"{url}: {count} samples; {COUNTS_FILE} says {self.counts[shard]}")
 
     def decode(self, raw: RawSample) -> Sample:
-        """The sample of the bytes that :meth:`read` gives.
+        """Decodes a sample from the bytes that :meth:`read` returns.
 
         Raises:
             ValueError: a file is missing or broken; the message names it.
@@ -163,25 +163,25 @@ class ShardDataset(SegmentationDataset):
 
 
 class ShardStream(IterableDataset[Sample]):
-    """The endless training samples of one process; a ``DataLoader`` makes batches of ``batch_size`` of them.
+    """An endless stream of training samples for one process, which a ``DataLoader`` batches by ``batch_size``.
 
-    Every worker of every process has its own share of the shards, dealt anew in each epoch by ``(seed, epoch)``, reads
-    it once, shuffles it in a buffer of 1000 samples, and goes on to its next epoch. The samples and their augmentation
-    depend only on the seed, the numbers of processes and workers, and the batch size. A stream that starts at batch n
-    continues with the samples that an uninterrupted one would give: whole epochs are skipped, and the current one is
-    read again up to that place without decoding.
+    In each epoch, ``(seed, epoch)`` deals the shards to the workers of all processes. A worker reads its shards once,
+    shuffles the samples in a buffer of 1000, and goes on to the next epoch. The samples and their augmentation depend
+    only on the seed, the numbers of processes and workers, and the batch size. A stream that starts at batch n
+    continues with the same samples as an uninterrupted stream: it skips whole epochs, and reads the current one up to
+    that point without decoding.
 
     Args:
-        dataset: to read.
+        dataset: the shards to read.
         transform: the augmentation.
         seed: an integer, not negative.
-        batch_size: samples of each batch of this process.
+        batch_size: samples per batch of this process.
         first_batch: the number of batches to skip.
-        rank: of this process.
+        rank: the rank of this process.
         world_size: the number of processes.
 
     Raises:
-        ValueError: on reading: fewer shards than processes times workers, or a broken shard.
+        ValueError: while reading: fewer shards than processes times workers, or a broken shard.
     """
 
     def __init__(
@@ -204,7 +204,7 @@ class ShardStream(IterableDataset[Sample]):
         counts = np.array(self.dataset.counts)
         worker = get_worker_info()
         workers = 1 if worker is None else worker.num_workers
-        # The loader asks its workers in turn for a batch each, from worker 0 on, wherever it starts.
+        # The loader always requests its first batch from worker 0, the next from worker 1, and so on.
         part = (self.first_batch + (0 if worker is None else worker.id)) % workers
         share, shares = self.rank * workers + part, self.world_size * workers
         if len(counts) < shares:
@@ -232,20 +232,20 @@ def write_shards(
 ) -> list[Path]:
     """Writes a data set with segment maps as the shards that :class:`ShardDataset` reads.
 
-    Images of data sets of files are copied, others are written as PNG. Samples are written in random order, since
-    training shuffles no further than a buffer reaches. Splits of one data set go to one folder, one after the other.
+    Image files are copied; images from other sources are written as PNG. Samples are written in random order, since
+    training shuffles only within a buffer. Write the splits of a data set to the same folder, one after another.
 
     Args:
-        dataset: for semantic or panoptic segmentation.
-        folder: to write to.
-        samples_per_shard: the last shard may have fewer.
-        seed: of the order.
+        dataset: a data set opened for semantic or panoptic segmentation.
+        folder: the folder to write to.
+        samples_per_shard: samples per shard; the last shard may have fewer.
+        seed: the seed of the order.
 
     Returns:
-        The shards.
+        The paths of the shards.
 
     Raises:
-        ValueError: instances, which may overlap, or an argument out of range.
+        ValueError: the data set has instances, which may overlap, or an argument is out of range.
     """
     with extra("shards"):
         import webdataset

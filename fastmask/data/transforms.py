@@ -1,7 +1,7 @@
-"""The papers' augmentations, with Pillow, which the papers' code resizes with and data sets need anyway.
+"""The papers' augmentations, with Pillow, which the papers' code uses for resizing and data sets need anyway.
 
-Of the libraries for augmentation, albumentations has had no maintainer since June 2025 (the license of its successor,
-AGPL, is incompatible with ours), and kornia takes five times as long to resize an image on a CPU.
+Among the augmentation libraries, albumentations has been unmaintained since June 2025 (its successor's license, AGPL,
+is incompatible with ours), and kornia takes five times as long to resize an image on a CPU.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Transform = Callable[[Sample, np.random.Generator], Sample]
 
 @dataclass(frozen=True)
 class Compose:
-    """Several transforms, one after the other."""
+    """Applies several transforms in order."""
 
     transforms: tuple[Transform, ...]
 
@@ -36,8 +36,8 @@ class Sometimes:
     """Applies a transform with some probability.
 
     Args:
-        transform: to apply.
-        probability: 0..1.
+        transform: the transform to apply.
+        probability: the probability, 0..1.
     """
 
     transform: Transform
@@ -49,11 +49,11 @@ class Sometimes:
 
 @dataclass(frozen=True)
 class ResizeShortSide:
-    """Resizes to a random length of the shorter side; the longer side follows, up to a limit.
+    """Resizes the shorter side to a random length; the longer side follows, up to a limit.
 
     Args:
         sides: the lengths to choose from, in pixels.
-        max_side: of the longer side; None for no limit.
+        max_side: the limit of the longer side, in pixels; None for no limit.
     """
 
     sides: tuple[int, ...]
@@ -63,7 +63,7 @@ class ResizeShortSide:
         return resized(sample, self._new_size(sample.size, self.sides[rng.integers(len(self.sides))]))
 
     def of_image(self, image: Tensor) -> Tensor:
-        """Resizes an image ``(3, H, W)`` uint8 without truth, to the first of the sides."""
+        """Resizes an image ``(3, H, W)`` uint8 without truth to the first of ``sides``."""
         return resized_image(image, self._new_size(image.shape[1:], self.sides[0]))
 
     def _new_size(self, size: Sequence[int], side: int) -> tuple[int, int]:
@@ -76,14 +76,14 @@ class ResizeShortSide:
 
 @dataclass(frozen=True)
 class ResizeJitter:
-    """Resizes so that the image fits into a frame times a random scale: the first half of large-scale jitter.
+    """Resizes the image to fit into a frame scaled by a random factor: the first half of large-scale jitter.
 
     Simple Copy-Paste (Ghiasi et al. 2021, arXiv:2012.07177), section 3. A crop to the frame is the other half. Images
-    that become smaller than the frame are not padded here, because batches are.
+    that become smaller than the frame are not padded here, because batches are padded later.
 
     Args:
         size: (height, width) of the frame.
-        scales: the least and the greatest scale.
+        scales: the smallest and the largest factor.
     """
 
     size: tuple[int, int]
@@ -97,14 +97,14 @@ class ResizeJitter:
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """Crops a random part; a side that is smaller than the crop's keeps its length.
+    """Crops a random part; a side that is smaller than that of the crop keeps its length.
 
-    With a limit, the crop is drawn again while it has only one class or a class exceeds its share of the labeled
-    pixels, at most ten times.
+    With a limit, the crop is drawn again, at most ten times, while it has only one class or while a class exceeds the
+    limit among its labeled pixels.
 
     Args:
         size: (height, width) of the crop.
-        max_category_share: the limit, 0..1; 1 for no limit. It applies to segment maps only.
+        max_category_share: the limit, 0..1; 1 for no limit. It applies only to segment maps.
     """
 
     size: tuple[int, int]
@@ -133,8 +133,8 @@ class RandomSizeCrop:
     """Crops a random part of a random size; a side that is smaller than ``least`` keeps its length.
 
     Args:
-        least: the least height and width, in pixels.
-        greatest: the greatest height and width.
+        least: the smallest height and width, in pixels.
+        greatest: the largest height and width, in pixels.
     """
 
     least: int
@@ -147,7 +147,7 @@ class RandomSizeCrop:
 
 @dataclass(frozen=True)
 class RandomFlip:
-    """Mirrors left and right."""
+    """Mirrors left and right with a given probability."""
 
     probability: float = 0.5
 
@@ -165,10 +165,10 @@ class ColorJitter:
     SSD (Liu et al. 2016, arXiv:1512.02325), section 3.6: contrast changes before or after the color.
 
     Args:
-        brightness: the greatest change, on a scale of 255.
-        contrast: the least and the greatest factor.
-        saturation: the least and the greatest factor.
-        hue: the greatest change, in degrees.
+        brightness: the largest change, on a scale of 255.
+        contrast: the smallest and the largest factor.
+        saturation: the smallest and the largest factor.
+        hue: the largest change, in degrees.
     """
 
     brightness: float = 32.0
@@ -177,7 +177,7 @@ class ColorJitter:
     hue: float = 36.0
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        # Unused numbers are drawn too, so that each number has a fixed place in the sequence.
+        # Unused numbers are drawn, too, so that each number has a fixed place in the sequence.
         use_brightness, contrast_first, use_contrast, use_saturation, use_hue = rng.random(5) < 0.5
         shift = rng.uniform(-self.brightness, self.brightness)
         factor, saturation = rng.uniform(*self.contrast), rng.uniform(*self.saturation)
@@ -209,9 +209,9 @@ def semantic_augmentation(
 ) -> Compose:
     """The augmentation of MaskFormer and Segmenter for semantic segmentation.
 
-    The shorter side is ``scales`` times ``short_side`` in steps of 0.1; then crop, color and flip. MaskFormer uses
-    these defaults for ADE20K, and (512, 1024), 1024 and 4096 for Cityscapes. Segmenter limits a class to 0.75 of the
-    crop.
+    The shorter side is resized to ``scales`` times ``short_side`` in steps of 0.1, followed by crop, color jitter and
+    flip. The defaults are MaskFormer's for ADE20K; for Cityscapes it uses (512, 1024), 1024 and 4096. Segmenter limits
+    a class to 0.75 of the crop.
     """
     least, greatest = (round(10 * scale) for scale in scales)
     sides = tuple(short_side * tenths // 10 for tenths in range(least, greatest + 1))
@@ -229,8 +229,8 @@ def detr_augmentation(
 ) -> Compose:
     """The augmentation of DETR (Carion et al. 2020, arXiv:2005.12872, appendix A.4) and MaskFormer for COCO.
 
-    Flip; half of the time a crop of 384 to 600 pixels a side, from the image resized to a shorter side of 400, 500 or
-    600; then a shorter side of ``scales`` times ``short_side`` in steps of 32 pixels.
+    The image is flipped; half of the time it is resized to a shorter side of 400, 500 or 600 and cropped to sides of
+    384 to 600 pixels; then it is resized to a shorter side of ``scales`` times ``short_side`` in steps of 32 pixels.
     """
     least, greatest = (round(scale * short_side) for scale in scales)
     crop = Compose((ResizeShortSide((400, 500, 600)), RandomSizeCrop(384, 600)))
@@ -239,7 +239,7 @@ def detr_augmentation(
 
 
 def resized(sample: Sample, size: Sequence[int]) -> Sample:
-    """Resizes a sample: the image bilinearly, smoothed where it shrinks, and its truth by the nearest pixel.
+    """Resizes a sample: the image bilinearly, with antialiasing, and its truth by the nearest pixel.
 
     Args:
         sample: the sample to resize.
@@ -263,12 +263,12 @@ def resized_image(image: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _nearest(length: int, new_length: int) -> Tensor:
-    """The pixel below the center of each new pixel."""
+    """The pixel that contains the center of each new pixel."""
     return ((2 * torch.arange(new_length) + 1) * length).div(2 * new_length, rounding_mode="floor")
 
 
 def _mapped(sample: Sample, change: Callable[[Tensor], Tensor], image: Tensor | None = None) -> Sample:
-    """The sample with changed planes, without the segments that lost their last pixel."""
+    """The sample with changed planes, without segments that have no pixels left."""
     segments, masks = (None if planes is None else change(planes) for planes in (sample.segments, sample.masks))
     image = change(sample.image) if image is None else image
     return sample._replace(image=image, segments=segments, masks=masks, areas=None).without_empty()

@@ -1,7 +1,7 @@
-"""Networks as programs that run without their Python code: ``torch.export`` and ONNX.
+"""Exports networks as programs that run without their Python code: ``torch.export`` and ONNX.
 
-A program holds the weights of the network in evaluation mode and float32, and everything from images to results:
-normalization, padding, and resizing to the image's size. Its inputs and outputs by task:
+A program holds the network's weights in float32, in evaluation mode, and all steps from images to results:
+normalization, padding, and resizing to the image's size. Its inputs and outputs depend on the task:
 
 ======== ====================== ======================================================================================
 task     inputs                 outputs
@@ -16,13 +16,13 @@ events   waveforms (B, S)       frame_probabilities (B, K, T) and clip_probabili
 
 Images are float32 in 0..1, waveforms float32 at the network's sample rate.
 
-A Segmenter predicts in windows. Its program does so, too, with all windows at once, if the ``size`` of the images is
-given. Without a ``size`` the number of windows is unknown, and the program predicts whole images, as its "logits" do:
-6 to 65 % of the labels then differ from those of ``predict``, except with ``predict(window=0)``. A warning says so, and
-"window" in the file's metadata gives the windows of a program that has them.
+A Segmenter predicts in windows. If the ``size`` of the images is given, so does its program, with all windows at once.
+Without a ``size`` the number of windows is unknown, so the program predicts whole images, as the task "logits" always
+does: 6% to 65% of the labels then differ from those of ``predict``, but not from ``predict(window=0)``. A warning says
+so, and "window" in the file's metadata gives the windows of a program that has them.
 
-A MaskFormer's portable program holds the mask logits of N queries at the size of the image, N * H * W floats an image,
-where fastmask's own kernels hold a strip of them; ``portable=False`` keeps the kernels.
+A MaskFormer's portable program holds the mask logits of N queries at the size of the image, N * H * W floats per image,
+whereas fastmask's kernels hold one strip of them; ``portable=False`` keeps the kernels.
 """
 
 from fastmask.export.onnx_file import OPSET, export_onnx

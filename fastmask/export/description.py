@@ -1,4 +1,4 @@
-"""The files of programs: their paths and their metadata."""
+"""Paths and metadata of exported files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from fastmask.models._base import PretrainedModel
 from fastmask.version import __version__
 
-# Fields of a configuration that users of a program may need, besides the names of the classes.
+# Fields of a configuration that users of a program may need, in addition to the names of the classes.
 DESCRIBED = (
     *("num_classes", "stuff_classes", "ignore_index", "pixel_mean", "pixel_std", "size_divisibility", "patch_size"),
     *("sample_rate", "frame_seconds", "median_seconds"),
@@ -16,8 +16,8 @@ DESCRIBED = (
 
 
 def describe(model: PretrainedModel, task: str, window: tuple[int, int] | None) -> dict[str, str]:
-    """The metadata of a program's file: every value is a string, lists are JSON. A program that predicts in windows has
-    their size and stride as "window"."""
+    """The metadata of a program's file: every value is a string; lists are JSON. If a program predicts in windows,
+    "window" holds their size and stride."""
     config = model.config
     values = {name: getattr(config, name) for name in DESCRIBED if hasattr(config, name)}
     return {

@@ -24,8 +24,8 @@ from fastmask.files import replace_file
 from fastmask.models._base import PretrainedModel
 from fastmask.models._images import Size
 
-OPSET = 18  # what PyTorch's exporter writes without conversion
-MOST_BYTES = 2**31 - 2**24  # of weights: protobuf's limit, less what the graph may take
+OPSET = 18  # PyTorch's exporter writes this opset without conversion
+MAX_BYTES = 2**31 - 2**24  # of weights: protobuf's limit, less room for the graph
 LOUD = ("torch.onnx", "onnxscript", "onnx_ir")
 
 
@@ -40,16 +40,16 @@ def export_onnx(
     window: int | tuple[int, int] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Writes a network as an ONNX file of opset 18, whole or not at all.
+    """Writes a network as an ONNX file of opset 18, atomically.
 
-    Its images are float32 in 0..1; with images in 0..255 it gives wrong labels without an error. It holds standard
-    operators only and all weights, in float32 for every dtype of the network. Inputs and outputs have the names that
-    :mod:`fastmask.export` lists; open dimensions are called "batch", "height", "width" and "samples".
+    The input images are float32 in 0..1; images in 0..255 give wrong labels without an error. The file contains only
+    standard operators and all weights, in float32 whatever the dtype of the network. Inputs and outputs have the names
+    that :mod:`fastmask.export` lists; open dimensions are called "batch", "height", "width" and "samples".
     ``metadata_props`` has "fastmask_version", "model", "task", "class_names" (a JSON list), and more of the
     configuration. The network does not change.
 
-    A MaskFormer's labels and scores take N * H * W floats an image for its masks at the size of the image, and
-    K * H * W for the scores: 100 queries at 1024 x 2048 are 840 MB. Where that is too much, export "logits".
+    For labels and scores, a MaskFormer takes N * H * W floats per image for its masks at the size of the image, and
+    K * H * W for the scores: 100 queries at 1024 x 2048 are 840 MB. If that is too much, export "logits".
 
     Args:
         model: a network of :mod:`fastmask.models`.
@@ -68,7 +68,7 @@ def export_onnx(
         _require(package)
     task = check_task(model, task)
     nbytes = 4 * sum(value.numel() for value in model.state_dict().values())
-    if nbytes > MOST_BYTES:
+    if nbytes > MAX_BYTES:
         raise ValueError(f"the weights take {nbytes / 1e9:.1f} GB; an ONNX file holds 2 GB")
     on_cpu = model if next(model.parameters()).device.type == "cpu" else copy.deepcopy(model).cpu()
     program = export_program(
@@ -99,7 +99,7 @@ def _convert(program: ExportedProgram, dims: dict[int, str]) -> Any:
             opset_version=OPSET,
             verbose=False,
         )
-    assert exported is not None  # as it is with dynamo=False
+    assert exported is not None  # it is None only with dynamo=False
     proto = exported.model_proto
     _rename_dims(proto, symbols)
     return proto

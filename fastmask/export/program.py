@@ -1,4 +1,4 @@
-"""Networks as programs of ``torch.export``."""
+"""Exports networks as programs of ``torch.export``."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from fastmask.ops._registry import choose_backend
 from fastmask.ops.semantic import SEMANTIC_INFERENCE
 
 METADATA_FILE = "fastmask.json"
-# Batch sizes and sides of the inputs to trace with, and of those to run the program with afterwards: smaller and
-# larger, multiples and not. The unit of sides is the network's padding.
+# (batch size, (height, width)) of the input to trace with, then of inputs to try the program on: smaller and larger
+# ones, with sides that are multiples of the network's padding, the unit here, and sides that are not.
 IMAGES = ((2, (4.6, 6.7)), (1, (2.1, 9.0)), (3, (7.0, 3.4)))
 CLIPS = ((2, (24.3,)), (1, (31.7,)), (3, (17.0,)))
-# Their padding to whole windows takes minutes to trace for open sizes, and the program then holds for one size only.
+# For open sizes, their padding to whole windows takes minutes to trace, and the program then works for only one size.
 FIXED_SIZE_BACKBONES = ("swin", "swinv2", "maskformer-swin", "donut-swin")
 
 
@@ -45,8 +45,8 @@ def export_program(
     """Exports a network, from images (or waveforms) to results, as a program of ``torch.export``.
 
     See :mod:`fastmask.export` for its inputs and outputs. ``program.module()(images)`` runs it and returns a dict of
-    the outputs. The network does not change: a copy of it in evaluation mode and float32 is traced on the network's
-    device, where the program will run.
+    the outputs. The network does not change: a copy of it, in evaluation mode and float32, is traced on the network's
+    device, which is also the program's.
 
     Args:
         model: a network of :mod:`fastmask.models`.
@@ -57,17 +57,16 @@ def export_program(
         batch_size: the number of images or clips at a time; None for any number.
         output_size: (height, width) of labels or scores; by default that of the images. It requires ``size``.
         window: (size, stride) of the windows of a Segmenter's labels and scores, as for its ``predict``; it requires
-            ``size``. 0 for whole images. By default the configured windows with a ``size``, and whole images without
-            one, with a warning, because their labels differ.
-        portable: True for a program of PyTorch's own operators, which runs without fastmask. False to keep fastmask's
-            operators, with their kernels and without N masks at full size; such a program loads after
-            ``import fastmask``.
+            ``size``. 0 predicts whole images. By default, the configured windows if there is a ``size``; otherwise
+            whole images, with a warning, because their labels differ.
+        portable: True uses PyTorch's operators only, so that the program runs without fastmask. False keeps fastmask's
+            operators, which need not store N masks at full size; such a program loads after ``import fastmask``.
 
     Raises:
-        TypeError: not one of our networks, or sizes or a window of the wrong type.
+        TypeError: the model is not a network of fastmask, or sizes or a window have the wrong type.
         ValueError: an unknown task, sizes below 1, a window that is out of range or does not fit the other arguments,
-            or a network that cannot leave open what is None; the message says what to give.
-        RuntimeError: ``portable=False`` where fastmask has no kernels for the device, or they were not built.
+            or a network that must have fixed sizes where they are None; the message says which to give.
+        RuntimeError: with ``portable=False``, fastmask has no kernels for the device, or they were not built.
     """
     task = check_task(model, task)
     _check_sizes(task, size, batch_size, output_size)
@@ -98,9 +97,9 @@ def export_program(
 
 
 def export_pt2(model: PretrainedModel, path: str | Path, *, overwrite: bool = False, **options: Any) -> Path:
-    """Writes a network's program to a file for ``torch.export.load``, whole or not at all.
+    """Writes a network's program to a file for ``torch.export.load``, atomically.
 
-    An extra file in it, "fastmask.json", holds a JSON object of strings: "fastmask_version", "model", "task",
+    The extra file "fastmask.json" inside it holds a JSON object of strings: "fastmask_version", "model", "task",
     "class_names" (a JSON list), and more of the configuration.
 
     Args:
@@ -129,7 +128,7 @@ def export_pt2(model: PretrainedModel, path: str | Path, *, overwrite: bool = Fa
 
 
 def open_dims(task: str, size: Size | int | None, batch_size: int | None) -> dict[int, str]:
-    """The open dimensions of the input and their names."""
+    """The open dimensions of the input, with their names."""
     names = {} if batch_size is not None else {0: "batch"}
     if size is None:
         names |= {1: "samples"} if task == "events" else {2: "height", 3: "width"}
@@ -157,7 +156,7 @@ def _check_sizes(task: str, size: Size | int | None, batch_size: int | None, out
 
 
 def _check_open(model: PretrainedModel, task: str, size: Size | int | None, batch_size: int | None) -> None:
-    """Refuses combinations that are known not to trace, before minutes of tracing."""
+    """Raises for combinations that are known to fail, before minutes of tracing."""
     backbone = getattr(getattr(getattr(model, "backbone", None), "config", None), "model_type", None)
     if size is None and backbone in FIXED_SIZE_BACKBONES:
         raise ValueError(
@@ -172,7 +171,7 @@ def _check_open(model: PretrainedModel, task: str, size: Size | int | None, batc
 
 
 def _examples(model: PretrainedModel, task: str, size: Size | int | None, batch_size: int | None) -> list[Tensor]:
-    """The input to trace with, and the inputs to run the program with afterwards."""
+    """The input to trace with, followed by the inputs to try the program on."""
     config, device = model.config, next(model.parameters()).device
     pixel_mean = getattr(config, "pixel_mean", ())
     channels = (len(pixel_mean),) if pixel_mean else ()
@@ -188,7 +187,7 @@ def _examples(model: PretrainedModel, task: str, size: Size | int | None, batch_
 
 
 def _trace(module: torch.nn.Module, example: Tensor, names: dict[int, str]) -> ExportedProgram:
-    # One attention kernel throughout, because each has its own memory layout of results, and traced views depend on it.
+    # Always the same attention kernel, because the memory layout of results, on which traced views depend, varies.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         try:
             program = torch.export.export(module, (example,), dynamic_shapes=(dict.fromkeys(names, Dim.DYNAMIC),))
@@ -203,7 +202,7 @@ def _trace(module: torch.nn.Module, example: Tensor, names: dict[int, str]) -> E
 
 
 def _check_other_sizes(program: ExportedProgram, inputs: list[Tensor], names: dict[int, str]) -> None:
-    """Runs a program on other sizes than those of tracing."""
+    """Runs a program on sizes other than the traced one."""
     run = program.module()
     try:
         with torch.no_grad():

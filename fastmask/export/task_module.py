@@ -1,4 +1,4 @@
-"""The module that is traced for a task, and the checks of its arguments."""
+"""The modules that are traced for a task, and checks of the export's arguments."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ RESULTS = {"semantic": "labels", "scores": "scores"}
 
 
 class ImageTask(nn.Module):
-    """A network as a module from images to the named tensors of a task. Programs take over the names of arguments.
+    """Wraps a network as a module from images to a task's named tensors. Programs inherit the names of its arguments.
 
     Args:
         model: a network that takes images.
-        task: as :func:`check_task` gives it.
-        size: (height, width) of labels or scores; None for the image's own.
+        task: the task, as :func:`check_task` returns it.
+        size: (height, width) of labels or scores; None for the size of the image.
         backend: the backend of ``fastmask.semantic_inference``.
-        window: (size, stride) of windows, as :func:`check_window` gives it; None for whole images.
+        window: (size, stride) of windows, as :func:`check_window` returns it; None for whole images.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class ImageTask(nn.Module):
         return {output: self._result(images, output, (height, width))}
 
     def _result(self, images: Tensor, output: str, valid_size: Size) -> Tensor:
-        """Labels or scores."""
+        """The labels or scores of the images."""
         size = self.size or valid_size
         if self.window is not None:
             return pixel_results(self.model.window_logits(images, self.window), size, output)
@@ -72,7 +72,7 @@ class ImageTask(nn.Module):
 
 
 class Events(nn.Module):
-    """A sound event detector as a module from waveforms to probabilities."""
+    """Wraps a sound event detector as a module from waveforms to probabilities."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -85,10 +85,10 @@ class Events(nn.Module):
 
 
 def crop(maps: Tensor, size: Size) -> Tensor:
-    """The top left (height, width) of ``maps (..., h, w)`` whose size is open.
+    """The top left (height, width) part of ``maps (..., h, w)`` with an open size.
 
-    It copies instead of slicing, because ``torch.export`` would fix the memory layout of a slice. Therefore it comes
-    last, when one map of labels is left instead of N of mask logits.
+    It copies instead of slicing, because ``torch.export`` would fix the memory layout of a slice. Therefore cropping
+    comes last, when there is one map of labels instead of N maps of mask logits.
     """
     for dim, length in zip((-2, -1), size, strict=True):
         maps = maps.index_select(dim, torch.arange(length, device=maps.device))
@@ -96,11 +96,11 @@ def crop(maps: Tensor, size: Size) -> Tensor:
 
 
 def check_task(model: PretrainedModel, task: str | None) -> str:
-    """The task to export; by default "semantic", of a sound event detector "events".
+    """The task to export; by default "semantic", or "events" for a sound event detector.
 
     Raises:
-        TypeError: not one of our networks.
-        ValueError: a task that this kind of network does not have.
+        TypeError: the model is not a network of fastmask.
+        ValueError: the model does not have this task.
     """
     if not isinstance(model, PretrainedModel):
         raise TypeError(f"model must be a network of fastmask.models, got {type(model).__name__}")
@@ -117,8 +117,8 @@ def check_window(
 
     Args:
         model: the network.
-        task: as :func:`check_task` gives it.
-        size: of the images; None if it is open.
+        task: the task, as :func:`check_task` returns it.
+        size: the size of the images; None if it is open.
         window: as for :func:`fastmask.export.export_program`.
 
     Raises:

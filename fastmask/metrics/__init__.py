@@ -1,4 +1,4 @@
-"""Metrics that equal those of the field's own tools and add up over processes."""
+"""Metrics that agree with the field's standard tools and can be summed over processes."""
 
 from fastmask.metrics.instance import InstanceMetrics
 from fastmask.metrics.panoptic import PanopticMetrics

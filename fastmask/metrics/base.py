@@ -1,4 +1,4 @@
-"""Base of all metrics, which count image by image and add up over processes."""
+"""The base class of all metrics, which count image by image and can be summed over processes."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ class Metrics:
     """Counts over images (or clips), which ``merge`` adds up.
 
     Each process updates its own metrics with its own images, however many; ``synced`` then gives every process the
-    metrics of all. No two processes may count the same image, so a sampler for evaluation must not repeat images to
-    make shares equal.
+    metrics over all images. No two processes may count the same image, so a sampler for evaluation must not repeat
+    images to make all parts equally long.
     """
 
     def compute(self) -> dict[str, float]:
-        """The scores by name, as shares of 1; NaN where the truth holds nothing to find."""
+        """The scores by name, each in 0..1; NaN if the truth holds nothing to find."""
         raise NotImplementedError
 
     def per_class(self) -> dict[str, list[float]]:
-        """For each score a list over the classes; NaN for classes without any pixel, segment or event."""
+        """For each score, by name, a list over the classes; NaN for classes without any pixel, segment or event."""
         raise NotImplementedError
 
     def absent(self) -> list[int]:
@@ -40,10 +40,11 @@ class Metrics:
         return self
 
     def synced(self: MetricsT, group: Any = None) -> MetricsT:
-        """The metrics of all processes of a group, the same in each process; these metrics do not change.
+        """The metrics over all processes of a group, equal in each process; ``self`` does not change.
 
         Args:
-            group: of ``torch.distributed``; None for the default group. Without distributed training, returns a copy.
+            group: a group of ``torch.distributed``; None for the default one. Without distributed training, returns a
+                copy.
         """
         every: list[Any] = [self]
         if dist.is_available() and dist.is_initialized():
@@ -72,13 +73,13 @@ def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 
 def mean(values: np.ndarray, among: np.ndarray | None = None) -> float:
-    """The mean of the values that are not NaN, or of those ``among`` chooses; NaN if there are none."""
+    """The mean of the values that are not NaN, or of those that ``among`` selects; NaN if there are none."""
     values = values[~np.isnan(values)] if among is None else values[among]
     return float(values.mean()) if values.size else float("nan")
 
 
 def checked_classes(num_classes: int, stuff_classes: Iterable[int] = ()) -> tuple[int, tuple[int, ...]]:
-    """The arguments, checked: the number of classes, and stuff classes sorted and without repetition."""
+    """Checks the arguments; returns the number of classes and the sorted stuff classes without repetition."""
     stuff = tuple(sorted(set(stuff_classes)))
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")

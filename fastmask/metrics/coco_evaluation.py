@@ -1,4 +1,4 @@
-"""COCO's evaluation by hotcoco. Run as a program, it evaluates what it reads from its standard input."""
+"""COCO's evaluation by hotcoco. Run as a program, the module evaluates the data on its standard input."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from typing import Any
 
 import numpy as np
 
-_threads_of: int | None = None  # the process that hotcoco's threads belong to, once it has evaluated
+_threads_of: int | None = None  # the process in which hotcoco has started its threads
 
 
 def evaluate(truth: dict[str, Any], found: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """Evaluates masks.
 
     Args:
-        truth, found: as COCO's files have them: "images", "categories" and "annotations", with ids from 1 on.
+        truth, found: dicts in the format of COCO's files: "images", "categories" and "annotations", with ids from 1.
 
     Returns:
-        COCO's twelve numbers, -1 where nothing counts; and the precision ``(IoU, recall, K, area, detections)``.
+        COCO's twelve numbers, -1 where there is nothing to count; and the precision ``(IoU, recall, K, area,
+        detections)``.
     """
     global _threads_of
     if _threads_of not in (None, os.getpid()):
-        # A forked process lacks the threads of hotcoco that its parent has started, and would wait for them forever.
+        # A forked process lacks the threads that hotcoco started in its parent, and would wait for them forever.
         return _evaluate_elsewhere(truth, found)
     import hotcoco
 

@@ -30,10 +30,10 @@ SUMMARY = (
 
 
 class InstanceMetrics(Metrics):
-    """COCO's AP and AR of masks, computed by hotcoco, whose numbers are those of pycocotools.
+    """COCO's AP and AR of masks, computed by hotcoco, whose numbers equal those of pycocotools.
 
     Masks are kept run-length encoded until ``compute``. An image that is added twice, here or by merging, counts once.
-    Two images that share a name but not their truth are an error.
+    Two images with the same name but different truth are an error.
 
     Args:
         num_classes: K.
@@ -62,16 +62,16 @@ class InstanceMetrics(Metrics):
         Args:
             name: identifies the image.
             prediction: {"scores" ``(R,)``, "labels" ``(R,)``, "masks" ``(R, H, W)`` bool}, as ``MaskFormer.predict``
-                gives them; the 100 best of each class count.
+                returns; only the 100 best of each class count.
             masks: ``(M, H, W)`` bool, the true masks. In integer masks, here and in the prediction, every value but 0
                 is foreground; floating-point masks must hold 0 and 1 only.
             labels: ``(M,)`` classes in 0..K-1.
             crowd: ``(M,)`` bool, which masks are crowd regions.
-            areas: ``(M,)`` the areas that make objects small, medium or large; those of the masks by default.
+            areas: ``(M,)`` the areas that sort objects into small, medium and large; by default those of the masks.
 
         Raises:
-            ValueError: shapes that do not match, a class out of range, masks that are not binary, or a name that
-                another image has.
+            ValueError: shapes that do not match, a class out of range, masks that are not binary, or the name of
+                another image.
         """
         found_masks, found_labels, scores = (prediction[key].cpu() for key in ("masks", "labels", "scores"))
         for what, these, those in (("masks", masks, labels), ("prediction", found_masks, found_labels)):
@@ -149,7 +149,7 @@ class InstanceMetrics(Metrics):
 
 
 def _records(name: str, masks: Tensor, labels: Tensor) -> list[dict[str, Any]]:
-    """An annotation for each of the ``masks``, which errors call ``name``."""
+    """An annotation for each of the ``masks``; errors call them ``name``."""
     coder = _mask_coder()
     encoded = coder.encode(foreground(name, masks.cpu()).numpy().transpose(1, 2, 0))
     return [

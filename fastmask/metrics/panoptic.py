@@ -15,13 +15,13 @@ class PanopticMetrics(Metrics):
     """PQ = sum of IoU over matches / (TP + FP / 2 + FN / 2) = SQ * RQ, for each class, by things and by stuff.
 
     Panoptic Segmentation (Kirillov et al. 2019, arXiv:1801.00868), equations 1 and 2, with the rules of the COCO
-    panoptic API: a segment matches one of its class at an IoU above 1/2, where pixels that are void in the truth do not
-    count in the union. A missed crowd region is no error; neither is a segment that lies by more than half in void or
+    panoptic API: a segment matches one of its class at an IoU above 1/2; pixels that are void in the truth do not count
+    in the union. A missed crowd region is not an error, nor is a predicted segment that lies more than half in void or
     in crowd regions of its class. Means are over the classes that occur in truth or prediction.
 
     Args:
         num_classes: K.
-        stuff_classes: the stuff; all other classes are things.
+        stuff_classes: the classes that are stuff; all others are things.
 
     Raises:
         ValueError: an argument out of range.
@@ -43,9 +43,9 @@ class PanopticMetrics(Metrics):
 
         Args:
             prediction: ``(H, W)`` integer ids, and for each id {"id", "category_id"} with a class in 0..K-1, as
-                ``MaskFormer.predict`` gives them. Pixels of ids that are not listed belong to no segment.
+                ``MaskFormer.predict`` returns. Pixels whose id is not listed belong to no segment.
             segments: ``(H, W)`` integers, the index ``0..M-1`` of each pixel's segment; other values are void.
-            labels: ``(M,)`` classes in 0..K-1; from the first -1 on, padding.
+            labels: ``(M,)`` classes in 0..K-1; the first -1 begins the padding.
             crowd: ``(M,)`` bool, which segments are crowd regions.
 
         Raises:
@@ -118,7 +118,7 @@ class PanopticMetrics(Metrics):
 
 
 def _index_of(values: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """The index of each value in ``ids (S,)``; S for values that are not there."""
+    """The index of each value in ``ids (S,)``; S for values that are not in it."""
     if len(ids) == 0:
         return np.zeros_like(values)
     order = np.argsort(ids)

@@ -13,20 +13,20 @@ from fastmask.targets import CLASS_DTYPES
 
 
 class SemanticMetrics(Metrics):
-    """IoU and accuracy from the confusion of all pixels, and boundary IoU.
+    """IoU and accuracy from the confusion matrix of all pixels, and boundary IoU.
 
     IoU_k = TP_k / (TP_k + FP_k + FN_k), as in the scripts of Cityscapes: counted over all images together, without
     void, and averaged over the classes that occur in truth or prediction. fwIoU weights IoU_k by the class's share of
-    the true pixels. Accuracy_k = TP_k / (TP_k + FN_k); its mean is over the classes of the truth.
+    the true pixels. Accuracy_k = TP_k / (TP_k + FN_k) is averaged over the classes that occur in the truth.
 
-    Boundary IoU (Cheng et al. 2021, arXiv:2103.16562) is the IoU of the pixels that lie within d of their class's
-    boundary, in chessboard distance: in truth, in prediction, for each class over all images together. The image's
-    border counts as a boundary. A prediction is void where the truth is, so that a perfect one scores 1.
+    Boundary IoU (Cheng et al. 2021, arXiv:2103.16562) is the IoU of only those pixels that lie within d of the boundary
+    of their class, in chessboard distance, for each class over all images together. The image's border counts as a
+    boundary. Void pixels of the truth are also void in the prediction, so that a perfect prediction scores 1.
 
     Args:
         num_classes: K.
         ignore_index: the class of void pixels in the truth.
-        boundary_share: d as a share of the image's diagonal; None leaves boundary IoU out, which takes two thirds of
+        boundary_share: d as a share of the image's diagonal; None leaves out boundary IoU, which takes two thirds of
             the time.
 
     Raises:
@@ -41,21 +41,21 @@ class SemanticMetrics(Metrics):
             raise ValueError(f"boundary_share must lie between 0 and 1, got {boundary_share}")
         self.ignore_index = ignore_index
         self.boundary_share = boundary_share
-        # Column K is for pixels whose prediction is no class.
+        # Column K counts pixels whose prediction is not a class.
         self._confusion = np.zeros((num_classes, num_classes + 1), np.int64)
-        # Pixels near the boundary: of both in one class, of the truth, of the prediction.
+        # Rows: pixels near the boundary in both truth and prediction of a class, in the truth, in the prediction.
         self._boundary = np.zeros((3, num_classes), np.int64)
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
         """Adds an image, or images of one size.
 
         Args:
-            prediction: ``(..., H, W)`` integers, the class of each pixel; values outside 0..K-1 are no class and count
-                as wrong where the truth has one.
+            prediction: ``(..., H, W)`` integers, the class of each pixel; values outside 0..K-1 are not a class and
+                count as wrong where the truth has one.
             target: ``(..., H, W)`` integers in 0..K-1, or ``ignore_index``.
 
         Raises:
-            TypeError: a dtype other than integers.
+            TypeError: a dtype that is not an integer type.
             ValueError: shapes that differ, or a class out of range in the target.
         """
         for name, tensor in (("prediction", prediction), ("target", target)):
@@ -77,7 +77,7 @@ class SemanticMetrics(Metrics):
         pairs = torch.bincount((truth * (classes + 1) + found).flatten(), minlength=(classes + 1) ** 2)
         self._confusion += pairs.view(classes + 1, classes + 1)[:classes].cpu().numpy()
         if self.boundary_share is not None and truth.numel() > 0:
-            # A class of its own for void: pixels of no class are a class of the prediction alone.
+            # Void is an extra class in both; pixels of no class are another, in the prediction only.
             found, truth = found.masked_fill(void, classes + 1), truth.masked_fill(void, classes + 1)
             height, width = truth.shape[-2:]
             for found_map, truth_map in zip(
@@ -122,7 +122,7 @@ class SemanticMetrics(Metrics):
 
     @property
     def confusion(self) -> np.ndarray:
-        """``(K, K+1)`` int64, pixels by class of the truth (row) and of the prediction; column K is no class."""
+        """``(K, K+1)`` int64, pixels by true class (row) and predicted class (column); column K means no class."""
         return self._confusion.copy()
 
     def _true_positives(self) -> np.ndarray:
@@ -139,7 +139,7 @@ class SemanticMetrics(Metrics):
 def near_boundary(classes: np.ndarray, distance: int) -> np.ndarray:
     """``(H, W)`` bool: pixels with another class, or the image's border, at most ``distance`` away (chessboard).
 
-    For all classes at once: a pixel is far from any boundary where no two neighbors around it differ.
+    All classes are handled at once: a pixel is far from any boundary if no two neighbors in its surroundings differ.
     """
     rows, columns = classes.shape
     near = np.ones((rows, columns), bool)
@@ -152,7 +152,7 @@ def near_boundary(classes: np.ndarray, distance: int) -> np.ndarray:
 
 
 def _any_in_windows(values: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """Whether any of ``(H, W)`` bool is True, for each window of a size that lies within them."""
+    """Whether any value is True in each window of ``rows`` x ``columns`` that lies within ``values (H, W)`` bool."""
     for length in (rows, columns):
         covered = 1
         while covered < length:

@@ -21,9 +21,9 @@ class SoundEventMetrics(Metrics):
 
     Args:
         num_classes: K.
-        onset_collar: in seconds.
-        offset_collar: in seconds.
-        offset_share: as a share of the true event's length.
+        onset_collar: the largest difference between onsets, in seconds.
+        offset_collar: the largest difference between offsets, in seconds.
+        offset_share: the same as a share of the true event's length; the larger of both applies.
 
     Raises:
         ValueError: an argument out of range.
@@ -52,8 +52,9 @@ class SoundEventMetrics(Metrics):
         """Adds a clip.
 
         Args:
-            prediction: its events, a list of {"label", "onset", "offset"} as ``SoundEventDetector.predict`` gives under
-                "events", or a dict of "labels", "onsets" and "offsets" ``(E,)``; labels in 0..K-1, times in seconds.
+            prediction: the predicted events, a list of {"label", "onset", "offset"} as ``SoundEventDetector.predict``
+                returns under "events", or a dict of "labels", "onsets" and "offsets" ``(E,)``; labels in 0..K-1, times
+                in seconds.
             target: the true events in either form.
 
         Raises:
@@ -72,7 +73,7 @@ class SoundEventMetrics(Metrics):
             self._counts[label] += (matches, len(begins), len(true_begins))
 
     def _table(self, name: str, events: Any) -> np.ndarray:
-        """``(3, E)`` float64: label, onset, offset."""
+        """The events as ``(3, E)`` float64: label, onset, offset."""
         if isinstance(events, Mapping):
             columns: list[Any] = [
                 torch.as_tensor(events[key]).double().cpu().numpy() for key in ("labels", "onsets", "offsets")
@@ -86,7 +87,7 @@ class SoundEventMetrics(Metrics):
         if wrong.size:
             raise ValueError(f"{name} holds class {wrong[0]:g}; expected 0..{self.num_classes - 1}")
         if not (table[2] >= table[1]).all():
-            raise ValueError(f"{name} holds an event that ends before it begins, or whose times are no numbers")
+            raise ValueError(f"{name} holds an event that ends before it begins, or whose times are not numbers")
         return table
 
     def compute(self) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Training: recipes and optimizers, the step, whole runs, and evaluation."""
+"""Training: recipes, optimizers, single steps, whole runs, and evaluation."""
 
 from fastmask.training.activation_checkpointing import checkpoint_activations
 from fastmask.training.callbacks import Callback

@@ -19,15 +19,15 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def checkpoint_activations(model: Model) -> Model:
     """Makes each transformer layer, ViT block and backbone block keep only its inputs for backward (Chen et al.,
-    arXiv:1604.06174), in place. A step takes about one more forward pass, and its peak memory has the activations of
+    arXiv:1604.06174), in place. A step takes about one more forward pass, and its peak memory holds the activations of
     one block instead of all.
 
-    Losses and gradients stay the same: dropout and stochastic depth draw the same random numbers again, and the running
-    statistics of batch norm are updated once. Names of weights, and calls without gradients, do not change. Call it
-    before :func:`fastmask.training.distributed.wrap`.
+    Losses and gradients do not change: dropout and stochastic depth draw the same random numbers again, and the running
+    statistics of batch norm are updated once. Names of weights, and calls without gradients, do not change, either.
+    Call it before :func:`fastmask.training.distributed.wrap`.
 
     Args:
-        model: one of our models, or any module that contains our transformers or a backbone with lists of blocks.
+        model: a network of fastmask, or any module that contains its transformers or a backbone with lists of blocks.
 
     Returns:
         ``model``.
@@ -66,7 +66,7 @@ def _contexts(norms: list[_BatchNorm]) -> tuple[AbstractContextManager[None], Ab
 
 @contextmanager
 def _still(norms: list[_BatchNorm]) -> Iterator[None]:
-    """Inside, batch norms normalize as before, but do not update their running statistics."""
+    """A context in which batch norms normalize as before, but do not update their running statistics."""
     kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
     try:
         for norm in norms:

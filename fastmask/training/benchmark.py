@@ -1,4 +1,4 @@
-"""Time and memory of a model on this machine, with fastmask's kernels and with the PyTorch reference."""
+"""Measures time and memory of a model on this machine, with fastmask's kernels and with the PyTorch reference."""
 
 from __future__ import annotations
 
@@ -42,24 +42,24 @@ def benchmark(
 
     The subjects are "criterion": matching, losses and their gradients for given predictions; "training": a whole step
     with AdamW; and "semantic", "panoptic" and "instance": predictions from images. The threshold of "panoptic" lets as
-    many queries pass as there are targets, because the predictions of random weights have low probabilities. Segmenter
-    and PerPixelBaseline run no kernels of fastmask, so they have no "criterion" and are timed with one backend.
+    many queries pass as there are targets, because random weights predict low probabilities. Segmenter and
+    PerPixelBaseline run no kernels of fastmask, so they have no "criterion" and are timed with one backend.
 
     Args:
-        model: on its device. It is copied.
+        model: the model, on its device. It is copied.
         images: ``(B, 3, H, W)`` floating point in 0..1 on the same device.
-        targets: of the images.
-        subjects: by default all that the model has.
+        targets: the targets of the images.
+        subjects: the subjects to measure; by default all that the model has.
         precision: "float32", or "bfloat16" or "float16" for autocast.
-        seconds: the time for each subject, all backends together; see :func:`fastmask.measure.take_turns`.
-        progress: is called with each subject when it begins.
+        seconds: the time for each subject, over all backends; see :func:`fastmask.measure.take_turns`.
+        progress: called with each subject when it begins.
 
     Returns:
-        rows for JSON, one for each subject and backend: "subject", "backend" and "failure" (None, or why the other
-        keys are missing); "median_ms", "p20_ms", "p80_ms", "rounds", "images_per_second", "memory_bytes" (see
-        :func:`fastmask.measure.peak_memory`); for "training" "parts_ms", the medians of forward, criterion, backward
-        and optimizer; for the reference "ratio", its time over fastmask's, and for "criterion" "difference", the
-        largest difference between the losses of both.
+        Rows for JSON, one for each subject and backend: "subject", "backend" and "failure" (None, or why the other keys
+        are missing); "median_ms", "p20_ms", "p80_ms", "rounds", "images_per_second", "memory_bytes" (see
+        :func:`fastmask.measure.peak_memory`). Rows of "training" have "parts_ms", the medians of forward, criterion,
+        backward and optimizer. Rows of the reference have "ratio", its time divided by fastmask's, and for "criterion"
+        "difference", the largest difference between the losses of both.
 
     Raises:
         TypeError: a model that does not take images.
@@ -90,13 +90,13 @@ def benchmark(
 def random_batch(
     num_classes: int, size: tuple[int, int], batch_size: int = 2, num_targets: int = 20, seed: int = 0
 ) -> tuple[Tensor, Targets]:
-    """Makes images of noise, and targets of random shapes and classes; a twentieth of the pixels is void.
+    """Makes images of noise, and targets of random shapes and classes; 5% of the pixels are void.
 
     Args:
         num_classes: K.
         size: (H, W) in pixels.
         batch_size: B.
-        num_targets: M, the number of targets of each image, at most 254.
+        num_targets: M, the number of targets per image, at most 254.
 
     Returns:
         ``(B, 3, H, W)`` float32 and segment maps of that size, on the CPU.
@@ -129,7 +129,7 @@ def _run(call: Call, model: PretrainedModel, images: Tensor, precision: str, bac
 
 
 def _criterion_of(model: PretrainedModel) -> SetCriterion | None:
-    """The criterion of a network that classifies masks; others have none."""
+    """The criterion of a network that classifies masks; None for other networks."""
     criterion = getattr(model, "criterion", None)
     return criterion if isinstance(criterion, SetCriterion) else None
 
@@ -166,7 +166,7 @@ def _training_step(model: PretrainedModel, images: Tensor, targets: Targets) -> 
         group["lr"] = 0.0  # every step has the same weights
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()  # allocates its state, which must not count as memory of a step
+    optimizer.step()  # allocates the optimizer's state, which must not count as memory of a step
     optimizer.zero_grad(set_to_none=True)
 
     criterion = _criterion_of(model)
@@ -204,7 +204,7 @@ def _prediction(model: PretrainedModel, images: Tensor, targets: Targets, task: 
 
 @torch.no_grad()
 def _threshold(model: PretrainedModel, images: Tensor, count: int) -> float:
-    """The class probability that is exceeded by ``count`` queries of the batch."""
+    """The class probability that ``count`` queries of the batch exceed."""
     with model._evaluating():
         probabilities, labels = model(images)["pred_logits"].float().softmax(-1).max(-1)
     of_objects = probabilities[labels < model.config.num_classes].sort(descending=True).values
@@ -213,7 +213,7 @@ def _threshold(model: PretrainedModel, images: Tensor, count: int) -> float:
 
 @contextmanager
 def _using(model: PretrainedModel, backend: str) -> Iterator[None]:
-    """Inside, the model's modules run on a backend."""
+    """A context in which the model's modules run on a backend."""
     ours: list[Any] = [module for module in model.modules() if type(module).__module__.startswith("fastmask.")]
     before = {module: module.backend for module in ours if hasattr(module, "backend")}
     try:

@@ -15,9 +15,9 @@ LAYERS = (TransformerEncoderLayer, TransformerDecoderLayer, MaskedDecoderLayer, 
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The layers of our transformers and backbones, and the blocks of other libraries' backbones, none inside another.
+    """The layers of fastmask's transformers and backbones, and the blocks of other backbones, none inside another.
 
-    The blocks of another library's backbone are the entries of its outermost ``nn.ModuleList``; where these are stages
+    The blocks of another library's backbone are the entries of its outermost ``nn.ModuleList``; if these are stages
     with lists of equal layers, as in ``transformers``, the blocks are those layers. A stage of a ResNet is one block.
     """
     if isinstance(model, LAYERS):
@@ -35,7 +35,7 @@ def _ours(module: nn.Module) -> bool:
 
 
 def _entries(module: nn.Module, *, alike: bool) -> list[nn.Module]:
-    """The entries with weights of a module's outermost lists; with ``alike``, only of lists of one class."""
+    """The entries with weights in a module's outermost lists; with ``alike``, only in lists of a single class."""
     found = []
     for child in module.children():
         if not isinstance(child, nn.ModuleList):

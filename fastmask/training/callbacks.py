@@ -15,21 +15,21 @@ TRACKERS = ("wandb", "trackio")
 
 
 class Callback:
-    """Base of everything that follows a run of training. Each method does nothing unless a subclass overrides it; of
-    several processes, process 0 alone calls them."""
+    """Base class of loggers that follow a training run. Each method does nothing unless a subclass overrides it. Only
+    process 0 calls them."""
 
     def on_start(self, config: Mapping[str, Any]) -> None:
         """A run begins or continues.
 
         Args:
-            config: what ``to_dict`` of the :class:`fastmask.training.TrainingConfig` gives.
+            config: the result of ``to_dict`` of the :class:`fastmask.training.TrainingConfig`.
         """
 
     def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Some steps were taken.
 
         Args:
-            step: the last of them, counted from 1.
+            step: the last of these steps, counted from 1.
             metrics: means over these steps: "loss/loss", "loss/loss_ce", ..., "gradient_norm", "learning_rate/GROUP",
                 "images_per_second" and "memory" in GiB.
         """
@@ -38,8 +38,8 @@ class Callback:
         """The network was evaluated.
 
         Args:
-            step: after which.
-            metrics: shares of 1 by name, such as "evaluation/mIoU"; nan where there was nothing to find.
+            step: the step after which it was evaluated.
+            metrics: scores in 0..1 by name, such as "evaluation/mIoU"; nan where there was nothing to find.
         """
 
     def on_end(self) -> None:
@@ -50,8 +50,8 @@ class TensorBoard(Callback):
     """Scalars for TensorBoard.
 
     Args:
-        folder: of the event files.
-        step: how many steps were taken before; scalars of later ones are replaced.
+        folder: the folder of the event files.
+        step: the number of steps taken before; scalars of later steps are replaced.
 
     Raises:
         ImportError: tensorboard is missing.
@@ -76,11 +76,11 @@ class TensorBoard(Callback):
 
 
 class Tracker(Callback):
-    """Metrics for a package with the interface of wandb, in the project "fastmask". A continued run stays one run.
+    """Metrics for a package with the interface of wandb, in the project "fastmask". A resumed run continues its record.
 
     Args:
         package: one of ``TRACKERS``.
-        folder: of the run of training; a file in it keeps the tracked run's name.
+        folder: the folder of the training run; a file in it stores the name of the tracked run.
     """
 
     def __init__(self, package: str, folder: Path) -> None:
@@ -105,10 +105,10 @@ class Tracker(Callback):
 
 
 def check_logger(name: str) -> None:
-    """Refuses a logger whose package is missing.
+    """Checks that a logger's package is installed.
 
     Raises:
-        ImportError: it is; the message says how to install it.
+        ImportError: the package is missing; the message says how to install it.
     """
     if name in TRACKERS:
         with extra(name):

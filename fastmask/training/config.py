@@ -18,18 +18,18 @@ from fastmask.models.precision import PRECISIONS
 from fastmask.training.distributed import STRATEGIES
 from fastmask.training.recipe import Recipe
 
-# Fields that may change when a run continues, because they do not decide what is learned. "accumulate" may change
+# Fields that may change when a run is resumed, because they do not affect what is learned. "accumulate" may change
 # because the number of processes may.
 CHANGEABLE = frozenset(
     "accumulate workers strategy activation_checkpointing log log_every eval_every checkpoint_every".split()
 )
 LOGGERS = ("tensorboard", "wandb", "trackio", "none")
-WARMUP_PART = 10  # warm-up takes at most one in so many steps
+WARMUP_PART = 10  # warm-up takes at most one tenth of the steps
 
 
 @dataclass(frozen=True)
 class TrainingConfig(PlainConfig):
-    """Everything that decides a run of :func:`fastmask.training.train`, except the machine.
+    """Everything that determines a run of :func:`fastmask.training.train`, except the machine.
 
     Args:
         data: the data set's folder or shards, kept as an absolute path, or "composed:scenes".
@@ -43,15 +43,15 @@ class TrainingConfig(PlainConfig):
         val_split: the split to evaluate on; "" for no evaluation.
         pretrained: a folder with a network of the same kind to start from, kept as an absolute path; if the number of
             classes differs, the weights that depend on it start at random. "" for none.
-        pretrained_backbone: the argument of this name for the network's constructor; "" for none.
+        pretrained_backbone: the argument of the same name to the network's constructor; "" for none.
         seed: decides initial weights, order, augmentation and dropout; not negative.
         precision: "float32", "bfloat16" or "float16", see :class:`fastmask.training.Trainer`.
         accumulate: the number of micro-batches in a step.
-        workers: the number of processes that read data for each process that trains; 0 to read in the latter.
+        workers: the number of processes that read data, for each training process; 0 to read in the training process.
         strategy: how several processes train together, "ddp" or "fsdp".
         activation_checkpointing: recompute activations in the backward pass to save memory.
         log: the logger that gets all numbers: "tensorboard", "wandb", "trackio" or "none"; metrics.jsonl and the log
-            get them in any case.
+            always get them.
         log_every: the number of steps between two lines of the log.
         eval_every: the number of steps between two evaluations; 0 for one at the end.
         checkpoint_every: the number of steps between two checkpoints.
@@ -115,7 +115,7 @@ class TrainingConfig(PlainConfig):
         return {**super().to_dict(), "model": self.model.to_dict(), "recipe": self.recipe.to_dict()}
 
     def fixed_differences(self, other: TrainingConfig) -> list[str]:
-        """The names of fields, such as "recipe.steps", that make another configuration that of another run."""
+        """The names of fields, such as "recipe.steps", whose difference in ``other`` means that it is another run."""
         ours, theirs = _flat(self.to_dict()), _flat(other.to_dict())
         return [name for name in {**ours, **theirs} if name not in CHANGEABLE and ours.get(name) != theirs.get(name)]
 
@@ -129,9 +129,9 @@ def make_training_config(
     recipe_fields: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> TrainingConfig:
-    """Makes a configuration from a data set, whose classes become the network's, and from the names of presets. Pixels
-    without a label count in no loss; ``model_fields={"ignore_void": False}`` makes them background of every mask, as
-    MaskFormer's authors do.
+    """Makes a configuration from a data set, whose classes become the network's, and the names of presets. Pixels
+    without a label do not count in any loss; ``model_fields={"ignore_void": False}`` makes them background of every
+    mask, as MaskFormer's authors do.
 
     Args:
         data: as for :class:`TrainingConfig`.
@@ -178,7 +178,7 @@ def make_training_config(
 
 
 def check_task(network: ModelConfig, task: str) -> None:
-    """Refuses a task that a network does not support.
+    """Checks that a network supports a task.
 
     Raises:
         ValueError: instance or panoptic segmentation with a network for semantic segmentation.
@@ -188,7 +188,7 @@ def check_task(network: ModelConfig, task: str) -> None:
 
 
 def with_short_warmup(recipe: Recipe, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Changes to a recipe; a change of "steps" limits warm-up to a tenth of them, unless it is changed, too."""
+    """Changes to a recipe; a change of "steps" limits warm-up to a tenth of the steps unless that changes, too."""
     if "steps" not in changes:
         return dict(changes)
     return {"warmup_steps": min(recipe.warmup_steps, changes["steps"] // WARMUP_PART), **changes}

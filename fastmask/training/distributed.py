@@ -1,4 +1,4 @@
-"""Training in several processes: joining them, a model that they share, and its state independent of them."""
+"""Training in several processes: joining them, sharing a model, and a state that does not depend on their number."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from fastmask.device import usable_device
 from fastmask.training.blocks import blocks
 
 STRATEGIES = ("ddp", "fsdp")
-# How long a process waits for the others, because process 0 may have to check every file of a data set. A process that
-# fails ends the others at once, through torchrun or the closed connection.
+# How long a process waits for the others; long, because process 0 may have to check every file of a data set. If a
+# process fails, the others end at once, through torchrun or the closed connection.
 TIMEOUT = timedelta(hours=2)
 _PLAIN = "_fastmask_plain"
 WHOLE_ON_CPU = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -35,7 +35,7 @@ WHOLE_ON_CPU = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all that train together.
+    """This process among all training processes.
 
     Args:
         rank: 0 .. world_size - 1; process 0 writes files and prints.
@@ -58,8 +58,8 @@ def setup(device: str | torch.device | None = None) -> Processes:
     """Joins the processes that ``torchrun`` has started. Without torchrun, this process trains alone.
 
     Args:
-        device: "cpu" or "cuda"; CUDA by default if there is a GPU. With several processes, each takes the GPU of its
-            local rank. Tensors on GPUs go through NCCL, those on the CPU through Gloo.
+        device: "cpu" or "cuda"; by default CUDA if there is a GPU. With several processes, each takes the GPU of its
+            local rank. GPU tensors are exchanged through NCCL, CPU tensors through Gloo.
 
     Raises:
         ValueError: this machine has no such device, or fewer GPUs than processes.
@@ -83,8 +83,8 @@ def setup(device: str | torch.device | None = None) -> Processes:
 
 
 def cleanup() -> None:
-    """Leaves the process group, if there is one. Do not call it after an error: the others learn of the failure from
-    the closed connection or from ``torchrun`` when this process ends, while closing a group that waits would hang."""
+    """Leaves the process group, if there is one. Do not call it after an error: when this process ends, the others
+    learn of the failure from the closed connection or ``torchrun``, whereas closing a waiting group would hang."""
     if together():
         dist.destroy_process_group()
 
@@ -104,20 +104,20 @@ def any_process(flag: bool) -> bool:
 
 
 def wrap(model: nn.Module, strategy: str = "ddp") -> nn.Module:
-    """Wraps a model so that all processes train it with the average of their gradients. A process alone gets the model.
+    """Wraps a model so that all processes train it with the average of their gradients. A lone process gets the model.
 
-    Every process begins with the weights of process 0. Batch norm takes its statistics over all processes on CUDA
-    (SyncBatchNorm), over each process's own images on the CPU. Mixed precision stays ``torch.autocast``.
+    Every process starts with the weights of process 0. Batch norm takes its statistics over all processes on CUDA
+    (SyncBatchNorm), and over each process's own images on the CPU. Mixed precision still uses ``torch.autocast``.
 
     Args:
-        model: on its device. Make the optimizer after this call, of the parameters of what it returns.
+        model: the model, on its device. After this call, make the optimizer from the parameters of the returned module.
         strategy: "ddp", every process holds all weights (``DistributedDataParallel``); or "fsdp", each holds a share of
             the weights, gradients and optimizer state, and gathers a block's weights where they are needed
             (``torch.distributed.fsdp.fully_shard``).
 
     Returns:
-        a module that is called like the model. :func:`unwrap` gives the parameters by their own names, :func:`whole`
-        the model's other methods, such as ``predict``.
+        A module that is called like the model. :func:`unwrap` gives access to the parameters by their original names,
+        :func:`whole` to the model's other methods, such as ``predict``.
 
     Raises:
         ValueError: an unknown strategy.
@@ -138,7 +138,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The module that was given to :func:`wrap`; with "fsdp" its weights are sharded."""
     while True:
         ddp = isinstance(model, nn.parallel.DistributedDataParallel)
-        wrapped = getattr(model, "module" if ddp else "_orig_mod", None)  # the latter torch.compile's
+        wrapped = getattr(model, "module" if ddp else "_orig_mod", None)  # torch.compile uses the latter
         if not isinstance(wrapped, nn.Module):
             return model
         model = wrapped
@@ -147,7 +147,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 @torch.no_grad()
 def whole(model: nn.Module) -> nn.Module:
     """The plain model with all its weights, for everything except training. All processes must call this; afterwards
-    each may use the model as often as it likes, because no use involves another process.
+    each process may use the model on its own.
 
     With "ddp" it is the model itself, with "fsdp" a copy of the current weights. Its buffers are those of process 0.
     """
@@ -165,15 +165,15 @@ def whole(model: nn.Module) -> nn.Module:
 
 
 def unhooked(model: nn.Module) -> nn.Module:
-    """As :func:`unwrap`, but without the hooks of "fsdp", so that it can be copied; its weights stay sharded."""
+    """Like :func:`unwrap`, but without the hooks of "fsdp", so that it can be copied; its weights stay sharded."""
     model = unwrap(model)
     return _filled(model, Tensor.detach) if _PLAIN in vars(model) else model
 
 
 @contextmanager
 def accumulating(model: nn.Module) -> Iterator[None]:
-    """Inside, backward adds to the gradients of this process only; the next backward outside averages their sum over
-    the processes. Both forward and backward belong inside."""
+    """A context in which backward adds only to the gradients of this process; the next backward outside averages their
+    sum over the processes. Both forward and backward belong inside."""
     from torch.distributed.fsdp import FSDPModule
 
     if isinstance(model, FSDPModule):
@@ -200,11 +200,11 @@ def load_model_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Loads the result of :func:`model_state`, in every process, into a model wrapped by any strategy or none.
 
     Raises:
-        RuntimeError: keys or shapes differ, as ``load_state_dict`` says.
+        RuntimeError: keys or shapes differ; the message is that of ``load_state_dict``.
     """
     model = unwrap(model)
     if not model.state_dict().keys() <= state.keys():
-        model.load_state_dict(state)  # raises; PyTorch would leave what is missing as it is
+        model.load_state_dict(state)  # raises; PyTorch would ignore missing keys
     set_model_state_dict(model, dict(state), options=StateDictOptions(full_state_dict=True))
 
 
@@ -230,24 +230,24 @@ def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, sta
     groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
     if groups != [list(group["params"]) for group in state["param_groups"]]:
         raise ValueError("the optimizer's parameter groups hold other parameters than those of the state")
-    # A copy, because the optimizer keeps the tensors that it is given and changes them in place.
+    # A copy, because the optimizer keeps the given tensors and changes them in place.
     options = StateDictOptions(full_state_dict=True, strict=False)
     set_optimizer_state_dict(model, optimizer, copy.deepcopy(dict(state)), options=options)
     for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
         group.update({key: value for key, value in saved.items() if key != "params"})  # tuples have become lists
-    for parameter in list(optimizer.state):  # PyTorch gives a first state to parameters that no step has changed yet
+    for parameter in list(optimizer.state):  # PyTorch creates an initial state for parameters that have had no step
         if names[parameter] not in state["state"]:
             del optimizer.state[parameter]
 
 
 def _replicate(model: nn.Module) -> nn.Module:
     ddp = nn.parallel.DistributedDataParallel
-    # Buffers need no broadcast at each step: in training nothing reads them, and whole() and model_state() give those
-    # of process 0. PyTorch has renamed the argument.
+    # Buffers need no broadcast at each step: training does not read them, and whole() and model_state() return those of
+    # process 0. PyTorch has renamed the argument.
     option = "forward_sync_buffers"
     if option not in inspect.signature(ddp).parameters:
         option = "broadcast_buffers"
-    # Backbones of transformers have weights that no loss depends on, such as Swin's last norm.
+    # Backbones from transformers have weights on which no loss depends, such as Swin's last norm.
     options: dict[str, Any] = {option: False}
     return ddp(model, find_unused_parameters=True, gradient_as_bucket_view=True, **options)
 
@@ -256,8 +256,8 @@ def _shard(model: nn.Module) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    # A copy without weights, for whole(): the hooks of fully_shard gather weights in all processes, so that the sharded
-    # model works neither in one process alone nor in inference mode.
+    # A copy without weights, for whole(): the hooks of fully_shard gather weights from all processes, so the sharded
+    # model works neither in a single process nor in inference mode.
     empty = {id(tensor): torch.empty_like(tensor, device="meta") for tensor in model.buffers()}
     for parameter in model.parameters():
         empty[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
@@ -266,12 +266,12 @@ def _shard(model: nn.Module) -> nn.Module:
     for block in blocks(model):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    vars(model)[_PLAIN] = plain  # not as a part of the model
+    vars(model)[_PLAIN] = plain  # bypasses nn.Module, so that it is not a submodule
     return model
 
 
 def _filled(model: nn.Module, value_of: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A plain copy of a sharded model, with values made of its parameters, and copies of its buffers."""
+    """A plain copy of a sharded model, with ``value_of`` its parameters and copies of its buffers."""
     plain = copy.deepcopy(vars(model)[_PLAIN])
     for name, parameter in model.named_parameters():
         _assign(plain, name, nn.Parameter(value_of(parameter), parameter.requires_grad))
@@ -289,7 +289,7 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def _full(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be sharded."""
+    """The full tensor of one that may be sharded."""
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()

@@ -1,4 +1,4 @@
-"""The evaluation of a model on a data set, in the tasks that both support."""
+"""Evaluates a model on a data set, in the tasks that both support."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fastmask.models.precision import autocast, check_precision
 from fastmask.training.distributed import together, whole
 from fastmask.training.interruption import prepare_worker
 
-# The tasks that the truth of each kind of data set can evaluate, and those evaluated by default.
+# For each kind of truth, the tasks that it can evaluate, and those evaluated by default.
 SERVED = {
     "semantic": ("semantic", "general"),
     "panoptic": ("semantic", "general", "panoptic", "instance"),
@@ -35,7 +35,7 @@ EVENTS = "events"
 
 
 class MapDataset(Protocol):
-    """A data set that is read by index; one of images has a :class:`fastmask.data.DatasetInfo` as ``info``."""
+    """A data set that is read by index; if it has images, its ``info`` is a :class:`fastmask.data.DatasetInfo`."""
 
     def __len__(self) -> int: ...
 
@@ -47,14 +47,14 @@ class Evaluation:
     """The result of :func:`evaluate`.
 
     Attributes:
-        numbers: scores by name, as shares of 1; nan where there was nothing to find. Those of the task "general" begin
-            with "general_", since they have the same names as those of "semantic".
-        per_class: by name, lists of the scores of each class in the order of ``class_names``.
+        numbers: scores in 0..1 by name; nan where there was nothing to find. Names of the task "general" begin with
+            "general_", since they would otherwise equal those of "semantic".
+        per_class: by name, a list of the scores of each class in the order of ``class_names``.
         class_names: the classes of the data set.
         tasks: the tasks evaluated.
         num_samples: the number of images or clips, in all processes together.
-        absent_classes: the classes that occur in the truth of no task; their part of "mIoU" and other means depends on
-            the predictions only. Stuff does not count as absent where the truth has things only.
+        absent_classes: the classes that do not occur in the truth of any task; their part of "mIoU" and other means
+            depends only on the predictions. Stuff does not count as absent if the truth has only things.
     """
 
     numbers: dict[str, float]
@@ -65,7 +65,7 @@ class Evaluation:
     absent_classes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields in types of JSON: nan becomes None."""
+        """All fields, in types of JSON; nan becomes None."""
         return {
             "tasks": list(self.tasks),
             "num_samples": self.num_samples,
@@ -97,22 +97,22 @@ def evaluate(
 ) -> Evaluation:
     """Predicts every sample of a data set and compares the results with the truth, at the truth's own size.
 
-    Images of the same size in a batch are predicted together, others apart, so that a result depends on its image only.
-    One batch is in memory at a time, and for "instance" also the run lengths of all masks.
+    Images of the same size in a batch are predicted together, others separately, so that a result depends only on its
+    image. One batch is in memory at a time; for "instance" the run lengths of all masks are kept, too.
 
-    Where ``torch.distributed`` is initialized, process r of W takes the samples r, r + W, ..., and each returns the
-    numbers of all.
+    If ``torch.distributed`` is initialized, process r of W takes the samples r, r + W, ..., and each process returns
+    the numbers over all samples.
 
     Args:
-        model: in any mode, which it keeps; also the result of :func:`fastmask.training.distributed.wrap`.
-        dataset: has ``info``, as :func:`fastmask.data.open_dataset` gives it; for :class:`fastmask.SoundEventDetector`
-            a data set of :class:`fastmask.data.Clip`.
-        tasks: of "semantic", "general" (semantic maps by hard assignment, MaskFormer only), "panoptic" and "instance";
-            for sound "events". By default the task of the truth, if the model supports it; for panoptic truth
-            "semantic" and "panoptic".
-        batch_size: the number of samples to read, and at most to predict, at a time.
+        model: the model, in any mode, which is kept; or the result of :func:`fastmask.training.distributed.wrap`.
+        dataset: a data set with ``info``, as from :func:`fastmask.data.open_dataset`; for
+            :class:`fastmask.SoundEventDetector` a data set of :class:`fastmask.data.Clip`.
+        tasks: any of "semantic", "general" (semantic maps by hard assignment, MaskFormer only), "panoptic" and
+            "instance"; for sound "events". By default the task of the truth, if the model supports it; for panoptic
+            truth "semantic" and "panoptic".
+        batch_size: the number of samples to read at a time, and the most to predict at a time.
         workers: the number of processes that read samples.
-        device: where to predict; the model moves there. By default the model's own.
+        device: the device to predict on; the model is moved there. By default the model's device.
         precision: "float32", or "bfloat16" or "float16" for autocast.
         window: (size, stride) of the windows in which images are predicted, as for the model's ``predict``; None for
             whole images, or a Segmenter's configured windows. A MaskFormer has windows, scales and mirror images for
@@ -123,20 +123,20 @@ def evaluate(
             size. None leaves images as they are.
         max_side: with ``short_side``, the limit of the longer side.
         options: by task, further arguments of the model's ``predict``, such as {"panoptic": {"threshold": 0.5}}.
-        boundary_share: of :class:`fastmask.metrics.SemanticMetrics`; None leaves out boundary IoU, which is slow.
+        boundary_share: as in :class:`fastmask.metrics.SemanticMetrics`; None leaves out boundary IoU, which is slow.
         progress: show a bar in the first process, if tqdm is installed.
         each: called with each sample, its results by task, and the numbers of the metrics on this sample alone; such as
             :meth:`fastmask.prediction.EvaluationPage.add`. Each process calls it for its own samples.
 
     Returns:
         The numbers of :class:`fastmask.metrics.SemanticMetrics` ("mIoU", ...), ``PanopticMetrics`` ("PQ", ...),
-        ``InstanceMetrics`` ("AP", ...) or ``SoundEventMetrics`` ("F1", ...). These say how void pixels and crowd
-        regions count; the data set says which classes are stuff.
+        ``InstanceMetrics`` ("AP", ...) or ``SoundEventMetrics`` ("F1", ...). These classes document how void pixels and
+        crowd regions count; the data set says which classes are stuff.
 
     Raises:
         TypeError: a data set without ``info``, or ``tasks`` that is one string.
-        ValueError: a model with another number of classes than the data set, a task or option that model or truth does
-            not have, or an argument out of range.
+        ValueError: model and data set have different numbers of classes, model or truth does not have a task or option,
+            or an argument is out of range.
         ImportError: "instance" without hotcoco.
     """
     check_precision(precision)
@@ -152,7 +152,7 @@ def evaluate(
     if "events" in network.tasks:
         if window is not None or tuple(scales) != (1.0,) or flip or short_side is not None:
             name = type(network).__name__
-            raise ValueError(f"window, scales, flip and short_side are of images; {name} hears sounds")
+            raise ValueError(f"window, scales, flip and short_side are for images; {name} hears sounds")
         evaluator = _ClipEvaluator(network, dataset, tasks, options or {})
     else:
         images = _ImageEvaluator(network, dataset, tasks, options or {}, boundary_share)
@@ -169,7 +169,7 @@ def evaluate(
         num_workers=workers,
         collate_fn=_as_list,
         worker_init_fn=prepare_worker,
-        generator=torch.Generator(),  # the default one draws from the random state of training
+        generator=torch.Generator(),  # the default one would draw from the random state of training
     )
     for batch in _with_bar(loader, progress and rank == 0):
         for group in _by_shape(batch):
@@ -208,7 +208,7 @@ def _numbers(metrics: Mapping[str, Metrics]) -> dict[str, float]:
 
 
 def _prefix(task: str) -> str:
-    """What precedes the names of the task's scores: those of "general" are also those of "semantic"."""
+    """The prefix of the task's score names, which separates "general" from "semantic"."""
     return "general_" if task == "general" else ""
 
 
@@ -225,7 +225,7 @@ class _ImageEvaluator:
     ):
         info = getattr(dataset, "info", None)
         if not isinstance(info, DatasetInfo):
-            raise TypeError(f"dataset must have a DatasetInfo as its info, as open_dataset gives; got {dataset!r}")
+            raise TypeError(f"dataset must have a DatasetInfo as its info, as from open_dataset; got {dataset!r}")
         self.model, self.info = model, info
         self.views: dict[str, Any] = {}  # further arguments of the model's ``predict``
         _check_classes(model, self.info)
@@ -244,7 +244,7 @@ class _ImageEvaluator:
         self.options = {task: self._own_options(task) | dict(options.get(task, {})) for task in wanted}
 
     def predict(self, inputs: Tensor, samples: Sequence[Sample]) -> dict[str, list[Any]]:
-        """Results by task, one for each of the images ``(B, 3, H, W)`` uint8."""
+        """The results by task, a list with one for each of the images ``(B, 3, H, W)`` uint8."""
         images = inputs.float().div_(255)
         sizes = [sample.size for sample in samples]
         if len(self.model.tasks) == 1:
@@ -272,7 +272,7 @@ class _ImageEvaluator:
                 of_task.update(f"{index:09d}", result, *_instances(sample, self.info))
 
     def new_metrics(self) -> dict[str, Metrics]:
-        """Metrics by task that have counted nothing yet."""
+        """New metrics by task."""
         return {task: self._metrics_of(task) for task in self.tasks}
 
     def _metrics_of(self, task: str) -> Metrics:
@@ -286,7 +286,7 @@ class _ImageEvaluator:
     def _own_options(self, task: str) -> dict[str, Any]:
         if task in ("panoptic", "instance"):
             return {"stuff_classes": self.info.stuff_classes}
-        # A label that is no class, for every choice of the data set's void.
+        # A label that is not a class, whatever the data set's void value.
         return {"ignore_index": self.info.num_classes} if task == "general" else {}
 
 
@@ -319,7 +319,7 @@ class _ClipEvaluator:
         metrics[EVENTS].update(results[EVENTS], truth)
 
     def new_metrics(self) -> dict[str, Metrics]:
-        """Metrics that have counted nothing yet."""
+        """New metrics by task."""
         return {EVENTS: SoundEventMetrics(self.model.config.num_classes)}
 
 
@@ -349,7 +349,7 @@ def _instances(sample: Sample, info: DatasetInfo) -> tuple[Tensor, Tensor, Tenso
         [m for m, label in enumerate(sample.labels.tolist()) if label not in stuff], dtype=torch.long
     )
     crowd, areas = (None if values is None else values[indices] for values in (sample.crowd, sample.areas))
-    assert sample.segments is not None  # it has either these or masks
+    assert sample.segments is not None  # a sample has either segments or masks
     return sample.segments.eq(indices[:, None, None]), sample.labels[indices], crowd, areas
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request to stop, which training fulfills after the current step."""
+"""Treats Ctrl-C and SIGTERM as a request to stop, which training fulfills after the current step."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import Any
 from fastmask.training.distributed import together
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# A second signal within this time is the same request: torchrun repeats what the terminal has sent to all processes.
+# A second signal within this time is the same request: torchrun repeats the signal that the terminal sent to all.
 SAME_REQUEST = 2.0  # seconds
-GRACE = 30  # seconds, as torchrun has it
-PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process receives when its parent ends
+GRACE = 30  # seconds, as in torchrun
+PR_SET_PDEATHSIG = 1  # in Linux: sets the signal that a process receives when its parent ends
 
 
 class Interruption:
-    """Inside ``with``, the first SIGINT or SIGTERM is noted and the second ends the process as usual.
+    """A context in which the first SIGINT or SIGTERM is noted, and the second ends the process as usual.
 
     It does nothing outside the main thread, the only one that receives signals.
 
@@ -63,7 +63,7 @@ class Interruption:
         if self.signal is None:
             self.signal, self._came = number, time.monotonic()
             if alone:
-                # The second signal ends the process even within an operator.
+                # The second signal ends the process even inside an operator.
                 for each in SIGNALS:
                     signal.signal(each, signal.SIG_DFL)
             if self._notice:
@@ -74,8 +74,8 @@ class Interruption:
 
 
 def prepare_worker(_: int = 0) -> None:
-    """The ``worker_init_fn`` of a ``DataLoader``. Workers receive the signals that are meant for the training process:
-    they continue silently for as long as it may need them, and end with it.
+    """The ``worker_init_fn`` of a ``DataLoader``. Workers also receive the signals meant for the training process: they
+    continue silently for as long as it may need them, and end with it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))

@@ -1,4 +1,4 @@
-"""The losses of the latest steps, which stay on the device until they are read all at once."""
+"""Records the losses of the latest steps, which stay on the device until they are all read at once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class LossRecord:
 
     Args:
         steps: the number of steps taken before.
-        values: the losses of the last of these steps, which begin the record.
+        values: the losses of the last of these steps, with which the record begins.
         may_overflow: whether gradients may be infinite, as in float16.
     """
 
@@ -38,7 +38,7 @@ class LossRecord:
         """Adds the losses since the last call to ``values``. Every process must call this.
 
         Raises:
-            FloatingPointError: a loss or gradient is not finite; the message has the first such step and its losses.
+            FloatingPointError: a loss or gradient is not finite; the message gives the first such step and its losses.
         """
         if not self._unread:
             return
@@ -58,7 +58,7 @@ class LossRecord:
         self.values += rows
 
     def take_mean(self) -> dict[str, float]:
-        """The mean over ``values``, which is emptied; the mean of gradient norms is over the finite ones."""
+        """Returns the mean over ``values`` and empties them; only finite gradient norms enter their mean."""
         rows, self.values = self.values, []
         means = {}
         for name in rows[0] if rows else ():

@@ -15,8 +15,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from fastmask.training.recipe import Recipe
 
-# Names of learned queries, tokens and positions that are parameters outside an nn.Embedding, in our vision
-# transformers, in those of ``transformers`` and in the authors' code.
+# Names of learned queries, tokens and positions that are parameters outside an nn.Embedding, in the vision transformers
+# of fastmask and ``transformers`` and in the authors' code.
 _EMBEDDING = re.compile(r"pos_embed|position_embedding|position_bias|(^|_)tokens?$|cls_emb|query_embed|level_embed")
 _NORM = re.compile(r"Norm(\dd)?$")
 # Parts of parameter names that torch.compile and activation checkpointing insert.
@@ -28,12 +28,12 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
 
     The rule is that of the authors of MaskFormer and Mask2Former (``train_net.py``, ``build_optimizer``): the backbone
     has its own learning rate; normalization layers, and embeddings of queries, tokens and positions, have their own
-    weight decay; biases decay as weights do.
+    weight decay; biases decay like weights.
 
     Args:
-        model: in our networks the attribute ``backbone_weights`` says which weights form the backbone; in others the
-            modules with "backbone" in their name do.
-        recipe: has the learning rate and the weight decays.
+        model: the attribute ``backbone_weights`` of fastmask's networks says which weights form the backbone; in other
+            modules it is the submodules with "backbone" in their name.
+        recipe: gives the learning rate and the weight decays.
 
     Returns:
         Up to six groups for an optimizer, "backbone" before "head", each of "weights", "norms" and "embeddings", in the
@@ -41,7 +41,7 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
         the learning rate; "lr"; "weight_decay".
 
     Raises:
-        ValueError: no trainable parameters.
+        ValueError: the model has no trainable parameters.
     """
     parts = {"backbone": recipe.backbone_multiplier, "head": 1.0}
     decays = {
@@ -78,7 +78,7 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def _kind(module: nn.Module, name: str) -> str:
-    """The kind of a module's own parameter."""
+    """The kind of a parameter, by its module and name."""
     if any(_NORM.search(base.__name__) for base in type(module).__mro__):
         return "norms"
     if isinstance(module, nn.Embedding) or _EMBEDDING.search(name):
@@ -101,12 +101,12 @@ def learning_rate_factor(recipe: Recipe, step: int) -> float:
     gamma ** (number of milestones passed); "constant" is 1. During warm-up, the factor is multiplied by a line from
     ``warmup_factor`` to 1, as in detectron2.
 
-    PyTorch's own PolynomialLR has no m, and its LinearLR cannot start at 0; both multiply the last value, so that
-    rounding would add up where this is exact at every step.
+    PyTorch's PolynomialLR has no m, and its LinearLR cannot start at 0; both multiply the last value, so that rounding
+    errors accumulate, whereas this formula is exact at every step.
 
     Args:
-        recipe: has the schedule.
-        step: the number of steps taken before, at least 0; after ``steps``, the factor stays.
+        recipe: gives the schedule.
+        step: the number of steps taken before, at least 0; after ``steps``, the factor is constant.
     """
     factor = 1.0
     if recipe.schedule == "poly":
@@ -127,14 +127,14 @@ def make_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe) -> LambdaLR:
 
 @torch.no_grad()
 def clip_gradients(model: nn.Module | Iterable[Tensor], clip_norm: float) -> Tensor:
-    """Limits the norm of the gradient of all parameters together, in place, without waiting for the device.
+    """Limits the norm of the gradient over all parameters, in place, without waiting for the device.
 
     Args:
         model: a module or its parameters, which may be sharded (``DTensor``).
         clip_norm: the largest Euclidean norm; 0 for no limit.
 
     Returns:
-        the norm before clipping, a scalar tensor; not finite if a gradient is not.
+        The norm before clipping, a scalar tensor; not finite if a gradient is not finite.
     """
     parameters = [p for p in _parameters(model) if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

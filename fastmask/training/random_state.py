@@ -43,7 +43,7 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
-    """Restores all generators afterwards."""
+    """A context that restores all generators at its end."""
     state = random_state()
     try:
         yield

@@ -1,4 +1,4 @@
-"""Training recipes as plain data: optimizer, schedule, batch and augmentation, with those of the papers as presets."""
+"""Training recipes as plain data: optimizer, schedule, batch and augmentation; the papers' recipes are presets."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ AUGMENTATIONS = ("semantic", "jitter", "detr", "none")
 
 @dataclass(frozen=True)
 class Recipe(PlainConfig):
-    """Everything that decides how a network is trained, except the network, the data and the machine. The defaults are
-    those of MaskFormer's ResNet-50 on ADE20K (arXiv:2107.06278, section 4.1, and the authors' configuration files).
+    """Everything that determines how a network is trained, except the network, the data and the machine. The defaults
+    are those of MaskFormer's ResNet-50 on ADE20K (arXiv:2107.06278, section 4.1, and the authors' configuration files).
 
     Args:
         optimizer: "adamw" or "sgd".
         learning_rate: the learning rate of all parts except the backbone, before warm-up and decay.
-        weight_decay: of weights and biases; decoupled from the gradient with "adamw", part of the gradient with "sgd".
-        norm_weight_decay: of the gains and biases of normalization layers.
-        embed_weight_decay: of learned queries, tokens and positions.
+        weight_decay: the decay of weights and biases; decoupled from the gradient with "adamw", part of it with "sgd".
+        norm_weight_decay: the decay of the gains and biases of normalization layers.
+        embed_weight_decay: the decay of learned queries, tokens and positions.
         backbone_multiplier: the factor of the backbone's learning rate.
         momentum: the momentum of "sgd".
         nesterov: use Nesterov's form of momentum with "sgd".
         schedule: "poly", "steps" or "constant", see :func:`fastmask.training.learning_rate_factor`.
         power: the exponent of "poly".
-        min_learning_rate: the learning rate at the end of "poly"; that of other groups in proportion.
+        min_learning_rate: the learning rate at the end of "poly"; those of other groups are in proportion.
         milestones: where "steps" lowers the learning rate, as shares of ``steps``, ascending.
         gamma: the factor of "steps" at each milestone.
         warmup_steps: the number of steps in which the learning rate rises linearly to its full value.
         warmup_factor: the share of the learning rate at which the rise begins.
-        clip_norm: the largest Euclidean norm of the gradient of all parameters together; 0 for no limit.
+        clip_norm: the largest Euclidean norm of the gradient over all parameters; 0 for no limit.
         ema: the decay d, such as 0.999, of an exponential moving average of the weights, a = d a + (1 - d) w after each
-            step, which is evaluated and saved as the network; 0 to evaluate and save the weights themselves. Float
-            buffers, such as the statistics of batch norm, are averaged, too.
+            step, which is evaluated and saved as the network; 0 to evaluate and save the weights themselves. Floating
+            point buffers, such as the statistics of batch norm, are averaged, too.
         steps: the number of steps of the optimizer.
         batch_size: the number of images in a step, on all devices and in all micro-batches together.
         augmentation: "semantic", "jitter", "detr" or "none": ``semantic_augmentation``, ``jitter_augmentation`` and
@@ -48,8 +48,7 @@ class Recipe(PlainConfig):
         short_side: the shorter side of an image at scale 1, with "semantic" and "detr".
         max_side: the limit of the longer side, with "semantic" and "detr".
         scales: the smallest and the largest random scale.
-        max_category_share: the largest share of a crop's labeled pixels that one class may have, with "semantic"; 1 for
-            no limit.
+        max_category_share: the largest share of a crop's labeled pixels for one class, with "semantic"; 1 for no limit.
 
     Raises:
         TypeError: a value of the wrong type.
@@ -108,7 +107,7 @@ class Recipe(PlainConfig):
         pair = len(self.crop) == 2 and min(self.crop) >= 1
         require(pair, "crop", self.crop, "(height, width), each at least 1")
         pair = len(self.scales) == 2 and 0 < self.scales[0] <= self.scales[1] < math.inf
-        require(pair, "scales", self.scales, "the least and the greatest, more than 0")
+        require(pair, "scales", self.scales, "the smallest and the largest, more than 0")
         in_range = 0 < self.max_category_share <= 1
         require(in_range, "max_category_share", self.max_category_share, "in (0, 1]")
 
@@ -137,8 +136,8 @@ class Recipe(PlainConfig):
 
     @staticmethod
     def preset(name: str, **overrides: Any) -> Recipe:
-        """A recipe by name: one of the papers', with its data set, batch size, number of steps and the other values of
-        the authors' configuration files; or "finetune", for a few hundred images and a pretrained backbone.
+        """A recipe by name: one of the papers', with the values of the authors' configuration files for a data set; or
+        "finetune", for a few hundred images and a pretrained backbone.
 
         Args:
             name: "maskformer-" and "ade20k", "ade20k-swin" (tiny and small), "ade20k-swin-640" (base and large),
@@ -146,7 +145,7 @@ class Recipe(PlainConfig):
                 "coco-panoptic-swin"; "segmenter-" and "ade20k", "pascal-context" or "cityscapes"; "mask2former-" and
                 "ade20k", "ade20k-640" (panoptic, instance, and large backbones), "cityscapes", "mapillary" or "coco";
                 "finetune".
-            overrides: fields to set otherwise.
+            overrides: fields to change.
 
         Raises:
             ValueError: an unknown name.
@@ -164,7 +163,7 @@ _SWIN: dict[str, Any] = {
 _640: dict[str, Any] = {"crop": (640, 640), "short_side": 640, "max_side": 2560}
 _CITYSCAPES: dict[str, Any] = {"crop": (512, 1024), "short_side": 1024, "max_side": 4096, "steps": 90_000}
 _MAPILLARY: dict[str, Any] = {"short_side": 2048, "max_side": 8192, "steps": 300_000}
-# Their configs/coco-panoptic/Base-COCO-PanopticSegmentation.yaml: 300 epochs, the rate falls after 200.
+# MaskFormer's configs/coco-panoptic/Base-COCO-PanopticSegmentation.yaml: 300 epochs; the rate falls after 200.
 _COCO_PANOPTIC: dict[str, Any] = {
     "schedule": "steps",
     "milestones": (369_600 / 554_400,),
@@ -175,8 +174,8 @@ _COCO_PANOPTIC: dict[str, Any] = {
     "max_side": 1333,
     "scales": (0.6, 1.0),
 }
-# Segmenter: the authors' segm/train.py and segm/config.yml. They make the optimizer by timm 0.4.12, whose "sgd" has
-# Nesterov's momentum. The steps are the paper's (section 4.2): 64, 256 and 216 epochs.
+# Segmenter: the authors' segm/train.py and segm/config.yml. Their optimizer comes from timm 0.4.12, whose "sgd" has
+# Nesterov momentum. The steps are the paper's (section 4.2): 64, 256 and 216 epochs.
 _SEGMENTER: dict[str, Any] = {
     "optimizer": "sgd",
     "learning_rate": 1e-3,
@@ -233,7 +232,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "crop": (1024, 1024),
         "scales": (0.1, 2.0),
     },
-    # Our own, by short trials on CamVid with a pretrained EfficientNet-lite0 and one CPU core.
+    # Found by short trials on CamVid with a pretrained EfficientNet-lite0 on one CPU core.
     "finetune": {
         "learning_rate": 1e-3,
         "weight_decay": 0.05,

@@ -15,7 +15,7 @@ from fastmask.models.weight_files import CONFIG_FILE
 from fastmask.training.config import TrainingConfig
 from fastmask.training.step_checkpoints import remove_temporary
 
-# Processes that read data inherit the lock of the one that trains, and may outlive it by a moment when it is killed.
+# Worker processes inherit the lock of the training process, and may briefly outlive it when it is killed.
 PATIENCE = 2.0  # seconds
 
 
@@ -51,7 +51,7 @@ class RunFolder:
         self._lock = FileLock(self.root / ".lock", timeout=PATIENCE)
 
     def check_unused(self) -> None:
-        """Refuses a folder that is not empty.
+        """Checks that the folder is empty or does not exist.
 
         Raises:
             FileExistsError: the folder is not empty, or is a file.
@@ -59,12 +59,12 @@ class RunFolder:
         if self.root.is_dir() and not any(self.root.iterdir()):
             return
         if self.config.is_file():
-            raise FileExistsError(f"{self.root} holds a run already; --resume continues it")
+            raise FileExistsError(f"{self.root} already holds a run; --resume continues it")
         if self.root.exists():
-            raise FileExistsError(f"{self.root} exists already and is not empty; choose another folder")
+            raise FileExistsError(f"{self.root} already exists and is not empty; choose another folder")
 
     def create(self, config: TrainingConfig) -> None:
-        """Makes the folder, with the configuration in it.
+        """Creates the folder, with the configuration in it.
 
         Raises:
             FileExistsError: another process has begun a run in it.
@@ -72,11 +72,11 @@ class RunFolder:
         self.root.mkdir(parents=True, exist_ok=True)
         self.lock()
         if self.config.is_file():
-            raise FileExistsError(f"{self.root} holds a run already, which has begun meanwhile")
+            raise FileExistsError(f"{self.root} already holds a run, which has just begun")
         write_json(self.config, config.to_dict())
 
     def reopen(self, config: TrainingConfig | None) -> TrainingConfig:
-        """The configuration to continue with.
+        """Reopens the folder of a run to continue it; returns the configuration to continue with.
 
         Args:
             config: the configuration to continue with; None for the run's own.
@@ -128,7 +128,7 @@ class MetricsFile:
     """A file of JSON lines, each with the "step" after which it was measured.
 
     Args:
-        path: of the file, which need not exist.
+        path: the path of the file, which need not exist.
     """
 
     def __init__(self, path: Path):

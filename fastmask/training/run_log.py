@@ -1,4 +1,4 @@
-"""The output of a run while it trains: lines for readers, a progress bar, numbers for files and callbacks."""
+"""The output of a training run: lines for readers, a progress bar, and numbers for files and callbacks."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class RunLog:
     and to callbacks.
 
     Args:
-        active: whether this process writes; the others are silent.
-        callbacks: follow the run, besides the logger that its configuration names.
+        active: whether this process writes anything.
+        callbacks: callbacks in addition to the logger that the configuration names.
     """
 
     def __init__(self, active: bool, callbacks: Sequence[Callback] = ()):
@@ -39,7 +39,7 @@ class RunLog:
             logger.setLevel(logging.INFO)
 
     def open(self, folder: RunFolder, step: int, config: TrainingConfig) -> None:
-        """Starts to write to the files of a run, to tell the callbacks, and to show progress.
+        """Starts writing to the files of a run, calling the callbacks, and showing progress.
 
         Args:
             folder: the folder of the run.
@@ -89,8 +89,8 @@ class RunLog:
         Args:
             step: the last of these steps.
             steps: the number of steps of the whole run.
-            losses: "loss", its kinds, and "gradient_norm".
-            extra: "learning_rates" by group of parameters, "images_per_second", "memory" in GiB.
+            losses: "loss", each kind of loss, and "gradient_norm".
+            extra: "learning_rates" by parameter group, "images_per_second", and "memory" in GiB.
         """
         if self._metrics is None:
             return
@@ -114,8 +114,8 @@ class RunLog:
 
         Args:
             step: the step after which it took place.
-            numbers: the scores by name, as shares of 1.
-            per_class: for each kind of score, that of each class.
+            numbers: the scores in 0..1, by name.
+            per_class: by name, the score of each class.
         """
         if self._metrics is None:
             return
@@ -131,7 +131,7 @@ class RunLog:
 
 
 class _LinesBesideBar(logging.Handler):
-    """Writes to stderr, above the bar of a log if it has one."""
+    """Writes lines to stderr, above the log's progress bar if there is one."""
 
     def __init__(self, log: RunLog):
         super().__init__()
@@ -146,7 +146,7 @@ class _LinesBesideBar(logging.Handler):
 
 
 def _progress_bar(step: int, steps: int) -> Any:
-    """On a terminal, if tqdm is installed."""
+    """A progress bar, if stderr is a terminal and tqdm is installed; otherwise None."""
     if not sys.stderr.isatty():
         return None
     try:
@@ -157,7 +157,7 @@ def _progress_bar(step: int, steps: int) -> Any:
 
 
 def _make_logger(name: str, folder: RunFolder, step: int) -> Callback | None:
-    """The callback that a configuration names; None for "none", and for "tensorboard" without the package."""
+    """The callback that a configuration names; None for "none", and for "tensorboard" if it is not installed."""
     if name in TRACKERS:
         return Tracker(name, folder.root)
     try:

@@ -49,7 +49,7 @@ from fastmask.training.sampler import StepSampler
 from fastmask.training.step_checkpoints import load_newest, save_checkpoint
 from fastmask.training.trainer import Trainer
 
-# The score that decides which network is best, by the task of the data set; the curves show them all.
+# The score that determines the best network, by the task of the data set; the curves show all scores.
 SCORES = {"semantic": "mIoU", "panoptic": "PQ", "instance": "AP"}
 EVALUATION_BATCH = 4
 
@@ -62,7 +62,7 @@ class TrainingResult:
         folder: the folder of the run.
         model: the folder of the final network.
         best: the folder of the network with the best evaluation; None without evaluation.
-        evaluation: the scores of ``model``, as shares of 1; empty without evaluation.
+        evaluation: the scores of ``model``, in 0..1; empty without evaluation.
         best_evaluation: the scores of ``best``.
         best_step: the step of ``best``.
     """
@@ -83,21 +83,21 @@ def train(
     device: str | torch.device | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> TrainingResult:
-    """Trains a network on a data set, in this process or in all that ``torchrun`` has started.
+    """Trains a network on a data set, in this process or in all processes that ``torchrun`` has started.
 
     The first Ctrl-C or SIGTERM finishes the step, saves, and ends the program; the second ends it at once. A resumed
     run continues with the samples, optimizer state and random numbers that it would have had without the interruption:
-    on a CPU, and with the same number of processes, its weights are the same to the bit.
+    on a CPU, with the same number of processes, its weights are bitwise the same.
 
     Args:
-        config: the configuration; None, with ``resume``, for that of the run. Only fields in
+        config: the configuration. With ``resume``, None takes that of the run, and only fields in
             ``fastmask.training.config.CHANGEABLE`` may differ from it.
         output: the run's folder. It gets config.json, checkpoints, ``model`` (the latest network), ``best`` (by mIoU,
             PQ or AP), log.txt, metrics.jsonl, curves.png, the logger's files and, at the end, result.json. Processes on
             several machines must all see it.
         resume: continue the run in this folder; the number of processes may change if it divides the batch evenly.
-        device: "cpu" or "cuda"; CUDA by default if there is a GPU.
-        callbacks: follow the run in process 0, besides the logger that ``config.log`` names.
+        device: "cpu" or "cuda"; by default CUDA if there is a GPU.
+        callbacks: callbacks for process 0, in addition to the logger that ``config.log`` names.
 
     Raises:
         FileExistsError: the folder is not empty, without ``resume``; or another process trains in it.
@@ -105,8 +105,8 @@ def train(
         ValueError: broken files in the data set, each named; classes that differ between splits, data set and network;
             with ``resume``, another configuration or number of samples, or no undamaged checkpoint.
         ImportError: a package that the configuration needs is missing; the message says how to install it.
-        FloatingPointError: a loss is not finite; the checkpoints are older.
-        OSError: a file cannot be written; older checkpoints stay whole.
+        FloatingPointError: a loss is not finite; the checkpoints are from earlier steps.
+        OSError: a file cannot be written; earlier checkpoints remain intact.
         KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM, with everything saved.
     """
     if config is None and not resume:
@@ -135,16 +135,16 @@ class _Run:
     """A run in progress.
 
     Args:
-        config: its configuration.
-        folder: its folder, which a new run creates.
+        config: the run's configuration.
+        folder: the run's folder, which a new run creates.
         log: gets its messages and numbers.
-        processes: this process among all that train.
+        processes: this process among all training processes.
         resume: continue a run that was begun before.
     """
 
     def __init__(self, config: TrainingConfig, folder: RunFolder, log: RunLog, processes: Processes, resume: bool):
         self.config, self.folder, self.log, self.processes = config, folder, log, processes
-        in_main(lambda: check_logger(config.log))  # tells now, not after minutes, if a package is missing
+        in_main(lambda: check_logger(config.log))  # reports a missing package now, not after minutes
         self.train_set, self.val_set = self._open_data(quick=resume)
         self.score = SCORES[self.train_set.info.task]
         state = load_newest(folder.checkpoints) if resume else None
@@ -159,7 +159,7 @@ class _Run:
         values: list[dict[str, float]] = []
         if state is not None:
             values = self._restore(state[1])
-        # From here on files are written: every check is done.
+        # All checks are done; files are written from here on.
         loader = self._loader()
         self.losses = LossRecord(self.trainer.steps, values, may_overflow=config.precision == "float16")
         if not resume:
@@ -178,7 +178,7 @@ class _Run:
         Raises:
             KeyboardInterrupt, SystemExit: after an interruption, with everything saved.
         """
-        once_more = "stopping after this step; once more to stop at once, without saving"
+        once_more = "stopping after this step; interrupt again to stop at once, without saving"
         with Interruption(once_more if self.processes.is_main else "") as interruption, closing(self.data):
             finished = self._take_steps(interruption)
         network = self._network()
@@ -210,7 +210,7 @@ class _Run:
         if info.task == "instance":
             check_task(model, info.task)
         if info.task == "instance" and len(sets) > 1:
-            InstanceMetrics(info.num_classes)  # tells now, not after hours, if a package is missing
+            InstanceMetrics(info.num_classes)  # reports a missing package now, not after hours
         return sets[0], sets[1] if len(sets) > 1 else None
 
     def _loader(self) -> DataLoader:
@@ -323,10 +323,10 @@ class _Run:
         if in_main(lambda: score > self.folder.best_score()):
             in_main(lambda: self._save(model, self.folder.best, found.numbers))
             in_main(lambda: write_json(self.folder.score, {"step": step, "score": score, "evaluation": found.numbers}))
-        # The record comes last, so that a resumed run repeats an evaluation that was killed.
+        # The record is written last, so that a resumed run repeats an interrupted evaluation.
         self.log.evaluation(step, found.numbers, per_class)
         self.evaluated = step
-        if step < self.config.recipe.steps:  # at the end they are drawn in any case
+        if step < self.config.recipe.steps:  # the last ones are drawn at the end of the run
             in_main(self._draw_curves)
 
     def _draw_curves(self) -> None:

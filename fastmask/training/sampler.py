@@ -1,4 +1,4 @@
-"""The samples of each training step, which depend on the seed and the step, not on the number of processes."""
+"""Chooses the samples of each training step, which depend on seed and step, not on the number of processes."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch.utils.data import Sampler
 class StepSampler(Sampler[list[tuple[int, int]]]):
     """The micro-batches of one process, for the steps ``start..stop-1``: the ``batch_sampler`` of a ``DataLoader``.
 
-    The epochs, each in an order that depends on ``(seed, epoch)`` only, form one endless sequence. Step s takes
+    The epochs, each in an order that depends only on ``(seed, epoch)``, form one endless sequence. Step s takes
     ``batch_size`` samples from position ``s * batch_size`` on, for any number of processes and micro-batches, so a step
-    may cross the end of an epoch. Micro-batch a of all processes together takes the a-th part of these samples.
+    may cross the end of an epoch. Micro-batch a of all processes takes the a-th part of these samples.
 
     Args:
         length: the number of samples in the data set.
-        batch_size: the number of samples in a step, in all processes and micro-batches together.
-        seed: decides the order; not negative.
+        batch_size: the number of samples in a step, over all processes and micro-batches.
+        seed: the seed of the order; not negative.
         start: the first step.
         stop: the step after the last.
         rank: the rank of this process.

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: each appears whole or not at all, and a damaged one is never loaded."""
+"""Checkpoints on disk, which are written atomically and verified before they are loaded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-KEPT = 2  # so that there is one to fall back to when the newest is damaged
+KEPT = 2  # checkpoints, so that there is another one if the newest is damaged
 NAME = re.compile(r"step-(\d+)\.pt")
 TEMPORARY = ".tmp"
 
@@ -21,16 +21,16 @@ logger = logging.getLogger(__name__)
 
 
 def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
-    """Writes a checkpoint and deletes all but the latest two. The earlier ones survive a process that is killed at any
-    moment, a full disk and a failing machine.
+    """Writes a checkpoint and deletes all but the latest two. Earlier checkpoints survive if the process is killed at
+    any moment, the disk is full, or the machine fails.
 
     Args:
-        folder: is created if it does not exist.
+        folder: the folder, which is created if it does not exist.
         step: the number of steps taken.
         state: tensors, numbers, strings, and lists, tuples and dicts of them.
 
     Raises:
-        OSError: the file cannot be written; the message names it, the reason, and the checkpoint to resume from.
+        OSError: the file cannot be written; the message gives its name, the reason, and the checkpoint to resume from.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}.pt"
@@ -84,7 +84,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _read(path: Path) -> tuple[dict[str, Any] | None, str]:
-    """The content of a file, or None and the fault."""
+    """The content of a file and ""; or None and the fault."""
     try:
         # torch.load does not verify checksums.
         with zipfile.ZipFile(path) as archive:

@@ -1,4 +1,4 @@
-"""One optimizer step of a model, with mixed precision, accumulation and clipping, without waiting for the GPU."""
+"""Optimizer steps of a model, with mixed precision, accumulation and clipping, without waiting for the GPU."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Trainer:
     """Trains a model that is called with inputs and targets and returns a dict of losses, whose sum is minimized.
 
     Args:
-        model: on its device; already wrapped if several processes train it.
-        recipe: the optimizer, its schedule, and the decay of the average of weights.
+        model: the model, on its device; already wrapped if several processes train it.
+        recipe: the optimizer, its schedule, and the decay of the weights' moving average.
         precision: "float32", or "bfloat16" or "float16" for autocast; parameters stay in their own dtype. "float16"
             scales the loss, and skips a step whose gradients overflow.
         accumulate: A, the number of micro-batches in a step, whose gradients are averaged. The loss of each is
@@ -68,7 +68,7 @@ class Trainer:
         device only with "float16", to learn whether gradients overflowed.
 
         Args:
-            batches: A pairs (inputs, targets), on any device, that the model is called with.
+            batches: A pairs (inputs, targets), on any device, with which the model is called.
 
         Returns:
             Scalars on the model's device, means over the micro-batches: "loss"; each kind of loss, such as "loss_ce",
@@ -82,7 +82,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         totals: dict[str, Tensor] = {}
         for i, (inputs, targets) in enumerate(batches):
-            # Processes exchange gradients in the last backward pass only.
+            # Processes exchange gradients only in the last backward pass.
             with nullcontext() if i == len(batches) - 1 else accumulating(self.model):
                 losses = self._losses(to_device(inputs, self.device), to_device(targets, self.device))
                 loss = reduce(torch.add, losses.values()) / self.accumulate
@@ -94,7 +94,7 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         with warnings.catch_warnings():
-            # The schedule also counts steps that overflow; PyTorch mistakes one at the beginning for a wrong order.
+            # The schedule also counts steps that overflow. If the first one does, PyTorch warns of a wrong call order.
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
             self.schedule.step()
         if self.average is not None:
@@ -103,7 +103,7 @@ class Trainer:
         return totals
 
     def network(self) -> nn.Module:
-        """The plain network to evaluate and save: with ``recipe.ema`` the one of averaged weights. All processes must
+        """The plain network to evaluate and save; with ``recipe.ema`` it has the averaged weights. All processes must
         call this; see :func:`fastmask.training.distributed.whole`.
         """
         return whole(self.model if self.average is None else self.average.module)
@@ -126,7 +126,7 @@ class Trainer:
         """Continues from :meth:`state_dict`, which every process must have.
 
         Raises:
-            RuntimeError, ValueError: the state is of another model or recipe.
+            RuntimeError, ValueError: the state belongs to another model or recipe.
         """
         load_model_state(self.model, state["model"])
         load_optimizer_state(self.model, self.optimizer, state["optimizer"])
@@ -143,7 +143,7 @@ class Trainer:
 
 
 def _average(weight: float, averaged: Iterable[Tensor], latest: Iterable[Tensor], _: Tensor | int) -> None:
-    """One step of the average. PyTorch's own would round integer buffers and mix sharded with whole tensors."""
+    """One step of the moving average. PyTorch's would round integer buffers and mix sharded with whole tensors."""
     for own, new in zip(averaged, latest, strict=True):
         if own.is_floating_point():
             own.lerp_(new, weight)
@@ -152,7 +152,7 @@ def _average(weight: float, averaged: Iterable[Tensor], latest: Iterable[Tensor]
 
 
 def by_kind(losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Sums losses over decoder layers: "loss_ce_0" counts to "loss_ce"."""
+    """Sums losses over decoder layers: "loss_ce_0" is added to "loss_ce"."""
     kinds: dict[str, Tensor] = {}
     for name, value in losses.items():
         kind = LAYER_SUFFIX.sub("", name)

@@ -160,7 +160,7 @@ def test_instance_truth_of_its_own(tmp_path):
 def test_errors_are_one_line(folder):
     cases = {
         (folder / "absent", "--data", folder / "data"): "no folder",
-        (folder / "run", "--data", folder / "nothing"): "is no folder",
+        (folder / "run", "--data", folder / "nothing"): "is not a folder",
         (folder / "run", "--data", folder / "data"): "split",
         (folder / "run", "--data", "composed:scenes"): "the model has 3 classes, the data set 13",
         (folder / "run", "--data", folder / "data", "--split", "train", "--task", "panoptic"): "panoptic",

@@ -110,7 +110,7 @@ def test_train_resume_and_begin_again(scenes, tmp_path, capsys, monkeypatch):
     run = ("-o", tmp_path / "run")
     said = said_to_stderr(capsys, monkeypatch, *run, "--resume", "--steps", 9, "--set", "model.num_queries=3")
     assert "differs in model.num_queries, recipe.steps" in said
-    assert "holds a run already" in said_to_stderr(capsys, monkeypatch, "--data", scenes, *run, *TINY)
+    assert "already holds a run" in said_to_stderr(capsys, monkeypatch, "--data", scenes, *run, *TINY)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_train_resume_and_begin_again(scenes, tmp_path, capsys, monkeypatch):
     [
         (["-o", "run"], "--data is missing"),
         (["-o", "run", "--resume"], "run has no run to resume"),
-        (["-o", "run", "--data", "nowhere", "--model", "tiny"], "nowhere is no folder"),
+        (["-o", "run", "--data", "nowhere", "--model", "tiny"], "nowhere is not a folder"),
         (["-o", "run", "--data", "SCENES"], "--model is missing"),
         (["-o", "run", "--data", "SCENES", "--model", "huge"], "unknown model 'huge'; known are"),
         (["-o", "run", "--data", "SCENES", *TINY, "--recipe", "cake"], "unknown preset 'cake'; known are"),

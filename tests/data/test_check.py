@@ -132,7 +132,7 @@ def edit(path, change):
         ),
         (
             lambda c: c["annotations"].append({**c["annotations"][0], "image_id": 8}),
-            "an annotation is of image 8, which is not",
+            "an annotation belongs to image 8, which is not",
         ),
         (lambda c: c["annotations"][1].update(file_name="none.png"), "none.png: missing"),
     ],
@@ -159,11 +159,11 @@ def test_panoptic_ids_without_their_segment_are_found(tmp_path):
         (lambda a: a.pop("segmentation"), "no segmentation; expected polygons"),
         (lambda a: a.update(segmentation=[]), "no polygon"),
         (lambda a: a.update(segmentation=[[1, 2, 3, 4]]), "at least three points"),
-        (lambda a: a.update(segmentation=[[1, 2, 3, 4, 5, "6"]]), "something else than finite numbers"),
+        (lambda a: a.update(segmentation=[[1, 2, 3, 4, 5, "6"]]), "something other than finite numbers"),
         (lambda a: a.update(segmentation={"size": [20, 31], "counts": [620]}), "run lengths of size"),
         (lambda a: a.update(segmentation={"size": [20, 30], "counts": [590, 9]}), "do not add up to 20 x 30"),
         (lambda a: a.update(segmentation={"size": [20, 30], "counts": 5}), "counts are of type int"),
-        (lambda a: a.update(image_id=77), "is of image 77"),
+        (lambda a: a.update(image_id=77), "belongs to image 77"),
     ],
 )
 def test_instance_annotations_that_do_not_fit_are_found(tmp_path, change, said):

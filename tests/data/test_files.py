@@ -133,7 +133,7 @@ def test_hidden_label_maps_do_not_make_a_layout(tmp_path):
     trees.stuff_tree(tmp_path, "raw")
     for path in (tmp_path / "stuffthingmaps/train2017").iterdir():
         path.rename(path.with_name(f".{path.name}"))
-    with pytest.raises(ValueError, match="has no layout that is known"):
+    with pytest.raises(ValueError, match="has no known layout"):
         open_dataset(tmp_path, "train")
 
 
@@ -168,7 +168,7 @@ def test_the_full_check_says_what_the_truth_holds(tmp_path):
     (note,) = check_dataset(two_classes(tmp_path, [0, 0, 255]))
     assert note == (
         "split 'train': 33.3 % of the pixels are void; no pixel of 1 of 2 classes: fg; "
-        "only 0 (bg) and void occur, as in masks of 0 and 255: 255 is void here, and the second class is 1"
+        "only 0 (bg) and void occur, as in masks of 0 and 255; here 255 is void, and the second class is 1"
     )
     (note,) = check_dataset(two_classes(tmp_path, [1, 1, 255]))
     assert note.endswith("no pixel of 1 of 2 classes: bg")

@@ -305,11 +305,9 @@ def test_data_sets_pickle_name_their_samples_and_batch(tmp_path, kind):
 
 def test_wrong_paths_kinds_splits_and_tasks_are_named(tmp_path):
     root = trees.folder_tree(tmp_path / "set")
-    with pytest.raises(FileNotFoundError, match="nowhere is no folder"):
+    with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
         open_dataset(tmp_path / "nowhere", "train")
-    with pytest.raises(
-        ValueError, match=r"has no layout that is known; expected one of folder \(classes.json\); cityscapes"
-    ):
+    with pytest.raises(ValueError, match=r"has no known layout; expected one of folder \(classes.json\); cityscapes"):
         open_dataset(tmp_path, "train")
     with pytest.raises(FileNotFoundError, match=f"split 'val' has no folder .*{Path('images/val')}"):
         open_dataset(root, "val")

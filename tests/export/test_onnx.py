@@ -136,7 +136,7 @@ def test_missing_packages_are_named_with_their_extra(package, monkeypatch, tmp_p
 
 
 def test_weights_beyond_what_a_file_holds_are_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr(onnx_file, "MOST_BYTES", 1000)
+    monkeypatch.setattr(onnx_file, "MAX_BYTES", 1000)
     with pytest.raises(ValueError, match="GB; an ONNX file holds 2 GB"):
         export_onnx(maskformer(), tmp_path / "model.onnx")
 

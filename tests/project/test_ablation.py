@@ -343,7 +343,7 @@ def test_any_data_set_by_its_folder(tmp_path):
 def test_options_that_fit_nothing_are_named(tmp_path):
     for options, message in (
         ({"only": ["shapes"]}, "no comparison shapes"),
-        ({"data": str(tmp_path / "nowhere")}, "nowhere is no folder"),
+        ({"data": str(tmp_path / "nowhere")}, "nowhere is not a folder"),
         ({"model": "huge"}, "unknown preset 'huge'"),
         ({"device": "tpu"}, "device must be cpu or cuda, got 'tpu'"),
     ):

@@ -52,7 +52,7 @@ def test_a_signal_to_all_processes_saves_quietly_and_says_how_to_go_on(scenes, t
     said = process.stderr.read()
     assert process.wait(60) == status
     assert "Traceback" not in said and "Error" not in said, said
-    assert "once more to stop at once" in said
+    assert "interrupt again to stop at once" in said
     path, state = load_newest(folder / "checkpoints")
     step = state["trainer"]["steps"]
     assert f"stopped at step {step}; fastmask train --resume -o {folder} continues" in said
@@ -69,7 +69,7 @@ def test_a_second_ctrl_c_ends_at_once_and_harms_nothing(scenes, tmp_path):
     process = start_a_step_without_end(*arguments(scenes, tmp_path / "run", "--workers", "2"))
     process.read_until("in the step")
     process.send(signal.SIGINT)
-    process.read_until("once more to stop at once")
+    process.read_until("interrupt again to stop at once")
     process.send(signal.SIGINT)
     assert process.wait(60) == -signal.SIGINT
     assert load_newest(tmp_path / "run" / "checkpoints") is None

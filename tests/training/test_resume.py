@@ -183,10 +183,10 @@ def test_another_configuration_is_refused_by_field(config, uninterrupted):
 
 
 def test_a_used_folder_is_refused_and_left_alone(config, uninterrupted, tmp_path):
-    with pytest.raises(FileExistsError, match="holds a run already; --resume continues it"):
+    with pytest.raises(FileExistsError, match="already holds a run; --resume continues it"):
         train(config, uninterrupted)
     (tmp_path / "thesis.tex").write_text("all of it")
-    with pytest.raises(FileExistsError, match="exists already and is not empty"):
+    with pytest.raises(FileExistsError, match="already exists and is not empty"):
         train(config, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
     with pytest.raises(FileNotFoundError, match="has no run to resume"):
@@ -240,6 +240,6 @@ def test_two_processes_do_not_train_in_one_folder(config, uninterrupted, tmp_pat
 def test_a_run_that_began_meanwhile_is_left_alone(config, uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, tmp_path / "run")
     before = (tmp_path / "run/config.json").read_bytes()
-    with pytest.raises(FileExistsError, match="begun meanwhile"):
+    with pytest.raises(FileExistsError, match="has just begun"):
         RunFolder(tmp_path / "run").create(config.replace(seed=5))
     assert (tmp_path / "run/config.json").read_bytes() == before

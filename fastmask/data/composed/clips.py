@@ -40,19 +40,19 @@ class Clip(NamedTuple):
 
 
 class ComposedClips(Dataset[Clip]):
-    """Drums, tabla, bells and bass notes over ambience: real recordings, put together.
+    """Drums, tabla, bells and bass notes over ambience, composed from real recordings.
 
     Clip ``i`` depends only on ``split``, ``seed``, ``duration`` and ``i``. The two splits share no recording. A clip
     has at most six events, which may overlap.
 
     Args:
         split: ``"train"`` or ``"val"``.
-        length: the number of clips; 2048 for train and 256 for val by default.
-        duration: of a clip, in seconds, at least 1.
-        seed: chooses other clips, 0..2**64-1.
+        length: the number of clips; by default 2048 for train and 256 for val.
+        duration: the duration of a clip in seconds, at least 1.
+        seed: 0..2**64-1; another seed gives other clips.
 
     Raises:
-        TypeError: a length or seed that is no integer.
+        TypeError: a length or seed that is not an integer.
         ValueError: an unknown split, a negative length, a duration below one second, or a seed out of range.
         FileNotFoundError: the package was installed without its sounds.
         ImportError: soundfile is missing.
@@ -105,13 +105,13 @@ class ComposedClips(Dataset[Clip]):
 
 
 def collate_clips(clips: Sequence[Clip]) -> tuple[Tensor, list[dict[str, Tensor]]]:
-    """Clips of one duration as ``(B, S)`` waveforms and their events, as ``SoundEventDetector`` takes them."""
+    """Batches clips of one duration for ``SoundEventDetector``: waveforms ``(B, S)`` and the events of each clip."""
     waveforms = torch.stack([clip.waveform for clip in clips])
     return waveforms, [{"labels": c.labels, "onsets": c.onsets, "offsets": c.offsets} for c in clips]
 
 
 def _ambience(recordings: Sequence[np.ndarray], samples: int, draws: Draws) -> np.ndarray:
-    """A recording from a random sample on, played forwards and backwards in turn so that nothing clicks."""
+    """A recording from a random sample on, played alternately forward and backward to avoid clicks."""
     recording = recordings[draws.below(len(recordings))]
     loop = np.concatenate([recording, recording[::-1]])
     positions = (draws.below(len(loop)) + np.arange(samples)) % len(loop)

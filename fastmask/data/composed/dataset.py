@@ -12,7 +12,7 @@ from fastmask.data.sample import VOID, DatasetInfo, Sample, SegmentationDataset
 
 
 class SceneDataset(SegmentationDataset):
-    """:class:`ComposedScenes` as samples: what ``open_dataset("composed:scenes", split)`` opens.
+    """:class:`ComposedScenes` as samples, which ``open_dataset("composed:scenes", split)`` opens.
 
     Args:
         split, length, size, seed: as for :class:`ComposedScenes`.

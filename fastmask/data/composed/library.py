@@ -19,7 +19,7 @@ SPRITE_SIZE = 28
 TEXTURE_SIZE = 384
 SPRITE_MARGIN = 2
 OVERSAMPLING = 2
-# Side of a sprite prepared for sampling, in its own pixels.
+# The side of a sprite prepared for sampling, in its own pixels.
 STAMP_SIZE = (SPRITE_SIZE + 2 * SPRITE_MARGIN) * OVERSAMPLING
 OPAQUE = 128
 # 256 times the weights of cubic convolution (Keys 1981, a = -1/2) at distances 1.75, 0.75, 0.25, 1.25.
@@ -76,7 +76,7 @@ def load_library(split: str) -> Library:
 
 
 def read_sprites(split: str) -> np.ndarray:
-    """``(10, n, 28, 28)`` uint8: the garments of each class, 0 outside of the garment."""
+    """``(10, n, 28, 28)`` uint8: the garments of each class, 0 outside the garment."""
     sheet = _read(garment_file(split))
     grid = sheet.reshape(-1, SPRITE_SIZE, SHEET_COLUMNS, SPRITE_SIZE).transpose(0, 2, 1, 3)
     return np.ascontiguousarray(grid).reshape(len(THING_CLASSES), -1, SPRITE_SIZE, SPRITE_SIZE)
@@ -99,8 +99,8 @@ def _make_stamps(sprites: np.ndarray) -> np.ndarray:
     """``(n, 28, 28)`` uint8 sprites to ``(n, 64, 64)`` uint32 stamps of brightness and coverage.
 
     A sprite's rim is a mixture of garment and black: the garment's share is the rim's brightness relative to the mean
-    of the garment beside it. That mean extends into the rim and beyond, so that interpolation there mixes garment with
-    garment.
+    of the garment beside it. The rim and the pixels beyond are filled with that mean, so that interpolation mixes only
+    garment with garment.
     """
     margin = ((0, 0), (SPRITE_MARGIN, SPRITE_MARGIN), (SPRITE_MARGIN, SPRITE_MARGIN))
     sprites = np.pad(sprites, margin).astype(np.int16)

@@ -1,4 +1,4 @@
-"""The plan of a scene, drawn from random numbers: textures and garments as plain numbers that a test can read."""
+"""Draws the plan of a scene: textures and garments as plain numbers, which tests can read."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ MAX_HALF_TURN = 0.16
 
 
 class Draws:
-    """Random numbers that depend on the key alone.
+    """Random numbers that depend only on the key.
 
-    They use only the raw words of the Philox generator, which NumPy keeps the same in all versions.
+    They are made from the raw words of the Philox generator, which are the same in all versions of NumPy.
     """
 
     def __init__(self, seed: int, split_index: int, index: int):
@@ -55,7 +55,7 @@ class Draws:
         return order
 
     def direction(self) -> tuple[float, float]:
-        """A unit vector (cosine, sine), from the tangent of its half angle and so without trigonometry."""
+        """A unit vector (cosine, sine), computed without trigonometry from the tangent of half its angle."""
         half = self.uniform(-1, 1)
         sign = 1 - 2 * self.below(2)
         return sign * (1 - half * half) / (1 + half * half), sign * 2 * half / (1 + half * half)
@@ -63,7 +63,7 @@ class Draws:
 
 @dataclass(frozen=True)
 class Boundary:
-    """The curve beyond which a texture covers earlier ones: a line through a point (x, y), or a wave along it."""
+    """The curve beyond which a texture covers earlier ones: a line through a point (x, y), or a wave along a line."""
 
     point: tuple[float, float]
     normal: tuple[float, float]
@@ -74,7 +74,7 @@ class Boundary:
 
 @dataclass(frozen=True)
 class Region:
-    """One texture of the background: its class, the part of its picture that it shows, and its look."""
+    """One texture of the background: its class, the visible part of its picture, and its look."""
 
     stuff: int
     box: tuple[float, float, float, float]
@@ -105,9 +105,9 @@ class Garment:
 
 @dataclass(frozen=True)
 class ScenePlan:
-    """The content of a scene of (height, width) pixels: textures in the order they are laid, garments back to front.
+    """The content of a scene of (height, width) pixels: textures in painting order, then garments from back to front.
 
-    A garment's shadow lies ``shadow`` = (rows, columns) from it and takes ``shadow_depth`` 256ths of the light. It does
+    A garment's shadow is offset by ``shadow`` = (rows, columns) and takes ``shadow_depth`` 256ths of the light. It does
     not change the truth.
     """
 
@@ -119,7 +119,7 @@ class ScenePlan:
 
 
 def plan_scene(library: Library, draws: Draws, size: tuple[int, int]) -> ScenePlan:
-    """Draws one to three textures, and up to six garments of any class, place, size, turn and color."""
+    """Draws one to three textures, and up to six garments of any class, position, size, rotation and color."""
     share = draws.uniform()
     num_regions = 1 + sum(share >= limit for limit in TEXTURE_SHARES)
     stuff = draws.permutation(len(STUFF_CLASSES))[:num_regions]

@@ -38,10 +38,10 @@ MIN_AREA = 90
 MIN_BRIGHTNESS = 60
 MAX_DARK_SHARE = 0.06
 MAX_FRINGE_SHARE = 0.10
-# Dark stripes and spots leave notches in an outline. Trouser legs and straps leave gaps like them, which are real.
+# Dark stripes and spots leave notches in an outline. The gaps between trouser legs and straps look alike but are real.
 MAX_NOTCH_SHARE = 0.03
 GAPPED_CLASSES = ("trousers", "sandal")
-# Root mean square difference of two sprites below which they count as pictures of the same garment.
+# Two sprites with a smaller root mean square difference count as pictures of the same garment.
 MIN_DISTANCE = 20
 
 
@@ -64,12 +64,12 @@ def read_fashion_mnist(directory: Path, split: str) -> tuple[np.ndarray, np.ndar
 
 
 def cut_out(picture: np.ndarray, has_gaps: bool) -> np.ndarray | None:
-    """The garment of one ``(28, 28)`` uint8 picture: 0 outside of it and at least 1 inside, or None if it is unclear.
+    """The garment of one ``(28, 28)`` uint8 picture: 0 outside the garment, at least 1 inside; None if it is unclear.
 
-    The garment is where the picture is not black, without its specks and with its small holes filled, so that dark
-    buttons and prints belong to it while the opening under a bag's handle does not. Pictures whose garment falls
-    apart, is partly black, or is hardly told from the background are refused, and those with a notched outline unless
-    the garment ``has_gaps``.
+    The garment is where the picture is not black, without specks and with small holes filled, so that dark buttons and
+    prints belong to it, but the opening under a bag's handle does not. A picture is unclear if its garment is in
+    several pieces, partly black, or hard to tell from the background, or if its outline is notched and the garment
+    does not have gaps (``has_gaps``).
     """
     from scipy import ndimage
 

@@ -49,7 +49,7 @@ SOURCES = {
 }
 VAL_STEP = 3
 LONGEST = {"event": 1.2, "ambience": 4.0}  # seconds
-FADE = 0.05  # seconds, at the end of what is cut
+FADE = 0.05  # seconds, at the end of a recording that was cut
 AUDIBLE = 0.02  # of the peak: -34 dB
 ENVELOPE = 0.01  # seconds over which loudness is measured
 

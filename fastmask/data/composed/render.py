@@ -1,7 +1,7 @@
 """The pixels and the truth of a planned scene.
 
-It uses integer arithmetic, and float64 additions, multiplications and divisions one at a time, so that the same plan
-gives the same bits on any machine.
+All arithmetic is on integers, or consists of single float64 additions, multiplications and divisions, so that the same
+plan gives the same bits on any machine.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from fastmask.data.composed.library import OPAQUE, OVERSAMPLING, SPRITE_MARGIN, 
 from fastmask.data.composed.plan import Boundary, Garment, Region, ScenePlan
 
 VOID = 255
-# A garment with a smaller visible part is left out of the scene; a texture with a smaller one is void.
+# A garment with a smaller visible part is left out of the scene; a texture with a smaller visible part becomes void.
 MIN_VISIBLE_PIXELS = 24
 MIN_VISIBLE_SHARE = 0.25
-# The gray levels of a texture's mean and a garment's black before tinting.
+# The gray levels, before tinting, of a texture's mean and of a garment's black.
 TEXTURE_LEVEL = 155
 GARMENT_BLACK = 70
 FIXED_POINT = 16
@@ -27,12 +27,12 @@ Window = tuple[slice, slice]
 def render_scene(library: Library, plan: ScenePlan) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """The pixels and the truth of a plan.
 
-    A garment owns the pixels that it covers by half or more; where two do, the front one owns them. A pixel without a
-    garment belongs to its texture. Garments with too small a visible part are not painted.
+    A garment owns the pixels of which it covers at least half; where two garments do, the front one owns them. A pixel
+    without a garment belongs to its texture. Garments whose visible part is too small are not painted.
 
     Returns:
         image: ``(H, W, 3)`` uint8.
-        segments: ``(H, W)`` uint8, the index of the segment that owns each pixel, or 255 at void.
+        segments: ``(H, W)`` uint8, the index of the segment that owns each pixel; 255 is void.
         labels: the class of each segment: garments back to front, then textures.
     """
     covers = [_cover(library, plan.size, garment) for garment in plan.garments]
@@ -84,7 +84,7 @@ def _background(library: Library, plan: ScenePlan) -> tuple[np.ndarray, np.ndarr
 
 
 def _distance(size: tuple[int, int], boundary: Boundary) -> np.ndarray:
-    """``(H, W)`` float64: about how many pixels each pixel lies beyond the boundary; negative before it."""
+    """``(H, W)`` float64: about how many pixels each pixel is beyond the boundary; negative before the boundary."""
     x, y = boundary.point
     rows = np.arange(size[0])[:, None] + (0.5 - y)
     columns = np.arange(size[1])[None, :] + (0.5 - x)
@@ -131,7 +131,7 @@ def _tint(levels: np.ndarray, color: tuple[float, float, float]) -> np.ndarray:
 
 
 def _cover(library: Library, size: tuple[int, int], garment: Garment) -> tuple[Window, np.ndarray, np.ndarray]:
-    """The part of the scene that a garment can reach, and there its ``(h, w)`` int32 brightness and coverage."""
+    """The window of the scene that a garment can reach, and its ``(h, w)`` int32 brightness and coverage there."""
     scale = garment.length / SPRITE_SIZE
     half = garment.half_turn
     cosine, sine = (1 - half * half) / (1 + half * half), 2 * half / (1 + half * half)
@@ -158,9 +158,9 @@ def _cover(library: Library, size: tuple[int, int], garment: Garment) -> tuple[W
 
 
 def _interpolate(stamp: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Bilinear samples of a stamp at fixed-point x and y, both halves of each value at once.
+    """Bilinear samples of a stamp at fixed-point x and y, for both halves of each value at once.
 
-    Weights have 8 bits, so that a product of a half needs 16 and neither half spills into the other.
+    Weights have 8 bits, so that the product of a half with a weight needs 16 and does not overflow into the other half.
     """
     values = stamp.ravel()
     corner = (y >> FIXED_POINT) * STAMP_SIZE + (x >> FIXED_POINT)
@@ -183,7 +183,7 @@ def _shade(image: np.ndarray, plan: ScenePlan, window: Window, _: np.ndarray, co
 
 
 def _shift(span: slice, offset: int, limit: int) -> tuple[slice, slice]:
-    """The span moved by an offset and cut to 0..limit, and the part of the span that this leaves."""
+    """The span shifted by an offset and clipped to 0..limit, and the part of the original span that remains."""
     start, stop = max(span.start + offset, 0), max(min(span.stop + offset, limit), 0)
     return slice(start, stop), slice(start - offset - span.start, stop - offset - span.start)
 

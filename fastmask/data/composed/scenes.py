@@ -25,9 +25,9 @@ class Scene(NamedTuple):
 
     Attributes:
         image: ``(3, H, W)`` float32 in 0..1.
-        segments: ``(H, W)`` uint8, the index ``0..M-1`` of the segment that owns the pixel, or 255 at void.
-        labels: ``(M,)`` int64, the class of each segment: 0..9 garments, 10..12 textures. Every garment is one segment,
-            from back to front; the textures follow, one segment each.
+        segments: ``(H, W)`` uint8, the index ``0..M-1`` of the segment that owns the pixel; 255 is void.
+        labels: ``(M,)`` int64, the class of each segment: 0..9 are garments, 10..12 textures. Each garment is one
+            segment, from back to front; the textures follow, one segment each.
     """
 
     image: Tensor
@@ -36,7 +36,7 @@ class Scene(NamedTuple):
 
 
 class ComposedScenes(Dataset[Scene]):
-    """Garments of Fashion-MNIST over brick, grass and gravel: real pixels, put together.
+    """Garments of Fashion-MNIST over brick, grass and gravel, composed from real pixels.
 
     Scene ``i`` depends only on ``split``, ``seed``, ``size`` and ``i``: not on the length, the order in which scenes
     are read, or the process that reads them. The two splits share no garment and no part of a texture. A scene has at
@@ -44,12 +44,12 @@ class ComposedScenes(Dataset[Scene]):
 
     Args:
         split: ``"train"`` or ``"val"``.
-        length: the number of scenes; 4096 for train and 512 for val by default.
+        length: the number of scenes; by default 4096 for train and 512 for val.
         size: (H, W) in pixels, at least 32 each.
-        seed: chooses other scenes, 0..2**64-1.
+        seed: 0..2**64-1; another seed gives other scenes.
 
     Raises:
-        TypeError: a length or seed that is no integer.
+        TypeError: a length or seed that is not an integer.
         ValueError: an unknown split, a negative length, a size below 32 pixels, or a seed out of range.
         FileNotFoundError: the package was installed without its pictures.
     """
@@ -76,10 +76,10 @@ class ComposedScenes(Dataset[Scene]):
 
         Raises:
             IndexError: ``index`` is not in ``0..length-1``.
-            TypeError: ``index`` is no integer.
+            TypeError: ``index`` is not an integer.
         """
         image, segments, labels = render_scene(self._library, self.plan(index))
-        # In NumPy, because torch would wake its thread pool for this, which costs more than the scene.
+        # NumPy, because waking PyTorch's thread pool would cost more time than making the scene.
         planes = np.ascontiguousarray(image.transpose(2, 0, 1))
         return Scene(
             torch.from_numpy(np.divide(planes, 255, dtype=np.float32)),
@@ -106,7 +106,7 @@ def collate_scenes(scenes: Sequence[Scene]) -> tuple[Tensor, Targets]:
 
     Returns:
         images: ``(B, 3, H, W)`` float32.
-        targets: segment map and labels, padded to the largest number of segments.
+        targets: segment maps and labels, padded to the largest number of segments.
 
     Raises:
         ValueError: no scenes, or scenes of different sizes.
