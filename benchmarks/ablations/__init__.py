@@ -1,1 +1,1 @@
-"""The papers' findings in small: the plan, training, analysis, tables and plots."""
+"""The papers' findings on a small scale: the plan, training, analysis, tables and plots."""

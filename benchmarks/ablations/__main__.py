@@ -1,8 +1,8 @@
-"""Reproduces the papers' findings in small: ``python -m benchmarks.ablations --help``.
+"""Reproduces the papers' findings on a small scale: ``python -m benchmarks.ablations --help``.
 
 Trains structures (a) per-pixel, (b) per-pixel+, (c) masks with fixed and (d) with bipartite matching, several numbers
 of queries and of decoder layers, and (e) sound events, with equal steps, batches, samples and seeds; compares the two
-rules of semantic inference; and says, by an interval over the seeds, which of the papers' orderings the runs show.
+rules of semantic inference; and tells, by an interval over the seeds, which of the papers' orderings the runs show.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ CLIP_SECONDS = 2
 def main(
     data: Annotated[str, typer.Option(help='"composed:scenes", or the folder of a data set.')] = SCENES,
     only: Annotated[list[str], typer.Option(help=f"{', '.join(COMPARISONS)}; repeatable. All by default.")] = [],  # noqa: B006
-    model: Annotated[str, typer.Option(help="Preset of MaskFormer that gives what is not compared.")] = "tiny",
-    pretrained: Annotated[str, typer.Option(help="Weights of its backbone, for transformers; not for tiny.")] = "",
-    steps: Annotated[int | None, typer.Option(min=1, help="Of the optimizer, in each run.")] = None,
-    minutes: Annotated[float, typer.Option(help="Without --steps: for all runs together, as the slowest needs.")] = 40,
-    seeds: Annotated[int, typer.Option(min=1, help="0, 1, ...; more may be added later.")] = 3,
-    size: Annotated[int, typer.Option(min=32, help="Of scenes and crops, and short side of images, in pixels.")] = 64,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples in a step.")] = 8,
-    learning_rate: Annotated[float, typer.Option(help="At its peak.")] = 1e-3,
-    val_samples: Annotated[int, typer.Option(min=1, help="Of the validation split, at most.")] = 256,
+    model: Annotated[str, typer.Option(help="MaskFormer preset; gives the settings not compared.")] = "tiny",
+    pretrained: Annotated[str, typer.Option(help="Backbone weights that transformers reads; not for tiny.")] = "",
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps of each run.")] = None,
+    minutes: Annotated[float, typer.Option(help="Without --steps: time for all runs, by the slowest variant.")] = 40,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds; more may be added later.")] = 3,
+    size: Annotated[int, typer.Option(min=32, help="Side of scenes and crops, short side of images, in pixels.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples per step.")] = 8,
+    learning_rate: Annotated[float, typer.Option(help="The peak learning rate.")] = 1e-3,
+    val_samples: Annotated[int, typer.Option(min=1, help="The most validation samples to use.")] = 256,
     queries: Annotated[list[int], typer.Option(help="Numbers to compare; repeatable.")] = list(QUERIES),  # noqa: B006
     layers: Annotated[list[int], typer.Option(help="Numbers to compare; repeatable.")] = list(LAYERS),  # noqa: B006
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     precision: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     workers: Annotated[int, typer.Option(min=0, help="Processes that read samples.")] = 0,
     threads: Annotated[int | None, typer.Option(help="CPU threads of PyTorch.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Result file; by default one for each machine.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Result file; by default one per machine.")] = None,
 ) -> None:
-    """Trains what is not in the result file yet, and writes the file, its tables (.md) and its plots.
+    """Trains the runs that the result file lacks, and writes the file, its tables (.md) and its plots.
 
-    Each finished run is kept as it ends. The same command continues after an interruption; more seeds or comparisons
-    add to what is there, with the steps that it was trained with.
+    Each run is saved when it ends. After an interruption, the same command continues. More seeds or comparisons are
+    added to the existing runs, with the same number of steps.
     """
     images = Settings(data, model, pretrained, size, val_samples, batch_size, steps or 1, learning_rate, precision)
     sound = replace(images, data=CLIPS, model=SOUND_MODEL, pretrained="", size=CLIP_SECONDS)
@@ -76,7 +76,7 @@ def main(
 
 
 def pending(bench: Bench, runs: Sequence[Run], path: Path) -> list[Run]:
-    """The runs that the result file does not have with these settings on this kind of device."""
+    """The runs with these settings on this kind of device that the result file lacks."""
     done = [(row["op"], row["case"], row["device"], row["settings"]) for row in read_results(path)["rows"]]
     wanted = [
         (operation(bench.settings_of(run)), run.name, bench.device.type, asdict(bench.settings_of(run))) for run in runs
@@ -85,7 +85,7 @@ def pending(bench: Bench, runs: Sequence[Run], path: Path) -> list[Run]:
 
 
 def earlier_steps(bench: Bench, path: Path, minutes: float) -> int | None:
-    """The steps that a budget gave when it was first measured, if the result file has runs of this budget."""
+    """The number of steps that was first derived from a budget, if the result file has runs of this budget."""
     for row in read_results(path)["rows"]:
         for settings in (bench.image_settings, bench.sound_settings):
             same = row["settings"] | {"steps": 0} == asdict(settings) | {"steps": 0}
@@ -97,14 +97,14 @@ def earlier_steps(bench: Bench, path: Path, minutes: float) -> int | None:
 def train(
     bench: Bench, runs: Sequence[Run], path: Path, minutes: float | None, finished: Callable[[Run], None] | None = None
 ) -> None:
-    """Trains what is pending and merges each run's row into the result file as it ends.
+    """Trains the pending runs and merges each run's row into the result file when it ends.
 
     Args:
         bench: the settings.
-        runs: in order.
-        path: of the result file.
-        minutes: the budget that the steps come from, if they come from one.
-        finished: told each run that ended.
+        runs: the runs, in order.
+        path: the result file.
+        minutes: the budget from which the number of steps was derived, if any.
+        finished: called with each run that ended.
     """
     head, dirty = commit()
     with tqdm(total=len(runs), unit="run") as bar:
@@ -129,7 +129,7 @@ def train(
 
 
 def report(path: Path) -> None:
-    """Writes the tables and plots of a result file beside it."""
+    """Writes the tables and plots of a result file to its folder."""
     from benchmarks.ablations.plots import write_plots
     from benchmarks.ablations.tables import render
 
@@ -143,7 +143,7 @@ def report(path: Path) -> None:
 
 
 def operation(settings: Settings) -> str:
-    """What the rows of a data set are filed under: its name, not where it lies."""
+    """The name under which the rows of a data set are stored: its name, not its path."""
     return f"ablation on {settings.data if settings.composed else Path(settings.data).resolve().name}"
 
 

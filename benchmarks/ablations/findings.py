@@ -1,4 +1,4 @@
-"""What the papers found, and whether our numbers show it: computed, with an interval over the seeds."""
+"""The papers' findings, and whether the runs show them, by an interval over the seeds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from benchmarks.ablations.variants import (
 
 CONFIDENCE = 0.95
 NO_ORDERING = "no ordering shown"
-# Metrics of a run by which general inference is told from semantic inference.
+# The prefix of a run's metrics by general inference, which separates them from those by semantic inference.
 GENERAL = "general "
 Row = Mapping[str, Any]
 
@@ -31,12 +31,12 @@ class Finding:
     """A paper's statement that one variant is better than another.
 
     Args:
-        comparison: which of the comparisons it belongs to.
-        claim: in words.
-        paper: the paper's difference and where it stands.
+        comparison: the comparison to which it belongs.
+        claim: the statement in words.
+        paper: the paper's difference, and where the paper gives it.
         better, worse: the variants.
-        metric: of both; shares of 1.
-        worse_metric: of the worse, if another.
+        metric: the metric of both, in 0..1.
+        worse_metric: the metric of ``worse``, if it differs.
     """
 
     comparison: str
@@ -50,10 +50,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What our runs say of a finding.
+    """What the runs say about a finding.
 
     Args:
-        differences: better minus worse, in points (shares of 100), for each seed that both were trained with.
+        differences: better minus worse, in percentage points, for each seed with which both were trained.
     """
 
     finding: Finding
@@ -65,7 +65,7 @@ class Judgement:
 
     @property
     def half_width(self) -> float:
-        """Half of the 95 % confidence interval of the mean, by Student's t over the seeds; infinite for one seed."""
+        """Half of the 95% confidence interval of the mean, by Student's t over the seeds; infinite for one seed."""
         from scipy.stats import t
 
         count = len(self.differences)
@@ -75,7 +75,7 @@ class Judgement:
 
     @property
     def verdict(self) -> str:
-        """An ordering is shown where the interval leaves out 0; a difference that the seeds explain shows none."""
+        """An ordering is shown if the interval excludes 0; a difference that the seeds explain shows none."""
         if not self.differences:
             return "not run"
         if not abs(self.mean) > self.half_width:
@@ -93,7 +93,7 @@ def judge(finding: Finding, rows: Sequence[Row]) -> Judgement:
 
 
 def values_by_seed(rows: Sequence[Row], variant: Variant, metric: str) -> dict[int, float]:
-    """A metric of a variant by seed, for the seeds that it was trained with."""
+    """A metric of a variant by seed, for the seeds with which it was trained."""
     return {
         row["seed"]: row["metrics"][metric]
         for row in rows
@@ -102,7 +102,7 @@ def values_by_seed(rows: Sequence[Row], variant: Variant, metric: str) -> dict[i
 
 
 def image_findings(num_classes: int, base_layers: int, queries: Sequence[int], layers: Sequence[int]) -> list[Finding]:
-    """The findings of MaskFormer (arXiv:2107.06278), of its ResNet-50 models, for what was trained on images."""
+    """The findings of MaskFormer (arXiv:2107.06278) with ResNet-50 about the variants trained on images."""
     a = Variant(PER_PIXEL, 0, 0)
     b = Variant(PER_PIXEL_PLUS, num_classes, base_layers)
     c = Variant(FIXED, num_classes, base_layers)
@@ -187,9 +187,9 @@ def image_findings(num_classes: int, base_layers: int, queries: Sequence[int], l
 
 
 def sound_findings(sound_classes: int, sound_layers: int) -> list[Finding]:
-    """For sound there is no table of the same ablation. The nearest statement is that of Cai et al. 2025 (Detect Any
-    Sound, arXiv:2507.16343): queries that decide which events a clip holds, apart from when, are better than
-    frame-wise classification. That the mask losses help is MaskFormer's premise, which no paper measured for sound.
+    """No paper has the same ablation for sound. The closest statement is by Cai et al. 2025 (Detect Any Sound,
+    arXiv:2507.16343): queries that predict which events a clip holds, separately from their times, are better than
+    frame-wise classification. MaskFormer assumes that the mask losses help, which no paper has measured for sound.
     """
     frames = Variant(FRAMES, 0, 0, "events")
     presence, plain = (Variant(s, sound_classes, sound_layers, "events") for s in (PRESENCE, NO_MASK_LOSSES))

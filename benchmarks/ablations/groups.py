@@ -1,4 +1,4 @@
-"""Rows that may be compared: of one data set, one kind of device and the same settings."""
+"""Groups of comparable rows: with the same data set, kind of device and settings."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Group:
 
     Args:
         title: the rows' operation and device.
-        settings: of all of them.
-        rows: at least one.
+        settings: the settings of all rows.
+        rows: the rows, at least one.
     """
 
     title: str
@@ -42,11 +42,11 @@ class Group:
 
     @property
     def base(self) -> Variant:
-        """Structure (d) as the comparisons that do not vary it have it."""
+        """Structure (d) with the numbers of queries and layers that comparisons do not vary."""
         return Variant(BIPARTITE, len(self.class_names), self.rows[0]["base_layers"])
 
     def comparisons(self) -> dict[str, list[Variant]]:
-        """The variants of each comparison that can be made: of two at least, or of two rules of inference on one."""
+        """The variants of each possible comparison: at least two variants, or two inference rules on one variant."""
         base, there = self.base, self.variants
         found = comparisons(
             base.queries,
@@ -61,12 +61,12 @@ class Group:
         return {name: variants for name, variants in present.items() if len(variants) > (name != "inference")}
 
     def answering(self) -> list[Variant]:
-        """Structure (d) with each number of queries of which it is known what they answer for."""
+        """Structure (d) with each number of queries for which the predicted classes are known."""
         variants = [Variant(BIPARTITE, number, self.base.layers) for number in self._queries()]
         return [variant for variant in variants if self.query_classes(variant)[0]]
 
     def judgements(self) -> list[Judgement]:
-        """What the rows say of each finding whose variants were trained."""
+        """The judgement of each finding whose variants were trained."""
         if self.is_sound:
             findings = sound_findings(self.base.queries, self.base.layers)
         else:
@@ -107,5 +107,5 @@ def groups_of(rows: Sequence[Row]) -> list[Group]:
 
 
 def _can_differ(finding: Finding) -> bool:
-    """Whether a finding is about two things; where one number of queries or layers was trained, it is not."""
+    """Whether a finding compares two different things, not the same variant if only one number was trained."""
     return finding.better != finding.worse or finding.worse_metric not in ("", finding.metric)

@@ -32,9 +32,9 @@ from fastmask.targets import Targets
 from fastmask.training.sampler import StepSampler
 
 SCENES = "composed:scenes"
-TINY = "tiny"  # the preset that the embedded weights fit
-CLASS_WEIGHT = 2.0  # of the demo
-# The class probability of a segment in panoptic results; low, since after a short training few classes are sure.
+TINY = "tiny"  # the preset of the embedded weights
+CLASS_WEIGHT = 2.0  # as in the demo
+# The class probability of a segment in panoptic results; low, since short training gives few confident classes.
 PANOPTIC_THRESHOLD = 0.2
 
 
@@ -56,7 +56,7 @@ def check_images(settings: Settings) -> None:
 
 
 def has_panoptic_truth(settings: Settings) -> bool:
-    """Whether the data tell things apart, so that panoptic segmentation can be learned."""
+    """Whether the truth separates things, so that panoptic segmentation can be learned."""
     try:
         open_images(settings, "train", "panoptic")
     except ValueError:
@@ -65,7 +65,7 @@ def has_panoptic_truth(settings: Settings) -> bool:
 
 
 def training_batches(settings: Settings, run: Run, workers: int) -> Iterator[Any]:
-    """The batches of a run, of which the seed alone decides: all variants see the same, in the same order."""
+    """The batches of a run, which depend only on the seed: all variants get the same batches in the same order."""
     dataset = open_images(settings, "train", run.variant.task)
     augmented = Augmented(dataset, settings.recipe.transform() or Compose(()), run.seed)
     sampler = StepSampler(len(augmented), settings.batch_size, run.seed, 0, settings.steps)
@@ -82,7 +82,7 @@ def validation_batches(settings: Settings, task: str, workers: int) -> DataLoade
 
 
 def make_network(settings: Settings, variant: Variant, class_names: tuple[str, ...], stuff: tuple[int, ...]) -> Any:
-    """A network of the preset with what the variant sets; the structures are equal in everything that they share."""
+    """A network of the preset with the variant's settings; structures are equal in everything that they share."""
     config = MaskFormerConfig.preset(
         settings.model,
         len(class_names),
@@ -111,10 +111,10 @@ def make_network(settings: Settings, variant: Variant, class_names: tuple[str, .
 def evaluate_images(
     network: MaskFormer | PerPixelBaseline, batches: DataLoader, variant: Variant, stuff: tuple[int, ...]
 ) -> tuple[dict[str, float], QueryClasses | None]:
-    """Metrics as shares of 1, and which classes each query answered for, from one reading of the images.
+    """Metrics in 0..1, and the classes that each query predicted, from one pass over the images.
 
-    "mIoU", and "PQ_st": PQ with each class of an image as one segment, as the paper compares label maps. For mask
-    classification the same by general inference, after "general "; and where the truth is panoptic also "PQ".
+    "mIoU", and "PQ_st": PQ with each class of an image as one segment, by which the paper compares label maps. For mask
+    classification also the same by general inference, with the prefix "general "; and "PQ" if the truth is panoptic.
     """
     network.eval()
     num_classes = network.config.num_classes
@@ -165,6 +165,6 @@ def void_class(num_classes: int) -> int:
 
 
 def class_segments(labels: Tensor, num_classes: int) -> tuple[Tensor, list[dict[str, int]]]:
-    """A label map ``(H, W)`` as a panoptic result with a segment for each class; values beyond the classes are none."""
+    """A label map ``(H, W)`` as a panoptic result with a segment for each class; other values belong to no segment."""
     found = np.unique(labels.numpy()).tolist()
     return labels, [{"id": label, "category_id": label} for label in found if label < num_classes]

@@ -1,4 +1,4 @@
-"""Plots of the comparisons and of the classes that queries answer for."""
+"""Plots of the comparisons and of the classes that queries predict."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def write_plots(rows: Sequence[dict[str, Any]], folder: Path, name: str) -> list
     """PNGs of each group of comparable rows: a figure of its comparisons, and one of its queries' classes.
 
     Args:
-        rows: of a result file.
-        folder: where the files go.
-        name: start of their names.
+        rows: the rows of a result file.
+        folder: the folder to write to.
+        name: the beginning of the files' names.
     """
     import matplotlib
 

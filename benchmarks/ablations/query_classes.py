@@ -1,4 +1,4 @@
-"""Which classes each query answers for."""
+"""The classes that each query predicts."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-THRESHOLD = 0.3  # of the paper's appendix D, where low-confidence masks are filtered out
+THRESHOLD = 0.3  # from the paper's appendix D, which filters out low-confidence masks
 
 
 class QueryClasses:
-    """In how many images each query was kept with each class.
+    """Counts the images in which each query was kept with each class.
 
     MaskFormer's section 4.4 (arXiv:2107.06278) counts the unique classes that each query predicts on the validation
     set, which shows that queries are not bound to classes. A query is kept in an image if its most likely class is not
@@ -48,8 +48,8 @@ class SharedPair:
 
     Args:
         classes: their indices, ascending.
-        queries: how many queries answered for both.
-        images: the smaller of the two classes' counts, summed over these queries: how often they were really shared.
+        queries: the number of queries that predicted both.
+        images: the smaller of the two classes' counts, summed over these queries, as a measure of real sharing.
     """
 
     classes: tuple[int, int]
@@ -63,13 +63,13 @@ def classes_per_query(counts: Sequence[Sequence[int]]) -> list[int]:
 
 
 def histogram(counts: Sequence[Sequence[int]]) -> list[int]:
-    """Entry i is the number of queries that answer for i classes; K + 1 entries. ``counts`` is (N, K)."""
+    """Entry i is the number of queries that predict i classes; K + 1 entries. ``counts`` is (N, K)."""
     counts = np.asarray(counts)
     return np.bincount((counts > 0).sum(1), minlength=counts.shape[1] + 1).tolist()
 
 
 def shared_pairs(counts: Sequence[Sequence[int]]) -> list[SharedPair]:
-    """The pairs of classes that at least one query answers for, the most often shared first. ``counts`` is (N, K)."""
+    """The pairs of classes that at least one query predicts, the most often shared first. ``counts`` is (N, K)."""
     counts = np.asarray(counts)
     pairs = []
     for first, second in combinations(range(counts.shape[1]), 2):

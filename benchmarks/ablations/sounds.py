@@ -1,4 +1,4 @@
-"""Structure (e) on composed clips, and the frame-wise classifier that it is compared with."""
+"""Structure (e) on composed clips, and the frame-wise classifier with which it is compared."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ CLIPS = "composed:clips"
 
 
 class FrameClassifier(nn.Module):
-    """What (a) is for images: each frame is classified from the features of the same encoder, without queries.
+    """The counterpart of (a) for sound: classifies each frame from the features of the same encoder, without queries.
 
     Args:
-        config: of the detector that it is compared with; what belongs to its decoder is not used.
+        config: the configuration of the detector with which it is compared; decoder fields are not used.
     """
 
     def __init__(self, config: SoundEventConfig):
@@ -79,7 +79,7 @@ def make_detector(settings: Settings, variant: Variant) -> nn.Module:
 
 
 def training_clips(settings: Settings, run: Run, workers: int) -> Iterator[Any]:
-    """The batches of a run, of which the seed alone decides."""
+    """The batches of a run, which depend only on the seed."""
     clips = ComposedClips("train", duration=settings.size)
     sampler = StepSampler(len(clips), settings.batch_size, run.seed, 0, settings.steps)
     return iter(DataLoader(_Indexed(clips), batch_sampler=sampler, collate_fn=collate_clips, num_workers=workers))
@@ -91,7 +91,7 @@ def validation_clips(settings: Settings, workers: int) -> DataLoader:
 
 
 def evaluate_clips(network: nn.Module, batches: DataLoader, device: torch.device) -> dict[str, float]:
-    """Event-based "F1", "precision", "recall" and "F1_macro", as shares of 1."""
+    """Event-based "F1", "precision", "recall" and "F1_macro", in 0..1."""
     network.eval()
     metrics = SoundEventMetrics(len(EVENT_CLASSES))
     for waveforms, events in batches:

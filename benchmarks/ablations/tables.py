@@ -1,4 +1,4 @@
-"""The runs as Markdown: what was measured, what the papers found, and whether it shows."""
+"""The runs as Markdown: measurements, the papers' findings, and whether the runs show them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def render_group(group: Group, machine: str) -> str:
 
 
 def conditions(group: Group, machine: str) -> str:
-    """What all runs of the group share, and when they ran."""
+    """The settings that all runs of the group share, and when they ran."""
     settings = group.settings
     unit = "seconds of sound" if group.is_sound else "pixels"
     stamps = {f"{row['commit']}{' with local changes' if row['dirty'] else ''}" for row in group.rows}
@@ -93,7 +93,7 @@ def inference_table(group: Group) -> str:
 
 
 def findings_table(judgements: Sequence[Judgement]) -> str:
-    """What the papers found beside what was found here."""
+    """The papers' findings beside those of the runs."""
     rows = []
     for judgement in judgements:
         finding = judgement.finding
@@ -117,13 +117,13 @@ def findings_table(judgements: Sequence[Judgement]) -> str:
 
 
 def summary(judgements: Sequence[Judgement]) -> str:
-    """How many findings were read how."""
+    """The number of findings with each verdict."""
     counts = Counter(judgement.verdict for judgement in judgements).most_common()
     return f"Of {len(judgements)} findings: {'; '.join(f'{count} {verdict}' for verdict, count in counts)}."
 
 
 def queries_section(group: Group, variants: Sequence[Variant]) -> str:
-    """How many classes each query answers for, and which classes share queries."""
+    """How many classes each query predicts, and which classes share queries."""
     rows, pairs = [], []
     for variant in variants:
         counts, images = group.query_classes(variant)
@@ -168,7 +168,7 @@ def pairs_line(group: Group, variant: Variant, counts: Sequence[Sequence[int]], 
 
 
 def difference(judgement: Judgement) -> str:
-    """The mean with its interval; without one where there is one seed."""
+    """The mean with its interval; only the mean for a single seed."""
     if len(judgement.differences) < 2:
         return f"{judgement.mean:+.1f}"
     return f"{judgement.mean:+.1f} ± {judgement.half_width:.1f}"

@@ -1,4 +1,4 @@
-"""Trains and evaluates one run; how many steps fit into a budget."""
+"""Trains and evaluates one run; finds how many steps fit into a time budget."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from fastmask.models import MaskFormerConfig
 from fastmask.training import Trainer
 
 MEASURED_STEPS = 4
-EVALUATION_SHARE = 0.15  # of a budget of time
-TAIL = 0.1  # the last steps, as a share, over which the loss is averaged
+EVALUATION_SHARE = 0.15  # of a time budget
+TAIL = 0.1  # the share of steps, at the end, over which the loss is averaged
 
 
 class Bench:
-    """What the runs of one invocation share.
+    """The settings that the runs of one invocation share.
 
     Args:
-        image_settings, sound_settings: of the two kinds of runs.
-        device: where they run.
+        image_settings, sound_settings: the settings of the two kinds of runs.
+        device: the device to run on.
         workers: processes that read samples.
     """
 
@@ -83,7 +83,7 @@ class Bench:
 
         Args:
             run: what to train.
-            progress: told the step and its loss, now and then.
+            progress: called occasionally with the step and its loss.
 
         Returns:
             A row of the results: "variant", "seed", "settings", "class_names", "base_layers" (of variants that do not
@@ -123,7 +123,7 @@ class Bench:
         return row
 
     def step_seconds(self, run: Run) -> float:
-        """Seconds of one training step with reading its samples, without the first."""
+        """The seconds of one training step, including reading its samples, without the first step."""
         trainer = self.trainer(run)
         start = 0.0
         for number, batch in enumerate(islice(self.batches(run, 0), MEASURED_STEPS + 1)):
@@ -134,7 +134,7 @@ class Bench:
         return (time.perf_counter() - start) / MEASURED_STEPS
 
     def affordable_steps(self, runs: Sequence[Run], minutes: float) -> int:
-        """The one number of steps with which all runs end in time, had they all the slowest variant's steps."""
+        """The number of steps per run that fits the time if every run is as slow as the slowest variant."""
         one_each = {run.variant: run for run in reversed(runs)}
         timed = self.with_steps(MEASURED_STEPS + 1)
         slowest = max(timed.step_seconds(run) for run in one_each.values())

@@ -1,4 +1,4 @@
-"""What is trained: the variants of each comparison, and the settings that all of them share."""
+"""The plan of training: the variants of each comparison, and the settings that all variants share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ QUERIES = (5, 13, 25, 50, 100)
 LAYERS = (1, 3, 6)
 PER_PIXEL, PER_PIXEL_PLUS, FIXED, BIPARTITE = "per-pixel", "per-pixel+", "fixed", "bipartite"
 FRAMES, PRESENCE, NO_MASK_LOSSES = "frame-wise", "presence x mask", "presence x mask, no mask losses"
-# By the letters that the project's notes give them.
+# With the letters by which the documentation refers to the structures.
 TITLES = {
     PER_PIXEL: "(a) per-pixel",
     PER_PIXEL_PLUS: "(b) per-pixel+",
@@ -28,19 +28,19 @@ SOUND = (FRAMES, PRESENCE, NO_MASK_LOSSES)
 
 @dataclass(frozen=True)
 class Settings:
-    """What all runs on one data set share: the same data, budget and optimizer.
+    """The settings that all runs on one data set share: data, budget and optimizer.
 
     Args:
         data: "composed:scenes", "composed:clips" or a folder.
-        model: the preset that gives everything that no comparison varies.
-        pretrained: where ``transformers`` reads the backbone's weights; empty for random ones. "tiny" always starts
-            from the embedded weights of the demo, and sound from random ones.
-        size: of images: the side of a scene or crop, and the short side of other images, in pixels; of clips: their
+        model: the preset with all settings that no comparison varies.
+        pretrained: where ``transformers`` reads the backbone's weights; empty for random weights. "tiny" always starts
+            from the embedded weights of the demo, and sound from random weights.
+        size: for images, the side of a scene or crop, and the short side of other images, in pixels; for clips, their
             length in seconds.
-        val_samples: the first of the validation split that are evaluated, at most.
-        batch_size: samples in a step.
-        steps: of the optimizer.
-        learning_rate: at its peak.
+        val_samples: the most samples of the validation split to evaluate, from the first on.
+        batch_size: samples per step.
+        steps: the number of optimizer steps.
+        learning_rate: the peak learning rate.
         precision: as for :class:`fastmask.training.Trainer`.
     """
 
@@ -56,12 +56,12 @@ class Settings:
 
     @property
     def composed(self) -> bool:
-        """Whether every sample is drawn at random already, so that it needs no augmentation."""
+        """Whether samples are composed at random, so that they need no augmentation."""
         return self.data.startswith("composed:")
 
     @cached_property
     def recipe(self) -> Recipe:
-        """That of the demo: its backbone multiplier, weight decay, clipping and warm-up, with a poly schedule."""
+        """The demo's recipe (its backbone multiplier, weight decay, clipping and warm-up) with a poly schedule."""
         return Recipe(
             learning_rate=self.learning_rate,
             weight_decay=0.05,
@@ -83,8 +83,8 @@ class Variant:
 
     Args:
         structure: a key of ``TITLES``.
-        queries: N; for per-pixel classification with a transformer and for sound, one for each class; 0 without.
-        layers: of the transformer decoder; 0 without.
+        queries: N; one for each class in per-pixel classification with a transformer and in sound; 0 without queries.
+        layers: layers of the transformer decoder; 0 without a decoder.
         task: "semantic", "panoptic" or "events".
     """
 
@@ -100,7 +100,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Run:
-    """A variant trained once. The seed decides the weights, the order of the samples and their augmentation."""
+    """One training run of a variant. The seed determines initial weights, sample order and augmentation."""
 
     variant: Variant
     seed: int
@@ -127,11 +127,11 @@ def comparisons(
 
     Args:
         num_classes: K of the images.
-        base_layers: decoder layers where they are not varied.
-        panoptic: whether the data has panoptic truth; then the layers are compared on it too.
-        sound_classes, sound_layers: those of the sound event detector.
-        queries: the numbers to compare.
-        layers: the numbers to compare.
+        base_layers: decoder layers in comparisons that do not vary them.
+        panoptic: whether the data has panoptic truth, on which the numbers of layers are then compared, too.
+        sound_classes, sound_layers: classes and decoder layers of the sound event detector.
+        queries: the numbers of queries to compare.
+        layers: the numbers of layers to compare.
     """
     base = Variant(BIPARTITE, num_classes, base_layers)
     structures = [
@@ -159,8 +159,8 @@ def comparisons(
 
 
 def plan(variants: dict[str, list[Variant]], only: Sequence[str], seeds: int) -> list[Run]:
-    """The runs of the comparisons asked for, each once: one comparison after the other, and in it seed after seed, so
-    that whatever was interrupted leaves whole comparisons and whole seeds.
+    """The runs of the requested comparisons, each once: one comparison after another, and within it one seed after
+    another, so that an interruption leaves complete comparisons and complete seeds.
 
     Raises:
         ValueError: an unknown comparison.

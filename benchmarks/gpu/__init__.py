@@ -1,1 +1,1 @@
-"""``make gpu``: on a CUDA machine, everything is built, tested, checked, measured and summed up in nine minutes."""
+"""``make gpu``: builds, tests, checks and measures everything on a CUDA machine in nine minutes, with a summary."""

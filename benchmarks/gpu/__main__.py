@@ -1,7 +1,7 @@
-"""``python -m benchmarks.gpu``: all stages, one after the other, each in a process of its own with a time limit.
+"""``python -m benchmarks.gpu`` runs all stages in order, each in a separate process with a time limit.
 
-Needs the standard library alone; what a stage lacks, it says. After each stage the summary is written again, so that
-nothing is lost when the whole is stopped. Exits with 1 if anything failed, and lists it last.
+Needs only the standard library; a stage reports what it lacks. After each stage the summary is written again, so that
+nothing is lost if the run is stopped. Lists failures at the end, and exits with 1 if there are any.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from benchmarks.gpu.processes import ROOT, run_limited
 from benchmarks.gpu.summary import NETWORKS, TRAINING, read_json, write_summary
 
 TOTAL_SECONDS = 530.0
-LEAST_SECONDS = 12.0  # a stage that has less is left out
-# The cases of each stage that measures, by operation, in order of worth.
+MIN_SECONDS = 12.0  # a stage with less time is skipped
+# The cases of each measuring stage, by operation, in order of importance.
 MATCHER = {"assign": ("early, 96 of 300x100", "random, 96 of 300x100", "early, 96 of 100x(5..40)",
                       "random, 96 of 100x(5..40)")}  # fmt: skip
 MASK_OPERATORS = {"mask_cost": (TRAINING,), "mask_loss": (TRAINING,)}
@@ -38,12 +38,12 @@ OWN_NETWORKS = {"training_step": NETWORKS, "label_maps": NETWORKS}
 
 @dataclass(frozen=True)
 class Session:
-    """What the stages share.
+    """The options that all stages share.
 
     Args:
         device: "cuda" or "cpu".
-        quick: small shapes and few tests: tries the script itself.
-        folder: for logs and what one stage leaves to the next.
+        quick: use small shapes and few tests, to try the script itself.
+        folder: the folder for logs and for files that one stage leaves to the next.
     """
 
     device: str
@@ -52,7 +52,7 @@ class Session:
 
     @property
     def name(self) -> str:
-        """Of the machine, once its stage has run."""
+        """The name of the machine, once the stage that finds it has run."""
         return read_json(self.folder / "environment.json").get("name", "gpu" if self.device == "cuda" else "cpu")
 
     @property
@@ -65,7 +65,7 @@ class Session:
         return self.results.with_name(f"{self.name}-summary.md")
 
 
-Command = list[str] | str  # or why there is none
+Command = list[str] | str  # a command, or the reason why there is none
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,10 @@ class Stage:
     """A part of the session.
 
     Args:
-        seconds: of the total that are its own; what earlier stages leave over comes on top.
-        command: from the session and its seconds to the command, or to the reason why the stage is skipped.
-        optional: whether running out of time is no failure.
-        extra: runs only where it is named.
+        seconds: its share of the total time; time that earlier stages left is added.
+        command: returns the command for a session and its seconds, or the reason why the stage is skipped.
+        optional: whether running out of time does not count as a failure.
+        extra: whether it runs only if it is named.
     """
 
     name: str
@@ -98,8 +98,8 @@ def build(session: Session, seconds: float) -> Command:
 
 
 def build_for_this_gpu(session: Session) -> dict[str, str]:
-    """The device's own architecture alone, as each takes nvcc as long again, and CPU kernels of one SIMD level: 135
-    core-seconds where a build for everyone takes 310."""
+    """Builds only for the device's architecture, as each one takes nvcc the same time again, and CPU kernels of only
+    one SIMD level: 135 core-seconds, whereas a build for all machines takes 310."""
     if session.device == "cpu" or "FASTMASK_CUDA_ARCHS" in os.environ or shutil.which("nvidia-smi") is None:
         return {}
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
@@ -128,7 +128,7 @@ def smoke(session: Session, seconds: float) -> Command:
 
 
 def battery(session: Session, seconds: float) -> Command:
-    """On a GPU all its tests; on a CPU some others than those before."""
+    """All GPU tests; on a CPU, some tests that earlier stages have not run."""
     on_cpu = f"{OPERATORS}::test_results_are_written_and_the_same_each_time"
     return suite(session, seconds, "battery", *([on_cpu] if session.device == "cpu" else []))
 
@@ -171,7 +171,7 @@ def patched(session: Session, seconds: float) -> Command:
 
 
 def end_to_end(session: Session, seconds: float) -> Command:
-    """Whole networks of our own against transformers', compiled ones too; takes minutes."""
+    """Whole networks of fastmask against those of transformers, also compiled; takes minutes."""
     return benchmarks(session, seconds, OWN_NETWORKS, "--budget", "6")
 
 
@@ -183,7 +183,7 @@ def plots(session: Session, seconds: float) -> Command:
     return module("charts", session.results)
 
 
-# By worth: what is cut off when the time is up is worth least.
+# In order of importance, because the last stages are cut off when the time is up.
 STAGES = (
     Stage("build", 40, build, build_for_this_gpu),
     Stage("environment", 20, environment),
@@ -206,7 +206,7 @@ def run_stage(stage: Stage, session: Session, seconds: float) -> dict[str, Any]:
     result: dict[str, Any] = {"name": stage.name, "outcome": "skipped", "failures": [], "note": ""}
     log = session.folder / f"{stage.name.replace(' ', '-')}.log"
     command = stage.command(session, seconds)
-    if seconds < LEAST_SECONDS:
+    if seconds < MIN_SECONDS:
         result |= {"outcome": "not run", "note": "no time was left"}
         if not stage.optional:
             result["failures"] = ["no time was left"]
@@ -232,21 +232,21 @@ def main() -> int:
     names = [stage.name for stage in STAGES]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
-    parser.add_argument("--quick", action="store_true", help="small shapes and few tests: tries the script")
+    parser.add_argument("--quick", action="store_true", help="use small shapes and few tests, to try the script")
     parser.add_argument(
-        "--stage", action="append", choices=names, default=[], help="repeatable; all that fit by default"
+        "--stage", action="append", choices=names, default=[], help="repeatable; by default all stages that fit"
     )
     parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="for everything")
-    parser.add_argument("--folder", type=Path, help="for logs; out/gpu by default")
+    parser.add_argument("--folder", type=Path, help="folder for logs; by default out/gpu")
     options = parser.parse_args()
     folder = options.folder or ROOT / "out" / ("gpu-quick" if options.quick else "gpu")
     session = Session(options.device, options.quick, folder.resolve())
     session.folder.mkdir(parents=True, exist_ok=True)
     chosen = [stage for stage in STAGES if (stage.name in options.stage if options.stage else not stage.extra)]
     deadline = time.monotonic() + options.seconds
-    # A stage's own time is its share of the total; what it leaves, later ones may take.
+    # A stage's time is its share of the total; later stages may use what it leaves.
     scale = options.seconds / sum(stage.seconds for stage in chosen)
-    # What an earlier run left in the folder stands where its stage is not run again.
+    # Results of an earlier run in the folder are kept for stages that are not run again.
     results: list[dict[str, Any]] = []
     if options.stage:
         earlier = read_json(session.folder / "stages.json").get("stages", [])
@@ -262,7 +262,7 @@ def main() -> int:
         result = run_stage(stage, session, seconds)
         results.append(result)
         (session.folder / "stages.json").write_text(json.dumps({"stages": results}, indent=1) + "\n")
-        if stage.name != "build":  # the next one says what the machine, and so the page, is called
+        if stage.name != "build":  # the next stage finds the name of the machine, which the page has, too
             failures = write_summary(session.summary, session.folder, session.results, results)
         print(f"    {result['outcome']}, {result['seconds']:.0f} s; {result['note']}", flush=True)
     print(f"summary: {session.summary}\nlogs: {session.folder}")
@@ -273,6 +273,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    # An end from outside stops the stage and still writes what there is.
+    # SIGTERM stops the stage; results so far are still written.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())

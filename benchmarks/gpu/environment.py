@@ -1,4 +1,4 @@
-"""What is there to measure: ``python -m benchmarks.gpu.environment --device cuda --output FILE``."""
+"""Describes the machine and the build: ``python -m benchmarks.gpu.environment --device cuda --output FILE``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PACKAGES = ("pytest", "hypothesis", "xdist", "tqdm", "typer", "matplotlib", "pyc
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes a second of a large copy on the device, read and written: the bandwidth to measure kernels against."""
+    """Bytes per second of a large copy on the device, read plus written, to which kernels are compared."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     times = []
@@ -38,7 +38,7 @@ def copy_rate(device: torch.device) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Describe the machine and what is built.")
+    parser = argparse.ArgumentParser(description="Describe the machine and the build.")
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()

@@ -1,6 +1,6 @@
-"""Benchmarks in one process as far as it comes: ``python -m benchmarks.gpu.isolated``.
+"""Runs benchmarks in one process, and in another one after a crash: ``python -m benchmarks.gpu.isolated``.
 
-A kernel that breaks the CUDA context takes all later operations of its process with it. They get another process.
+A kernel that breaks the CUDA context makes all later operations of its process fail. They run in another process.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ def rows_of(results: Path, operation: str) -> list[object]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Run benchmarks, and those that a crash left over again.")
+    parser = argparse.ArgumentParser(description="Run benchmarks; restart after a crash.")
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--log", type=Path, required=True)
-    parser.add_argument("--budget", required=True, help="seconds of a case")
+    parser.add_argument("--budget", required=True, help="seconds per case")
     parser.add_argument("--op", action="append", required=True)
     options, others = parser.parse_known_args()
     deadline = time.monotonic() + options.seconds

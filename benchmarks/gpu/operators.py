@@ -1,7 +1,7 @@
-"""Every operator once on small inputs, forward and backward: what the memory checker runs, and the tests of streams,
+"""Runs every operator once on small inputs, forward and backward, for the memory checker and for tests of streams,
 graphs and host syncs.
 
-``python -m benchmarks.gpu.operators --device cuda NAME ...`` runs some, all by default, and prints a line for each.
+``python -m benchmarks.gpu.operators --device cuda NAME ...`` runs the named ones, by default all; one line for each.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fastmask.functional import matched_mask_logits
 from fastmask.ops._geometry import Geometry
 
 LAYERS, IMAGES, QUERIES, CLASSES, TARGETS, CHANNELS, POINTS = 2, 2, 21, 5, 6, 16, 150
-GRID, SIZE = (20, 30), (75, 101)  # no powers of two, so that blocks end in the middle
+GRID, SIZE = (20, 30), (75, 101)  # not powers of two, so that the last blocks are partly filled
 VOID = 255
 Results = tuple[Tensor, ...]
 
@@ -40,8 +40,8 @@ class Call:
     """One call of an operator.
 
     Args:
-        inputs: on the device; floating-point ones that need a gradient ask for it.
-        run: results from these, without reading any value on the host.
+        inputs: tensors on the device; those that need a gradient require it.
+        run: computes the results from the inputs, without reading any value on the host.
     """
 
     inputs: tuple[Tensor, ...]
@@ -55,7 +55,7 @@ class Draw:
     """Random inputs of the sizes above, the same on every device.
 
     Args:
-        exact: floating-point inputs are float64, of values rounded to ``dtype``: for the reference.
+        exact: make floating-point inputs float64, with values rounded to ``dtype``, for the reference.
     """
 
     def __init__(self, device: torch.device | str, dtype: torch.dtype, seed: int, exact: bool = False) -> None:
@@ -88,7 +88,7 @@ class Draw:
         return labels, counts, masks, self.integers(0, 4, IMAGES, *SIZE) > 0
 
     def assignment(self) -> Tensor:
-        """``(L, B, M)``: other queries for all targets that are no padding."""
+        """``(L, B, M)``: a different query for each target that is not padding."""
         orders = torch.rand(LAYERS, IMAGES, QUERIES, generator=self.generator).argsort(-1)[..., :TARGETS]
         orders[:, -1, TARGETS // 2 :] = -1
         return orders.to(self.device)
@@ -104,7 +104,7 @@ def as_targets(labels: Tensor, counts: Tensor, *planes: Tensor) -> Targets:
 
 
 def with_gradients(outputs: Results, *leaves: Tensor) -> Results:
-    """``outputs``, and the gradients of a weighted sum of their elements, so that no two elements have the same."""
+    """``outputs``, and the gradients of a sum of their elements with weights that all differ."""
     weights = [torch.linspace(0.5, 1.5, x.numel(), device=x.device).view_as(x) for x in outputs]
     total = sum((x * weight).sum() for x, weight in zip(outputs, weights, strict=True))
     return *(output.detach() for output in outputs), *torch.autograd.grad(total, leaves)
@@ -174,7 +174,7 @@ def make_point_mask_loss(draw: Draw, form: str) -> Call:
 
 
 def make_uncertain_points(draw: Draw) -> Call:
-    """By the operator, to which the seed is a tensor: the public function draws another one each time."""
+    """Calls the operator, which takes the seed as a tensor; the public function draws a new seed in each call."""
 
     def run(mask_logits: Tensor, assignment: Tensor, seed: Tensor) -> Results:
         return (torch.ops.fastmask.uncertain_points(mask_logits, assignment, seed, POINTS, 3 * POINTS, POINTS // 2),)
@@ -220,19 +220,19 @@ def make_general(draw: Draw) -> Call:
 
 
 def make_panoptic(draw: Draw) -> Call:
-    """Up to what the host is told about segments."""
+    """The part that runs on the device, before segments are listed on the host."""
     geometry = Geometry(GRID, (80, 120), SIZE, (61, 90)).arguments()
 
     def run(scores: Tensor, mask_logits: Tensor) -> Results:
         return torch.ops.fastmask.panoptic_winners(scores, mask_logits, False, True, 0.5, *geometry)
 
     scores = torch.rand(IMAGES, QUERIES, generator=draw.generator)
-    scores[:, ::4] = 0  # queries that are not kept
+    scores[:, ::4] = 0  # dropped queries
     return Call((scores.to(draw.device), draw.mask_logits()), run)
 
 
 def make_instance(draw: Draw, packed: bool) -> Call:
-    """Up to what the host is told about run lengths."""
+    """The part that runs on the device, before run lengths are made on the host."""
     geometry = Geometry(GRID, None, None, SIZE).arguments()
 
     def run(mask_logits: Tensor, queries: Tensor) -> Results:
@@ -272,8 +272,8 @@ def make_call(name: str, device: torch.device | str, dtype: torch.dtype = torch.
 
 
 def expected_results(name: str, dtype: torch.dtype) -> Results:
-    """Of ``make_call(name, ..., dtype)``, by the reference in float64, whose public functions take no kernel there.
-    What is called below them, or is solved exactly in float64 too, gives the CPU's results."""
+    """The results of ``make_call(name, ..., dtype)`` by the reference: in float64, public functions use no kernel.
+    Operators that are called directly, or that have a float64 kernel, run on the CPU."""
     exact = name not in BELOW_PUBLIC
     return MAKERS[name](Draw("cpu", dtype, 0, exact))()
 
@@ -291,7 +291,7 @@ def main() -> int:
 
 
 def attempt(name: str, device: str, dtype: torch.dtype) -> bool:
-    """Whether an operator ran; whatever one raises, the others still have their turn."""
+    """Whether an operator ran; after an error, the others still run."""
     try:
         make_call(name, device, dtype)()
         if device == "cuda":

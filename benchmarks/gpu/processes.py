@@ -1,4 +1,4 @@
-"""Processes with a time limit, stopped together with what they started."""
+"""Processes with a time limit, which are stopped together with their children."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-GRACE_SECONDS = 3.0  # for a process that is asked to end
+GRACE_SECONDS = 3.0  # between asking a process to end and killing it
 
 
 def stop(process: subprocess.Popen[bytes] | None) -> None:
-    """Ends a process that leads a session of its own, and all that it started."""
+    """Ends a process that leads its own session, and all its children."""
     if process is None:
         return
     for signal_, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, None)):
@@ -28,11 +28,11 @@ def stop(process: subprocess.Popen[bytes] | None) -> None:
 def run_limited(
     command: Sequence[str], seconds: float, log: Path, *, cwd: Path, environment: Mapping[str, str] | None = None
 ) -> int | None:
-    """The exit status of a command whose output goes to ``log``; None if its time was up."""
+    """Runs a command with its output in ``log``; returns its exit status, or None if its time was up."""
     with log.open("wb") as output:
         process = subprocess.Popen(
             list(command), cwd=cwd, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"} | dict(environment or {}),  # what was said outlives the process
+            env=os.environ | {"PYTHONUNBUFFERED": "1"} | dict(environment or {}),  # survives a kill
         )  # fmt: skip
         try:
             return process.wait(seconds)

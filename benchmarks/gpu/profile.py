@@ -1,7 +1,7 @@
-"""What limits each kernel, by Nsight Compute's counters: ``python -m benchmarks.gpu.profile``.
+"""Finds the bottleneck of each kernel by Nsight Compute's counters: ``python -m benchmarks.gpu.profile``.
 
-Each case is one of the benchmark suite's. ncu runs this module again with ``--once``, which calls fastmask's provider
-twice, so that Triton has compiled before the launches that count; the last launch of each kernel is reported.
+Each case comes from the benchmark suite. ncu runs this module again with ``--once``, which calls fastmask's provider
+twice, so that Triton compiles before the launches that count; the last launch of each kernel is reported.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks.gpu.processes import ROOT, run_limited
 
-# (operation, case, dtype): those with a target in the summary come first.
+# (operation, case, dtype); cases with a target in the summary come first.
 CASES = (
     ("mask_cost", "B16 L6 M20, segment map", "bfloat16"),
     ("mask_loss", "B16 L6 M20, segment map", "bfloat16"),
@@ -30,7 +30,7 @@ CASES = (
 KERNELS = r"regex:^_.*_kernel$|assign"
 SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "SchedulerStats", "Occupancy",
             "WarpStateStats", "InstructionStats", "LaunchStats")  # fmt: skip
-# By the end of ncu's name: sections name their metrics alike from version to version, but not all of each.
+# By the end of ncu's name: across versions, the ends of metric names are the same, their beginnings are not.
 METRICS = {
     "time_us": r"gpu__time_duration\.sum$",
     "dram_percent": r"dram__throughput\.avg\.pct_of_peak_sustained_elapsed$",
@@ -49,7 +49,7 @@ UNITS = {"ns": 1e-3, "nsecond": 1e-3, "us": 1.0, "usecond": 1.0, "ms": 1e3, "mse
 
 
 def run_once(operation: str, case: str, dtype: str, device: str) -> None:
-    """What ncu looks at."""
+    """Runs a case for ncu."""
     import torch
 
     from benchmarks.harness.registry import load_operations
@@ -89,7 +89,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Read the hardware counters of the main kernels.")
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     parser.add_argument("--seconds", type=float, default=45.0)
-    parser.add_argument("--folder", type=Path, help="for the logs and kernels.json")
+    parser.add_argument("--folder", type=Path, help="folder for the logs and kernels.json")
     parser.add_argument("--once", nargs=3, metavar=("OPERATION", "CASE", "DTYPE"))
     parser.add_argument("--only", action="append", default=[], help="operation; repeatable")
     options = parser.parse_args()

@@ -1,8 +1,8 @@
-"""compute-sanitizer over every operator: ``python -m benchmarks.gpu.sanitize``.
+"""Runs compute-sanitizer on every operator: ``python -m benchmarks.gpu.sanitize``.
 
-memcheck sees reads and writes out of bounds, each tensor being an allocation of its own; racecheck sees hazards in
-shared memory. Both work on the machine code, Triton's as well as nvcc's. Triton's kernels are compiled beforehand, in
-a run without the checker. Operators without a kernel of ours are left out.
+memcheck finds reads and writes out of bounds, as each tensor has its own allocation; racecheck finds hazards in shared
+memory. Both work on machine code, from Triton as well as from nvcc. Triton's kernels are compiled first, in a run
+without the checker. Operators without a kernel of fastmask are left out.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarks.gpu.processes import ROOT, run_limited
 
 TOOLS = ("memcheck", "racecheck")
 ERROR_STATUS = 99
-# No caching, so that each tensor is an allocation with bounds of its own.
+# No caching, so that each tensor is a separate allocation with its own bounds.
 ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "1"}
 OF_TORCH = ("class_loss", "embeddings")
 
@@ -36,7 +36,7 @@ def command_of(device: str, *names: str) -> list[str]:
 
 
 def check(tool: str, name: str, folder: Path, deadline: float) -> tuple[bool | None, str]:
-    """(whether the tool found nothing, a line that says so); None if it did not finish."""
+    """Whether the tool found nothing (None if it did not finish), and a line about it."""
     log = folder / f"{tool}-{re.sub(r'[^a-z_]+', '-', name)}.log"
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(ERROR_STATUS), *command_of("cuda", name)]
     start = time.monotonic()
@@ -76,7 +76,7 @@ def main() -> int:
         return 0
     workers = max(1, min(14, (os.cpu_count() or 2) - 2))
     passed = unfinished = 0
-    # First what is written by hand.
+    # The hand-written CUDA kernel comes first.
     jobs = sorted(((tool, name) for tool in TOOLS for name in names), key=lambda job: job[1] != "assign")
     with ThreadPoolExecutor(workers) as pool:
         for outcome, line in pool.map(lambda job: check(*job, options.folder, deadline), jobs):

@@ -1,9 +1,9 @@
-"""A pytest plugin: one of several processes that share a test run, and what it reports as it goes.
+"""A pytest plugin for one of several processes that share a test run; it logs each test.
 
-Needs nothing but pytest. The first test of every test function comes before the second of any, so that a run that is
-stopped has tried every operator. Each test leaves a line in a log when it starts and when it ends; tests that have a
-line already are left out, so that a run goes on where a crash ended it. A test that leaves the CUDA context broken
-ends the process, as every later one would fail with it.
+Needs only pytest. The first test of every test function comes before the second of any, so that a run that is stopped
+has tried every operator. Each test writes a line to a log when it starts and when it ends; tests that already have a
+line are left out, so that a run continues after a crash. A test that leaves the CUDA context broken ends the process,
+as every later test would fail, too.
 """
 
 from __future__ import annotations

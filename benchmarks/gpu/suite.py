@@ -1,7 +1,7 @@
-"""The GPU tests, split over processes: ``python -m benchmarks.gpu.suite``.
+"""Runs the GPU tests in several processes: ``python -m benchmarks.gpu.suite``.
 
-A process that crashes, breaks its CUDA context or hangs in a test is started again behind that test. The report goes
-by test function, which names the operator; it is printed when the time is up, whatever has run by then.
+A process that crashes, breaks its CUDA context or hangs in a test is restarted after that test. The report groups
+tests by test function, which names the operator; it is printed when the time is up, whatever has run by then.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from benchmarks.gpu.shard import read_log
 
 OUTCOMES = ("passed", "failed", "skipped", "not run")
 HUNG_SECONDS = 120.0  # without a line in the log
-# A core for each process; and no plugins, which the tests do not need and which may be missing.
+# One core per process; no plugins, which the tests do not need and which may be missing.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 
 
 @dataclass
 class Process:
-    """One shard: its log, the process that works on it now, and how often one was started."""
+    """One shard: its log, its current process, and how often a process was started."""
 
     log: Path
     command: list[str]
@@ -51,7 +51,7 @@ class Process:
 
     @property
     def outcomes(self) -> dict[str, dict[str, Any]]:
-        """By test: a test that fails twice, as in its call and its teardown, has failed."""
+        """The outcome by test; a test that fails twice, in its call and its teardown, counts once."""
         found: dict[str, dict[str, Any]] = {}
         for line in self.lines:
             if "test" in line and found.get(line["test"], {}).get("outcome") != "failed":
@@ -63,7 +63,7 @@ class Process:
         return next((line["collected"] for line in self.lines if "collected" in line), [])
 
     def unfinished(self) -> str | None:
-        """The test that had started and not ended when the process was gone."""
+        """The test that had started but not ended when the process ended."""
         started = [line["started"] for line in self.lines if "started" in line]
         return started[-1] if started and started[-1] not in self.outcomes else None
 
@@ -75,7 +75,7 @@ class Process:
         return time.time() - (self.log if self.log.exists() else self.log.with_suffix(".out")).stat().st_mtime
 
     def step(self) -> bool:
-        """Looks after the process, and starts it again where tests are left; whether it still has something to do."""
+        """Checks the process, and restarts it if tests are left; returns whether there is still something to do."""
         status = self.running.poll()
         if status is None:
             if self.quiet_seconds() < HUNG_SECONDS:
@@ -95,12 +95,12 @@ class Process:
 
 
 def test_files(folder: Path) -> list[str]:
-    """Those with tests for a GPU: an import that fails in another file must stop nothing."""
+    """The files with tests for a GPU, so that a failing import in another file has no effect."""
     return sorted(str(path.relative_to(ROOT)) for path in folder.rglob("test_*.py") if "mark.cuda" in path.read_text())
 
 
 def report(processes: Sequence[Process]) -> int:
-    """Prints a line for each test function and what failed; 1 if anything did, or did not run."""
+    """Prints a line for each test function and each failure; returns 1 if any test failed or did not run."""
     collected = {test: None for process in processes for test in process.collected}
     outcomes = {test: line for process in processes for test, line in process.outcomes.items()}
     groups: dict[str, Counter[str]] = {}
@@ -128,10 +128,10 @@ def report(processes: Sequence[Process]) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run the GPU tests, split over processes.")
     parser.add_argument("--shards", type=int, default=max(1, min(14, (os.cpu_count() or 2) - 2)))
-    parser.add_argument("--seconds", type=float, default=150.0, help="after which what is left does not run")
-    parser.add_argument("--folder", type=Path, required=True, help="for the logs; emptied of earlier ones")
+    parser.add_argument("--seconds", type=float, default=150.0, help="time limit; remaining tests do not run")
+    parser.add_argument("--folder", type=Path, required=True, help="folder for the logs; earlier ones are deleted")
     parser.add_argument("--marker", default="cuda", help="pytest's -m")
-    parser.add_argument("files", nargs="*", help="test files; all with GPU tests by default")
+    parser.add_argument("files", nargs="*", help="test files; by default all with GPU tests")
     options = parser.parse_args()
     deadline = time.monotonic() + options.seconds
     options.folder.mkdir(parents=True, exist_ok=True)

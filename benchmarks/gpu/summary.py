@@ -1,4 +1,4 @@
-"""The page that sums a run up: stages, rooflines, targets, end-to-end numbers, counters, failures."""
+"""The summary of a run: stages, rooflines, targets, end-to-end numbers, counters, failures."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Target:
 
     Args:
         measure: "times floor", "ms", "speedup" or "memory" (a share), the last two compared with ``against``.
-        bound: the most, or for a speed-up the least.
+        bound: the maximum, or for a speedup the minimum.
     """
 
     op: str
@@ -36,7 +36,7 @@ class Target:
     against: str = ""
 
     def value(self, rows: Mapping[tuple[str, ...], Row]) -> float | None:
-        """None where it was not measured."""
+        """The measured value; None if it was not measured."""
         own = rows.get((self.op, self.case, self.dtype, self.provider))
         other = rows.get((self.op, self.case, self.dtype, self.against))
         if own is None or (self.against and other is None):
@@ -97,7 +97,7 @@ def timed(results: Mapping[str, Any]) -> list[Row]:
 
 
 def rooflines(rows: Sequence[Row]) -> list[str]:
-    """A line for each of fastmask's own kernels: measured time, each floor, which binds, and the share achieved."""
+    """A line for each of fastmask's kernels: its time, each floor, the largest one, and the share achieved."""
     lines = []
     for row in rows:
         if row["op"] in END_TO_END or not row["provider"].startswith("fastmask") or "floors_ms" not in row:
@@ -147,7 +147,7 @@ def counters(kernels: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[s
 
 
 def failed_rows(results: Mapping[str, Any]) -> list[str]:
-    """What the benchmarks refused to time, a line for each reason."""
+    """The rows that the benchmarks refused to time, one line for each reason."""
     failed = [row for row in results.get("rows", []) if row["status"] == "failed"]
     return [
         f"{op}, {provider}: {reason} ({len(group)} of its cases)"
@@ -156,10 +156,10 @@ def failed_rows(results: Mapping[str, Any]) -> list[str]:
 
 
 def write_summary(path: Path, folder: Path, results: Path | None, stages: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Writes the page to ``path``; what failed, a line each.
+    """Writes the page to ``path``; returns a line for each failure.
 
     Args:
-        folder: of this run, with environment.json and kernels.json where their stages have run.
+        folder: the folder of this run, with environment.json and kernels.json if their stages have run.
         results: the benchmarks' result file.
         stages: "name", "outcome", "seconds", "failures" and "note" of each that has run.
     """
