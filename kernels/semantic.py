@@ -50,7 +50,7 @@ from fastmask.kernels._common import (
 from fastmask.kernels._layout import with_contiguous_planes
 from fastmask.kernels._resample import (
     BLOCK_N,
-    LEAST_NORMAL,
+    MIN_NORMAL,
     Resampling,
     _interpolate,
     _tile_taps,
@@ -128,7 +128,7 @@ def _semantic_classes_kernel(
         largest = tl.load(largest_ptr + image * N + n, mask=n < N, other=0.0)
         p_ptrs = probabilities_ptr + (image * N + query)[:, None] * K + classes[None, :]
         p = tl.load(p_ptrs, mask=(n < N)[:, None] & held[None, :], other=0.0)  # [BLOCK_N, BLOCK_K]
-        share = tl.where((largest > 0.0)[:, None], tl.div_rn(p, tl.maximum(largest, LEAST_NORMAL)[:, None]), 0.0)
+        share = tl.where((largest > 0.0)[:, None], tl.div_rn(p, tl.maximum(largest, MIN_NORMAL)[:, None]), 0.0)
         high = share.to(tl.float16)
         at = table + n[:, None] * WIDTH + k[None, :]
         tl.store(high_ptr + at, high, mask=(k < WIDTH)[None, :])
