@@ -1,4 +1,4 @@
-"""Bases of all networks: weights to a folder and back, and the features of a pixel decoder."""
+"""Base classes of the networks: saving and loading, and the features of a backbone and a pixel decoder."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ CUSTOM_BACKBONE = "custom"
 
 
 class PretrainedModel(nn.Module):
-    """Base of every network: weights and configuration to a folder and back.
+    """Base class of every network. It saves weights and configuration to a folder and loads them from there.
 
     Args:
-        config: the configuration, of the class ``config_class``.
+        config: an instance of ``config_class``.
     """
 
     config_class: ClassVar[type[ModelConfig]]
-    # Prefixes of the weights whose shapes follow the number of classes.
+    # Prefixes of the weights whose shapes depend on the number of classes.
     class_weights: ClassVar[tuple[str, ...]]
-    # Prefixes of the weights that usually start pretrained, which recipes may give a learning rate of their own.
+    # Prefixes of the weights that usually start pretrained; recipes may give them a separate learning rate.
     backbone_weights: ClassVar[tuple[str, ...]] = ()
-    # What ``predict`` can give, and by which views of an image it can look more than once.
+    # The tasks of ``predict``, and its arguments that average the predictions of several views of an image.
     tasks: ClassVar[tuple[str, ...]] = ("semantic",)
     views: ClassVar[tuple[str, ...]] = ()
     # Prefixes of buffers that follow from the configuration and are not saved.
     unsaved: ClassVar[tuple[str, ...]] = ()
-    # Of networks that segment images.
+    # Only networks that segment images have one.
     preprocessor: ImagePreprocessor
-    # Of each network in its own form: results; results of several tasks, if it has them; and the logits of the last
-    # layer with the size that they cover.
+    # Each network defines ``predict``, ``predict_tasks`` if it has several tasks, and ``final_logits``: the logits of
+    # the last layer, followed for images by the input size that they cover.
     predict: Callable[..., Any]
     predict_tasks: Callable[..., Any]
     final_logits: Callable[..., Any]
@@ -56,12 +56,12 @@ class PretrainedModel(nn.Module):
         self.config = config
 
     def save_pretrained(self, folder: str | Path, card: ModelCard | None = None) -> None:
-        """Writes config.json, model.safetensors and a model card, README.md. An interruption leaves an earlier save as
-        it was, and a README.md that fastmask did not write stays.
+        """Writes config.json, model.safetensors and a model card, README.md. An interrupted save leaves the previous
+        one intact, and a README.md that fastmask did not write is kept.
 
         Args:
-            folder: where to write; it is created if needed.
-            card: what is known of the model's training, scores and license.
+            folder: the folder to write to; it is created if needed.
+            card: facts about the model's training, scores and license.
         """
         weights, folder = self.weights(), Path(folder)
         replace_files(
@@ -83,22 +83,22 @@ class PretrainedModel(nn.Module):
         prefix: str = "",
         **modules: Any,
     ) -> Self:
-        """A model from what :meth:`save_pretrained` wrote, on the CPU, in float32 and training mode.
+        """Loads a model that :meth:`save_pretrained` wrote, on the CPU, in float32 and training mode.
 
         Args:
-            folder: with config.json and model.safetensors.
-            num_classes: K of the new model, if it is to differ from the saved one's.
-            ignore_mismatched_sizes: allow that: weights that belong to classes start at random, with a warning that
-                names them, and class names and stuff classes start empty.
-            prefix: what the names of the weights have before them, as "module." if DistributedDataParallel wrapped the
-                model; other weights are left out.
-            modules: what the model was built with besides its configuration: ``backbone``, the module of a model that
-                was saved with a custom backbone, and ``backbone_channels``.
+            folder: contains config.json and model.safetensors.
+            num_classes: K of the new model, if it differs from the saved model's.
+            ignore_mismatched_sizes: allow a different ``num_classes``: weights that depend on it start at random, with
+                a warning that names them, and class names and stuff classes start empty.
+            prefix: a prefix to strip from the names of the weights, such as "module." if DistributedDataParallel
+                wrapped the model; weights without it are ignored.
+            modules: constructor arguments other than the configuration: ``backbone``, the module of a model that was
+                saved with a custom backbone, and ``backbone_channels``.
 
         Raises:
             FileNotFoundError: no such folder or file.
-            ValueError: a file is unreadable, its keys are missing or unexpected, or shapes or the number of classes
-                differ; the message says which.
+            ValueError: a file is unreadable, keys are missing or unexpected, or shapes or the number of classes differ;
+                the message names them.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -133,31 +133,31 @@ class PretrainedModel(nn.Module):
         return model
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As PyTorch's own.
+        """Like :meth:`torch.nn.Module.load_state_dict`.
 
         Raises:
-            RuntimeError: keys or shapes differ; of names that a wrapper of the model put a prefix before, the message
-                says how to strip it.
+            RuntimeError: keys or shapes differ; if a wrapper of the model prefixed all names, the message says how to
+                strip the prefix.
         """
         if strict and (prefix := weight_files.wrapping_prefix(self.state_dict(), state_dict)):
             raise RuntimeError(
-                f"the names in state_dict begin with {prefix!r}, as a wrapper of the {type(self).__name__} has them; "
+                f"the names in state_dict begin with {prefix!r}, which a wrapper of the {type(self).__name__} adds; "
                 f"{{name.removeprefix({prefix!r}): value for name, value in state_dict.items()}} strips it"
             )
         return super().load_state_dict(state_dict, strict, assign)
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device of the parameters."""
         return next(self.parameters()).device
 
     def weights(self) -> dict[str, Tensor]:
-        """The state dict without buffers that follow from the configuration."""
+        """The state dict without the buffers that can be derived from the configuration."""
         return {name: value for name, value in self.state_dict().items() if not name.startswith(self.unsaved)}
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """Evaluation mode for a while; each module then gets back its own mode."""
+        """Evaluation mode inside the context; each module's mode is restored afterwards."""
         training = [module for module in self.modules() if module.training]
         self.eval()
         try:
@@ -168,7 +168,7 @@ class PretrainedModel(nn.Module):
 
 
 class PixelDecoderModel(PretrainedModel):
-    """Base of the networks of MaskFormer's paper (arXiv:2107.06278): a backbone and a pixel decoder.
+    """Base class of the networks in MaskFormer's paper (arXiv:2107.06278): a backbone and a pixel decoder.
 
     The arguments are those of :class:`fastmask.MaskFormer`.
     """
@@ -224,7 +224,7 @@ class PixelDecoderModel(PretrainedModel):
 
     @property
     def _transformer_options(self) -> dict[str, Any]:
-        """Arguments of the transformer decoder, besides its classes and queries."""
+        """Arguments of the transformer decoder, except the numbers of classes and queries."""
         config = self.config
         return {
             "input_dim": config.pixel_decoder_dim if config.encoder_layers else self.channels[-1],
@@ -237,12 +237,12 @@ class PixelDecoderModel(PretrainedModel):
         }
 
     def _features(self, batch: ImageBatch) -> tuple[list[Tensor], Tensor | None]:
-        """The backbone's maps, and the mask of padding of the coarsest."""
+        """The backbone's feature maps, and the padding mask of the coarsest one."""
         features = feature_maps(self.backbone, self.preprocessor.normalize(batch), self.channels)
         return features, batch.padding_mask(*features[-1].shape[-2:])
 
     def _embed_pixels(self, batch: ImageBatch) -> tuple[Tensor, Tensor, Tensor | None]:
-        """``pixel_embed (B, mask_dim, h, w)``, and ``memory (B, C, h', w')`` with the mask of its padding."""
+        """``pixel_embed (B, mask_dim, h, w)``, and ``memory (B, C, h', w')`` with its padding mask."""
         features, padding_mask = self._features(batch)
         pixel_embed, memory = self.pixel_decoder(features, padding_mask)
         return pixel_embed, memory, padding_mask
@@ -262,10 +262,10 @@ class PixelDecoderModel(PretrainedModel):
 
 
 def config_or_fields(model: type[PretrainedModel], config: ModelConfig | None, options: Mapping[str, Any]) -> Any:
-    """The configuration that a model's constructor was given, or the one that its keywords make.
+    """The configuration passed to a model's constructor, or one made of the constructor's keywords.
 
     Raises:
-        TypeError: both, neither, or something else than a configuration of this model.
+        TypeError: both or neither were passed, or ``config`` is not a configuration of this model.
     """
     kind = model.config_class
     if config is None:

@@ -1,4 +1,4 @@
-"""Configurations: plain data with checked types and ranges, which JSON files keep."""
+"""Configurations: plain data with checked types and ranges, saved as JSON files."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ SMALL_BACKBONES = ("tiny", efficientnet.NAME)
 
 @dataclass(frozen=True)
 class PlainConfig:
-    """Base of frozen dataclasses of plain data. It checks the types of all fields, and writes and reads them as JSON.
-    A field that is such a dataclass itself has been checked already.
+    """Base class of frozen dataclasses of plain data. It checks the types of all fields, and writes and reads them as
+    JSON. A field that is itself such a dataclass is not checked again.
     """
 
     def __post_init__(self) -> None:
@@ -32,21 +32,21 @@ class PlainConfig:
             if not isinstance(value, PlainConfig):
                 object.__setattr__(self, f.name, _checked(f.name, str(f.type), value))
 
-    def require_at_least(self, least: int, *names: str) -> None:
-        """Refuses fields of these names that are smaller.
+    def require_at_least(self, minimum: int, *names: str) -> None:
+        """Checks that the fields of these names are at least ``minimum``.
 
         Raises:
-            ValueError: a smaller one; the message names it.
+            ValueError: a field is smaller; the message names it.
         """
         for name in names:
-            require(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
+            require(getattr(self, name) >= minimum, name, getattr(self, name), f"at least {minimum}")
 
     def replace(self, **changes: Any) -> Self:
         """The same configuration with some fields changed."""
         return replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field, as JSON knows them: tuples become lists."""
+        """All fields, in JSON's types: tuples become lists."""
         return json.loads(json.dumps(asdict(self)))
 
     @classmethod
@@ -54,7 +54,7 @@ class PlainConfig:
         """The inverse of :meth:`to_dict`. A field with a default may be missing.
 
         Raises:
-            ValueError: keys that are unknown or missing; the message names them.
+            ValueError: keys are unknown or missing; the message names them.
         """
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         required = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
@@ -92,7 +92,7 @@ class PlainConfig:
 
 @dataclass(frozen=True)
 class ModelConfig(PlainConfig):
-    """Base of the configurations of networks. As JSON they name the network.
+    """Base class of the networks' configurations. Their JSON form names the network.
 
     Args:
         num_classes: K.
@@ -109,7 +109,7 @@ class ModelConfig(PlainConfig):
 
     @property
     def recipe(self) -> str:
-        """The name of the recipe of the network's paper for ADE20K; "finetune" if it is in no paper."""
+        """The name of the recipe that the network's paper uses for ADE20K; "finetune" if the network has no paper."""
         return "finetune"
 
     def __post_init__(self) -> None:
@@ -124,12 +124,12 @@ class ModelConfig(PlainConfig):
 
     @classmethod
     def preset(cls, name: str, num_classes: int, **overrides: Any) -> Self:
-        """A configuration by name: one of ``presets``, "tiny" among them, for tests and demonstrations.
+        """The configuration of a preset.
 
         Args:
-            name: of the preset.
+            name: one of ``presets``; "tiny" is for tests and demonstrations.
             num_classes: K.
-            overrides: fields to set otherwise.
+            overrides: fields to change.
 
         Raises:
             ValueError: an unknown name; the message lists the known ones.
@@ -137,7 +137,7 @@ class ModelConfig(PlainConfig):
         return cls._from_preset(cls.presets, name, {"num_classes": num_classes, **overrides})
 
     def to_dict(self) -> dict[str, Any]:
-        """The network's "type" and every field, with lists for tuples as in JSON."""
+        """The network's "type" and all fields, in JSON's types: tuples become lists."""
         return {"type": self.model_type, **super().to_dict()}
 
     @classmethod
@@ -145,17 +145,17 @@ class ModelConfig(PlainConfig):
         """The inverse of :meth:`to_dict`. The type, and fields with a default, may be missing.
 
         Raises:
-            ValueError: another network's type, or keys that are unknown or missing; the message names them.
+            ValueError: the type is another network's, or keys are unknown or missing; the message names them.
         """
         kind = values.get("type", cls.model_type)
         require(kind == cls.model_type, "type", repr(kind), f"{cls.model_type!r}, as for every {cls.__name__}")
         return super().from_dict({name: value for name, value in values.items() if name != "type"})
 
     def require_outside_classes(self, name: str) -> None:
-        """Refuses a field that should mark pixels without a class and is a class.
+        """Checks that a field that marks pixels without a class is not a class itself.
 
         Raises:
-            ValueError: it lies in ``0..K-1``.
+            ValueError: the field lies in ``0..K-1``.
         """
         value = getattr(self, name)
         require(not 0 <= value < self.num_classes, name, value, f"outside of the classes 0..{self.num_classes - 1}")
@@ -163,26 +163,27 @@ class ModelConfig(PlainConfig):
 
 @dataclass(frozen=True)
 class PixelDecoderConfig(ModelConfig):
-    """Base of the configurations of networks with a backbone, a pixel decoder and a transformer decoder. The defaults
-    are those of the ResNet-50 models of MaskFormer's paper (arXiv:2107.06278, section 4.1, and the authors'
+    """Base class of the configurations of networks with a backbone, a pixel decoder and a transformer decoder. The
+    defaults are those of the ResNet-50 models in MaskFormer's paper (arXiv:2107.06278, section 4.1, and the authors'
     configuration files).
 
     Args:
         backbone: a name that :func:`fastmask.models.build_backbone` knows, or "custom" for a module of your own.
         backbone_options: fields of the backbone's ``transformers`` configuration to set, such as ``drop_path_rate``.
         hidden_dim: channels of the transformer decoder, a multiple of 4 and of ``num_heads``.
-        mask_dim: channels of the pixel embeddings, and of the embeddings that they are multiplied with.
-        pixel_decoder_dim: channels of the feature pyramid, a multiple of 32 (of 4 and ``num_heads`` too with encoder).
+        mask_dim: channels of the pixel embeddings and of the mask embeddings, which are multiplied with each other.
+        pixel_decoder_dim: channels of the feature pyramid, a multiple of 32; with encoder layers also of ``num_heads``.
         encoder_layers: transformer layers in the pixel decoder, on the coarsest map; the paper's panoptic models have
             6.
-        decoder_layers: of the transformer decoder.
-        num_heads: attention heads of both transformers.
-        feedforward_dim: hidden channels of their perceptrons.
-        dropout: of both transformers.
-        deep_supervision: predict and supervise after each decoder layer instead of after the last alone.
+        decoder_layers: number of layers of the transformer decoder.
+        num_heads: attention heads of the encoder and the decoder.
+        feedforward_dim: hidden channels of the MLPs in the encoder and the decoder.
+        dropout: dropout probability in the encoder and the decoder.
+        deep_supervision: predict and supervise after each decoder layer instead of only after the last.
         size_divisibility: images are padded at the bottom and right to a multiple of this.
-        pixel_mean: per channel, subtracted from images in 0..1; by default that of the backbone's pretrained weights.
-        pixel_std: per channel, divides the difference; by default likewise.
+        pixel_mean: mean of each channel, subtracted from images in 0..1; by default the pretrained backbone's.
+        pixel_std: standard deviation of each channel, which divides the difference; by default the pretrained
+            backbone's.
     """
 
     backbone: str = "resnet50"
@@ -222,7 +223,7 @@ class PixelDecoderConfig(ModelConfig):
             require(getattr(self, name) % multiple == 0, name, getattr(self, name), f"a multiple of {multiple}")
 
 
-# Sizes of the "tiny" presets.
+# Fields that the "tiny" presets share.
 TINY: dict[str, Any] = {
     "backbone": "tiny",
     "hidden_dim": 96,
@@ -243,10 +244,10 @@ def pixel_statistics(backbone: str) -> dict[str, tuple[float, ...]]:
 
 
 def check_pixel_statistics(mean: Sequence[float], std: Sequence[float]) -> None:
-    """Refuses statistics of no channel, of different numbers of channels, or deviations that are not positive.
+    """Checks that both have one value for each channel, and that the deviations are positive.
 
     Raises:
-        ValueError: one of these.
+        ValueError: they do not.
     """
     require(len(mean) >= 1, "pixel_mean", mean, "one value for each channel")
     expected = f"{len(mean)} positive values, as many as pixel_mean"
@@ -254,11 +255,11 @@ def check_pixel_statistics(mean: Sequence[float], std: Sequence[float]) -> None:
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """What a configuration's file holds.
+    """Reads the object in a configuration file.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is not JSON, or no object; the message names it.
+        ValueError: the file is not JSON or does not hold an object; the message names it.
     """
     values = read_json(Path(path))
     if not isinstance(values, dict):
@@ -267,13 +268,13 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def require(holds: bool, name: str, value: Any, expected: str) -> None:
-    """Raises the ValueError of a field out of range unless ``holds``."""
+    """Raises the ValueError for a field that is out of range, unless ``holds``."""
     if not holds:
         raise ValueError(f"{name} is {value}; expected {expected}")
 
 
 def _checked(name: str, annotation: str, value: Any) -> Any:
-    """The value in its field's own type, from any type that JSON or a caller may reasonably use for it."""
+    """The value in the type of its field, converted from the types that JSON or a caller may use instead."""
     if annotation.startswith("tuple"):
         item = annotation.removeprefix("tuple[").partition(",")[0]
         if not isinstance(value, list | tuple):

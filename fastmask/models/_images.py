@@ -1,5 +1,5 @@
-"""Images of any sizes as one padded batch, targets of the same size, and a warning for images in 0..255, which a
-network for 0..1 sees as white.
+"""Pads images of any sizes into one batch, fits targets to it, and warns of images in 0..255, which are all white to a
+network that expects 0..1.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch.nn.functional import pad
 from fastmask.ops._tracing import ceil_div, known, same_size
 from fastmask.targets import Targets
 
-# An image in 0..1 ends 2.7 deviations above the mean by ImageNet's statistics, one in 0..255 hundreds.
+# By ImageNet's statistics, the maximum of an image lies 2.7 deviations above the mean in 0..1, and hundreds in 0..255.
 DEVIATIONS = 20
 
 
 class PixelRange:
-    """Looks at the pixels of every batch on the CPU, and of the first on a GPU, until it has warned.
+    """Checks the pixels of every batch on the CPU until it has warned, but on a GPU only those of the first batch.
 
     The host does not wait for a GPU: the maximum of the first batch is copied asynchronously and read at a later batch.
     """
@@ -30,13 +30,13 @@ class PixelRange:
         self._pending: tuple[Tensor, torch.cuda.Event] | None = None
 
     def check(self, pixels: Tensor, limit: float) -> None:
-        """Warns, once in a process, of pixels beyond the limit.
+        """Warns, once per process, of pixels above the limit.
 
         Args:
-            pixels: as a network is given them.
-            limit: a value that no pixel of an image in 0..1 has.
+            pixels: the network's input, before normalization.
+            limit: a value that no pixel of an image in 0..1 exceeds.
         """
-        # Traced programs cannot ask for values, and subclasses, such as fake tensors, may have none.
+        # Traced programs cannot read values, and tensor subclasses, such as fake tensors, may have none.
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(pixels) is not Tensor or self._done:
             return
         if pixels.device.type == "cpu":
@@ -59,7 +59,7 @@ class PixelRange:
 
 
 def _copy_to_host(value: Tensor) -> tuple[Tensor, torch.cuda.Event]:
-    """The number in host memory, and the event after which it is valid."""
+    """Starts a copy to the host. Returns the host tensor and the event after which it is valid."""
     host = torch.empty((), pin_memory=True)
     host.copy_(value, non_blocking=True)
     event = torch.cuda.Event()
@@ -80,8 +80,8 @@ class ImageBatch:
 
     Args:
         pixels: ``(B, C, H, W)`` floating point, 0 at padding.
-        sizes: (height, width) of each image without its padding; one for all images if ``torch.export`` leaves their
-            number open.
+        sizes: (height, width) of each image without padding; a single entry for all images while ``torch.export``
+            traces a dynamic batch size.
     """
 
     pixels: Tensor
@@ -93,7 +93,7 @@ class ImageBatch:
 
     @property
     def uniform(self) -> bool:
-        """All images have one size."""
+        """Whether all images have the same size."""
         return all(same_size(size, self.sizes[0]) for size in self.sizes)
 
     def zero_padding(self, pixels: Tensor) -> Tensor:
@@ -108,8 +108,8 @@ class ImageBatch:
         return ~_inside(self.sizes, self.padded_size, self.pixels.device)
 
     def padding_mask(self, height: int, width: int) -> Tensor | None:
-        """``(B, height, width)`` bool over a feature map of that size: True at cells whose first pixel is padding. None
-        if no cell is, as for images of one size and cells as large as ``divisibility``.
+        """``(B, height, width)`` bool for a feature map of that size: True at cells whose first pixel is padding. None
+        if there are none, as with images of the same size and cells of ``divisibility`` pixels.
         """
         padded_height, padded_width = self.padded_size
         cells = [(_cells(h, padded_height, height), _cells(w, padded_width, width)) for h, w in self.sizes]
@@ -119,12 +119,12 @@ class ImageBatch:
 
 
 class ImagePreprocessor(nn.Module):
-    """Pads and normalizes the images that a network is given.
+    """Pads and normalizes a network's input images.
 
     Args:
-        mean: per channel, subtracted from images in 0..1.
-        std: per channel, divides the difference.
-        divisibility: height and width of a batch are multiples of this.
+        mean: the mean of each channel, which is subtracted from images in 0..1.
+        std: the standard deviation of each channel, which divides the difference.
+        divisibility: height and width of a batch are padded to multiples of this.
     """
 
     mean: Tensor
@@ -138,19 +138,19 @@ class ImagePreprocessor(nn.Module):
         self._highest_pixel = max(m + DEVIATIONS * s for m, s in zip(mean, std, strict=True))
 
     def forward(self, images: Images) -> ImageBatch:
-        """Images in one batch, with the values that they came with."""
+        """The images in one padded batch, not yet normalized."""
         batch = pad_images(images, self.divisibility, len(self.mean))
         PIXEL_RANGE.check(batch.pixels, self._highest_pixel)
         return batch
 
     def normalize(self, batch: ImageBatch) -> Tensor:
-        """Pixels of mean 0 and deviation 1, in the model's dtype; padding stays 0, as in the original."""
+        """Normalized pixels, in the model's dtype; padding is 0, as in the original code."""
         pixels = (batch.pixels - self.mean.float()) / self.std.float()
         return batch.zero_padding(pixels).to(self.mean.dtype)
 
 
 def pad_images(images: Images, divisibility: int, channels: int = 3) -> ImageBatch:
-    """Images in one batch.
+    """The images in one padded batch.
 
     Args:
         images: ``(B, C, H, W)``, or a list of ``(C, H_b, W_b)`` of any sizes; floating point.
@@ -190,19 +190,19 @@ def pad_images(images: Images, divisibility: int, channels: int = 3) -> ImageBat
 
 
 def fit_targets(targets: Targets | Sequence[Mapping[str, Tensor]], images: ImageBatch, num_classes: int) -> Targets:
-    """Targets on the grid of the padded images. Padding belongs to no target and is void.
+    """Pads targets to the size of the padded images. Padding belongs to no target and is void.
 
     Args:
-        targets: a list with a dict of ``labels (M_b,)`` and ``masks (M_b, H_b, W_b)`` for each image, each of its
-            image's size; or :class:`fastmask.Targets` of the images' common size, of their largest height and width, or
-            of the padded size.
+        targets: for each image a dict of ``labels (M_b,)`` and ``masks (M_b, H_b, W_b)`` of the image's size; or
+            :class:`fastmask.Targets` of the images' common size, of their largest height and width, or of the padded
+            size.
         images: the batch that they belong to.
         num_classes: K.
 
     Raises:
-        TypeError: targets of another kind.
-        ValueError: another number of images, masks of another size than their image, or (for labels on the CPU) a label
-            outside ``0..K-1``.
+        TypeError: targets of another type.
+        ValueError: the number of images differs, masks differ in size from their image, or (for labels on the CPU) a
+            label lies outside ``0..K-1``.
     """
     if isinstance(targets, Targets):
         return _fit_batch(targets, images, num_classes)
@@ -253,19 +253,19 @@ def _fit_batch(targets: Targets, images: ImageBatch, num_classes: int) -> Target
 
 def _cells(length: int, padded_length: int, count: int) -> int:
     """How many of the ``count`` cells along a side begin within its first ``length`` pixels."""
-    if known(padded_length % count == 0):  # simpler, so that tracing sees where it equals ``count``
+    if known(padded_length % count == 0):  # a simpler expression, which tracing can prove equal to ``count``
         return ceil_div(length, padded_length // count)
     return ceil_div(length * count, padded_length)
 
 
 def _inside(sizes: Sequence[Size], canvas: Size, device: torch.device) -> Tensor:
-    """``(B, *canvas)`` bool: True in the top left corner of each size. Built without a copy from the host."""
+    """``(B, *canvas)`` bool: True in a top left rectangle of each size. Built without a copy from the host."""
     rows, columns = (torch.arange(side, device=device) for side in canvas)
     return torch.stack([(rows < height)[:, None] & (columns < width) for height, width in sizes])
 
 
 def pad_plane(tensor: Tensor, size: Size, value: float | bool = 0) -> Tensor:
-    """Fills up the last two dimensions at the bottom and right."""
+    """Pads the last two dimensions to ``size`` at the bottom and right."""
     bottom, right = size[0] - tensor.shape[-2], size[1] - tensor.shape[-1]
     if known(bottom == 0) and known(right == 0):
         return tensor

@@ -1,4 +1,4 @@
-"""From the model's logits to results of any size."""
+"""Turns a model's logits into results of any size."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ INFERENCE_BY_TASK: dict[str, Callable[..., Iterable[Any]]] = {
 
 
 def check_sizes(sizes: Size | Sequence[Size] | None, images: Sequence[Size]) -> tuple[Size, ...]:
-    """One (height, width) for each image: the images' own if ``sizes`` is None, and one pair stands for all.
+    """The (height, width) of each result: the image's size if ``sizes`` is None; a single pair applies to all images.
 
     Raises:
         TypeError: anything but pairs of integers.
-        ValueError: another number of pairs than images, or sides below 1.
+        ValueError: the number of pairs is not that of the images, or a side is below 1.
     """
     if sizes is None:
         return tuple(images)
@@ -52,7 +52,7 @@ def infer(
     sizes: Sequence[Size],
     **options: Any,
 ) -> list[Any]:
-    """Results of one task, one for each image, in one call where all images share their sizes.
+    """The result of one task for each image. If all images have the same sizes, one call computes all.
 
     As in the original code, masks are upsampled to the padded size, cropped to the image and resized to ``sizes``, in
     this order.
@@ -61,9 +61,9 @@ def infer(
         task: one of ``INFERENCE_BY_TASK``.
         class_logits: ``(B, N, K+1)``.
         mask_logits: ``(B, N, h, w)``; or ``mask_embed (B, N, C)`` and ``pixel_embed (B, C, h, w)``.
-        images: the batch that they were computed from.
+        images: the batch that the logits were computed from.
         sizes: (height, width) of each result.
-        options: further arguments of ``fastmask.semantic_inference`` or its siblings.
+        options: further arguments of the task's function, such as ``fastmask.semantic_inference``.
     """
     function = INFERENCE_BY_TASK[task]
     together = images.uniform and len(set(sizes)) == 1

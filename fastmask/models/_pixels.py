@@ -1,4 +1,4 @@
-"""Per-pixel classification: class maps as targets, their loss, and results of any size."""
+"""Per-pixel classification: class maps as targets, the loss, and results of any size."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ OUTPUTS = ("labels", "scores")
 
 
 def fit_class_map(targets: PixelTargets, images: ImageBatch, num_classes: int, ignore_index: int) -> Tensor:
-    """The class of each pixel on the grid of the padded images; padding is ignored.
+    """The class of each pixel of the padded images; padding is ignored.
 
     Args:
         targets: ``(B, H, W)`` integers in ``0..K-1`` or ``ignore_index``, of the images' common size, of their largest
-            height and width, or of the padded size; or a list of ``(H_b, W_b)``, each of its image's size; or what
-            :class:`fastmask.MaskFormer` takes, whose pixels of no target and void pixels are ignored.
-        images: the batch that they belong to.
+            height and width, or of the padded size; or a list of ``(H_b, W_b)``, each of its image's size; or the
+            targets of :class:`fastmask.MaskFormer`, where void pixels and pixels without a target are ignored.
+        images: the batch that the targets belong to.
         num_classes: K.
-        ignore_index: the class of pixels that have none.
+        ignore_index: the value of pixels without a class.
 
     Returns:
         ``(B, H, W)`` int64 on the images' device.
 
     Raises:
-        TypeError: targets of another kind, or class maps that hold no integers.
-        ValueError: another number of images, another size than the images', or (for targets on the CPU) a class outside
+        TypeError: targets of another type, or class maps that are not integers.
+        ValueError: the number or size of the images differs, or (for targets on the CPU) a class lies outside
             ``0..K-1``.
     """
     if isinstance(targets, Tensor):
@@ -79,15 +79,15 @@ def per_pixel_loss(logits: Tensor, classes: Tensor, ignore_index: int) -> Tensor
 def per_pixel_losses(layers: Iterable[Tensor], classes: Tensor, ignore_index: int) -> list[Tensor]:
     """Cross-entropy of bilinearly upsampled logits, averaged over the pixels that have a class; 0 if none has.
 
-    With several processes the average is over the pixels of all: see :func:`across_processes`.
+    With several processes the average is over the pixels of all processes: see :func:`across_processes`.
 
     Args:
-        layers: logits of each, ``(B, K, h, w)`` floating point.
+        layers: the logits of each layer, ``(B, K, h, w)`` floating point.
         classes: ``(B, H, W)`` int64 in ``0..K-1`` or ``ignore_index``.
-        ignore_index: the class of pixels that do not count.
+        ignore_index: the value of ignored pixels.
 
     Returns:
-        a scalar for each layer, float32 (float64 for such logits).
+        a scalar for each layer, float32 (float64 for float64 logits).
     """
     (num_pixels,) = across_processes([(classes != ignore_index).sum()], least=(1,))
     losses = []
@@ -98,11 +98,11 @@ def per_pixel_losses(layers: Iterable[Tensor], classes: Tensor, ignore_index: in
 
 
 def pixel_results(logits: Tensor, size: Size, output: str) -> Tensor:
-    """Labels or scores of images at one size.
+    """Labels or scores of images that share one result size.
 
     Args:
         logits: ``(B, K, H, W)``.
-        size: of the result, to which the logits are resized.
+        size: (height, width) of the result, to which the logits are resized.
         output: "labels" or "scores".
 
     Returns:
@@ -118,5 +118,5 @@ def pixel_results(logits: Tensor, size: Size, output: str) -> Tensor:
 
 
 def check_output(output: str) -> None:
-    """Refuses anything but "labels" and "scores" with a ValueError."""
+    """Raises a ValueError for anything but "labels" and "scores"."""
     check_choice("output", output, OUTPUTS)

@@ -1,4 +1,4 @@
-"""Networks by name: the presets of all families, and the networks that folders hold."""
+"""Creates networks by name, from the presets of all families, and loads saved networks of any family."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from fastmask.models.weight_files import CONFIG_FILE, WEIGHTS_FILE, listed
 MODELS: dict[str, type[PretrainedModel]] = {
     model.config_class.model_type: model for model in (MaskFormer, Segmenter, PerPixelBaseline, SoundEventDetector)
 }
-# The networks in the folder of a training run, the better one first.
+# The subfolders of a training run that hold a network, the preferred one first.
 SAVED_IN_RUN = ("best", "model")
 DEFAULT_FAMILY = "maskformer"
 LARGEST_BYTE = 255
-# Each family's presets by their own names; a name that several families have gets the family's name as a prefix.
+# The presets of each family. A name in several families gets the family's name as a prefix.
 FAMILIES = {
     DEFAULT_FAMILY: (MaskFormer, maskformer.PRESETS),
     "segmenter": (Segmenter, segmenter.PRESETS),
@@ -42,7 +42,7 @@ _PRESETS = {
 
 
 def preset_names() -> list[str]:
-    """The names that :func:`make_model` knows, besides "tiny" for "maskformer-tiny"."""
+    """The names that :func:`make_model` knows; "tiny" also stands for "maskformer-tiny"."""
     return list(_PRESETS)
 
 
@@ -58,15 +58,15 @@ def make_config(
 
     Args:
         name: one of :func:`preset_names`, or "tiny" for "maskformer-tiny".
-        num_classes: K; as many as there are ``class_names`` by default.
+        num_classes: K; by default the number of ``class_names``.
         class_names: one name for each class, or none.
         stuff_classes: the classes that are stuff; ignored by families that do not distinguish things and stuff.
-        overrides: fields to set otherwise.
+        overrides: fields to change.
 
     Raises:
         ValueError: an unknown name (the message lists the known ones), or a value out of range.
-        TypeError: neither a number of classes nor their names, a field that the family does not have, or a value of
-            the wrong type.
+        TypeError: neither ``num_classes`` nor ``class_names``, a field that the family does not have, or a value of the
+            wrong type.
     """
     model, own_name = _find_preset(name)
     if num_classes is None and not class_names:
@@ -84,7 +84,7 @@ def make_config(
 
 
 def make_model(name: str, num_classes: int | None = None, **options: Any) -> PretrainedModel:
-    """A network with random weights, by the name of a preset of any family.
+    """Creates a network with random weights from a preset of any family.
 
     Args:
         name, num_classes: as for :func:`make_config`.
@@ -100,7 +100,7 @@ def make_model(name: str, num_classes: int | None = None, **options: Any) -> Pre
 
 
 def load_model(folder: str | Path, **options: Any) -> PretrainedModel:
-    """A network of any family from the folder that ``save_pretrained`` wrote, or from a run of training.
+    """Loads a network of any family from a folder that ``save_pretrained`` wrote, or from the folder of a training run.
 
     Args:
         folder: as for :func:`model_folder`.
@@ -108,15 +108,15 @@ def load_model(folder: str | Path, **options: Any) -> PretrainedModel:
             network was built with.
 
     Raises:
-        FileNotFoundError: no such folder or no network in it.
-        ValueError: a file that is unreadable, of no known network, or does not fit the others; the message names it.
+        FileNotFoundError: no such folder, or no network in it.
+        ValueError: a file is unreadable, belongs to no known network or does not fit the others; the message names it.
     """
     folder = model_folder(folder)
     return saved_type(folder).from_pretrained(folder, **options)
 
 
 def model_folder(path: str | Path) -> Path:
-    """Where the network of a folder is: in it, or for the folder of a run in its "best" or else its "model".
+    """The folder that holds the network: ``path`` itself or, for a training run, its subfolder "best" or else "model".
 
     Raises:
         FileNotFoundError: no such folder, or no network in it.
@@ -159,12 +159,12 @@ def task_of_run(path: str | Path) -> str | None:
 
 
 def saved_type(folder: str | Path) -> type[PretrainedModel]:
-    """The class of the network that a folder holds, from its config.json. Without a "type", as earlier versions wrote
-    it, the fields decide.
+    """The class of the network that a folder holds, by its config.json. In files without a "type", which earlier
+    versions wrote, the fields decide.
 
     Raises:
         FileNotFoundError: no config.json.
-        ValueError: it is not JSON, or of no known network; the message names it.
+        ValueError: the file is not JSON or belongs to no known network; the message names it.
     """
     path = Path(folder) / CONFIG_FILE
     values = read_config(path)
@@ -175,25 +175,25 @@ def saved_type(folder: str | Path) -> type[PretrainedModel]:
 
 
 def model_to_dict(model: PretrainedModel | ModelConfig) -> dict[str, Any]:
-    """A network's configuration as JSON knows it: its "type", a key of ``MODELS``, and every field."""
+    """A network's configuration in JSON's types: its "type", a key of ``MODELS``, and all fields."""
     return (model if isinstance(model, ModelConfig) else model.config).to_dict()
 
 
 def config_from_dict(values: Mapping[str, Any]) -> ModelConfig:
-    """The inverse of :func:`model_to_dict`, a configuration.
+    """The configuration from which :func:`model_to_dict` made the dict.
 
     Raises:
-        TypeError, ValueError: an unknown type, or keys and values that are not those of its configuration.
+        TypeError, ValueError: an unknown type, or keys or values that do not fit its configuration.
     """
     return _type_of(values).config_class.from_dict(values)
 
 
 def model_from_dict(values: Mapping[str, Any], **modules: Any) -> PretrainedModel:
-    """A network with random weights of the configuration that :func:`model_to_dict` wrote.
+    """Creates a network with random weights from a configuration that :func:`model_to_dict` wrote.
 
     Args:
         values: "type" and fields.
-        modules: what the network's constructor takes besides its configuration.
+        modules: arguments of the network's constructor other than its configuration.
 
     Raises:
         TypeError, ValueError: as for :func:`config_from_dict`.
@@ -209,7 +209,9 @@ def _find_preset(name: str) -> tuple[type[PretrainedModel], str]:
 
 
 def _split_modules(model: type[PretrainedModel], options: dict[str, Any]) -> dict[str, Any]:
-    """Removes and returns the constructor's own arguments; of names that are also fields, modules only."""
+    """Removes the constructor's arguments from ``options`` and returns them; those that are also fields only if they
+    are modules.
+    """
     of_config = {f.name for f in fields(model.config_class)}
     of_constructor = set(inspect.signature(model).parameters) - {"config", "options"}
     taken = [

@@ -1,4 +1,4 @@
-"""Several views of an image, overlapping windows, scales and mirror images, and the average of their predictions."""
+"""Predicts several views of an image (overlapping windows, scales and mirror images) and averages the predictions."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ def windowed_logits(
 ) -> Iterator[Tensor]:
     """The logits of each image, averaged over the windows that cover a pixel.
 
-    Windows start every ``stride`` pixels, and the last row and column of them ends with the image, as in Segmenter's
-    code (arXiv:2105.05633, section 4.2). An image with a side smaller than a window is enlarged first, its smaller side
-    to the window's. One image's logits are in memory at a time, besides those of one batch of windows.
+    Windows start every ``stride`` pixels, and the last row and column of windows ends with the image, as in Segmenter's
+    code (arXiv:2105.05633, section 4.2). An image with a side smaller than a window is first enlarged until its smaller
+    side equals the window's. Only one image's logits and those of one batch of windows are in memory at a time.
 
     Args:
         images: ``(C, H_b, W_b)``, normalized.
-        segment: from windows ``(n, C, size, size)`` to their logits, an iterable of n ``(K, size, size)``.
-        size: side of a window.
+        segment: maps windows ``(n, C, size, size)`` to their logits, an iterable of n ``(K, size, size)``.
+        size: side of a window in pixels.
         stride: pixels from one window to the next.
-        batch_size: how many windows, of one or more images, to segment at a time.
+        batch_size: number of windows, from one or more images, to segment at a time.
 
     Yields:
-        ``(K, H, W)`` float32 (float64 for such logits), of the size of the image or of its enlargement.
+        ``(K, H, W)`` float32 (float64 for float64 logits), of the size of the image or of the enlarged image.
     """
     images = [_enlarged(image[None], size)[0] for image in images]
     windows = [
@@ -69,16 +69,16 @@ def windowed_logits(
 
 
 def windowed_batch(images: Tensor, segment: Callable[[Tensor], Tensor], size: int, stride: int) -> Tensor:
-    """:func:`windowed_logits` of images of one size, in operations that ``torch.export`` traces for any number of
-    images: without a loop over them or writes into slices. All windows are segmented at once.
+    """:func:`windowed_logits` for images of the same size, in operations that ``torch.export`` can trace for any number
+    of images: no loop over images, no writes into slices. All windows are segmented at once.
 
     Args:
-        images: ``(B, C, H, W)``, normalized; H and W are known.
-        segment: from windows ``(n, C, size, size)`` to logits ``(n, K, h, w)`` that cover them, of any size.
+        images: ``(B, C, H, W)``, normalized; H and W must be static.
+        segment: maps windows ``(n, C, size, size)`` to logits ``(n, K, h, w)`` of any size that cover them.
         size, stride: as for :func:`windowed_logits`.
 
     Returns:
-        ``(B, K, H, W)``, of the size of the images or of their enlargement.
+        ``(B, K, H, W)``, of the size of the images or of the enlarged images.
     """
     images = _enlarged(images, size)
     height, width = images.shape[-2:]
@@ -93,7 +93,7 @@ def windowed_batch(images: Tensor, segment: Callable[[Tensor], Tensor], size: in
 
 
 def _averaged(parts: Sequence[Tensor], starts: Sequence[int], size: int, dim: int) -> Tensor:
-    """Overlapping parts joined along a dimension; where several overlap, their mean."""
+    """Joins parts along a dimension and averages them where they overlap."""
     borders = sorted({*starts, *(start + size for start in starts)})
     pieces = []
     for begin, end in pairwise(borders):
@@ -129,11 +129,11 @@ def _enlarged(images: Tensor, size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class ViewPlan:
-    """A rectangle of the image, and the form in which the network sees it.
+    """A rectangle of the image, and how it is transformed for the network.
 
     Args:
         top, left, size: the rectangle, in pixels of the image.
-        input_size: (height, width) to which it is resized.
+        input_size: (height, width) to which the rectangle is resized.
         mirrored: whether left and right are exchanged.
     """
 
@@ -151,16 +151,16 @@ def view_options(
     scales: Sequence[float],
     flip: bool,
 ) -> dict[str, Any]:
-    """The arguments that differ from one view of the whole image, for the model's ``predict``.
+    """The arguments of the model's ``predict`` that ask for more than a single view of the whole image.
 
     Args:
-        model: of the ``predict``.
+        model: the model that predicts.
         tasks: the results to predict.
-        window: (size, stride) in pixels, or a size that is the stride too.
+        window: (size, stride) in pixels, or a size that is also the stride.
         scales, flip: as for :class:`EvaluationViews`.
 
     Raises:
-        ValueError: the model has no such views, or none of the tasks averages several.
+        ValueError: the model does not support these views, or none of the tasks averages several views.
     """
     views: dict[str, Any] = {}
     if window is not None:
@@ -171,7 +171,7 @@ def view_options(
         views["flip"] = True
     name = type(model).__name__
     if unknown := sorted(views.keys() - set(model.views)):
-        known = ", ".join(model.views) or "whole images alone"
+        known = ", ".join(model.views) or "whole images only"
         raise ValueError(f"a {name} does not predict with {', '.join(unknown)}; it does with {known}")
     if views and "semantic" not in tasks:
         raise ValueError(f"{', '.join(views)} goes with the task 'semantic' only, got {', '.join(map(repr, tasks))}")
@@ -183,15 +183,15 @@ class EvaluationViews:
     """The views of an image that the network sees.
 
     Args:
-        window: (size, stride) of square windows, in pixels of the image as scaled; None for the whole image. The last
-            row and column of windows ends with the image; where the image is smaller, so is the window.
-        scales: by which the image is enlarged for the network.
+        window: (size, stride) of square windows, in pixels of the scaled image; None for the whole image. The last row
+            and column of windows ends with the image; windows are no larger than the image.
+        scales: the factors by which the image is resized for the network.
         flip: add the mirror image of every view.
-        batch_size: how many views to predict at a time.
+        batch_size: number of views to predict at a time.
 
     Raises:
-        TypeError: a window that is no pair of integers.
-        ValueError: a stride out of 1..size, no scale or one that is not positive, or a batch below 1.
+        TypeError: a window that is not a pair of integers.
+        ValueError: a stride outside 1..size, no scale, a scale that is not positive, or a batch size below 1.
     """
 
     window: tuple[int, int] | None
@@ -214,11 +214,11 @@ class EvaluationViews:
 
     @property
     def single(self) -> bool:
-        """The only view is the image itself."""
+        """Whether the only view is the image itself."""
         return self.window is None and self.scales == (1.0,) and not self.flip
 
     def plan(self, size: Size) -> list[ViewPlan]:
-        """The views of an image of (height, width) pixels, by rising top."""
+        """The views of an image of (height, width) pixels, ordered by their top."""
         plans = []
         for scale in self.scales:
             side, stride = (max(1, round(x / scale)) for x in self.window or (scale * max(size), scale * max(size)))
@@ -239,12 +239,12 @@ class EvaluationViews:
 
         Args:
             image: ``(C, H, W)``, in 0..1.
-            size: (height, width) of the result; that of the image if there are windows.
-            predict: from pixels ``(n, C, H', W')`` to class logits ``(n, N, K+1)``, mask logits ``(n, N, h, w)`` and
+            size: (height, width) of the result; with windows, the size of the image.
+            predict: maps pixels ``(n, C, H', W')`` to class logits ``(n, N, K+1)``, mask logits ``(n, N, h, w)`` and
                 the padded size of the network's input.
 
         Raises:
-            ValueError: windows, and a result of another size than the image.
+            ValueError: there are windows, and ``size`` is not that of the image.
         """
         if self.window is not None and tuple(image.shape[1:]) != tuple(size):
             raise ValueError(

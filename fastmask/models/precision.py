@@ -14,6 +14,6 @@ def check_precision(precision: str) -> None:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """A context in which operators on the device compute in this precision; parameters stay in their own dtype."""
+    """A context in which operators on the device compute in this precision; parameters keep their dtype."""
     dtype = PRECISIONS[precision]
     return torch.autocast(device.type, dtype, enabled=dtype is not None)

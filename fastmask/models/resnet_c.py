@@ -1,4 +1,4 @@
-"""ResNet-C, the backbone of MaskFormer's "R101c" models: a stem of three convolutions and a dilated last stage."""
+"""ResNet-C, the backbone of MaskFormer's "R101c" models, with a stem of three convolutions and a dilated last stage."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ if TYPE_CHECKING:
     from transformers import ResNetBackbone
 
 MODEL_TYPE = "resnet-c"
-LAST_STAGE_DILATIONS = (1, 2, 4)  # of its blocks in turn
+LAST_STAGE_DILATIONS = (1, 2, 4)  # of the stage's blocks in turn
 
 
 def to_resnet_c(backbone: ResNetBackbone) -> ResNetBackbone:
     """Changes a ResNet backbone of ``transformers`` in place, as DeepLab does (arXiv:1706.05587): three 3 x 3
     convolutions, the first two with half the channels, replace the stem's 7 x 7 one; the 3 x 3 convolutions of the last
-    stage are dilated by 1, 2 and 4 in turn, and its stride stays.
+    stage are dilated by 1, 2 and 4 in turn, and its stride does not change.
 
     Args:
-        backbone: with the ``layer_type`` "bottleneck".
+        backbone: a ResNet with ``layer_type`` "bottleneck".
 
     Raises:
         ValueError: another layer type, or an odd ``embedding_size``.

@@ -1,4 +1,4 @@
-"""Segmenter: its configuration and presets, the network with both decoders, and its ViT's pretrained weights."""
+"""Segmenter: configuration, presets, the network with both decoders, and pretrained weights for its ViT."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from fastmask.modules.vit import VisionTransformer, resize_positions
 from fastmask.ops._tracing import ceil_div
 
 DECODERS = ("mask", "linear")
-# ViTs pretrained on ImageNet-21k take pixels in -1..1; DeiTs take ImageNet's mean and deviation.
+# ViTs pretrained on ImageNet-21k expect pixels in -1..1; DeiTs expect ImageNet's mean and deviation.
 VIT_MEAN = (0.5, 0.5, 0.5)
 VIT_STD = (0.5, 0.5, 0.5)
 
 
-# hidden_dim, encoder_layers, heads, side of images and windows, patch sizes
+# hidden_dim, encoder_layers, num_heads, side of images and windows, patch sizes
 SIZES = {
     "tiny": (192, 12, 3, 512, (16,)),
     "small": (384, 12, 6, 512, (16, 32)),
@@ -83,25 +83,25 @@ class SegmenterConfig(ModelConfig):
         num_classes: K.
         decoder: "mask" for the mask transformer, "linear" for the point-wise linear decoder.
         image_size: (height, width) in pixels for which position embeddings are learned, multiples of ``patch_size``.
-            They are resized for images of other sizes.
+            The embeddings are resized for images of other sizes.
         patch_size: side of a patch in pixels.
         hidden_dim: channels of encoder and decoder, a multiple of ``num_heads`` (and ``decoder_heads``).
         encoder_layers: blocks of the encoder.
         num_heads: attention heads of the encoder.
-        feedforward_dim: hidden channels of the blocks' perceptrons, in encoder and decoder.
-        dropout: of the encoder.
+        feedforward_dim: hidden channels of the blocks' MLPs, in encoder and decoder.
+        dropout: dropout probability in the encoder.
         drop_path: stochastic depth of the encoder's last block; it grows linearly from 0 at the first.
-        distilled: the encoder has a distillation token, as DeiT (the paper's Seg-B†).
+        distilled: whether the encoder has a distillation token, as in DeiT (the paper's Seg-B†).
         decoder_layers: blocks of the mask transformer.
         decoder_heads: attention heads of the mask transformer.
-        decoder_dropout: of the mask transformer.
+        decoder_dropout: dropout probability in the mask transformer.
         decoder_drop_path: stochastic depth of the mask transformer's last block.
         window_size: side in pixels of the windows in which images are predicted; 0 for whole images.
         window_stride: pixels from one window to the next, at most ``window_size``.
-        ignore_index: the class of pixels that do not count, outside ``0..K-1``.
+        ignore_index: the value of ignored pixels, outside ``0..K-1``.
         class_names: one name for each class, or empty.
-        pixel_mean: per channel, subtracted from images in 0..1.
-        pixel_std: per channel, divides the difference.
+        pixel_mean: mean of each channel, subtracted from images in 0..1.
+        pixel_std: standard deviation of each channel, which divides the difference.
 
     Raises:
         TypeError: a value of the wrong type.
@@ -163,7 +163,7 @@ class SegmenterConfig(ModelConfig):
 
 
 def check_window(size: int, stride: int) -> None:
-    """Refuses windows that would leave pixels out.
+    """Checks that windows cover every pixel.
 
     Raises:
         ValueError: a negative size, or a stride that is not in ``1..size``.
@@ -172,7 +172,7 @@ def check_window(size: int, stride: int) -> None:
     require(size == 0 or 1 <= stride <= size, "window_stride", stride, f"in 1..{size}, the window's size")
 
 
-# From the names of transformers' ViT and DeiT, of versions 4 and 5, to those of timm, which are ours; in this order.
+# Replacements, in this order, from the names of ViT and DeiT in transformers 4 and 5 to timm's, which Segmenter uses.
 NAMES = {
     "embeddings.cls_token": "cls_token",
     "embeddings.distillation_token": "dist_token",
@@ -190,15 +190,15 @@ NAMES = {
     "attention.attention.": "attn.",
     "attention.": "attn.",
 }
-# Queries, keys and values, in version 5 and in version 4.
+# Queries, keys and values in transformers 5 and 4.
 PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))
 
 
 def pretrained_vit(folder: str, encoder: VisionTransformer, grid_size: tuple[int, int]) -> dict[str, Tensor]:
-    """The state dict of an encoder from a ViT or DeiT; position embeddings are resized to the encoder's grid.
+    """A state dict for the encoder from a ViT or DeiT; position embeddings are resized to the encoder's grid.
 
     Args:
-        folder: a folder or hub id, read by ``transformers``.
+        folder: a folder or hub id from which ``transformers`` reads the model.
         encoder: the encoder to fit.
         grid_size: (rows, columns) of its patches.
 
@@ -245,9 +245,9 @@ def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
 class Segmenter(PretrainedModel):
     """Segmenter (Strudel et al., ICCV 2021, arXiv:2105.05633).
 
-    ``Segmenter(config)``, or ``Segmenter(num_classes=150, decoder="linear", ...)`` with the fields of
-    :class:`SegmenterConfig` as keywords. The names of its weights are those of the authors' code;
-    :func:`fastmask.integrations.checkpoints.from_original_segmenter` reads their checkpoints.
+    Call ``Segmenter(config)``, or ``Segmenter(num_classes=150, decoder="linear", ...)`` with the fields of
+    :class:`SegmenterConfig` as keywords. The weights have the names of the authors' code, whose checkpoints
+    :func:`fastmask.integrations.checkpoints.from_original_segmenter` reads.
 
     Args:
         config: the configuration; None to give its fields as keywords.
@@ -304,21 +304,21 @@ class Segmenter(PretrainedModel):
 
         Args:
             images: ``(B, C, H, W)`` floating point in 0..1, or a list of ``(C, H_b, W_b)`` of any sizes, which are
-                padded at the bottom and right to multiples of the patch size. Normalization happens inside. Patches
-                beyond an image are not attended to, so that an image gives the same in a list as alone.
+                padded at the bottom and right to multiples of the patch size. The model normalizes the images itself.
+                It does not attend to patches beyond an image, so an image gives the same logits in a list as alone.
             targets: ``(B, H, W)`` integer classes in ``0..K-1`` or ``ignore_index``, or a list of ``(H_b, W_b)``; or
-                what :class:`fastmask.MaskFormer` takes, whose pixels of no target and void pixels are ignored.
+                targets of :class:`fastmask.MaskFormer`, where void pixels and pixels without a target are ignored.
 
         Returns:
-            Without targets: "logits" ``(B, K, h, w)``, one for each patch; beyond a smaller image of a list they repeat
-            its last row and column.
+            Without targets: "logits" ``(B, K, h, w)`` of each patch; beyond a smaller image of a list they repeat the
+            image's last row and column.
 
             With targets: "loss_ce", a scalar: the cross-entropy at the images' size, averaged over the pixels that have
             a class.
 
         Raises:
             TypeError: images or targets of another type or dtype.
-            ValueError: shapes that do not fit each other, or classes out of range.
+            ValueError: shapes that do not match, or classes out of range.
         """
         batch = self._batch(images)
         ignore_index = self.config.ignore_index
@@ -341,20 +341,20 @@ class Segmenter(PretrainedModel):
 
         Args:
             images: as for a call of the model.
-            sizes: (height, width) of the results, for all images or for each; by default each image's own.
-            window: (size, stride) of the windows in which images are predicted, in pixels, or a size that is the stride
-                too; 0 for whole images; by default the configuration's. Logits are averaged where windows overlap. An
-                image with a side smaller than a window is enlarged until that side is as large.
+            sizes: (height, width) of the results, for all images or for each; by default the images' sizes.
+            window: (size, stride) in pixels of the windows in which images are predicted, or a size that is also the
+                stride; 0 for whole images; by default the configuration's. Logits are averaged where windows overlap.
+                An image with a side smaller than a window is enlarged until that side equals the window's.
             window_batch: number of windows to predict at a time.
             output: "labels" or "scores".
 
         Returns:
-            One tensor an image: ``(H, W)`` labels, the smallest of uint8, int16 and int32 that holds ``0..K-1``; or
+            One tensor per image: ``(H, W)`` labels, the smallest of uint8, int16 and int32 that holds ``0..K-1``; or
             ``(K, H, W)`` scores, the softmax over classes.
 
         Raises:
-            TypeError: images of another type or dtype, or a window that is no pair of integers.
-            ValueError: an unknown output, a window or batch out of range, or sizes that do not fit the images.
+            TypeError: images of another type or dtype, or a window that is not a pair of integers.
+            ValueError: an unknown output, a window or batch size out of range, or sizes that do not fit the images.
         """
         check_output(output)
         size, stride = self.window_of(window)
@@ -386,14 +386,14 @@ class Segmenter(PretrainedModel):
         return self._patch_logits(batch), batch.padded_size
 
     def window_logits(self, images: Tensor, window: tuple[int, int]) -> Tensor:
-        """The prediction in windows, which is averaged where they overlap.
+        """The prediction in windows, averaged where they overlap.
 
         Args:
             images: ``(B, C, H, W)`` in 0..1.
             window: (size, stride) in pixels.
 
         Returns:
-            logits ``(B, K, H, W)``; of images with a side smaller than a window, at the size of their enlargement.
+            logits ``(B, K, H, W)``; images with a side smaller than a window give logits of the enlarged image's size.
         """
 
         def segment(windows: Tensor) -> Tensor:
@@ -424,7 +424,7 @@ class Segmenter(PretrainedModel):
         logits = self.decoder(patches, attended).transpose(1, 2).unflatten(2, (rows, columns))
         if padding is None:
             return logits
-        # Repeating the edge makes upsampling give the same inside an image as it would without the padding.
+        # With the edge repeated, upsampling gives the same values inside an image as without the padding.
         return torch.cat(
             [
                 pad(image_logits[None, :, :h, :w], (0, columns - w, 0, rows - h), mode="replicate")
@@ -444,7 +444,7 @@ class Segmenter(PretrainedModel):
         return self._pixel_logits(pad_images(windows, self.config.patch_size, windows.shape[1]))
 
     def window_of(self, window: int | tuple[int, int] | None) -> tuple[int, int]:
-        """(size, stride) of the windows that :meth:`predict` takes for its argument; a size of 0 for whole images.
+        """(size, stride) of the windows that :meth:`predict` uses for its ``window``; a size of 0 for whole images.
 
         Raises:
             TypeError, ValueError: as for :meth:`predict`.

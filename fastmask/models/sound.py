@@ -1,4 +1,4 @@
-"""Mask classification over time: sound events, their configuration, targets and network."""
+"""Sound event detection by mask classification over time: configuration, targets and network."""
 
 from __future__ import annotations
 
@@ -39,26 +39,26 @@ class SoundEventConfig(ModelConfig):
 
     Args:
         num_classes: K, the kinds of events.
-        sample_rate: of the waveforms, in Hz.
-        num_mels: bands of the spectrogram.
-        window: samples of its windows.
+        sample_rate: sample rate of the waveforms in Hz.
+        num_mels: mel bands of the spectrogram.
+        window: length of the spectrogram's windows in samples.
         hop: samples from one window to the next.
-        time_stride: windows in a frame, a power of two, at most 2 to the number of ``channels``.
-        channels: of the convolutional blocks.
+        time_stride: windows per frame, a power of two, at most ``2 ** len(channels)``.
+        channels: output channels of each convolutional block.
         hidden_dim: channels of encoder and decoder, a multiple of 4 and of ``num_heads``.
         mask_dim: channels of the frame and mask embeddings.
         encoder_layers: transformer layers over the frames.
-        decoder_layers: L.
-        num_heads: attention heads of both transformers.
-        feedforward_dim: hidden channels of their perceptrons.
-        dropout: of both transformers.
-        temperature: divides the products of mask and frame embeddings.
-        deep_supervision: predict and supervise after each decoder layer instead of after the last alone.
+        decoder_layers: number of layers of the transformer decoder.
+        num_heads: attention heads of the encoder and the decoder.
+        feedforward_dim: hidden channels of the MLPs in the encoder and the decoder.
+        dropout: dropout probability in the encoder and the decoder.
+        temperature: divisor of the products of mask and frame embeddings.
+        deep_supervision: predict and supervise after each decoder layer instead of only after the last.
         strong_weight: weight of the cross-entropy of each frame.
         weak_weight: weight of the cross-entropy of the whole clip.
         mask_weight: weight of the focal mask loss.
         dice_weight: weight of the dice loss.
-        median_seconds: length of the median filter that smooths events.
+        median_seconds: length in seconds of the median filter that smooths events.
         class_names: one name for each class, or empty.
 
     Raises:
@@ -125,7 +125,7 @@ class SoundTargets:
 
     Args:
         presence: ``(B, K)`` float32, 1 where a clip has events of a class.
-        activity: ``(B, K, T)`` uint8, 1 in frames in which a class sounds; 0 for clips without times.
+        activity: ``(B, K, T)`` uint8, 1 in frames in which a class is active; 0 for clips without times.
         strong: ``(B,)`` bool, whether the times of a clip's events are known.
     """
 
@@ -141,21 +141,22 @@ class SoundTargets:
         frame_seconds: float,
         device: torch.device | str | None = None,
     ) -> SoundTargets:
-        """Targets of clips of ``num_frames`` frames.
+        """The targets of clips of ``num_frames`` frames each.
 
-        A class sounds in the frames that lie between the rounded times of its events, in one frame at least.
+        A class is active in the frames between the rounded times of its events, at least one frame per event.
 
         Args:
             events: for each clip "labels" ``(E,)`` in ``0..K-1`` and, where times are known, "onsets" and "offsets"
                 ``(E,)`` in seconds.
             num_classes: K.
             num_frames: T.
-            frame_seconds: of one frame.
-            device: of the result.
+            frame_seconds: length of a frame in seconds.
+            device: device of the result.
 
         Raises:
             TypeError: anything but a dict for each clip.
-            ValueError: labels out of range, times that differ in number, end before they begin or are not finite.
+            ValueError: labels out of range, another number of times than labels, an event that ends before it begins,
+                or times that are not finite.
         """
         presence = torch.zeros(len(events), num_classes)
         activity = torch.zeros(len(events), num_classes, num_frames, dtype=torch.uint8)
@@ -170,9 +171,9 @@ class SoundTargets:
         return SoundTargets(presence.to(device), activity.to(device), strong.to(device))
 
     def masks(self) -> Targets:
-        """The classes that sound as targets of the mask losses, whose masks are 1 x T."""
+        """The present classes as targets of the mask losses, with masks of 1 x T pixels."""
         present = (self.presence > 0) & self.strong[:, None]
-        # Present classes first, as Targets wants them.
+        # Targets expects the present classes first.
         order = (~present).to(torch.uint8).argsort(dim=1, stable=True)
         labels = order.masked_fill(~present.gather(1, order), PADDING_LABEL)
         masks = self.activity.gather(1, order[..., None].expand_as(self.activity))
@@ -185,14 +186,14 @@ def decode_events(
     """The events of a clip: runs of frames in which a class is more probable than ``threshold``.
 
     Args:
-        probabilities: ``(K, T)``.
-        frame_seconds: of one frame.
-        threshold: 0..1.
+        probabilities: ``(K, T)``, the probability of each class in each frame.
+        frame_seconds: length of a frame in seconds.
+        threshold: a probability in 0..1.
         median_seconds: length of a median filter that closes gaps and drops spikes, rounded to an odd number of frames.
 
     Returns:
-        {"label", "onset", "offset", "score"} of each event, by onset; times in seconds, the score being the mean
-        probability of its frames.
+        {"label", "onset", "offset", "score"} of each event, ordered by onset; times are in seconds, and the score is
+        the mean probability of the event's frames.
 
     Raises:
         ValueError: a threshold outside 0..1, or a negative length.
@@ -204,7 +205,7 @@ def decode_events(
     probabilities = probabilities.detach().float().cpu()
     active = median_filter(probabilities > threshold, 2 * round(median_seconds / frame_seconds / 2) + 1)
     edges = torch.nn.functional.pad(active.int(), (1, 1)).diff(dim=1)  # 1 where a run begins, -1 after its end
-    # Both in the order of classes and then of time, so that beginnings and ends go together.
+    # Both lists are ordered by class, then by time, so beginnings and ends correspond.
     begins, ends = (edges == 1).nonzero().tolist(), (edges == -1).nonzero().tolist()
     events = [
         {
@@ -232,7 +233,7 @@ def _check_clip(b: int, clip: Any, num_classes: int) -> tuple[list[int], list[tu
     onsets, offsets = (torch.as_tensor(clip[key]).tolist() for key in ("onsets", "offsets"))
     if not len(onsets) == len(offsets) == len(labels):
         raise ValueError(
-            f"targets[{b}] has {len(labels)} labels, {len(onsets)} onsets and {len(offsets)} offsets; expected as many"
+            f"targets[{b}] has {len(labels)} labels, {len(onsets)} onsets and {len(offsets)} offsets; expected one each"
         )
     for onset, offset in zip(onsets, offsets, strict=True):
         if not 0 <= onset <= offset < float("inf"):
@@ -242,7 +243,7 @@ def _check_clip(b: int, clip: Any, num_classes: int) -> tuple[list[int], list[tu
     return labels, list(zip(onsets, offsets, strict=True))
 
 
-EPSILON = 1e-7  # probabilities stay this far from 0 and 1
+EPSILON = 1e-7  # probabilities are clamped to EPSILON..1 - EPSILON
 
 
 class SoundEventDetector(PretrainedModel):
@@ -251,15 +252,15 @@ class SoundEventDetector(PretrainedModel):
     Each class has a query. The decoder predicts whether the class occurs in the clip, and a mask embedding, whose
     products with the embeddings of the frames, divided by a temperature, are the mask logits. The probability of a
     frame is sigmoid(presence) sigmoid(mask). The probability of the clip pools its frames by linear softmax, so that
-    clips without times train the masks too.
+    clips without times also train the masks.
 
-    ``SoundEventDetector(config)``, or ``SoundEventDetector(num_classes=10, ...)`` with the fields of
+    Call ``SoundEventDetector(config)``, or ``SoundEventDetector(num_classes=10, ...)`` with the fields of
     :class:`SoundEventConfig` as keywords.
 
     Args:
         config: the configuration; None to give its fields as keywords.
-        frame_encoder: a module that brings ``(B, S)`` waveforms to ``(B, hidden_dim, T)`` features, of one frame each
-            ``frame_samples`` of the configuration, rounded up; by default a spectrogram and a convolutional network.
+        frame_encoder: a module that maps ``(B, S)`` waveforms to ``(B, hidden_dim, T)`` features, one frame for each
+            ``config.frame_samples`` samples, rounded up; by default a spectrogram and a convolutional network.
         options: fields of the configuration.
 
     Raises:
@@ -312,19 +313,19 @@ class SoundEventDetector(PretrainedModel):
         Args:
             waveforms: ``(B, S)`` floating point, at the configuration's sample rate.
             targets: for each clip a dict of "labels" ``(E,)`` and, where the times are known, "onsets" and "offsets"
-                ``(E,)`` in seconds; or :class:`SoundTargets` of as many frames as the result has.
+                ``(E,)`` in seconds; or :class:`SoundTargets` with the result's number of frames.
 
         Returns:
-            Without targets: "presence_logits" ``(L, B, K)``, "mask_logits" ``(L, B, K, T)``, and of the last layer
-            "frame_probabilities" ``(B, K, T)`` and "clip_probabilities" ``(B, K)``.
+            Without targets: "presence_logits" ``(L, B, K)`` and "mask_logits" ``(L, B, K, T)`` of all layers, and
+            "frame_probabilities" ``(B, K, T)`` and "clip_probabilities" ``(B, K)`` of the last.
 
             With targets: "loss_strong" (cross-entropy of the frames of clips with known times), "loss_weak" (of the
-            clips), "loss_mask" and "loss_dice" (of the masks of classes that occur), and the same with "_0", "_1", ...
-            for the layers before the last, each a scalar and already weighted.
+            clips), "loss_mask" and "loss_dice" (of the masks of present classes), and the same with "_0", "_1", ... for
+            the layers before the last, each a weighted scalar.
 
         Raises:
             TypeError: waveforms or targets of another type or dtype.
-            ValueError: shapes that do not fit, labels out of range, or impossible times.
+            ValueError: shapes that do not match, labels out of range, or invalid times.
         """
         presence_logits, mask_logits = self._predict_logits(waveforms, all_layers=self.config.deep_supervision)
         if targets is not None:
@@ -345,7 +346,7 @@ class SoundEventDetector(PretrainedModel):
         }
 
     def targets_of(self, events: Sequence[Mapping[str, Tensor]], mask_logits: Tensor) -> SoundTargets:
-        """The events of a batch on the frames of ``mask_logits (..., B, K, T)``."""
+        """The events of a batch as targets for the frames of ``mask_logits (..., B, K, T)``."""
         if not isinstance(events, list | tuple) or len(events) != mask_logits.shape[-3]:
             found = len(events) if isinstance(events, list | tuple) else type(events).__name__
             raise ValueError(f"targets must be a list of {mask_logits.shape[-3]} dicts, one for each clip; got {found}")
@@ -363,11 +364,11 @@ class SoundEventDetector(PretrainedModel):
         Args:
             waveforms: ``(B, S)`` floating point.
             threshold: the probability, 0..1, that a frame must exceed.
-            median_seconds: of the filter; the configuration's by default.
+            median_seconds: length of the median filter in seconds; by default the configuration's.
 
         Returns:
-            For each clip {"events": as :func:`decode_events` gives them, "frame_probabilities" ``(K, T)``,
-            "clip_probabilities" ``(K,)``}.
+            For each clip a dict of "events", as :func:`decode_events` returns them, "frame_probabilities" ``(K, T)``
+            and "clip_probabilities" ``(K,)``.
 
         Raises:
             TypeError, ValueError: as for a call of the model; a threshold or length out of range.
@@ -387,8 +388,8 @@ class SoundEventDetector(PretrainedModel):
         ]
 
     def final_logits(self, waveforms: Tensor) -> tuple[Tensor, Tensor]:
-        """The predictions of the last decoder layer alone: ``(B, S)`` to ``(B, K)`` presence logits and
-        ``(B, K, T)`` mask logits.
+        """The presence logits ``(B, K)`` and mask logits ``(B, K, T)`` of the last decoder layer only, for waveforms
+        ``(B, S)``.
         """
         presence_logits, mask_logits = self._predict_logits(waveforms, all_layers=False)
         return presence_logits[-1], mask_logits[-1]
@@ -408,7 +409,7 @@ class SoundEventDetector(PretrainedModel):
         features = self.frame_encoder(waveforms)
         class_logits, mask_embed = self.predictor(features[:, :, None], all_layers=all_layers)
         mask_logits = mask_products(mask_embed, self.frame_embed(features)[:, :, None]).squeeze(-2)
-        # Two classes, the event and no-object: their logits' difference is the logit of the event's probability.
+        # Of two classes, the event and "no object", the difference of the logits is the logit of the event.
         return class_logits[..., 0] - class_logits[..., 1], mask_logits / self.config.temperature
 
     def _losses(self, presence_logits: Tensor, mask_logits: Tensor, targets: SoundTargets) -> dict[str, Tensor]:
@@ -439,11 +440,11 @@ class SoundEventDetector(PretrainedModel):
 
 
 def frame_probabilities(presence_logits: Tensor, mask_logits: Tensor) -> Tensor:
-    """``(..., K)`` and ``(..., K, T)`` to float32 probabilities ``(..., K, T)`` that a class sounds in a frame."""
+    """The float32 probability ``(..., K, T)`` of each class in each frame, from ``(..., K)`` and ``(..., K, T)``."""
     return presence_logits.float().sigmoid()[..., None] * mask_logits.float().sigmoid()
 
 
 def _cross_entropy(probabilities: Tensor, targets: Tensor) -> Tensor:
-    # Autocast refuses binary_cross_entropy of probabilities, which these are: products of two sigmoids.
+    # Autocast rejects binary_cross_entropy of probabilities, and products of two sigmoids have no simple logits.
     p = probabilities.clamp(EPSILON, 1 - EPSILON)
     return -(targets * p.log() + (1 - targets) * (1 - p).log())

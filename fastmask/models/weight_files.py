@@ -1,4 +1,4 @@
-"""Weights in files: written whole or not at all, read with errors that name the fault."""
+"""Saves and loads weights as safetensors files, and compares their names with those that a model expects."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
     """Writes tensors as a safetensors file.
 
     Raises:
-        OSError: the file cannot be written, as on a full disk; the message names it.
+        OSError: the file cannot be written, for example to a full disk; the message names it.
     """
     with extra("models"):
         from safetensors import SafetensorError
@@ -53,10 +53,10 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
 
 def without_prefix(weights: Mapping[str, Tensor], prefix: str, source: str) -> dict[str, Tensor]:
-    """The weights whose names begin with a prefix, by the rest of their names; all for "".
+    """The weights whose names begin with a prefix, with the prefix stripped; all weights for "".
 
     Raises:
-        ValueError: there are none.
+        ValueError: no name begins with the prefix.
     """
     own = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
     if weights and not own:
@@ -65,10 +65,10 @@ def without_prefix(weights: Mapping[str, Tensor], prefix: str, source: str) -> d
 
 
 def wrapping_prefix(expected: Iterable[str], found: Iterable[str]) -> str:
-    """The prefix of most of the ``expected`` names among those ``found``; "" if there is none.
+    """The prefix that more than half of the ``expected`` names have in ``found``; "" if there is none.
 
-    Wrappers add it: "module." of DistributedDataParallel, "_orig_mod." of torch.compile, or "model." of a Lightning
-    module.
+    Wrappers add such prefixes: DistributedDataParallel "module.", torch.compile "_orig_mod.", a Lightning module
+    "model.".
     """
     expected, counts = set(expected), Counter[str]()
     for name in found:
@@ -79,10 +79,10 @@ def wrapping_prefix(expected: Iterable[str], found: Iterable[str]) -> str:
 
 
 def key_problems(expected: Collection[str], found: Collection[str]) -> str:
-    """The faults in the names of weights: missing and unexpected ones, or a prefix of all; "" if there are none."""
+    """Describes missing and unexpected names of weights, or a prefix of all names; "" if the names match."""
     if prefix := wrapping_prefix(expected, found):
         return (
-            f"its names begin with {prefix!r}, as a wrapper of the model has them; prefix={prefix!r} strips it, and so "
+            f"its names begin with {prefix!r}, which a wrapper of the model adds; prefix={prefix!r} strips it, and so "
             f"does fastmask convert --prefix {prefix}"
         )
     problems = {"missing": sorted(set(expected) - set(found)), "unexpected": sorted(set(found) - set(expected))}
@@ -90,20 +90,20 @@ def key_problems(expected: Collection[str], found: Collection[str]) -> str:
 
 
 def listed(names: Iterable[str]) -> str:
-    """The first names, and how many more there are."""
+    """The first names, and the number of the others."""
     names = list(names)
     more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
     return ", ".join(names[:SHOWN_NAMES]) + more
 
 
 def check_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], path: str | Path) -> list[str]:
-    """Compares the weights that a model needs with those that a file has.
+    """Compares the weights that a model expects with those in a file.
 
     Returns:
-        the names whose shapes differ.
+        the names of weights whose shapes differ.
 
     Raises:
-        ValueError: names that are missing, unexpected or behind a prefix; the message says which.
+        ValueError: names are missing, unexpected or prefixed; the message names them.
     """
     if problems := key_problems(expected, found):
         raise ValueError(f"{path} does not fit the model; {problems}")
