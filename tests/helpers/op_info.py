@@ -125,7 +125,7 @@ def float64_for_kernels(*names: str) -> Refused:
     def change(arguments: Arguments) -> Arguments:
         return arguments | {name: arguments[name].double() for name in names} | {"backend": "native"}
 
-    return change, RuntimeError, "do not read float64"
+    return change, RuntimeError, "do not support float64"
 
 
 def on_gpu(value: Any) -> Any:
