@@ -19,6 +19,7 @@ from fastmask.targets import SEGMENT_DTYPES, Targets, check_binary
 Size = tuple[int, int]
 TargetList = Sequence[Mapping[str, Tensor]]
 Pairs = list[tuple[Tensor, Tensor]]  # queries and targets of each image
+MAX_BYTE_TARGETS = 254  # as many as one byte tells apart besides background and void
 VOID = 255  # the value of void pixels in mask labels, where ``ignore_void`` is asked for
 
 

@@ -127,8 +127,8 @@ def check_matcher(criterion: nn.Module, known: type[nn.Module], expected: type[R
     Raises:
         TypeError: it does not.
     """
-    matcher = criterion.get_submodule("matcher")
-    found = find(matcher)
+    matcher = getattr(criterion, "matcher", None)
+    found = find(matcher) if isinstance(matcher, nn.Module) else None
     if found is None or not issubclass(found.replacement, expected):
         raise TypeError(
             f"the matcher of {type(criterion).__name__} is a {type(matcher).__name__}, whose costs fastmask does not "

@@ -10,7 +10,16 @@ import pytest
 import torch
 
 import fastmask
-from tests.helpers.foreign_models import NUM_CLASSES, NUM_QUERIES, SIZE, random_batch, tiny_mask2former, train_step
+from tests.helpers.foreign_models import (
+    NUM_CLASSES,
+    NUM_QUERIES,
+    SIZE,
+    random_batch,
+    tiny_eomt,
+    tiny_mask2former,
+    tiny_maskformer,
+    train_step,
+)
 from tests.helpers.subclassed_criteria import (
     LastQueryMatcher,
     MaskClassificationLoss,
@@ -76,6 +85,28 @@ def test_half_precision():
         expected = losses_and_gradients(criterion, arguments)
         actual = losses_and_gradients(fastmask.patch(criterion), arguments)
     assert_same(actual, expected, rtol=5e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("make", [tiny_maskformer, tiny_eomt])
+def test_low_precision_is_computed_in_float32(make, dtype):
+    criterion, (masks, targets, classes) = fastmask.patch(make().criterion), inputs(5, (4, 2), dtype)
+    labels = [t["masks"].float() for t in targets], [t["labels"] for t in targets]
+    results = []
+    for logits in ((masks, classes), [x.detach().float().requires_grad_() for x in (masks, classes)]):
+        torch.manual_seed(0)
+        losses = torch.stack([loss.squeeze() for loss in criterion(*logits, *labels).values()])
+        results.append((losses, *(x.float() for x in torch.autograd.grad(losses.sum(), logits))))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-6)
+    for actual, expected in zip(results[0][1:], results[1][1:], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-5)
+
+
+def test_a_criterion_without_a_matcher_is_refused():
+    criterion = MaskClassificationLoss()
+    del criterion.matcher
+    with pytest.raises(TypeError, match="the matcher of MaskClassificationLoss is a NoneType"):
+        fastmask.patch(criterion)
 
 
 def test_what_the_class_overrides_is_named(caplog):

@@ -12,6 +12,7 @@ from transformers import Mask2FormerImageProcessor
 import fastmask
 from fastmask.integrations.transformers import collate_segmentation, segmentation_targets
 from tests.helpers.foreign_models import NUM_CLASSES, NUM_QUERIES, SIZE, tiny_maskformer, train_step
+from tests.helpers.subclassed_criteria import OtherClassLoss
 from tests.integrations.test_patch_points import MODELS as POINT_MODELS
 from tests.integrations.test_patch_points import assert_same_step, batch_for
 
@@ -96,6 +97,18 @@ def test_losses_and_gradients_are_those_of_masks(name):
     maps["mask_labels"] = [maps["mask_labels"][0], maps["mask_labels"][1][:48]]
     masks["mask_labels"] = [masks["mask_labels"][0], masks["mask_labels"][1][:, :48]]
     expected = train_step(fastmask.unpatch(model), masks)
+    assert_same_step(train_step(fastmask.patch(model), maps), expected)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_subclass_that_computes_a_part_itself(wide):
+    """transformers' forward then hands the map to each part."""
+    model, (maps, masks) = MODELS["mask2former"](), batch_of_maps("mask2former")
+    model.criterion.__class__ = OtherClassLoss
+    expected = train_step(model, masks)
+    if wide:
+        segments = maps["mask_labels"].int()
+        maps["mask_labels"] = torch.where(segments == 255, -1, segments)
     assert_same_step(train_step(fastmask.patch(model), maps), expected)
 
 

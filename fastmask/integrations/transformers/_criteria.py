@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastmask.integrations import _random_points
 from fastmask.integrations._foreign_targets import (
+    MAX_BYTE_TARGETS,
     Pairs,
     Size,
     average_num_masks,
@@ -31,6 +32,8 @@ MASKS, CLASSES = "masks_queries_logits", "class_queries_logits"
 
 # The methods of transformers' criteria that ours call, or that call ours: a subclass may override them.
 CALLED = {"forward", "get_num_masks", "loss_contrastive"}
+
+MAX_TARGETS = 2**15  # of a segment map in a wider type than a byte
 
 # The predictions of all layers but the last, as transformers lists them; or those of all layers, as our models hand
 # them to our criteria.
@@ -94,7 +97,7 @@ class Criterion(Replacement, nn.Module):
         self, masks_queries_logits: Tensor, mask_labels: Sequence[Tensor], indices: Pairs, num_masks: Tensor | float
     ) -> dict[str, Tensor]:
         """The mask and dice losses of one layer, of whose queries and targets the ``indices`` are pairs."""
-        no_labels = [torch.zeros(len(masks), dtype=torch.int64, device=masks.device) for masks in mask_labels]
+        no_labels = [masks.new_zeros(most_targets(masks), dtype=torch.int64) for masks in mask_labels]
         targets = make_targets(self, mask_labels, no_labels, masks_queries_logits.new_empty(0, 2))
         queries = torch.cat([queries for queries, _ in indices])
         images = torch.cat([torch.full_like(queries, b) for b, (queries, _) in enumerate(indices)])
@@ -147,6 +150,13 @@ class Criterion(Replacement, nn.Module):
             # A tensor of its own: the model multiplies each loss by its weight in place.
             named[f"loss_cross_entropy{suffix}"] = ce.clone()
         return named
+
+
+def most_targets(labels: Tensor) -> int:
+    """The number of masks ``(M, H, W)``, or how many a segment map ``(H, W)`` tells apart."""
+    if labels.dim() == 3:
+        return len(labels)
+    return MAX_BYTE_TARGETS if labels.dtype == torch.uint8 else MAX_TARGETS
 
 
 class PointMatcher(_random_points.PointMatcher, Matcher):
@@ -232,7 +242,8 @@ def computes_all(criterion: nn.Module) -> bool:
 
 def takes_predictions(model: nn.Module) -> bool:
     """Whether a model's criterion is one of ours that takes ``Predictions`` instead of auxiliary logits."""
-    found = find(model.get_submodule("criterion"))
+    criterion = getattr(model, "criterion", None)
+    found = find(criterion) if isinstance(criterion, nn.Module) else None
     return found is not None and computes_all(found.module) and "forward" not in found.overridden()
 
 

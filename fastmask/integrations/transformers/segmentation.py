@@ -13,9 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmask.integrations._foreign_targets import VOID, pad_and_stack
-
-MAX_BYTE_TARGETS = 254  # as many as one byte tells apart besides background and void
+from fastmask.integrations._foreign_targets import MAX_BYTE_TARGETS, VOID, pad_and_stack
 
 
 def segmentation_targets(
