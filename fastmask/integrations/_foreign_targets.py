@@ -65,7 +65,7 @@ def matching_cost(
     Args:
         matcher: has the weights.
         predictions: of L layers.
-        targets: of the B images, as binary masks.
+        targets: of the B images.
         sizes: (H_b, W_b) of each image's masks.
         points: ``(B, P, 2)`` of each image's mask without padding; all pixels if None.
         term: the mask term.
@@ -91,8 +91,11 @@ def matching_cost(
 
 
 def onto_void(points: Tensor, targets: Targets, term: MaskTerm) -> Tensor:
-    """Points ``(B, ..., P, 2)`` of images. Those in the outer half of a void pixel at the edge of the map move to the
-    middle of that half's border: what lies beyond the map is not void, and would count."""
+    """Points ``(B, ..., P, 2)`` of which none counts that lies in a void pixel.
+
+    Between the center of an outermost pixel and the edge of the map a point is read partly from beyond the map, where
+    nothing is void. Such a point moves to the center if the pixel is void.
+    """
     if not term.ignore_void:
         return points
     height, width = targets.size
@@ -230,8 +233,10 @@ def check_labels(name: str, labels: Tensor, num_classes: int) -> None:
     Raises:
         ValueError: a label outside ``0..K-1``.
     """
+    if labels.device.type != "cpu":
+        return
     wrong = (labels < 0) | (labels >= num_classes)
-    if labels.device.type == "cpu" and wrong.any():
+    if wrong.any():
         raise ValueError(f"{name} holds {labels[wrong][0]}; expected 0..{num_classes - 1} (num_classes={num_classes})")
 
 

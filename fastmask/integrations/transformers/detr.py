@@ -39,7 +39,6 @@ class Matcher(Replacement, nn.Module):
     """DETR's matcher; class, box and GIoU costs are transformers' own."""
 
     class_cost: float
-
     bbox_cost: float
     giou_cost: float
 
@@ -55,7 +54,7 @@ class Matcher(Replacement, nn.Module):
 
     @torch.no_grad()
     def match(self, layers: Sequence[Layer], targets: TargetList, num_groups: int) -> list[Pairs]:
-        """What ``forward`` returns, of each layer; one assignment for those of a shape."""
+        """What ``forward`` returns, of each layer; by one assignment if the layers have one shape."""
         if len({layer["logits"].shape for layer in layers}) > 1:
             return [self.match([layer], targets, num_groups)[0] for layer in layers]
         cost = self.cost(layers, targets)
@@ -88,7 +87,7 @@ class Matcher(Replacement, nn.Module):
         return -self.label_logits(layers, targets, lambda logits: logits.softmax(-1))
 
     def label_logits(self, layers: Sequence[Layer], targets: TargetList, change: Callable[[Tensor], Tensor]) -> Tensor:
-        """``(L, B, N, M)``: of each query's logits, after the ``change``, that of each target's class."""
+        """``(L, B, N, M)``: each query's logit of each target's class, after a ``change`` of all logits."""
         logits = torch.stack([layer["logits"] for layer in layers])
         for b, target in enumerate(targets):
             check_labels(f'labels[{b}]["class_labels"]', target["class_labels"], logits.shape[-1])
