@@ -79,7 +79,6 @@ def batch_of_maps(name, sizes=((SIZE, SIZE), (SIZE, SIZE)), values=(0, 1, 2, 3, 
         for b, size in enumerate(sizes)
     ]
     maps = {**batch, **collate_segmentation(examples)}
-    maps.pop("pixel_mask")
     masks = [
         masks_of({**one, "mask_labels": m})["mask_labels"] for one, m in zip(examples, maps["mask_labels"], strict=True)
     ]

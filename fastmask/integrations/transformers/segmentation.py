@@ -80,7 +80,8 @@ def collate_segmentation(examples: Sequence[Mapping[str, Any]]) -> dict[str, Any
 
     Returns:
         "pixel_values" ``(B, C, H, W)``, padded with 0 at the bottom and right to the largest image; "pixel_mask"
-        ``(B, H, W)`` int64, 0 at padding; "mask_labels" ``(B, H, W)``, padded with void; and lists of the others.
+        ``(B, H, W)`` int64, 0 at padding, if there is any; "mask_labels" ``(B, H, W)``, padded with void; and lists of
+        the others.
 
     Raises:
         ValueError: no examples, or a map and an image of different sizes.
@@ -100,12 +101,14 @@ def collate_segmentation(examples: Sequence[Mapping[str, Any]]) -> dict[str, Any
     if not in_bytes:
         maps = [_widened(segments) for segments in maps]
     channels = range(images[0].shape[0])
-    return {
+    batch = {
         "pixel_values": torch.stack([pad_and_stack([image[c] for image in images], 0) for c in channels], 1),
-        "pixel_mask": pad_and_stack([torch.ones_like(image[0], dtype=torch.int64) for image in images], 0),
         "mask_labels": pad_and_stack(maps, VOID if in_bytes else -1),
         **listed,
     }
+    if len({image.shape for image in images}) > 1:  # models for one size take no mask
+        batch["pixel_mask"] = pad_and_stack([torch.ones_like(image[0], dtype=torch.int64) for image in images], 0)
+    return batch
 
 
 def _widened(segments: Tensor) -> Tensor:
