@@ -196,7 +196,8 @@ def test_a_folder_without_weights_says_what_it_holds(tmp_path):
         convert_checkpoint(folder, tmp_path / "out")
     small_model().save_pretrained(tmp_path / "ours")
     (tmp_path / "ours" / "model.safetensors").rename(tmp_path / "ours" / "model.bin")
-    with pytest.raises(FileNotFoundError, match=r"has no model\.safetensors.*it holds README\.md, config\.json, model\.bin"):
+    message = r"has no model\.safetensors.*it holds README\.md, config\.json, model\.bin"
+    with pytest.raises(FileNotFoundError, match=message):
         convert_checkpoint(tmp_path / "ours", tmp_path / "out")
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "epoch_9.pth").touch()
