@@ -95,6 +95,8 @@ def replacements(module: nn.Module) -> Iterator[Found]:
     found = replacement_of(type(module))
     if found is not None:
         known, replacement = found
+        if replacement.matcher_class is not None:
+            _check_matcher(module, known, replacement.matcher_class)
         yield from replacement.replacements(module, known)
     else:
         yield from importlib.import_module(f"{HERE}.original").replacements(module)
@@ -117,7 +119,7 @@ def replacement_of(cls: type[nn.Module]) -> tuple[type[nn.Module], type[Replacem
     return None
 
 
-def check_matcher(criterion: nn.Module, known: type[nn.Module], expected: type[Replacement]) -> None:
+def _check_matcher(criterion: nn.Module, known: type[nn.Module], expected: type[Replacement]) -> None:
     """Refuses a criterion whose matcher fastmask does not know.
 
     Args:

@@ -72,6 +72,8 @@ class Found(NamedTuple):
 class Replacement:
     """Base of the classes that take the place of another library's."""
 
+    matcher_class: type[Replacement] | None = None  # what takes the place of a criterion's matcher
+
     @classmethod
     def replacements(cls, module: nn.Module, known: type[nn.Module]) -> Iterator[Found]:
         """What to replace for ``module``, an instance of ``known``.

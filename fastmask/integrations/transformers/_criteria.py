@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,8 +22,8 @@ from fastmask.integrations._foreign_targets import (
     targets_of_masks,
     targets_of_segments,
 )
-from fastmask.integrations._known import check_matcher, find
-from fastmask.integrations._replacement import Found, Replacement, options_of
+from fastmask.integrations._known import find
+from fastmask.integrations._replacement import Replacement, options_of
 from fastmask.mask_term import MaskTerm
 from fastmask.modules import Predictions
 from fastmask.targets import Targets
@@ -67,17 +67,8 @@ class Criterion(Replacement, nn.Module):
 
     loss_shape: tuple[int, ...] = ()  # of mask and dice losses
     get_num_masks: Callable[..., Tensor]
+    matcher_class = Matcher
     matcher: Any
-
-    @classmethod
-    def replacements(cls, module: nn.Module, known: type[nn.Module]) -> Iterator[Found]:
-        """The criterion.
-
-        Raises:
-            TypeError: its matcher is of a class that fastmask does not know.
-        """
-        check_matcher(module, known, Matcher)
-        yield Found(module, known, cls)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Unweighted losses under transformers' names, of all layers.

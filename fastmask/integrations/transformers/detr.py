@@ -28,7 +28,7 @@ from fastmask.integrations._foreign_targets import (
     pair_losses,
     targets_of_masks,
 )
-from fastmask.integrations._known import check_matcher, find, parts, replacement_of
+from fastmask.integrations._known import find, parts, replacement_of
 from fastmask.integrations._replacement import Found, Options, Replacement, options_of, replace
 from fastmask.targets import Targets
 
@@ -128,19 +128,10 @@ class GroundedMatcher(FocalMatcher):
 class Criterion(Replacement, nn.Module):
     """The criterion: all layers are matched at once; mask losses come from fastmask's kernels, others from PyTorch."""
 
+    matcher_class = Matcher
     matcher: Matcher
     losses: Sequence[str]
     _get_source_permutation_idx: Callable[[Pairs], tuple[Tensor, Tensor]]
-
-    @classmethod
-    def replacements(cls, module: nn.Module, known: type[nn.Module]) -> Iterator[Found]:
-        """The criterion.
-
-        Raises:
-            TypeError: its matcher is of a class that fastmask does not know.
-        """
-        check_matcher(module, known, Matcher)
-        yield Found(module, known, cls)
 
     @classmethod
     def compares_masks(cls, module: nn.Module) -> bool:
