@@ -15,10 +15,17 @@ def convert(
     destination: Annotated[Path, typer.Argument(help="The folder or file to write; must not exist.")],
     to: Annotated[str, typer.Option(help=FORMAT_HELP + ".")] = "fastmask",
     source_format: Annotated[str, typer.Option("--from", help=FORMAT_HELP + "; recognized by default.")] = "",
-    num_queries: Annotated[int, typer.Option(help="Queries of the result; the source's by default.")] = 0,
-    num_classes: Annotated[int, typer.Option(help="Classes of the result; the source's by default.")] = 0,
+    num_queries: Annotated[
+        int | None, typer.Option(min=1, help="Queries of the result; the source's by default.")
+    ] = None,
+    num_classes: Annotated[
+        int | None, typer.Option(min=1, help="Classes of the result; the source's by default.")
+    ] = None,
     ignore_mismatched_sizes: Annotated[
-        bool, typer.Option(help="Start weights at random whose shapes differ from the source's.")
+        bool,
+        typer.Option(
+            "--ignore-mismatched-sizes", help="Start weights at random whose shapes differ from the source's."
+        ),
     ] = False,
     prefix: Annotated[
         str, typer.Option(help='What wrappers put before the names of weights: "module." (DDP), "model." (Lightning).')
@@ -32,8 +39,8 @@ def convert(
         destination,
         to,
         source_format or None,
-        num_queries=num_queries or None,
-        num_classes=num_classes or None,
+        num_queries=num_queries,
+        num_classes=num_classes,
         ignore_mismatched_sizes=ignore_mismatched_sizes,
         prefix=prefix,
     )

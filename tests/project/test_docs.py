@@ -87,8 +87,6 @@ def test_commands_have_the_options_that_they_are_given(page):
 def test_links_lead_to_files():
     for page in PAGES:
         for link in LINK.findall(page.read_text()):
-            if link.startswith("../results/") or link.startswith("results/"):  # docs/hooks.py has them
-                link = str(ROOT / "benchmarks" / link.removeprefix("../"))
             assert (page.parent / link).exists(), f"{name(page)} links to {link}"
 
 
