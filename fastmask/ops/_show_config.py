@@ -21,9 +21,9 @@ def _cuda(archs: str, version: str) -> str:
     return built
 
 
-def show_config() -> str:
-    """Prints and returns what was built, the SIMD level in use, and the backend that ``backend="auto"`` takes for each
-    operator on each available device."""
+def show_config() -> None:
+    """Prints what was built, the SIMD level in use, and the backend that ``backend="auto"`` takes for each operator on
+    each available device, with the reason why a kernel for that device cannot run."""
     lines = [f"fastmask {__version__}, torch {torch.__version__}"]
     if EXTENSION_ERROR is not None:
         lines.append(f"extension: {EXTENSION_ERROR}")
@@ -38,13 +38,12 @@ def show_config() -> str:
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         lines.append(f'backend="auto" on {device}:')
         probe = torch.empty(0, device=device)
+        kernels = ("native",) if device == "cpu" else ("native", "triton")
         for operator in OPERATORS.values():
             others = [
                 f"{backend}: {reason}"
-                for backend in ("native", "triton")
+                for backend in kernels
                 if (reason := unavailable_reason(operator, backend, probe)) is not None
             ]
             lines.append(f"  {operator.name:<18} {auto_backend(operator, probe):<10} {'; '.join(others)}".rstrip())
-    text = "\n".join(lines)
-    print(text)
-    return text
+    print("\n".join(lines))

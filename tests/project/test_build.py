@@ -136,7 +136,8 @@ def test_another_cuda_than_torchs_is_said(nvcc, runs, warned, monkeypatch, capsy
     assert ("nvcc is of CUDA 13.0, torch of CUDA 12.8" in capsys.readouterr().err) == warned
     monkeypatch.setattr(_native, "cuda_archs", "80,90")
     monkeypatch.setattr(_native, "cuda_version", "13.0")
-    config = fastmask.show_config()
+    fastmask.show_config()
+    config = capsys.readouterr().out
     assert "CUDA architectures: 80,90 (by nvcc of CUDA 13.0)" in config
     assert ("torch uses CUDA 12.8" in config) == warned
 

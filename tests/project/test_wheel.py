@@ -26,7 +26,7 @@ model = fastmask.MaskFormer(fastmask.models.MaskFormerConfig.preset("tiny", num_
 losses = model(images, targets)
 sum(losses.values()).backward()
 fastmask.mask_cost(torch.randn(2, 4, 14), torch.randn(2, 4, 32, 32), targets, backend="native")
-print(fastmask.show_config())
+fastmask.show_config()
 """
 
 
