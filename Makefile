@@ -16,6 +16,7 @@ help: ## list the targets
 $(VENV)/.installed: pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "$(TORCH)" "setuptools>=77" ninja pybind11 numpy
+	@echo "installing the development tools and compiling the kernels: this takes some minutes"
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
 	touch $@
 

@@ -10,6 +10,7 @@ from functools import partial
 from torch import Tensor
 
 from fastmask.data.sample import SegmentationDataset
+from fastmask.progress import with_bar
 
 
 def check_dataset(dataset: SegmentationDataset, *, full: bool = True, workers: int | None = None) -> list[str]:
@@ -38,13 +39,17 @@ def check_dataset(dataset: SegmentationDataset, *, full: bool = True, workers: i
 def check_datasets(
     datasets: Iterable[SegmentationDataset], *, full: bool = True, workers: int | None = None
 ) -> list[str]:
-    """Raises one error that names every broken file of several splits; otherwise as :func:`check_dataset`."""
+    """Raises one error that names every broken file of several splits; otherwise as :func:`check_dataset`.
+
+    On a terminal, a bar shows the progress if tqdm is installed.
+    """
     problems: list[str] = []
     notes: list[str] = []
     for dataset in datasets:
         faults, pixels, empty = list(dataset.set_faults()), None, 0
         with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-            for found in pool.map(partial(dataset.inspect, full=full), range(len(dataset))):
+            inspected = pool.map(partial(dataset.inspect, full=full), range(len(dataset)))
+            for found in with_bar(inspected, len(dataset), f"checking {dataset.split}"):
                 faults += found.faults
                 empty += found.empty
                 if found.pixels is not None:

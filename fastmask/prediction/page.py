@@ -148,7 +148,10 @@ def segments(
     photo.thumbnail((LARGEST_SIDE, LARGEST_SIDE), Image.Resampling.LANCZOS)
     source = _data_url(_encoded(photo, "jpeg"), "jpeg")
     image = f'<img width="{photo.width}" height="{photo.height}" alt="{escape(title)}" src="{source}">'
-    panels = [("image", image), *((key, _canvas(of_map, names, palette, photo.size)) for key, of_map in maps.items())]
+    panels = [("image", image)]
+    for key, of_map in maps.items():
+        found = "" if of_map.shown_classes() else ": no segments"
+        panels.append((key + found, _canvas(of_map, names, palette, photo.size)))
     boxes = "".join(f'<div><h3>{escape(key)}</h3><div class="view">{view}</div></div>\n' for key, view in panels)
     shown = dict.fromkeys(label for of_map in maps.values() for label in of_map.shown_classes())
     legend = "".join(f"<span>{_chip(palette[label])}{escape(names[label])}</span>" for label in shown)

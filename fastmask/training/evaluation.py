@@ -21,6 +21,7 @@ from fastmask.metrics.base import Metrics
 from fastmask.models._base import PretrainedModel
 from fastmask.models._views import view_options
 from fastmask.models.precision import autocast, check_precision
+from fastmask.progress import with_bar
 from fastmask.training.distributed import together, whole
 from fastmask.training.interruption import prepare_worker
 
@@ -171,7 +172,7 @@ def evaluate(
         worker_init_fn=prepare_worker,
         generator=torch.Generator(),  # the default one would draw from the random state of training
     )
-    for batch in _with_bar(loader, progress and rank == 0):
+    for batch in with_bar(loader, len(loader), "evaluating", hidden=not progress or rank != 0):
         for group in _by_shape(batch):
             indices, tensors, samples = zip(*group, strict=True)
             inputs = torch.stack(tensors).to(device)
@@ -377,16 +378,6 @@ def _by_shape(batch: Sequence[tuple[int, Tensor, Any]]) -> list[list[tuple[int, 
     for item in batch:
         groups.setdefault(tuple(item[1].shape), []).append(item)
     return list(groups.values())
-
-
-def _with_bar(loader: DataLoader, shown: bool) -> Iterable[list[tuple[int, Tensor, Any]]]:
-    if not shown:
-        return loader
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return loader
-    return tqdm(loader, desc="evaluating")
 
 
 def _as_list(items: list[Any]) -> list[Any]:

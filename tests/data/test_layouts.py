@@ -71,6 +71,16 @@ def test_label_maps_with_palettes_and_of_one_bit_keep_their_values(tmp_path):
     assert class_stripes(dataset, 1) == [0, 1]
 
 
+def test_a_check_shows_a_bar_on_a_terminal(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tqdm")
+    dataset = open_dataset(trees.ade20k_tree(tmp_path), "train")
+    check_dataset(dataset)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    check_dataset(dataset)
+    assert "checking train: 100%" in capsys.readouterr().err
+
+
 def test_ade20k(tmp_path):
     root = trees.ade20k_tree(tmp_path)
     dataset = open_dataset(root, "train")

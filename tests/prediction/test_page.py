@@ -103,6 +103,13 @@ def test_pictures_are_embedded(tmp_path, suffix, kind):
     assert base64.b64encode(path.read_bytes()).decode() in text and f"data:image/{kind};base64" in text
 
 
+def test_a_picture_without_segments_says_so():
+    maps = {"truth": SegmentMap(np.zeros((8, 8), int), {0: 0}), "panoptic": SegmentMap(np.zeros((8, 8), int), {})}
+    text = page.segments(Image.new("RGB", (8, 8)), maps, NAMES, PALETTE, "a picture")
+    assert "<h3>truth</h3>" in text
+    assert "<h3>panoptic: no segments</h3>" in text
+
+
 def test_an_interruption_leaves_the_earlier_page(tmp_path):
     def interrupted():
         yield page.heading("one")

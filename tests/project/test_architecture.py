@@ -15,12 +15,13 @@ PACKAGE = Path(fastmask.__file__).parent
 KERNELS = PACKAGE.parent / "kernels"
 
 # What each part may import of ours, besides itself.
-LEAVES = {"extras", "files", "mask_term", "targets", "version"}
+LEAVES = {"extras", "files", "mask_term", "progress", "targets", "version"}
 ALLOWED = {
     "reference": set(),
     "extras": set(),
     "files": set(),
     "mask_term": set(),
+    "progress": set(),
     "targets": set(),
     "version": set(),
     "kernels": {"targets"},
