@@ -9,13 +9,13 @@ from fastmask.prediction import page
 from fastmask.prediction.evaluation_page import EvaluationPage
 from fastmask.prediction.inputs import ImageFile, find_images
 from fastmask.prediction.overlay import SegmentMap, draw_legend, draw_overlay, draw_segments
-from fastmask.prediction.predict_images import Predictions, predict
+from fastmask.prediction.predict_images import PredictionReport, predict
 from fastmask.prediction.sheets import contact_sheet, side_by_side
 
 __all__ = [
     "EvaluationPage",
     "ImageFile",
-    "Predictions",
+    "PredictionReport",
     "SegmentMap",
     "contact_sheet",
     "draw_legend",

@@ -31,7 +31,7 @@ THRESHOLDS = {"panoptic": {"threshold": 0.8, "overlap_threshold": 0.8}, "instanc
 
 
 @dataclass(frozen=True)
-class Predictions:
+class PredictionReport:
     """The outcome of :func:`predict`.
 
     Attributes:
@@ -79,7 +79,7 @@ def predict(
     html_images: int = 50,
     overwrite: bool = False,
     progress: bool = False,
-) -> Predictions:
+) -> PredictionReport:
     """Segments images and writes the results. NAME is an image's path in its folder, without suffix.
 
     "semantic" and "general": ``labels/NAME.png``, the class index of each pixel in 8 bits, or in 16 if there are more
@@ -186,7 +186,7 @@ def predict(
     if outputs.written:
         paths = tuple(Path(output) / name for name in (*outputs.folders, *FILES[task]))
         paths += () if page is None else (page,)
-    return Predictions(task, tuple(file.name for file in outputs.written), tuple(outputs.failures), paths, seconds)
+    return PredictionReport(task, tuple(file.name for file in outputs.written), tuple(outputs.failures), paths, seconds)
 
 
 def _batches(

@@ -40,7 +40,7 @@ MAX_TARGETS = 2**15  # of a segment map in a wider type than a byte
 Auxiliary = Sequence[Mapping[str, Tensor]] | Sequence[Predictions]
 
 
-class Matcher(Replacement, nn.Module):
+class MaskMatcher(Replacement, nn.Module):
     """Part of the classes that replace transformers' matchers."""
 
     def match(self, predictions: Predictions, targets: Targets, sizes: Sequence[Size]) -> Tensor:
@@ -62,12 +62,12 @@ class Matcher(Replacement, nn.Module):
         return index_pairs(assignment, [len(labels) for labels in class_labels], class_queries_logits.shape[1])
 
 
-class Criterion(Replacement, nn.Module):
+class MaskCriterion(Replacement, nn.Module):
     """Part of the classes that replace transformers' criteria."""
 
     loss_shape: tuple[int, ...] = ()  # of mask and dice losses
     get_num_masks: Callable[..., Tensor]
-    matcher_class = Matcher
+    matcher_class = MaskMatcher
     matcher: Any
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -150,11 +150,11 @@ def most_targets(labels: Tensor) -> int:
     return MAX_BYTE_TARGETS if labels.dtype == torch.uint8 else MAX_TARGETS
 
 
-class PointMatcher(_random_points.PointMatcher, Matcher):
+class PointMatcher(_random_points.PointMatcher, MaskMatcher):
     """Part of the classes that replace the matchers at random points."""
 
 
-class PointLoss(_random_points.PointLoss, Criterion):
+class PointLoss(_random_points.PointLoss, MaskCriterion):
     """Part of the classes that replace the criteria at random points."""
 
     sample_points_using_uncertainty: Callable[..., Tensor]
@@ -162,7 +162,7 @@ class PointLoss(_random_points.PointLoss, Criterion):
 
     @torch.no_grad()
     def points_and_term(self, mask_logits: Tensor) -> tuple[Tensor, MaskTerm]:
-        """See :meth:`Criterion.points_and_term`; the points are transformers' own."""
+        """See :meth:`MaskCriterion.points_and_term`; the points are transformers' own."""
         settings = (self.num_points, self.oversample_ratio, self.importance_sample_ratio)
         planes = mask_logits[:, None].float()
         points = self.sample_points_using_uncertainty(planes, self.calculate_uncertainty, *settings)
@@ -171,7 +171,7 @@ class PointLoss(_random_points.PointLoss, Criterion):
     def layer_losses(
         self, layers: Sequence[Predictions], targets: Targets, counts: Sequence[int], sizes: Sequence[Size]
     ) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
-        """See :meth:`Criterion.layer_losses`."""
+        """See :meth:`MaskCriterion.layer_losses`."""
         *earlier, last = layers
         masks, dices, loss_ce = self.losses_at_points([last, *earlier], targets, counts, sizes)
         return masks, dices, loss_ce.unbind()
@@ -226,7 +226,7 @@ def computes_all(criterion: nn.Module) -> bool:
     """Whether a criterion, patched or about to be, may compute its losses all at once: fastmask knows its class and its
     matcher's, and no subclass overrides a part of either."""
     found, matcher = find(criterion), find(criterion.get_submodule("matcher"))
-    if found is None or matcher is None or not issubclass(found.replacement, Criterion):
+    if found is None or matcher is None or not issubclass(found.replacement, MaskCriterion):
         return False
     return set(found.overridden()) <= CALLED and "forward" not in matcher.overridden()
 

@@ -35,7 +35,7 @@ from fastmask.targets import Targets
 Layer = Mapping[str, Any]  # "logits" (B, N, K), "pred_boxes" (B, N, 4) and others, of one decoder layer
 
 
-class Matcher(Replacement, nn.Module):
+class BoxMatcher(Replacement, nn.Module):
     """DETR's matcher; class, box and GIoU costs are transformers' own."""
 
     class_cost: float
@@ -96,7 +96,7 @@ class Matcher(Replacement, nn.Module):
         return scores.gather(-1, labels[None, :, None].expand(*scores.shape[:-1], -1))
 
 
-class FocalMatcher(Matcher):
+class FocalMatcher(BoxMatcher):
     """The matcher of Deformable DETR and its descendants: what a target adds to the focal loss of its logit."""
 
     alpha = 0.25
@@ -104,7 +104,7 @@ class FocalMatcher(Matcher):
     use_focal_loss: bool = True
 
     def label_costs(self, layers: Sequence[Layer], targets: TargetList) -> Tensor:
-        """See :meth:`Matcher.label_costs`."""
+        """See :meth:`BoxMatcher.label_costs`."""
         if not self.use_focal_loss:
             return super().label_costs(layers, targets)
         return focal_costs(self.label_logits(layers, targets, lambda logits: logits), self.alpha, self.gamma)
@@ -114,7 +114,7 @@ class GroundedMatcher(FocalMatcher):
     """Grounding DINO's matcher: the mean cost over the tokens of the target's class."""
 
     def label_costs(self, layers: Sequence[Layer], targets: TargetList) -> Tensor:
-        """See :meth:`Matcher.label_costs`."""
+        """See :meth:`BoxMatcher.label_costs`."""
         logits = torch.stack([layer["logits"] for layer in layers])
         tokens = []
         for b, (of_classes, target) in enumerate(zip(layers[0]["label_maps"], targets, strict=True)):
@@ -125,11 +125,11 @@ class GroundedMatcher(FocalMatcher):
         return costs @ pad_sequence(tokens, batch_first=True).to(costs).transpose(1, 2)
 
 
-class Criterion(Replacement, nn.Module):
+class BoxCriterion(Replacement, nn.Module):
     """The criterion: all layers are matched at once; mask losses come from fastmask's kernels, others from PyTorch."""
 
-    matcher_class = Matcher
-    matcher: Matcher
+    matcher_class = BoxMatcher
+    matcher: BoxMatcher
     losses: Sequence[str]
     _get_source_permutation_idx: Callable[[Pairs], tuple[Tensor, Tensor]]
 
@@ -230,7 +230,7 @@ def _criteria_of(function: FunctionType) -> dict[str, type[nn.Module]]:
     classes = {name: cls for name, cls in named.items() if isinstance(cls, type) and issubclass(cls, nn.Module)}
     ours = {name: replacement_of(cls) for name, cls in classes.items()}
     return {
-        name: classes[name] for name, found in ours.items() if found is not None and issubclass(found[1], Criterion)
+        name: classes[name] for name, found in ours.items() if found is not None and issubclass(found[1], BoxCriterion)
     }
 
 

@@ -12,13 +12,13 @@ from transformers.models.maskformer import modeling_maskformer as hf
 from fastmask.functional import assign, class_loss, mask_loss, mask_products
 from fastmask.integrations._foreign_targets import Size, mask_term, matching_cost
 from fastmask.integrations._replacement import Found, Replacement, options_of
-from fastmask.integrations.transformers._criteria import Criterion, Matcher, plain_outputs, takes_predictions
+from fastmask.integrations.transformers._criteria import MaskCriterion, MaskMatcher, plain_outputs, takes_predictions
 from fastmask.mask_term import MaskTerm
 from fastmask.modules import Predictions
 from fastmask.targets import Targets
 
 
-class MaskFormerHungarianMatcher(Matcher):
+class MaskFormerHungarianMatcher(MaskMatcher):
     """The matcher, by fastmask's kernels."""
 
     cost_class: float
@@ -30,20 +30,20 @@ class MaskFormerHungarianMatcher(Matcher):
         return assign(matching_cost(self, predictions, targets, sizes, term=mask_term(self, "focal")), targets.counts)
 
 
-class MaskFormerLoss(Criterion):
+class MaskFormerLoss(MaskCriterion):
     """The losses, by fastmask's kernels."""
 
     matcher: MaskFormerHungarianMatcher
     empty_weight: Tensor
 
     def points_and_term(self, mask_logits: Tensor) -> tuple[None, MaskTerm]:
-        """See :meth:`Criterion.points_and_term`; all pixels count."""
+        """See :meth:`MaskCriterion.points_and_term`; all pixels count."""
         return None, mask_term(self, "focal")
 
     def layer_losses(
         self, layers: Sequence[Predictions], targets: Targets, counts: Sequence[int], sizes: Sequence[Size]
     ) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
-        """See :meth:`Criterion.layer_losses`."""
+        """See :meth:`MaskCriterion.layer_losses`."""
         assignments, masks, dices = [], [], []
         for group in layers:
             assignment = self.matcher.match(group, targets, sizes)

@@ -17,7 +17,7 @@ from fastmask.integrations._foreign_targets import Pairs, TargetList, mask_term,
 from fastmask.integrations._known import find
 from fastmask.integrations._random_points import most_uncertain, sample
 from fastmask.integrations._replacement import options_of
-from fastmask.integrations.transformers.detr import Criterion, FocalMatcher, Layer, mask_targets
+from fastmask.integrations.transformers.detr import BoxCriterion, FocalMatcher, Layer, mask_targets
 from fastmask.targets import Targets
 
 OVERSAMPLE_RATIO, IMPORTANCE_SAMPLE_RATIO = 3, 0.75  # constants of transformers
@@ -83,7 +83,7 @@ class RfDetrMatcher(FocalMatcher):
         return torch.rand(1, size, 2, device=layer["pred_masks"].device)
 
 
-class RfDetrCriterion(Criterion):
+class RfDetrCriterion(BoxCriterion):
     """The criterion: all layers are matched at once, and so are their masks compared."""
 
     mask_point_sample_ratio: int
