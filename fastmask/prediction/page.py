@@ -165,7 +165,7 @@ def segments(
 def mask_slider() -> str:
     """A slider for the opacity of all segments on the page; it stays in view."""
     slider = '<input type="range" min="0" max="1" step="0.01" value="0.65">'
-    return f'<label class="strength">Masks {slider} Point at one to see its name; click to enlarge.</label>\n'
+    return f'<label class="strength">Masks {slider} Point at a mask to see its name; click to enlarge.</label>\n'
 
 
 def _canvas(of_map: SegmentMap, names: Sequence[str], palette: Palette, size: tuple[int, int]) -> str:
