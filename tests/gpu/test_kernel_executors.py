@@ -69,6 +69,20 @@ def test_what_the_emulator_finds_fails_the_test(triton_kernels):
         _store_kernel[(2,)](out, 200, N=128)
 
 
+@triton.jit
+def _count_kernel(out_ptr, n_ptr):
+    count = 0
+    for _ in range(tl.load(n_ptr)):
+        count += 1
+    tl.store(out_ptr, count)
+
+
+def test_memory_holds_the_bound_of_a_loop(triton_kernels):
+    out = torch.zeros(1, dtype=torch.int32)
+    _count_kernel[(1,)](out, torch.tensor([3], dtype=torch.int32))
+    assert out.item() == 3
+
+
 @pytest.mark.compiled
 def test_new_tensors_hold_nan(triton_kernels):
     assert torch.empty(3).isnan().all()

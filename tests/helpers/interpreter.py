@@ -44,6 +44,8 @@ class _Patches:
     def __call__(self, function: Any) -> _Patches:
         if function.__module__ not in self.done:
             self.patch(function)
+            # Triton 3.6 calls int() on an array of one element and one dimension, which NumPy 2.4 refuses.
+            tl.tensor.__index__ = lambda tensor: int(tensor.handle.data.item())
             self.done.add(function.__module__)
         return self
 
