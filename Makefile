@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-all test-compiled triton-matrix compilers sanitize bench docs wheel lint format gpu clean
+.PHONY: help setup demo test test-fast test-all test-compiled triton-matrix compilers sanitize bench docs wheel hub lint format gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -74,11 +74,11 @@ build/triton-%: | $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $@.part "triton==$*"
 	mv $@.part $@
 
-triton-matrix: setup $(TRITONS:%=build/triton-%) ## compile the Triton kernels under each version in TRITONS
+triton-matrix: setup $(TRITONS:%=build/triton-%) ## compile the Triton kernels, and try the interpreter, under each version in TRITONS
 	set -e; for version in $(TRITONS); do \
 		export PYTHONPATH=build/triton-$$version; \
 		$(BIN)/python -c "import triton; assert triton.__version__ == '$$version', triton.__file__"; \
-		$(BIN)/python -m pytest -n auto -m "" tests/gpu/test_triton_compile.py $(ARGS); \
+		$(BIN)/python -m pytest -n auto -m "" tests/gpu/test_triton_compile.py tests/gpu/test_kernel_executors.py $(ARGS); \
 	done
 
 bench: setup ## run the benchmarks and render the tables of README and docs
@@ -100,6 +100,9 @@ wheel: $(VENV)/.installed ## build sdist and wheel into dist, repair the wheel, 
 	build/wheel/env/bin/python -m pip install --quiet build/wheel/repaired/*.whl
 	cd build/wheel && env/bin/python $(CURDIR)/.ci/wheel_smoke.py
 	mkdir -p dist && cp build/wheel/*.tar.gz build/wheel/repaired/*.whl dist
+
+hub: $(VENV)/.installed ## make the kernel for Hugging Face's hub in build/hub, and build it for this machine
+	$(BIN)/python .ci/hub_kernel.py $(ARGS)
 
 lint: $(VENV)/.installed ## check style and types: ruff, mypy and clang-format; the workflows: zizmor, and actionlint if installed
 	$(BIN)/ruff check .

@@ -42,6 +42,8 @@ SIMD_FLAGS = {
         "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512 -mtune=skylake-avx512"
     ).split(),
 }
+# Fused multiply-adds would round otherwise than the CPU's kernels (-ffp-contract=off), which CUDA's must equal.
+NVCC_FLAGS = "-std=c++20 -O3 -fmad=false".split()
 DEFAULT_CUDA_ARCHS = ["80", "86", "89", "90", "100", "120"]
 OLDEST_COMPILERS = {"Clang": ("__clang_major__", 14), "GCC": ("__GNUC__", 11)}  # Clang defines the other macro too
 
@@ -95,11 +97,11 @@ def find_cuda(host_compiler: str) -> Cuda | None:
     path = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
     if path is None:
         return leave_out(f"nvcc not found in {home}/bin (CUDA_HOME)" if home else "nvcc not found (set CUDA_HOME)")
-    nvcc = [path, "-ccbin", host_compiler, "-std=c++20"]
+    nvcc = [path, "-ccbin", host_compiler, "-Xcompiler", "-fPIC,-fvisibility=hidden"]
     try:
         version = re.search(r"release ([\d.]+)|$", output_of(path, "--version"))[1] or "unknown"
         known = re.findall(r"compute_(\d+)", output_of(path, "--list-gpu-arch"))
-        output_of(*nvcc, "-E", "-x", "cu", os.devnull)  # refuses a host compiler that it does not know
+        output_of(*nvcc, *NVCC_FLAGS, "-E", "-x", "cu", os.devnull)  # refuses a host compiler that it does not know
     except (OSError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         return leave_out(f"{path} does not work with {host_compiler} ({said.strip()})")
@@ -117,6 +119,14 @@ def find_cuda(host_compiler: str) -> Cuda | None:
     if torch_cuda is not None and torch_cuda.split(".")[0] != version.split(".")[0]:
         note(f"nvcc is of CUDA {version}, torch of CUDA {torch_cuda}: build with one of the same major version")
     return Cuda(nvcc, version, archs)
+
+
+def gencode(archs: list[str]) -> list[str]:
+    """nvcc's options for architectures."""
+    # A driver compiles PTX for architectures to come, from the highest one that there is.
+    highest = max(archs, key=lambda arch: int(arch.rstrip("af")))
+    machine_code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    return [*machine_code, f"-gencode=arch=compute_{highest},code=compute_{highest}"]
 
 
 class NinjaBuild(build_ext):
@@ -194,13 +204,7 @@ def ninja_file(ops_library: Path, native_module: Path) -> str:
     ]
     linker = "link"
     if cuda:
-        # Fused multiply-adds would round otherwise than the CPU's kernels (-ffp-contract=off), which CUDA's must equal.
-        flags = ["-O3", "-fmad=false", "--threads", "2", "-Xcompiler", "-fPIC,-fvisibility=hidden", f"-I{CSRC}"]
-        for arch in cuda.archs:
-            flags += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
-        # A driver compiles PTX for architectures to come, from the highest one that there is.
-        highest = max(cuda.archs, key=lambda arch: int(arch.rstrip("af")))
-        flags += ["-gencode", f"arch=compute_{highest},code=compute_{highest}"]
+        flags = [*NVCC_FLAGS, *gencode(cuda.archs), "--threads", "2", f"-I{CSRC}"]
         rules.append(
             "rule nvcc\n"
             f"  command = {ninja_command(*cuda.nvcc, *flags)} -MD -MF $out.d -c $in -o $out\n"

@@ -1,14 +1,14 @@
-"""What an installed wheel must do, with its base dependencies alone: every operator, in C++, against the reference."""
+"""What an installed wheel, or a kernel from the hub, must do: every operator, in C++, against the reference."""
+
+from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
-import fastmask
-import fastmask.kernels
 
-
-def main() -> None:
+def check(fastmask: ModuleType) -> None:
     torch.manual_seed(0)
     class_logits, mask_logits = torch.randn(2, 10, 6), torch.randn(2, 10, 16, 16, requires_grad=True)
     targets = fastmask.Targets.from_segmentation(torch.randint(0, 5, (2, 64, 64)), 5)
@@ -51,4 +51,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    import fastmask
+    import fastmask.kernels
+
+    check(fastmask)

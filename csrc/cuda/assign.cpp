@@ -80,7 +80,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> assign_duals(Tensor cost, std::option
 }  // namespace
 }  // namespace fastmask
 
-STABLE_TORCH_LIBRARY_IMPL(fastmask, CUDA, library) {
+FASTMASK_LIBRARY_IMPL(CUDA, library) {
   library.impl("assign", TORCH_BOX(&fastmask::assign));
   library.impl("assign_duals", TORCH_BOX(&fastmask::assign_duals));
 }

@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> assign_serial(Tensor cost, std::optio
 }  // namespace
 }  // namespace fastmask
 
-STABLE_TORCH_LIBRARY_IMPL(fastmask, CPU, library) {
+FASTMASK_LIBRARY_IMPL(CPU, library) {
   library.impl("assign", TORCH_BOX(&fastmask::assign));
   library.impl("assign_duals", TORCH_BOX(&fastmask::assign_duals));
   library.impl("_assign_serial", TORCH_BOX(&fastmask::assign_serial));

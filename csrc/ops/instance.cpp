@@ -124,7 +124,7 @@ std::tuple<Tensor, Tensor> rle_encode(Tensor masks, int64_t width) {
 }  // namespace
 }  // namespace fastmask
 
-STABLE_TORCH_LIBRARY_IMPL(fastmask, CPU, library) {
+FASTMASK_LIBRARY_IMPL(CPU, library) {
   library.impl("instance_masks", TORCH_BOX(&fastmask::instance_masks));
   library.impl("rle_encode", TORCH_BOX(&fastmask::rle_encode));
 }

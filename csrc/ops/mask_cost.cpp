@@ -120,7 +120,7 @@ struct MaskCostOperator {
 }  // namespace
 }  // namespace fastmask
 
-STABLE_TORCH_LIBRARY_IMPL(fastmask, CPU, library) {
+FASTMASK_LIBRARY_IMPL(CPU, library) {
   library.impl("mask_cost", TORCH_BOX(&fastmask::MaskCostOperator<>::call));
   library.impl("point_mask_cost", TORCH_BOX(&fastmask::MaskCostOperator<fastmask::Tensor>::call));
 }

@@ -147,7 +147,7 @@ using PointMaskLoss = MaskLossOperator<PointPairs, Tensor>;
 }  // namespace
 }  // namespace fastmask
 
-STABLE_TORCH_LIBRARY_IMPL(fastmask, CPU, library) {
+FASTMASK_LIBRARY_IMPL(CPU, library) {
   library.impl("mask_loss", TORCH_BOX(&fastmask::MaskLoss::forward));
   library.impl("mask_loss_backward", TORCH_BOX(&fastmask::MaskLoss::backward));
   library.impl("point_mask_loss", TORCH_BOX(&fastmask::PointMaskLoss::forward));

@@ -207,7 +207,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_attention_backward(Tensor grad_out, Te
 }  // namespace
 }  // namespace fastmask
 
-STABLE_TORCH_LIBRARY_IMPL(fastmask, CPU, library) {
+FASTMASK_LIBRARY_IMPL(CPU, library) {
   library.impl("masked_attention", TORCH_BOX(&fastmask::masked_attention));
   library.impl("masked_attention_backward", TORCH_BOX(&fastmask::masked_attention_backward));
 }

@@ -98,6 +98,4 @@ std::tuple<Tensor, Tensor, Tensor> panoptic_winners(Tensor scores, Tensor mask_l
 }  // namespace
 }  // namespace fastmask
 
-STABLE_TORCH_LIBRARY_IMPL(fastmask, CPU, library) {
-  library.impl("panoptic_winners", TORCH_BOX(&fastmask::panoptic_winners));
-}
+FASTMASK_LIBRARY_IMPL(CPU, library) { library.impl("panoptic_winners", TORCH_BOX(&fastmask::panoptic_winners)); }

@@ -264,10 +264,8 @@ bool set_query_skipping(bool on) { return skip_queries.exchange(on); }
 }  // namespace
 }  // namespace fastmask
 
-STABLE_TORCH_LIBRARY_IMPL(fastmask, CPU, library) {
-  library.impl("semantic_inference", TORCH_BOX(&fastmask::semantic_inference));
-}
+FASTMASK_LIBRARY_IMPL(CPU, library) { library.impl("semantic_inference", TORCH_BOX(&fastmask::semantic_inference)); }
 
-STABLE_TORCH_LIBRARY_IMPL(fastmask, CompositeExplicitAutograd, library) {
+FASTMASK_LIBRARY_IMPL(CompositeExplicitAutograd, library) {
   library.impl("_set_query_skipping", TORCH_BOX(&fastmask::set_query_skipping));
 }

@@ -1,6 +1,6 @@
 #include "common/simd.h"
 
-#include <torch/csrc/stable/library.h>
+#include "ops/library.h"
 
 namespace fastmask {
 namespace {
@@ -12,6 +12,6 @@ int64_t request_simd_level(int64_t level) {
 }  // namespace
 }  // namespace fastmask
 
-STABLE_TORCH_LIBRARY_IMPL(fastmask, CompositeExplicitAutograd, library) {
+FASTMASK_LIBRARY_IMPL(CompositeExplicitAutograd, library) {
   library.impl("_set_simd_level", TORCH_BOX(&fastmask::request_simd_level));
 }

@@ -1,7 +1,6 @@
 // Turns PyTorch's tensors into kernel arguments; every size is checked here, before a kernel runs.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -15,6 +14,7 @@
 #include "common/mask_term.h"
 #include "common/taps.h"
 #include "common/targets.h"
+#include "ops/library.h"
 
 namespace fastmask {
 

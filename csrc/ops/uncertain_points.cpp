@@ -46,6 +46,4 @@ Tensor uncertain_points(Tensor mask_logits, Tensor assignment, Tensor seed, int6
 }  // namespace
 }  // namespace fastmask
 
-STABLE_TORCH_LIBRARY_IMPL(fastmask, CPU, library) {
-  library.impl("uncertain_points", TORCH_BOX(&fastmask::uncertain_points));
-}
+FASTMASK_LIBRARY_IMPL(CPU, library) { library.impl("uncertain_points", TORCH_BOX(&fastmask::uncertain_points)); }

@@ -1,40 +1,23 @@
-"""The operator library ``fastmask::``, and the choice of the backend that runs a call.
-
-Importing this module loads ``libfastmask.so``. If that fails, the operators still exist, trace and compile;
-``EXTENSION_ERROR`` says why they cannot run.
-"""
+"""The operator library ``fastmask::``, and the choice of the backend that runs a call."""
 
 from __future__ import annotations
 
 import importlib.util
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-EXTENSION = Path(__file__).parent.parent / "libfastmask.so"
+from fastmask.ops._extension import EXTENSION, EXTENSION_ERROR, add_op_namespace_prefix, ops
+
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 BACKENDS = ("auto", "reference", "native", "triton")
 MIN_CAPABILITY = (8, 0)  # tensor cores for bfloat16, asynchronous copies, warp reductions
-
-
-def _load_extension() -> str | None:
-    """None, or the reason why the extension could not be loaded."""
-    if not EXTENSION.exists():
-        return f"{EXTENSION.name} was not built (run pip install --no-build-isolation . in the source tree)"
-    try:
-        torch.ops.load_library(str(EXTENSION))
-    except OSError as error:
-        return f"{EXTENSION.name} could not be loaded: {error}"
-    return None
-
-
-EXTENSION_ERROR = _load_extension()
 
 
 @dataclass(frozen=True)
@@ -75,7 +58,7 @@ class Operator:
     gradient: Gradient | None = None
 
     def __post_init__(self) -> None:
-        name = f"fastmask::{self.name}"
+        name = add_op_namespace_prefix(self.name)
         torch.library.define(name, self.schema)
         torch.library.register_fake(name, self.fake)
         if self.gradient is not None:
@@ -91,12 +74,12 @@ class Operator:
         are called directly.
         """
         if backend != "triton" or arguments[0].device.type != "cpu":
-            return getattr(torch.ops.fastmask, self.name)(*arguments)
+            return getattr(ops, self.name)(*arguments)
         return self.launch(*arguments) if self.gradient is None else _DirectLaunch.apply(self, *arguments)
 
     def launch(self, *arguments: Any) -> Any:
         """Launches the Triton kernels on the current device."""
-        return getattr(importlib.import_module(f"fastmask.kernels.{self.triton}"), self.name)(*arguments)
+        return getattr(importlib.import_module(f"..kernels.{self.triton}", __package__), self.name)(*arguments)
 
     def launch_on_tensor_device(self, *arguments: Any) -> Any:
         """Launches the Triton kernels on the tensors' device, which PyTorch's dispatcher does not make current."""
@@ -104,13 +87,13 @@ class Operator:
             return self.launch(*arguments)
 
     def _backward(self, gradient: Gradient, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        run = getattr(torch.ops.fastmask, gradient.operator.name)
+        run = getattr(ops, gradient.operator.name)
         return self.padded(run(*gradient.arguments(ctx, *grads)))
 
     def padded(self, gradients: Tensor | tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
         """The gradients of the first arguments, followed by None for each of the others."""
         first = (gradients,) if isinstance(gradients, Tensor) else gradients
-        inputs = len(getattr(torch.ops.fastmask, self.name).default._schema.arguments)
+        inputs = len(getattr(ops, self.name).default._schema.arguments)
         return *first, *[None] * (inputs - len(first))
 
 
@@ -175,7 +158,7 @@ def _constant_in_traces(function: Callable[..., Any]) -> Callable[..., Any]:
 @_constant_in_traces
 def _registered(name: str, device: str) -> bool:
     """Whether PyTorch's dispatcher has a kernel of this operator for the device type."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"fastmask::{name}", device.upper())
+    return torch._C._dispatch_has_kernel_for_dispatch_key(add_op_namespace_prefix(name), device.upper())
 
 
 @_constant_in_traces
@@ -237,7 +220,7 @@ def auto_backend(operator: Operator, tensor: Tensor) -> str:
 
 SIMD_LEVELS = ("portable", "avx2", "avx512")
 
-torch.library.define("fastmask::_set_simd_level", "(int level) -> int")
+torch.library.define(add_op_namespace_prefix("_set_simd_level"), "(int level) -> int")
 
 
 def set_simd_level(level: str) -> str:
@@ -246,8 +229,8 @@ def set_simd_level(level: str) -> str:
     Returns the level now in use, which is at most the processor's best.
     """
     number = SIMD_LEVELS.index(level)
-    if importlib.util.find_spec("fastmask._native") is not None:
+    with suppress(ImportError):
         from fastmask import _native
 
         _native.set_simd_level(number)  # the module contains its own copy of the kernels
-    return SIMD_LEVELS[torch.ops.fastmask._set_simd_level(number)]
+    return SIMD_LEVELS[ops._set_simd_level(number)]

@@ -10,6 +10,11 @@ from fastmask.ops import OPERATORS
 from fastmask.ops._registry import EXTENSION_ERROR, auto_backend, unavailable_reason
 from fastmask.version import __version__
 
+try:
+    from fastmask import _native
+except ImportError:
+    _native = None  # type: ignore[assignment]
+
 
 def _cuda(archs: str, version: str) -> str:
     if not archs:
@@ -27,11 +32,9 @@ def show_config() -> None:
     lines = [f"fastmask {__version__}, torch {torch.__version__}"]
     if EXTENSION_ERROR is not None:
         lines.append(f"extension: {EXTENSION_ERROR}")
-    elif importlib.util.find_spec("fastmask._native") is None:
-        lines.append("extension: built for another version of Python (fastmask._native is missing)")
+    elif _native is None:
+        lines.append("extension: loaded; fastmask._native, which tells how it was built, is not there for this Python")
     else:
-        from fastmask import _native
-
         lines.append(f"extension: SIMD {_native.simd_level()} of {_native.simd_levels}, compiler {_native.compiler}")
         lines.append(f"CUDA architectures: {_cuda(_native.cuda_archs, _native.cuda_version)}")
     lines.append(f"triton: {'installed' if importlib.util.find_spec('triton') else 'not installed'}")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastmask.ops._checks import check_choice, check_floating
+from fastmask.ops._extension import add_op_namespace_prefix, ops
 from fastmask.ops._registry import Operator, choose_backend
 
 POLICIES = ("last", "raise")
@@ -81,9 +82,9 @@ def assign(
     if choose_backend(ASSIGN, backend, cost) == "reference":
         outputs = _reference(cost, counts, return_duals)
     elif return_duals:
-        outputs = torch.ops.fastmask.assign_duals(cost, counts)
+        outputs = ops.assign_duals(cost, counts)
     else:
-        outputs = torch.ops.fastmask.assign(cost, counts)
+        outputs = ops.assign(cost, counts)
     assignment, status, *duals = outputs
     if policy == "raise" and bool((status > 0).any()):
         raise ValueError("cost matrix is infeasible")
@@ -162,5 +163,6 @@ ASSIGN_DUALS = Operator(
 )
 # The CUDA kernel's algorithm on one CPU thread, for tests. The seed permutes the steps that a block runs in parallel.
 torch.library.define(
-    "fastmask::_assign_serial", "(Tensor cost, Tensor? counts, int seed) -> (Tensor, Tensor, Tensor, Tensor)"
+    add_op_namespace_prefix("_assign_serial"),
+    "(Tensor cost, Tensor? counts, int seed) -> (Tensor, Tensor, Tensor, Tensor)",
 )

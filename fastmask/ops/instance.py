@@ -35,9 +35,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastmask.ops._checks import check_choice
+from fastmask.ops._extension import EXTENSION_ERROR, ops
 from fastmask.ops._geometry import GEOMETRY, GeometryArguments, result_size
 from fastmask.ops._mask_source import MaskSource, belong_to, prepare
-from fastmask.ops._registry import EXTENSION_ERROR, Operator
+from fastmask.ops._registry import Operator
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -225,7 +226,7 @@ def _resize(maps: Tensor, size: tuple[int, int], output: str, boxes: bool) -> di
 
 def _encode(maps: Tensor, size: tuple[int, int]) -> list[dict[str, Any]]:
     """Run lengths of masks: ``(R, H, W)`` bool or packed ``(R, H, ceil(W / 8))`` uint8."""
-    counts, offsets = torch.ops.fastmask.rle_encode(maps.cpu(), size[1])
+    counts, offsets = ops.rle_encode(maps.cpu(), size[1])
     characters, ends = counts.numpy().tobytes(), offsets.tolist()
     return [{"size": list(size), "counts": characters[begin:end]} for begin, end in pairwise(ends)]
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastmask.ops._checks import check_choice
+from fastmask.ops._extension import add_op_namespace_prefix, ops
 from fastmask.ops._geometry import GEOMETRY, GeometryArguments, result_size
 from fastmask.ops._mask_source import MaskSource, prepare
 from fastmask.ops._registry import Operator
@@ -168,7 +169,7 @@ SEMANTIC_INFERENCE = Operator(
     triton="semantic",
 )
 
-torch.library.define("fastmask::_set_query_skipping", "(bool on) -> bool")
+torch.library.define(add_op_namespace_prefix("_set_query_skipping"), "(bool on) -> bool")
 
 
 def set_query_skipping(on: bool) -> bool:
@@ -176,4 +177,4 @@ def set_query_skipping(on: bool) -> bool:
 
     Returns the previous setting.
     """
-    return torch.ops.fastmask._set_query_skipping(on)
+    return ops._set_query_skipping(on)
