@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
@@ -156,7 +157,9 @@ def waiting_warps() -> Iterator[None]:
 def compiled_matcher(capability: int, limit: int) -> Any:
     from ptxvm.cuda_assign import Matcher
 
-    return Matcher(ROOT, capability, limit)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CPATH", str(Path(__file__).parent))  # of cuda_emulation.h, for ptxvm's compilers
+        return Matcher(ROOT, capability, limit)
 
 
 def sound(report: Any) -> None:
