@@ -24,7 +24,7 @@ $(VENV)/.installed: pyproject.toml setup.py
 setup: $(VENV)/.installed ## create .venv, install the dependencies, build the extension
 	@$(BIN)/python setup.py --quiet build_ext --inplace
 
-demo: setup ## train MaskFormer on the embedded scenes, evaluate it, write pictures to out/demo
+demo: setup ## segment held-out scenes, race fastmask against PyTorch in training, write out/demo/index.html
 	$(BIN)/python -m fastmask.cli.demo
 
 # ARGS: pytest's options; CONTRIBUTING.md has those for a random order and for other processors.

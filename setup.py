@@ -230,7 +230,7 @@ if __name__ == "__main__":
         package_data={
             "fastmask": ["py.typed"],
             "fastmask.data": ["assets/*"],
-            "fastmask.cli": ["*.safetensors"],
+            "fastmask.cli": ["demo_model/*"],
             "fastmask.prediction": ["page.css", "page.js"],
         },
         ext_modules=[Extension("fastmask.libfastmask", []), Extension("fastmask._native", [])],

@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from benchmarks.ablations.findings import GENERAL
 from benchmarks.ablations.query_classes import QueryClasses
 from benchmarks.ablations.variants import BIPARTITE, FIXED, PER_PIXEL, Run, Settings, Variant
-from fastmask.cli.pretrain import WEIGHTS
+from fastmask.cli.pretrain import MODEL
 from fastmask.data import (
     Augmented,
     Compose,
@@ -32,7 +31,7 @@ from fastmask.targets import Targets
 from fastmask.training.sampler import StepSampler
 
 SCENES = "composed:scenes"
-TINY = "tiny"  # the preset of the embedded weights
+TINY = "tiny"  # the preset whose backbone the demo's network has
 CLASS_WEIGHT = 2.0  # as in the demo
 # The class probability of a segment in panoptic results; low, since short training gives few confident classes.
 PANOPTIC_THRESHOLD = 0.2
@@ -103,7 +102,7 @@ def make_network(settings: Settings, variant: Variant, class_names: tuple[str, .
         shared |= {"transformer_decoder": plus, "ignore_index": void_class(config.num_classes)}
         network = PerPixelBaseline(PerPixelBaselineConfig(**shared), **modules)
     if settings.model == TINY:
-        network.backbone.load_state_dict(load_file(WEIGHTS))
+        network.backbone.load_state_dict(MaskFormer.from_pretrained(MODEL).backbone.state_dict())
     return network.to(memory_format=torch.channels_last)
 
 

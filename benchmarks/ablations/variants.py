@@ -34,7 +34,7 @@ class Settings:
         data: "composed:scenes", "composed:clips" or a folder.
         model: the preset with all settings that no comparison varies.
         pretrained: where ``transformers`` reads the backbone's weights; empty for random weights. "tiny" always starts
-            from the embedded weights of the demo, and sound from random weights.
+            from the backbone of the demo's network, and sound from random weights.
         size: for images, the side of a scene or crop, and the short side of other images, in pixels; for clips, their
             length in seconds.
         val_samples: the most samples of the validation split to evaluate, from the first on.

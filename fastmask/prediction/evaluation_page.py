@@ -63,7 +63,7 @@ class EvaluationPage:
         if len(self._worst) == self.images and (rank, sample.name) > self._worst[-1][:2]:
             return
         note = ", ".join(f"{name.replace('_', ' ')} {_percent(scores[name])}" for name in known)
-        bisect.insort(self._worst, (rank, sample.name, self._figure(sample, results, note)))
+        bisect.insort(self._worst, (rank, sample.name, figure(sample, results, self.info, note)))
         del self._worst[self.images :]
 
     def write(
@@ -116,21 +116,30 @@ class EvaluationPage:
         ]
         page.write_page(path, title, f"{count} images, {self.info.num_classes} classes", blocks)
 
-    def _figure(self, sample: Sample, results: Mapping[str, Any], note: str) -> str:
-        photo = Image.fromarray(sample.image.permute(1, 2, 0).numpy())
-        maps = {"truth": _truth(sample)}
-        for task, result in results.items():
-            if task == "panoptic":
-                maps[task] = SegmentMap.of_panoptic(result[0].cpu().numpy(), result[1])
-            elif task == "instance":
-                scores = result["scores"].tolist()
-                drawn = sorted((k for k, score in enumerate(scores) if score > DRAWN_SCORE), key=scores.__getitem__)
-                masks, labels = result["masks"].cpu().numpy(), result["labels"].tolist()
-                found = ((masks[k].astype(bool), labels[k], scores[k]) for k in drawn)
-                maps[task] = SegmentMap.of_masks(sample.size, found)
-            else:
-                maps[task] = SegmentMap.of_labels(result.cpu().numpy(), self.info.num_classes)
-        return page.segments(photo, maps, self.info.class_names, self._palette, sample.name, note)
+
+def figure(sample: Sample, results: Mapping[str, Any], info: DatasetInfo, note: str = "") -> str:
+    """The figure of an image on a page: the image, its truth, and its results by task.
+
+    Args:
+        sample, results: as for :meth:`EvaluationPage.add`.
+        info: the classes of the data set.
+        note: the text after the name of the image.
+    """
+    palette = info.palette or distinct_colors(info.num_classes)
+    photo = Image.fromarray(sample.image.permute(1, 2, 0).numpy())
+    maps = {"truth": _truth(sample)}
+    for task, result in results.items():
+        if task == "panoptic":
+            maps[task] = SegmentMap.of_panoptic(result[0].cpu().numpy(), result[1])
+        elif task == "instance":
+            scores = result["scores"].tolist()
+            drawn = sorted((k for k, score in enumerate(scores) if score > DRAWN_SCORE), key=scores.__getitem__)
+            masks, labels = result["masks"].cpu().numpy(), result["labels"].tolist()
+            found = ((masks[k].astype(bool), labels[k], scores[k]) for k in drawn)
+            maps[task] = SegmentMap.of_masks(sample.size, found)
+        else:
+            maps[task] = SegmentMap.of_labels(result.cpu().numpy(), info.num_classes)
+    return page.segments(photo, maps, info.class_names, palette, sample.name, note)
 
 
 def _truth(sample: Sample) -> SegmentMap:

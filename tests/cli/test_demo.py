@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+import typer
+from PIL import Image
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from fastmask.cli import pretrain
+from fastmask.cli.demo import app, race
+from fastmask.cli.pretrain import Batches, distort, make_model
+from fastmask.data import ComposedScenes, SceneDataset
+from fastmask.data.composed.render import MIN_VISIBLE_PIXELS, VOID
+from fastmask.models import MaskFormer
+from fastmask.training import evaluate
+from fastmask.training.benchmark import OWN, REFERENCE
+from tests.helpers.browser import dom, needs_browser, screenshot
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory):
+    """The folder and the output of a short demo."""
+    folder = tmp_path_factory.mktemp("demo")
+    options = ["--race-steps", "3", "--size", "64", "--val-scenes", "4", "--batch-size", "2", "--output", str(folder)]
+    result = CliRunner().invoke(app, options)
+    assert result.exit_code == 0, result.output
+    return folder, result.output
+
+
+def test_the_demo_writes_what_it_says(shown):
+    folder, output = shown
+    assert {path.name for path in folder.iterdir()} == {"index.html", "scenes.png", "race.png"}
+    for said in ("mIoU", "PQ", "4 held-out scenes", "3 training steps", OWN, REFERENCE, "index.html"):
+        assert said in output
+
+
+def test_the_page_needs_no_network(shown):
+    text = (shown[0] / "index.html").read_text(encoding="utf-8")
+    sources = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)|url\(([^)]*)\)|@import""", text)
+    assert sources
+    assert all((source or url).startswith(("data:", "${picture.src}")) for source, url in sources)
+
+
+@needs_browser
+def test_a_browser_shows_the_page(shown, tmp_path):
+    folder, _ = shown
+    seen = dom(folder / "index.html")
+    assert seen.count("<canvas") == 3 * 4  # truth, semantic and panoptic result of each scene
+    assert "mIoU" in seen and REFERENCE in seen and "ankle boot" in seen
+    screenshot(folder / "index.html", tmp_path / "page.png")
+    pixels = np.asarray(Image.open(tmp_path / "page.png").convert("RGB"))
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 1000  # text alone has a few hundred colors at most
+
+
+def test_both_sides_of_the_race_train_the_same_network():
+    laps = race(ComposedScenes("train", 6, (64, 64)), 3, 2, seed=0)
+    assert {len(run) for run in laps.values()} == {3}
+    losses = {name: [lap.loss for lap in run] for name, run in laps.items()}
+    # Later steps differ by more, since rounding may change a matching.
+    assert losses[OWN][0] == pytest.approx(losses[REFERENCE][0], rel=1e-4)
+    assert losses[OWN] == pytest.approx(losses[REFERENCE], rel=0.05)
+    assert all(np.all(np.diff([lap.seconds for lap in run]) > 0) for run in laps.values())
+
+
+def test_the_network_of_the_package_is_good_on_held_out_scenes():
+    network = MaskFormer.from_pretrained(pretrain.MODEL)
+    options = {"panoptic": {"threshold": pretrain.THRESHOLD}}
+    numbers = evaluate(network, SceneDataset("val", 96), options=options, boundary_share=None).numbers
+    assert numbers["mIoU"] > 0.50 and numbers["PQ"] > 0.47, numbers
+
+
+def test_the_network_of_the_package_is_small_enough_to_ship():
+    assert sum(path.stat().st_size for path in pretrain.MODEL.iterdir()) < 8e6
+
+
+def test_a_distorted_scene_keeps_its_truth():
+    scenes = ComposedScenes("train", 20)
+    for k in range(20):
+        scene = distort(scenes[k], 96, 1.0, np.random.default_rng(k))
+        assert scene.image.shape == (3, 96, 96) and scene.segments.shape == (96, 96)
+        assert float(scene.image.min()) >= 0 and float(scene.image.max()) <= 1
+        areas = scene.segments.flatten().long().bincount(minlength=256)
+        assert (areas[: len(scene.labels)] >= MIN_VISIBLE_PIXELS).all()
+        assert areas[len(scene.labels) : VOID].sum() == 0
+        assert set(scene.labels.tolist()) <= set(scenes[k].labels.tolist())
+
+
+def test_batches_depend_on_their_number_alone():
+    images, _ = Batches(2, 3, 1.0)(5, 64)
+    again = Batches(2, 3, 1.0)
+    again(4, 64)
+    torch.testing.assert_close(images, again(5, 64)[0], rtol=0, atol=0)
+    other, _ = Batches(2, 3, 1.0)(6, 64)
+    assert not torch.equal(images, other)
+
+
+def pretraining(tmp_path, name):
+    """A short run of the training script, into a folder of its own."""
+    command = typer.Typer()
+    command.command()(pretrain.main)
+    options = {"naming-steps": 2, "steps": 3, "naming-batch": 2, "batch-size": 2, "every": 1, "val-scenes": 2}
+    options |= {"output": tmp_path / name, "folder": tmp_path / f"{name}-checkpoints"}
+    return CliRunner().invoke(command, [text for key, value in options.items() for text in (f"--{key}", str(value))])
+
+
+def test_pretraining_resumes_where_it_was_interrupted(tmp_path, monkeypatch):
+    whole = pretraining(tmp_path, "whole")
+    assert whole.exit_code == 0, whole.output
+    measure = evaluate
+    calls = []
+
+    def interrupted(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return measure(*arguments, **options)
+
+    monkeypatch.setattr(pretrain, "evaluate", interrupted)
+    assert pretraining(tmp_path, "parts").exit_code != 0
+    assert not (tmp_path / "parts").exists()
+    resumed = pretraining(tmp_path, "parts")
+    assert resumed.exit_code == 0, resumed.output
+    assert len(calls) == 4  # the second step's is interrupted; then the third step's, and that of the saved network
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts")]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_pretraining_writes_a_network_of_the_packages_kind(tmp_path):
+    assert pretraining(tmp_path, "model").exit_code == 0
+    own, shipped = (load_file(folder / "model.safetensors") for folder in (tmp_path / "model", pretrain.MODEL))
+    assert {name: (value.dtype, value.shape) for name, value in own.items()} == {
+        name: (value.dtype, value.shape) for name, value in shipped.items()
+    }
+    assert MaskFormer.from_pretrained(pretrain.MODEL).config == make_model().config
