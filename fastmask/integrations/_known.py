@@ -45,27 +45,27 @@ KNOWN = {
     },
     "transformers.modeling_utils": {"PreTrainedModel": f"{DETR}.LossFunctionModel"},
     "transformers.loss.loss_for_object_detection": {
-        "HungarianMatcher": f"{DETR}.Matcher",
-        "ImageLoss": f"{DETR}.Criterion",
+        "HungarianMatcher": f"{DETR}.BoxMatcher",
+        "ImageLoss": f"{DETR}.BoxCriterion",
     },
     "transformers.loss.loss_deformable_detr": {
         "DeformableDetrHungarianMatcher": f"{DETR}.FocalMatcher",
-        "DeformableDetrImageLoss": f"{DETR}.Criterion",
+        "DeformableDetrImageLoss": f"{DETR}.BoxCriterion",
     },
     "transformers.loss.loss_grounding_dino": {
         "GroundingDinoHungarianMatcher": f"{DETR}.GroundedMatcher",
-        "GroundingDinoImageLoss": f"{DETR}.Criterion",
+        "GroundingDinoImageLoss": f"{DETR}.BoxCriterion",
     },
     "transformers.loss.loss_lw_detr": {
         "LwDetrHungarianMatcher": f"{DETR}.FocalMatcher",
-        "LwDetrImageLoss": f"{DETR}.Criterion",
+        "LwDetrImageLoss": f"{DETR}.BoxCriterion",
     },
     "transformers.loss.loss_rt_detr": {
         "RTDetrHungarianMatcher": f"{DETR}.FocalMatcher",
-        "RTDetrLoss": f"{DETR}.Criterion",
+        "RTDetrLoss": f"{DETR}.BoxCriterion",
     },
-    "transformers.loss.loss_d_fine": {"DFineLoss": f"{DETR}.Criterion"},
-    "transformers.loss.loss_deimv2": {"Deimv2Loss": f"{DETR}.Criterion"},
+    "transformers.loss.loss_d_fine": {"DFineLoss": f"{DETR}.BoxCriterion"},
+    "transformers.loss.loss_deimv2": {"Deimv2Loss": f"{DETR}.BoxCriterion"},
     "transformers.loss.loss_rf_detr": {
         "RfDetrHungarianMatcher": f"{HERE}.transformers.rf_detr.RfDetrMatcher",
         "RfDetrImageLoss": f"{HERE}.transformers.rf_detr.RfDetrCriterion",

@@ -189,7 +189,7 @@ def test_a_network_that_knows_the_truth_scores_one(bench):
     labels = iter([found for _, targets in batches for found in targets.class_map(12)])
     network = SimpleNamespace(
         config=SimpleNamespace(num_classes=13),
-        pixel_mean=torch.zeros(1),
+        device=torch.device("cpu"),
         eval=lambda: None,
         predict=lambda pixels: [next(labels) for _ in pixels],
     )
