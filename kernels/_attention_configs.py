@@ -42,6 +42,12 @@ _HALF = {
     64: MaskedAttentionConfig(queries=128, keys=64, warp_queries=16, num_stages=3),
     128: MaskedAttentionConfig(queries=128, keys=64, warp_queries=16, num_stages=3),
 }
+# float32 products are fused multiply-adds with operands in registers.
+_FLOAT = {
+    32: MaskedAttentionConfig(queries=64, keys=32, warp_queries=8, num_stages=3, registers=255),
+    64: MaskedAttentionConfig(queries=32, keys=32, warp_queries=8),
+    128: MaskedAttentionConfig(queries=32, keys=32, warp_queries=4),
+}
 _DROPOUT = MaskedAttentionConfig(queries=64, keys=32, warp_queries=8, registers=255)
 FORWARD_CONFIGS: Configs = {
     "half": {
@@ -51,13 +57,10 @@ FORWARD_CONFIGS: Configs = {
     },
     # Random numbers take registers, one for each weight in a block.
     "half, dropout": {None: {32: _DROPOUT, 64: _DROPOUT, 128: _DROPOUT}},
-    # float32 products are fused multiply-adds with operands in registers.
+    # For 64 queries Triton 3.6 would use the tensor cores of compute capability 10, which round operands to tf32.
     "float32": {
-        None: {
-            32: MaskedAttentionConfig(queries=64, keys=32, warp_queries=8, num_stages=3, registers=255),
-            64: MaskedAttentionConfig(queries=32, keys=32, warp_queries=8),
-            128: MaskedAttentionConfig(queries=32, keys=32, warp_queries=4),
-        }
+        10: _FLOAT | {32: MaskedAttentionConfig(queries=32, keys=32, warp_queries=8)},
+        None: _FLOAT,
     },
 }
 # Keys as in forward. Products of 64 keys with queries run on warp groups; on other GPUs a warp holds whole operands.

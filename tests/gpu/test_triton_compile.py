@@ -90,6 +90,16 @@ def test_attention_in_float32_fits_every_generation(capability, head_dim, compil
     assert compiling(misfits, [attention], capability, SPILLED) == {}
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "form"), slow_but((32, "masks"), [(16, "masks"), (32, "segments"), (64, "masks"), (128, "masks")])
+)
+def test_attention_in_float32_multiplies_float32(head_dim, form, compiling):
+    """For keys with padding and 64 queries, Triton 3.6 takes the tensor cores of sm_100, which read tf32."""
+    attention = call("masked_attention", (1, 16, 100, 1, 1, *TRAINING[5:]), torch.float32, form, head_dim=head_dim)
+    for kernel, ptx in compiling(assembly, attention, 100):
+        assert "tf32" not in ptx, kernel
+
+
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize(
     ("dtype", "form", "options"),
