@@ -19,6 +19,8 @@ def require_backend(operator: str, backend: str, tensor: Tensor) -> None:
     """Raises Unavailable, with fastmask's own reason, where ``backend`` cannot run ``operator`` on such a tensor."""
     if (reason := unavailable_reason(OPERATORS[operator], backend, tensor)) is not None:
         raise Unavailable(reason)
+    if backend == "triton" and tensor.device.type == "cpu":
+        raise Unavailable("Triton's interpreter has no speed worth measuring")
 
 
 def compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:

@@ -66,16 +66,12 @@ def make_model() -> MaskFormer:
 class SegmentNamer(nn.Module):
     """The backbone and the pixel decoder of a MaskFormer, with a classifier of segments at each level."""
 
-    pixel_mean: Tensor
-    pixel_std: Tensor
-
     def __init__(self, model: MaskFormer) -> None:
         super().__init__()
         self.backbone, self.pixel_decoder, self.channels = model.backbone, model.pixel_decoder, model.channels
+        self.preprocessor = model.preprocessor
         dim = model.config.pixel_decoder_dim
         self.heads = nn.ModuleList(nn.Linear(dim, len(CLASS_NAMES)) for _ in model.channels)
-        self.register_buffer("pixel_mean", model.preprocessor.mean)
-        self.register_buffer("pixel_std", model.preprocessor.std)
 
     def forward(self, images: Tensor, targets: Targets) -> dict[str, Tensor]:
         """The cross-entropy of the classes of all segments at each level: "loss_ce_0", "loss_ce_1", ..."""
@@ -86,7 +82,8 @@ class SegmentNamer(nn.Module):
 
     def logits(self, images: Tensor, targets: Targets) -> list[Tensor]:
         """``(B, M, K)`` of each level, from coarse to fine."""
-        features = feature_maps(self.backbone, (images - self.pixel_mean) / self.pixel_std, self.channels)
+        pixels = self.preprocessor.normalize(self.preprocessor(images))
+        features = feature_maps(self.backbone, pixels, self.channels)
         levels, _ = self.pixel_decoder.pyramid(features)
         masks = targets.dense_masks().float()
         logits = []
