@@ -240,7 +240,7 @@ def check_labels(name: str, labels: Tensor, num_classes: int) -> None:
         raise ValueError(f"{name} holds {labels[wrong][0]}; expected 0..{num_classes - 1} (num_classes={num_classes})")
 
 
-def index_pairs(assignment: Tensor, counts: Sequence[int], num_queries: int) -> Pairs:
+def device_pairs(assignment: Tensor, counts: Sequence[int], num_queries: int) -> Pairs:
     """The assignment ``(B, M)`` as (queries, targets) of each image, int64 on its device, by ascending query.
 
     The host does not wait for the device: ``min(counts[b], num_queries)`` targets of image b are matched.

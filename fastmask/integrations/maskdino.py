@@ -15,7 +15,7 @@ from fastmask.integrations._boxes import box_costs, focal_costs
 from fastmask.integrations._foreign_targets import (
     Pairs,
     TargetList,
-    index_pairs,
+    device_pairs,
     mask_term,
     matched_masks,
     onto_void,
@@ -75,7 +75,7 @@ class MaskDinoMatcher(Replacement, nn.Module):
                 term=term,
             )
         counts = [len(target["labels"]) for target in targets]
-        return index_pairs(assign(total, padded.counts), counts, logits.shape[1])
+        return device_pairs(assign(total, padded.counts), counts, logits.shape[1])
 
     def memory_efficient_forward(
         self, outputs: Mapping[str, Any], targets: TargetList, cost: Sequence[str] = ALL_COSTS

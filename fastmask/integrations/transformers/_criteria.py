@@ -14,7 +14,7 @@ from fastmask.integrations._foreign_targets import (
     Pairs,
     Size,
     average_num_masks,
-    index_pairs,
+    device_pairs,
     mask_term,
     matched_masks,
     pair_losses,
@@ -59,7 +59,7 @@ class MaskMatcher(Replacement, nn.Module):
         predictions = Predictions(class_queries_logits[None], masks_queries_logits[None])
         targets = make_targets(self, mask_labels, class_labels, class_queries_logits)
         assignment = self.match(predictions, targets, sizes_of(mask_labels))[0]
-        return index_pairs(assignment, [len(labels) for labels in class_labels], class_queries_logits.shape[1])
+        return device_pairs(assignment, [len(labels) for labels in class_labels], class_queries_logits.shape[1])
 
 
 class MaskCriterion(Replacement, nn.Module):

@@ -22,7 +22,7 @@ from fastmask.integrations._foreign_targets import (
     Pairs,
     TargetList,
     check_labels,
-    index_pairs,
+    device_pairs,
     mask_term,
     matched_masks,
     pair_losses,
@@ -64,7 +64,7 @@ class BoxMatcher(Replacement, nn.Module):
         groups = cost[:, :, : size * num_groups].unflatten(2, (num_groups, size))  # [L, B, G, N/G, M]
         present = pad_sequence([torch.ones_like(target["class_labels"]) for target in targets], batch_first=True)
         assignment = assign(groups, present.sum(1, keepdim=True).to(cost.device))
-        flat = index_pairs(
+        flat = device_pairs(
             assignment.flatten(0, 2), [count for count in counts for _ in range(num_groups)] * num_layers, size
         )
         pairs = []
