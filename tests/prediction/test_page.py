@@ -17,9 +17,10 @@ PALETTE = ((250, 0, 0), (0, 250, 0), (0, 0, 250))
 # Points at the middle of the first map when it is drawn, and writes its first pixel into the document.
 POINT = """<script>
 const timer = setInterval(() => {
-  const canvas = document.querySelector("canvas");
-  if (!canvas.drawing?.ids) return;
+  const canvases = [...document.querySelectorAll("canvas")];
+  if (!canvases.every(({ drawing }) => drawing?.ids)) return;
   clearInterval(timer);
+  const canvas = canvases[0];
   const box = canvas.getBoundingClientRect();
   const place = { clientX: box.left + box.width / 2, clientY: box.top + box.height / 2, bubbles: true };
   canvas.dispatchEvent(new PointerEvent("pointermove", place));
@@ -126,7 +127,7 @@ def test_an_interruption_leaves_the_earlier_page(tmp_path):
 def test_a_browser_draws_segments_and_names_them_under_the_pointer(tmp_path):
     figure = page.segments(Image.new("RGB", (80, 60)), two_maps(), NAMES, PALETTE, "a picture")
     write(tmp_path / "page.html", [page.mask_slider(), figure, POINT])
-    seen = dom(tmp_path / "page.html")
+    seen = dom(tmp_path / "page.html", until="document.body.dataset.pixel")
     assert re.findall(r"<output[^>]*>(.*?)</output>", seen) == ["&lt;b&gt;car&lt;/b&gt;", "&lt;b&gt;car&lt;/b&gt; 0.75"]
     # The sky fades while the pointer is over the car.
     red, green, blue, alpha = map(int, re.search(r'data-pixel="(.*?)"', seen).group(1).split(","))
