@@ -207,7 +207,13 @@ class PixelDecoderModel(PretrainedModel):
         self.preprocessor = ImagePreprocessor(config.pixel_mean, config.pixel_std, config.size_divisibility)
         self.backbone = backbone
         self.channels = channels_of(backbone, backbone_channels)
-        self.pixel_decoder = PixelDecoder(
+        self.pixel_decoder = self._make_pixel_decoder()
+        self._build_head()
+
+    def _make_pixel_decoder(self) -> nn.Module:
+        """The pixel decoder; ``config`` and ``channels`` are set."""
+        config = self.config
+        return PixelDecoder(
             self.channels,
             config.pixel_decoder_dim,
             config.mask_dim,
@@ -216,7 +222,6 @@ class PixelDecoderModel(PretrainedModel):
             feedforward_dim=config.feedforward_dim,
             dropout=config.dropout,
         )
-        self._build_head()
 
     def _build_head(self) -> None:
         """Adds the modules after the pixel decoder; ``config`` and ``channels`` are set."""
