@@ -3,6 +3,7 @@
 from fastmask.functional import (
     assign,
     class_loss,
+    deformable_attention,
     general_inference,
     instance_inference,
     linear_sum_assignment,
@@ -49,6 +50,7 @@ __all__ = [
     "__version__",
     "assign",
     "class_loss",
+    "deformable_attention",
     "general_inference",
     "instance_inference",
     "linear_sum_assignment",

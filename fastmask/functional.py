@@ -6,6 +6,7 @@
 from fastmask.ops._show_config import show_config
 from fastmask.ops.assign import assign
 from fastmask.ops.class_loss import class_loss
+from fastmask.ops.deformable_attention import deformable_attention
 from fastmask.ops.embeddings import mask_products, matched_mask_logits
 from fastmask.ops.general import general_inference
 from fastmask.ops.instance import instance_inference
@@ -24,6 +25,7 @@ __all__ = [
     "SemanticView",
     "assign",
     "class_loss",
+    "deformable_attention",
     "general_inference",
     "instance_inference",
     "linear_sum_assignment",

@@ -3,6 +3,7 @@
 from fastmask.reference.assign import assign
 from fastmask.reference.attention import masked_attention
 from fastmask.reference.class_loss import class_loss
+from fastmask.reference.deformable_attention import deformable_attention, gathered_deformable_attention
 from fastmask.reference.general import general_inference
 from fastmask.reference.instance import INSTANCE_RULES, instance_inference
 from fastmask.reference.mask_cost import mask_cost
@@ -18,6 +19,8 @@ __all__ = [
     "PanopticRule",
     "assign",
     "class_loss",
+    "deformable_attention",
+    "gathered_deformable_attention",
     "general_inference",
     "instance_inference",
     "label_dtype",
