@@ -18,6 +18,8 @@ from fastmask.functional import (
 from fastmask.integrations import patch, unpatch
 from fastmask.mask_term import MaskTerm
 from fastmask.models import (
+    Mask2Former,
+    Mask2FormerConfig,
     MaskFormer,
     MaskFormerConfig,
     PerPixelBaseline,
@@ -27,17 +29,27 @@ from fastmask.models import (
     SoundEventConfig,
     SoundEventDetector,
 )
-from fastmask.modules import FixedMatcher, HungarianMatcher, MaskedCrossAttention, PointSampling, SetCriterion
+from fastmask.modules import (
+    FixedMatcher,
+    HungarianMatcher,
+    MaskedCrossAttention,
+    MultiScaleDeformableAttention,
+    PointSampling,
+    SetCriterion,
+)
 from fastmask.targets import Targets
 from fastmask.version import __version__
 
 __all__ = [
     "FixedMatcher",
     "HungarianMatcher",
+    "Mask2Former",
+    "Mask2FormerConfig",
     "MaskFormer",
     "MaskFormerConfig",
     "MaskTerm",
     "MaskedCrossAttention",
+    "MultiScaleDeformableAttention",
     "PerPixelBaseline",
     "PerPixelBaselineConfig",
     "PointSampling",

@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from fastmask.models import maskformer, per_pixel, segmenter, sound
+from fastmask.models import mask2former, maskformer, per_pixel, segmenter, sound
 from fastmask.models._base import PretrainedModel
 from fastmask.models._configuration import ModelConfig, read_config
+from fastmask.models.mask2former import Mask2Former
 from fastmask.models.maskformer import MaskFormer
 from fastmask.models.per_pixel import PerPixelBaseline
 from fastmask.models.segmenter import Segmenter
@@ -20,7 +21,8 @@ from fastmask.models.sound import SoundEventDetector
 from fastmask.models.weight_files import CONFIG_FILE, WEIGHTS_FILE, listed
 
 MODELS: dict[str, type[PretrainedModel]] = {
-    model.config_class.model_type: model for model in (MaskFormer, Segmenter, PerPixelBaseline, SoundEventDetector)
+    model.config_class.model_type: model
+    for model in (MaskFormer, Mask2Former, Segmenter, PerPixelBaseline, SoundEventDetector)
 }
 # The subfolders of a training run that hold a network, the preferred one first.
 SAVED_IN_RUN = ("best", "model")
@@ -29,6 +31,7 @@ LARGEST_BYTE = 255
 # The presets of each family. A name in several families gets the family's name as a prefix.
 FAMILIES = {
     DEFAULT_FAMILY: (MaskFormer, maskformer.PRESETS),
+    "mask2former": (Mask2Former, mask2former.PRESETS),
     "segmenter": (Segmenter, segmenter.PRESETS),
     "per-pixel": (PerPixelBaseline, per_pixel.PRESETS),
     "sound": (SoundEventDetector, sound.PRESETS),

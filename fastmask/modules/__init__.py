@@ -2,6 +2,8 @@
 
 from fastmask.modules.attention import MaskedCrossAttention
 from fastmask.modules.criterion import LayerLosses, SetCriterion
+from fastmask.modules.deformable_attention import MultiScaleDeformableAttention
+from fastmask.modules.deformable_pixel_decoder import DeformablePixelDecoder
 from fastmask.modules.masked_predictor import MaskedTransformerPredictor
 from fastmask.modules.matcher import FixedMatcher, HungarianMatcher, Matcher
 from fastmask.modules.mlp import MLP
@@ -14,12 +16,14 @@ from fastmask.modules.transformer import TransformerDecoder, TransformerEncoder
 
 __all__ = [
     "MLP",
+    "DeformablePixelDecoder",
     "FixedMatcher",
     "HungarianMatcher",
     "LayerLosses",
     "MaskedCrossAttention",
     "MaskedTransformerPredictor",
     "Matcher",
+    "MultiScaleDeformableAttention",
     "PixelDecoder",
     "PointSampling",
     "Predictions",

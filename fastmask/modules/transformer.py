@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -15,28 +15,23 @@ class PostNormLayer(nn.Module):
 
     Args:
         dim: channels of the tokens.
-        num_heads: attention heads; divides ``dim``.
         feedforward_dim: hidden channels of the MLP.
-        dropout: dropout probability after each block, inside the MLP and on attention weights.
+        dropout: dropout probability after each block and inside the MLP.
+        attentions: the attentions by name, in order.
     """
 
-    # The names of the attentions, in order: "self_attn" is self-attention, any other name cross-attention.
-    attentions: ClassVar[tuple[str, ...]]
     norm1: nn.LayerNorm
     norm2: nn.LayerNorm
     norm3: nn.LayerNorm
-    self_attn: nn.MultiheadAttention
+    self_attn: nn.Module
 
-    def __init__(self, dim: int, num_heads: int, feedforward_dim: int, dropout: float = 0.0) -> None:
+    def __init__(self, dim: int, feedforward_dim: int, dropout: float, **attentions: nn.Module) -> None:
         super().__init__()
-        for name in self.attentions:
-            if name == "self_attn":
-                self.self_attn = nn.MultiheadAttention(dim, num_heads, dropout, batch_first=True)
-            else:
-                self.add_module(name, MaskedCrossAttention(dim, num_heads, dropout))
+        for name, attention in attentions.items():
+            self.add_module(name, attention)
         self.linear1 = nn.Linear(dim, feedforward_dim)
         self.linear2 = nn.Linear(feedforward_dim, dim)
-        for i in range(len(self.attentions) + 1):
+        for i in range(len(attentions) + 1):
             self.add_module(f"norm{i + 1}", nn.LayerNorm(dim))
         self.dropout = nn.Dropout(dropout)
 
@@ -58,10 +53,23 @@ class PostNormLayer(nn.Module):
         return norm(tokens + self.dropout(update))
 
 
-class TransformerEncoderLayer(PostNormLayer):
-    """Self-attention and an MLP; see :class:`PostNormLayer` for the arguments."""
+def self_attention(dim: int, num_heads: int, dropout: float) -> nn.Module:
+    """The self-attention of the layers below; ``dropout`` is also that of its weights."""
+    return nn.MultiheadAttention(dim, num_heads, dropout, batch_first=True)
 
-    attentions = ("self_attn",)
+
+class TransformerEncoderLayer(PostNormLayer):
+    """Self-attention and an MLP.
+
+    Args:
+        dim: channels of the tokens.
+        num_heads: attention heads; divides ``dim``.
+        feedforward_dim: hidden channels of the MLP.
+        dropout: dropout probability after each block, inside the MLP and on attention weights.
+    """
+
+    def __init__(self, dim: int, num_heads: int, feedforward_dim: int, dropout: float = 0.0) -> None:
+        super().__init__(dim, feedforward_dim, dropout, self_attn=self_attention(dim, num_heads, dropout))
 
     def forward(self, tokens: Tensor, position: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """``tokens (B, S, dim)`` to the same shape.
@@ -75,11 +83,17 @@ class TransformerEncoderLayer(PostNormLayer):
 
 
 class TransformerDecoderLayer(PostNormLayer):
-    """Self-attention among the queries, cross-attention to the image, and an MLP; see :class:`PostNormLayer` for
-    the arguments."""
+    """Self-attention among the queries, cross-attention to the image, and an MLP; see
+    :class:`TransformerEncoderLayer` for the arguments."""
 
-    attentions = ("self_attn", "multihead_attn")
     multihead_attn: MaskedCrossAttention
+
+    def __init__(self, dim: int, num_heads: int, feedforward_dim: int, dropout: float = 0.0) -> None:
+        attentions = {
+            "self_attn": self_attention(dim, num_heads, dropout),
+            "multihead_attn": MaskedCrossAttention(dim, num_heads, dropout),
+        }
+        super().__init__(dim, feedforward_dim, dropout, **attentions)
 
     def forward(
         self, queries: Tensor, query_position: Tensor, keys: Tensor, values: Tensor, padding_mask: Tensor | None = None
@@ -100,10 +114,16 @@ class TransformerDecoderLayer(PostNormLayer):
 
 class MaskedDecoderLayer(PostNormLayer):
     """Masked cross-attention to the image, self-attention among the queries, and an MLP (Mask2Former,
-    arXiv:2112.01527, section 3.2); see :class:`PostNormLayer` for the arguments."""
+    arXiv:2112.01527, section 3.2); see :class:`TransformerEncoderLayer` for the arguments."""
 
-    attentions = ("cross_attn", "self_attn")
     cross_attn: MaskedCrossAttention
+
+    def __init__(self, dim: int, num_heads: int, feedforward_dim: int, dropout: float = 0.0) -> None:
+        attentions = {
+            "cross_attn": MaskedCrossAttention(dim, num_heads, dropout),
+            "self_attn": self_attention(dim, num_heads, dropout),
+        }
+        super().__init__(dim, feedforward_dim, dropout, **attentions)
 
     def forward(
         self,
@@ -131,7 +151,12 @@ class MaskedDecoderLayer(PostNormLayer):
 
 
 def layer_stack(
-    kind: type[PostNormLayer], num_layers: int, dim: int, num_heads: int, feedforward_dim: int, dropout: float
+    kind: Callable[[int, int, int, float], PostNormLayer],
+    num_layers: int,
+    dim: int,
+    num_heads: int,
+    feedforward_dim: int,
+    dropout: float,
 ) -> nn.ModuleList:
     """Layers with weight matrices initialized as in DETR; biases and norms keep PyTorch's initial values."""
     layers = nn.ModuleList(kind(dim, num_heads, feedforward_dim, dropout) for _ in range(num_layers))

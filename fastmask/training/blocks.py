@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from torch import nn
 
 from fastmask.models.efficientnet import InvertedResidual
-from fastmask.modules.masked_predictor import MaskedDecoderLayer
-from fastmask.modules.transformer import TransformerDecoderLayer, TransformerEncoderLayer
+from fastmask.modules.transformer import PostNormLayer
 from fastmask.modules.vit import Block
 
-LAYERS = (TransformerEncoderLayer, TransformerDecoderLayer, MaskedDecoderLayer, Block, InvertedResidual)
+LAYERS = (PostNormLayer, Block, InvertedResidual)
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmask.models import MaskFormer, PerPixelBaseline, Segmenter, SoundEventDetector
+from fastmask.models import Mask2Former, MaskFormer, PerPixelBaseline, Segmenter, SoundEventDetector
 from fastmask.targets import Targets
 
 CLASSES = 4
@@ -100,7 +100,7 @@ class Family:
             events = [{"labels": [1, 3], "onsets": [0.1, 0.3], "offsets": [0.2, 0.6]}, {"labels": [2]}]
             return torch.randn(2, 12_800), events
         sizes = [(64, 96), (50, 40)]
-        targets = mask_targets(sizes, [3, 1]) if self.kind is MaskFormer else class_maps(sizes)
+        targets = mask_targets(sizes, [3, 1]) if self.kind in (MaskFormer, Mask2Former) else class_maps(sizes)
         return [torch.rand(3, *size) for size in sizes], targets
 
     def batch(self) -> tuple[Tensor, Any]:
@@ -118,6 +118,13 @@ FAMILIES = {
     "maskformer": Family(
         MaskFormer,
         {"num_queries": 6, **SMALL},
+        "predictor.class_embed.bias, predictor.class_embed.weight",
+        BACKBONE,
+        "mask_logits",
+    ),
+    "mask2former": Family(
+        Mask2Former,
+        {"num_queries": 6, "num_points": 64, "encoder_feedforward_dim": 32, **SMALL},
         "predictor.class_embed.bias, predictor.class_embed.weight",
         BACKBONE,
         "mask_logits",

@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from fastmask.models import MaskFormer, PerPixelBaseline, Segmenter, SoundEventDetector, load_model, make_model
+from fastmask.models import (
+    Mask2Former,
+    MaskFormer,
+    PerPixelBaseline,
+    Segmenter,
+    SoundEventDetector,
+    load_model,
+    make_model,
+)
 from fastmask.models._registry import (
     MODELS,
     config_from_dict,
@@ -23,6 +31,7 @@ from fastmask.models._registry import (
 
 TINY = {
     "maskformer-tiny": MaskFormer,
+    "mask2former-tiny": Mask2Former,
     "segmenter-tiny": Segmenter,
     "per-pixel-tiny": PerPixelBaseline,
     "sound-tiny": SoundEventDetector,
@@ -34,8 +43,8 @@ def test_each_preset_has_a_configuration_that_comes_back(name):
     config = make_config(name, 5)
     assert config.num_classes == 5
     assert config_from_dict(json.loads(json.dumps(model_to_dict(config)))) == config
-    family = {"maskformer": MaskFormer, "seg": Segmenter, "segmenter": Segmenter, "sound": SoundEventDetector}
-    assert MODELS[config.model_type] is family.get(name.partition("-")[0], PerPixelBaseline)
+    family = TINY | {"seg-tiny": Segmenter}
+    assert MODELS[config.model_type] is family.get(f"{name.partition('-')[0]}-tiny", PerPixelBaseline)
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -43,7 +52,7 @@ def test_each_family_is_saved_and_found_again(name, tmp_path):
     torch.manual_seed(0)
     model = make_model(name, class_names=["sky", "cat"], stuff_classes=[0])
     assert type(model) is TINY[name] and model.config.class_names == ("sky", "cat")
-    if name == "maskformer-tiny":
+    if "former" in name:
         assert model.config.stuff_classes == (0,)
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["type"] == TINY[name].__name__
