@@ -81,8 +81,8 @@ class Mask2Former(MaskClassificationModel, PixelDecoderModel):
     where their own masks are foreground, and losses at random points.
 
     Call ``Mask2Former(config)``, or ``Mask2Former(num_classes=150, backbone="swin-tiny", ...)`` with the fields of
-    :class:`Mask2FormerConfig` as keywords; the other arguments and the errors are those of :class:`fastmask.MaskFormer`.
-    The backbone must give at least two maps.
+    :class:`Mask2FormerConfig` as keywords; the other arguments and the errors are those of
+    :class:`fastmask.MaskFormer`. The backbone must give at least two maps.
     """
 
     config_class = Mask2FormerConfig

@@ -106,11 +106,10 @@ class MultiScaleDeformableAttention(nn.Module):
         """
         if len(spatial_shapes) != self.num_levels:
             raise ValueError(f"spatial_shapes has {len(spatial_shapes)} levels; expected num_levels={self.num_levels}")
-        for name, tensor in (("query", query), ("value", value)):
+        for name, letter, tensor in (("query", "Q", query), ("value", "S", value)):
             if tensor.dim() != 3 or tensor.shape[-1] != self.embed_dim:
                 raise ValueError(
-                    f"{name} has shape {tuple(tensor.shape)}; expected three dimensions, the last of "
-                    f"them embed_dim={self.embed_dim}"
+                    f"{name} has shape {tuple(tensor.shape)}; expected (B, {letter}, embed_dim={self.embed_dim})"
                 )
         attended, _ = projected_deformable_attention(
             self,

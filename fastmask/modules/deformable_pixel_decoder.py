@@ -174,19 +174,19 @@ def reference_points(sizes: Sequence[tuple[int, int]], padding_masks: Sequence[T
     Returns:
         ``(B, S, L, 2)``, S pixels in all; ``(1, S, 1, 2)`` without padding.
     """
-    options = {"dtype": torch.promote_types(like.dtype, torch.float32), "device": like.device}
+    dtype = torch.promote_types(like.dtype, torch.float32)
     centers = []
     for height, width in sizes:
-        y, x = ((torch.arange(side, **options) + 0.5) / side for side in (height, width))
+        y, x = ((torch.arange(side, dtype=dtype, device=like.device) + 0.5) / side for side in (height, width))
         centers.append(torch.stack((x.expand(height, -1), y[:, None].expand(-1, width)), -1).flatten(0, 1))
     if not padding_masks:
         return torch.cat(centers)[None, :, None]
-    ratios = [
-        torch.stack(((~mask[:, 0]).sum(1) / mask.shape[2], (~mask[:, :, 0]).sum(1) / mask.shape[1]), -1)
-        for mask in padding_masks
-    ]
-    shares = [center / ratio[:, None] for center, ratio in zip(centers, ratios, strict=True)]
-    return torch.cat(shares, 1)[:, :, None] * torch.stack(ratios, 1)[:, None]
+    shares = []  # of the image in each level, as (x, y), by its first row and column
+    for mask, (height, width) in zip(padding_masks, sizes, strict=True):
+        counts = [(~edge).sum(1, dtype=dtype) for edge in (mask[:, 0], mask[:, :, 0])]
+        shares.append(torch.stack((counts[0] / width, counts[1] / height), -1))
+    positions = [center / share[:, None] for center, share in zip(centers, shares, strict=True)]
+    return torch.cat(positions, 1)[:, :, None] * torch.stack(shares, 1)[:, None]
 
 
 def _projection(input_dim: int, output_dim: int) -> nn.Module:

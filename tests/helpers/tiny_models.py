@@ -36,6 +36,14 @@ class Convolutions(nn.Module):
         return self.output(maps[1:])
 
 
+def randomize(module: nn.Module, generator: torch.Generator) -> nn.Module:
+    """``module`` with weights that are all random."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
+    return module
+
+
 def learn(model: nn.Module, inputs: Any, targets: Any, steps: int, learning_rate: float = 1e-3) -> list[float]:
     """Trains a model on one batch; its total loss at each step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)

@@ -104,7 +104,7 @@ def test_wrong_names_and_fields_are_listed():
         make_model("tiny")
     with pytest.raises(ValueError, match="class_names is 1 names; expected 2"):
         make_model("tiny", 2, class_names=["a"])
-    with pytest.raises(ValueError, match="type is 'Yolo'; expected one of MaskFormer, Segmenter"):
+    with pytest.raises(ValueError, match="type is 'Yolo'; expected one of MaskFormer, Mask2Former"):
         config_from_dict({"type": "Yolo"})
     with pytest.raises(ValueError, match="type is 'Segmenter'; expected 'MaskFormer'"):
         MaskFormer.config_class.from_dict({"type": "Segmenter", "num_classes": 2})

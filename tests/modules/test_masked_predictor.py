@@ -16,16 +16,11 @@ from fastmask import MaskedCrossAttention, MaskFormer, MaskFormerConfig
 from fastmask.functional import mask_products
 from fastmask.modules.masked_predictor import MaskedDecoderLayer, MaskedTransformerPredictor
 from fastmask.testing import assert_within_budget
+from tests.helpers.tiny_models import randomize
 
 BATCH, QUERIES, DIM, HEADS, HIDDEN, CLASSES, MASK_DIM = 2, 7, 16, 4, 24, 5, 12
 GRIDS = ((3, 4), (5, 7), (10, 14))
 PIXELS = (20, 28)
-
-
-def randomize(module, generator):
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
 
 
 def random_memory(grid, generator, *, queries=QUERIES):
