@@ -11,7 +11,14 @@ from fastmask.integrations._replacement import Found, Replacement, is_patched
 
 HERE = "fastmask.integrations"
 CRITERIA, DETR = f"{HERE}.transformers._criteria", f"{HERE}.transformers.detr"
+DEFORMABLE = f"{HERE}.transformers.deformable_attention"
 MASKFORMER, MASK2FORMER = f"{HERE}.transformers.maskformer", f"{HERE}.transformers.mask2former"
+
+# The models of transformers with the deformable attention of Deformable DETR, each in a class of its own.
+DEFORMABLE_DETRS = (
+    "deformable_detr grounding_dino lw_detr mm_grounding_dino omdet_turbo pp_doclayout_v2 pp_doclayout_v3 "
+    "pp_doclayout_v4 rf_detr rt_detr"
+).split()
 
 # The module of each class, its name, and the replacement of it and of its subclasses. Nothing is imported before a
 # model of the class is handed in. Where a class and its base are both here, the class decides.
@@ -26,10 +33,12 @@ KNOWN = {
         "Mask2FormerLoss": f"{CRITERIA}.PointLoss",
         "Mask2FormerMaskedAttentionDecoder": f"{MASK2FORMER}.Mask2FormerMaskedAttentionDecoder",
         "Mask2FormerForUniversalSegmentation": f"{MASK2FORMER}.Mask2FormerForUniversalSegmentation",
+        "Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention": f"{DEFORMABLE}.EncoderAttention",
     },
     "transformers.models.oneformer.modeling_oneformer": {
         "OneFormerHungarianMatcher": f"{CRITERIA}.PointMatcher",
         "OneFormerLoss": f"{HERE}.transformers.oneformer.OneFormerLoss",
+        "OneFormerPixelDecoderEncoderMultiscaleDeformableAttention": f"{DEFORMABLE}.EncoderAttention",
     },
     "transformers.models.eomt.modeling_eomt": {
         "EomtHungarianMatcher": f"{CRITERIA}.PointMatcher",
@@ -42,6 +51,12 @@ KNOWN = {
     "transformers.models.videomt.modeling_videomt": {
         "VideomtHungarianMatcher": f"{CRITERIA}.PointMatcher",
         "VideomtLoss": f"{CRITERIA}.PointLoss",
+    },
+    **{
+        f"transformers.models.{name}.modeling_{name}": {
+            "MultiScaleDeformableAttention": f"{DEFORMABLE}.MultiScaleDeformableAttention"
+        }
+        for name in DEFORMABLE_DETRS
     },
     "transformers.modeling_utils": {"PreTrainedModel": f"{DETR}.LossFunctionModel"},
     "transformers.loss.loss_for_object_detection": {

@@ -18,8 +18,8 @@ logger = logging.getLogger("fastmask")
 
 KNOWN = (
     "transformers' MaskFormer, Mask2Former, OneFormer, EoMT, EoMT-DINOv3, VidEoMT, RF-DETR and the other models of the "
-    "DETR family, their matchers and losses and subclasses of these, and modules that look like the original "
-    "repositories' HungarianMatcher and SetCriterion of MaskFormer, Mask2Former and MaskDINO"
+    "DETR family, their matchers, losses and deformable attention and subclasses of these, and modules that look like "
+    "the original repositories' HungarianMatcher and SetCriterion of MaskFormer, Mask2Former and MaskDINO"
 )
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -32,8 +32,12 @@ def patch(model: Model, *, fix: bool = False, ignore_void: bool = False) -> Mode
 
     - transformers' MaskFormerForInstanceSegmentation: matcher and loss, all decoder layers in one call; only the
       matched queries' masks are carried backward;
-    - transformers' Mask2FormerForUniversalSegmentation: matcher, point-sampled loss and masked attention;
+    - transformers' Mask2FormerForUniversalSegmentation: matcher, point-sampled loss, masked attention and multi-scale
+      deformable attention;
     - transformers' OneFormer-, Eomt-, EomtDinov3- and VideomtForUniversalSegmentation: matcher and point-sampled loss;
+      of OneFormer also deformable attention;
+    - the multi-scale deformable attention of transformers' Deformable DETR, RT-DETR, Grounding DINO, MM Grounding DINO,
+      LW-DETR, RF-DETR, OmDet-Turbo and PP-DocLayout (V2 to V4);
     - transformers' DETR family, whose models have a loss function: one assignment on the device for all layers and
       groups of queries, and the mask losses of DetrForSegmentation, ConditionalDetrForSegmentation and
       RfDetrForInstanceSegmentation (of the last also the mask costs);

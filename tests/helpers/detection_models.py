@@ -10,6 +10,8 @@ import transformers
 from torch import nn
 from transformers import ResNetConfig
 
+from tests.helpers.foreign_models import off_the_pixels
+
 NUM_CLASSES, NUM_QUERIES, SIZE = 5, 9, 64
 LABELS = {"num_labels": NUM_CLASSES, "num_queries": NUM_QUERIES, "auxiliary_loss": True}
 # Grounding DINO's text: BERT's start and end, and a full stop, 1012, after each class.
@@ -158,7 +160,7 @@ def tiny_detector(name: str) -> nn.Module:
             nn.init.normal_(weight, std=10.0)
         if key.endswith("class_labels_classifier.weight"):
             nn.init.normal_(weight)  # not so large that softmax gives many queries the same 0 or 1
-    return model.train()
+    return off_the_pixels(model).train()
 
 
 def random_labels(seed: int, counts: tuple[int, ...] = (4, 2), text: bool = False) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from unittest import mock
 
 import torch
 import transformers
@@ -49,6 +50,15 @@ def with_distinct_queries(model: nn.Module) -> nn.Module:
     return model
 
 
+def off_the_pixels(model: nn.Module) -> nn.Module:
+    """``model`` whose deformable attention samples between pixels. It begins at their centers, where rounding decides
+    which of two sides the derivative is taken from."""
+    for name, weight in model.named_parameters():
+        if "sampling_offsets" in name:
+            nn.init.normal_(weight, std=1.0 if weight.dim() == 1 else 0.02)
+    return model
+
+
 # What the configurations of several families share.
 COMMON = {"num_labels": NUM_CLASSES, "num_queries": NUM_QUERIES, "train_num_points": NUM_POINTS}
 DECODER = {"encoder_feedforward_dim": 32, "encoder_layers": 1, "num_attention_heads": 4, "dim_feedforward": 32}
@@ -81,7 +91,7 @@ def tiny_mask2former(backbone: str = "swin", **options: object) -> nn.Module:
     for name, weight in model.named_parameters():
         if "mask_embedder" in name and weight.dim() == 2:
             nn.init.normal_(weight, std=0.3)
-    return model
+    return off_the_pixels(model)
 
 
 def tiny_oneformer() -> nn.Module:
@@ -92,7 +102,7 @@ def tiny_oneformer() -> nn.Module:
     text = {f"text_encoder_{name}": value for name, value in text.items()}
     options = {"is_training": True, "dropout": 0.0, "backbone_config": tiny_backbone("swin")}
     config = OneFormerConfig(**COMMON, **DECODER, **sizes, **text, **options)
-    return with_distinct_queries(OneFormerForUniversalSegmentation(config)).train()
+    return off_the_pixels(with_distinct_queries(OneFormerForUniversalSegmentation(config))).train()
 
 
 EOMT = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "num_blocks": 2, "patch_size": 16}
@@ -142,14 +152,22 @@ def train_step(model: nn.Module, batch: dict, **options: object) -> tuple[object
 
 
 def exact_step(model: nn.Module, batch: dict, **options: object) -> tuple[object, dict[str, Tensor]]:
-    """``train_step`` in float64, of a copy of the model as transformers wrote it."""
-    doubled = {
-        name: value.double()
-        if isinstance(value, Tensor)
-        else [x.double() if x.is_floating_point() else x for x in value]
+    """``train_step`` in float64, of a copy of the model as transformers wrote it, at the same random points; what it
+    casts to float32 stays float64."""
+
+    def doubled(value: Tensor) -> Tensor:
+        return value.double() if value.is_floating_point() else value
+
+    batch = {
+        name: doubled(value) if isinstance(value, Tensor) else [doubled(x) for x in value]
         for name, value in batch.items()
     }
-    return train_step(fastmask.unpatch(copy.deepcopy(model)).double(), doubled, **options)
+    rand = torch.rand
+    with (
+        mock.patch.object(torch, "rand", lambda *sizes, **options: rand(*sizes, **options).double()),
+        mock.patch.object(Tensor, "float", Tensor.double),
+    ):
+        return train_step(fastmask.unpatch(copy.deepcopy(model)).double(), batch, **options)
 
 
 def assert_same_step(actual: tuple, expected: tuple, exact: tuple) -> None:

@@ -21,6 +21,7 @@ from tests.helpers.foreign_models import (
     NUM_QUERIES,
     SIZE,
     VOCABULARY,
+    exact_step,
     random_batch,
     tiny_eomt,
     tiny_eomt_dinov3,
@@ -29,6 +30,7 @@ from tests.helpers.foreign_models import (
     tiny_videomt,
     train_step,
 )
+from tests.helpers.foreign_models import assert_same_step as assert_step_within_budget
 
 MODELS = {
     "mask2former": tiny_mask2former,
@@ -69,8 +71,8 @@ def assert_same_step(actual, expected):
 @pytest.mark.parametrize("batch", BATCHES)
 def test_losses_and_gradients_stay(name, batch):
     model, batch = MODELS[name](), batch_for(name, 1, **BATCHES[batch])
-    expected = train_step(model, batch)
-    assert_same_step(train_step(fastmask.patch(model), batch), expected)
+    expected, exact = train_step(model, batch), exact_step(model, batch)
+    assert_step_within_budget(train_step(fastmask.patch(model), batch), expected, exact)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -224,7 +226,7 @@ def test_patching_changes_classes_only(name, caplog):
     keys = list(model.state_dict())
     with caplog.at_level(logging.INFO, "fastmask"):
         fastmask.patch(fastmask.patch(model))
-    assert len(caplog.records) == (8 if name == "mask2former" else 2)
+    assert len(caplog.records) == {"mask2former": 9, "oneformer": 3}.get(name, 2)
     assert list(model.state_dict()) == keys
     expected = train_step(model, batch)
     assert_same_step(train_step(copy.deepcopy(model), batch), expected)
@@ -258,13 +260,13 @@ def test_saved_models(tmp_path):
 @pytest.mark.parametrize("name", MODELS)
 def test_integer_mask_labels_need_the_fix(name):
     model, batch = MODELS[name](), batch_for(name, 9)
-    expected = train_step(model, batch)
+    expected, exact = train_step(model, batch), exact_step(model, batch)
     batch["mask_labels"] = [masks.bool() for masks in batch["mask_labels"]]
     with pytest.raises(RuntimeError):
         model(**batch)
     with pytest.raises(TypeError, match="fix=True"):
         fastmask.patch(model)(**batch)
-    assert_same_step(train_step(fastmask.patch(model, fix=True), batch), expected)
+    assert_step_within_budget(train_step(fastmask.patch(model, fix=True), batch), expected, exact)
 
 
 def test_dropout_trains():
