@@ -218,6 +218,6 @@ def test_weights_of_another_network_say_what_they_are(tmp_path):
         f"sem_seg_head.predictor.transformer_cross_attention_layers.{i}.norm.bias": torch.zeros(1) for i in range(9)
     }
     torch.save({"model": {**weights, "backbone.stem.conv1.weight": torch.zeros(1)}}, tmp_path / "model.pth")
-    message = r"expected the weights of the original MaskFormer; it has sem_seg_head\.predictor, backbone\.stem$"
+    message = r"expected the weights of the original Mask2Former; it has sem_seg_head\.predictor, backbone\.stem$"
     with pytest.raises(ValueError, match=message):
         convert_checkpoint(tmp_path / "model.pth", tmp_path / "out")

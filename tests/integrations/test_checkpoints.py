@@ -14,12 +14,16 @@ import transformers
 from fastmask import MaskFormer
 from fastmask.integrations.checkpoints import (
     from_hugging_face_maskformer,
+    from_original_mask2former,
     from_original_maskformer,
+    original_mask2former,
+    original_maskformer,
     to_hugging_face_maskformer,
+    to_original_mask2former,
     to_original_maskformer,
 )
-from fastmask.integrations.checkpoints.original_maskformer import infer_config
 from fastmask.integrations.checkpoints.state_files import read_weights
+from tests.helpers.original_mask2former import OriginalMask2Former
 from tests.helpers.original_maskformer import OriginalMaskFormer, ResNet, Swin
 
 SIZES = {"classes": 5, "queries": 7, "dim": 32, "conv_dim": 64, "mask_dim": 24, "heads": 8, "hidden": 48, "layers": 2}
@@ -43,6 +47,11 @@ def original(backbone, encoder_layers=0):
     return randomize(OriginalMaskFormer(BACKBONES[backbone](), encoder_layers=encoder_layers, **SIZES))
 
 
+def original_mask2former_of(backbone):
+    torch.manual_seed(0)
+    return randomize(OriginalMask2Former(BACKBONES[backbone](), encoder_layers=2, **SIZES | {"layers": 4}))
+
+
 def pixels_of(model, images):
     return (images - model.preprocessor.mean) / model.preprocessor.std
 
@@ -53,15 +62,27 @@ def test_the_original_computes_the_same(backbone, encoder_layers):
     theirs = original(backbone, encoder_layers)
     model = from_original_maskformer(theirs.state_dict()).eval()
     assert model.config.backbone == backbone and model.config.encoder_layers == encoder_layers
-    # In float64, as the rounding of float32 grows through the layers.
+    assert_original_computes_the_same(model, theirs, to_original_maskformer(model))
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_the_original_mask2former_computes_the_same(backbone):
+    theirs = original_mask2former_of(backbone)
+    model = from_original_mask2former(theirs.state_dict()).eval()
+    config = model.config
+    assert (config.backbone, config.encoder_layers, config.encoder_points) == (backbone, 2, 4)
+    assert (config.encoder_feedforward_dim, config.feedforward_dim, config.decoder_layers) == (24, 48, 4)
+    assert_original_computes_the_same(model, theirs, to_original_mask2former(model))
+
+
+def assert_original_computes_the_same(model, theirs, back):
+    """In float64, as the rounding of float32 grows through the layers."""
     images = torch.rand(2, 3, 96, 160).double()
     with torch.no_grad():
         outputs = copy.deepcopy(model).double()(images)
         class_logits, mask_logits = copy.deepcopy(theirs).double()(pixels_of(model, images))
     torch.testing.assert_close(outputs["pred_logits"], class_logits, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(outputs["pred_masks"], mask_logits, rtol=1e-5, atol=1e-5)
-
-    back = to_original_maskformer(model)
     assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in back.items())
     left_out = set(theirs.state_dict()) - set(back)
     endings = ("num_batches_tracked", "relative_position_index", "empty_weight")
@@ -151,7 +172,7 @@ def test_files(suffix, tmp_path):
 
         save_file(weights, path)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in read_weights(path).items())
-    assert from_original_maskformer(path).config == infer_config(weights)
+    assert from_original_maskformer(path).config == original_maskformer.MASKFORMER.infer_config(weights)
 
 
 class Malicious:
@@ -204,9 +225,24 @@ def test_the_first_format_of_the_repository():
     assert all(torch.equal(ours[name], value) for name, value in expected.items())
 
 
+def test_the_first_names_of_mask2former():
+    weights = original_mask2former_of("resnet").state_dict()
+    older = {
+        name.replace("sem_seg_head.pixel_decoder.", "sem_seg_head.").replace("query_feat", "static_query"): value
+        for name, value in weights.items()
+    }
+    ours, expected = (from_original_mask2former(names).weights() for names in (older, weights))
+    assert all(torch.equal(ours[name], value) for name, value in expected.items())
+    config = original_mask2former.MASK2FORMER.infer_config(older).replace(num_queries=9)
+    with pytest.warns(
+        UserWarning, match="started at random: predictor.query_feat.weight, predictor.query_embed.weight"
+    ):
+        from_original_mask2former(older, config, ignore_mismatched_sizes=True)
+
+
 def test_other_numbers_of_queries_and_classes_on_request(tmp_path):
     theirs = original("resnet")
-    config = infer_config(theirs.state_dict()).replace(num_queries=9, num_classes=3)
+    config = original_maskformer.MASKFORMER.infer_config(theirs.state_dict()).replace(num_queries=9, num_classes=3)
     with pytest.raises(ValueError, match=r"query_embed.weight of shape \(7, 32\) for \(9, 32\)"):
         from_original_maskformer(theirs.state_dict(), config)
     with pytest.warns(UserWarning, match="started at random: predictor.query_embed.weight, predictor.class_embed"):

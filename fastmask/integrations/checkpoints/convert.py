@@ -8,14 +8,11 @@ from typing import Any
 import torch
 
 from fastmask.integrations.checkpoints.hugging_face import from_hugging_face_maskformer, to_hugging_face_maskformer
-from fastmask.integrations.checkpoints.original_maskformer import (
-    from_original_maskformer,
-    infer_config,
-    to_original_maskformer,
-)
+from fastmask.integrations.checkpoints.original_mask2former import CROSS, MASK2FORMER
+from fastmask.integrations.checkpoints.original_maskformer import MASKFORMER
 from fastmask.integrations.checkpoints.original_segmenter import from_original_segmenter, save_original_segmenter
 from fastmask.integrations.checkpoints.state_files import SUFFIXES, read_weights
-from fastmask.models import MaskFormer, Segmenter, load_model
+from fastmask.models import Mask2Former, MaskFormer, Segmenter, load_model
 from fastmask.models._base import PretrainedModel
 from fastmask.models._configuration import read_config
 from fastmask.models._registry import SAVED_IN_RUN
@@ -107,7 +104,7 @@ def _read(source: Path, source_format: str, changes: dict[str, Any], options: di
     folder = source if source.is_dir() else source.parent
     is_segmenter = source_format == "original" and (folder / SEGMENTER_VARIANT).is_file()
     if source_format == "original" and not is_segmenter:
-        return _read_original_maskformer(source, changes, **options)
+        return _read_original(source, changes, **options)
     if "num_queries" in changes:
         kind = "of an original Segmenter" if is_segmenter else "of fastmask itself"
         raise ValueError(f"num_queries cannot change in a checkpoint {kind}")
@@ -116,12 +113,14 @@ def _read(source: Path, source_format: str, changes: dict[str, Any], options: di
     return load_model(source, **changes, **options)
 
 
-def _read_original_maskformer(
+def _read_original(
     source: Path, changes: dict[str, int], ignore_mismatched_sizes: bool, prefix: str
-) -> MaskFormer:
+) -> MaskFormer | Mask2Former:
+    """A MaskFormer, or a Mask2Former if the file has a weight of its masked attention."""
     weights = read_weights(source, prefix)
-    config = infer_config(weights, str(source)).replace(**changes)
-    return from_original_maskformer(weights, config, ignore_mismatched_sizes=ignore_mismatched_sizes)
+    form = MASK2FORMER if any(CROSS in name for name in weights) else MASKFORMER
+    config = form.infer_config(weights, str(source)).replace(**changes)
+    return form.read(weights, config, ignore_mismatched_sizes=ignore_mismatched_sizes)
 
 
 def _write(model: PretrainedModel, destination: Path, to: str) -> None:
@@ -129,11 +128,12 @@ def _write(model: PretrainedModel, destination: Path, to: str) -> None:
         model.save_pretrained(destination)
     elif to == "original" and isinstance(model, Segmenter):
         save_original_segmenter(model, destination)
-    elif not isinstance(model, MaskFormer):
+    elif not isinstance(model, MaskFormer | Mask2Former):
         raise ValueError(f"the format {to} has no {type(model).__name__}")
     elif to == "huggingface":
         to_hugging_face_maskformer(model).save_pretrained(destination)
     else:
-        weights = to_original_maskformer(model)
+        form = MASKFORMER if isinstance(model, MaskFormer) else MASK2FORMER
+        weights = form.write(model)
         destination.parent.mkdir(parents=True, exist_ok=True)
         torch.save({"model": weights}, destination)
