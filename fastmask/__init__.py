@@ -18,6 +18,8 @@ from fastmask.functional import (
 from fastmask.integrations import patch, unpatch
 from fastmask.mask_term import MaskTerm
 from fastmask.models import (
+    EoMT,
+    EoMTConfig,
     Mask2Former,
     Mask2FormerConfig,
     MaskFormer,
@@ -41,6 +43,8 @@ from fastmask.targets import Targets
 from fastmask.version import __version__
 
 __all__ = [
+    "EoMT",
+    "EoMTConfig",
     "FixedMatcher",
     "HungarianMatcher",
     "Mask2Former",

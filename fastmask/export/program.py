@@ -20,6 +20,7 @@ from fastmask.files import replace_file
 from fastmask.models._base import PretrainedModel
 from fastmask.models._images import Size
 from fastmask.modules.attention import MaskedCrossAttention
+from fastmask.modules.dino import MaskedSelfAttention
 from fastmask.ops._registry import choose_backend
 from fastmask.ops.semantic import SEMANTIC_INFERENCE
 
@@ -84,7 +85,7 @@ def export_program(
     if not portable:
         backend = choose_backend(SEMANTIC_INFERENCE, "triton" if parameter.is_cuda else "native", parameter)
     for module in traced.modules():
-        if isinstance(module, MaskedCrossAttention):
+        if isinstance(module, MaskedCrossAttention | MaskedSelfAttention):
             module.backend = backend
 
     example, *others = _examples(traced, task, size, batch_size)

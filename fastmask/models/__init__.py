@@ -2,6 +2,7 @@
 
 from fastmask.models._registry import load_model, make_model, preset_names
 from fastmask.models.backbones import build_backbone, known_backbones
+from fastmask.models.eomt import EoMT, EoMTConfig
 from fastmask.models.mask2former import Mask2Former, Mask2FormerConfig
 from fastmask.models.maskformer import MaskFormer, MaskFormerConfig
 from fastmask.models.model_card import ModelCard
@@ -10,6 +11,8 @@ from fastmask.models.segmenter import Segmenter, SegmenterConfig
 from fastmask.models.sound import SoundEventConfig, SoundEventDetector
 
 __all__ = [
+    "EoMT",
+    "EoMTConfig",
     "Mask2Former",
     "Mask2FormerConfig",
     "MaskFormer",

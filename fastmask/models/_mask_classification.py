@@ -20,6 +20,7 @@ from fastmask.models._views import EvaluationViews
 from fastmask.modules.criterion import SetCriterion
 from fastmask.modules.matcher import HungarianMatcher, Matcher
 from fastmask.modules.point_sampling import PointSampling
+from fastmask.modules.predictions import Predictions
 from fastmask.ops._checks import check_point_sampling
 from fastmask.targets import Targets
 
@@ -162,18 +163,9 @@ class MaskClassificationModel(PretrainedModel):
             targets = fit_targets(targets, batch, self.config.num_classes)
         class_logits, mask_embed, pixel_embed = self._predict(batch, all_layers=self.config.num_predictions > 1)
         if targets is not None:
-            return self._weighted_losses(class_logits, mask_embed, pixel_embed, targets)
-        mask_logits = mask_products(mask_embed, pixel_embed)
-        return {
-            "pred_logits": class_logits[-1],
-            "pred_masks": mask_logits[-1],
-            "aux_outputs": [
-                {"pred_logits": classes, "pred_masks": masks}
-                for classes, masks in zip(class_logits[:-1], mask_logits[:-1], strict=True)
-            ],
-            "class_logits": class_logits,
-            "mask_logits": mask_logits,
-        }
+            predictions = Predictions(class_logits, None, (mask_embed, pixel_embed))
+            return self._weighted_losses([predictions], targets)
+        return stacked_outputs(class_logits, mask_products(mask_embed, pixel_embed))
 
     @torch.inference_mode()
     def predict(
@@ -219,7 +211,7 @@ class MaskClassificationModel(PretrainedModel):
             ValueError: an unknown task, sizes that do not fit the images, or windows, scales or ``flip`` out of range
                 or with a task other than "semantic".
         """
-        _check_tasks([task])
+        check_tasks([task])
         views = EvaluationViews(window, tuple(scales), flip, view_batch)
         if views.single:
             return self.predict_tasks(images, {task: options}, sizes)[task]
@@ -250,9 +242,15 @@ class MaskClassificationModel(PretrainedModel):
         Raises:
             TypeError, ValueError: as for :meth:`predict`.
         """
-        _check_tasks(tasks)
+        check_tasks(tasks)
         batch = self.preprocessor(images)
         sizes = check_sizes(sizes, batch.sizes)
+        return self._results(batch, tasks, sizes)
+
+    def _results(
+        self, batch: ImageBatch, tasks: Mapping[str, Mapping[str, Any]], sizes: Sequence[Size]
+    ) -> dict[str, list[Any]]:
+        """The results of several tasks, for whole images."""
         with self._evaluating():
             class_logits, mask_embed, pixel_embed = self._predict(batch, all_layers=False)
         results = {}
@@ -277,13 +275,25 @@ class MaskClassificationModel(PretrainedModel):
         class_logits, mask_embed, pixel_embed = self._predict(batch, all_layers=False)
         return class_logits[-1], mask_products(mask_embed[-1], pixel_embed), batch.padded_size
 
-    def _weighted_losses(
-        self, class_logits: Tensor, mask_embed: Tensor, pixel_embed: Tensor, targets: Targets
-    ) -> dict[str, Tensor]:
-        outputs = {"class_logits": class_logits, "mask_embed": mask_embed, "pixel_embed": pixel_embed}
+    def _weighted_losses(self, predictions: Sequence[Predictions], targets: Targets) -> dict[str, Tensor]:
+        """The criterion's losses of groups of layers, times their weights."""
         weights = self.criterion.weight_dict
-        losses = self.criterion(outputs, targets)
+        losses = self.criterion(predictions, targets)
         return {name: value * weights[name] for name, value in losses.items() if name in weights}
+
+
+def stacked_outputs(class_logits: Tensor, mask_logits: Tensor) -> dict[str, Any]:
+    """The predictions of L stacked layers, as :meth:`MaskClassificationModel.forward` returns them."""
+    return {
+        "pred_logits": class_logits[-1],
+        "pred_masks": mask_logits[-1],
+        "aux_outputs": [
+            {"pred_logits": classes, "pred_masks": masks}
+            for classes, masks in zip(class_logits[:-1], mask_logits[:-1], strict=True)
+        ],
+        "class_logits": class_logits,
+        "mask_logits": mask_logits,
+    }
 
 
 def make_criterion(config: MaskClassificationConfig, matcher: Matcher | None = None) -> SetCriterion:
@@ -299,7 +309,8 @@ def make_criterion(config: MaskClassificationConfig, matcher: Matcher | None = N
     )
 
 
-def _check_tasks(tasks: Iterable[str]) -> None:
+def check_tasks(tasks: Iterable[str]) -> None:
+    """Raises a ValueError for a task that is not one of ``INFERENCE_BY_TASK``."""
     for task in tasks:
         if task not in INFERENCE_BY_TASK:
             raise ValueError(f"unknown task {task!r}; expected one of {', '.join(INFERENCE_BY_TASK)}")

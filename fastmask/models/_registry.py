@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from fastmask.models import mask2former, maskformer, per_pixel, segmenter, sound
+from fastmask.models import eomt, mask2former, maskformer, per_pixel, segmenter, sound
 from fastmask.models._base import PretrainedModel
 from fastmask.models._configuration import ModelConfig, read_config
+from fastmask.models.eomt import EoMT
 from fastmask.models.mask2former import Mask2Former
 from fastmask.models.maskformer import MaskFormer
 from fastmask.models.per_pixel import PerPixelBaseline
@@ -22,7 +23,7 @@ from fastmask.models.weight_files import CONFIG_FILE, WEIGHTS_FILE, listed
 
 MODELS: dict[str, type[PretrainedModel]] = {
     model.config_class.model_type: model
-    for model in (MaskFormer, Mask2Former, Segmenter, PerPixelBaseline, SoundEventDetector)
+    for model in (MaskFormer, Mask2Former, EoMT, Segmenter, PerPixelBaseline, SoundEventDetector)
 }
 # The subfolders of a training run that hold a network, the preferred one first.
 SAVED_IN_RUN = ("best", "model")
@@ -32,6 +33,7 @@ LARGEST_BYTE = 255
 FAMILIES = {
     DEFAULT_FAMILY: (MaskFormer, maskformer.PRESETS),
     "mask2former": (Mask2Former, mask2former.PRESETS),
+    "eomt": (EoMT, eomt.PRESETS),
     "segmenter": (Segmenter, segmenter.PRESETS),
     "per-pixel": (PerPixelBaseline, per_pixel.PRESETS),
     "sound": (SoundEventDetector, sound.PRESETS),
@@ -233,7 +235,7 @@ def _type_of(values: Mapping[str, Any]) -> type[PretrainedModel]:
     if "model_type" in values:
         raise ValueError(
             f"this is a configuration of transformers, of model type {values['model_type']!r}; fastmask convert reads "
-            "those of 'maskformer'"
+            "those of 'maskformer', 'eomt' and 'eomt_dinov3'"
         )
     for model in MODELS.values():
         if set(values) <= {f.name for f in fields(model.config_class)}:

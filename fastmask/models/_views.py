@@ -15,6 +15,7 @@ from torch.nn.functional import interpolate
 from fastmask.functional import SemanticView
 from fastmask.models._images import Size
 from fastmask.modules.resize import resize_bilinear
+from fastmask.ops._tracing import ceil_div
 
 if TYPE_CHECKING:
     from fastmask.models._base import PretrainedModel
@@ -257,10 +258,29 @@ class EvaluationViews:
                 batch = plans[first : first + self.batch_size]
                 class_logits, mask_logits, padded_size = predict(torch.stack([_pixels(image, plan) for plan in batch]))
                 for plan, classes, masks in zip(batch, class_logits, mask_logits, strict=True):
-                    view_size = size if self.window is None else plan.size
+                    view_size = size if plan.size == tuple(image.shape[1:]) else plan.size
                     yield SemanticView(
                         classes, masks, plan.top, plan.left, view_size, plan.mirrored, padded_size, input_size
                     )
+
+
+@dataclass(frozen=True)
+class ShortSideWindows(EvaluationViews):
+    """Square windows as wide as the image's shorter side, at even distances along its longer one, as few as cover it
+    (EoMT, arXiv:2503.19108).
+
+    Args:
+        side: the pixels of a side to which each window is resized.
+    """
+
+    side: int
+
+    def plan(self, size: Size) -> list[ViewPlan]:
+        shorter, longer = min(size), max(size)
+        count = ceil_div(longer, shorter)
+        starts = [round(i * (longer - shorter) / max(count - 1, 1)) for i in range(count)]
+        corners = [(start, 0) if size[0] == longer else (0, start) for start in starts]
+        return [ViewPlan(*corner, (shorter, shorter), (self.side, self.side), False) for corner in corners]
 
 
 def _pixels(image: Tensor, plan: ViewPlan) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from fastmask.models._mask_classification import MaskClassificationConfig, MaskC
 from fastmask.modules.masked_predictor import MaskedTransformerPredictor
 from fastmask.modules.matcher import FixedMatcher
 from fastmask.modules.pixel_decoder import PixelDecoder
+from fastmask.modules.predictions import Predictions
 from fastmask.modules.predictor import TransformerPredictor
 from fastmask.targets import Targets
 
@@ -154,9 +156,7 @@ class MaskFormer(MaskClassificationModel, PixelDecoderModel):
         maps, _ = self.pixel_decoder.pyramid(features, padding_mask)
         return self.pixel_decoder.mask_features(maps[-1]), maps[: self.num_levels]
 
-    def _weighted_losses(
-        self, class_logits: Tensor, mask_embed: Tensor, pixel_embed: Tensor, targets: Targets
-    ) -> dict[str, Tensor]:
+    def _weighted_losses(self, predictions: Sequence[Predictions], targets: Targets) -> dict[str, Tensor]:
         if self.config.matching == "fixed":
             targets = targets.merged_by_class()
-        return super()._weighted_losses(class_logits, mask_embed, pixel_embed, targets)
+        return super()._weighted_losses(predictions, targets)

@@ -91,7 +91,7 @@ class SetCriterion(nn.Module):
 
     def forward(
         self,
-        outputs: Mapping[str, Any],
+        outputs: Mapping[str, Any] | Sequence[Predictions],
         targets: Sequence[Mapping[str, Tensor]] | Targets,
         *,
         generator: torch.Generator | None = None,
@@ -103,7 +103,7 @@ class SetCriterion(nn.Module):
                 of such dicts, one for each earlier layer. Or, to avoid copies, all layers stacked, the last layer last:
                 "class_logits" ``(L, B, N, K+1)``, and "mask_logits" ``(L, B, N, h, w)`` or the embeddings "mask_embed"
                 ``(L, B, N, C)`` and "pixel_embed" ``(B, C, h, w)`` or both; see :class:`Predictions`. Stacked layers
-                take precedence.
+                take precedence. Or a list of Predictions, groups of layers with pixel embeddings of their own.
             targets: Targets; or a list of {"labels": ``(M_b,)``, "masks": ``(M_b, H_b, W_b)``}, one for each image,
                 which is padded to the largest mask.
             generator: draws the points, if any; a generator on the device, or None for the device's default generator.
@@ -112,7 +112,7 @@ class SetCriterion(nn.Module):
         Raises:
             ValueError: outputs and targets that do not fit.
         """
-        predictions = Predictions.from_outputs(outputs)
+        predictions = Predictions.from_outputs(outputs) if isinstance(outputs, Mapping) else outputs
         class_logits = predictions[0].class_logits
         if class_logits.shape[-1] != self.num_classes + 1:
             raise ValueError(

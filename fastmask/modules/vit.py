@@ -219,4 +219,5 @@ def init_linear(module: nn.Module) -> None:
     """Initializes linear layers as Segmenter and DeiT do: normal weights (standard deviation 0.02) and zero bias."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=INIT_STD)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

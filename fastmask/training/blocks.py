@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from torch import nn
 
 from fastmask.models.efficientnet import InvertedResidual
+from fastmask.modules.dino import ScaledBlock
 from fastmask.modules.transformer import PostNormLayer
 from fastmask.modules.vit import Block
 
-LAYERS = (PostNormLayer, Block, InvertedResidual)
+LAYERS = (PostNormLayer, Block, ScaledBlock, InvertedResidual)
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmask.models import Mask2Former, MaskFormer, PerPixelBaseline, Segmenter, SoundEventDetector
+from fastmask.models import EoMT, Mask2Former, MaskFormer, PerPixelBaseline, Segmenter, SoundEventDetector
 from fastmask.targets import Targets
 
 CLASSES = 4
@@ -108,7 +108,7 @@ class Family:
             events = [{"labels": [1, 3], "onsets": [0.1, 0.3], "offsets": [0.2, 0.6]}, {"labels": [2]}]
             return torch.randn(2, 12_800), events
         sizes = [(64, 96), (50, 40)]
-        targets = mask_targets(sizes, [3, 1]) if self.kind in (MaskFormer, Mask2Former) else class_maps(sizes)
+        targets = mask_targets(sizes, [3, 1]) if self.kind in (MaskFormer, Mask2Former, EoMT) else class_maps(sizes)
         return [torch.rand(3, *size) for size in sizes], targets
 
     def batch(self) -> tuple[Tensor, Any]:
@@ -122,6 +122,7 @@ class Family:
 
 BACKBONE = {"backbone": Convolutions}
 SMALL = {"decoder_layers": 1, "num_heads": 2, "encoder_layers": 1}
+EOMT = {"num_queries": 6, "encoder_layers": 2, "query_blocks": 1, "rescale": 1.0, "num_points": 4096}
 FAMILIES = {
     "maskformer": Family(
         MaskFormer,
@@ -136,6 +137,10 @@ FAMILIES = {
         "predictor.class_embed.bias, predictor.class_embed.weight",
         BACKBONE,
         "mask_logits",
+    ),
+    "eomt": Family(EoMT, EOMT, "class_embed.bias, class_embed.weight", logits="mask_logits"),
+    "eomt with dinov3": Family(
+        EoMT, {**EOMT, "encoder": "dinov3"}, "class_embed.bias, class_embed.weight", logits="mask_logits"
     ),
     "segmenter": Family(
         Segmenter,

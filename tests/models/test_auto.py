@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastmask.models import (
+    EoMT,
     Mask2Former,
     MaskFormer,
     PerPixelBaseline,
@@ -32,6 +33,7 @@ from fastmask.models._registry import (
 TINY = {
     "maskformer-tiny": MaskFormer,
     "mask2former-tiny": Mask2Former,
+    "eomt-tiny": EoMT,
     "segmenter-tiny": Segmenter,
     "per-pixel-tiny": PerPixelBaseline,
     "sound-tiny": SoundEventDetector,

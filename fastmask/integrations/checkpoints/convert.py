@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from fastmask.integrations.checkpoints.hugging_face import from_hugging_face_maskformer, to_hugging_face_maskformer
+from fastmask.integrations.checkpoints import hugging_face
+from fastmask.integrations.checkpoints.hugging_face_eomt import EOMT
 from fastmask.integrations.checkpoints.original_mask2former import CROSS, MASK2FORMER
 from fastmask.integrations.checkpoints.original_maskformer import MASKFORMER
 from fastmask.integrations.checkpoints.original_segmenter import from_original_segmenter, save_original_segmenter
@@ -18,6 +19,7 @@ from fastmask.models._configuration import read_config
 from fastmask.models._registry import SAVED_IN_RUN
 from fastmask.models.weight_files import CONFIG_FILE, WEIGHTS_FILE, listed
 
+HUGGING_FACE = (hugging_face.MASKFORMER, EOMT)
 FORMATS = ("fastmask", "huggingface", "original")
 SEGMENTER_VARIANT = "variant.yml"  # stands beside the weights of an original Segmenter, and of nothing else
 
@@ -33,7 +35,7 @@ def convert_checkpoint(
     ignore_mismatched_sizes: bool = False,
     prefix: str = "",
 ) -> PretrainedModel:
-    """Reads a MaskFormer or a Segmenter in one format and writes it in another.
+    """Reads a MaskFormer, an EoMT or a Segmenter in one format and writes it in another.
 
     Args:
         source: a folder that fastmask or transformers saved, that of a run of training, a file of the original
@@ -93,14 +95,17 @@ def find_format(source: Path) -> str:
     content = sorted(path.name for path in source.iterdir())
     raise ValueError(
         f"{source} holds {listed(content) or 'nothing'}; expected {CONFIG_FILE} and {WEIGHTS_FILE} (of fastmask, or of "
-        f"a MaskFormer of transformers), {SEGMENTER_VARIANT} and checkpoint.pth (of an original Segmenter), or instead "
-        f"of the folder the file of an original MaskFormer's weights ({', '.join(SUFFIXES)})"
+        f"a MaskFormer or EoMT of transformers), {SEGMENTER_VARIANT} and checkpoint.pth (of an original Segmenter), or "
+        f"instead of the folder the file of an original MaskFormer's weights ({', '.join(SUFFIXES)})"
     )
 
 
 def _read(source: Path, source_format: str, changes: dict[str, Any], options: dict[str, Any]) -> PretrainedModel:
     if source_format == "huggingface":
-        return from_hugging_face_maskformer(source, **changes, **options)
+        path = source / CONFIG_FILE
+        model_type = read_config(path).get("model_type") if path.is_file() else None
+        form = next((form for form in HUGGING_FACE if model_type in form.classes), hugging_face.MASKFORMER)
+        return form.read(source, **changes, **options)
     folder = source if source.is_dir() else source.parent
     is_segmenter = source_format == "original" and (folder / SEGMENTER_VARIANT).is_file()
     if source_format == "original" and not is_segmenter:
@@ -128,12 +133,11 @@ def _write(model: PretrainedModel, destination: Path, to: str) -> None:
         model.save_pretrained(destination)
     elif to == "original" and isinstance(model, Segmenter):
         save_original_segmenter(model, destination)
-    elif not isinstance(model, MaskFormer | Mask2Former):
+    elif to == "huggingface" and (form := next((form for form in HUGGING_FACE if form.kind is type(model)), None)):
+        form.write(model).save_pretrained(destination)
+    elif to == "huggingface" or not isinstance(model, MaskFormer | Mask2Former):
         raise ValueError(f"the format {to} has no {type(model).__name__}")
-    elif to == "huggingface":
-        to_hugging_face_maskformer(model).save_pretrained(destination)
     else:
-        form = MASKFORMER if isinstance(model, MaskFormer) else MASK2FORMER
-        weights = form.write(model)
+        weights = (MASKFORMER if isinstance(model, MaskFormer) else MASK2FORMER).write(model)
         destination.parent.mkdir(parents=True, exist_ok=True)
         torch.save({"model": weights}, destination)
