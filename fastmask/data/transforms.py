@@ -219,9 +219,14 @@ def semantic_augmentation(
     return Compose((ResizeShortSide(sides, max_side), crop_step, ColorJitter(), RandomFlip()))
 
 
-def jitter_augmentation(size: tuple[int, int] = (1024, 1024), scales: tuple[float, float] = (0.1, 2.0)) -> Compose:
-    """Large-scale jitter, the augmentation of Mask2Former for panoptic and instance segmentation: flip, scale, crop."""
-    return Compose((RandomFlip(), ResizeJitter(size, scales), RandomCrop(size)))
+def jitter_augmentation(
+    size: tuple[int, int] = (1024, 1024), scales: tuple[float, float] = (0.1, 2.0), *, colors: bool = False
+) -> Compose:
+    """Large-scale jitter, the augmentation of Mask2Former for panoptic and instance segmentation: flip, scale, crop.
+    With ``colors`` also color jitter, as EoMT has it for ADE20K and Cityscapes.
+    """
+    steps = (RandomFlip(), ResizeJitter(size, scales), RandomCrop(size))
+    return Compose((*steps, ColorJitter()) if colors else steps)
 
 
 def detr_augmentation(

@@ -38,6 +38,9 @@ class PretrainedModel(nn.Module):
     class_weights: ClassVar[tuple[str, ...]]
     # Prefixes of the weights that usually start pretrained; recipes may give them a separate learning rate.
     backbone_weights: ClassVar[tuple[str, ...]] = ()
+    # A regular expression for the names of weights in the backbone's equal blocks, whose group is the block's number;
+    # recipes may lower the learning rate from block to block.
+    backbone_blocks: ClassVar[str] = ""
     # The tasks of ``predict``, and its arguments that average the predictions of several views of an image.
     tasks: ClassVar[tuple[str, ...]] = ("semantic",)
     views: ClassVar[tuple[str, ...]] = ()

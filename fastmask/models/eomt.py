@@ -209,6 +209,7 @@ class EoMT(MaskClassificationModel):
 
     config_class = EoMTConfig
     backbone_weights = ("encoder.",)
+    backbone_blocks = r"encoder\.blocks\.(\d+)\."
     class_weights = ("class_embed.",)
     config: EoMTConfig
     masking: Tensor
@@ -262,7 +263,8 @@ class EoMT(MaskClassificationModel):
             ValueError: another number of values, or a value out of range.
         """
         self.config = self.config.replace(mask_probabilities=tuple(map(float, probabilities)))
-        self.masking.copy_(torch.tensor(self.config.mask_probabilities))
+        for entry, probability in zip(self.masking.unbind(), self.config.mask_probabilities, strict=True):
+            entry.fill_(probability)  # needs no copy from the host, which would wait for the device
         self._masked = {
             True: tuple(p > 0 for p in self.config.mask_probabilities),
             False: tuple(p >= MASKED_AT_INFERENCE for p in self.config.mask_probabilities),

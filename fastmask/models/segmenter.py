@@ -262,6 +262,7 @@ class Segmenter(PretrainedModel):
     config_class = SegmenterConfig
     views = ("window",)
     backbone_weights = ("encoder.",)
+    backbone_blocks = r"encoder\.blocks\.(\d+)\."
     class_weights = ("decoder.cls_emb", "decoder.mask_norm.", "decoder.head.")
     config: SegmenterConfig
 

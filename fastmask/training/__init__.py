@@ -9,6 +9,7 @@ from fastmask.training.optimizer import (
     learning_rate_factor,
     make_optimizer,
     make_schedule,
+    mask_probabilities,
     parameter_groups,
 )
 from fastmask.training.recipe import Recipe
@@ -29,6 +30,7 @@ __all__ = [
     "make_optimizer",
     "make_schedule",
     "make_training_config",
+    "mask_probabilities",
     "parameter_groups",
     "train",
 ]

@@ -191,7 +191,9 @@ def with_short_warmup(recipe: Recipe, changes: Mapping[str, Any]) -> dict[str, A
     """Changes to a recipe; a change of "steps" limits warm-up to a tenth of the steps unless that changes, too."""
     if "steps" not in changes:
         return dict(changes)
-    return {"warmup_steps": min(recipe.warmup_steps, changes["steps"] // WARMUP_PART), **changes}
+    most = changes["steps"] // WARMUP_PART
+    names = ("warmup_steps", "backbone_warmup_steps")
+    return {**{name: min(getattr(recipe, name), most) for name in names}, **changes}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -24,7 +24,7 @@ from fastmask.training.distributed import (
     unwrap,
     whole,
 )
-from fastmask.training.optimizer import clip_gradients, make_optimizer, make_schedule
+from fastmask.training.optimizer import clip_gradients, make_optimizer, make_schedule, mask_probabilities
 from fastmask.training.recipe import Recipe
 
 LAYER_SUFFIX = re.compile(r"_\d+$")
@@ -35,14 +35,15 @@ class Trainer:
 
     Args:
         model: the model, on its device; already wrapped if several processes train it.
-        recipe: the optimizer, its schedule, and the decay of the weights' moving average.
+        recipe: the optimizer, its schedule, the decay of the weights' moving average, and, for an EoMT, the annealing
+            of its masks.
         precision: "float32", or "bfloat16" or "float16" for autocast; parameters stay in their own dtype. "float16"
             scales the loss, and skips a step whose gradients overflow.
         accumulate: A, the number of micro-batches in a step, whose gradients are averaged. The loss of each is
             normalized by its own number of targets, so A micro-batches equal one large batch only if these are equal.
 
     Raises:
-        ValueError: an unknown precision, or fewer than one micro-batch.
+        ValueError: an unknown precision, fewer than one micro-batch, or annealing that does not fit the model.
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe, *, precision: str = "float32", accumulate: int = 1):
@@ -62,6 +63,7 @@ class Trainer:
             self.average = AveragedModel(unhooked(model), multi_avg_fn=average, use_buffers=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "float16")
         self.steps = 0
+        self._anneal()
 
     def step(self, batches: Sequence[tuple[Any, Any]]) -> dict[str, Tensor]:
         """Takes one optimizer step on A micro-batches, with the model in its current mode. The host waits for the
@@ -100,6 +102,7 @@ class Trainer:
         if self.average is not None:
             self.average.update_parameters(unwrap(self.model))
         self.steps += 1
+        self._anneal()
         return totals
 
     def network(self) -> nn.Module:
@@ -136,6 +139,22 @@ class Trainer:
         if self.average is not None:
             load_model_state(self.average.module, state["average"])
             self.average.n_averaged.fill_(self.steps)
+        self._anneal()
+
+    def _anneal(self) -> None:
+        """Sets the probabilities with which an EoMT masks attention, if the recipe anneals."""
+        probabilities = mask_probabilities(self.recipe, self.steps)
+        if not probabilities:
+            return
+        for model in (self.model, *([] if self.average is None else [self.average.module])):
+            network = unwrap(model)
+            blocks = getattr(getattr(network, "config", None), "query_blocks", 0)
+            if blocks != len(probabilities):
+                raise ValueError(
+                    f"anneal_starts has {len(probabilities)} entries; the {type(network).__name__} has {blocks} blocks "
+                    "with queries"
+                )
+            network.set_mask_probabilities(probabilities)
 
     def _losses(self, inputs: Any, targets: Any) -> dict[str, Tensor]:
         with autocast(self.device, self.precision):
