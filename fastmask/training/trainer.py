@@ -147,7 +147,7 @@ class Trainer:
         if not probabilities:
             return
         for model in (self.model, *([] if self.average is None else [self.average.module])):
-            network = unwrap(model)
+            network: Any = unwrap(model)
             blocks = getattr(getattr(network, "config", None), "query_blocks", 0)
             if blocks != len(probabilities):
                 raise ValueError(

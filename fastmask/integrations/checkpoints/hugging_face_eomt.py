@@ -62,8 +62,9 @@ def from_hugging_face_eomt(
 ) -> EoMT:
     """A model of ours that computes what Hugging Face's EoMT, with DINOv2 or DINOv3, does.
 
-    Their model masks attention at inference wherever its probability is more than 0, at random; ours where it is at
-    least 0.5, and then for all queries. For trained networks, whose probabilities are 0, this is the same.
+    At inference, their model masks a block whose probability is more than 0, at random, and keeps that mask for later
+    blocks of probability 0; ours masks for all queries where the probability is at least 0.5. For trained networks,
+    whose probabilities are all 0, this is the same, and in training, too.
 
     Args:
         source: a folder with config.json and the weights; or the model itself.
