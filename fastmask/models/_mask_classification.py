@@ -233,7 +233,8 @@ class MaskClassificationModel(PretrainedModel):
         tasks: Mapping[str, Mapping[str, Any]],
         sizes: Size | Sequence[Size] | None = None,
     ) -> dict[str, list[Any]]:
-        """The results of :meth:`predict` for several tasks, from one pass of the network over whole images.
+        """The results of :meth:`predict` for several tasks, from one pass of the network over whole images (an
+        :class:`fastmask.EoMT` needs another pass for "semantic").
 
         Args:
             images, sizes: as for :meth:`predict`.
@@ -245,14 +246,14 @@ class MaskClassificationModel(PretrainedModel):
         check_tasks(tasks)
         batch = self.preprocessor(images)
         sizes = check_sizes(sizes, batch.sizes)
-        return self._results(batch, tasks, sizes)
+        with self._evaluating():
+            return self._results(batch, tasks, sizes)
 
     def _results(
         self, batch: ImageBatch, tasks: Mapping[str, Mapping[str, Any]], sizes: Sequence[Size]
     ) -> dict[str, list[Any]]:
-        """The results of several tasks, for whole images."""
-        with self._evaluating():
-            class_logits, mask_embed, pixel_embed = self._predict(batch, all_layers=False)
+        """The results of :meth:`predict_tasks`, in evaluation mode."""
+        class_logits, mask_embed, pixel_embed = self._predict(batch, all_layers=False)
         results = {}
         for task, options in tasks.items():
             options = dict(options)

@@ -22,6 +22,8 @@ BOOKKEEPING = frozenset(
 )
 
 # Short names for a model type of transformers and the fields of its configuration that differ from the defaults.
+# All have patches of 14 (DINOv2) or 16 pixels (DINOv3), heads of 64 channels, and MLPs of 4 times the width.
+_VIT_SIZES = {"small": (384, 12), "base": (768, 12), "large": (1024, 24)}
 _SWIN_384 = {"image_size": 384, "window_size": 12}
 BACKBONES: dict[str, tuple[str, dict[str, Any]]] = {
     "tiny": (
@@ -35,6 +37,32 @@ BACKBONES: dict[str, tuple[str, dict[str, Any]]] = {
     "swin-small": ("swin", {"embed_dim": 96, "depths": [2, 2, 18, 2], "num_heads": [3, 6, 12, 24]}),
     "swin-base": ("swin", {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32], **_SWIN_384}),
     "swin-large": ("swin", {"embed_dim": 192, "depths": [2, 2, 18, 2], "num_heads": [6, 12, 24, 48], **_SWIN_384}),
+    **{
+        f"dinov2-{size}": (
+            "dinov2",
+            {
+                "hidden_size": dim,
+                "num_hidden_layers": layers,
+                "num_attention_heads": dim // 64,
+                "patch_size": 14,
+                "image_size": 518,
+            },
+        )
+        for size, (dim, layers) in _VIT_SIZES.items()
+    },
+    **{
+        f"dinov3-{size}": (
+            "dinov3_vit",
+            {
+                "hidden_size": dim,
+                "num_hidden_layers": layers,
+                "num_attention_heads": dim // 64,
+                "intermediate_size": 4 * dim,
+                "num_register_tokens": 4,
+            },
+        )
+        for size, (dim, layers) in _VIT_SIZES.items()
+    },
 }
 
 
@@ -56,8 +84,8 @@ def build_backbone(name: str, options: Mapping[str, Any] | None = None, *, pretr
 
     Returns:
         a module whose attribute ``channels`` lists the channels of its maps. The maps have the strides 4, 8, 16 and 32
-        (or the first of them), except those of plain vision transformers, which share one stride;
-        :func:`feature_maps` resizes them to these four strides.
+        (or the first of them), except those of plain vision transformers such as DINOv2 and DINOv3: the outputs of
+        their last four blocks share one stride, and :func:`feature_maps` resizes them to these four.
 
     Raises:
         ImportError: the package with the weights of EfficientNet-lite0 is missing.

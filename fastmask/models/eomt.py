@@ -16,11 +16,9 @@ from fastmask.functional import mask_products, merge_views
 from fastmask.models._base import config_or_fields
 from fastmask.models._configuration import IMAGENET_MEAN, IMAGENET_STD, check_pixel_statistics, require
 from fastmask.models._images import ImageBatch, ImagePreprocessor, Images, Size, fit_targets, pad_images
-from fastmask.models._inference import check_sizes
 from fastmask.models._mask_classification import (
     MaskClassificationModel,
     PointSampledConfig,
-    check_tasks,
     make_criterion,
     stacked_outputs,
 )
@@ -85,13 +83,13 @@ class EoMTConfig(PointSampledConfig):
         patch_size: side of a patch in pixels.
         hidden_dim: channels of all tokens, a multiple of ``num_heads``; with "dinov3", of 4 times ``num_heads``.
         encoder_layers: blocks of the encoder.
+        norm_eps: added to the variance in the encoder's layer norms.
+        drop_path: stochastic depth of all blocks.
+        rescale: with "dinov3", the limit of the factor by which training multiplies positions.
         num_heads: attention heads.
         feedforward_dim: hidden channels of the blocks' MLPs.
         gated_mlp: SwiGLU in the blocks' MLPs, as in the largest encoders.
         num_registers: register tokens of the encoder.
-        norm_eps: added to the variance in the encoder's layer norms.
-        drop_path: stochastic depth of all blocks.
-        rescale: with "dinov3", the limit of the factor by which training multiplies positions.
         query_blocks: the number of blocks, at the end, that process queries and patches together. There is a
             supervised prediction before each, and after the last.
         upscale_blocks: how often transposed convolutions double the patches' resolution, from ``patch_size`` pixels.
@@ -116,13 +114,13 @@ class EoMTConfig(PointSampledConfig):
     patch_size: int = 16
     hidden_dim: int = 1024
     encoder_layers: int = 24
+    norm_eps: float = 1e-6
+    drop_path: float = 0.0
+    rescale: float = 2.0
     num_heads: int = 16
     feedforward_dim: int = 4096
     gated_mlp: bool = False
     num_registers: int = 4
-    norm_eps: float = 1e-6
-    drop_path: float = 0.0
-    rescale: float = 2.0
     num_queries: int = 200
     query_blocks: int = 4
     upscale_blocks: int = 2
@@ -192,6 +190,11 @@ class EoMT(MaskClassificationModel):
     0, one block after the other, so that inference needs no masks and predicts once, at the end; see
     :meth:`set_mask_probabilities`. :class:`fastmask.modules.dino.MaskedSelfAttention` says how attention runs.
 
+    ``predict`` sees images at the sizes of the authors' evaluation. For "semantic", an image is resized so that its
+    shorter side is ``image_size``, and predicted in square windows at even distances along its longer side; the scores
+    of windows are averaged where they overlap. For the other tasks, its longer side is resized to ``image_size``, and
+    its shorter one padded to it. With ``window``, ``scales`` or ``flip``, the network sees those views instead.
+
     Call ``EoMT(config)``, or ``EoMT(num_classes=150, encoder="dinov3", ...)`` with the fields of :class:`EoMTConfig` as
     keywords. :func:`fastmask.integrations.checkpoints.from_hugging_face_eomt` reads the networks of ``transformers``.
 
@@ -224,10 +227,10 @@ class EoMT(MaskClassificationModel):
         self.encoder = DinoTransformer(
             (side, side),
             config.patch_size,
-            config.hidden_dim,
-            config.encoder_layers,
-            config.num_heads,
-            config.feedforward_dim,
+            dim=config.hidden_dim,
+            num_layers=config.encoder_layers,
+            num_heads=config.num_heads,
+            feedforward_dim=config.feedforward_dim,
             rotary=config.encoder == "dinov3",
             rescale=config.rescale,
             num_registers=config.num_registers,
@@ -301,43 +304,22 @@ class EoMT(MaskClassificationModel):
         mask_logits = torch.stack([mask_products(masks, pixels) for _, masks, pixels in layers])
         return stacked_outputs(class_logits, mask_logits)
 
-    @torch.inference_mode()
-    def predict_tasks(
-        self,
-        images: Images,
-        tasks: Mapping[str, Mapping[str, Any]],
-        sizes: Size | Sequence[Size] | None = None,
+    def _results(
+        self, batch: ImageBatch, tasks: Mapping[str, Mapping[str, Any]], sizes: Sequence[Size]
     ) -> dict[str, list[Any]]:
-        """The results of :meth:`predict` for several tasks, at the sizes that the authors predict.
-
-        For "semantic", the image is resized so that its shorter side is ``image_size``, and predicted in square windows
-        at even distances along its longer side; the scores of windows are averaged where they overlap. For the other
-        tasks, its longer side is resized to ``image_size``, and its shorter one padded to it.
-
-        Args:
-            images, sizes: as for :meth:`predict`.
-            tasks: the options of each task, by the task's name.
-
-        Raises:
-            TypeError, ValueError: as for :meth:`predict`.
-        """
-        check_tasks(tasks)
-        batch = self.preprocessor(images)
-        sizes = check_sizes(sizes, batch.sizes)
+        side = self.config.image_size
         crops = [pixels[:, :h, :w] for pixels, (h, w) in zip(batch.pixels, batch.sizes, strict=True)]
         results: dict[str, list[Any]] = {}
-        with self._evaluating():
-            if "semantic" in tasks:
-                views = ShortSideWindows(None, (1.0,), False, 1, side=self.config.image_size)
-                results["semantic"] = [
-                    merge_views(views.of(_resized(image, size), size, self.final_logits), size, **tasks["semantic"])
-                    for image, size in zip(crops, sizes, strict=True)
-                ]
-            of_whole = {task: options for task, options in tasks.items() if task != "semantic"}
-            if of_whole:
-                side = self.config.image_size
-                fitted = [_resized(image, _fitted(image, side)) for image in crops]
-                results |= self._results(pad_images(fitted, side, batch.pixels.shape[1]), of_whole, sizes)
+        if "semantic" in tasks:
+            views = ShortSideWindows(None, (1.0,), False, 1, side=side)
+            results["semantic"] = [
+                merge_views(views.of(_resized(image, size), size, self.final_logits), size, **tasks["semantic"])
+                for image, size in zip(crops, sizes, strict=True)
+            ]
+        of_whole = {task: options for task, options in tasks.items() if task != "semantic"}
+        if of_whole:
+            fitted = pad_images([_resized(image, _fitted(image, side)) for image in crops], side, batch.pixels.shape[1])
+            results |= super()._results(fitted, of_whole, sizes)
         return {task: results[task] for task in tasks}
 
     def _predict(self, batch: ImageBatch, *, all_layers: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -32,6 +32,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         f"maskformer-swin-{size}": {"backbone": f"swin-{size}", "backbone_options": {"drop_path_rate": 0.3}}
         for size in ("tiny", "small", "base", "large")
     },
+    **{
+        f"maskformer-{family}-{size}": {"backbone": f"{family}-{size}", "size_divisibility": divisibility}
+        for family, divisibility in (("dinov2", 28), ("dinov3", 32))
+        for size in ("small", "base", "large")
+    },
     # On a CPU the backbone takes three quarters of a training step; 128 channels at stride 4 would add a third.
     "maskformer-efficientnet-lite0": {
         "backbone": "efficientnet-lite0",
@@ -49,8 +54,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 @dataclass(frozen=True)
 class MaskFormerConfig(MaskClassificationConfig, PixelDecoderConfig):
     """Everything that :class:`fastmask.MaskFormer` is built from. Its presets are "tiny", the paper's "maskformer-r50",
-    "-r101", "-r101c", "maskformer-swin-tiny", "-small", "-base" and "-large", and the small
-    "maskformer-efficientnet-lite0", which can be trained without a GPU.
+    "-r101", "-r101c", "maskformer-swin-tiny", "-small", "-base" and "-large", "maskformer-dinov2-small", "-base"
+    and "-large", the same with "dinov3", and the small "maskformer-efficientnet-lite0", which can be trained without a
+    GPU.
 
     Args:
         num_classes: K, without "no object".

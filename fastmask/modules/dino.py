@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -144,13 +145,14 @@ class DinoTransformer(nn.Module):
         patch_size: side of a patch in pixels.
         dim: channels of the tokens.
         num_layers: blocks.
+        rotary: rotary positions (DINOv3) instead of learned ones (DINOv2); ``dim / num_heads`` is a multiple of 4.
         num_heads: attention heads; divides ``dim``.
         feedforward_dim: hidden channels of the blocks' MLPs.
-        rotary: rotary positions (DINOv3) instead of learned ones (DINOv2); ``dim / num_heads`` is a multiple of 4.
         rescale: in training, rotary positions are multiplied by a random factor in ``1 / rescale..rescale``.
         num_registers: register tokens, after the class token.
-        gated, norm_eps, drop_path: as for :class:`ScaledBlock`.
+        norm_eps: added to the variance in layer norms.
         channels: C of the images.
+        block: further arguments of :class:`ScaledBlock`.
     """
 
     ROTARY_BASE = 100.0
@@ -159,18 +161,17 @@ class DinoTransformer(nn.Module):
         self,
         grid_size: tuple[int, int],
         patch_size: int,
+        *,
         dim: int,
         num_layers: int,
+        rotary: bool,
         num_heads: int,
         feedforward_dim: int,
-        *,
-        rotary: bool,
         rescale: float = 1.0,
         num_registers: int = 4,
-        gated: bool = False,
         norm_eps: float = 1e-6,
-        drop_path: float = 0.0,
         channels: int = 3,
+        **block: Any,
     ) -> None:
         super().__init__()
         self.grid_size = grid_size
@@ -183,15 +184,7 @@ class DinoTransformer(nn.Module):
         if not rotary:
             self.pos_embed = nn.Parameter(INIT_STD * torch.randn(grid_size[0] * grid_size[1], dim))
         self.blocks = nn.ModuleList(
-            ScaledBlock(
-                dim,
-                num_heads,
-                feedforward_dim,
-                gated=gated,
-                key_bias=not rotary,
-                norm_eps=norm_eps,
-                drop_path=drop_path,
-            )
+            ScaledBlock(dim, num_heads, feedforward_dim, key_bias=not rotary, norm_eps=norm_eps, **block)
             for _ in range(num_layers)
         )
         self.norm = nn.LayerNorm(dim, norm_eps)

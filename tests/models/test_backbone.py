@@ -45,6 +45,22 @@ def test_plain_vision_transformers_are_resized_to_the_four_strides():
     assert maps == [(48, 32, 48), (48, 16, 24), (48, 8, 12), (48, 4, 6)]
 
 
+@pytest.mark.parametrize("size", [("small", 384), ("base", 768), ("large", 1024)], ids=lambda size: size[0])
+@pytest.mark.parametrize(("family", "patch"), [("dinov2", 14), ("dinov3", 16)])
+def test_dino_backbones_have_four_maps_of_their_last_blocks(family, patch, size):
+    name, dim = size
+    with torch.device("meta"):
+        backbone = build_backbone(f"{family}-{name}").eval()
+        sides = (4 * patch, 6 * patch)
+        channels = backbone_channels(backbone)
+        maps = feature_maps(backbone, torch.empty(1, 3, *sides), channels)
+    assert channels == (dim,) * 4 and backbone.config.num_attention_heads == dim // 64
+    last = 24 if name == "large" else 12
+    assert backbone.config.out_features == [f"stage{i}" for i in range(last - 3, last + 1)]
+    expected = [tuple(-(-side // stride) for side in sides) for stride in (4, 8, 16, 32)]
+    assert [tuple(feature.shape[2:]) for feature in maps] == expected
+
+
 def test_the_presets_differ_in_depth():
     parameters = {}
     for name in BACKBONES:
