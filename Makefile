@@ -54,7 +54,7 @@ in = PYTHONPATH="$$(echo $(CURDIR)/build/$(1)/lib.*):$(CURDIR)"
 
 COMPILERS ?= $(notdir $(foreach name,g++-11 g++ clang++,$(shell command -v $(name))))
 OPERATOR_TESTS := $(addprefix tests/ops/test_,$(addsuffix .py,battery mask_cost mask_loss \
-  uncertain_points assign linear_sum_assignment masked_attention semantic panoptic instance))
+  uncertain_points assign linear_sum_assignment masked_attention deformable_attention semantic panoptic instance))
 
 compilers: $(addprefix compiler-,$(COMPILERS)) ## build with each of COMPILERS that is installed and test the operators
 

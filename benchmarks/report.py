@@ -34,6 +34,7 @@ CHART = {
     "assign": "Assignment",
     "mask_loss": "Mask losses, forward and backward",
     "masked_attention": "Masked attention",
+    "deformable_attention": "Deformable attention",
     "semantic": "Semantic inference",
     "panoptic": "Panoptic inference",
     "instance": "Instance inference",

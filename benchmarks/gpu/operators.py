@@ -20,6 +20,7 @@ from fastmask import (
     Targets,
     assign,
     class_loss,
+    deformable_attention,
     general_inference,
     mask_cost,
     mask_loss,
@@ -196,6 +197,17 @@ def make_masked_attention(draw: Draw) -> Call:
     return Call((q, k, v, draw.mask_logits(), padding.to(draw.device)), run)
 
 
+def make_deformable_attention(draw: Draw) -> Call:
+    heads, width, levels, points = 2, 32, ((11, 14), (6, 7)), 4
+
+    def run(value: Tensor, locations: Tensor, weights: Tensor) -> Results:
+        return with_gradients((deformable_attention(value, levels, locations, weights),), value, locations, weights)
+
+    value = draw.normal(IMAGES, 11 * 14 + 6 * 7, heads, width, scale=1.0, grad=True)
+    weights = draw.normal(IMAGES, QUERIES, heads, len(levels), points, scale=1.0, grad=True)
+    return Call((value, draw.normal(*weights.shape, 2, scale=0.5, grad=True), weights), run)
+
+
 def make_semantic(draw: Draw, order: str) -> Call:
     def run(class_logits: Tensor, mask_logits: Tensor) -> Results:
         details = semantic_inference(class_logits, mask_logits, SIZE, order=order, details=True)
@@ -256,6 +268,7 @@ MAKERS: dict[str, Callable[[Draw], Call]] = {
     "point_mask_loss, masks": lambda draw: make_point_mask_loss(draw, "masks"),
     "uncertain_points": make_uncertain_points,
     "masked_attention": make_masked_attention,
+    "deformable_attention": make_deformable_attention,
     "semantic": lambda draw: make_semantic(draw, "masks"),
     "semantic, scores resized": lambda draw: make_semantic(draw, "scores"),
     "semantic, embeddings": make_embedded_semantic,

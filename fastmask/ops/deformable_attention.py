@@ -57,7 +57,16 @@ def deformable_attention(
     _check_tensors(value, sizes, sampling_locations, attention_weights)
     tensors = value, sampling_locations, attention_weights
     dtype = computing_dtype(*tensors)
-    backend = choose_backend(DEFORMABLE_ATTENTION, backend, next((x for x in tensors if x.dtype == dtype), value))
+    widest = next((x for x in tensors if x.dtype == torch.float64), value)
+    asked, backend = backend, choose_backend(DEFORMABLE_ATTENTION, backend, widest)
+    levels, dim = len(sizes), value.shape[3]
+    if backend == "triton" and (levels > TRITON_MAX_LEVELS or dim > TRITON_MAX_HEAD_DIM):
+        if asked == "triton":
+            raise RuntimeError(
+                f"backend='triton' cannot run deformable_attention: its kernels take up to {TRITON_MAX_LEVELS} levels "
+                f"and {TRITON_MAX_HEAD_DIM} channels of a head, got {levels} and {dim}"
+            )
+        backend = "reference"
     if backend == "reference":
         from fastmask import reference
 
@@ -125,6 +134,8 @@ def _check_tensors(
         )
 
 
+TRITON_MAX_LEVELS, TRITON_MAX_HEAD_DIM = 8, 256  # the C++ kernels have no limits
+
 _ARGUMENTS = "Tensor value, Tensor sampling_locations, Tensor attention_weights, SymInt[] spatial_shapes"
 
 
@@ -154,10 +165,14 @@ DEFORMABLE_ATTENTION_BACKWARD = Operator(
     "deformable_attention_backward",
     f"(Tensor grad_out, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     _fake_backward,
+    native=("cpu",),
+    triton="deformable_attention",
 )
 DEFORMABLE_ATTENTION = Operator(
     "deformable_attention",
     f"({_ARGUMENTS}) -> Tensor",
     _fake,
+    native=("cpu",),
+    triton="deformable_attention",
     gradient=Gradient(DEFORMABLE_ATTENTION_BACKWARD, _save, _backward_arguments),
 )

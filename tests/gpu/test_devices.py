@@ -16,12 +16,13 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from fastmask.ops import OPERATORS, _registry
+from fastmask.ops.deformable_attention import DEFORMABLE_ATTENTION_BACKWARD
 from fastmask.ops.mask_loss import MASK_LOSS_BACKWARD, POINT_MASK_LOSS_BACKWARD
 from fastmask.ops.masked_attention import MASKED_ATTENTION_BACKWARD
 
 TRITON = [
     *(operator for operator in OPERATORS.values() if operator.triton is not None),
-    *(MASK_LOSS_BACKWARD, POINT_MASK_LOSS_BACKWARD, MASKED_ATTENTION_BACKWARD),
+    *(MASK_LOSS_BACKWARD, POINT_MASK_LOSS_BACKWARD, MASKED_ATTENTION_BACKWARD, DEFORMABLE_ATTENTION_BACKWARD),
 ]
 
 
@@ -151,6 +152,8 @@ def cuda_arguments(operator: _registry.Operator) -> tuple[Any, ...]:
     term = ("focal", 0.25, 2.0)
     q, k = torch.empty(2, 5, 32, **float32), torch.empty(2, 96, 32, **float32)
     attention = (q, k, k, planes, None, 8, 12, 2, 0.25, 0.0, None)
+    value, weights = torch.empty(2, 108, 4, 8, **float32), torch.empty(2, 5, 4, 2, 3, **float32)
+    deformable = (value, torch.empty(2, 5, 4, 2, 3, 2, **float32), weights, [8, 12, 3, 4])
     geometry = ((8, 12), None, None, (32, 48), 0, 0, 32)
     return {
         "mask_cost": (class_logits, mask_logits, *targets, 1.0, 1.0, 1.0, *term),
@@ -166,6 +169,8 @@ def cuda_arguments(operator: _registry.Operator) -> tuple[Any, ...]:
         "uncertain_points": (mask_logits, assignment, torch.empty(1, **int64), 20, 60, 15),
         "masked_attention": attention,
         "masked_attention_backward": (q, q, torch.empty(2, 2, 5, **float32), *attention),
+        "deformable_attention": deformable,
+        "deformable_attention_backward": (q, *deformable),
         "semantic_inference": (torch.empty(2, 5, 6, **float32), planes, "masks", "labels", False, *geometry),
         "panoptic_winners": (torch.empty(2, 5, **float32), planes, False, False, 0.5, *geometry),
         "instance_masks": (planes, torch.empty(2, 5, **int64), False, *geometry),

@@ -227,6 +227,17 @@ def attention(draw: Draw) -> Calls:
     yield "masked_attention_backward", (gradient, out, logsumexp, q, k, v, mask, padding, *options)
 
 
+def deformable(draw: Draw) -> Calls:
+    batch, queries, heads, dim = draw.length(2), draw.choice([0, 1, 5, 33, 130, 140]), draw.length(3), draw.length(40)
+    levels = [(draw.length(9), draw.length(9)) for _ in range(draw.randint(1, 4))]
+    value = draw.logits(batch, sum(height * width for height, width in levels), heads, dim)
+    leading = batch, queries, heads, len(levels), draw.length(9)
+    weights = draw.logits(*leading, dtype=torch.float32)
+    arguments = value, draw.points(*leading), weights, tuple(side for level in levels for side in level)
+    out = yield "deformable_attention", arguments
+    yield "deformable_attention_backward", (draw.normal(*out.shape).to(out.dtype), *arguments)
+
+
 def linear_sum_assignment(draw: Draw) -> Calls:
     """The entry point for NumPy is no operator: it is called here."""
     problems = costs(draw).double()
@@ -243,7 +254,8 @@ def linear_sum_assignment(draw: Draw) -> Calls:
 DRAWN = {
     drawn.__name__: drawn
     for drawn in (
-        mask_cost, mask_loss, uncertain_points, assign, semantic, panoptic, instance, attention, linear_sum_assignment
+        mask_cost, mask_loss, uncertain_points, assign, semantic, panoptic, instance, attention, deformable,
+        linear_sum_assignment
     )
 }  # fmt: skip
 

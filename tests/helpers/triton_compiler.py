@@ -147,6 +147,21 @@ def launch_masked_attention(
     masked_attention_backward(out, out, logsumexp, *arguments)
 
 
+def launch_deformable_attention(
+    shape: tuple[int, ...], dtype: torch.dtype, form: str, head_dim: int = 32, **_: Any
+) -> None:
+    """Three levels ("segments"), or one, of which every pixel is a query with 8 heads and 4 points per level."""
+    from fastmask.kernels.deformable_attention import deformable_attention, deformable_attention_backward
+
+    scales = (2, 4, 8) if form == "segments" else (2,)
+    levels = [((shape[5] + scale - 1) // scale, (shape[6] + scale - 1) // scale) for scale in scales]
+    pixels = sum(height * width for height, width in levels)
+    value = torch.empty(shape[1], pixels, 8, head_dim, dtype=dtype, device="meta")
+    weights = torch.empty(shape[1], pixels, 8, len(levels), 4, device="meta")
+    arguments = (value, torch.empty(*weights.shape, 2, device="meta"), weights, [x for size in levels for x in size])
+    deformable_attention_backward(deformable_attention(*arguments), *arguments)
+
+
 def term(mask_term: str = "focal", alpha: float = 0.25, gamma: float = 2.0) -> tuple[str, float, float]:
     return mask_term, alpha, gamma
 
@@ -216,6 +231,7 @@ OPERATORS: dict[str, Callable[..., None]] = {
     "point_mask_loss": launch_point_mask_loss,
     "uncertain_points": launch_uncertain_points,
     "masked_attention": launch_masked_attention,
+    "deformable_attention": launch_deformable_attention,
 }
 
 

@@ -19,6 +19,7 @@ from fastmask import Targets
 from fastmask.testing import simd_level, simd_levels
 from tests.helpers.attention_operator import MASKED_ATTENTION
 from tests.helpers.class_operator import CLASS_LOSS
+from tests.helpers.deformable_operator import DEFORMABLE_ATTENTION
 from tests.helpers.inputs import at_odd_address
 from tests.helpers.instance_operator import INSTANCE
 from tests.helpers.mask_operators import MASK_OPERATORS
@@ -38,7 +39,16 @@ from tests.helpers.panoptic_operator import PANOPTIC
 from tests.helpers.points_operator import POINTS
 from tests.helpers.semantic_operator import SEMANTIC_INFERENCE
 
-OPERATORS = (*MASK_OPERATORS, MASKED_ATTENTION, SEMANTIC_INFERENCE, PANOPTIC, INSTANCE, POINTS, CLASS_LOSS)
+OPERATORS = (
+    *MASK_OPERATORS,
+    MASKED_ATTENTION,
+    DEFORMABLE_ATTENTION,
+    SEMANTIC_INFERENCE,
+    PANOPTIC,
+    INSTANCE,
+    POINTS,
+    CLASS_LOSS,
+)
 EACH = pytest.mark.parametrize("op", OPERATORS, ids=str)
 
 

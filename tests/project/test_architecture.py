@@ -120,6 +120,7 @@ fastmask.panoptic_inference(class_logits, mask_logits, (16, 16))
 fastmask.instance_inference(class_logits, mask_logits, (16, 16), output="rle")
 q, k, v = (torch.randn(1, n, 32) for n in (5, 16, 16))
 fastmask.masked_attention(q, k, v, mask_logits, grid=(4, 4), num_heads=4)
+fastmask.deformable_attention(k.view(1, 16, 4, 8), [(4, 4)], torch.rand(1, 5, 4, 1, 2, 2), torch.rand(1, 5, 4, 1, 2))
 assert fastmask.linear_sum_assignment(torch.eye(3).numpy())[1].sum() == 3
 fastmask.show_config()
 """

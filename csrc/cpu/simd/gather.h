@@ -41,17 +41,20 @@ struct Positions {
   vfloat weight;
 };
 
-static inline Positions positions(vfloat coordinates, int64_t pixels) {
-  const float size = static_cast<float>(pixels);
+static inline Positions positions(vfloat coordinates, vfloat size) {
   // Relative to the first pixel, not the border, whose extra half pixel might cost one bit of precision.
-  vfloat at = fma(coordinates, splat(size), splat(-0.5f));
+  vfloat at = fma(coordinates, size, splat(-0.5f));
   at = at > -1.0f ? at : splat(-1.0f);
-  at = at < size ? at : splat(size);
+  at = at < size ? at : size;
   vint first = __builtin_convertvector(at, vint) + 1;
   first = at < 0.0f ? vint{} : first;
-  const vint last = splat(static_cast<int32_t>(pixels));
+  const vint last = __builtin_convertvector(size, vint);
   first = first < last ? first : last;
   return {first, at - __builtin_convertvector(first - 1, vfloat)};
+}
+
+static inline Positions positions(vfloat coordinates, int64_t pixels) {
+  return positions(coordinates, splat(static_cast<float>(pixels)));
 }
 
 // Bilinear samples of a map with a border of zeros and rows `stride` floats apart. Pixels of weight 0 are not read, as
