@@ -53,7 +53,7 @@ def test_locations_and_weights_in_float32(dtype, backend, generator):
     assert [result.dtype for result in results.values()] == [dtype, dtype, torch.float32, torch.float32]
     same = DEFORMABLE_ATTENTION.run(arguments | {"value": arguments["value"].float()}, backend)
     # Not equal: Triton's interpreter cuts off what bfloat16 rounds.
-    torch.testing.assert_close(results["out"].float(), same["out"], rtol=torch.finfo(dtype).eps, atol=0)
+    torch.testing.assert_close(results["out"].float(), same["out"], rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
 def test_under_autocast(generator):
@@ -110,7 +110,7 @@ def test_points_outside_have_no_gradient(backend, generator):
 @BACKENDS
 def test_offsets_beyond_32_bits(backend, generator):
     """Of the third pixel; memory that is not touched costs nothing."""
-    memory = torch.empty(2**31 + 8, dtype=torch.bfloat16)
+    memory = torch.from_numpy(np.empty(2**31 + 8, np.int16)).view(torch.bfloat16)
     value = memory.as_strided((1, 3, 1, 8), (0, 2**30, 0, 1))
     value.copy_(torch.randn(value.shape, generator=generator))
     arguments = Inputs((1, 4, 1, 8, [(1, 3)], 2))(generator) | {"value": value}
