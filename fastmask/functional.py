@@ -9,14 +9,14 @@ from fastmask.ops.class_loss import class_loss
 from fastmask.ops.deformable_attention import deformable_attention
 from fastmask.ops.embeddings import mask_products, matched_mask_logits
 from fastmask.ops.general import general_inference
-from fastmask.ops.instance import instance_inference
+from fastmask.ops.instance import instance_inference, run_lengths
 from fastmask.ops.linear_sum_assignment import linear_sum_assignment
 from fastmask.ops.mask_cost import mask_cost
 from fastmask.ops.mask_loss import mask_loss
 from fastmask.ops.masked_attention import masked_attention
 from fastmask.ops.panoptic import PanopticDetails, panoptic_inference
 from fastmask.ops.semantic import SemanticDetails, semantic_inference
-from fastmask.ops.semantic_views import SemanticView, merge_views
+from fastmask.ops.semantic_views import SemanticView, labels_of_scores, merge_views
 from fastmask.ops.uncertain_points import uncertain_points
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "deformable_attention",
     "general_inference",
     "instance_inference",
+    "labels_of_scores",
     "linear_sum_assignment",
     "mask_cost",
     "mask_loss",
@@ -36,6 +37,7 @@ __all__ = [
     "matched_mask_logits",
     "merge_views",
     "panoptic_inference",
+    "run_lengths",
     "semantic_inference",
     "show_config",
     "uncertain_points",

@@ -353,7 +353,7 @@ def foreground(name: str, masks: Tensor) -> Tensor:
     """
     if masks.is_floating_point() or masks.is_complex():
         check_binary(name, masks)
-    return masks != 0
+    return masks if masks.dtype == torch.bool else masks != 0
 
 
 def check_binary(name: str, masks: Tensor) -> None:

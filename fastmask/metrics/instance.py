@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from itertools import count
 from typing import Any
 
 import numpy as np
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastmask.extras import extra
+from fastmask.functional import run_lengths
 from fastmask.metrics.base import Metrics, checked_classes, mean
 from fastmask.metrics.coco_evaluation import evaluate
-from fastmask.targets import foreground
+from fastmask.metrics.truth import truths
+from fastmask.modules.final_predictions import FinalPredictions
+from fastmask.targets import Targets, foreground
 
 SUMMARY = (
     "AP",
@@ -27,6 +33,11 @@ SUMMARY = (
     "AR_medium",
     "AR_large",
 )
+
+# The most bytes of binary masks that are encoded at a time.
+MASK_BYTES = 16 << 20
+
+_unnamed = count()  # numbers of the images without a name
 
 
 class InstanceMetrics(Metrics):
@@ -62,7 +73,7 @@ class InstanceMetrics(Metrics):
         Args:
             name: identifies the image.
             prediction: {"scores" ``(R,)``, "labels" ``(R,)``, "masks" ``(R, H, W)`` bool}, as ``MaskFormer.predict``
-                returns; only the 100 best of each class count.
+                returns; or "rle", a list of R run lengths, in place of "masks". Only the 100 best of each class count.
             masks: ``(M, H, W)`` bool, the true masks. In integer masks, here and in the prediction, every value but 0
                 is foreground; floating-point masks must hold 0 and 1 only.
             labels: ``(M,)`` classes in 0..K-1.
@@ -73,29 +84,103 @@ class InstanceMetrics(Metrics):
             ValueError: shapes that do not match, a class out of range, masks that are not binary, or the name of
                 another image.
         """
-        found_masks, found_labels, scores = (prediction[key].cpu() for key in ("masks", "labels", "scores"))
-        for what, these, those in (("masks", masks, labels), ("prediction", found_masks, found_labels)):
-            if these.dim() != 3 or those.shape != these.shape[:1]:
-                raise ValueError(
-                    f"{name}: {what} has {tuple(these.shape)} masks and {tuple(those.shape)} labels; "
-                    "expected (M, H, W) and (M,)"
-                )
-            if those.numel() and not 0 <= int(those.min()) <= int(those.max()) < self.num_classes:
-                raise ValueError(f"{name}: {what} has labels outside 0..{self.num_classes - 1}")
-        if masks.shape[-2:] != found_masks.shape[-2:]:
-            raise ValueError(
-                f"{name}: prediction is {tuple(found_masks.shape[-2:])} pixels, masks {tuple(masks.shape[-2:])}"
+        size = masks.shape[-2], masks.shape[-1]
+        true = (_run_lengths(f"{name}: masks", masks), labels, crowd, areas)
+        if "rle" in prediction:
+            runs = prediction["rle"]
+            found_sizes = {tuple(rle["size"]) for rle in runs} or {size}
+        else:
+            runs = _run_lengths(f"{name}: prediction", prediction["masks"])
+            found_sizes = {tuple(prediction["masks"].shape[-2:])}
+        if found_sizes != {size}:
+            raise ValueError(f"{name}: prediction is {', '.join(map(str, found_sizes))} pixels, masks {size}")
+        self._add_image(name, size, true, (runs, prediction["labels"], prediction["scores"]))
+
+    def update_from_logits(
+        self,
+        outputs: Any,
+        targets: Targets | Sequence[Any],
+        sizes: Sequence[tuple[int, int]] | None = None,
+        *,
+        rule: str | None = None,
+        names: Sequence[str] | None = None,
+        stuff_classes: Collection[int] = (),
+        top_k: int = 100,
+        padded_size: tuple[int, int] | None = None,
+        valid_sizes: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
+        """Adds a batch by a model's logits: instance inference at the size of the truth, one image at a time.
+
+        A few binary masks exist at that size at a time; run lengths are kept.
+
+        Args:
+            outputs, sizes, padded_size, valid_sizes: as for :meth:`SemanticMetrics.update_from_logits`.
+            targets: as for :meth:`PanopticMetrics.update_from_logits`; a mapping or sample may also have "areas"
+                ``(M,)``.
+            rule: "mask2former", "maskformer", "huggingface", "oneformer", "eomt" or "rf_detr"; by default that of the
+                outputs' image processor in transformers, else "maskformer". OneFormer's and EoMT's processors make
+                label maps rather than instances; their rules here are Mask2Former's. With "rf_detr", predictions of
+                classes beyond K are left out.
+            names: of the images, as for :meth:`update`; by default each image gets a new one.
+            stuff_classes: the classes that have no instances, in truth and predictions.
+            top_k: the largest number of predictions for an image.
+
+        Raises:
+            TypeError: outputs without class and mask logits, or targets in another form.
+            ValueError: numbers of images, names or sizes that do not fit, a class out of range, or an unknown rule.
+        """
+        predictions = FinalPredictions.from_outputs(
+            outputs, rule=rule, padded_size=padded_size, valid_sizes=valid_sizes
+        )
+        every = truths(targets, sizes, predictions.num_images)
+        if names is not None and len(names) != len(every):
+            raise ValueError(f"names has {len(names)} entries for {len(every)} images")
+        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        for b, truth in enumerate(every):
+            name = f"{rank:06d}-{next(_unnamed):09d}" if names is None else names[b]
+            (found,) = predictions.of_image(b).instances(
+                truth.size, top_k=top_k, stuff_classes=stuff_classes, output="rle"
             )
-        truth = _records(f"{name}: masks", masks, labels)
+            kept = found["labels"] < self.num_classes
+            runs = [rle for rle, keep in zip(found["rle"], kept.tolist(), strict=True) if keep]
+            objects = [m for m, k in enumerate(truth.labels.tolist()) if k >= 0 and k not in stuff_classes]
+            index = torch.tensor(objects, dtype=torch.long, device=truth.labels.device)
+            crowd, areas = (None if one is None else one[index.to(one.device)] for one in (truth.crowd, truth.areas))
+            true_runs = _run_lengths(f"targets[{b}]", *truth.planes(index))
+            self._add_image(
+                name,
+                truth.size,
+                (true_runs, truth.labels[index], crowd, areas),
+                (runs, found["labels"][kept], found["scores"][kept]),
+            )
+
+    def _add_image(self, name: str, size: tuple[int, int], true: tuple[Any, ...], predicted: tuple[Any, ...]) -> None:
+        """Adds the run lengths of an image, with labels, crowd flags and areas, or with labels and scores."""
+        runs, labels, crowd, areas = true
+        truth = self._records(f"{name}: masks", runs, labels)
         for record, is_crowd in zip(truth, [0] * len(truth) if crowd is None else crowd.tolist(), strict=True):
             record["iscrowd"] = int(is_crowd)
         if areas is not None:
             for record, area in zip(truth, areas.tolist(), strict=True):
                 record["area"] = area
-        found = _records(f"{name}: prediction", found_masks, found_labels)
+        runs, labels, scores = predicted
+        found = self._records(f"{name}: prediction", runs, labels)
         for record, score in zip(found, scores.tolist(), strict=True):
             record.update(score=score, iscrowd=0)
-        self._keep(name, {"truth": truth, "found": found, "size": tuple(masks.shape[-2:])})
+        self._keep(name, {"truth": truth, "found": found, "size": size})
+
+    def _records(self, name: str, runs: list[dict[str, Any]], labels: Tensor) -> list[dict[str, Any]]:
+        """An annotation for each of the masks; errors call them ``name``."""
+        if labels.shape != (len(runs),):
+            raise ValueError(
+                f"{name} has {len(runs)} masks and labels {tuple(labels.shape)}; expected (M, H, W) and (M,)"
+            )
+        if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
+            raise ValueError(f"{name} has labels outside 0..{self.num_classes - 1}")
+        return [
+            {"segmentation": rle, "area": float(area), "category_id": label}
+            for rle, area, label in zip(runs, _mask_coder().area(runs), labels.tolist(), strict=True)
+        ]
 
     def compute(self) -> dict[str, float]:
         """COCO's twelve numbers: "AP" (mean over IoU 0.50:0.05:0.95), "AP50", "AP75", AP by size, AR by detections (1,
@@ -148,14 +233,15 @@ class InstanceMetrics(Metrics):
         self._images[name] = image
 
 
-def _records(name: str, masks: Tensor, labels: Tensor) -> list[dict[str, Any]]:
-    """An annotation for each of the ``masks``; errors call them ``name``."""
-    coder = _mask_coder()
-    encoded = coder.encode(foreground(name, masks.cpu()).numpy().transpose(1, 2, 0))
-    return [
-        {"segmentation": rle, "area": float(area), "category_id": label}
-        for rle, area, label in zip(encoded, coder.area(encoded), labels.tolist(), strict=True)
-    ]
+def _run_lengths(name: str, masks: Tensor, number: Tensor | None = None) -> list[dict[str, Any]]:
+    """The run lengths of masks ``(M, H, W)``, or of the segments of a map ``(H, W)`` with these numbers; errors call
+    the masks ``name``. A few masks at a time are in memory."""
+    if masks.dim() != (3 if number is None else 2):
+        raise ValueError(f"{name} has shape {tuple(masks.shape)}; expected (M, H, W)")
+    height, width = masks.shape[-2:]
+    step = max(1, MASK_BYTES // max(1, height * width))
+    chunks = masks.split(step) if number is None else (masks == some[:, None, None] for some in number.split(step))
+    return [rle for chunk in chunks for rle in run_lengths(foreground(name, chunk.cpu()))]
 
 
 def _mask_coder() -> Any:

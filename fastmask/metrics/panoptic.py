@@ -9,6 +9,9 @@ import numpy as np
 from torch import Tensor
 
 from fastmask.metrics.base import Metrics, checked_classes, mean, share
+from fastmask.metrics.truth import bands_of_rows, truths
+from fastmask.modules.final_predictions import FinalPredictions
+from fastmask.targets import Targets
 
 
 class PanopticMetrics(Metrics):
@@ -64,11 +67,14 @@ class PanopticMetrics(Metrics):
         if len(np.unique(found_ids)) < len(found_ids):
             raise ValueError(f"prediction lists an id twice: {sorted(found_ids.tolist())}")
         num_found, num_true = len(found_ids), len(true_labels)
-        truth = segments.cpu().numpy().astype(np.int64)
-        truth = np.where((truth >= 0) & (truth < num_true), truth, num_true)
-        found = _index_of(ids.cpu().numpy().astype(np.int64), found_ids)
         # shared[m, s]: pixels of segment m (the last is void) and found segment s (the last is none).
-        shared = np.bincount((truth * (num_found + 1) + found).ravel(), minlength=(num_true + 1) * (num_found + 1))
+        shared = np.zeros((num_true + 1) * (num_found + 1), np.int64)
+        truth_map, found_map = segments.cpu().numpy(), ids.cpu().numpy()
+        for band in bands_of_rows(segments):
+            truth = truth_map[band].astype(np.int64)
+            truth = np.where((truth >= 0) & (truth < num_true), truth, num_true)
+            found = _index_of(found_map[band].astype(np.int64), found_ids)
+            shared += np.bincount((truth * (num_found + 1) + found).ravel(), minlength=len(shared))
         shared = shared.reshape(num_true + 1, num_found + 1)
         true_areas, found_areas = shared.sum(1)[:-1], shared.sum(0)[:-1]
         in_void, inside = shared[-1, :-1], shared[:-1, :-1]
@@ -85,6 +91,42 @@ class PanopticMetrics(Metrics):
         excused = in_void + (inside * (same_class & is_crowd[:, None])).sum(0)
         wrong = ~matches.any(0) & (found_areas > 0) & ~(share(excused, found_areas) > 0.5)
         np.add.at(self._counts, (found_labels[wrong], 2), 1)
+
+    def update_from_logits(
+        self,
+        outputs: Any,
+        targets: Targets | Sequence[Any],
+        sizes: Sequence[tuple[int, int]] | None = None,
+        *,
+        rule: str | None = None,
+        padded_size: tuple[int, int] | None = None,
+        valid_sizes: Sequence[tuple[int, int]] | None = None,
+        **options: Any,
+    ) -> None:
+        """Adds a batch by a model's logits: panoptic inference at the size of the truth, one image at a time.
+
+        No mask exists at that size: the memory is that of a few segment maps.
+
+        Args:
+            outputs, sizes, padded_size, valid_sizes: as for :meth:`SemanticMetrics.update_from_logits`.
+            targets: :class:`fastmask.Targets`, or for each image a mapping or a :class:`fastmask.data.Sample` with
+                "labels" ``(M,)`` and "segments" ``(H, W)`` or "masks" ``(M, H, W)``, and, unless it is None, "crowd"
+                ``(M,)``. transformers' names, "class_labels" and "mask_labels", will do.
+            rule: "maskformer", "mask2former", "huggingface" (with the corrections of
+                :func:`fastmask.panoptic_inference`), "oneformer" or "eomt"; by default that of the outputs' image
+                processor in transformers, else "maskformer".
+            options: "threshold", "overlap_threshold" and "mask_threshold" of :func:`fastmask.panoptic_inference`.
+
+        Raises:
+            TypeError: outputs without class and mask logits, or targets in another form.
+            ValueError: numbers of images or sizes that do not fit, a class out of range, or an unknown rule.
+        """
+        predictions = FinalPredictions.from_outputs(
+            outputs, rule=rule, padded_size=padded_size, valid_sizes=valid_sizes
+        )
+        for b, truth in enumerate(truths(targets, sizes, predictions.num_images)):
+            found = predictions.of_image(b).panoptic(truth.size, stuff_classes=self.stuff_classes, **options)
+            self.update(found[0], truth.segment_map(f"targets[{b}]"), truth.labels, truth.crowd)
 
     def _check(self, name: str, labels: np.ndarray) -> None:
         outside = labels[(labels < 0) | (labels >= self.num_classes)]

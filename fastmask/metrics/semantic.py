@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastmask.metrics.base import Metrics, checked_classes, mean, share
-from fastmask.targets import CLASS_DTYPES
+from fastmask.metrics.truth import bands_of_rows, class_maps
+from fastmask.modules.final_predictions import FinalPredictions
+from fastmask.targets import CLASS_DTYPES, Targets, label_dtype
 
 
 class SemanticMetrics(Metrics):
@@ -66,31 +70,77 @@ class SemanticMetrics(Metrics):
                 f"prediction has shape {tuple(prediction.shape)}, target {tuple(target.shape)}; expected (..., H, W)"
             )
         classes = self.num_classes
-        truth, found = target.long(), prediction.to(target.device).long()
+        images = (target, prediction.to(target.device))
+        images = tuple(image.flatten(0, -3) if image.dim() > 2 else image[None] for image in images)
+        for truth, found in zip(*images, strict=True):
+            # Void is an extra class in both; pixels of no class are another, in the prediction only.
+            maps = [torch.empty_like(truth, dtype=label_dtype(classes + 2)) for _ in images]
+            for band in bands_of_rows(truth):
+                self._add_band(truth[band].long(), found[band].long(), *(one[band] for one in maps))
+            if self.boundary_share is not None and truth.numel() > 0:
+                truth_map, found_map = (one.cpu().numpy() for one in maps)
+                self._add_boundary(found_map, truth_map, self.boundary_share)
+
+    def _add_band(self, truth: Tensor, found: Tensor, truth_map: Tensor, found_map: Tensor) -> None:
+        """Counts some rows, and writes them to the maps for boundaries."""
+        classes = self.num_classes
         void = truth == self.ignore_index
         wrong = ((truth < 0) | (truth >= classes)) & ~void
         if wrong.any():
             value = int(truth[wrong][0])
             raise ValueError(f"target holds class {value}; expected 0..{classes - 1} or {self.ignore_index}")
-        truth = truth.masked_fill(void, classes)
         found = found.masked_fill((found < 0) | (found >= classes), classes)
-        pairs = torch.bincount((truth * (classes + 1) + found).flatten(), minlength=(classes + 1) ** 2)
+        pairs = torch.bincount(
+            (truth.masked_fill(void, classes) * (classes + 1) + found).flatten(), minlength=(classes + 1) ** 2
+        )
         self._confusion += pairs.view(classes + 1, classes + 1)[:classes].cpu().numpy()
-        if self.boundary_share is not None and truth.numel() > 0:
-            # Void is an extra class in both; pixels of no class are another, in the prediction only.
-            found, truth = found.masked_fill(void, classes + 1), truth.masked_fill(void, classes + 1)
-            height, width = truth.shape[-2:]
-            for found_map, truth_map in zip(
-                found.view(-1, height, width).cpu().numpy(), truth.view(-1, height, width).cpu().numpy(), strict=True
-            ):
-                self._add_boundary(found_map.astype(np.int32), truth_map.astype(np.int32), self.boundary_share)
+        truth_map.copy_(truth.masked_fill(void, classes + 1))
+        found_map.copy_(found.masked_fill(void, classes + 1))
+
+    def update_from_logits(
+        self,
+        outputs: Any,
+        targets: Targets | Tensor | Sequence[Any],
+        sizes: Sequence[tuple[int, int]] | None = None,
+        *,
+        rule: str | None = None,
+        padded_size: tuple[int, int] | None = None,
+        valid_sizes: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
+        """Adds a batch by a model's logits: semantic inference at the size of the truth, one image at a time.
+
+        No mask and no score exists at that size: the memory is that of a few label maps.
+
+        Args:
+            outputs: a model's outputs, as in :meth:`fastmask.modules.FinalPredictions.from_outputs`.
+            targets: the truth at its own size: class maps ``(B, H, W)``, or a list of ``(H_b, W_b)``, as for
+                :meth:`update`; or the forms with labels and segments or masks that
+                :meth:`PanopticMetrics.update_from_logits` takes.
+            sizes: (height, width) of each image within padded targets; None if nothing is padded.
+            rule: "maskformer", "mask2former", "huggingface", "oneformer" or "eomt": the code base whose way of resizing
+                counts; by default that of the outputs' image processor in transformers, else "maskformer".
+            padded_size: (height, width) of the padded network input, if images were padded to a batch.
+            valid_sizes: (height, width) of each image within it.
+
+        Raises:
+            TypeError: outputs without class and mask logits, or targets in another form.
+            ValueError: numbers of images or sizes that do not fit, a class out of range, or an unknown rule.
+        """
+        predictions = FinalPredictions.from_outputs(
+            outputs, rule=rule, padded_size=padded_size, valid_sizes=valid_sizes
+        )
+        for b, target in enumerate(class_maps(targets, sizes, predictions.num_images, self.ignore_index)):
+            self.update(predictions.of_image(b).semantic((target.shape[0], target.shape[1]))[0], target)
 
     def _add_boundary(self, found: np.ndarray, truth: np.ndarray, share_of_diagonal: float) -> None:
         distance = max(1, round(share_of_diagonal * math.hypot(*truth.shape)))
         near_found, near_truth = near_boundary(found, distance), near_boundary(truth, distance)
-        both = near_found & near_truth & (found == truth)
-        for row, values in zip(self._boundary, (truth[both], truth[near_truth], found[near_found]), strict=True):
-            row += np.bincount(values, minlength=self.num_classes)[: self.num_classes]
+        for band in bands_of_rows(truth):
+            found_rows, truth_rows, by_found, by_truth = (x[band] for x in (found, truth, near_found, near_truth))
+            both = by_found & by_truth & (found_rows == truth_rows)
+            counted = truth_rows[both], truth_rows[by_truth], found_rows[by_found]
+            for row, values in zip(self._boundary, counted, strict=True):
+                row += np.bincount(values, minlength=self.num_classes)[: self.num_classes]
 
     def compute(self) -> dict[str, float]:
         """ "mIoU", "fwIoU", "pixel_accuracy", "mean_accuracy" and, unless left out, "boundary_IoU"."""
@@ -145,9 +195,8 @@ def near_boundary(classes: np.ndarray, distance: int) -> np.ndarray:
     near = np.ones((rows, columns), bool)
     if min(rows, columns) > 2 * distance:
         inside = slice(distance, rows - distance), slice(distance, columns - distance)
-        across = _any_in_windows(classes[:, 1:] != classes[:, :-1], 2 * distance + 1, 2 * distance)
-        down = _any_in_windows(classes[1:] != classes[:-1], 2 * distance, 2 * distance + 1)
-        near[inside] = across | down
+        near[inside] = _any_in_windows(classes[:, 1:] != classes[:, :-1], 2 * distance + 1, 2 * distance)
+        near[inside] |= _any_in_windows(classes[1:] != classes[:-1], 2 * distance, 2 * distance + 1)
     return near
 
 

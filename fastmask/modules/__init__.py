@@ -4,6 +4,7 @@ from fastmask.modules.attention import MaskedCrossAttention
 from fastmask.modules.criterion import LayerLosses, SetCriterion
 from fastmask.modules.deformable_attention import MultiScaleDeformableAttention
 from fastmask.modules.deformable_pixel_decoder import DeformablePixelDecoder
+from fastmask.modules.final_predictions import FinalPredictions
 from fastmask.modules.masked_predictor import MaskedTransformerPredictor
 from fastmask.modules.matcher import FixedMatcher, HungarianMatcher, Matcher
 from fastmask.modules.mlp import MLP
@@ -17,6 +18,7 @@ from fastmask.modules.transformer import TransformerDecoder, TransformerEncoder
 __all__ = [
     "MLP",
     "DeformablePixelDecoder",
+    "FinalPredictions",
     "FixedMatcher",
     "HungarianMatcher",
     "LayerLosses",

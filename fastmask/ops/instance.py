@@ -25,9 +25,9 @@ Returns of ``instance_masks``:
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -43,11 +43,11 @@ from fastmask.ops._registry import Operator
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-RULES = ("mask2former", "huggingface")
+RULES = ("mask2former", "huggingface", "rf_detr")
 OUTPUTS = ("masks", "rle")
 
 # The most bytes of binary masks in memory at a time when the output is run lengths.
-MASK_BYTES = 16 << 20
+MASK_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
 
 
 @torch.no_grad()
@@ -68,17 +68,18 @@ def instance_inference(
 ) -> list[dict[str, Any]]:
     """The most probable (query, class) pairs of each image, with binary masks and scores.
 
-    score = class probability * mean of sigmoid(x) over the mask x > 0 (Mask2Former, arXiv:2112.01527). A query that is
-    picked for several classes is upsampled once. Pixels interpolated from a NaN mask logit are background, and a query
-    with a NaN class logit has probability 0.
+    score = class probability * mean of sigmoid(x) over the mask x > 0 (Mask2Former, arXiv:2112.01527); for RF-DETR
+    (arXiv:2511.09554) it is the class probability alone. Pixels interpolated from a NaN mask logit are background, and
+    a query with a NaN class logit has probability 0. With run lengths, only a few masks are in memory at a time.
 
     Args:
-        class_logits: ``(B, N, K+1)`` floating point; the last class is "no object".
+        class_logits: ``(B, N, K+1)`` floating point; the last class is "no object". ``(B, N, K)`` for the rule
+            "rf_detr", whose classes are independent: their probabilities are sigmoids.
         mask_logits: ``(B, N, h, w)`` floating point; or a pair ``mask_embed (B, N, C)`` and ``pixel_embed
             (B, C, h, w)`` to multiply over C.
         size: (H, W) of the masks, in pixels.
         top_k: the largest number of pairs per image.
-        rule: "mask2former" or "huggingface"; ``fastmask.reference.instance`` says how they differ.
+        rule: "mask2former", "huggingface" or "rf_detr"; ``fastmask.reference.instance`` says how they differ.
         stuff_classes: classes that give no instances.
         output: "masks", or "rle" for run lengths in the format of ``pycocotools.mask``.
         boxes: also return the masks' bounding boxes.
@@ -104,7 +105,8 @@ def instance_inference(
     check_choice("output", output, OUTPUTS)
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
-    masks, backend, dtype = prepare(INSTANCE_MASKS, class_logits, mask_logits, size, padded_size, valid_size, backend)
+    with_no_object = F.pad(class_logits, (0, 1)) if rule == "rf_detr" else class_logits
+    masks, backend, dtype = prepare(INSTANCE_MASKS, with_no_object, mask_logits, size, padded_size, valid_size, backend)
     if output == "rle" and backend != "reference" and EXTENSION_ERROR is not None:
         raise RuntimeError(f"the C++ encoder of run lengths is missing: {EXTENSION_ERROR}")
     options = _Options(top_k, rule, stuff_classes, output, boxes)
@@ -130,39 +132,62 @@ class _Options(NamedTuple):
 
 def _results(backend: str, class_logits: Tensor, masks: MaskSource, options: _Options) -> list[dict[str, Any]]:
     top_k, rule, stuff_classes, output, boxes = options
-    values, labels, queries, counts = _pick(class_logits, top_k, stuff_classes)
+    values, labels, queries, counts = _pick(class_logits, top_k, rule, stuff_classes)
     size = masks.geometry.size
     nearest = rule == "huggingface"
     if nearest:
         grid = masks.geometry.valid_size or masks.geometry.padded_size or masks.geometry.grid
         masks = replace(masks, geometry=replace(masks.geometry, size=grid))
     packed = output == "rle" and not nearest
-    maps, foreground, area, extents, nan_logits = _run_bands(backend, masks, queries, packed)
-    scores = values * (foreground / (area + 1e-6))
-    results = []
-    for b, count in enumerate(counts):
-        columns = {
-            "scores": scores,
-            "labels": labels,
-            "queries": queries,
-            "nan_logits": nan_logits,
-            "boxes": extents,
-        }
-        result: dict[str, Any] = {name: column[b, :count] for name, column in columns.items()}
-        if nearest:
-            result |= _resize(maps[b, :count], size, output, boxes)
-        else:
-            result[output] = _encode(maps[b, :count], size) if packed else maps[b, :count]
-        results.append(result)
-    return results
+    chunks = (queries,)
+    if output == "rle":
+        height, width = masks.geometry.size
+        mask_bytes = len(queries) * height * (-(-width // 8) if packed else width)
+        chunks = queries.split(max(1, _most_bytes(queries.device) // max(1, mask_bytes)), 1)
+    sums: list[Any] = []
+    made: list[list[dict[str, Any]]] = [[] for _ in counts]
+    first = 0
+    for chunk in chunks:
+        maps, *sums_of_chunk = _run_bands(backend, masks, chunk, packed)
+        sums.append(sums_of_chunk)
+        for own, count, results in zip(maps, counts, made, strict=True):
+            own = own[: max(0, count - first)]
+            if nearest:
+                results.append(_resize(own, size, output, boxes))
+            else:
+                results.append({output: _encode(own, size) if packed else own})
+        first += chunk.shape[1]
+    foreground, area, extents, nan_logits = (_joined(columns, 1) for columns in zip(*sums, strict=True))
+    scores = values if rule == "rf_detr" else values * (foreground / (area + 1e-6))
+    columns = {"scores": scores, "labels": labels, "queries": queries, "nan_logits": nan_logits, "boxes": extents}
+    return [
+        {name: column[b, :count] for name, column in columns.items()}
+        | {name: _joined([of_chunk[name] for of_chunk in made[b]]) for name in made[b][0]}
+        for b, count in enumerate(counts)
+    ]
 
 
-def _pick(class_logits: Tensor, top_k: int, stuff_classes: Collection[int]) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+def _joined(parts: Sequence[Any], dim: int = 0) -> Any:
+    """Tensors, or lists of run lengths, in a row."""
+    if isinstance(parts[0], list):
+        return list(chain(*parts))
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+
+
+def _most_bytes(device: torch.device) -> int:
+    return MASK_BYTES.get(device.type, MASK_BYTES["cuda"])
+
+
+def _pick(
+    class_logits: Tensor, top_k: int, rule: str, stuff_classes: Collection[int]
+) -> tuple[Tensor, Tensor, Tensor, list[int]]:
     """The best pairs as (class probabilities, classes, queries), each ``(B, R)``, and how many of the R each image has.
 
     Pairs of ``stuff_classes`` are left out; queries beyond an image's count are -1.
     """
-    probabilities = class_logits.float().softmax(-1)[..., :-1].nan_to_num(nan=0.0)  # [B, N, K]
+    class_logits = class_logits.float()
+    probabilities = class_logits.sigmoid() if rule == "rf_detr" else class_logits.softmax(-1)[..., :-1]
+    probabilities = probabilities.nan_to_num(nan=0.0)  # [B, N, K]
     num_queries, num_classes = probabilities.shape[1:]
     best = probabilities.flatten(1).topk(min(top_k, num_queries * num_classes))
     labels = best.indices % num_classes
@@ -212,16 +237,30 @@ def _run_bands(
 
 def _resize(maps: Tensor, size: tuple[int, int], output: str, boxes: bool) -> dict[str, Any]:
     """Resizes masks ``(R, h, w)`` bool by PyTorch's "nearest" rule; gives the output and, with ``boxes``, boxes."""
-    step = len(maps) if output == "masks" else max(1, MASK_BYTES // (size[0] * size[1]))
-    results: list[Any] = []
-    extents = []
+    step = len(maps) if output == "masks" else _most_bytes(maps.device) // (size[0] * size[1])
+    results: list[dict[str, Any]] = []
     for chunk in maps.split(max(step, 1)):
         resized = F.interpolate(chunk.view(torch.uint8)[:, None], size, mode="nearest")[:, 0].view(torch.bool)
-        results.append(resized if output == "masks" else _encode(resized, size))
+        results.append({output: resized if output == "masks" else _encode(resized, size)})
         if boxes:
-            extents.append(_bounding_boxes(resized))
-    result = {output: results[0] if output == "masks" else [rle for chunk in results for rle in chunk]}
-    return result | ({"boxes": torch.cat(extents)} if boxes else {})
+            results[-1]["boxes"] = _bounding_boxes(resized)
+    return {name: _joined([result[name] for result in results]) for name in results[0]}
+
+
+def run_lengths(masks: Tensor) -> list[dict[str, Any]]:
+    """The run lengths of binary masks, in the format of ``pycocotools.mask``.
+
+    Args:
+        masks: ``(R, H, W)`` bool.
+
+    Returns:
+        R dicts {"size": [H, W], "counts": bytes}.
+    """
+    if EXTENSION_ERROR is not None:
+        from fastmask import reference
+
+        return reference.rle_encode(masks)
+    return _encode(masks, (masks.shape[1], masks.shape[2]))
 
 
 def _encode(maps: Tensor, size: tuple[int, int]) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ from fastmask.ops._registry import Operator
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-RULES = ("maskformer", "mask2former", "huggingface", "huggingface-exact")
+RULES = ("maskformer", "mask2former", "eomt", "huggingface", "huggingface-exact")
 
 Segments = list[dict[str, int | float | bool]]
 
@@ -82,7 +82,7 @@ def panoptic_inference(
         mask_logits: ``(B, N, h, w)`` floating point; or a pair ``mask_embed (B, N, C)`` and ``pixel_embed
             (B, C, h, w)`` to multiply over C.
         size: (H, W) of the result, in pixels.
-        rule: "maskformer", "mask2former", "huggingface" (corrected) or "huggingface-exact" (as shipped).
+        rule: "maskformer", "mask2former", "eomt", "huggingface" (corrected) or "huggingface-exact" (as shipped).
         threshold: the class probability, 0..1, that a query must exceed.
         overlap_threshold: the visible share, 0..1, that a query's mask must have.
         mask_threshold: the probability, 0..1, at which a pixel belongs to a mask.
@@ -137,7 +137,7 @@ def panoptic_inference(
             scores,
             masks,
             resize_probabilities=rule == "huggingface",
-            clip_to_mask=rule == "mask2former",
+            clip_to_mask=rule in ("mask2former", "eomt"),
             mask_threshold=mask_threshold,
         )
         results = _segments(winner, areas, scores, classes, rule, overlap_threshold, stuff_classes)
@@ -205,7 +205,7 @@ def _segments(
     """
     batch_size, num_queries = scores.shape
     won, mask_area, visible_area = areas.unbind(-1)
-    if rule == "huggingface":
+    if rule in ("huggingface", "eomt"):
         visible = (won.float() / mask_area.float()).double() > overlap_threshold
     else:
         visible = won.double() / mask_area.double() >= overlap_threshold

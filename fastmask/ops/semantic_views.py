@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastmask.ops._checks import check_choice
 from fastmask.ops._mask_source import Band, MaskSource, prepare
@@ -207,6 +208,34 @@ def _add_scores(active: list[_Scores], top: int, total: Tensor) -> Tensor:
     if not bool(coverage.all()):
         raise ValueError(f"views leave columns of rows {top}..{end} uncovered")
     return coverage
+
+
+@torch.no_grad()
+def labels_of_scores(scores: Tensor, size: tuple[int, int]) -> Tensor:
+    """The class of the largest score of each pixel, after bilinear resizing (align_corners=False) a band of rows at a
+    time.
+
+    Args:
+        scores: ``(K, h, w)`` floating point.
+        size: (H, W) of the result, in pixels.
+
+    Returns:
+        ``(H, W)``, in the smallest of uint8, int16 and int32 that holds ``0..K-1``.
+    """
+    (num_classes, rows, _), (height, width) = scores.shape, size
+    labels = torch.empty(size, dtype=label_dtype(num_classes), device=scores.device)
+    position = ((torch.arange(height, dtype=torch.float64) + 0.5) * (rows / height) - 0.5).clamp(0, rows - 1)
+    first = position.long()
+    share = (position - first).to(scores).view(-1, 1)
+    first = first.to(scores.device)
+    step = max(1, BAND_BYTES // (num_classes * width * scores.element_size()))
+    for top in range(0, height, step):
+        band = slice(top, top + step)
+        following = (first[band] + 1).clamp(max=rows - 1)
+        lines = scores[:, first[band]].lerp(scores[:, following], share[band])  # [K, band, w]
+        lines = F.interpolate(lines[None], (lines.shape[1], width), mode="bilinear", align_corners=False)[0]
+        labels[band] = _largest(lines, labels.dtype)
+    return labels
 
 
 def _largest(scores: Tensor, dtype: torch.dtype) -> Tensor:

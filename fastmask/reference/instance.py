@@ -16,7 +16,7 @@ from fastmask.reference._common import (
     resize_nearest,
 )
 
-INSTANCE_RULES = ("mask2former", "huggingface")
+INSTANCE_RULES = ("mask2former", "huggingface", "rf_detr")
 
 
 def instance_inference(
@@ -33,19 +33,21 @@ def instance_inference(
     """The ``top_k`` pairs (query n, class k) of highest P = softmax(class_logits[n])[k]; a query may give several.
 
     With x the query's mask logits, mask = x > 0 and score = P * sum(sigmoid(x) mask) / (sum(mask) + 1e-6)
-    (Mask2Former, arXiv:2112.01527, and its code). The rules differ in the resolution of x:
+    (Mask2Former, arXiv:2112.01527, and its code). The rules differ in the resolution of x and in the score:
 
     - "mask2former": x is upsampled bilinearly to the output size.
     - "huggingface": x stays at h x w; the binary mask is then resized to the output size by the "nearest" rule.
+    - "rf_detr" (RF-DETR, arXiv:2511.09554): as "mask2former", but P = sigmoid(class_logits[n, k]), each of the K
+      columns is a class, and score = P.
 
     A pixel that reads a NaN mask logit is never foreground, and a query with a NaN class logit has P = 0.
 
     Args:
-        class_logits: ``(B, N, K+1)`` float, or ``(N, K+1)`` for one image.
+        class_logits: ``(B, N, K+1)`` float, or ``(N, K+1)`` for one image; K columns for the rule "rf_detr".
         mask_logits: ``(B, N, h, w)`` float, or ``(N, h, w)``.
         size: (H, W) of the masks.
         top_k: the number of pairs; all N * K pairs if there are fewer.
-        rule: "mask2former" or "huggingface".
+        rule: a name above.
         stuff_classes: pairs of these classes are dropped from the ``top_k``, as Mask2Former does when it also does
             panoptic segmentation.
         padded_size, valid_size: upsample the mask logits to the padded network input and crop the image from it, as
@@ -72,7 +74,8 @@ def instance_inference(
     stuff = torch.tensor(sorted(stuff_classes), dtype=torch.int64, device=class_logits.device)
     results = []
     for image_classes, image_masks in zip(class_logits, mask_logits, strict=True):
-        probabilities = image_classes.softmax(-1)[:, :-1].nan_to_num(nan=0.0)  # [N, K]
+        probabilities = image_classes.sigmoid() if rule == "rf_detr" else image_classes.softmax(-1)[:, :-1]
+        probabilities = probabilities.nan_to_num(nan=0.0)  # [N, K]
         best = probabilities.flatten().topk(min(top_k, probabilities.numel()))
         labels = best.indices % probabilities.shape[1]
         queries = best.indices // probabilities.shape[1]
@@ -83,7 +86,7 @@ def instance_inference(
         mask_scores = x.sigmoid().masked_fill(~masks, 0).sum((-2, -1)) / (area + 1e-6)
         results.append(
             {
-                "scores": best.values[things] * mask_scores,
+                "scores": best.values[things] * (1 if rule == "rf_detr" else mask_scores),
                 "labels": labels[things],
                 "queries": queries[things],
                 "masks": resize_nearest(masks, size),

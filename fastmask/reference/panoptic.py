@@ -36,6 +36,7 @@ class PanopticRule:
 PANOPTIC_RULES = {
     "maskformer": PanopticRule(),
     "mask2former": PanopticRule(clip_to_mask=True),
+    "eomt": PanopticRule(clip_to_mask=True, strict_overlap=True),
     "huggingface": PanopticRule(resize_probabilities=True, strict_overlap=True),
     "huggingface-exact": PanopticRule(
         resize_probabilities=True, strict_overlap=True, weighted_area=True, reuse_fused_id=True, no_segment_value=-1
@@ -65,9 +66,9 @@ def panoptic_inference(
     segment.
 
     ``rule`` names the code base (``PANOPTIC_RULES`` lists the differences): "maskformer", "mask2former"
-    (arXiv:2112.01527), "huggingface", or "huggingface-exact", which keeps two bugs of transformers for comparison:
-    after fused stuff the ids of later segments repeat, and the area of a mask is measured on its score-weighted
-    probabilities, so that a mask seems smaller than it is.
+    (arXiv:2112.01527), "eomt" (transformers' code for EoMT), "huggingface", or "huggingface-exact", which keeps two
+    bugs of transformers for comparison: after fused stuff the ids of later segments repeat, and the area of a mask is
+    measured on its score-weighted probabilities, so that a mask seems smaller than it is.
 
     Args:
         class_logits: ``(B, N, K+1)`` float, or ``(N, K+1)`` for one image.

@@ -30,7 +30,7 @@ from tests.helpers.inference_inputs import (
 )
 from tests.helpers.instance_operator import box_of, make_queries
 
-RULES = ("mask2former", "huggingface")
+RULES = ("mask2former", "huggingface", "rf_detr")
 
 
 def masks_of(
@@ -161,16 +161,18 @@ def test_a_query_of_several_classes_has_one_mask(generator):
             assert mask.equal(result["masks"][other][0])
 
 
-def test_run_lengths_in_pieces(generator, monkeypatch):
+@pytest.mark.parametrize("rule", RULES)
+def test_run_lengths_in_pieces(rule, generator, monkeypatch):
     class_logits, mask_logits = make_class_logits(generator), make_logits(generator, (9, 11))
-    options = {"rule": "huggingface", "output": "rle", "boxes": True, "top_k": 7}
+    options = {"rule": rule, "output": "rle", "boxes": True, "top_k": 7, "stuff_classes": {1}}
     expected = instance_inference(class_logits, mask_logits, (21, 34), **options)
-    monkeypatch.setattr(instance_module, "MASK_BYTES", 2 * 21 * 34)
+    monkeypatch.setitem(instance_module.MASK_BYTES, "cpu", 2 * 21 * 34)
     for result, wanted in zip(
         instance_inference(class_logits, mask_logits, (21, 34), **options), expected, strict=True
     ):
         assert result["rle"] == wanted["rle"]
         assert result["boxes"].equal(wanted["boxes"])
+        assert result["scores"].equal(wanted["scores"])
 
 
 def test_no_queries_and_no_things(generator):
@@ -179,7 +181,7 @@ def test_no_queries_and_no_things(generator):
         for output in ("masks", "rle"):
             options = {"rule": rule, "output": output, "boxes": True}
             results = instance_inference(class_logits[:, :0], mask_logits[:, :0], (21, 34), **options)
-            results += instance_inference(class_logits, mask_logits, (21, 34), **options, stuff_classes=range(4))
+            results += instance_inference(class_logits, mask_logits, (21, 34), **options, stuff_classes=range(5))
             assert [len(result["scores"]) for result in results] == [0] * 4
             assert [len(result[output]) for result in results] == [0] * 4
             assert [tuple(result["boxes"].shape) for result in results] == [(0, 4)] * 4
@@ -273,7 +275,7 @@ def test_run_lengths_need_no_bytes_for_pixels(rule, generator, monkeypatch):
     """100 masks of this size take 15 MB as bytes and 1.9 MB as bits."""
     class_logits = make_class_logits(generator, batch=1, queries=40)
     mask_logits = make_logits(generator, (80, 120), batch=1, queries=40)
-    monkeypatch.setattr(instance_module, "MASK_BYTES", 320 * 480)
+    monkeypatch.setitem(instance_module.MASK_BYTES, "cpu", 320 * 480)
     options = {"rule": rule, "output": "rle", "boxes": True}
     _, memory = peak_memory(
         lambda: instance_inference(class_logits, mask_logits, (320, 480), **options), torch.device("cpu")
