@@ -157,7 +157,8 @@ class FinalPredictions:
 
     def panoptic(self, size: Size, **options: Any) -> Any:
         """The result of ``panoptic_inference`` for images that share a size."""
-        return self._infer(panoptic_inference, size, self._valid_size(size), rule=self._rule("panoptic"), **options)
+        options = {"rule": self._rule("panoptic")} | options
+        return self._infer(panoptic_inference, size, self._valid_size(size), **options)
 
     def instances(self, size: Size, **options: Any) -> Any:
         """The result of ``instance_inference`` for images that share a size."""

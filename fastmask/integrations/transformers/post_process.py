@@ -1,52 +1,60 @@
-"""The image processors' post-processing of MaskFormer and Mask2Former, with their arguments and results.
+"""The image processors' post-processing of MaskFormer, Mask2Former, OneFormer, EoMT and RF-DETR, with their arguments
+and results.
 
-The two families differ in one step: Mask2Former's processor first brings the mask logits to 384 x 384. The class of
-``outputs`` decides: Mask2FormerForUniversalSegmentationOutput, or any other with ``class_queries_logits (B, N, K+1)``
-and ``masks_queries_logits (B, N, h, w)``. The processors of OneFormer and EoMT work differently; their outputs are
-refused with a TypeError. Results lie on the device of the logits.
+The class of ``outputs`` decides which processor's steps are taken: Mask2Former's first brings the mask logits to
+384 x 384, EoMT's to the size of the network's input; any other object with ``class_queries_logits (B, N, K+1)`` and
+``masks_queries_logits (B, N, h, w)`` counts as MaskFormer's. Results lie on the device of the logits.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastmask.functional import instance_inference, panoptic_inference, semantic_inference
+from fastmask.functional import run_lengths
+from fastmask.modules.final_predictions import FinalPredictions, Size
 
-MASK2FORMER_SIZE = (384, 384)
-OTHER_FAMILIES = ("OneFormer", "Eomt")
 SCORE_DIGITS = 6
 
-Sizes = Sequence[tuple[int, int]]
+Sizes = Sequence[Size] | Tensor
 
 
 def post_process_semantic_segmentation(
-    outputs: Any, target_sizes: Sizes | None = None, return_segmentation_scores: bool = False
+    outputs: Any,
+    target_sizes: Sizes | None = None,
+    return_segmentation_scores: bool = False,
+    *,
+    padded_size: Size | None = None,
+    valid_sizes: Sequence[Size] | None = None,
 ) -> list:
     """The class of each pixel, argmax_k of sum_n softmax(class_logits[n])[k] sigmoid(mask_logits[n]).
 
     Args:
-        outputs: of the model.
-        target_sizes: (H, W) of each image's result; by default the size of the mask logits, 384 x 384 for Mask2Former.
+        outputs: of the model; of EoMT also with ``patch_offsets``, whose windows are merged.
+        target_sizes: (H, W) of each image's result; by default the size to which the mask logits are brought first.
         return_segmentation_scores: also return the scores of all classes (transformers 5 and later).
+        padded_size: (height, width) to which the mask logits are brought first, such as the size of the network's
+            input; by default as the image processor does.
+        valid_sizes: (height, width) of each image within it, without padding; by default as the image processor does,
+            which only for EoMT cuts padding off.
 
     Returns:
         For each image ``(H, W)`` int64; or, with scores, transformers' SemanticSegmentationPostProcessorOutput with
         "segmentation" and "segmentation_scores" ``(K, H, W)``.
 
     Raises:
-        ValueError: a number of sizes that is not B.
-        TypeError: outputs of a model whose post-processing differs.
+        ValueError: a number of sizes that is not B, or outputs of RF-DETR.
+        TypeError: outputs without class and mask logits.
     """
     output = "scores" if return_segmentation_scores else "labels"
     maps: list[Tensor] = []
-    for class_logits, mask_logits, size, padded_size in _groups(outputs, target_sizes):
-        maps += semantic_inference(
-            class_logits, mask_logits, size, order="scores", output=output, padded_size=padded_size
-        )
+    for predictions, size in _groups(outputs, target_sizes, padded_size, valid_sizes):
+        maps += predictions.semantic(size, output)
     if not return_segmentation_scores:
         return [labels.long() for labels in maps]
     from transformers.image_processing_outputs import SemanticSegmentationPostProcessorOutput
@@ -67,56 +75,141 @@ def post_process_instance_segmentation(
     target_sizes: Sizes | None = None,
     return_coco_annotation: bool | None = False,
     return_binary_maps: bool | None = False,
+    *,
+    fix: bool = False,
+    top_k: int | None = None,
+    padded_size: Size | None = None,
+    valid_sizes: Sequence[Size] | None = None,
 ) -> list[dict[str, Any]]:
-    """The N most probable (query, class) pairs of each image whose score reaches ``threshold``.
+    """The most probable (query, class) pairs of each image whose score reaches ``threshold``; for EoMT, one class of
+    each query.
 
     Args:
-        outputs: of the model.
-        threshold: least score, class probability times the mean of sigmoid(x) over the mask x > 0.
-        mask_threshold, overlap_mask_area_threshold: without effect, as in transformers.
-        target_sizes: (H, W) of each image's result; by default the size of the mask logits, 384 x 384 for Mask2Former.
+        outputs: of the model; OneFormer's only with ``fix``.
+        threshold: least score: class probability times the mean of sigmoid(x) over the mask x > 0. For RF-DETR the
+            class probability, a sigmoid, must exceed it.
+        mask_threshold: the probability that a pixel of a mask must exceed. As in transformers, without effect unless
+            ``fix`` is set, except for RF-DETR, whose processor takes the logit.
+        overlap_mask_area_threshold: with ``fix``, the share of its mask that an instance must have left over from
+            better ones. Without effect otherwise, as in transformers.
+        target_sizes: (H, W) of each image's result; by default the size to which the mask logits are brought first,
+            which is their own size for MaskFormer and RF-DETR.
         return_coco_annotation: run lengths instead of a segment map.
         return_binary_maps: one binary map for each instance instead of a segment map.
+        fix: use the thresholds; resize logits instead of binary masks, directly to ``target_sizes`` unless there is a
+            ``padded_size``; let better instances cover worse ones; and return run lengths that pycocotools can read.
+        top_k: the largest number of pairs; N by default.
+        padded_size, valid_sizes: as for :func:`post_process_semantic_segmentation`.
 
     Returns:
         For each image {"segmentation", "segments_info"}: ``(H, W)`` float32 with segment ids from 0, and -1 where there
-        is none, later instances upon earlier ones; or a list of run lengths; or ``(R, H, W)`` float32, unless there is
-        no instance; and a list of {"id", "label_id", "was_fused", "score"}.
+        is none; or a list of run lengths; or ``(R, H, W)`` float32, unless there is no instance; and a list of {"id",
+        "label_id", "was_fused", "score"}. Later instances cover earlier ones, which are the worse ones with ``fix``.
+        For RF-DETR, unless ``fix`` is set, as its processor has it: ``(H, W)`` int32 with ids from 1, earlier instances
+        upon later ones, and ``(R, H, W)`` bool.
 
     Raises:
-        ValueError: a number of sizes that is not B, or both other forms asked for at once.
-        TypeError: outputs of a model whose post-processing differs.
+        ValueError: a number of sizes that is not B, a threshold outside 0..1 with ``fix``, windows of images, or both
+            other forms asked for at once.
+        TypeError: outputs of OneFormer without ``fix``, or without class and mask logits.
     """
     if return_coco_annotation and return_binary_maps:
         raise ValueError("return_coco_annotation and return_binary_maps cannot both be True")
-    results = []
-    for class_logits, mask_logits, size, padded_size in _groups(outputs, target_sizes):
-        num_queries = class_logits.shape[1]
-        found = instance_inference(
-            class_logits, mask_logits, size, top_k=num_queries, rule="huggingface", padded_size=padded_size
+    if not (0 <= mask_threshold <= 1 and 0 <= overlap_mask_area_threshold <= 1):
+        raise ValueError(
+            f"mask_threshold and overlap_mask_area_threshold must lie in 0..1, got {mask_threshold} and "
+            f"{overlap_mask_area_threshold}"
         )
-        for image_classes, instances in zip(class_logits, found, strict=True):
-            # transformers numbers and paints instances in the order that an unsorted topk gives.
-            probabilities = image_classes.softmax(-1)[:, :-1].flatten().topk(num_queries, sorted=False).values
-            order = probabilities.argsort(descending=True, stable=True).argsort()
-            chosen = (instances["masks"].any(2).any(1) & (instances["scores"] >= threshold))[order]
-            order = order[chosen]
-            masks = instances["masks"][order]
-            labels, scores = instances["labels"][order].tolist(), instances["scores"][order].tolist()
+    results = []
+    for predictions, size in _groups(outputs, target_sizes, padded_size, valid_sizes, fix):
+        rule = predictions.rule
+        if rule == "oneformer":
+            raise TypeError("outputs is OneFormer's, whose processor makes no instances; expected fix=True with it")
+        as_rf_detr = rule == "rf_detr" and not fix
+        for image, found in enumerate(_instances(predictions, size, mask_threshold, top_k, fix)):
+            chosen = found["masks"].any(2).any(1)
+            chosen &= found["scores"] > threshold if as_rf_detr else found["scores"] >= threshold
+            order = _listed(predictions.class_logits[image], found, "fix" if fix else rule)
+            order = order[chosen[order]]
+            masks = found["masks"][order]
             segmentation = torch.full(size, -1.0, device=masks.device)
-            for index, mask in enumerate(masks):
-                segmentation.masked_fill_(mask, index)
-            infos = [
+            if as_rf_detr or fix:
+                least = overlap_mask_area_threshold if fix else 0.0
+                kept = _paint_below(segmentation, masks, least, drop=fix or not return_binary_maps)
+                order, masks = order[kept], masks[kept]
+            else:
+                for index, mask in enumerate(masks):
+                    segmentation.masked_fill_(mask, index)
+            first = 1 if as_rf_detr else 0
+            infos: list[dict[str, Any]] = [
                 {"id": index, "label_id": label, "was_fused": False, "score": round(score, SCORE_DIGITS)}
-                for index, (label, score) in enumerate(zip(labels, scores, strict=True))
+                for index, (label, score) in enumerate(
+                    zip(found["labels"][order].tolist(), found["scores"][order].tolist(), strict=True), first
+                )
             ]
-            result: Tensor | list[list[int]] = segmentation
+            result: Tensor | list[Any] = segmentation
+            if as_rf_detr:
+                result = segmentation.int() + (segmentation >= 0)
             if return_coco_annotation:
-                result = _run_lengths(segmentation)
-            elif return_binary_maps and len(masks) > 0:
-                result = masks.float()
+                result = run_lengths(masks) if fix else _runs_of_values(result)
+            elif return_binary_maps and (as_rf_detr or len(masks) > 0):
+                result = masks if as_rf_detr else masks.float()
             results.append({"segmentation": result, "segments_info": infos})
     return results
+
+
+def _instances(
+    predictions: FinalPredictions, size: Size, mask_threshold: float, top_k: int | None, fix: bool
+) -> list[dict[str, Any]]:
+    """The instances of each image, masks by ``mask_threshold`` where it has an effect."""
+    if predictions.rule == "eomt" and not fix:  # no class but the best one of each query
+        logs = predictions.class_logits.float().log_softmax(-1)
+        best = logs[..., :-1].max(-1, keepdim=True)
+        alone = torch.full_like(logs, -torch.inf).scatter_(-1, best.indices, best.values)
+        alone[..., -1] = (-best.values.expm1()).log()[..., 0]
+        predictions = replace(predictions, class_logits=alone)
+    options = {"top_k": top_k or predictions.class_logits.shape[1], "details": True}
+    found: list[dict[str, Any]] = predictions.instances(size, **options)
+    if mask_threshold != 0.5 and (fix or predictions.rule == "rf_detr"):
+        assert isinstance(predictions.masks, Tensor)
+        logit = (
+            math.inf
+            if mask_threshold == 1
+            else -math.inf
+            if mask_threshold == 0
+            else math.log(mask_threshold / (1 - mask_threshold))
+        )
+        shifted = replace(predictions, masks=predictions.masks - logit)
+        for one, other in zip(found, shifted.instances(size, **options), strict=True):
+            one["masks"] = other["masks"]
+    return found
+
+
+def _listed(class_logits: Tensor, found: dict[str, Any], rule: str) -> Tensor:
+    """The order ``(R,)`` in which a processor lists the instances of an image, or by score for the rule "fix"."""
+    scores = found["scores"]
+    if rule == "fix":
+        return scores.argsort(descending=True, stable=True)
+    if rule == "eomt":
+        return found["queries"].argsort()
+    if rule == "rf_detr":
+        return torch.arange(len(scores), device=scores.device)
+    # transformers keeps the order that an unsorted topk gives.
+    probabilities = class_logits.softmax(-1)[:, :-1].flatten().topk(len(scores), sorted=False).values
+    return probabilities.argsort(descending=True, stable=True).argsort()
+
+
+def _paint_below(segmentation: Tensor, masks: Tensor, least: float, drop: bool) -> Tensor:
+    """Gives each mask the pixels that no earlier one has. Returns the indices of the masks that are kept: with ``drop``
+    those that get more than the ``least`` share of their pixels."""
+    kept = []
+    for index, mask in enumerate(masks):
+        visible = mask & (segmentation < 0)
+        if drop and not int(visible.sum()) > least * int(mask.sum()):
+            continue
+        segmentation.masked_fill_(visible, len(kept))
+        kept.append(index)
+    return torch.tensor(kept, dtype=torch.long, device=masks.device)
 
 
 def post_process_panoptic_segmentation(
@@ -128,6 +221,9 @@ def post_process_panoptic_segmentation(
     target_sizes: Sizes | None = None,
     *,
     fix: bool = False,
+    return_binary_maps: bool = False,
+    padded_size: Size | None = None,
+    valid_sizes: Sequence[Size] | None = None,
 ) -> list[dict[str, Any]]:
     """Each pixel belongs to the most probable of the confident queries.
 
@@ -137,77 +233,95 @@ def post_process_panoptic_segmentation(
         mask_threshold: the probability at which a pixel belongs to a mask.
         overlap_mask_area_threshold: the visible share of its mask that a query must exceed.
         label_ids_to_fuse: classes whose segments are merged into one; none by default.
-        target_sizes: (H, W) of each image's result; by default the size of the mask logits, 384 x 384 for Mask2Former.
+        target_sizes: (H, W) of each image's result; by default the size to which the mask logits are brought first.
         fix: correct two faults of transformers that are kept by default: after a merged segment the ids of later ones
-            repeat, and the area of a mask is measured on probabilities multiplied by the class score.
+            repeat, and the area of a mask is measured on probabilities multiplied by the class score. EoMT's processor
+            has neither; its segments are then numbered as all others.
+        return_binary_maps: one binary map ``(R, H, W)`` float32 for each segment instead of a segment map; needs
+            ``fix``, since maps of ids that repeat cannot be told apart.
+        padded_size, valid_sizes: as for :func:`post_process_semantic_segmentation`.
 
     Returns:
         For each image {"segmentation", "segments_info"}: ``(H, W)`` int32 with segment ids from 1 and 0 where there is
         none (float32 and -1 everywhere if no query is confident), and a list of {"id", "label_id", "was_fused",
-        "score"}.
+        "score"}. For EoMT, unless ``fix`` is set, int64 with ids from 0 and -1 where there is none.
 
     Raises:
-        ValueError: a number of sizes that is not B, or thresholds outside 0..1.
-        TypeError: outputs of a model whose post-processing differs.
+        ValueError: a number of sizes that is not B, thresholds outside 0..1, windows of images, outputs of RF-DETR, or
+            binary maps without ``fix``.
+        TypeError: outputs without class and mask logits.
     """
+    if return_binary_maps and not fix:
+        raise ValueError("return_binary_maps=True needs fix=True, because ids repeat without it")
     results = []
-    for class_logits, mask_logits, size, padded_size in _groups(outputs, target_sizes):
-        found: Any = panoptic_inference(
-            class_logits,
-            mask_logits,
+    for predictions, size in _groups(outputs, target_sizes, padded_size, valid_sizes):
+        is_eomt = predictions.rule == "eomt"
+        exact = {} if fix or predictions.rule not in ("huggingface", "oneformer") else {"rule": "huggingface-exact"}
+        found: Any = predictions.panoptic(
             size,
-            rule="huggingface" if fix else "huggingface-exact",
             threshold=threshold,
             overlap_threshold=overlap_mask_area_threshold,
             mask_threshold=mask_threshold,
             stuff_classes=frozenset(label_ids_to_fuse or ()),
-            padded_size=padded_size,
+            **exact,
         )
-        scores, classes = class_logits.softmax(-1).max(-1)
-        confident = ((classes != class_logits.shape[-1] - 1) & (scores > threshold)).any(1).tolist()
+        first = 0 if is_eomt and not fix else 1
+        scores, classes = predictions.class_logits.softmax(-1).max(-1)
+        confident = ((classes != predictions.class_logits.shape[-1] - 1) & (scores > threshold)).any(1).tolist()
         for any_query, (segmentation, segments) in zip(confident, found, strict=True):
             infos = [
                 {
-                    "id": segment["id"],
+                    "id": segment["id"] - 1 + first,
                     "label_id": segment["category_id"],
                     "was_fused": not segment["isthing"],
                     "score": round(segment["score"], SCORE_DIGITS),
                 }
                 for segment in segments
             ]
-            if not any_query:
+            if return_binary_maps:
+                ids = torch.tensor([segment["id"] for segment in segments], device=segmentation.device)
+                segmentation = (segmentation == ids[:, None, None]).float()
+            elif not any_query:
                 segmentation = torch.full(size, -1.0, device=segmentation.device)
+            elif first == 0:
+                segmentation = segmentation.long() - 1
             results.append({"segmentation": segmentation, "segments_info": infos})
     return results
 
 
 def _groups(
-    outputs: Any, target_sizes: Sizes | None
-) -> Iterator[tuple[Tensor, Tensor, tuple[int, int], tuple[int, int] | None]]:
-    """(class_logits, mask_logits, size of the result, size that the logits are brought to first) of images in order
-    that share a size."""
-    name = type(outputs).__name__
-    if name.startswith(OTHER_FAMILIES):
-        raise TypeError(
-            f"outputs is a {name}, whose post-processing differs; expected those of MaskFormer or Mask2Former"
+    outputs: Any,
+    target_sizes: Sizes | None,
+    padded_size: Size | None,
+    valid_sizes: Sequence[Size] | None,
+    as_original: bool = False,
+) -> Iterator[tuple[FinalPredictions, Size]]:
+    """The predictions for images in order that share a size, and that size. ``as_original`` replaces the steps of the
+    processors of MaskFormer, Mask2Former and OneFormer by those of Mask2Former's authors."""
+    predictions = FinalPredictions.from_outputs(outputs, padded_size=padded_size, valid_sizes=valid_sizes)
+    if as_original and predictions.rule in ("huggingface", "oneformer"):
+        predictions = FinalPredictions.from_outputs(
+            outputs, rule="mask2former", padded_size=padded_size, valid_sizes=valid_sizes
         )
-    class_logits, mask_logits = outputs.class_queries_logits.detach(), outputs.masks_queries_logits.detach()
-    padded_size = MASK2FORMER_SIZE if name.startswith("Mask2Former") else None
-    batch_size = class_logits.shape[0]
+    count = predictions.num_images
     if target_sizes is None:
-        yield class_logits, mask_logits, padded_size or tuple(mask_logits.shape[-2:]), padded_size
+        if predictions.windows is not None or valid_sizes is not None:
+            raise ValueError("target_sizes must be given for windows, and with valid_sizes")
+        assert isinstance(predictions.masks, Tensor)
+        height, width = predictions.padded_size or predictions.masks.shape[-2:]
+        sizes = [(int(height), int(width))] * count
+    else:
+        sizes = [(int(height), int(width)) for height, width in target_sizes]
+    if len(sizes) != count:
+        raise ValueError(f"target_sizes has {len(sizes)} sizes for {count} images")
+    if predictions.windows is None and len(set(sizes)) == 1 and len(set(map(tuple, valid_sizes or ()))) <= 1:
+        yield predictions, sizes[0]
         return
-    sizes = [(int(height), int(width)) for height, width in target_sizes]
-    if len(sizes) != batch_size:
-        raise ValueError(f"target_sizes has {len(sizes)} sizes for {batch_size} images")
-    if len(set(sizes)) == 1:
-        yield class_logits, mask_logits, sizes[0], padded_size
-        return
-    for b, size in enumerate(sizes):
-        yield class_logits[b : b + 1], mask_logits[b : b + 1], size, padded_size
+    for image, size in enumerate(sizes):
+        yield predictions.of_image(image), size
 
 
-def _run_lengths(segmentation: Tensor) -> list[list[int]]:
+def _runs_of_values(segmentation: Tensor) -> list[list[int]]:
     """For each value in the map, lowest first: start (from 1) and length of each of its runs, row by row (COCO's RLE as
     transformers writes it)."""
     values = segmentation.flatten()
