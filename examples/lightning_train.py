@@ -1,4 +1,5 @@
-"""Trains a small MaskFormer under Lightning, which brings devices, precision, logging and checkpoints."""
+"""Trains a small MaskFormer under Lightning, which brings devices, precision, logging and checkpoints. A callback
+validates it from its logits."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from torch.utils.data import DataLoader
 
 import fastmask
 from fastmask.data import collate, open_dataset
-from fastmask.metrics import SemanticMetrics
+from fastmask.integrations.lightning import LogitMetricsCallback
+from fastmask.metrics import PanopticMetrics, SemanticMetrics
 from fastmask.targets import Targets
 
 Batch = tuple[Tensor, Targets]
@@ -24,7 +26,6 @@ class Segmentation(lightning.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.model = fastmask.MaskFormer(fastmask.MaskFormerConfig.preset("tiny", num_classes, ignore_void=True))
-        self.num_classes = num_classes
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         losses = self.model(*batch)
@@ -32,17 +33,9 @@ class Segmentation(lightning.LightningModule):
         self.log("loss", loss, prog_bar=True, batch_size=len(batch[0]))
         return loss
 
-    def on_validation_epoch_start(self) -> None:
-        self.metrics = SemanticMetrics(self.num_classes, boundary_share=None)
-
-    def validation_step(self, batch: Batch, index: int) -> None:
-        images, targets = batch
-        truth = targets.class_map()
-        for label_map, classes in zip(self.model.predict(images), truth, strict=True):
-            self.metrics.update(label_map, classes)
-
-    def on_validation_epoch_end(self) -> None:
-        self.log("mIoU", self.metrics.synced().compute()["mIoU"], prog_bar=True)  # of all processes together
+    def validation_step(self, batch: Batch, index: int) -> dict[str, Tensor]:
+        outputs = self.model(batch[0])
+        return {"pred_logits": outputs["pred_logits"], "pred_masks": outputs["pred_masks"]}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=self.hparams.learning_rate)
@@ -64,7 +57,15 @@ def main() -> None:
         DataLoader(dataset, options.batch_size, shuffle=dataset is train, collate_fn=collate)
         for dataset in (train, val)
     ]
+    info = train.info
+    validation = LogitMetricsCallback(
+        {
+            "semantic": SemanticMetrics(info.num_classes, boundary_share=None),
+            "panoptic": PanopticMetrics(info.num_classes, info.stuff_classes),
+        }
+    )
     trainer = lightning.Trainer(
+        callbacks=[validation],
         max_steps=options.steps,
         limit_val_batches=options.val_batches,
         val_check_interval=options.steps,
@@ -74,9 +75,10 @@ def main() -> None:
         default_root_dir=options.output,
         logger=False,
     )
-    module = Segmentation(train.info.num_classes, options.learning_rate)
+    module = Segmentation(info.num_classes, options.learning_rate)
     trainer.fit(module, *loaders)
-    print(f"mIoU: {100 * float(trainer.callback_metrics['mIoU']):.1f} %")
+    scores = {name: 100 * float(trainer.callback_metrics[name]) for name in ("mIoU", "PQ")}
+    print(f"mIoU: {scores['mIoU']:.1f} %, PQ: {scores['PQ']:.1f} %")
     module.model.save_pretrained(f"{options.output}/model")
 
 

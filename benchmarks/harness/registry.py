@@ -17,6 +17,7 @@ NO_OPERATIONS = {
     "inputs",
     "models",
     "label_memory",
+    "validation",
 }  # every other file of benchmarks/ops and benchmarks/networks is one
 
 

@@ -62,7 +62,7 @@ class InstanceMetrics(Metrics):
     def update(
         self,
         name: str,
-        prediction: Mapping[str, Tensor],
+        prediction: Mapping[str, Any],
         masks: Tensor,
         labels: Tensor,
         crowd: Tensor | None = None,

@@ -68,14 +68,14 @@ class PanopticMetrics(Metrics):
             raise ValueError(f"prediction lists an id twice: {sorted(found_ids.tolist())}")
         num_found, num_true = len(found_ids), len(true_labels)
         # shared[m, s]: pixels of segment m (the last is void) and found segment s (the last is none).
-        shared = np.zeros((num_true + 1) * (num_found + 1), np.int64)
+        counts = np.zeros((num_true + 1) * (num_found + 1), np.int64)
         truth_map, found_map = segments.cpu().numpy(), ids.cpu().numpy()
         for band in bands_of_rows(segments):
             truth = truth_map[band].astype(np.int64)
             truth = np.where((truth >= 0) & (truth < num_true), truth, num_true)
             found = _index_of(found_map[band].astype(np.int64), found_ids)
-            shared += np.bincount((truth * (num_found + 1) + found).ravel(), minlength=len(shared))
-        shared = shared.reshape(num_true + 1, num_found + 1)
+            counts += np.bincount((truth * (num_found + 1) + found).ravel(), minlength=len(counts))
+        shared = counts.reshape(num_true + 1, num_found + 1)
         true_areas, found_areas = shared.sum(1)[:-1], shared.sum(0)[:-1]
         in_void, inside = shared[-1, :-1], shared[:-1, :-1]
         is_crowd = np.zeros(num_true, bool) if crowd is None else crowd.cpu().numpy().astype(bool)

@@ -70,11 +70,11 @@ class SemanticMetrics(Metrics):
                 f"prediction has shape {tuple(prediction.shape)}, target {tuple(target.shape)}; expected (..., H, W)"
             )
         classes = self.num_classes
-        images = (target, prediction.to(target.device))
-        images = tuple(image.flatten(0, -3) if image.dim() > 2 else image[None] for image in images)
+        pair = (target, prediction.to(target.device))
+        images = [image.flatten(0, -3) if image.dim() > 2 else image[None] for image in pair]
         for truth, found in zip(*images, strict=True):
             # Void is an extra class in both; pixels of no class are another, in the prediction only.
-            maps = [torch.empty_like(truth, dtype=label_dtype(classes + 2)) for _ in images]
+            maps = [torch.empty_like(truth, dtype=label_dtype(classes + 2)) for _ in pair]
             for band in bands_of_rows(truth):
                 self._add_band(truth[band].long(), found[band].long(), *(one[band] for one in maps))
             if self.boundary_share is not None and truth.numel() > 0:

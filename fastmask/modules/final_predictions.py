@@ -105,9 +105,9 @@ class FinalPredictions:
         masks: Tensor | tuple[Tensor, Tensor]
         if _has(outputs, "class_queries_logits", "masks_queries_logits"):
             class_logits = _of(outputs, "class_queries_logits")
-            masks = _of(outputs, "masks_queries_logits")
+            masks = mask_logits = _of(outputs, "masks_queries_logits")
             if family == "eomt" and padded_size is None:
-                padded_size = STRIDE * masks.shape[-2], STRIDE * masks.shape[-1]
+                padded_size = STRIDE * mask_logits.shape[-2], STRIDE * mask_logits.shape[-1]
             elif name.startswith("Mask2Former") and rule in (None, "huggingface") and padded_size is None:
                 padded_size = MASK2FORMER_SIZE
         elif family == "rf_detr" and _has(outputs, "logits", "pred_masks"):
@@ -124,7 +124,9 @@ class FinalPredictions:
             raise TypeError(f"outputs must hold class logits and mask logits, got {names}")
         masks = masks.detach() if isinstance(masks, Tensor) else (masks[0].detach(), masks[1].detach())
         offsets = getattr(outputs, "patch_offsets", None)
-        windows = None if offsets is None or len(offsets) == 0 else [tuple(map(int, offset)) for offset in offsets]
+        windows = None
+        if offsets is not None and len(offsets) > 0:
+            windows = [(int(image), int(start), int(end)) for image, start, end in offsets]
         return FinalPredictions(class_logits.detach(), masks, rule or family, padded_size, valid_sizes, windows)
 
     @property

@@ -15,15 +15,15 @@ SHORT = {
     "hf_patch": "--images 1 --size 64 --rounds 1",
     "train_loop": "--steps 2 --batch-size 2 --val-images 2",
     "lightning_train": "--steps 2 --batch-size 2 --val-batches 1",
-    "trainer_train": "--steps 2 --batch-size 2",
+    "trainer_train": "--steps 2 --batch-size 2 --val-images 3",
     "evaluate_large_images": "--size 128 160 --window 96 --classes 5",
     "sound_events": "--steps 2 --batch-size 2 --val-clips 2",
 }
 PRINTS = {
     "hf_patch": r"difference of the gradients: [0-9.]+e-0[5-9] of their norm",
     "train_loop": r"mIoU on 2 images: \d+\.\d %",
-    "lightning_train": r"mIoU: \d+\.\d %",
-    "trainer_train": r"last loss: \d",
+    "lightning_train": r"mIoU: \d+\.\d %, PQ: \d+\.\d %",
+    "trainer_train": r"last loss: \d[\d.]*\n(.*\n)*mIoU: \d+\.\d %",
     "evaluate_large_images": r"equal labels: (100\.000|99\.\d+) %",
     "sound_events": r"F1 ",
 }

@@ -8,7 +8,6 @@ The class of ``outputs`` decides which processor's steps are taken: Mask2Former'
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -147,11 +146,11 @@ def post_process_instance_segmentation(
                     zip(found["labels"][order].tolist(), found["scores"][order].tolist(), strict=True), first
                 )
             ]
-            result: Tensor | list[Any] = segmentation
             if as_rf_detr:
-                result = segmentation.int() + (segmentation >= 0)
+                segmentation = segmentation.int() + (segmentation >= 0)
+            result: Tensor | list[Any] = segmentation
             if return_coco_annotation:
-                result = run_lengths(masks) if fix else _runs_of_values(result)
+                result = run_lengths(masks) if fix else _runs_of_values(segmentation)
             elif return_binary_maps and (as_rf_detr or len(masks) > 0):
                 result = masks if as_rf_detr else masks.float()
             results.append({"segmentation": result, "segments_info": infos})
@@ -172,14 +171,9 @@ def _instances(
     found: list[dict[str, Any]] = predictions.instances(size, **options)
     if mask_threshold != 0.5 and (fix or predictions.rule == "rf_detr"):
         assert isinstance(predictions.masks, Tensor)
-        logit = (
-            math.inf
-            if mask_threshold == 1
-            else -math.inf
-            if mask_threshold == 0
-            else math.log(mask_threshold / (1 - mask_threshold))
-        )
-        shifted = replace(predictions, masks=predictions.masks - logit)
+        logits = predictions.masks.to(torch.promote_types(predictions.masks.dtype, torch.float32))
+        least = torch.tensor(mask_threshold, dtype=torch.float64).logit().item()
+        shifted = replace(predictions, masks=logits - least)
         for one, other in zip(found, shifted.instances(size, **options), strict=True):
             one["masks"] = other["masks"]
     return found
@@ -202,7 +196,7 @@ def _listed(class_logits: Tensor, found: dict[str, Any], rule: str) -> Tensor:
 def _paint_below(segmentation: Tensor, masks: Tensor, least: float, drop: bool) -> Tensor:
     """Gives each mask the pixels that no earlier one has. Returns the indices of the masks that are kept: with ``drop``
     those that get more than the ``least`` share of their pixels."""
-    kept = []
+    kept: list[int] = []
     for index, mask in enumerate(masks):
         visible = mask & (segmentation < 0)
         if drop and not int(visible.sum()) > least * int(mask.sum()):
