@@ -14,48 +14,49 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.ops import instance, panoptic, semantic
 from benchmarks.ops.inputs import make_scene
-from benchmarks.ops.semantic import OBJECTS
-from benchmarks.ops.semantic import make_inputs as make_logits
-from fastmask import Targets, reference
+from fastmask import Targets
 from fastmask.measure import Clock, take_turns
 from fastmask.metrics import InstanceMetrics, PanopticMetrics, SemanticMetrics
 
-CLASSES, STRIDE = 133, 4
+CLASSES, STRIDE, TOP_K = 133, 4, 100
 CPU = torch.device("cpu")
-THRESHOLDS = {"threshold": 0.3, "overlap_threshold": 0.5}
+THRESHOLDS = {**panoptic.THRESHOLDS, "overlap_threshold": panoptic.OVERLAP}
 
 
 def make_inputs(size: tuple[int, int], kind: str) -> tuple[dict[str, torch.Tensor], Targets]:
     """A model's outputs, of noise or as of a trained network, and the segments of a scene."""
     grid = size[0] // STRIDE, size[1] // STRIDE
-    inputs = make_logits(
-        {"images": 1, "classes": CLASSES, "grid": grid, "size": size, "kind": kind}, torch.float32, CPU
-    )
+    sizes = {"images": 1, "classes": CLASSES, "grid": grid, "size": size, "kind": kind}
+    inputs = semantic.make_inputs(sizes, torch.float32, CPU)
     generator = torch.Generator().manual_seed(0)
-    segments = make_scene(OBJECTS, size, generator)[None]
-    labels = torch.randint(CLASSES, (1, OBJECTS), generator=generator)
+    objects = semantic.OBJECTS
+    segments = make_scene(objects, size, generator)[None]
+    labels = torch.randint(CLASSES, (1, objects), generator=generator)
     outputs = {"pred_logits": inputs.class_logits, "pred_masks": inputs.mask_logits}
-    return outputs, Targets(labels, torch.tensor([OBJECTS]), segments=segments)
+    return outputs, Targets(labels, torch.tensor([objects]), segments=segments)
 
 
 def dense_semantic(outputs: dict[str, torch.Tensor], targets: Targets) -> SemanticMetrics:
     metrics = SemanticMetrics(CLASSES, boundary_share=None)
-    metrics.update(reference.semantic_inference(*outputs.values(), targets.size), targets.class_map())
+    metrics.update(semantic.original(*outputs.values(), targets.size, "masks"), targets.class_map())
     return metrics
 
 
 def dense_panoptic(outputs: dict[str, torch.Tensor], targets: Targets) -> PanopticMetrics:
     metrics = PanopticMetrics(CLASSES)
-    (found,) = reference.panoptic_inference(*outputs.values(), targets.size, **THRESHOLDS)
-    metrics.update(found, targets.segment_map[0], targets.labels[0])
+    ids, categories = panoptic.eager_image(outputs["pred_logits"][0], outputs["pred_masks"][0], targets.size)
+    infos = [{"id": number, "category_id": category} for number, category in enumerate(categories, 1)]
+    metrics.update((ids, infos), targets.segment_map[0], targets.labels[0])
     return metrics
 
 
 def dense_instance(outputs: dict[str, torch.Tensor], targets: Targets) -> InstanceMetrics:
     metrics = InstanceMetrics(CLASSES)
-    (found,) = reference.instance_inference(*outputs.values(), targets.size)
-    metrics.update("image", found, targets.dense_masks()[0], targets.labels[0])
+    found = instance.eager_image(outputs["pred_logits"][0], outputs["pred_masks"][0], targets.size, TOP_K)
+    prediction = dict(zip(("scores", "labels", "masks"), found, strict=True))
+    metrics.update("image", prediction, targets.dense_masks()[0], targets.labels[0])
     return metrics
 
 
