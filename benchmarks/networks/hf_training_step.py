@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness.machine import Work
 from benchmarks.harness.providers import require_backend
-from benchmarks.harness.registry import Case, Operation, Provider
+from benchmarks.harness.registry import Case, Operation, Provider, Unavailable
 from benchmarks.ops.inputs import VOID, make_scene
 from fastmask import Targets, patch, unpatch
 
@@ -38,8 +39,11 @@ TRIAL = {
     "size": (128, 128),
     "targets": (5, 4),
 }
-# Mask2Former has the same backbone and targets, and 9 layers of auxiliary losses at 12,544 points.
+# Mask2Former has the same targets, and 9 layers of auxiliary losses at 12,544 points.
 MASK2FORMER = SWIN_B | {"family": "Mask2Former"}
+MASK2FORMER_T = MASK2FORMER | {
+    "backbone": {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24], "window_size": 7}
+}
 MASK2FORMER_TRIAL = TRIAL | {
     "family": "Mask2Former",
     "decoder": {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "encoder_layers": 1, "decoder_layers": 3,
@@ -50,8 +54,15 @@ CASES = (
     Case("quick", TRIAL, ("quick",)),
     Case("quick, Mask2Former", MASK2FORMER_TRIAL, ("quick",)),
     Case("MaskFormer Swin-B, B2, 512x512, 6 auxiliary layers", SWIN_B, ("cpu", "gpu")),
+    Case("Mask2Former Swin-T, B2, 512x512", MASK2FORMER_T, ("cpu",)),
     Case("Mask2Former Swin-B, B2, 512x512", MASK2FORMER, ("gpu",)),
 )
+# What can be patched alone in Mask2Former, which tells how the time that patching saves divides.
+PARTS = {
+    "deformable attention": "model.pixel_level_module.decoder",
+    "masked attention": "model.transformer_module",
+    "losses": "criterion",
+}
 # Of the loss and of the gradients. Mask2Former chooses keys and points by thresholds, which rounding crosses.
 TOLERANCES = {"MaskFormer": (1e-5, 1e-3), "Mask2Former": (1e-3, 5e-2)}
 # Parameters whose gradients are compared: both heads, and the first layer of the backbone.
@@ -156,12 +167,15 @@ def prepare_plain(inputs: StepInputs) -> Callable[[], dict[str, Tensor]]:
     return lambda: train_step(inputs)
 
 
-def prepare_patched(inputs: StepInputs) -> Callable[[], dict[str, Tensor]]:
+def prepare_patched(inputs: StepInputs, part: str = "") -> Callable[[], dict[str, Tensor]]:
+    """The step with the whole model patched, or the submodule ``part`` of a Mask2Former alone."""
+    if part and inputs.family != "Mask2Former":
+        raise Unavailable(f"{inputs.family} is only patched as a whole")
     images = inputs.batch["pixel_values"]
     require_backend("mask_loss", "triton" if images.is_cuda else "native", images)
 
     def call() -> dict[str, Tensor]:
-        patch(inputs.model)
+        patch(inputs.model.get_submodule(part))
         try:
             return train_step(inputs)
         finally:
@@ -176,6 +190,10 @@ OPERATION = Operation(
     cases=CASES,
     providers=(
         Provider("fastmask.patch", prepare_patched, error_factor=1.0),
+        *(
+            Provider(f"fastmask.patch, {name} only", partial(prepare_patched, part=part), error_factor=1.0)
+            for name, part in PARTS.items()
+        ),
         Provider("transformers", prepare_plain, error_factor=1.0),
     ),
     baseline="transformers",

@@ -235,7 +235,7 @@ def _type_of(values: Mapping[str, Any]) -> type[PretrainedModel]:
     if "model_type" in values:
         raise ValueError(
             f"this is a configuration of transformers, of model type {values['model_type']!r}; fastmask convert reads "
-            "those of 'maskformer', 'eomt' and 'eomt_dinov3'"
+            "those of 'maskformer', 'mask2former', 'eomt' and 'eomt_dinov3'"
         )
     for model in MODELS.values():
         if set(values) <= {f.name for f in fields(model.config_class)}:

@@ -148,7 +148,7 @@ def hugging_face_folder(folder, **changes):
 
 @pytest.mark.parametrize("source_format", [None, "huggingface"])
 @pytest.mark.parametrize(
-    ("model_type", "cls"), [("mask2former", "Mask2FormerForUniversalSegmentation"), ("vit", "ViTModel")]
+    ("model_type", "cls"), [("oneformer", "OneFormerForUniversalSegmentation"), ("vit", "ViTModel")]
 )
 def test_another_architecture_is_named_before_anything_is_read(model_type, cls, source_format, tmp_path, capfd):
     folder = hugging_face_folder(tmp_path / "other", model_type=model_type, architectures=[cls])
@@ -177,13 +177,13 @@ def test_a_maskformer_without_its_heads_or_of_other_sizes_is_named(tmp_path, cap
 
 
 def test_a_command_ends_with_one_line(tmp_path, capfd, monkeypatch):
-    folder = hugging_face_folder(tmp_path / "other", model_type="mask2former")
+    folder = hugging_face_folder(tmp_path / "other", model_type="oneformer")
     capfd.readouterr()
     monkeypatch.setattr(sys, "argv", ["fastmask", "convert", str(folder), str(tmp_path / "out")])
     with pytest.raises(SystemExit):
         main()
     said = capfd.readouterr().err
-    assert said.startswith(f"fastmask: {folder} is of model type 'mask2former'") and said.count("\n") == 1
+    assert said.startswith(f"fastmask: {folder} is of model type 'oneformer'") and said.count("\n") == 1
 
 
 def test_a_folder_without_weights_says_what_it_holds(tmp_path):

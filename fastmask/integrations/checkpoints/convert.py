@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastmask.integrations.checkpoints import hugging_face
-from fastmask.integrations.checkpoints.hugging_face_eomt import EOMT
+from fastmask.integrations.checkpoints import hugging_face, hugging_face_eomt, hugging_face_mask2former
+from fastmask.integrations.checkpoints.hugging_face_format import HuggingFaceFormat, check_type
 from fastmask.integrations.checkpoints.original_mask2former import CROSS, MASK2FORMER
 from fastmask.integrations.checkpoints.original_maskformer import MASKFORMER
 from fastmask.integrations.checkpoints.original_segmenter import from_original_segmenter, save_original_segmenter
@@ -19,8 +20,10 @@ from fastmask.models._configuration import read_config
 from fastmask.models._registry import SAVED_IN_RUN
 from fastmask.models.weight_files import CONFIG_FILE, WEIGHTS_FILE, listed
 
-HUGGING_FACE = (hugging_face.MASKFORMER, EOMT)
 FORMATS = ("fastmask", "huggingface", "original")
+# Of the networks in checkpoints of transformers, and of those of detectron2.
+HUGGING_FACE = (hugging_face.MASKFORMER, hugging_face_mask2former.MASK2FORMER, hugging_face_eomt.EOMT)
+ORIGINAL = (MASKFORMER, MASK2FORMER)
 SEGMENTER_VARIANT = "variant.yml"  # stands beside the weights of an original Segmenter, and of nothing else
 
 
@@ -35,13 +38,13 @@ def convert_checkpoint(
     ignore_mismatched_sizes: bool = False,
     prefix: str = "",
 ) -> PretrainedModel:
-    """Reads a MaskFormer, an EoMT or a Segmenter in one format and writes it in another.
+    """Reads a MaskFormer, Mask2Former, EoMT or Segmenter in one format and writes it in another.
 
     Args:
-        source: a folder that fastmask or transformers saved, that of a run of training, a file of the original
-            MaskFormer's weights, or the folder of an original Segmenter's checkpoint.pth and variant.yml.
-        destination: a folder, or for a MaskFormer with ``to="original"`` a file that detectron2's checkpointer reads;
-            must not exist.
+        source: a folder that fastmask or transformers saved, that of a run of training, a file of the weights of the
+            original MaskFormer or Mask2Former, or the folder of an original Segmenter's checkpoint.pth and variant.yml.
+        destination: a folder, or for a MaskFormer or Mask2Former with ``to="original"`` a file that detectron2's
+            checkpointer reads; must not exist.
         to: "fastmask", "huggingface" or "original".
         source_format: the same; by default that of the file or the folder's configuration.
         num_queries, num_classes: of the result, if they are to differ.
@@ -95,17 +98,15 @@ def find_format(source: Path) -> str:
     content = sorted(path.name for path in source.iterdir())
     raise ValueError(
         f"{source} holds {listed(content) or 'nothing'}; expected {CONFIG_FILE} and {WEIGHTS_FILE} (of fastmask, or of "
-        f"a MaskFormer or EoMT of transformers), {SEGMENTER_VARIANT} and checkpoint.pth (of an original Segmenter), or "
-        f"instead of the folder the file of an original MaskFormer's weights ({', '.join(SUFFIXES)})"
+        f"a MaskFormer, Mask2Former or EoMT of transformers), {SEGMENTER_VARIANT} and checkpoint.pth (of an original "
+        f"Segmenter), or instead of the folder the file of an original MaskFormer's or Mask2Former's weights "
+        f"({', '.join(SUFFIXES)})"
     )
 
 
 def _read(source: Path, source_format: str, changes: dict[str, Any], options: dict[str, Any]) -> PretrainedModel:
     if source_format == "huggingface":
-        path = source / CONFIG_FILE
-        model_type = read_config(path).get("model_type") if path.is_file() else None
-        form = next((form for form in HUGGING_FACE if model_type in form.classes), hugging_face.MASKFORMER)
-        return form.read(source, **changes, **options)
+        return _hugging_face_format(source).read(source, **changes, **options)
     folder = source if source.is_dir() else source.parent
     is_segmenter = source_format == "original" and (folder / SEGMENTER_VARIANT).is_file()
     if source_format == "original" and not is_segmenter:
@@ -116,6 +117,14 @@ def _read(source: Path, source_format: str, changes: dict[str, Any], options: di
     if is_segmenter:
         return from_original_segmenter(source, **changes, **options)
     return load_model(source, **changes, **options)
+
+
+def _hugging_face_format(folder: Path) -> HuggingFaceFormat:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}")
+    forms = {model_type: form for form in HUGGING_FACE for model_type in form.classes}
+    classes = {model_type: form.classes[model_type] for model_type, form in forms.items()}
+    return forms[check_type(str(folder), read_config(folder / CONFIG_FILE), classes)]
 
 
 def _read_original(
@@ -133,11 +142,16 @@ def _write(model: PretrainedModel, destination: Path, to: str) -> None:
         model.save_pretrained(destination)
     elif to == "original" and isinstance(model, Segmenter):
         save_original_segmenter(model, destination)
-    elif to == "huggingface" and (form := next((form for form in HUGGING_FACE if form.kind is type(model)), None)):
-        form.write(model).save_pretrained(destination)
-    elif to == "huggingface" or not isinstance(model, MaskFormer | Mask2Former):
-        raise ValueError(f"the format {to} has no {type(model).__name__}")
+    elif to == "huggingface":
+        _format_of(model, HUGGING_FACE, to).write(model).save_pretrained(destination)
     else:
-        weights = (MASKFORMER if isinstance(model, MaskFormer) else MASK2FORMER).write(model)
+        weights = _format_of(model, ORIGINAL, to).write(model)
         destination.parent.mkdir(parents=True, exist_ok=True)
         torch.save({"model": weights}, destination)
+
+
+def _format_of(model: PretrainedModel, forms: Sequence[Any], to: str) -> Any:
+    for form in forms:
+        if isinstance(model, form.kind):
+            return form
+    raise ValueError(f"the format {to} has no {type(model).__name__}")

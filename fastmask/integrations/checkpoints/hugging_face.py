@@ -14,6 +14,7 @@ from fastmask.integrations.checkpoints.backbone_names import NOT_LEARNED, huggin
 from fastmask.integrations.checkpoints.hugging_face_format import HuggingFaceFormat
 from fastmask.integrations.checkpoints.names import NameRule, rename
 from fastmask.models.backbones import describe_config
+from fastmask.models.mask2former import Mask2Former
 from fastmask.models.maskformer import MaskFormer, MaskFormerConfig
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def newer_name(name: str) -> str:
 def own_config_of(config: Any, weights: Mapping[str, Tensor]) -> MaskFormerConfig:
     """Our configuration of the architecture and losses that a ``transformers.MaskFormerConfig`` describes."""
     names = tuple(str(config.id2label.get(i, i)) for i in range(config.num_labels))
-    backbone, options = _backbone_of(config.backbone_config)
+    backbone, options = own_backbone(config.backbone_config)
     return MaskFormerConfig(
         num_classes=config.num_labels,
         class_names=names,
@@ -140,23 +141,35 @@ def hugging_face_config_of(model: MaskFormer) -> Any:
             f"encoder_layers={config.encoder_layers}, matching={config.matching!r}: Hugging Face's MaskFormer has "
             "neither an encoder in the pixel decoder nor fixed matching"
         )
+    decoder = transformers.DetrConfig(**{name: getattr(config, own) for own, name in DECODER_FIELDS.items()})
+    return transformers.MaskFormerConfig(
+        **their_backbone(model),
+        decoder_config=decoder.to_dict(),
+        **{name: getattr(config, own) for own, name in MODEL_FIELDS.items()},
+    )
+
+
+def their_backbone(model: MaskFormer | Mask2Former) -> dict[str, Any]:
+    """The fields of a configuration of transformers that describe a model's backbone and classes."""
+    with extra("models"):
+        import transformers
+
+    config = model.config
     backbone_config = getattr(model.backbone, "config", None)
     backbone = {} if backbone_config is None else backbone_config.to_dict()
     model_type = backbone.pop("model_type", None)
     if model_type not in ("resnet", "swin") or config.backbone == "resnet-c":
         raise ValueError(f"backbone is {config.backbone!r}; expected a ResNet or a Swin of transformers")
-    decoder = transformers.DetrConfig(**{name: getattr(config, own) for own, name in DECODER_FIELDS.items()})
     labels = config.class_names or tuple(f"LABEL_{i}" for i in range(config.num_classes))
-    return transformers.MaskFormerConfig(
-        backbone_config=transformers.AutoConfig.for_model(model_type, **backbone),
-        decoder_config=decoder.to_dict(),
-        id2label=dict(enumerate(labels)),
-        label2id={label: i for i, label in enumerate(labels)},
-        **{name: getattr(config, own) for own, name in MODEL_FIELDS.items()},
-    )
+    return {
+        "backbone_config": transformers.AutoConfig.for_model(model_type, **backbone),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: i for i, label in enumerate(labels)},
+    }
 
 
-def _backbone_of(config: Any) -> tuple[str, dict[str, Any]]:
+def own_backbone(config: Any) -> tuple[str, dict[str, Any]]:
+    """The name and options of the backbone that a configuration of transformers describes."""
     if config.model_type not in ("resnet", "swin", "maskformer-swin"):
         raise ValueError(f"the backbone is of model type {config.model_type!r}; expected 'resnet' or 'swin'")
     from transformers import ResNetConfig, SwinConfig

@@ -84,7 +84,7 @@ class HuggingFaceFormat:
             weights, config = self._read_folder(Path(source), prefix)
         else:
             weights, config = source.state_dict(), source.config
-            self.check_type(name, config.to_dict())
+            check_type(name, config.to_dict(), self.classes)
         own_config = self.own_config(config, weights)
         asked = {"num_queries": num_queries, "num_classes": num_classes}
         changes: dict[str, Any] = {
@@ -135,7 +135,7 @@ class HuggingFaceFormat:
 
         if not folder.is_dir():
             raise FileNotFoundError(f"no folder {folder}")
-        model_type = self.check_type(str(folder), read_config(folder / CONFIG_FILE))
+        model_type = check_type(str(folder), read_config(folder / CONFIG_FILE), self.classes)
         files = [folder / name for name in WEIGHTS_FILES if (folder / name).is_file()]
         if not files:
             raise FileNotFoundError(
@@ -180,19 +180,25 @@ class HuggingFaceFormat:
             raise ValueError(f"{folder} does not fit the model; {'; '.join(problems)}")
         return model.state_dict(), model.config
 
-    def check_type(self, name: str, config: Mapping[str, Any]) -> str:
-        """The model type of transformers that a configuration has.
 
-        Raises:
-            ValueError: it is none of this family.
-        """
-        if "model_type" not in config:
-            raise ValueError(f"{name} has no model_type in its {CONFIG_FILE}; expected a {self.family} of transformers")
-        model_type = config["model_type"]
-        if model_type not in self.classes:
-            classes = f" ({', '.join(config['architectures'])})" if config.get("architectures") else ""
-            known = ", ".join(f"{own!r} ({theirs})" for own, theirs in self.classes.items())
-            raise ValueError(
-                f"{name} is of model type {model_type!r}{classes}; of transformers' models fastmask reads {known}"
-            )
-        return model_type
+def check_type(name: str, config: Mapping[str, Any], classes: Mapping[str, str]) -> str:
+    """The model type of transformers that a configuration has.
+
+    Args:
+        name: of the source, for errors.
+        config: the fields of the configuration.
+        classes: the known model types, and the name of the class of each.
+
+    Raises:
+        ValueError: it has none, or none of these.
+    """
+    if "model_type" not in config:
+        raise ValueError(f"{name} has no model_type in its {CONFIG_FILE}; expected {' or '.join(classes.values())}")
+    model_type = config["model_type"]
+    if model_type not in classes:
+        found = f" ({', '.join(config['architectures'])})" if config.get("architectures") else ""
+        known = ", ".join(f"{own!r} ({theirs})" for own, theirs in classes.items())
+        raise ValueError(
+            f"{name} is of model type {model_type!r}{found}; of transformers' models fastmask reads {known}"
+        )
+    return model_type
