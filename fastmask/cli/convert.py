@@ -31,7 +31,7 @@ def convert(
         str, typer.Option(help='What wrappers put before the names of weights: "module." (DDP), "model." (Lightning).')
     ] = "",
 ) -> None:
-    """Convert a MaskFormer (or Segmenter) between fastmask, Hugging Face and the original repository."""
+    """Convert a network between the formats of fastmask, Hugging Face and its authors."""
     from fastmask.integrations.checkpoints import convert_checkpoint
 
     model = convert_checkpoint(
