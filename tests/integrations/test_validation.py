@@ -84,31 +84,28 @@ def named(samples):
     return {"images": pictures, "mask_labels": targets.segments, "class_labels": labels}
 
 
-@pytest.mark.parametrize("batch_eval_metrics", [True, False])
-def test_trainer(batch_eval_metrics, tmp_path):
-    pytest.importorskip("accelerate")
+def evaluated_twice(model, by_trainer, examples, collator, folder, **arguments):
+    """The scores of two evaluations of the Trainer, of which each starts anew."""
     transformers = pytest.importorskip("transformers")
-    model = WithLoss(make_model())
-    by_trainer = TrainerMetrics(model, metrics(), OPTIONS)
+    pytest.importorskip("accelerate")
+    common = {"per_device_eval_batch_size": 2, "remove_unused_columns": False, "report_to": []}
     trainer = transformers.Trainer(
         model,
-        transformers.TrainingArguments(
-            output_dir=tmp_path,
-            per_device_eval_batch_size=2,
-            batch_eval_metrics=batch_eval_metrics,
-            eval_do_concat_batches=False,
-            remove_unused_columns=False,
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-        ),
-        data_collator=named,
+        transformers.TrainingArguments(output_dir=folder, use_cpu=True, disable_tqdm=True, **common, **arguments),
+        data_collator=collator,
         compute_metrics=by_trainer.compute_metrics,
         preprocess_logits_for_metrics=by_trainer.preprocess_logits_for_metrics,
     )
+    return [trainer.evaluate(examples) for _ in range(2)]
+
+
+@pytest.mark.parametrize("batch_eval_metrics", [True, False])
+def test_trainer(batch_eval_metrics, tmp_path):
+    model = WithLoss(make_model())
+    by_trainer = TrainerMetrics(model, metrics(), OPTIONS)
+    arguments = {"batch_eval_metrics": batch_eval_metrics, "eval_do_concat_batches": False}
     expected = {f"eval_{name}": value for name, value in expected_scores(model.model).items()}
-    for _ in range(2):
-        scores = trainer.evaluate(images())
+    for scores in evaluated_twice(model, by_trainer, images(), named, tmp_path, **arguments):
         assert {name: scores[name] for name in expected} == pytest.approx(expected, rel=1e-6, nan_ok=True)
     with pytest.raises(RuntimeError, match="has not run in evaluation mode"):
         by_trainer.preprocess_logits_for_metrics((), ())
@@ -116,13 +113,11 @@ def test_trainer(batch_eval_metrics, tmp_path):
 
 def test_trainer_evaluates_a_model_of_transformers(tmp_path):
     """The hook knows the model's outputs by their class: Mask2Former's logits pass through 384 x 384."""
-    pytest.importorskip("accelerate")
     transformers = pytest.importorskip("transformers")
     from tests.helpers.foreign_models import NUM_CLASSES, tiny_mask2former
 
     model = patch(tiny_mask2former().eval())  # which takes maps as labels
     metrics = {"semantic": SemanticMetrics(NUM_CLASSES), "panoptic": PanopticMetrics(NUM_CLASSES)}
-    by_trainer = TrainerMetrics(model, metrics)
     examples = [
         {
             "pixel_values": sample.image.float()[:, :64, :64] / 255,
@@ -130,23 +125,9 @@ def test_trainer_evaluates_a_model_of_transformers(tmp_path):
         }
         for sample in images(3)
     ]
-    trainer = transformers.Trainer(
-        model,
-        transformers.TrainingArguments(
-            output_dir=tmp_path,
-            per_device_eval_batch_size=2,
-            batch_eval_metrics=True,
-            label_names=["mask_labels", "class_labels"],
-            remove_unused_columns=False,
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-        ),
-        data_collator=collate_segmentation,
-        compute_metrics=by_trainer.compute_metrics,
-        preprocess_logits_for_metrics=by_trainer.preprocess_logits_for_metrics,
-    )
-    scores = trainer.evaluate(examples)
+    arguments = {"batch_eval_metrics": True, "label_names": ["mask_labels", "class_labels"]}
+    by_trainer = TrainerMetrics(model, metrics)
+    scores, _ = evaluated_twice(model, by_trainer, examples, collate_segmentation, tmp_path, **arguments)
     processor = transformers.Mask2FormerImageProcessor()
     dense = SemanticMetrics(NUM_CLASSES)
     for example in examples:
