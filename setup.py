@@ -46,6 +46,9 @@ SIMD_FLAGS = {
 NVCC_FLAGS = "-std=c++20 -O3 -fmad=false".split()
 DEFAULT_CUDA_ARCHS = ["80", "86", "89", "90", "100", "120"]
 OLDEST_COMPILERS = {"Clang": ("__clang_major__", 14), "GCC": ("__GNUC__", 11)}  # Clang defines the other macro too
+# GCC leaves instructions in the order of the source, so that a long formula waits for its own results; these options
+# interleave the formulas of independent pixels. Clang does so by itself.
+KERNEL_FLAGS = {"Clang": [], "GCC": ["-fschedule-insns", "-fsched-pressure"]}
 
 
 def simd_levels() -> list[str]:
@@ -61,8 +64,8 @@ def output_of(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def cxx_command() -> tuple[list[str], list[str]]:
-    """The compiler and the options of CXX; ends the build where it runs no compiler, or one that is too old."""
+def cxx_command() -> tuple[str, list[str], list[str]]:
+    """The compiler's name, command and options by CXX; ends the build where that runs no compiler, or one too old."""
     command = shlex.split(os.environ.get("CXX", "")) or ["g++"]
     try:
         macros = output_of(*command, "-dM", "-E", "-x", "c++", os.devnull)
@@ -73,7 +76,7 @@ def cxx_command() -> tuple[list[str], list[str]]:
             if int(version[1]) < oldest:
                 sys.exit(f"fastmask: {shlex.join(command)} is {name} {version[1]}, expected {oldest} or later; set CXX")
             options = next((i for i, word in enumerate(command) if word.startswith("-")), len(command))
-            return command[:options], command[options:]
+            return name, command[:options], command[options:]
     sys.exit(f"fastmask: {shlex.join(command)} is neither GCC nor Clang; set CXX")
 
 
@@ -163,7 +166,7 @@ def ninja_file(ops_library: Path, native_module: Path) -> str:
     import pybind11
     from torch.utils.cpp_extension import TORCH_LIB_PATH, include_paths
 
-    cxx, cxx_options = cxx_command()
+    compiler, cxx, cxx_options = cxx_command()
     cuda_sources = sorted((CSRC / "cuda").glob("*.cu"))
     cuda = find_cuda(cxx[-1]) if cuda_sources else None
     torch_flags = [f"-isystem{path}" for path in include_paths()] + [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
@@ -185,7 +188,7 @@ def ninja_file(ops_library: Path, native_module: Path) -> str:
 
     common = [compile("cxx", source, []) for source in sorted((CSRC / "common").glob("*.cpp"))]
     for level in simd_levels():
-        flags = [*SIMD_FLAGS[level], f"-DFASTMASK_SIMD={level}"]
+        flags = [*SIMD_FLAGS[level], *KERNEL_FLAGS[compiler], f"-DFASTMASK_SIMD={level}"]
         common += [compile("cxx", source, flags, f".{level}") for source in sorted((CSRC / "cpu").glob("*.cpp"))]
     objects = [compile("cxx", source, torch_flags) for source in sorted((CSRC / "ops").glob("*.cpp"))]
     module = [compile("cxx", source, python_flags) for source in sorted((CSRC / "python").glob("*.cpp"))]

@@ -106,13 +106,13 @@ def pair_arguments(
     }
 
 
-def add_parts(arguments: dict[str, Any], parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Adds the parts of all pairs; returns both losses (L, B, M) and the sums (L, B, M, 4)."""
+def add_parts(arguments: dict[str, Any], parts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Adds the parts of all pairs; returns both losses (L, B, M), the sums (L, B, M, 4) and no slopes."""
     pairs = parts.shape[0]
     mask = parts.new_empty(arguments["assignment_ptr"].shape)
-    dice, sums = torch.empty_like(mask), mask.new_empty((*mask.shape, 4))
+    dice, sums, slopes = torch.empty_like(mask), mask.new_empty((*mask.shape, 4)), mask.new_empty(0)
     if pairs == 0:
-        return mask, dice, sums
+        return mask, dice, sums, slopes
     _mask_loss_reduce_kernel[(triton.cdiv(pairs, 32),)](
         **{name: arguments[name] for name in ("assignment_ptr", "labels_ptr", "B", "N", "M")},
         parts_ptr=parts,
@@ -125,4 +125,4 @@ def add_parts(arguments: dict[str, Any], parts: Tensor) -> tuple[Tensor, Tensor,
         num_warps=1,
         **COMPILER_OPTIONS,
     )
-    return mask, dice, sums
+    return mask, dice, sums, slopes

@@ -259,8 +259,10 @@ def launch_arguments(
     }
 
 
-def mask_loss(mask_logits: Tensor, assignment: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """``fastmask::mask_loss``: both losses (L, B, M) and the sums (L, B, M, 4) for backward."""
+def mask_loss(mask_logits: Tensor, assignment: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``fastmask::mask_loss``: both losses (L, B, M), the sums (L, B, M, 4) for backward, and no slopes, whatever
+    ``keep_slopes`` asks for."""
+    *inputs, _ = inputs
     config = pick_config(CONFIGS, mask_logits.device)
     arguments = launch_arguments(config, with_contiguous_planes(mask_logits), assignment, *inputs)
     column_blocks = triton.cdiv(mask_logits.shape[-1], arguments["BLOCK_C"])
@@ -438,7 +440,13 @@ def _mask_loss_bwd_kernel(
 
 
 def mask_loss_backward(
-    grad_mask: Tensor, grad_dice: Tensor, sums: Tensor, mask_logits: Tensor, assignment: Tensor, *inputs: Any
+    grad_mask: Tensor,
+    grad_dice: Tensor,
+    sums: Tensor,
+    slopes: Tensor,
+    mask_logits: Tensor,
+    assignment: Tensor,
+    *inputs: Any,
 ) -> Tensor:
     """``fastmask::mask_loss_backward``: the gradient; see ``empty_gradient`` for its layout."""
     mask_logits = with_contiguous_planes(mask_logits)

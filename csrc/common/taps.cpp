@@ -84,6 +84,24 @@ void TapTable::count_from(int64_t origin) {
   for (int32_t& index : index_) index -= static_cast<int32_t>(origin);
 }
 
+Phases::Phases(int64_t in, int64_t out) {
+  if (out % in == 0 && out / in <= kMaxRatio) ratio = static_cast<int>(out / in);
+  count = std::max(ratio, 1);
+  columns = out / count;
+  stride = to_full_vectors(columns) + kMostLanes;
+  size = count * stride;
+  if (ratio == 0) return;
+  const TapTable three(int64_t{3}, int64_t{3} * ratio);  // the middle one's taps are those of every input
+  const Taps taps = three.view();
+  for (int k = 0; k < ratio; ++k) {
+    const int64_t i = ratio + k, j = taps.stride + i;
+    first[k] = taps.index[i] - 1;
+    second[k] = taps.index[j] - 1;
+    first_weight[k] = taps.weight[i];
+    second_weight[k] = taps.weight[j];
+  }
+}
+
 std::vector<int64_t> nearest_taps(int64_t in, int64_t out) {
   const float scale = static_cast<float>(in) / static_cast<float>(out);
   std::vector<int64_t> indices(out);

@@ -25,9 +25,30 @@ struct Taps {
   const float* weight;   // [taps, stride]
 };
 
+// How the columns of a stretched row lie in memory. If the ratio of the widths is whole, they come phase by phase:
+// output ratio * c + k, of phase k, lies at [k * stride + c] and is in[c + first[k]] * first_weight[k] + in[c +
+// second[k]] * second_weight[k], with the border pixels repeated beyond the row. Neighboring columns then read
+// neighboring inputs. Otherwise there is one phase, with the columns in their order.
+struct Phases {
+  static constexpr int kMaxRatio = 16;
+
+  Phases() = default;
+  Phases(int64_t in, int64_t out);
+
+  int ratio = 0;              // 0: not whole, or more than kMaxRatio
+  int64_t count = 0;          // of phases
+  int64_t columns = 0;        // of one phase
+  int64_t stride = 0;         // whole vectors, and kMostLanes of room, as vectors may begin or end there
+  int64_t size = 0;           // count * stride
+  int first[kMaxRatio] = {};  // -1, 0 or 1
+  int second[kMaxRatio] = {};
+  float first_weight[kMaxRatio] = {}, second_weight[kMaxRatio] = {};
+};
+
 // Both axes of a map.
 struct Resampling {
   Taps rows, columns;
+  Phases phases;  // of the columns
 };
 
 // Bilinear taps of one axis by PyTorch's rule with align_corners=False.

@@ -166,82 +166,94 @@ inline PixelTerms point_terms(vfloat x, const Shares& shares, MaskTerm term) {
   return pixel_terms<kFocal, kSquare, kSlopes>(masked(shares.weight > 0.0f, x), term);  // x may be NaN at weight 0
 }
 
-template <bool kFocal, bool kSquare, typename T>
-MaskLossPair forward(const float* map, const Plane& plane, const ImageTargets& targets, int64_t target,
-                     const float* points, int64_t num_points, MaskTerm term) {
+using Quad = float __attribute__((vector_size(16)));
+
+// The slopes of some points, and where their four logits are.
+struct PointSlopes {
+  int32_t cells[kBlock];  // of the upper left logit
+  float weights[4][kBlock];
+  float slopes[kMaskLossSlopes][kBlock];
+
+  // Adds them to the four logits of each point, one point after the other.
+  void scatter(int64_t count, int32_t stride, float* map) const {
+    const int32_t corners[4] = {0, 1, stride, stride + 1};
+    for (int64_t i = 0; i < count; ++i) {
+      const Quad slope{slopes[0][i], slopes[1][i], slopes[2][i], 0.0f};
+      for (int k = 0; k < 4; ++k) {
+        float* const cell = map + 4 * static_cast<int64_t>(cells[i] + corners[k]);
+        Quad sum;
+        memcpy(&sum, cell, sizeof sum);
+        sum += slope * weights[k][i];
+        memcpy(cell, &sum, sizeof sum);
+      }
+    }
+  }
+};
+
+// With U = sum v p + sum t + 1 and I = 2 sum p t + 1:
+//   d mask / dx = (t dF+/dx + (v - t) dF-/dx) / sum v,   d dice / dx = (I v - 2 t U) / U^2 p (1 - p).
+template <bool kFocal, bool kSquare, bool kSlopes, typename T>
+MaskLossPair losses(const Plane& plane, const ImageTargets& targets, int64_t target, const float* points,
+                    int64_t num_points, MaskTerm term, const PointMaskLossWorkspace& work, float* pair_slopes) {
   const Reader<T> reader(targets, target);
   const int32_t stride = static_cast<int32_t>(plane.w) + 2;
+  if (kSlopes) memset(work.slopes, 0, 4 * sizeof(float) * bordered_size(plane.h, plane.w));
   double loss = 0, intersection = 0, prediction = 0, of_target = 0, weight = 0;
   for (int64_t begin = 0; begin < num_points; begin += kBlock) {
     const int64_t count = num_points - begin < kBlock ? num_points - begin : kBlock;
     const Coordinates at(points + 2 * begin, count);
+    [[maybe_unused]] PointSlopes slopes;
     vfloat losses = {}, intersections = {}, predictions = {}, targets_sum = {}, weights = {};
     for (int64_t i = 0; i < count; i += kLanes) {
       const vfloat x = load(at.x + i), y = load(at.y + i);
-      const vfloat logit = sample(map, stride, positions(x, plane.w), positions(y, plane.h));
+      const Positions columns = positions(x, plane.w), rows = positions(y, plane.h);
+      const vfloat logit = sample(work.map, stride, columns, rows);
       Shares shares = reader.at(x, y);
       if (i + kLanes > count) {
         for (int64_t k = count - i; k < kLanes; ++k) shares.target[k] = shares.weight[k] = 0.0f;
       }
       const vfloat t = shares.target, v = shares.weight;
-      const PixelTerms terms = point_terms<kFocal, kSquare, false>(logit, shares, term);
+      const PixelTerms terms = point_terms<kFocal, kSquare, kSlopes>(logit, shares, term);
       losses += fma(t, terms.foreground, (v - t) * terms.background);
       intersections += terms.p * t;
       predictions += terms.p * v;
       targets_sum += t;
       weights += v;
+      if (kSlopes) {
+        const vfloat steepness = terms.p * terms.q;
+        const vfloat slope[kMaskLossSlopes] = {(v - t) * terms.background_slope - t * terms.foreground_slope,
+                                               t * steepness, (v - t) * steepness};
+        for (int k = 0; k < kMaskLossSlopes; ++k) store(slopes.slopes[k] + i, masked(v > 0.0f, slope[k]));
+        const vfloat upper = 1.0f - rows.weight, left = 1.0f - columns.weight;
+        store(slopes.weights[0] + i, upper * left);
+        store(slopes.weights[1] + i, upper * columns.weight);
+        store(slopes.weights[2] + i, rows.weight * left);
+        store(slopes.weights[3] + i, rows.weight * columns.weight);
+        store(slopes.cells + i, rows.first * stride + columns.first);
+      }
     }
+    if (kSlopes) slopes.scatter(count, stride, work.slopes);
     loss += sum_lanes(losses);
     intersection += sum_lanes(intersections);
     prediction += sum_lanes(predictions);
     of_target += sum_lanes(targets_sum);
     weight += sum_lanes(weights);
   }
-  return losses_of(loss, intersection, prediction, of_target, weight);
-}
-
-// With U = sum v p + sum t + 1 and I = 2 sum p t + 1:
-//   d mask / dx = (t dF+/dx + (v - t) dF-/dx) / sum v,   d dice / dx = (I v - 2 t U) / U^2 p (1 - p),
-// distributed to the four logits of each point by their weights. One thread scatters the points, in order.
-template <bool kFocal, bool kSquare, typename T>
-void backward(const float* map, const Plane& plane, const ImageTargets& targets, int64_t target, const float* points,
-              int64_t num_points, MaskTerm term, const MaskLossGradient& given, float* grad) {
-  const Reader<T> reader(targets, target);
-  const int32_t stride = static_cast<int32_t>(plane.w) + 2;
-  const DiceSums sums(given.sums);
-  const vfloat mask_scale = splat(given.mask / (given.sums.pixels > 1.0f ? given.sums.pixels : 1.0f));
-  const vfloat dice_of_v = splat(static_cast<float>(given.dice * sums.twice_overlap / (sums.both * sums.both)));
-  const vfloat dice_of_t = splat(static_cast<float>(-2.0 * given.dice / sums.both));
-  for (int64_t begin = 0; begin < num_points; begin += kBlock) {
-    const int64_t count = num_points - begin < kBlock ? num_points - begin : kBlock;
-    const Coordinates at(points + 2 * begin, count);
-    int32_t cells[kBlock];
-    float parts[4][kBlock];
-    for (int64_t i = 0; i < count; i += kLanes) {
-      const vfloat x = load(at.x + i), y = load(at.y + i);
-      const Positions columns = positions(x, plane.w), rows = positions(y, plane.h);
-      const Shares shares = reader.at(x, y);
-      const vfloat t = shares.target, v = shares.weight;
-      const PixelTerms terms = point_terms<kFocal, kSquare, true>(sample(map, stride, columns, rows), shares, term);
-      const vfloat mask_slope = (v - t) * terms.background_slope - t * terms.foreground_slope;
-      const vfloat dice_slope = fma(t, dice_of_t, v * dice_of_v);
-      vfloat slope = fma(dice_slope * terms.p, terms.q, mask_scale * mask_slope);
-      slope = masked(v > 0.0f, slope);
-      const vfloat lower = slope * rows.weight, upper = slope * (1.0f - rows.weight);
-      store(parts[0] + i, upper * (1.0f - columns.weight));
-      store(parts[1] + i, upper * columns.weight);
-      store(parts[2] + i, lower * (1.0f - columns.weight));
-      store(parts[3] + i, lower * columns.weight);
-      store(cells + i, rows.first * stride + columns.first);
-    }
-    for (int64_t i = 0; i < count; ++i) {
-      float* cell = grad + cells[i];
-      cell[0] += parts[0][i];
-      cell[1] += parts[1][i];
-      cell[stride] += parts[2][i];
-      cell[stride + 1] += parts[3][i];
+  const MaskLossPair pair = losses_of(loss, intersection, prediction, of_target, weight);
+  if (!kSlopes) return pair;
+  const DiceSums dice(pair.sums);
+  const double squared = dice.both * dice.both;
+  const float mask = 1.0f / (pair.sums.pixels > 1.0f ? pair.sums.pixels : 1.0f);
+  const float inside = static_cast<float>((dice.twice_overlap - 2.0 * dice.both) / squared);
+  const float outside = static_cast<float>(dice.twice_overlap / squared);
+  for (int64_t y = 0; y < plane.h; ++y) {
+    const float* row = work.slopes + 4 * ((y + 1) * stride + 1);
+    for (int64_t column = 0; column < plane.w; ++column, row += 4) {
+      pair_slopes[y * plane.w + column] = mask * row[0];
+      pair_slopes[(plane.h + y) * plane.w + column] = inside * row[1] + outside * row[2];
     }
   }
+  return pair;
 }
 
 // Calls run.operator()<kFocal, kSquare, T>() for the kind of loss and the type of the targets.
@@ -256,25 +268,13 @@ auto dispatch(MaskTerm term, const ImageTargets& targets, const Run& run) {
 }  // namespace
 
 MaskLossPair point_mask_loss_pair(const Plane& plane, const ImageTargets& targets, int64_t target, const float* points,
-                                  int64_t num_points, MaskTerm term, const PointMaskLossWorkspace& work) {
+                                  int64_t num_points, MaskTerm term, const PointMaskLossWorkspace& work,
+                                  float* slopes) {
   load_bordered(plane, work.map);
   return dispatch(term, targets, [&]<bool kFocal, bool kSquare, typename T>() {
-    return forward<kFocal, kSquare, T>(work.map, plane, targets, target, points, num_points, term);
+    const auto run = slopes == nullptr ? losses<kFocal, kSquare, false, T> : losses<kFocal, kSquare, true, T>;
+    return run(plane, targets, target, points, num_points, term, work, slopes);
   });
-}
-
-void point_mask_loss_pair_backward(const Plane& plane, const ImageTargets& targets, int64_t target, const float* points,
-                                   int64_t num_points, MaskTerm term, const MaskLossGradient& given,
-                                   const PointMaskLossWorkspace& work, float* grad) {
-  load_bordered(plane, work.map);
-  memset(work.gradient, 0, sizeof(float) * bordered_size(plane.h, plane.w));
-  dispatch(term, targets, [&]<bool kFocal, bool kSquare, typename T>() {
-    backward<kFocal, kSquare, T>(work.map, plane, targets, target, points, num_points, term, given, work.gradient);
-  });
-  for (int64_t y = 0; y < plane.h; ++y) {
-    const float* row = work.gradient + (y + 1) * (plane.w + 2) + 1;
-    for (int64_t x = 0; x < plane.w; ++x) grad[y * plane.w + x] += row[x];
-  }
 }
 
 }  // namespace fastmask::FASTMASK_SIMD

@@ -10,26 +10,24 @@
 
 namespace fastmask {
 
-// The map of logits with a border, and its gradient.
 struct PointMaskLossWorkspace {
-  float *map, *gradient;
+  float* map;          // the logits with a border
+  float* slopes;       // [4] for each of its pixels: kMaskLossSlopes slopes and a zero
+  float* pair_slopes;  // [2, h, w]
 
-  void lay_out(Carver& carver, int64_t h, int64_t w) {
+  void lay_out(Carver& carver, int64_t h, int64_t w, bool with_slopes) {
     carver.take(map, bordered_size(h, w));
-    carver.take(gradient, bordered_size(h, w));
+    if (!with_slopes) return;
+    carver.take(slopes, 4 * bordered_size(h, w));
+    carver.take(pair_slopes, 2 * h * w);
   }
 };
 
 // points [num_points, 2]; `target` is the index of the pair's target. In the sums, MaskLossSums, the points' weights
-// replace the number of pixels.
+// replace the number of pixels. Unless `slopes` is null, it receives the derivatives of both losses by the logits,
+// [2, h, w], summed point by point in order.
 FASTMASK_KERNEL(MaskLossPair point_mask_loss_pair(const Plane& plane, const ImageTargets& targets, int64_t target,
                                                   const float* points, int64_t num_points, MaskTerm term,
-                                                  const PointMaskLossWorkspace& work))
-
-// Adds the gradient of a pair's losses to grad [h * w], point by point in order.
-FASTMASK_KERNEL(void point_mask_loss_pair_backward(const Plane& plane, const ImageTargets& targets, int64_t target,
-                                                   const float* points, int64_t num_points, MaskTerm term,
-                                                   const MaskLossGradient& given, const PointMaskLossWorkspace& work,
-                                                   float* grad))
+                                                  const PointMaskLossWorkspace& work, float* slopes))
 
 }  // namespace fastmask

@@ -17,15 +17,12 @@ struct PixelPairs : MatchedPairs {
   explicit PixelPairs(const MatchedPairs& pairs)
       : MatchedPairs(pairs), table(logits.h(), logits.w(), targets.height(), targets.width()) {}
 
-  Workspace workspace(Scratch& scratch) const { return scratch.lay_out<Workspace>(logits.w(), targets.width()); }
-
-  MaskLossPair losses(const MatchedPair& pair, const Workspace& work) const {
-    return FASTMASK_SELECT(mask_loss_pair)(pair.plane, table.view(), pair.targets, pair.target, term, work);
+  Workspace workspace(Scratch& scratch, bool with_slopes) const {
+    return scratch.lay_out<Workspace>(logits.h(), logits.w(), targets.width(), table.phases.size, with_slopes);
   }
 
-  void add_gradient(const MatchedPair& pair, const MaskLossGradient& given, const Workspace& work, float* grad) const {
-    FASTMASK_SELECT(mask_loss_pair_backward)
-    (pair.plane, table.view(), pair.targets, pair.target, term, given, work, grad);
+  MaskLossPair losses(const MatchedPair& pair, const Workspace& work, float* slopes) const {
+    return FASTMASK_SELECT(mask_loss_pair)(pair.plane, table.view(), pair.targets, pair.target, term, work, slopes);
   }
 };
 
@@ -47,52 +44,63 @@ struct PointPairs : MatchedPairs {
     check_point_pixels(logits);
   }
 
-  Workspace workspace(Scratch& scratch) const { return scratch.lay_out<Workspace>(logits.h(), logits.w()); }
-
-  const float* points_of(const MatchedPair& pair) const {
-    return data_of<const float>(points) + pair.index * num_points * 2;
+  Workspace workspace(Scratch& scratch, bool with_slopes) const {
+    return scratch.lay_out<Workspace>(logits.h(), logits.w(), with_slopes);
   }
 
-  MaskLossPair losses(const MatchedPair& pair, const Workspace& work) const {
-    return FASTMASK_SELECT(point_mask_loss_pair)(pair.plane, pair.targets, pair.target, points_of(pair), num_points,
-                                                 term, work);
-  }
-
-  void add_gradient(const MatchedPair& pair, const MaskLossGradient& given, const Workspace& work, float* grad) const {
-    FASTMASK_SELECT(point_mask_loss_pair_backward)
-    (pair.plane, pair.targets, pair.target, points_of(pair), num_points, term, given, work, grad);
+  MaskLossPair losses(const MatchedPair& pair, const Workspace& work, float* slopes) const {
+    return FASTMASK_SELECT(point_mask_loss_pair)(pair.plane, pair.targets, pair.target,
+                                                 data_of<const float>(points) + pair.index * num_points * 2, num_points,
+                                                 term, work, slopes);
   }
 };
 
+using Losses = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // mask, dice, sums, slopes
+
+// `keep_slopes`: also the derivatives of both losses by each pair's logits, (L, B, M, 2, h, w).
 template <class Pairs>
-std::tuple<Tensor, Tensor, Tensor> losses_of(const Pairs& pairs) {
-  const std::vector<int64_t> shape{pairs.logits.layers(), pairs.logits.batch(), pairs.targets.max_targets()};
-  const Tensor& like = pairs.logits.tensor();
+Losses losses_of(const Pairs& pairs, bool keep_slopes) {
+  const MaskLogits& logits = pairs.logits;
+  const std::vector<int64_t> shape{logits.layers(), logits.batch(), pairs.targets.max_targets()};
+  const Tensor& like = logits.tensor();
   Tensor mask = zero_result(like, shape, ScalarType::Float), dice = zero_result(like, shape, ScalarType::Float);
   Tensor sums = zero_result(like, {shape[0], shape[1], shape[2], 4}, ScalarType::Float);
+  std::vector<int64_t> slopes_shape{0};
+  if (keep_slopes) slopes_shape = {shape[0], shape[1], shape[2], 2, logits.h(), logits.w()};
+  Tensor slopes = empty_result(like, slopes_shape, ScalarType::Float);
+  const int64_t pair_slopes = 2 * logits.h() * logits.w();
   parallel_for(0, pairs.count(), 1, [&](int64_t begin, int64_t end, Scratch& scratch) {
-    const auto work = pairs.workspace(scratch);
+    const auto work = pairs.workspace(scratch, keep_slopes);
     for (int64_t i = begin; i < end; ++i) {
       const std::optional<MatchedPair> pair = pairs.pair(i);
-      if (!pair.has_value()) continue;
-      const MaskLossPair losses = pairs.losses(*pair, work);
+      float* const kept = keep_slopes ? data_of<float>(slopes) + i * pair_slopes : nullptr;
+      if (!pair.has_value()) {
+        if (keep_slopes) std::fill(kept, kept + pair_slopes, 0.0f);
+        continue;
+      }
+      const MaskLossPair losses = pairs.losses(*pair, work, kept);
       data_of<float>(mask)[i] = losses.mask;
       data_of<float>(dice)[i] = losses.dice;
       memcpy(data_of<float>(sums) + 4 * i, &losses.sums, sizeof losses.sums);
     }
   });
-  return {mask, dice, sums};
+  return {mask, dice, sums, slopes};
 }
 
-// One thread computes the gradient of a query's logits, for all targets matched to it.
+// One thread computes the gradient of a query's logits, for all targets matched to it. Slopes that forward did not keep
+// are computed again.
 template <class Pairs>
-Tensor gradient_of(const Pairs& pairs, const PairGradients& gradients) {
+Tensor gradient_of(const Pairs& pairs, const PairGradients& gradients, const Tensor& slopes) {
   const Tensor grad_logits = zero_gradient(pairs.logits);
   const MaskLogits grad_rows(grad_logits);
   const int64_t pixels = pairs.logits.h() * pairs.logits.w(), max_targets = pairs.targets.max_targets();
+  const bool kept = slopes.numel() > 0;
+  check_tensor(!kept || (slopes.scalar_type() == ScalarType::Float && slopes.is_contiguous() &&
+                         slopes.numel() == pairs.count() * 2 * pixels),
+               slopes, "slopes", "forward's, or empty");
   const int64_t* const queries = pairs.queries();
   parallel_for(0, pairs.logits.rows(), 1, [&](int64_t begin, int64_t end, Scratch& scratch) {
-    const auto work = pairs.workspace(scratch);
+    const auto work = pairs.workspace(scratch, true);
     std::vector<float> grad(pixels);
     for (int64_t row = begin; row < end; ++row) {
       const int64_t first_pair = row / pairs.logits.queries() * max_targets;
@@ -103,7 +111,9 @@ Tensor gradient_of(const Pairs& pairs, const PairGradients& gradients) {
         if (!pair.has_value()) continue;
         if (!matched) std::fill(grad.begin(), grad.end(), 0.0f);
         matched = true;
-        pairs.add_gradient(*pair, gradients[i], work, grad.data());
+        const float* pair_slopes = kept ? data_of<const float>(slopes) + 2 * pixels * i : work.pair_slopes;
+        if (!kept) pairs.losses(*pair, work, work.pair_slopes);
+        FASTMASK_SELECT(add_slopes)(pair_slopes, pixels, gradients.mask(i), gradients.dice(i), grad.data());
       }
       if (!matched) continue;
       FASTMASK_SELECT(store_row)
@@ -116,20 +126,20 @@ Tensor gradient_of(const Pairs& pairs, const PairGradients& gradients) {
 // Registers an operator and its gradient. Points is a tensor type, or nothing.
 template <class Pairs, class... Points>
 struct MaskLossOperator {
-  static std::tuple<Tensor, Tensor, Tensor> forward(Tensor mask_logits, Tensor assignment, Tensor labels,
-                                                    std::optional<Tensor> masks, std::optional<Tensor> segments,
-                                                    std::optional<Tensor> valid, int64_t void_value, bool ignore_void,
-                                                    Points... points, std::string term_name, double alpha,
-                                                    double gamma) {
+  static Losses forward(Tensor mask_logits, Tensor assignment, Tensor labels, std::optional<Tensor> masks,
+                        std::optional<Tensor> segments, std::optional<Tensor> valid, int64_t void_value,
+                        bool ignore_void, Points... points, std::string term_name, double alpha, double gamma,
+                        bool keep_slopes) {
     const MaskLogits logits(mask_logits);
     const BatchTargets targets(labels, masks, segments, valid, void_value, ignore_void, logits);
     return losses_of(Pairs({logits, targets, mask_term(term_name, alpha, gamma),
                             checked_assignment(assignment, logits, targets.max_targets())},
-                           points...));
+                           points...),
+                     keep_slopes);
   }
 
-  static Tensor backward(Tensor grad_mask, Tensor grad_dice, Tensor sums, Tensor mask_logits, Tensor assignment,
-                         Tensor labels, std::optional<Tensor> masks, std::optional<Tensor> segments,
+  static Tensor backward(Tensor grad_mask, Tensor grad_dice, Tensor /*sums*/, Tensor slopes, Tensor mask_logits,
+                         Tensor assignment, Tensor labels, std::optional<Tensor> masks, std::optional<Tensor> segments,
                          std::optional<Tensor> valid, int64_t void_value, bool ignore_void, Points... points,
                          std::string term_name, double alpha, double gamma) {
     const MaskLogits logits(mask_logits);
@@ -137,7 +147,7 @@ struct MaskLossOperator {
     const Pairs pairs({logits, targets, mask_term(term_name, alpha, gamma),
                        checked_assignment(assignment, logits, targets.max_targets())},
                       points...);
-    return gradient_of(pairs, PairGradients(grad_mask, grad_dice, sums, pairs.count()));
+    return gradient_of(pairs, PairGradients(grad_mask, grad_dice, pairs.count()), slopes);
   }
 };
 

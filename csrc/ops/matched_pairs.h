@@ -61,30 +61,24 @@ struct MatchedPairs {
   }
 };
 
-// The arguments of backward for each pair: the gradients of both losses, and forward's sums.
+// The gradients of both losses of each pair.
 class PairGradients {
  public:
-  PairGradients(const Tensor& grad_mask, const Tensor& grad_dice, const Tensor& sums, int64_t pairs)
-      : mask_(torch::stable::contiguous(grad_mask)),
-        dice_(torch::stable::contiguous(grad_dice)),
-        sums_(torch::stable::contiguous(sums)) {
-    const auto check = [](const Tensor& tensor, const char* name, int64_t numbers) {
-      check_tensor(tensor.scalar_type() == ScalarType::Float && tensor.numel() == numbers, tensor, name,
+  PairGradients(const Tensor& grad_mask, const Tensor& grad_dice, int64_t pairs)
+      : mask_(torch::stable::contiguous(grad_mask)), dice_(torch::stable::contiguous(grad_dice)) {
+    const auto check = [pairs](const Tensor& tensor, const char* name) {
+      check_tensor(tensor.scalar_type() == ScalarType::Float && tensor.numel() == pairs, tensor, name,
                    "float32 for the pairs of assignment");
     };
-    check(mask_, "grad_mask", pairs);
-    check(dice_, "grad_dice", pairs);
-    check(sums_, "sums", 4 * pairs);
+    check(mask_, "grad_mask");
+    check(dice_, "grad_dice");
   }
 
-  MaskLossGradient operator[](int64_t i) const {
-    MaskLossGradient gradient{data_of<const float>(mask_)[i], data_of<const float>(dice_)[i], {}};
-    memcpy(&gradient.sums, data_of<const float>(sums_) + 4 * i, sizeof gradient.sums);
-    return gradient;
-  }
+  float mask(int64_t i) const { return data_of<const float>(mask_)[i]; }
+  float dice(int64_t i) const { return data_of<const float>(dice_)[i]; }
 
  private:
-  Tensor mask_, dice_, sums_;
+  Tensor mask_, dice_;
 };
 
 // Zeros for the gradient: contiguous planes, with layers, images and queries in the same order as those of the logits,

@@ -80,15 +80,17 @@ inline MaskTerm mask_term(const std::string& name, double alpha, double gamma) {
 // The taps from h x w pixels to others, for both axes.
 struct ResamplingTable {
   TapTable rows, columns;
+  Phases phases;
 
   ResamplingTable() = default;
   ResamplingTable(int64_t h, int64_t w, int64_t height, int64_t width) {
     STD_TORCH_CHECK(std::max({h, w, height, width}) < INT32_MAX, "maps must have sides of less than 2^31");
     rows = {h, height};
     columns = {w, width};
+    phases = {w, width};
   }
 
-  Resampling view() const { return {rows.view(), columns.view()}; }
+  Resampling view() const { return {rows.view(), columns.view(), phases}; }
 };
 
 // Mask logits (L, B, N, h, w) with contiguous planes; layers, images and queries may have any strides: a model that

@@ -1,7 +1,9 @@
 """The mask and dice losses of the matched pairs, at all pixels or at points, and their gradient.
 
-``fastmask::mask_loss`` and ``fastmask::point_mask_loss`` return, for each pair, both losses and the four sums that
-backward needs: sum p t, sum v p, sum t and sum v, where v is the weight of a pixel or point.
+``fastmask::mask_loss`` and ``fastmask::point_mask_loss`` return, for each pair, both losses and four sums: sum p t,
+sum v p, sum t and sum v, where v is the weight of a pixel or point. On a GPU, backward evaluates the pairs again with
+these sums. On a CPU, forward also sums the slopes of both losses at the resolution of the logits if a gradient will be
+wanted (``keep_slopes``), and backward only scales and adds them.
 """
 
 from __future__ import annotations
@@ -52,9 +54,9 @@ def mask_loss(
     With ``points`` both x and t are sampled bilinearly there (align_corners=False, 0 beyond the map), so that t is a
     fraction on outlines (Mask2Former, arXiv:2112.01527, section 3.3).
 
-    Neither forward nor backward stores anything of size H * W or gathers logits. A logit whose weight in a pixel or
-    point is 0 is not read. A NaN affects only the losses of its own pair; an infinite logit of the correct sign costs
-    nothing.
+    Neither forward nor backward stores anything of size H * W or gathers logits. On a CPU, forward stores two float32
+    maps of h x w for each target if ``mask_logits`` require a gradient. A logit whose weight in a pixel or point is 0
+    is not read. A NaN affects only the losses of its own pair; an infinite logit of the correct sign costs nothing.
 
     Args:
         mask_logits: ``(..., B, N, h, w)`` floating point; any leading dimensions, usually L decoder layers, or none.
@@ -101,13 +103,15 @@ def mask_loss(
             valid=targets.valid_pixels() if term.ignore_void else None,
         )
     else:
-        pair_mask, pair_dice, _ = operator(
+        keep_slopes = backend == "native" and mask_logits.requires_grad and torch.is_grad_enabled()
+        pair_mask, pair_dice, _, _ = operator(
             backend,
             stack_layers(mask_logits, 4),
             stack_layers(assignment, 2),
             *target_arguments(targets, term.ignore_void),
             *(() if points is None else (stack_layers(points.float(), 4),)),
             *(term.kind, term.alpha, term.gamma),
+            keep_slopes,
         )
         pair_mask, pair_dice = pair_mask.view(assignment.shape), pair_dice.view(assignment.shape)
     if reduction == "none":
@@ -117,27 +121,30 @@ def mask_loss(
     return pair_mask.sum((-2, -1)) / num_masks, pair_dice.sum((-2, -1)) / num_masks
 
 
-def _fake(mask_logits: Tensor, assignment: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(mask_logits: Tensor, assignment: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     pairs = mask_logits.new_empty(assignment.shape, dtype=torch.float32)
-    return pairs, torch.empty_like(pairs), pairs.new_empty((*assignment.shape, 4))
+    slopes = pairs.new_empty((*assignment.shape, 2, *mask_logits.shape[-2:]) if inputs[-1] else (0,))
+    return pairs, torch.empty_like(pairs), pairs.new_empty((*assignment.shape, 4)), slopes
 
 
-def _fake_backward(grad_mask: Tensor, grad_dice: Tensor, sums: Tensor, mask_logits: Tensor, *_: object) -> Tensor:
+def _fake_backward(
+    grad_mask: Tensor, grad_dice: Tensor, sums: Tensor, slopes: Tensor, mask_logits: Tensor, *_: object
+) -> Tensor:
     return empty_gradient(mask_logits)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    sums = output[2]
-    ctx.mark_non_differentiable(sums)
-    tensors = [x if isinstance(x, Tensor) else None for x in inputs]
-    ctx.save_for_backward(sums, *tensors)
-    ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    kept = output[2:]
+    ctx.mark_non_differentiable(*kept)
+    tensors = [x if isinstance(x, Tensor) else None for x in inputs[:-1]]
+    ctx.save_for_backward(*kept, *tensors)
+    ctx.others = [None if isinstance(x, Tensor) else x for x in inputs[:-1]]
 
 
-def _backward_arguments(ctx: Any, grad_mask: Tensor, grad_dice: Tensor, _: Tensor | None) -> tuple[Any, ...]:
-    sums, *tensors = ctx.saved_tensors
+def _backward_arguments(ctx: Any, grad_mask: Tensor, grad_dice: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
+    sums, slopes, *tensors = ctx.saved_tensors
     inputs = (x if tensor is None else tensor for tensor, x in zip(tensors, ctx.others, strict=True))
-    return grad_mask, grad_dice, sums, *inputs
+    return grad_mask, grad_dice, sums, slopes, *inputs
 
 
 def _register(name: str, points: str) -> tuple[Operator, Operator]:
@@ -145,14 +152,14 @@ def _register(name: str, points: str) -> tuple[Operator, Operator]:
     arguments = f"Tensor mask_logits, Tensor assignment, {TARGETS}, {points}str mask_term, float alpha, float gamma"
     backward = Operator(
         f"{name}_backward",
-        f"(Tensor grad_mask, Tensor grad_dice, Tensor sums, {arguments}) -> Tensor",
+        f"(Tensor grad_mask, Tensor grad_dice, Tensor sums, Tensor slopes, {arguments}) -> Tensor",
         _fake_backward,
         native=("cpu",),
         triton=name,
     )
     forward = Operator(
         name,
-        f"({arguments}) -> (Tensor, Tensor, Tensor)",
+        f"({arguments}, bool keep_slopes) -> (Tensor, Tensor, Tensor, Tensor)",
         _fake,
         native=("cpu",),
         triton=name,

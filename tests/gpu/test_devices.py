@@ -160,11 +160,12 @@ def cuda_arguments(operator: _registry.Operator) -> tuple[Any, ...]:
         "point_mask_cost": (
             class_logits, mask_logits, *targets, torch.empty(2, 20, 2, **float32), 1.0, 1.0, 1.0, *term
         ),
-        "mask_loss": (mask_logits, assignment, *targets, *term),
-        "mask_loss_backward": (pairs, pairs, sums, mask_logits, assignment, *targets, *term),
-        "point_mask_loss": (mask_logits, assignment, *targets, torch.empty(1, 2, 3, 20, 2, **float32), *term),
+        "mask_loss": (mask_logits, assignment, *targets, *term, False),
+        "mask_loss_backward": (pairs, pairs, sums, torch.empty(0, **float32), mask_logits, assignment, *targets, *term),
+        "point_mask_loss": (mask_logits, assignment, *targets, torch.empty(1, 2, 3, 20, 2, **float32), *term, False),
         "point_mask_loss_backward": (
-            pairs, pairs, sums, mask_logits, assignment, *targets, torch.empty(1, 2, 3, 20, 2, **float32), *term
+            pairs, pairs, sums, torch.empty(0, **float32), mask_logits, assignment, *targets,
+            torch.empty(1, 2, 3, 20, 2, **float32), *term,
         ),
         "uncertain_points": (mask_logits, assignment, torch.empty(1, **int64), 20, 60, 15),
         "masked_attention": attention,

@@ -151,9 +151,9 @@ def mask_loss(draw: Draw) -> Calls:
         ("mask_loss", ()),
         ("point_mask_loss", (draw.points(layers, batch, most, draw.choice([0, 1, 5, 130, 300])),)),
     ):
-        mask, dice, sums = yield operator, (logits, assignment, *targets, *points, *term)
-        gradients = draw.normal(*mask.shape), draw.normal(*dice.shape)
-        yield f"{operator}_backward", (*gradients, sums, logits, assignment, *targets, *points, *term)
+        inputs = (logits, assignment, *targets, *points, *term)
+        mask, dice, *kept = yield operator, (*inputs, draw.choice([False, True]))
+        yield f"{operator}_backward", (draw.normal(*mask.shape), draw.normal(*dice.shape), *kept, *inputs)
 
 
 def uncertain_points(draw: Draw) -> Calls:

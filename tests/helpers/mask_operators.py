@@ -306,7 +306,8 @@ def loss(points: int) -> OpInfo:
         ),
         gpu_error=gpu_error,
         differentiable=names[:1],
-        backward_operands=lambda outputs: (torch.ones_like(outputs[0]), torch.ones_like(outputs[1]), outputs[2]),
+        options=(True,),
+        backward_operands=lambda outputs: (torch.ones_like(outputs[0]), torch.ones_like(outputs[1]), *outputs[2:]),
     )
 
 

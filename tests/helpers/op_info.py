@@ -36,7 +36,8 @@ class OpInfo:
         triton: the same for Triton's kernels, few and small, as the interpreter needs a millisecond for a line.
         typical: names of the cases, of both tables, that further tests use; where one is enough, the first.
         refused: what must be refused.
-        operands: what ``operator`` is called with.
+        operands: the arguments of ``operator`` that its gradient takes too.
+        options: its further arguments.
         gpu_error: of each result, for arguments and their dtype.
         judge: asserts that results follow from the arguments, instead of a budget for each: of integers, for instance.
         output_dtype: None if it is that of the logits.
@@ -59,6 +60,7 @@ class OpInfo:
     typical: tuple[str, ...]
     refused: Mapping[str, Refused]
     operands: Callable[[Arguments], tuple[Any, ...]] = tuple
+    options: tuple[Any, ...] = ()
     gpu_error: Callable[[Arguments, torch.dtype], tuple[GpuError, ...]] | None = None
     judge: Callable[[Arguments, dict[str, Tensor]], None] | None = None
     output_dtype: torch.dtype | None = torch.float32

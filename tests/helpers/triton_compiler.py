@@ -82,8 +82,7 @@ def launch_mask_loss(
 
     _, mask_logits, assignment, *targets = inputs(shape, dtype, form)
     arguments = (mask_logits, assignment, *targets, 255, ignore_void, *term(**options))
-    pair_mask, pair_dice, sums = mask_loss(*arguments)
-    mask_loss_backward(pair_mask, pair_dice, sums, *arguments)
+    mask_loss_backward(*mask_loss(*arguments, False), *arguments)
 
 
 def launch_point_mask_cost(
@@ -104,8 +103,7 @@ def launch_point_mask_loss(
     _, mask_logits, assignment, *targets = inputs(shape, dtype, form)
     points = torch.empty((*assignment.shape, POINTS, 2), device="meta")
     arguments = (mask_logits, assignment, *targets, 255, ignore_void, points, *term(**options))
-    pair_mask, pair_dice, sums = point_mask_loss(*arguments)
-    point_mask_loss_backward(pair_mask, pair_dice, sums, *arguments)
+    point_mask_loss_backward(*point_mask_loss(*arguments, False), *arguments)
 
 
 def launch_uncertain_points(shape: tuple[int, ...], dtype: torch.dtype, form: str, **_: Any) -> None:

@@ -196,12 +196,12 @@ def test_opcheck(op, generator):
         arguments |= {logits: layout(arguments[logits]) for logits in op.logits}
         operands, run = op.operands(arguments), getattr(torch.ops.fastmask, op.operator).default
         if op.differentiable:
-            outputs = run(*operands)
+            outputs = run(*operands, *op.options)
             backward = getattr(torch.ops.fastmask, f"{op.operator}_backward").default
             torch.library.opcheck(backward, (*op.backward_operands(outputs), *operands), **options)
             for differentiable in op.differentiable:
                 arguments[differentiable].requires_grad_()
-        torch.library.opcheck(run, op.operands(arguments), **options)
+        torch.library.opcheck(run, (*op.operands(arguments), *op.options), **options)
 
 
 @EACH

@@ -25,13 +25,11 @@ static inline vfloat exp2_fraction(vfloat f) {
 
 // exp(-a) for a >= 0. The result is at least 2^-126; NaN gives NaN.
 static inline vfloat exp_neg(vfloat a) {
-  vfloat t = a * -1.44269504f;
-  t = t < -126.0f ? splat(-126.0f) : t;
+  a = minimum(splat(87.3f), a);
   const vfloat magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const vfloat rounded = t + magic;
+  const vfloat rounded = fma(a, splat(-1.44269504f), magic);
   const vfloat f = fma(a, splat(-1.92596299e-08f), fma(a, splat(-1.44269504f), magic - rounded));
-  const vfloat fraction = t == -126.0f ? vfloat{} : f;
-  return exp2_fraction(fraction) * power_of_two(rounded);
+  return exp2_fraction(f) * power_of_two(rounded);
 }
 
 // The functions of a logit x that mask terms need, from one exponential and one division.
@@ -46,9 +44,8 @@ struct Sigmoid {
 // degree-4 minimax polynomial in s^2 (relative error 4e-9 before rounding, also where e is tiny). One division
 // 1 / ((1 + e) (2 + e)) serves both.
 static inline Sigmoid sigmoid(vfloat x) {
-  const vint negative = x < 0.0f;
-  const vfloat magnitude = negative ? -x : x;
-  const vfloat e = exp_neg(magnitude);
+  const vint negative = bits(x) < 0;
+  const vfloat e = exp_neg(from_bits(bits(x) & INT32_MAX));
   const vfloat one_e = e + 1.0f;
   const vfloat two_e = e + 2.0f;
   const vfloat r = 1.0f / (one_e * two_e);
@@ -58,8 +55,8 @@ static inline Sigmoid sigmoid(vfloat x) {
   const vfloat u = s * s;
   const vfloat log1p_e =
       polynomial(u, splat(2.8178334886e-01f), 2.7960602759e-01f, 4.0024910282e-01f, 6.6666314682e-01f, 2.0f) * s;
-  return {negative ? small : large, negative ? large : small, (negative ? vfloat{} : x) + log1p_e,
-          (negative ? magnitude : vfloat{}) + log1p_e};
+  return {negative ? small : large, negative ? large : small, log1p_e + maximum(vfloat{}, x),
+          log1p_e - minimum(vfloat{}, x)};
 }
 
 // Only sigmoid(x), for x other than NaN: 1 / (1 + 2^n y) with 2^n y = exp(-x) as in exp_neg. 0 below -87.

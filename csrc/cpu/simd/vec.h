@@ -37,7 +37,7 @@ constexpr int kLanes = FASTMASK_BY_LEVEL(16, 8, 4);
 using vfloat = float __attribute__((vector_size(4 * kLanes)));
 using vint = int32_t __attribute__((vector_size(4 * kLanes)));
 using vuint = uint32_t __attribute__((vector_size(4 * kLanes)));
-using vbyte = uint8_t __attribute__((vector_size(kLanes)));
+using vbyte = int8_t __attribute__((vector_size(kLanes)));
 
 // Subtracting 0 changes no x, not even -0, so the compiler emits a plain broadcast.
 static inline vfloat splat(float x) { return x - vfloat{}; }
@@ -67,8 +67,13 @@ static inline vint load(const int32_t* p) { return load_as<vint>(p); }
 static inline void store(float* p, vfloat v) { memcpy(p, &v, sizeof v); }
 static inline void store(int32_t* p, vint v) { memcpy(p, &v, sizeof v); }
 
-// kLanes bytes, each widened to 32 bits.
-static inline vint load_bytes(const uint8_t* p) { return __builtin_convertvector(load_as<vbyte>(p), vint); }
+// kLanes bytes, each widened to 32 bits with its sign. GCC makes dozens of instructions of __builtin_convertvector
+// here.
+static inline vint load_bytes(const int8_t* p) {
+  return FASTMASK_BY_LEVEL((vint)_mm512_cvtepi8_epi32(load_as<__m128i>(p)),
+                           (vint)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))),
+                           __builtin_convertvector(load_as<vbyte>(p), vint));
+}
 
 static inline vint bits(vfloat v) { return load_as<vint>(&v); }
 static inline vfloat from_bits(vint v) { return load_as<vfloat>(&v); }

@@ -1,0 +1,111 @@
+// Stretches rows of a map to the width of the targets, and contracts their gradients: the transpose. See Phases for
+// the order of the columns.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "common/taps.h"
+#include "cpu/simd/vec.h"
+
+namespace fastmask::FASTMASK_SIMD {
+
+class Stretch {
+ public:
+  Stretch(const Resampling& resampling, int64_t w) : w_(w), taps_(resampling.columns), phases_(resampling.phases) {}
+
+  // `row` has w logits, and room for one before and for kMostLanes + 1 behind them.
+  void stretch(float* row, float* out) const {
+    if (phases_.ratio == 0) {
+      const int32_t *first = taps_.index, *second = first + taps_.stride;
+      const float *first_weight = taps_.weight, *second_weight = first_weight + taps_.stride;
+      for (int64_t j = 0; j < taps_.out; ++j) {
+        out[j] = row[first[j]] * first_weight[j] + row[second[j]] * second_weight[j];
+      }
+      return;
+    }
+    row[-1] = row[0];
+    row[w_] = row[w_ - 1];
+    for (int k = 0; k < phases_.ratio; ++k) {
+      const float *first = row + phases_.first[k], *second = row + phases_.second[k];
+      const vfloat first_weight = splat(phases_.first_weight[k]), second_weight = splat(phases_.second_weight[k]);
+      for (int64_t c = 0; c < w_; c += kLanes) {
+        store(out + k * phases_.stride + c, fma(load(second + c), second_weight, load(first + c) * first_weight));
+      }
+    }
+  }
+
+  // grad[0..w) becomes the sums of the stretched gradients by the columns' weights; up to a full vector of `grad` is
+  // written. `stretched` has kMostLanes zeros before it.
+  void contract(const float* stretched, float* grad) const {
+    if (phases_.ratio == 0) {
+      const int32_t *first = taps_.index, *second = first + taps_.stride;
+      const float *first_weight = taps_.weight, *second_weight = first_weight + taps_.stride;
+      for (int64_t j = 0; j < taps_.out;) {
+        // Neighboring columns between the same two inputs are summed before they are added.
+        const int32_t left = first[j], right = second[j];
+        float to_left = 0.0f, to_right = 0.0f;
+        for (; j < taps_.out && first[j] == left && second[j] == right; ++j) {
+          to_left += first_weight[j] * stretched[j];
+          to_right += second_weight[j] * stretched[j];
+        }
+        grad[left] += to_left;
+        grad[right] += to_right;
+      }
+      return;
+    }
+    for (int64_t c = 0; c < w_; c += kLanes) {
+      vfloat sum = {};
+      for (int k = 0; k < phases_.ratio; ++k) {
+        const float* at = stretched + k * phases_.stride + c;
+        sum = fma(load(at - phases_.first[k]), splat(phases_.first_weight[k]), sum);
+        sum = fma(load(at - phases_.second[k]), splat(phases_.second_weight[k]), sum);
+      }
+      store(grad + c, sum);
+    }
+    // The border pixels also stand for those beyond them.
+    for (int k = 0; k < phases_.ratio; ++k) {
+      const float* at = stretched + k * phases_.stride;
+      if (phases_.first[k] < 0) grad[0] += at[0] * phases_.first_weight[k];
+      if (phases_.second[k] > 0) grad[w_ - 1] += at[w_ - 1] * phases_.second_weight[k];
+    }
+  }
+
+  // Brings the bytes of a row into the order of the stretched columns.
+  void reorder(const int8_t* in, int8_t* out) const {
+    switch (phases_.count) {
+      case 1:
+        memcpy(out, in, phases_.columns);
+        break;
+      case 2:
+        split(std::integral_constant<int64_t, 2>{}, in, out);
+        break;
+      case 4:
+        split(std::integral_constant<int64_t, 4>{}, in, out);
+        break;
+      case 8:
+        split(std::integral_constant<int64_t, 8>{}, in, out);
+        break;
+      default:
+        split(phases_.count, in, out);
+    }
+  }
+
+ private:
+  // With a constant number of phases, the compiler makes vectors of it.
+  template <class Count>
+  void split(Count phases, const int8_t* in, int8_t* out) const {
+    const int64_t columns = phases_.columns, stride = phases_.stride;
+    for (int64_t k = 0; k < phases; ++k) {
+      const int8_t* __restrict from = in + k;
+      int8_t* __restrict to = out + k * stride;
+      for (int64_t c = 0; c < columns; ++c) to[c] = from[c * phases];
+    }
+  }
+
+  const int64_t w_;
+  const Taps& taps_;
+  const Phases& phases_;
+};
+
+}  // namespace fastmask::FASTMASK_SIMD
