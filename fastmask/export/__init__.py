@@ -21,6 +21,10 @@ Without a ``size`` the number of windows is unknown, so the program predicts who
 does: 6% to 65% of the labels then differ from those of ``predict``, but not from ``predict(window=0)``. A warning says
 so, and "window" in the file's metadata gives the windows of a program that has them.
 
+An EoMT's program predicts images at their own size, where ``predict`` resizes them to ``image_size`` and takes windows:
+both give the same for images of ``image_size`` x ``image_size`` pixels. For labels and scores of others, a warning says
+so.
+
 A MaskFormer's portable program holds the mask logits of N queries at the size of the image, N * H * W floats per image,
 whereas fastmask's kernels hold one strip of them; ``portable=False`` keeps the kernels.
 """

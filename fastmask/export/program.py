@@ -15,10 +15,11 @@ from torch.export import Dim, ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastmask.export.description import check_path, describe
-from fastmask.export.task_module import Events, ImageTask, check_task, check_window
+from fastmask.export.task_module import RESULTS, Events, ImageTask, check_task, check_window
 from fastmask.files import replace_file
 from fastmask.models._base import PretrainedModel
 from fastmask.models._images import Size
+from fastmask.models.eomt import EoMT
 from fastmask.modules.attention import MaskedCrossAttention
 from fastmask.modules.dino import MaskedSelfAttention
 from fastmask.ops._registry import choose_backend
@@ -76,6 +77,12 @@ def export_program(
         warnings.warn(
             f"the program predicts whole images, and predict windows of {windows[0]} pixels: labels differ. "
             "size=(height, width) exports the windows; window=0 says that whole images are meant",
+            stacklevel=2,
+        )
+    if isinstance(model, EoMT) and task in RESULTS and size != (model.config.image_size,) * 2:
+        warnings.warn(
+            f"the program predicts images at their own size, and predict windows of {model.config.image_size} pixels: "
+            "labels differ",
             stacklevel=2,
         )
     window = check_window(model, task, size, window)

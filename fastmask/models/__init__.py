@@ -1,4 +1,4 @@
-"""The networks: MaskFormer, Mask2Former, Segmenter, the per-pixel baselines and the sound event detector."""
+"""The networks: MaskFormer, Mask2Former, EoMT, Segmenter, the per-pixel baselines and the sound event detector."""
 
 from fastmask.models._registry import load_model, make_model, preset_names
 from fastmask.models.backbones import build_backbone, known_backbones

@@ -105,7 +105,7 @@ def predict(
             :func:`fastmask.data.pictures.decode_picture` says how they become RGB.
         output: the folder to write to.
         task: "semantic", "general", "panoptic" or "instance". By default the task of the training run; without one
-            "panoptic" for a MaskFormer with stuff classes, otherwise "semantic", the only task of other networks.
+            "panoptic" for a network that classifies masks and has stuff classes, otherwise "semantic".
         info: a data set's description: names, colors and stuff of the classes, and the category ids of the JSON files.
             By default names and stuff are the model's, and a category id is the index of its class.
         palette: a color for each class; by default the data set's, or distinct colors.
@@ -117,10 +117,10 @@ def predict(
             still have the image's own size. None for no resizing.
         max_side: with ``short_side``, the limit of the longer side.
         window: (size, stride) of the windows in which images are predicted, in pixels, or one number for both; bounds
-            the memory for large images. None for whole images, and for Segmenter the windows of its configuration.
-            MaskFormer takes ``window``, ``scales`` and ``flip`` for "semantic" only.
-        scales: factors by which each image is enlarged; results are averaged. MaskFormer only.
-        flip: predict mirror images too. MaskFormer only.
+            the memory for large images. None for whole images, and for Segmenter and EoMT the configured windows.
+            Networks that classify masks take ``window``, ``scales`` and ``flip`` for "semantic" only.
+        scales: factors by which each image is enlarged; results are averaged. Not for networks that classify pixels.
+        flip: predict mirror images too, as for ``scales``.
         threshold: "panoptic": the class probability that a segment must exceed, 0.8. "instance": the score that an
             instance must exceed to be drawn, 0.5.
         overlap_threshold: "panoptic": the least visible share of a segment, 0.8.
@@ -284,7 +284,7 @@ def _limits(task: str, **given: float | None) -> dict[str, Any]:
 
 
 def _task_options(task: str, info: DatasetInfo, limits: dict[str, Any]) -> dict[str, Any]:
-    """The other arguments of MaskFormer's ``predict``."""
+    """The other arguments of ``predict`` of networks that classify masks."""
     if task == "general":
         return {"ignore_index": info.ignore_index}
     if task == "panoptic":

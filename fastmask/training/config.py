@@ -36,7 +36,7 @@ class TrainingConfig(PlainConfig):
         model: the network, with the classes of the data set; a configuration or its ``to_dict``.
         recipe: optimizer, schedule, steps, batch and augmentation; a :class:`Recipe` or its ``to_dict``.
         kind: the layout of the data set, see :func:`fastmask.data.open_dataset`.
-        task: "semantic", "panoptic" or "instance"; networks other than MaskFormer support only the first. "" for the
+        task: "semantic", "panoptic" or "instance"; networks that classify pixels support only the first. "" for the
             task of the data set.
         skip_invalid: leave out invalid polygons, see :func:`fastmask.data.open_dataset`.
         train_split: the split to train on.

@@ -108,17 +108,17 @@ def evaluate(
         model: the model, in any mode, which is kept; or the result of :func:`fastmask.training.distributed.wrap`.
         dataset: a data set with ``info``, as from :func:`fastmask.data.open_dataset`; for
             :class:`fastmask.SoundEventDetector` a data set of :class:`fastmask.data.Clip`.
-        tasks: any of "semantic", "general" (semantic maps by hard assignment, MaskFormer only), "panoptic" and
-            "instance"; for sound "events". By default the task of the truth, if the model supports it; for panoptic
-            truth "semantic" and "panoptic".
+        tasks: any of "semantic", "general" (semantic maps by hard assignment of masks), "panoptic" and "instance";
+            for sound "events". By default the task of the truth, if the model supports it; for panoptic truth
+            "semantic" and "panoptic".
         batch_size: the number of samples to read at a time, and the most to predict at a time.
         workers: the number of processes that read samples.
         device: the device to predict on; the model is moved there. By default the model's device.
         precision: "float32", or "bfloat16" or "float16" for autocast.
         window: (size, stride) of the windows in which images are predicted, as for the model's ``predict``; None for
-            whole images, or a Segmenter's configured windows. A MaskFormer has windows, scales and mirror images for
-            "semantic" only.
-        scales: the factors by which each image is enlarged; MaskFormer averages all views.
+            whole images, or the configured windows of a Segmenter or EoMT. Networks that classify masks have windows,
+            scales and mirror images for "semantic" only.
+        scales: the factors by which each image is enlarged; networks that classify masks average all views.
         flip: predict mirror images, too.
         short_side: resize images to this shorter side in pixels before they are predicted; results keep the truth's
             size. None leaves images as they are.

@@ -158,6 +158,16 @@ def test_a_step_leaves_the_weights():
     assert all(torch.equal(value, parameter) for value, parameter in zip(before, model.parameters(), strict=True))
 
 
+def test_an_eomt_is_timed_with_both_backends():
+    images, targets = random_batch(4, (64, 64))
+    model = make_model("eomt-tiny", 4, num_points=64)
+    rows = benchmark(model, images, targets, ["criterion", "training", "panoptic"], seconds=0.001)
+    assert [(row["subject"], row["backend"]) for row in rows] == [
+        (subject, backend) for subject in ("criterion", "training", "panoptic") for backend in (OWN, REFERENCE)
+    ]
+    assert not any(row["failure"] for row in rows)
+
+
 @pytest.mark.parametrize("name", ["segmenter-tiny", "per-pixel-tiny"])
 def test_models_without_kernels_are_timed_alone(name):
     images, targets = random_batch(4, (64, 64))

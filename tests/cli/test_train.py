@@ -67,6 +67,9 @@ def test_options_become_the_configuration(scenes, tmp_path, asked):
         ("maskformer-r50", "maskformer-ade20k"),
         ("maskformer-swin-tiny", "maskformer-ade20k-swin"),
         ("segmenter-tiny", "segmenter-ade20k"),
+        ("eomt-dinov3-large", "eomt-dinov3-ade20k"),
+        ("eomt-dinov2-small", "eomt-coco-2x"),
+        ("eomt-tiny", "finetune"),
         ("tiny", "finetune"),
         ("maskformer-efficientnet-lite0", "finetune"),
     ],
@@ -87,6 +90,15 @@ def test_a_short_run_has_a_short_warmup_unless_it_is_set(scenes, tmp_path, asked
         (100, 30),
         (90_000, 1500),
     ]
+
+
+def test_an_eomt_is_trained_annealed_and_resumed(scenes, tmp_path):
+    fields = ("model.num_points=256", "recipe.anneal_starts=[0,0.25]", "recipe.anneal_ends=[0.5,1]")
+    fields = [part for field in (*fields, "recipe.layer_decay=0.8") for part in ("--set", field)]
+    options = ("--data", scenes, "-o", tmp_path / "run", *TINY, "--model", "eomt-tiny", "--steps", 4, *fields)
+    assert invoke(*options).exit_code == 0
+    assert load_model(tmp_path / "run" / "model").config.mask_probabilities == (0, 0)
+    assert invoke("-o", tmp_path / "run", "--resume").exit_code == 0
 
 
 def test_options_override_a_file(scenes, tmp_path, asked):

@@ -11,13 +11,14 @@ from typer.testing import CliRunner
 from fastmask import __version__
 from fastmask.cli.main import app
 from fastmask.export import export_onnx, export_program, export_pt2
-from fastmask.functional import panoptic_inference
+from fastmask.functional import panoptic_inference, semantic_inference
 from tests.helpers.exporting import (
     CLASSES,
     SIZE,
     TINY_SWIN,
     assert_same_labels,
     assert_same_scores,
+    eomt,
     exported,
     maskformer,
     own_operators,
@@ -61,6 +62,27 @@ def test_labels_and_scores_of_networks_without_masks(make):
     assert_same_labels(program.module()(images)["labels"], model, images)
     model, program = exported(make, task="scores", output_size=(64, 50))
     assert_same_scores(program.module()(images)["scores"], predicted_scores(model, images, (64, 50)))
+
+
+@pytest.mark.parametrize("probabilities", [(1.0, 1.0), (0.0, 0.0)])
+@pytest.mark.parametrize("encoder", ["dinov2", "dinov3"])
+def test_an_eomts_labels_with_and_without_masks(encoder, probabilities):
+    """At the size of a window; an image of another size is predicted whole."""
+    torch.manual_seed(0)
+    model = eomt(encoder=encoder, mask_probabilities=probabilities)
+    images = torch.rand(2, 3, 64, 64)
+    for portable in (True, False):
+        program = export_program(model, size=(64, 64), portable=portable)
+        masks = {"fastmask.masked_attention.default"} if probabilities[0] else set()
+        assert own_operators(program) == (set() if portable else {*masks, "fastmask.semantic_inference.default"})
+        assert_same_labels(program.module()(images)["labels"], model, images)
+    with pytest.warns(UserWarning, match="at their own size, and predict windows of 64 pixels"):
+        program = export_program(model, batch_size=1)
+    wide = torch.rand(1, 3, 45, 70)
+    with torch.no_grad():
+        classes, masks, padded = model.eval().final_logits(wide)
+    steps = {"padded_size": padded, "valid_size": (45, 70)}
+    assert torch.equal(program.module()(wide)["labels"], semantic_inference(classes, masks, (45, 70), **steps))
 
 
 def test_a_result_of_another_size_than_the_images():

@@ -17,6 +17,7 @@ from tests.helpers.exporting import (
     TINY_SWIN,
     assert_same_labels,
     assert_same_scores,
+    eomt,
     maskformer,
     per_pixel,
     predicted_scores,
@@ -55,6 +56,17 @@ def test_labels_of_any_number_of_images(make, tmp_path):
     assert [value.shape for value in opened.get_outputs()] == [["batch", *SIZE]]
     for batch_size in (1, 3):
         images = torch.rand(batch_size, 3, *SIZE)
+        assert_same_labels(run(opened, images)["labels"], model, images)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("encoder", ["dinov2", "dinov3"])
+@pytest.mark.parametrize("probabilities", [(1.0, 1.0), (0.0, 0.0)])
+def test_an_eomts_labels(encoder, probabilities, tmp_path):
+    model = eomt(encoder=encoder, mask_probabilities=probabilities)
+    opened = session(export_onnx(model, tmp_path / "model.onnx", size=(64, 64)))
+    for batch_size in (1, 3):
+        images = torch.rand(batch_size, 3, 64, 64)
         assert_same_labels(run(opened, images)["labels"], model, images)
 
 

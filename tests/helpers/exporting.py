@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 
 from fastmask import models
 from fastmask.export import export_program
-from fastmask.models import MaskFormer, PerPixelBaseline, Segmenter, SoundEventDetector
+from fastmask.models import EoMT, MaskFormer, PerPixelBaseline, Segmenter, SoundEventDetector
 from tests.helpers.tiny_models import Convolutions
 
 SIZE = (45, 70)  # no multiples of what any network pads to
@@ -49,6 +49,14 @@ def per_pixel(**options: object) -> PerPixelBaseline:
     config = models.PerPixelBaselineConfig.preset("tiny", CLASSES, **{**TINY, **options})
     model = PerPixelBaseline(config, **backbone_of(options))
     nn.init.normal_(model.pixel_decoder.mask_features.weight, std=0.1)
+    return model
+
+
+def eomt(**options: object) -> EoMT:
+    """An EoMT whose queries differ in class, with all weights at random."""
+    config = models.EoMTConfig.preset("tiny", CLASSES, **{"num_queries": 7, "encoder_layers": 2, **options})
+    model = EoMT(config)
+    nn.init.normal_(model.class_embed.weight)
     return model
 
 

@@ -285,6 +285,19 @@ def test_segmenter_is_evaluated_in_windows():
         assert found.numbers == pytest.approx(expected.compute(), abs=0)
 
 
+def test_an_eomt_is_evaluated_as_it_predicts():
+    data = SceneDataset("val", length=3, size=(48, 80))
+    model = real_model("eomt-tiny", stuff_classes=data.info.stuff_classes)
+    expected = SemanticMetrics(13), PanopticMetrics(13, data.info.stuff_classes)
+    for i in range(len(data)):
+        sample, images = data[i], data[i].image[None] / 255
+        expected[0].update(model.predict(images)[0], sample.class_map())
+        expected[1].update(model.predict(images, "panoptic", threshold=0.05)[0], sample.segments, sample.labels)
+    options = {"panoptic": {"threshold": 0.05}}
+    found = evaluate(model, data, ["semantic", "panoptic"], batch_size=1, options=options)
+    assert found.numbers == pytest.approx(expected[0].compute() | expected[1].compute(), nan_ok=True, abs=0)
+
+
 def test_views_are_averaged_for_semantic_maps_alone():
     data = SceneDataset("val", length=2, size=(48, 64))
     model = real_model(stuff_classes=data.info.stuff_classes)

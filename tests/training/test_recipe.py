@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fastmask import (
+    EoMT,
     MaskFormer,
     PerPixelBaseline,
     Segmenter,
@@ -60,11 +61,12 @@ MODELS = {
     "segmenter": lambda: Segmenter(Segmenter.config_class.preset("tiny", 3)),
     "segmenter linear": lambda: Segmenter(Segmenter.config_class.preset("tiny", 3, decoder="linear", distilled=True)),
     "sound": lambda: SoundEventDetector(SoundEventDetector.config_class.preset("tiny", 3)),
+    "eomt": lambda: EoMT(EoMT.config_class.preset("tiny", 3)),
 }
 # By hand: the names of what does not decay as weights do.
 NORMS = re.compile(r"norm|frame_encoder.*\.blocks\.\d\.1\.|downsampling_layer\.0\.")
 EMBEDDINGS = re.compile(
-    r"query_(embed|feat)\.|level_embed\.|relative_position_bias_table|cls_(token|emb)$|dist_token|mask_token|"
+    r"query_(embed|feat)\.|level_embed\.|relative_position_bias_table|cls_(token|emb)$|register_tokens|dist_token|mask_token|"
     r"pos_embed|position_embeddings"
 )
 
@@ -104,6 +106,65 @@ def test_the_groups_of_a_small_model_listed_by_name():
         "predictor.class_embed.bias",
         *(f"predictor.mask_embed.layers.{i}.{kind}" for i in range(3) for kind in ("weight", "bias")),
     ]
+
+
+def test_layer_decay_lowers_the_rate_from_block_to_block():
+    """As the authors of EoMT: what precedes the blocks has the first one's rate, the final norm the full rate."""
+    model = MODELS["eomt"]()
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    recipe = DISTINCT.replace(layer_decay=0.5)
+    rates = {names[p]: group["multiplier"] for group in parameter_groups(model, recipe) for p in group["params"]}
+    for name, rate in rates.items():
+        block = re.match(r"encoder\.blocks\.(\d)", name)
+        shares = {"0": 0.25, "1": 0.5, "2": 1.0}
+        backbone = 0.25 * (shares[block[1]] if block else 1.0 if "encoder.norm" in name else 0.25)
+        assert rate == (backbone if name.startswith("encoder.") else 1.0), name
+    assert {"encoder.pos_embed", "encoder.patch_embed.proj.bias", "encoder.norm.bias"} <= rates.keys()
+    exempt = {
+        group["name"]: group["multiplier"]
+        for group in parameter_groups(model, recipe.replace(decay_query_blocks=False))
+    }
+    assert [exempt[f"backbone/{i}/weights"] for i in range(3)] == [0.25**2, 0.25, 0.25]
+    with pytest.raises(ValueError, match="layer_decay is 0.5; a MaskFormer has no backbone of equal blocks"):
+        parameter_groups(maskformer(), recipe)
+    assert len(parameter_groups(MODELS["segmenter"](), recipe)) > 6
+
+
+def test_two_stages_of_warmup_are_the_authors_formula():
+    recipe = Recipe.preset("eomt-ade20k")
+    steps = (0, 250, 499, 500, 1000, 1499, 1500, 20_000, 39_153, 40_000)
+    for step in steps:
+        head = step / 500 if step < 500 else max(0, 1 - (step - 500) / (39_153 - 500)) ** 0.9
+        backbone = 0 if step < 500 else (step - 500) / 1000
+        if step >= 1500:
+            backbone = max(0, 1 - (step - 1500) / (39_153 - 1500)) ** 0.9
+        assert learning_rate_factor(recipe, step) == pytest.approx(head, rel=1e-12)
+        assert learning_rate_factor(recipe, step, backbone=True) == pytest.approx(backbone, rel=1e-12)
+    optimizer = make_optimizer(MODELS["eomt"](), recipe)
+    schedule = make_schedule(optimizer, recipe)
+    optimizer.step()
+    for _ in range(600):
+        schedule.step()
+    rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    assert rates["head/weights"] == pytest.approx(1e-4 * learning_rate_factor(recipe, 600))
+    assert rates["backbone/1/norms"] == pytest.approx(1e-4 * 0.8 * 0.1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer_decay": 0.0}, "layer_decay is 0.0; expected in"),
+        ({"layer_decay": 1.5}, "layer_decay is 1.5"),
+        ({"backbone_warmup_steps": 10}, 'backbone_warmup_steps is 10; expected 0 without "two-stage-poly"'),
+        (
+            {"schedule": "two-stage-poly", "steps": 10, "warmup_steps": 5, "backbone_warmup_steps": 5},
+            "fewer than steps",
+        ),
+    ],
+)
+def test_wrong_decay_and_warmup_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**changes)
 
 
 def test_shared_parameters_count_once_and_frozen_ones_not():
