@@ -64,27 +64,6 @@ CONFIGS = {None: DeformableConfig()}
 
 
 @triton.jit
-def _of_level(LEVEL: tl.constexpr, size_0, size_1, size_2, size_3, size_4, size_5, size_6, size_7):
-    """The size of a level, from those of all levels."""
-    size = size_0
-    if LEVEL == 1:
-        size = size_1
-    elif LEVEL == 2:
-        size = size_2
-    elif LEVEL == 3:
-        size = size_3
-    elif LEVEL == 4:
-        size = size_4
-    elif LEVEL == 5:
-        size = size_5
-    elif LEVEL == 6:
-        size = size_6
-    elif LEVEL == 7:
-        size = size_7
-    return size
-
-
-@triton.jit
 def _load_points(locations_ptr, weights_ptr, i, there):
     """x, y and the weight of points, 0 where there is none."""
     x = tl.load(locations_ptr + i * 2, mask=there, other=0.0)
@@ -152,9 +131,9 @@ def _deformable_attention_fwd_kernel(
     point = row * (LEVELS * P)
     out = tl.zeros([TILES, BLOCK_Q, TILE_D], dtype=tl.float32)
     start = 0
+    heights, widths = (h_0, h_1, h_2, h_3, h_4, h_5, h_6, h_7), (w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7)
     for level in tl.static_range(LEVELS):
-        h = _of_level(level, h_0, h_1, h_2, h_3, h_4, h_5, h_6, h_7)
-        w = _of_level(level, w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7)
+        h, w = heights[level], widths[level]
         for p in range(P):
             x, y, weight = _load_points(locations_ptr, weights_ptr, point + (level * P + p), there)
             in_columns, column, right = _around(x, w)
@@ -195,9 +174,9 @@ def _deformable_attention_keys_kernel(
     """
     level = tl.program_id(1)
     h, w, first_cell, end = 0, 0, 0, 0
+    heights, widths = (h_0, h_1, h_2, h_3, h_4, h_5, h_6, h_7), (w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7)
     for each in tl.static_range(LEVELS):
-        of_rows = _of_level(each, h_0, h_1, h_2, h_3, h_4, h_5, h_6, h_7)
-        of_columns = _of_level(each, w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7)
+        of_rows, of_columns = heights[each], widths[each]
         h, w = tl.where(level == each, of_rows, h), tl.where(level == each, of_columns, w)
         first_cell = tl.where(level == each, end, first_cell)
         end += (of_rows + 1) * (of_columns + 1)
@@ -234,9 +213,9 @@ def _deformable_attention_bwd_kernel(
     plane = key // cells
     cell = key % cells
     h, w, start, first_cell, pixels, end = 0, 0, 0, 0, 0, 0
+    heights, widths = (h_0, h_1, h_2, h_3, h_4, h_5, h_6, h_7), (w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7)
     for each in tl.static_range(LEVELS):
-        of_rows = _of_level(each, h_0, h_1, h_2, h_3, h_4, h_5, h_6, h_7)
-        of_columns = _of_level(each, w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7)
+        of_rows, of_columns = heights[each], widths[each]
         reached = cell >= end
         h, w = tl.where(reached, of_rows, h), tl.where(reached, of_columns, w)
         start, first_cell = tl.where(reached, pixels, start), tl.where(reached, end, first_cell)
@@ -304,9 +283,9 @@ def _deformable_attention_grad_kernel(
     s = tl.program_id(0) % blocks * BLOCK_S + tl.arange(0, BLOCK_S)  # [BLOCK_S]
     w, start, first_cell = tl.zeros([BLOCK_S], dtype=tl.int32), s * 0, s * 0
     pixels, end = 0, 0
+    heights, widths = (h_0, h_1, h_2, h_3, h_4, h_5, h_6, h_7), (w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7)
     for each in tl.static_range(LEVELS):
-        of_rows = _of_level(each, h_0, h_1, h_2, h_3, h_4, h_5, h_6, h_7)
-        of_columns = _of_level(each, w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7)
+        of_rows, of_columns = heights[each], widths[each]
         reached = s >= pixels
         w = tl.where(reached, of_columns, w)
         start, first_cell = tl.where(reached, pixels, start), tl.where(reached, end, first_cell)
