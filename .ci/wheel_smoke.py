@@ -13,6 +13,7 @@ def check(fastmask: ModuleType) -> None:
     class_logits, mask_logits = torch.randn(2, 10, 6), torch.randn(2, 10, 16, 16, requires_grad=True)
     targets = fastmask.Targets.from_segmentation(torch.randint(0, 5, (2, 64, 64)), 5)
     q, k = torch.randn(2, 10, 32), torch.randn(2, 64, 32)
+    locations, weights = torch.rand(2, 10, 4, 1, 3, 2), torch.rand(2, 10, 4, 1, 3)
 
     def everything(backend: str) -> dict[str, torch.Tensor]:
         cost = fastmask.mask_cost(class_logits, mask_logits, targets, backend=backend)
@@ -20,6 +21,7 @@ def check(fastmask: ModuleType) -> None:
         losses = fastmask.mask_loss(mask_logits, targets, assignment, backend=backend)
         (gradient,) = torch.autograd.grad(sum(losses), mask_logits)
         attended = fastmask.masked_attention(q, k, k, mask_logits, grid=(8, 8), num_heads=4, backend=backend)
+        sampled = fastmask.deformable_attention(k.view(2, 64, 4, 8), [(8, 8)], locations, weights, backend=backend)
         scores = fastmask.semantic_inference(class_logits, mask_logits, (64, 64), output="scores", backend=backend)
         segments = [
             segmentation.float()
@@ -34,6 +36,7 @@ def check(fastmask: ModuleType) -> None:
             "mask_loss": torch.stack(losses),
             "gradient of mask_loss": gradient,
             "masked_attention": attended,
+            "deformable_attention": sampled,
             "semantic_inference": scores,
             "panoptic_inference": torch.stack(segments),
             "instance_inference": masks,

@@ -49,6 +49,35 @@ def test_keys_without_end_are_refused():
         torch.ops.fastmask.masked_attention(torch.zeros(1, 2, 4), k, k, None, None, 2**16, 2**16, 1, 1.0, 0.0, None)
 
 
+def deformable(shapes, *, value=(1, 6, 2, 4), locations=(1, 3, 2, 1, 2, 2), weights=(1, 3, 2, 1, 2), grad_out=None):
+    tensors = [torch.zeros(size) for size in (value, locations, weights)]
+    if grad_out is not None:
+        return torch.ops.fastmask.deformable_attention_backward(torch.zeros(grad_out), *tensors, list(shapes))
+    return torch.ops.fastmask.deformable_attention(*tensors, list(shapes))
+
+
+DEFORMABLE = {
+    "fewer pixels": ({"shapes": (1, 5)}, "spatial_shapes has 5 pixels in all, value 6"),
+    "more pixels": ({"shapes": (2, 4)}, "whose products add up to the 6 pixels of value"),
+    "sides below 0": ({"shapes": (-2, -3)}, "positive sizes"),
+    "a product that overflows to 6": ({"shapes": (3 * 2**62 + 3 - 2**63, 2)}, "add up to the 6 pixels"),
+    "the largest sides": ({"shapes": (MOST, MOST)}, "add up to the 6 pixels"),
+    "no levels": ({"shapes": ()}, "at least one level"),
+    "a level without width": ({"shapes": (6,)}, "a height and a width"),
+    "value of three dimensions": ({"value": (1, 6, 8)}, "value must be"),
+    "no channels": ({"value": (1, 6, 2, 0)}, "value must be"),
+    "locations of another level": ({"locations": (1, 3, 2, 2, 2, 2)}, "sampling_locations must be"),
+    "weights of other points": ({"weights": (1, 3, 2, 1, 1)}, "attention_weights must be"),
+    "gradient of other queries": ({"grad_out": (1, 4, 8)}, "grad_out must be"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), DEFORMABLE.values(), ids=DEFORMABLE)
+def test_deformable_attention(change, message):
+    with pytest.raises(RuntimeError, match=message):
+        deformable(**{"shapes": (2, 3), **change})
+
+
 GEOMETRIES = {
     "first row and rows overflow": ((6, 7), (12, 14), 0, MOST, 2, "out_top and out_rows must lie within size"),
     "rows overflow": ((6, 7), (12, 14), 0, 1, MOST, "out_top and out_rows must lie within size"),
