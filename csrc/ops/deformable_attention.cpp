@@ -10,8 +10,9 @@
 namespace fastmask {
 namespace {
 
-constexpr int64_t kQueries = 64;  // of a task
-constexpr int64_t kPixels = 512;  // of a task that copies them
+constexpr int64_t kQueries = 64;        // of a task
+constexpr int64_t kMostSide = 1 << 24;  // of a level: float has every integer up to this
+constexpr int64_t kPixels = 512;        // of a task that copies them
 
 // The arguments that forward and backward share, checked. A plane is one head of one image.
 class Deformable {
@@ -121,9 +122,10 @@ class Deformable {
     for (size_t level = 0; level < shapes.size() / 2; ++level) {
       const int64_t height = shapes[2 * level], width = shapes[2 * level + 1];
       // Divisions, as products might overflow.
-      STD_TORCH_CHECK(height > 0 && width > 0 && height <= pixels && width <= (pixels - start) / height,
-                      "spatial_shapes must have positive sizes, whose products add up to the ", pixels,
-                      " pixels of value");
+      STD_TORCH_CHECK(height > 0 && width > 0 && height <= std::min(pixels, kMostSide) && width <= kMostSide &&
+                          width <= (pixels - start) / height,
+                      "spatial_shapes must have positive sizes of at most ", kMostSide,
+                      ", whose products add up to the ", pixels, " pixels of value");
       const auto first = static_cast<int64_t>(level) * points;
       std::fill_n(width_.begin() + first, points, static_cast<float>(width));
       std::fill_n(height_.begin() + first, points, static_cast<float>(height));

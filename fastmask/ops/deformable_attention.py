@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastmask.ops._checks import check_floating, computing_dtype
 from fastmask.ops._registry import Gradient, Operator, choose_backend
-from fastmask.ops._tracing import as_size
+from fastmask.ops._tracing import as_size, known
 
 
 def deformable_attention(
@@ -92,8 +92,8 @@ def _check_levels(spatial_shapes: Sequence[tuple[int, int]] | Tensor) -> list[tu
     if len(given) == 0 or any(len(size) != 2 for size in given):
         raise ValueError(f"spatial_shapes must be (height, width) of at least one level, got {given}")
     sizes = [as_size(size) for size in given]
-    if any(side < 1 for size in sizes for side in size):
-        raise ValueError(f"spatial_shapes must have sides of at least 1, got {sizes}")
+    if any(known(side < 1) or known(side > MAX_SIDE) for size in sizes for side in size):
+        raise ValueError(f"spatial_shapes must have sides of at least 1 and at most {MAX_SIDE}, got {sizes}")
     return sizes
 
 
@@ -134,6 +134,7 @@ def _check_tensors(
         )
 
 
+MAX_SIDE = 1 << 24  # pixels; beyond that, a float32 position cannot tell neighbors apart
 TRITON_MAX_LEVELS, TRITON_MAX_HEAD_DIM = 8, 256  # the C++ kernels have no limits
 
 _ARGUMENTS = "Tensor value, Tensor sampling_locations, Tensor attention_weights, SymInt[] spatial_shapes"

@@ -121,6 +121,7 @@ REFUSED: dict[str, Refused] = {
     ),
     "no levels": (given(spatial_shapes=[]), ValueError, "spatial_shapes must be .* of at least one level"),
     "an empty level": (given(spatial_shapes=[(5, 7), (0, 9)]), ValueError, "sides of at least 1"),
+    "too wide a level": (given(spatial_shapes=[(1, 2**24 + 1)]), ValueError, "at most 16777216"),
     "levels of one number": (given(spatial_shapes=[(5,), (13,)]), ValueError, r"must be \(height, width\)"),
     "levels as floats": (given(spatial_shapes=torch.ones(2, 2)), TypeError, "spatial_shapes must hold integers"),
     "levels in a row": (given(spatial_shapes=torch.ones(4).int()), ValueError, r"spatial_shapes has shape \(4,\)"),
