@@ -12,9 +12,9 @@ Backward adds each point's gradient to four pixels, and points are unordered. At
 different order each time, and of 64-bit integers there would be 1.06 G. Instead the points are sorted by cell, the
 square between the centers of four neighboring pixels. A program then reads the four pixels of a cell once, computes the
 gradients of all of its points, and adds up in registers what they give to each of the four pixels; a last launch adds
-the four sums of each pixel. The sums take four float32 rows per cell, 367 MB at these sizes. A cell has 11.5 points on
-average; 1,000 instructions of its warp are 0.69 ms of issue slots for all cells, and sorting 8.3 M keys moves 0.8 GB,
-0.19 ms.
+the four sums of each pixel. The sums take four float32 rows per cell, 367 MB at these sizes. A cell has 5 to 74
+points, by its level; 1,120 instructions of its warp on average are 0.77 ms of issue slots, sorting 8.3 M keys moves
+0.8 GB, 0.19 ms, and reading the sums takes 0.1 ms.
 """
 
 from __future__ import annotations
