@@ -21,6 +21,7 @@ from fastmask.models._base import PretrainedModel
 from fastmask.models._images import Size
 from fastmask.models.eomt import EoMT
 from fastmask.modules.attention import MaskedCrossAttention
+from fastmask.modules.deformable_attention import MultiScaleDeformableAttention
 from fastmask.modules.dino import MaskedSelfAttention
 from fastmask.ops._registry import choose_backend
 from fastmask.ops.semantic import SEMANTIC_INFERENCE
@@ -92,7 +93,7 @@ def export_program(
     if not portable:
         backend = choose_backend(SEMANTIC_INFERENCE, "triton" if parameter.is_cuda else "native", parameter)
     for module in traced.modules():
-        if isinstance(module, MaskedCrossAttention | MaskedSelfAttention):
+        if isinstance(module, MaskedCrossAttention | MaskedSelfAttention | MultiScaleDeformableAttention):
             module.backend = backend
 
     example, *others = _examples(traced, task, size, batch_size)

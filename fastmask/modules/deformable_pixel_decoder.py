@@ -143,7 +143,7 @@ class DeformablePixelDecoder(nn.Module):
         masks: Sequence[Tensor | None] = padding_masks
         if any(mask is not None for mask in masks):
             masks = [
-                level.new_zeros((len(level), *size), dtype=torch.bool) if mask is None else mask
+                level.new_zeros((level.shape[0], *size), dtype=torch.bool) if mask is None else mask
                 for level, size, mask in zip(levels, sizes, masks, strict=True)
             ]
         positions = [

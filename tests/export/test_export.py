@@ -20,6 +20,7 @@ from tests.helpers.exporting import (
     assert_same_scores,
     eomt,
     exported,
+    mask2former,
     maskformer,
     own_operators,
     per_pixel,
@@ -38,10 +39,12 @@ def with_encoder():
 
 
 @pytest.mark.parametrize("portable", [True, False])
-@pytest.mark.parametrize("make", [pytest.param(with_encoder, marks=pytest.mark.slow), masked_attention])
+@pytest.mark.parametrize("make", [pytest.param(with_encoder, marks=pytest.mark.slow), masked_attention, mask2former])
 def test_a_maskformers_labels(make, portable):
     model, program = exported(make, portable=portable)
     expected = set() if portable else {"fastmask.masked_attention.default", "fastmask.semantic_inference.default"}
+    if make is mask2former and not portable:
+        expected.add("fastmask.deformable_attention.default")
     assert own_operators(program) == expected
     images = torch.rand(2, 3, *SIZE)
     assert_same_labels(program.module()(images)["labels"], model, images)

@@ -18,6 +18,7 @@ from tests.helpers.exporting import (
     assert_same_labels,
     assert_same_scores,
     eomt,
+    mask2former,
     maskformer,
     per_pixel,
     predicted_scores,
@@ -44,6 +45,7 @@ def run(path, inputs):
     "make",
     [
         lambda: maskformer(masked_attention=True, decoder_layers=2),
+        mask2former,
         lambda: maskformer(backbone="resnet", backbone_options=TINY_RESNET50, encoder_layers=1),
         lambda: maskformer(backbone="swin", backbone_options=TINY_SWIN),
         lambda: per_pixel(transformer_decoder=True),
@@ -83,6 +85,7 @@ NAMED = {"class_names": list("abcde")}
         lambda: per_pixel(**NAMED),
         slow(lambda: maskformer(backbone="tiny", stuff_classes=[4], **NAMED)),
         slow(lambda: maskformer(masked_attention=True, decoder_layers=3, **NAMED)),
+        slow(lambda: mask2former(**NAMED)),
         slow(lambda: maskformer(backbone="efficientnet-lite0", **NAMED)),
         slow(segmenter),
     ],

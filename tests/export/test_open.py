@@ -13,6 +13,7 @@ from tests.helpers.exporting import (
     assert_same_labels,
     assert_same_scores,
     exported,
+    mask2former,
     maskformer,
     own_operators,
     portable_or_not,
@@ -32,11 +33,15 @@ def test_images_of_any_size_and_number(portable):
 
 
 @pytest.mark.slow
-def test_kernels_of_masked_attention_with_any_size():
-    """Grids of the feature levels reach the operator as symbols too."""
-    model = maskformer(masked_attention=True, decoder_layers=3)
+@pytest.mark.parametrize("make", [lambda: maskformer(masked_attention=True, decoder_layers=3), mask2former])
+def test_kernels_of_attention_with_any_size(make):
+    """Grids of the feature levels reach the operators as symbols too."""
+    model = make()
     program = export_program(model, portable=False, task="logits")
-    assert own_operators(program) == {"fastmask.masked_attention.default"}
+    expected = {"fastmask.masked_attention.default"}
+    assert own_operators(program) == expected | (
+        {"fastmask.deformable_attention.default"} if make is mask2former else set()
+    )
     for shape in [(1, 3, 64, 96), (3, 3, 45, 70)]:
         images = torch.rand(shape)
         outputs = program.module()(images)

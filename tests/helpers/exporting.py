@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 
 from fastmask import models
 from fastmask.export import export_program
-from fastmask.models import EoMT, MaskFormer, PerPixelBaseline, Segmenter, SoundEventDetector
+from fastmask.models import EoMT, Mask2Former, MaskFormer, PerPixelBaseline, Segmenter, SoundEventDetector
 from tests.helpers.tiny_models import Convolutions
 
 SIZE = (45, 70)  # no multiples of what any network pads to
@@ -42,6 +42,18 @@ def maskformer(**options: object) -> MaskFormer:
     nn.init.normal_(model.predictor.class_embed.weight)
     nn.init.normal_(model.predictor.query_embed.weight)
     nn.init.normal_(model.pixel_decoder.mask_features.weight, std=0.1)
+    return model
+
+
+def mask2former(**options: object) -> Mask2Former:
+    """A Mask2Former whose queries differ in class and mask."""
+    sizes = {"num_queries": 7, **TINY, "decoder_layers": 2, "encoder_layers": 1, "encoder_feedforward_dim": 32}
+    config = models.Mask2FormerConfig.preset("tiny", CLASSES, **{**sizes, **options})
+    model = Mask2Former(config, **backbone_of(options))
+    nn.init.normal_(model.predictor.class_embed.weight)
+    nn.init.normal_(model.pixel_decoder.mask_features.weight, std=0.1)
+    for layer in model.pixel_decoder.encoder:
+        nn.init.normal_(layer.self_attn.sampling_offsets.weight, std=0.1)
     return model
 
 
