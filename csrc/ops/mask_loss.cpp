@@ -69,21 +69,25 @@ Losses losses_of(const Pairs& pairs, bool keep_slopes) {
   if (keep_slopes) slopes_shape = {shape[0], shape[1], shape[2], 2, logits.h(), logits.w()};
   Tensor slopes = empty_result(like, slopes_shape, ScalarType::Float);
   const int64_t pair_slopes = 2 * logits.h() * logits.w();
-  parallel_for(0, pairs.count(), 1, [&](int64_t begin, int64_t end, Scratch& scratch) {
+  const auto slopes_of = [&](int64_t i) { return keep_slopes ? data_of<float>(slopes) + i * pair_slopes : nullptr; };
+  // Threads share the matched pairs alone: the others take no time.
+  std::vector<int64_t> matched, unmatched;
+  for (int64_t i = 0; i < pairs.count(); ++i) (pairs.pair(i).has_value() ? matched : unmatched).push_back(i);
+  parallel_for(0, static_cast<int64_t>(matched.size()), 1, [&](int64_t begin, int64_t end, Scratch& scratch) {
     const auto work = pairs.workspace(scratch, keep_slopes);
-    for (int64_t i = begin; i < end; ++i) {
-      const std::optional<MatchedPair> pair = pairs.pair(i);
-      float* const kept = keep_slopes ? data_of<float>(slopes) + i * pair_slopes : nullptr;
-      if (!pair.has_value()) {
-        if (keep_slopes) std::fill(kept, kept + pair_slopes, 0.0f);
-        continue;
-      }
-      const MaskLossPair losses = pairs.losses(*pair, work, kept);
+    for (int64_t k = begin; k < end; ++k) {
+      const int64_t i = matched[k];
+      const MaskLossPair losses = pairs.losses(*pairs.pair(i), work, slopes_of(i));
       data_of<float>(mask)[i] = losses.mask;
       data_of<float>(dice)[i] = losses.dice;
       memcpy(data_of<float>(sums) + 4 * i, &losses.sums, sizeof losses.sums);
     }
   });
+  if (keep_slopes) {
+    parallel_for(0, static_cast<int64_t>(unmatched.size()), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) std::fill_n(slopes_of(unmatched[k]), pair_slopes, 0.0f);
+    });
+  }
   return {mask, dice, sums, slopes};
 }
 
@@ -91,16 +95,17 @@ Losses losses_of(const Pairs& pairs, bool keep_slopes) {
 // are computed again.
 template <class Pairs>
 Tensor gradient_of(const Pairs& pairs, const PairGradients& gradients, const Tensor& slopes) {
-  const Tensor grad_logits = zero_gradient(pairs.logits);
+  const Tensor grad_logits = empty_gradient(pairs.logits);
   const MaskLogits grad_rows(grad_logits);
   const int64_t pixels = pairs.logits.h() * pairs.logits.w(), max_targets = pairs.targets.max_targets();
+  const int64_t element = static_cast<int64_t>(grad_logits.element_size());
   const bool kept = slopes.numel() > 0;
   check_tensor(!kept || (slopes.scalar_type() == ScalarType::Float && slopes.is_contiguous() &&
                          slopes.numel() == pairs.count() * 2 * pixels),
                slopes, "slopes", "forward's, or empty");
   const int64_t* const queries = pairs.queries();
   parallel_for(0, pairs.logits.rows(), 1, [&](int64_t begin, int64_t end, Scratch& scratch) {
-    const auto work = pairs.workspace(scratch, true);
+    const auto work = pairs.workspace(scratch, !kept);
     std::vector<float> grad(pixels);
     for (int64_t row = begin; row < end; ++row) {
       const int64_t first_pair = row / pairs.logits.queries() * max_targets;
@@ -115,7 +120,11 @@ Tensor gradient_of(const Pairs& pairs, const PairGradients& gradients, const Ten
         if (!kept) pairs.losses(*pair, work, work.pair_slopes);
         FASTMASK_SELECT(add_slopes)(pair_slopes, pixels, gradients.mask(i), gradients.dice(i), grad.data());
       }
-      if (!matched) continue;
+      if (!matched) {
+        memset(static_cast<char*>(grad_logits.data_ptr()) + grad_rows.plane(row).logits.offset * element, 0,
+               pixels * element);
+        continue;
+      }
       FASTMASK_SELECT(store_row)
       (grad.data(), pixels, grad_logits.data_ptr(), pairs.logits.dtype(), grad_rows.plane(row).logits.offset);
     }

@@ -81,10 +81,10 @@ class PairGradients {
   Tensor mask_, dice_;
 };
 
-// Zeros for the gradient: contiguous planes, with layers, images and queries in the same order as those of the logits,
+// Memory for the gradient: contiguous planes, with layers, images and queries in the same order as those of the logits,
 // so that the model's backward needs no copy. Logits may overlap in memory; the gradient does not. kernels/_layout.py
 // uses the same layout.
-inline Tensor zero_gradient(const MaskLogits& logits) {
+inline Tensor empty_gradient(const MaskLogits& logits) {
   const Tensor& like = logits.tensor();
   int64_t sizes[5], strides[5] = {0, 0, 0, logits.w(), 1}, step = logits.h() * logits.w();
   for (int d = 0; d < 5; ++d) sizes[d] = like.size(d);
@@ -102,7 +102,6 @@ inline Tensor zero_gradient(const MaskLogits& logits) {
                   "cannot make the gradient of mask_logits: not enough memory");
   Tensor grad(handle);
   advise_huge_pages(grad.data_ptr(), grad.numel() * static_cast<int64_t>(grad.element_size()));
-  torch::stable::zero_(grad);
   return grad;
 }
 
