@@ -42,11 +42,12 @@ def show_config() -> None:
         lines.append(f'backend="auto" on {device}:')
         probe = torch.empty(0, device=device)
         kernels = ("native",) if device == "cpu" else ("native", "triton")
+        width = max(map(len, OPERATORS))
         for operator in OPERATORS.values():
             others = [
                 f"{backend}: {reason}"
                 for backend in kernels
                 if (reason := unavailable_reason(operator, backend, probe)) is not None
             ]
-            lines.append(f"  {operator.name:<18} {auto_backend(operator, probe):<10} {'; '.join(others)}".rstrip())
+            lines.append(f"  {operator.name:<{width}} {auto_backend(operator, probe):<10} {'; '.join(others)}".rstrip())
     print("\n".join(lines))

@@ -162,6 +162,18 @@ def test_the_command_names_the_extra_that_is_missing():
     assert run.stderr == "fastmask: No module named 'typer'; pip install 'fastmask-kernels[cli]'\n"
 
 
+def test_source_that_hides_the_installed_package_says_so():
+    """In a clone, Python finds the clone's package before the installed one."""
+    code = (
+        "import sys\n"
+        "sys.meta_path = [finder for finder in sys.meta_path if 'Editable' not in getattr(finder, '__name__', '')]\n"
+        "import fastmask\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "hides the installed fastmask: start Python in another folder, or run pip install" in run.stderr
+
+
 def test_public_names():
     assert all(hasattr(fastmask, name) for name in fastmask.__all__)
     assert (PACKAGE / "py.typed").exists()
