@@ -102,7 +102,9 @@ def page(results: Mapping[str, Any], titles: Mapping[str, str]) -> str:
     versions = ", ".join(
         f"{name} {packages[name]}" for name in ("transformers", "scipy", "triton") if packages.get(name)
     )
-    floor = f"{rates['bytes'] / 1e9:.3g} GB/s, {rates['specials'] / 1e9:.3g} G special functions/s ({rates['source']})"
+    kinds = {"specials": "special functions", "operations": "vector operations"}
+    per_second = [f"{rates[kind] / 1e9:.3g} G {name}/s" for kind, name in kinds.items() if rates.get(kind)]
+    floor = ", ".join([f"{rates['bytes'] / 1e9:.3g} GB/s", *per_second]) + f" ({rates['source']})"
     host = f"{machine['cpu']}, {machine['cores']} cores, SIMD {machine['simd'] or 'unknown'}"
     lines = [
         f"# {machine['gpu'] or machine['cpu']}",

@@ -1,4 +1,4 @@
-"""The machine: what it is called, what runs on it, and how fast it could be."""
+"""Describes the machine: its name, the versions of its software, and its highest rates."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +25,33 @@ class Work:
 
     Args:
         bytes: read and written once each.
-        specials: evaluations of exp, log and (on a GPU, where the same unit does them) reciprocals.
+        specials: on a GPU, evaluations of exp, log and reciprocals, which have a unit of their own.
         flops: of matrix products that cannot be avoided.
+        operations: on a CPU, vector operations of the formula, counted for one element; each takes as long as a fused
+            multiply-add. An exp counts as 10, a log as 12, a reciprocal as 4.
     """
 
     bytes: int
     specials: int = 0
     flops: int = 0
+    operations: int = 0
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.bytes + other.bytes, self.specials + other.specials, self.flops + other.flops)
+        return Work(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What the machine does at best, each a second. ``source`` says where the numbers come from."""
+    """What the machine does at best, each a second; None for what counts nothing there.
+
+    ``source`` says where the numbers come from.
+    """
 
     bytes: float
-    specials: float
     flops: float
     source: str
+    specials: float | None = None
+    operations: float | None = None
 
     def floor(self, work: Work) -> tuple[float, str]:
         """(seconds, name of the resource that takes them): no implementation of ``work`` is faster on this machine."""
@@ -54,11 +61,13 @@ class Rates:
 
     def floors(self, work: Work) -> dict[str, float]:
         """Seconds that each resource takes at least."""
-        return {
-            "memory": work.bytes / self.bytes,
-            "special functions": work.specials / self.specials,
-            "matrix products": work.flops / self.flops,
+        rates = {
+            "memory": (work.bytes, self.bytes),
+            "special functions": (work.specials, self.specials),
+            "matrix products": (work.flops, self.flops),
+            "vector operations": (work.operations, self.operations),
         }
+        return {name: amount / rate for name, (amount, rate) in rates.items() if rate is not None}
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -103,17 +112,15 @@ def _cpu_rates() -> Rates:
     # One thread on data in its own cache: with more, the start of the threads would be in the measurement.
     torch.set_num_threads(1)
     try:
-        x, y = torch.linspace(-8, 8, 1 << 14), torch.empty(1 << 14)
-        exponentials = x.numel() / _best_seconds(lambda: torch.exp(x, out=y), 200)
         a = torch.ones(512, 512)
         flops = 2 * 512**3 / _best_seconds(lambda: a @ a, 20)
     finally:
         torch.set_num_threads(threads)
     return Rates(
         bytes=max(copied, read),
-        specials=exponentials * threads,
         flops=flops * threads,
-        source=f"measured: copy or sum of 256 MiB, {threads} threads; torch.exp and matmul of one thread x {threads}",
+        operations=flops / 2 * threads,  # at the rate of a matrix product's multiply-adds
+        source=f"measured: copy or sum of 256 MiB, {threads} threads; matmul of one thread x {threads}",
     )
 
 
@@ -122,7 +129,7 @@ def _gpu_rates(device: torch.device) -> Rates:
     for name, model in GPU_MODELS.items():
         if name in properties.name:
             specials = properties.multi_processor_count * SPECIALS_PER_CLOCK * model.clock
-            return Rates(model.bytes, specials, model.bf16_flops, f"datasheet of {name}")
+            return Rates(model.bytes, model.bf16_flops, f"datasheet of {name}", specials)
     source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     a = torch.ones(4096, 4096, dtype=torch.bfloat16, device=device)
@@ -131,7 +138,7 @@ def _gpu_rates(device: torch.device) -> Rates:
     flops = 2 * 4096**3 / _best_seconds(lambda: (a @ a, synchronize()), 10)
     clock = 1e3 * getattr(properties, "clock_rate", 1.5e6)
     specials = properties.multi_processor_count * SPECIALS_PER_CLOCK * clock
-    return Rates(copied, specials, flops, "measured copy and bfloat16 matmul; special functions from the clock")
+    return Rates(copied, flops, "measured copy and bfloat16 matmul; special functions from the clock", specials)
 
 
 def _best_seconds(call: Callable[[], Any], repeats: int) -> float:

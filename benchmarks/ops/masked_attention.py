@@ -132,15 +132,21 @@ def oracle(inputs: Attention) -> ErrorBudget:
 
 def work(inputs: Attention) -> Work:
     """Two products over the attended pairs of queries and keys in forward, five in backward, and an exponential for
-    each pair and head in either; every tensor is read once, and once more in backward, where gradients are written."""
+    each pair and head in either (with its scale and sums, 14 operations of a CPU); every tensor is read once, and once
+    more in backward, where gradients are written."""
     foreground = on_grid(inputs.mask_logits, inputs.grid) >= 0
     pairs = int(torch.where(foreground.any(-1), foreground.sum(-1), foreground.shape[-1]).sum())
     tensors = inputs.q.nbytes * 2 + inputs.k.nbytes * 2
-    forward = Work(tensors + inputs.mask_logits.nbytes, pairs * inputs.num_heads, 4 * pairs * inputs.q.shape[-1])
+    weights = exponentials(pairs * inputs.num_heads, inputs.q)
+    forward = Work(tensors + inputs.mask_logits.nbytes, flops=4 * pairs * inputs.q.shape[-1]) + weights
     if inputs.grad_out is None:
         return forward
-    backward = Work(2 * tensors + inputs.mask_logits.nbytes, forward.specials, 10 * pairs * inputs.q.shape[-1])
-    return forward + backward
+    backward = Work(2 * tensors + inputs.mask_logits.nbytes, flops=10 * pairs * inputs.q.shape[-1])
+    return forward + backward + weights
+
+
+def exponentials(count: int, tensor: Tensor) -> Work:
+    return Work(0, specials=count) if tensor.is_cuda else Work(0, operations=14 * count)
 
 
 def attend_with(backend: str, inputs: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -108,14 +108,15 @@ def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def work(inputs: SemanticInputs) -> Work:
-    """Logits read and labels written once; a sigmoid (exp, and a reciprocal on a GPU) of each query at each pixel that
-    is scored, and the product with the class probabilities."""
+    """Logits read and labels written once; a sigmoid (exp and reciprocal; with the interpolation, 18 operations of a
+    CPU) of each query at each pixel that is scored, and the product with the class probabilities."""
     batch_size, queries, classes = inputs.class_logits.shape
     pixels = batch_size * inputs.size[0] * inputs.size[1]
     scored = pixels if inputs.order == "masks" else inputs.mask_logits[:, 0].numel()
     return Work(
         bytes=inputs.mask_logits.nbytes + pixels,
-        specials=(2 if inputs.mask_logits.is_cuda else 1) * scored * queries,
+        specials=2 * scored * queries if inputs.mask_logits.is_cuda else 0,
+        operations=0 if inputs.mask_logits.is_cuda else 18 * scored * queries,
         flops=2 * scored * queries * (classes - 1),
     )
 

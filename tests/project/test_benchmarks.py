@@ -25,7 +25,7 @@ from fastmask.measure import peak_memory, summary
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
-RATES = Rates(bytes=1e9, specials=1e9, flops=1e12, source="made up")
+RATES = Rates(bytes=1e9, specials=1e9, flops=1e12, operations=1e10, source="made up")
 RUN = {
     "machine": {
         "cpu": "Some Processor",
@@ -106,6 +106,7 @@ def test_the_floor_is_the_scarcest_resource():
     assert RATES.floor(Work(bytes=2_000_000_000, specials=1_000_000_000)) == (2, "memory")
     assert RATES.floor(Work(bytes=1) + Work(bytes=0, specials=10**9, flops=10**9)) == (1, "special functions")
     assert RATES.floor(Work(bytes=0, flops=3 * 10**12)) == (3, "matrix products")
+    assert RATES.floor(Work(bytes=0, operations=10**10)) == (1, "vector operations")
 
 
 def test_providers_take_turns_and_slow_ones_drop_out():
