@@ -32,8 +32,10 @@ CLIP_SECONDS = 2
 def main(
     data: Annotated[str, typer.Option(help='"composed:scenes", or the folder of a data set.')] = SCENES,
     only: Annotated[list[str], typer.Option(help=f"{', '.join(COMPARISONS)}; repeatable. All by default.")] = [],  # noqa: B006
-    model: Annotated[str, typer.Option(help="MaskFormer preset; gives the settings not compared.")] = "tiny",
-    pretrained: Annotated[str, typer.Option(help="Backbone weights that transformers reads; not for tiny.")] = "",
+    model: Annotated[
+        str, typer.Option(help="Preset of MaskFormer, Mask2Former or EoMT; gives the settings not compared.")
+    ] = "tiny",
+    pretrained: Annotated[str, typer.Option(help="Backbone weights that transformers reads; not for tiny ones.")] = "",
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps of each run.")] = None,
     minutes: Annotated[float, typer.Option(help="Without --steps: time for all runs, by the slowest variant.")] = 40,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds; more may be added later.")] = 3,
@@ -42,7 +44,10 @@ def main(
     learning_rate: Annotated[float, typer.Option(help="The peak learning rate.")] = 1e-3,
     val_samples: Annotated[int, typer.Option(min=1, help="The most validation samples to use.")] = 256,
     queries: Annotated[list[int], typer.Option(help="Numbers to compare; repeatable.")] = list(QUERIES),  # noqa: B006
-    layers: Annotated[list[int], typer.Option(help="Numbers to compare; repeatable.")] = list(LAYERS),  # noqa: B006
+    layers: Annotated[
+        list[int],
+        typer.Option(help="Numbers to compare; repeatable. Of an EoMT, blocks with queries, at most its encoder's."),
+    ] = list(LAYERS),  # noqa: B006
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     precision: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     workers: Annotated[int, typer.Option(min=0, help="Processes that read samples.")] = 0,

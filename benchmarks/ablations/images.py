@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
@@ -26,12 +27,14 @@ from fastmask.data import (
     open_dataset,
 )
 from fastmask.metrics import PanopticMetrics, SemanticMetrics
-from fastmask.models import MaskFormer, MaskFormerConfig, PerPixelBaseline, PerPixelBaselineConfig
+from fastmask.models import EoMTConfig, MaskFormer, PerPixelBaseline, PerPixelBaselineConfig
+from fastmask.models._mask_classification import MaskClassificationConfig, MaskClassificationModel
+from fastmask.models._registry import MODELS, make_config
 from fastmask.targets import Targets
 from fastmask.training.sampler import StepSampler
 
 SCENES = "composed:scenes"
-TINY = "tiny"  # the preset whose backbone the demo's network has
+TINY = "tiny"  # the backbone of the demo's network
 CLASS_WEIGHT = 2.0  # as in the demo
 # The class probability of a segment in panoptic results; low, since short training gives few confident classes.
 PANOPTIC_THRESHOLD = 0.2
@@ -80,35 +83,68 @@ def validation_batches(settings: Settings, task: str, workers: int) -> DataLoade
     return DataLoader(subset, settings.batch_size, collate_fn=collate, num_workers=workers)
 
 
+def network_config(settings: Settings, num_classes: int, layers: int = 0, **changes: Any) -> MaskClassificationConfig:
+    """The configuration of the preset for images of the settings' size.
+
+    Args:
+        settings: the preset's name and the size.
+        num_classes: K.
+        layers: as in a variant; 0 for the preset's number.
+        changes: fields to change.
+
+    Raises:
+        ValueError: an unknown name, one of another family, or a value out of range.
+    """
+    preset = make_config(settings.model, num_classes)
+    if not isinstance(preset, MaskClassificationConfig):
+        raise ValueError(f"model is {settings.model!r}; expected a preset of MaskFormer, Mask2Former or EoMT")
+    name = "decoder_layers"
+    if isinstance(preset, EoMTConfig):
+        name = "query_blocks"
+        changes |= {"image_size": settings.size, "mask_probabilities": ()}  # by default one for each block
+    return preset.replace(**changes, **({name: layers} if layers else {}))
+
+
+def num_layers(config: MaskClassificationConfig) -> int:
+    """The number of decoder layers, or of an EoMT's blocks with queries."""
+    return config.query_blocks if isinstance(config, EoMTConfig) else config.decoder_layers
+
+
+def most_layers(config: MaskClassificationConfig) -> float:
+    """The largest possible :func:`num_layers`."""
+    return config.encoder_layers if isinstance(config, EoMTConfig) else math.inf
+
+
 def make_network(settings: Settings, variant: Variant, class_names: tuple[str, ...], stuff: tuple[int, ...]) -> Any:
     """A network of the preset with the variant's settings; structures are equal in everything that they share."""
-    config = MaskFormerConfig.preset(
-        settings.model,
+    config = network_config(
+        settings,
         len(class_names),
+        variant.layers,
         class_names=class_names,
         stuff_classes=stuff,
         class_weight=CLASS_WEIGHT,
         num_queries=variant.queries or len(class_names),
-        matching="fixed" if variant.structure == FIXED else "bipartite",
-        **({"decoder_layers": variant.layers} if variant.layers else {}),
+        **({"matching": "fixed"} if variant.structure == FIXED else {}),
     )
-    modules = {"pretrained_backbone": settings.pretrained} if settings.model != TINY and settings.pretrained else {}
+    from_demo = getattr(config, "backbone", "") == TINY
+    modules = {"pretrained_backbone": settings.pretrained} if settings.pretrained and not from_demo else {}
     if variant.structure in (FIXED, BIPARTITE):
-        network: nn.Module = MaskFormer(config, **modules)
+        network: nn.Module = MODELS[config.model_type](config, **modules)
     else:
         own = {f.name for f in fields(PerPixelBaselineConfig)} - {"transformer_decoder", "ignore_index"}
         shared = {name: getattr(config, name) for name in own}
         plus = variant.structure != PER_PIXEL
         shared |= {"transformer_decoder": plus, "ignore_index": void_class(config.num_classes)}
         network = PerPixelBaseline(PerPixelBaselineConfig(**shared), **modules)
-    if settings.model == TINY:
+    if from_demo:
         network.backbone.load_state_dict(MaskFormer.from_pretrained(MODEL).backbone.state_dict())
     return network.to(memory_format=torch.channels_last)
 
 
 @torch.inference_mode()
 def evaluate_images(
-    network: MaskFormer | PerPixelBaseline, batches: DataLoader, variant: Variant, stuff: tuple[int, ...]
+    network: MaskClassificationModel | PerPixelBaseline, batches: DataLoader, variant: Variant, stuff: tuple[int, ...]
 ) -> tuple[dict[str, float], QueryClasses | None]:
     """Metrics in 0..1, and the classes that each query predicted, from one pass over the images.
 
@@ -118,7 +154,7 @@ def evaluate_images(
     network.eval()
     num_classes = network.config.num_classes
     prefixes, queries = {"semantic": ""}, None
-    if isinstance(network, MaskFormer):
+    if isinstance(network, MaskClassificationModel):
         prefixes["general"] = GENERAL
         queries = QueryClasses(network.config.num_queries, num_classes)
     void = void_class(num_classes)

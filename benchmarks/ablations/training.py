@@ -38,7 +38,7 @@ class Bench:
         images.check_images(image_settings)
         self.info = images.open_images(image_settings, "train", "semantic").info
         self.panoptic = images.has_panoptic_truth(image_settings)
-        self.preset = MaskFormerConfig.preset(image_settings.model, self.info.num_classes)
+        self.preset = images.network_config(image_settings, self.info.num_classes)
         self.sound = sounds.sound_config(sound_settings.model)
         self.stuff: tuple[int, ...] = ()
         if self.panoptic:
@@ -53,12 +53,13 @@ class Bench:
         """The variants of each comparison on these data."""
         return comparisons(
             self.info.num_classes,
-            self.preset.decoder_layers,
+            images.num_layers(self.preset),
             panoptic=self.panoptic,
             sound_classes=self.sound.num_classes,
             sound_layers=self.sound.decoder_layers,
+            per_pixel=isinstance(self.preset, MaskFormerConfig),
             queries=queries,
-            layers=layers,
+            layers=[number for number in layers if number <= images.most_layers(self.preset)],
         )
 
     def settings_of(self, run: Run) -> Settings:
@@ -107,7 +108,7 @@ class Bench:
             "seed": run.seed,
             "settings": asdict(settings),
             "class_names": list(self.sound.class_names if is_sound else self.info.class_names),
-            "base_layers": (self.sound if is_sound else self.preset).decoder_layers,
+            "base_layers": self.sound.decoder_layers if is_sound else images.num_layers(self.preset),
             "parameters": sum(parameter.numel() for parameter in network.parameters()),
             "loss": finite(torch.stack(tail).mean().item()),
         }

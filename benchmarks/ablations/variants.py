@@ -32,9 +32,9 @@ class Settings:
 
     Args:
         data: "composed:scenes", "composed:clips" or a folder.
-        model: the preset with all settings that no comparison varies.
-        pretrained: where ``transformers`` reads the backbone's weights; empty for random weights. "tiny" always starts
-            from the backbone of the demo's network, and sound from random weights.
+        model: the preset of a MaskFormer, Mask2Former or EoMT with all settings that no comparison varies.
+        pretrained: where ``transformers`` reads the backbone's weights; empty for random weights. A backbone "tiny"
+            always starts from that of the demo's network, and sound from random weights.
         size: for images, the side of a scene or crop, and the short side of other images, in pixels; for clips, their
             length in seconds.
         val_samples: the most samples of the validation split to evaluate, from the first on.
@@ -84,7 +84,7 @@ class Variant:
     Args:
         structure: a key of ``TITLES``.
         queries: N; one for each class in per-pixel classification with a transformer and in sound; 0 without queries.
-        layers: layers of the transformer decoder; 0 without a decoder.
+        layers: layers of the transformer decoder, or an EoMT's blocks with queries; 0 without either.
         task: "semantic", "panoptic" or "events".
     """
 
@@ -117,6 +117,7 @@ def comparisons(
     panoptic: bool,
     sound_classes: int,
     sound_layers: int,
+    per_pixel: bool = True,
     queries: Sequence[int] = QUERIES,
     layers: Sequence[int] = LAYERS,
 ) -> dict[str, list[Variant]]:
@@ -130,6 +131,8 @@ def comparisons(
         base_layers: decoder layers in comparisons that do not vary them.
         panoptic: whether the data has panoptic truth, on which the numbers of layers are then compared, too.
         sound_classes, sound_layers: classes and decoder layers of the sound event detector.
+        per_pixel: whether structure (d) is a MaskFormer, with which alone the other structures share their parts; there
+            is no comparison of structures otherwise.
         queries: the numbers of queries to compare.
         layers: the numbers of layers to compare.
     """
@@ -142,7 +145,7 @@ def comparisons(
     ]
     tasks = ("semantic", "panoptic") if panoptic else ("semantic",)
     return {
-        "structures": structures,
+        **({"structures": structures} if per_pixel else {}),
         "queries": [Variant(BIPARTITE, number, base_layers) for number in queries],
         "layers": [Variant(BIPARTITE, num_classes, number, task) for task in tasks for number in layers],
         "inference": [base],

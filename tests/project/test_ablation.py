@@ -282,6 +282,28 @@ def test_from_end_to_end(tmp_path, monkeypatch, capsys):
     assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
 
 
+@pytest.mark.parametrize(
+    ("model", "layers", "numbers"),
+    [
+        ("mask2former-tiny", [1], [(5, 3), (13, 1), (13, 1), (13, 3)]),
+        ("eomt-tiny", [1, 9], [(5, 2), (13, 1), (13, 1), (13, 2)]),
+    ],
+)
+def test_families_that_share_too_little_with_the_other_structures(model, layers, numbers, tmp_path):
+    """They have the other comparisons, an EoMT with as many layers as its encoder has at most."""
+    path = tmp_path / "ablation-here.json"
+    settings = {"model": model, "queries": [5], "layers": layers, "seeds": 1}
+    rows = run_main(path, only=["queries", "layers", "inference"], **settings)
+    variants = [row["variant"] for row in rows]
+    assert [(variant["queries"], variant["layers"]) for variant in variants] == numbers
+    assert all(row["loss"] > 0 and len(row["query_classes"]) == row["variant"]["queries"] for row in rows)
+    assert [row["metrics"].keys() >= {"PQ"} for row in rows] == [v["task"] == "panoptic" for v in variants]
+    text = path.with_suffix(".md").read_text()
+    assert f"Preset `{model}`" in text and "**queries**" in text and "**structures**" not in text
+    with pytest.raises(typer.BadParameter, match="no comparison structures; there are queries"):
+        run_main(path, only=["structures"], **settings)
+
+
 def test_an_interrupted_run_continues(tmp_path, monkeypatch, capsys):
     path = tmp_path / "ablation-here.json"
     train = Bench.train
@@ -344,7 +366,12 @@ def test_options_that_fit_nothing_are_named(tmp_path):
     for options, message in (
         ({"only": ["shapes"]}, "no comparison shapes"),
         ({"data": str(tmp_path / "nowhere")}, "nowhere is not a folder"),
-        ({"model": "huge"}, "unknown preset 'huge'"),
+        ({"model": "huge"}, "unknown model 'huge'"),
+        (
+            {"model": "segmenter-tiny"},
+            "model is 'segmenter-tiny'; expected a preset of MaskFormer, Mask2Former or EoMT",
+        ),
+        ({"model": "eomt-tiny", "size": 36}, "image_size is 36; expected a multiple of patch_size 8"),
         ({"device": "tpu"}, "device must be cpu or cuda, got 'tpu'"),
     ):
         with pytest.raises(typer.BadParameter, match=message):
