@@ -76,14 +76,15 @@ def export_program(
     _check_open(model, task, size, batch_size)
     if window is None and size is None and (windows := check_window(model, task, (1, 1), None)):
         warnings.warn(
-            f"the program predicts whole images, and predict windows of {windows[0]} pixels: labels differ. "
+            f"the program predicts whole images, but predict uses windows of {windows[0]} pixels, so labels differ. "
             "size=(height, width) exports the windows; window=0 says that whole images are meant",
             stacklevel=2,
         )
-    if isinstance(model, EoMT) and task in RESULTS and size != (model.config.image_size,) * 2:
+    side = model.config.image_size if isinstance(model, EoMT) and task in RESULTS else None
+    if side is not None and size != (side, side):
         warnings.warn(
-            f"the program predicts images at their own size, and predict windows of {model.config.image_size} pixels: "
-            "labels differ",
+            "the program predicts whole images at their own size, but an EoMT's predict resizes them and uses windows "
+            f"of {side} pixels, so labels differ. size=({side}, {side}) gives its labels for images of that size",
             stacklevel=2,
         )
     window = check_window(model, task, size, window)

@@ -69,7 +69,7 @@ def test_images_of_any_size_are_predicted_whole_which_is_said(tmp_path, monkeypa
     model = segmenter()
     images = torch.rand(1, 3, *SIZE)
     with pytest.warns(
-        UserWarning, match=r"whole images, and predict windows of 64 pixels: labels differ.*size="
+        UserWarning, match=r"whole images, but predict uses windows of 64 pixels, so labels differ.*size="
     ) as said:
         path = export_pt2(model, tmp_path / "model.pt2")
     assert len(said) == 1
