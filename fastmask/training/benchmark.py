@@ -59,7 +59,7 @@ def benchmark(
         are missing); "median_ms", "p20_ms", "p80_ms", "rounds", "images_per_second", "memory_bytes" (see
         :func:`fastmask.measure.peak_memory`). Rows of "training" have "parts_ms", the medians of forward, criterion,
         backward and optimizer. Rows of the reference have "ratio", its time divided by fastmask's, and for "criterion"
-        "difference", the largest difference between the losses of both.
+        "difference", the largest difference between the losses of both, for the same random numbers.
 
     Raises:
         TypeError: a model that does not take images.
@@ -77,13 +77,14 @@ def benchmark(
     model = copy.deepcopy(model)
     backends = {OWN: "auto"} if criterion is None else BACKENDS
     rows = []
-    for subject in subjects:
-        progress(subject)
-        with autocast(images.device, precision):
-            call = _make_call(model, images, targets, subject)
-        calls = {name: partial(_run, call, model, images, precision, backend) for name, backend in backends.items()}
-        found = take_turns(calls, images.device, seconds)
-        rows += [_row(subject, name, found, len(images)) for name in found]
+    with torch.random.fork_rng([images.device] if images.device.type == "cuda" else []):
+        for subject in subjects:
+            progress(subject)
+            with autocast(images.device, precision):
+                call = _make_call(model, images, targets, subject)
+            calls = {name: partial(_run, call, model, images, precision, backend) for name, backend in backends.items()}
+            found = take_turns(calls, images.device, seconds)
+            rows += [_row(subject, name, found, len(images)) for name in found]
     return rows
 
 
@@ -124,6 +125,7 @@ def random_batch(
 
 
 def _run(call: Call, model: PretrainedModel, images: Tensor, precision: str, backend: str, clock: Clock) -> Any:
+    torch.manual_seed(0)  # so that both backends draw the same points
     with _using(model, backend), autocast(images.device, precision):
         return call(clock, backend)
 
