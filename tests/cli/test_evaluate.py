@@ -106,12 +106,13 @@ def test_options_reach_the_evaluation(folder, tmp_path):
     assert json.loads((tmp_path / "x.json").read_text())["numbers"] == expected.to_dict()["numbers"]
 
 
-def test_panoptic_and_instances(tmp_path):
+@pytest.mark.parametrize("name", ["tiny", "mask2former-tiny", "eomt-tiny"])
+def test_panoptic_and_instances(name, tmp_path):
     pytest.importorskip("pycocotools")
     torch.manual_seed(0)
     panoptic_tree(tmp_path / "coco")
     coco = open_dataset(tmp_path / "coco", "val")
-    make_model("tiny", class_names=coco.info.class_names, stuff_classes=coco.info.stuff_classes).save_pretrained(
+    make_model(name, class_names=coco.info.class_names, stuff_classes=coco.info.stuff_classes).save_pretrained(
         tmp_path / "model"
     )
     where = ["--data", tmp_path / "coco", "--json", tmp_path / "x.json"]

@@ -11,6 +11,8 @@ from torch import nn
 
 from fastmask import MaskFormer, MaskFormerConfig, Segmenter, SoundEventDetector
 from fastmask.measure import peak_memory
+from fastmask.models import make_model
+from fastmask.models._mask_classification import MaskClassificationModel
 from fastmask.training.activation_checkpointing import checkpoint_activations
 from fastmask.training.blocks import blocks
 
@@ -46,6 +48,16 @@ MODELS = {
         {"InvertedResidual", "TransformerDecoderLayer"},
         19,
     ),
+    "mask2former": (
+        lambda: make_model("mask2former-tiny", CLASSES, dropout=0.1),
+        {"ResNetStage", "DeformableEncoderLayer", "MaskedDecoderLayer"},
+        8,
+    ),
+    "eomt": (
+        lambda: make_model("eomt-tiny", CLASSES, encoder_layers=6, drop_path=0.3, mask_probabilities=(0.5, 1)),
+        {"ScaledBlock"},
+        6,
+    ),
     "segmenter": (
         lambda: Segmenter(num_classes=CLASSES, dropout=0.1, drop_path=0.3, decoder_heads=2, **VIT),
         {"Block"},
@@ -59,7 +71,7 @@ def one_step(model):
     generator = torch.Generator().manual_seed(1)
     images = torch.rand(2, 3, SIDE, SIDE, generator=generator)
     targets = torch.randint(CLASSES, (2, SIDE, SIDE), generator=generator)
-    if isinstance(model, MaskFormer):
+    if isinstance(model, MaskClassificationModel):
         every = torch.arange(CLASSES)
         targets = [{"labels": every, "masks": one == every[:, None, None]} for one in targets]
     torch.manual_seed(2)

@@ -12,7 +12,7 @@ from fastmask.models._images import PixelRange
 from fastmask.targets import Targets
 from tests.helpers.host_syncs import host_syncs
 
-MODELS = ["tiny", "segmenter-tiny", "per-pixel-tiny"]
+MODELS = ["tiny", "segmenter-tiny", "eomt-tiny", "per-pixel-tiny"]
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def calls(model):
     ("name", "call"),
     [
         *((name, call) for name in MODELS for call in ("train", "call", "list", "predict", "final_logits")),
-        *((name, "windows") for name in MODELS[:2]),
+        *((name, "windows") for name in MODELS[:3]),
     ],
 )
 def test_images_in_bytes_are_warned_of_once(name, call):

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from fastmask import MaskFormer, MaskFormerConfig
 from fastmask.cli.main import app, main
+from fastmask.models import make_model
 from fastmask.prediction import outputs, predict, predict_images
 from tests.helpers.browser import titles
 
@@ -96,16 +97,17 @@ def test_the_command(folder, photos, tmp_path):
         assert isinstance(result.exception, ValueError) and options[0] in str(result.exception)
 
 
-def test_the_command_with_a_data_set(photos, tmp_path):
+@pytest.mark.parametrize("name", ["tiny", "mask2former-tiny", "eomt-tiny"])
+def test_the_command_with_a_data_set(name, photos, tmp_path):
     """Category ids, names and colors are those of the data set."""
     torch.manual_seed(0)
-    MaskFormer(MaskFormerConfig.preset("tiny", 13)).save_pretrained(tmp_path / "model")
+    make_model(name, 13).save_pretrained(tmp_path / "model")
     command = ["predict", str(tmp_path / "model"), str(photos), "-o", str(tmp_path / "out")]
     result = CliRunner().invoke(app, [*command, "--data", "composed:scenes", "--task", "panoptic", "--threshold", "0"])
     assert result.exit_code == 0, result.output
     categories = json.loads((tmp_path / "out" / "panoptic.json").read_text())["categories"]
     assert categories[10] == {"id": 10, "name": "brick", "isthing": 0, "color": [161, 120, 104]}
-    MaskFormer(MaskFormerConfig.preset("tiny", 10)).save_pretrained(tmp_path / "things")
+    make_model(name, 10).save_pretrained(tmp_path / "things")
     command = ["predict", str(tmp_path / "things"), str(photos), "-o", str(tmp_path / "instances")]
     options = ["--data", "composed:scenes", "--split", "train", "--kind", "auto", "--task", "instance"]
     assert CliRunner().invoke(app, [*command, *options]).exit_code == 0

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from fastmask.data import open_dataset, write_shards
 from fastmask.models import load_model
-from fastmask.training import train
+from fastmask.training import make_training_config, train
 from fastmask.training.run_folder import MetricsFile, RunFolder
 from fastmask.training.trainer import Trainer
 from tests.helpers.training_runs import scene_folder, tiny_config, train_command
@@ -88,6 +88,24 @@ def test_interrupted_and_resumed_equals_uninterrupted(config, uninterrupted, tmp
     result = train(None, tmp_path / "run", resume=True)
     assert_same_run(tmp_path / "run", uninterrupted)
     assert (result.folder, result.best) == (tmp_path / "run", tmp_path / "run" / "best")
+
+
+@pytest.mark.parametrize(
+    ("model", "annealing"),
+    [
+        pytest.param("mask2former-tiny", {}, marks=pytest.mark.slow),
+        ("eomt-tiny", {"anneal_starts": (0, 0.25), "anneal_ends": (0.5, 1)}),
+    ],
+)
+def test_random_points_and_masks_continue(scenes, tmp_path, model, annealing):
+    recipe = tiny_config(scenes, steps=4, recipe=annealing).recipe
+    options = {"workers": 0, "log_every": 2, "eval_every": 2, "checkpoint_every": 2}
+    config = make_training_config(scenes, model, recipe, model_fields={"num_points": 64}, **options)
+    train(config, tmp_path / "whole")
+    with signal_in_step(3), pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "run")
+    train(None, tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
