@@ -91,7 +91,7 @@ def draw(model: fastmask.MaskFormer, dataset: SegmentationDataset, folder: Path,
     from PIL import Image
 
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    for i in range(count):
+    for i in range(min(count, len(dataset))):
         pixels = dataset[i].image.permute(1, 2, 0).numpy()
         Image.fromarray(pixels).save(folder / "images" / f"{i}.png")
     predict(model, folder / "images", folder, task="semantic", info=dataset.info, overwrite=True)
