@@ -6,9 +6,11 @@ import json
 import re
 import runpy
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SHORT = {
@@ -49,6 +51,21 @@ def test_example(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name, *SHORT[name].split()])
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     assert re.search(PRINTS[name], capsys.readouterr().out)
+
+
+def test_the_training_loop_takes_a_small_data_set(tmp_path, monkeypatch, capsys):
+    data = tmp_path / "my-data"
+    for kind, split in product(("images", "annotations"), ("train", "val")):
+        folder = data / kind / split
+        folder.mkdir(parents=True)
+        for i in range(2):
+            picture = Image.new("RGB", (64, 48), (90, 120, 60)) if kind == "images" else Image.new("L", (64, 48), i)
+            picture.save(folder / f"{i}.png")
+    (data / "classes.json").write_text('{"classes": ["road", "car"]}')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train_loop", *"--data my-data --steps 1 --batch-size 2".split()])
+    runpy.run_path(str(EXAMPLES / "train_loop.py"), run_name="__main__")
+    assert re.search(r"mIoU on 2 images: \d+\.\d %", capsys.readouterr().out)
 
 
 @pytest.mark.slow
