@@ -67,8 +67,8 @@ def test_labels_and_scores_of_networks_without_masks(make):
     assert_same_scores(program.module()(images)["scores"], predicted_scores(model, images, (64, 50)))
 
 
-@pytest.mark.parametrize("probabilities", [(1.0, 1.0), (0.0, 0.0)])
-@pytest.mark.parametrize("encoder", ["dinov2", "dinov3"])
+@pytest.mark.parametrize("probabilities", [pytest.param((1.0, 1.0), marks=pytest.mark.slow), (0.0, 0.0)])
+@pytest.mark.parametrize("encoder", ["dinov2", pytest.param("dinov3", marks=pytest.mark.slow)])
 def test_an_eomts_labels_with_and_without_masks(encoder, probabilities):
     """At the size of a window; an image of another size is predicted whole."""
     torch.manual_seed(0)
