@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -77,7 +77,6 @@ class Operation:
     """What the providers compute, and how they are judged.
 
     Args:
-        name: also the name of its file in ``benchmarks/``.
         title: a line for the tables.
         cases: the shapes; each with every one of its dtypes is one table section.
         providers: in the order in which they take turns.
@@ -85,9 +84,9 @@ class Operation:
         make_inputs: (sizes of the case, dtype, device) to the one object that all providers read; seeded.
         oracle: from the inputs to the judge of the results.
         work: from the inputs to the least work that any implementation must do.
+        name: that of its file; ``load_operations`` sets it.
     """
 
-    name: str
     title: str
     cases: tuple[Case, ...]
     providers: tuple[Provider, ...]
@@ -95,17 +94,19 @@ class Operation:
     make_inputs: Callable[[Mapping[str, Any], torch.dtype, torch.device], Any]
     oracle: Callable[[Any], Oracle]
     work: Callable[[Any], Work]
+    name: str = ""
 
     def __post_init__(self) -> None:
         for kind, names in (("case", [c.name for c in self.cases]), ("provider", [p.name for p in self.providers])):
             if len(set(names)) != len(names):
-                raise ValueError(f"{self.name}: two {kind}s have the same name in {names}")
+                raise ValueError(f"{self.title}: two {kind}s have the same name in {names}")
         if self.baseline not in [provider.name for provider in self.providers]:
-            raise ValueError(f"{self.name}: the baseline {self.baseline!r} is none of its providers")
+            raise ValueError(f"{self.title}: the baseline {self.baseline!r} is none of its providers")
 
 
 def load_operations() -> dict[str, Operation]:
     """The ``OPERATION`` of every operation's file, by name."""
     files = {file.name: package for package in (ops, networks) for file in pkgutil.iter_modules(package.__path__)}
     names = sorted(files.keys() - NO_OPERATIONS)
-    return {name: importlib.import_module(f"{files[name].__name__}.{name}").OPERATION for name in names}
+    modules = {name: importlib.import_module(f"{files[name].__name__}.{name}") for name in names}
+    return {name: replace(module.OPERATION, name=name) for name, module in modules.items()}

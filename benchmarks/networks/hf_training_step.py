@@ -185,7 +185,6 @@ def prepare_patched(inputs: StepInputs, part: str = "") -> Callable[[], dict[str
 
 
 OPERATION = Operation(
-    name="hf_training_step",
     title="Training step of transformers' MaskFormer and Mask2Former, forward and backward, plain and patched",
     cases=CASES,
     providers=(

@@ -123,7 +123,6 @@ def prepare_compiled_transformers(inputs: NetworkInputs) -> Callable[[], Maps]:
 
 
 OPERATION = Operation(
-    name="label_maps",
     title="Images to semantic label maps of their size by a whole MaskFormer; memory beyond the weights",
     cases=CASES,
     providers=(

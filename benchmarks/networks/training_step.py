@@ -162,7 +162,6 @@ def theirs(raw: Tensor, _: NetworkInputs) -> tuple[str, Tensor]:
 
 
 OPERATION = Operation(
-    name="training_step",
     title="Whole training step of MaskFormer: forward, matching, losses, backward, AdamW; memory beyond weights and "
     "the optimizer's state",
     cases=CASES,

@@ -195,7 +195,6 @@ def prepare_torch_lap_cuda(inputs: Problems) -> Callable[[], Tensor]:
 
 
 OPERATION = Operation(
-    name="assign",
     title="Best matching of queries and targets",
     cases=CASES,
     providers=(

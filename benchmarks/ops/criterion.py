@@ -164,7 +164,6 @@ def prepare_transformers(inputs: Inputs) -> Callable[[], Losses]:
 
 
 OPERATION = Operation(
-    name="criterion",
     title="Whole criterion (matching, class, mask and dice losses), forward and backward, all layers",
     cases=CASES,
     providers=(

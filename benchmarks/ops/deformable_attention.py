@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.harness.agreement import ErrorBudget
 from benchmarks.harness.machine import Work
-from benchmarks.harness.providers import compiled, require_backend
+from benchmarks.harness.providers import compiled, fastmask_backends
 from benchmarks.harness.registry import Case, Operation, Provider
 from fastmask import deformable_attention, reference
 
@@ -122,13 +122,11 @@ def work(inputs: Attention) -> Work:
     return forward if inputs.grad_out is None else forward + Work(2 * points + 3 * rows)
 
 
-def fastmask_backend(backend: str) -> Provider:
-    def prepare(inputs: Attention) -> Callable[[], Any]:
-        if backend != "reference":
-            require_backend("deformable_attention", backend, inputs.value)
-        return with_gradients(inputs, lambda v, x, w: deformable_attention(v, inputs.levels, x, w, backend=backend))
+def prepare_fastmask(inputs: Attention, backend: str) -> Callable[[], Any]:
+    return with_gradients(inputs, lambda v, x, w: deformable_attention(v, inputs.levels, x, w, backend=backend))
 
-    return Provider("PyTorch reference" if backend == "reference" else f"fastmask {backend}", prepare, named)
+
+*KERNELS, REFERENCE = fastmask_backends("deformable_attention", "value", prepare_fastmask, named)
 
 
 def transformers_provider(name: str, *, compile: bool = False) -> Provider:
@@ -148,15 +146,13 @@ def transformers_provider(name: str, *, compile: bool = False) -> Provider:
 
 
 OPERATION = Operation(
-    name="deformable_attention",
     title="Deformable attention of a pixel decoder's layer, 8 heads of 32 channels, 4 points per level",
     cases=CASES,
     providers=(
-        fastmask_backend("native"),
-        fastmask_backend("triton"),
+        *KERNELS,
         transformers_provider("transformers"),
         transformers_provider("transformers, torch.compile", compile=True),
-        fastmask_backend("reference"),
+        REFERENCE,
     ),
     baseline="transformers",
     make_inputs=make_inputs,

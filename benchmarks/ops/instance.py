@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.harness.machine import Work
-from benchmarks.harness.providers import require_backend
+from benchmarks.harness.providers import fastmask_backend
 from benchmarks.harness.registry import Case, Operation, Provider, Unavailable
 from benchmarks.ops.inputs import InferenceInputs, build_predictions
 from fastmask import instance_inference
@@ -117,15 +117,19 @@ def from_fastmask(raw: list[dict[str, Any]], rule: str) -> Instances:
     return Instances(rule, images)
 
 
-def fastmask_backend(backend: str, rule: str) -> Provider:
-    def prepare(inputs: InstanceInputs) -> Callable[[], Any]:
-        if backend != "reference":
-            require_backend("instance_masks", backend, inputs.predictions.mask_logits)
+def with_rule(backend: str, rule: str) -> Provider:
+    def prepare(inputs: InstanceInputs, backend: str) -> Callable[[], Any]:
         require_pycocotools(inputs)
         return lambda: run_fastmask(inputs, rule, backend)
 
-    name = "PyTorch reference" if backend == "reference" else f"fastmask {backend}, rule {rule}"
-    return Provider(name, prepare, lambda raw, _: from_fastmask(raw, rule))
+    return fastmask_backend(
+        backend,
+        "instance_masks",
+        "predictions.mask_logits",
+        prepare,
+        lambda raw, _: from_fastmask(raw, rule),
+        f", rule {rule}",
+    )
 
 
 def require_pycocotools(inputs: InstanceInputs) -> None:
@@ -200,17 +204,13 @@ def work(inputs: InstanceInputs) -> Work:
 
 
 OPERATION = Operation(
-    name="instance",
     title="Instance segmentation at the images' size",
     cases=CASES,
     providers=(
-        fastmask_backend("native", "mask2former"),
-        fastmask_backend("native", "huggingface"),
-        fastmask_backend("triton", "mask2former"),
-        fastmask_backend("triton", "huggingface"),
+        *(with_rule(backend, rule) for backend in ("native", "triton") for rule in ("mask2former", "huggingface")),
         Provider("eager original", prepare_eager, lambda raw, _: from_fastmask(raw, "mask2former")),
         Provider("transformers", prepare_transformers, from_transformers),
-        fastmask_backend("reference", "mask2former"),
+        with_rule("reference", "mask2former"),
     ),
     baseline="eager original",
     make_inputs=make_inputs,

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from benchmarks.harness.agreement import ErrorBudget
 from benchmarks.harness.machine import Work
-from benchmarks.harness.providers import compiled, require_backend
+from benchmarks.harness.providers import compiled, fastmask_backends
 from benchmarks.harness.registry import Case, Operation, Provider
 from benchmarks.ops.inputs import GPU_TRAINING, QUICK, TRAINING, Inputs, as_lists, make_inputs
 from fastmask import mask_cost
@@ -60,15 +60,11 @@ def work(inputs: Inputs) -> Work:
     )
 
 
-def fastmask_backend(backend: str) -> Provider:
-    def prepare(inputs: Inputs) -> Callable[[], Tensor]:
-        if backend != "reference":
-            require_backend("mask_cost", backend, inputs.mask_logits)
-        return lambda: mask_cost(inputs.class_logits, inputs.mask_logits, inputs.targets, backend=backend, **WEIGHTS)
+def prepare_fastmask(inputs: Inputs, backend: str) -> Callable[[], Tensor]:
+    return lambda: mask_cost(inputs.class_logits, inputs.mask_logits, inputs.targets, backend=backend, **WEIGHTS)
 
-    return Provider(
-        "PyTorch reference" if backend == "reference" else f"fastmask {backend}", prepare, lambda raw, _: {"cost": raw}
-    )
+
+*KERNELS, REFERENCE = fastmask_backends("mask_cost", "mask_logits", prepare_fastmask, lambda raw, _: {"cost": raw})
 
 
 def prepare_transformers(inputs: Inputs) -> Callable[[], list[list[Tensor]]]:
@@ -147,14 +143,12 @@ def prepare_compiled(inputs: Inputs) -> Callable[[], Tensor]:
 
 
 OPERATION = Operation(
-    name="mask_cost",
     title="Matching cost of every query against every target, all layers and images",
     cases=CASES,
     providers=(
-        fastmask_backend("native"),
-        fastmask_backend("triton"),
+        *KERNELS,
         Provider("transformers", prepare_transformers, pad_costs, error_factor=20.0),
-        fastmask_backend("reference"),
+        REFERENCE,
         Provider("torch.compile", prepare_compiled, lambda raw, _: {"cost": raw}, error_factor=20.0, compiles=True),
     ),
     baseline="transformers",

@@ -141,7 +141,6 @@ def prepare_transformers(head: HeadInputs) -> Callable[[], Any]:
 
 
 OPERATION = Operation(
-    name="mask_head",
     title="Mask head: products of embeddings and the whole criterion, forward and backward, all layers",
     cases=CASES,
     providers=(

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from benchmarks.harness.agreement import ErrorBudget
 from benchmarks.harness.machine import Work
-from benchmarks.harness.providers import compiled, require_backend
+from benchmarks.harness.providers import compiled, fastmask_backends
 from benchmarks.harness.registry import Case, Operation, Provider
 from benchmarks.ops.inputs import (
     GPU_TRAINING,
@@ -81,14 +81,12 @@ def work(inputs: Inputs) -> Work:
     return Work(bytes=matched + planes.nbytes + logits.nbytes, operations=55 * pixels)
 
 
-def fastmask_backend(backend: str) -> Provider:
-    def prepare(inputs: Inputs) -> Callable[[], Losses]:
-        if backend != "reference":
-            require_backend("mask_loss", backend, inputs.mask_logits)
-        x = inputs.mask_logits.detach().requires_grad_()
-        return lambda: backward(*mask_loss(x, inputs.targets, inputs.assignment, backend=backend), [x])
+def prepare_fastmask(inputs: Inputs, backend: str) -> Callable[[], Losses]:
+    x = inputs.mask_logits.detach().requires_grad_()
+    return lambda: backward(*mask_loss(x, inputs.targets, inputs.assignment, backend=backend), [x])
 
-    return Provider("PyTorch reference" if backend == "reference" else f"fastmask {backend}", prepare, named)
+
+*KERNELS, REFERENCE = fastmask_backends("mask_loss", "mask_logits", prepare_fastmask, named)
 
 
 def prepare_transformers(inputs: Inputs) -> Callable[[], Losses]:
@@ -148,14 +146,12 @@ def prepare_compiled(inputs: Inputs) -> Callable[[], Losses]:
 
 
 OPERATION = Operation(
-    name="mask_loss",
     title="Mask and dice losses of the matched pairs, forward and backward, all layers",
     cases=CASES,
     providers=(
-        fastmask_backend("native"),
-        fastmask_backend("triton"),
+        *KERNELS,
         Provider("transformers", prepare_transformers, named, error_factor=20.0),
-        fastmask_backend("reference"),
+        REFERENCE,
         Provider("torch.compile", prepare_compiled, named, error_factor=20.0, compiles=True),
     ),
     baseline="transformers",

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from benchmarks.harness.agreement import ErrorBudget
 from benchmarks.harness.machine import Work
-from benchmarks.harness.providers import compiled, require_backend
+from benchmarks.harness.providers import compiled, fastmask_backends
 from benchmarks.harness.registry import Case, Operation, Provider, Unavailable
 from benchmarks.ops.inputs import QUICK, TRAINING, build_inputs
 from fastmask import masked_attention
@@ -153,13 +153,11 @@ def attend_with(backend: str, inputs: Attention, q: Tensor, k: Tensor, v: Tensor
     return masked_attention(q, k, v, inputs.mask_logits, grid=inputs.grid, num_heads=inputs.num_heads, backend=backend)
 
 
-def fastmask_backend(backend: str) -> Provider:
-    def prepare(inputs: Attention) -> Callable[[], Any]:
-        if backend != "reference":
-            require_backend("masked_attention", backend, inputs.q)
-        return with_gradients(inputs, lambda q, k, v: attend_with(backend, inputs, q, k, v))
+def prepare_fastmask(inputs: Attention, backend: str) -> Callable[[], Any]:
+    return with_gradients(inputs, lambda q, k, v: attend_with(backend, inputs, q, k, v))
 
-    return Provider("PyTorch reference" if backend == "reference" else f"fastmask {backend}", prepare, named)
+
+*KERNELS, REFERENCE = fastmask_backends("masked_attention", "q", prepare_fastmask, named)
 
 
 def prepare_sdpa(inputs: Attention) -> Callable[[], Any]:
@@ -211,16 +209,14 @@ def prepare_flex(inputs: Attention) -> Callable[[], Any]:
 
 
 OPERATION = Operation(
-    name="masked_attention",
     title="Masked cross-attention of a decoder layer, 100 queries, 8 heads of 32 channels, the mask made in each call",
     cases=CASES,
     providers=(
-        fastmask_backend("native"),
-        fastmask_backend("triton"),
+        *KERNELS,
         Provider("SDPA, dense mask", prepare_sdpa, named, error_factor=20.0),
         Provider("eager, as transformers", prepare_eager, named, error_factor=20.0),
         Provider("FlexAttention", prepare_flex, named, error_factor=20.0, compiles=True),
-        fastmask_backend("reference"),
+        REFERENCE,
     ),
     baseline="SDPA, dense mask",
     make_inputs=make_inputs,

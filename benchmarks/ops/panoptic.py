@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.harness.machine import Work
-from benchmarks.harness.providers import require_backend
+from benchmarks.harness.providers import fastmask_backend
 from benchmarks.harness.registry import Case, Operation, Provider
 from benchmarks.ops.inputs import InferenceInputs, make_predictions
 from fastmask import panoptic_inference
@@ -78,14 +78,13 @@ def from_fastmask(raw: list[tuple[Tensor, list[dict[str, Any]]]], rule: str) -> 
     return Segmented(rule, [(ids, [info["category_id"] for info in infos]) for ids, infos in raw])
 
 
-def fastmask_backend(backend: str, rule: str) -> Provider:
-    def prepare(inputs: InferenceInputs) -> Callable[[], Any]:
-        if backend != "reference":
-            require_backend("panoptic_winners", backend, inputs.mask_logits)
+def with_rule(backend: str, rule: str) -> Provider:
+    def prepare(inputs: InferenceInputs, backend: str) -> Callable[[], Any]:
         return lambda: run_fastmask(inputs, rule, backend)
 
-    name = "PyTorch reference" if backend == "reference" else f"fastmask {backend}, rule {rule}"
-    return Provider(name, prepare, lambda raw, _: from_fastmask(raw, rule))
+    return fastmask_backend(
+        backend, "panoptic_winners", "mask_logits", prepare, lambda raw, _: from_fastmask(raw, rule), f", rule {rule}"
+    )
 
 
 def prepare_transformers(inputs: InferenceInputs) -> Callable[[], Any]:
@@ -147,17 +146,13 @@ def work(inputs: InferenceInputs) -> Work:
 
 
 OPERATION = Operation(
-    name="panoptic",
     title="Panoptic segmentation at the images' size",
     cases=CASES,
     providers=(
-        fastmask_backend("native", "huggingface"),
-        fastmask_backend("native", "maskformer"),
-        fastmask_backend("triton", "huggingface"),
-        fastmask_backend("triton", "maskformer"),
+        *(with_rule(backend, rule) for backend in ("native", "triton") for rule in ("huggingface", "maskformer")),
         Provider("transformers", prepare_transformers, from_transformers),
         Provider("eager original", prepare_eager, lambda raw, _: Segmented("maskformer", raw)),
-        fastmask_backend("reference", "maskformer"),
+        with_rule("reference", "maskformer"),
     ),
     baseline="transformers",
     make_inputs=make_predictions,

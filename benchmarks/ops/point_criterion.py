@@ -144,7 +144,6 @@ def prepare_transformers(inputs: Inputs) -> Callable[[], Losses]:
 
 
 OPERATION = Operation(
-    name="point_criterion",
     title="Mask2Former's criterion at 12,544 points (matching, class, mask and dice losses), forward and backward",
     cases=CASES,
     providers=(

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.harness.machine import Work
-from benchmarks.harness.providers import compiled, require_backend
+from benchmarks.harness.providers import compiled, fastmask_backends
 from benchmarks.harness.registry import Case, Operation, Provider, Unavailable
 from benchmarks.ops.inputs import make_scene
 from fastmask import semantic_inference
@@ -121,13 +121,12 @@ def work(inputs: SemanticInputs) -> Work:
     )
 
 
-def fastmask_backend(backend: str) -> Provider:
-    def prepare(inputs: SemanticInputs) -> Callable[[], Tensor]:
-        require_backend("semantic_inference", backend, inputs.mask_logits)
-        arguments = inputs.class_logits, inputs.mask_logits, inputs.size
-        return lambda: semantic_inference(*arguments, order=inputs.order, backend=backend)
+def prepare_fastmask(inputs: SemanticInputs, backend: str) -> Callable[[], Tensor]:
+    arguments = inputs.class_logits, inputs.mask_logits, inputs.size
+    return lambda: semantic_inference(*arguments, order=inputs.order, backend=backend)
 
-    return Provider(f"fastmask {backend}", prepare)
+
+*KERNELS, _ = fastmask_backends("semantic_inference", "mask_logits", prepare_fastmask)
 
 
 def original(class_logits: Tensor, mask_logits: Tensor, size: tuple[int, int], order: str) -> Tensor:
@@ -162,12 +161,10 @@ def prepare_transformers(inputs: SemanticInputs) -> Callable[[], list[Tensor]]:
 
 
 OPERATION = Operation(
-    name="semantic",
     title="Semantic labels at the image's size from 100 queries",
     cases=CASES,
     providers=(
-        fastmask_backend("native"),
-        fastmask_backend("triton"),
+        *KERNELS,
         Provider("PyTorch original", prepare_eager),
         Provider("torch.compile", prepare_compiled, compiles=True),
         Provider("transformers", prepare_transformers, lambda raw, _: torch.stack(raw)),
