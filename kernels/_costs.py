@@ -14,6 +14,28 @@ REDUCED_ROWS = 16  # the rows of one program that adds up the splits
 
 
 @dataclass(frozen=True)
+class CostConfig:
+    """Tuning of the kernels of one matching cost.
+
+    Args:
+        rows: rows of logits (layers and queries of one image) that a program reads.
+        block: pixels or points that it reads at a time.
+        target_block: pixels or points that a program of the targets' kernel reads at a time.
+        programs: the number of programs to reach by splitting the pixels or points, if there are enough of them.
+        least: the fewest pixels or points per split; a split holds a multiple of it, which is a multiple of both
+            blocks.
+    """
+
+    rows: int
+    block: int
+    target_block: int
+    programs: int = 2048
+    least: int = 256
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+@dataclass(frozen=True)
 class CostSums:
     """Memory for the sums over the pixels or points of each image, which are split over programs.
 
@@ -49,19 +71,13 @@ class CostSums:
         return batch * self.row_blocks, blocks, splits
 
     @staticmethod
-    def empty(cost: Tensor, size: int, rows: int, programs: int, least: int) -> CostSums:
-        """Allocates the sums for a ``cost`` (L, B, N, M) over ``size`` pixels or points.
-
-        Args:
-            rows: rows per program.
-            programs: the number of programs to reach by splitting the pixels or points, if there are enough of them.
-            least: the fewest pixels or points per split; a split holds a multiple of it.
-        """
+    def empty(cost: Tensor, size: int, config: CostConfig) -> CostSums:
+        """Allocates the sums for a ``cost`` (L, B, N, M) over ``size`` pixels or points."""
         layers, batch, queries, num_targets = cost.shape
         block_targets = power_of_two(num_targets + 1, 16, 64)
-        blocks, row_blocks = triton.cdiv(num_targets, block_targets - 1), triton.cdiv(layers * queries, rows)
-        splits = max(1, min(programs // (batch * row_blocks * blocks), triton.cdiv(size, least)))
-        per_split = triton.cdiv(triton.cdiv(size, splits), least) * least
+        blocks, row_blocks = triton.cdiv(num_targets, block_targets - 1), triton.cdiv(layers * queries, config.rows)
+        splits = max(1, min(config.programs // (batch * row_blocks * blocks), triton.cdiv(size, config.least)))
+        per_split = triton.cdiv(triton.cdiv(size, splits), config.least) * config.least
         splits = triton.cdiv(size, per_split)
         return CostSums(
             cost.new_empty((splits, 2, batch, blocks, layers * queries, block_targets)),

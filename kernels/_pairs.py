@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmask.kernels._common import COMPILER_OPTIONS, kernel, plane_arguments, target_arguments, term_arguments
+from fastmask.kernels._layout import empty_gradient, with_contiguous_planes
 
 
 @triton.jit
@@ -126,3 +128,32 @@ def add_parts(arguments: dict[str, Any], parts: Tensor) -> tuple[Tensor, Tensor,
         **COMPILER_OPTIONS,
     )
     return mask, dice, sums, slopes
+
+
+def gradient_of_pairs(launch: Callable[..., None]) -> Callable[..., Tensor]:
+    """The backward operator of a mask loss, which returns the gradient of the logits; see ``empty_gradient`` for its
+    layout.
+
+    Args:
+        launch: writes the gradient; called only if there are logits and pairs, with the gradient, the kernel arguments
+            that hold the pairs' sums and incoming gradients, the logits with contiguous planes, the assignment and the
+            operator's other inputs.
+    """
+
+    def backward(
+        grad_mask: Tensor, grad_dice: Tensor, sums: Tensor, slopes: Tensor, mask_logits: Tensor, assignment: Tensor,
+        *inputs: Any,
+    ) -> Tensor:  # fmt: skip
+        mask_logits = with_contiguous_planes(mask_logits)
+        grad = empty_gradient(mask_logits)
+        if grad.numel() == 0 or assignment.numel() == 0:
+            return grad.zero_()
+        of_pairs = {
+            "grad_mask_ptr": grad_mask.contiguous(),
+            "grad_dice_ptr": grad_dice.contiguous(),
+            "sums_ptr": sums.contiguous(),
+        }
+        launch(grad, of_pairs, mask_logits, assignment, *inputs)
+        return grad
+
+    return backward

@@ -8,7 +8,7 @@ whereas planes of queries would take a load for each query. Staging also clamps 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -43,6 +43,10 @@ class Axis:
         """How many inputs an output reads at most. Two neighbors in an upsampled map read three inputs together."""
         steps = (self.grid != self.padded) + (self.valid != self.size)
         return (1, 2, 3 if self.padded >= self.grid else 4)[steps]
+
+    def arguments(self, axis: str) -> dict[str, int]:
+        """The arguments of ``_taps_kernel`` for the axis "y" or "x"."""
+        return {f"{name}_{axis}": size for name, size in asdict(self).items()}
 
     def first_step(self) -> Axis:
         """From the grid to the valid part of the padded input."""
@@ -191,18 +195,12 @@ def make_taps(
     )
     _taps_kernel[(triton.cdiv(max(pitches), 128), 2)](
         **taps.arguments(),
-        grid_y=rows.grid,
-        padded_y=rows.padded,
-        valid_y=rows.valid,
-        size_y=rows.size,
+        **rows.arguments("y"),
         begin_y=begin,
         count_y=count,
         base_y=base,
         limit_y=limit,
-        grid_x=columns.grid,
-        padded_x=columns.padded,
-        valid_x=columns.valid,
-        size_x=columns.size,
+        **columns.arguments("x"),
         count_x=width,
         BLOCK=128,
         num_warps=4,

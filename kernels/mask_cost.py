@@ -14,7 +14,7 @@ the third adds the splits of the pixels in order. The second takes most of the t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 import triton.language as tl
@@ -32,34 +32,13 @@ from fastmask.kernels._common import (
     target_arguments,
     term_arguments,
 )
-from fastmask.kernels._costs import CostSums, _pair_sums, _store_sums, add_up
+from fastmask.kernels._costs import CostConfig, CostSums, _pair_sums, _store_sums, add_up
 from fastmask.kernels._layout import with_contiguous_planes
 
-
-@dataclass(frozen=True)
-class MaskCostConfig:
-    """Tuning of the kernels.
-
-    Args:
-        rows: rows of logits (layers and queries of one image) that a program reads.
-        pixels: pixels that it reads at a time.
-        programs: the number of programs to reach by splitting the pixels, if there are enough pixels.
-        min_pixels: the fewest pixels per split; a multiple of ``pixels`` and ``target_pixels``.
-        target_pixels: pixels that a program of the targets' kernel reads at a time.
-    """
-
-    rows: int = 64
-    pixels: int = 32
-    programs: int = 2048
-    min_pixels: int = 256
-    target_pixels: int = 128
-    num_warps: int = 4
-    num_stages: int = 3
-
-
-_ONE_STAGE = MaskCostConfig(num_stages=1)
+_CONFIG = CostConfig(rows=64, block=32, target_block=128)
+_ONE_STAGE = replace(_CONFIG, num_stages=1)
 # With more stages, Triton 3.6's kernel for sm_100 hangs in an emulator (no GPU has run it); on sm_120, three spill.
-CONFIGS = {10: _ONE_STAGE, 12: _ONE_STAGE, None: MaskCostConfig()}
+CONFIGS = {10: _ONE_STAGE, 12: _ONE_STAGE, None: _CONFIG}
 
 
 @kernel
@@ -186,9 +165,9 @@ def mask_cost(
     config = pick_config(CONFIGS, mask_logits.device)
     planes = plane_arguments(with_contiguous_planes(mask_logits))
     targets = target_arguments(masks, segments, valid, void_value, ignore_void)
-    sums = CostSums.empty(cost, h * w, config.rows, config.programs, config.min_pixels)
+    sums = CostSums.empty(cost, h * w, config)
     wide = sums.block_targets == 64
-    block_pixels = config.pixels // 2 if wide else config.pixels  # the sums take twice the registers
+    block_pixels = config.block // 2 if wide else config.block  # the sums take twice the registers
     _, blocks, _ = sums.target_programs
     words = labels.new_empty((batch, blocks, h * w), dtype=torch.int64 if wide else torch.int32)
     _mask_cost_targets_kernel[sums.target_programs](
@@ -202,7 +181,7 @@ def mask_cost(
         scale_y=targets["H"] / h,
         scale_x=targets["W"] / w,
         pixels_per_split=sums.per_split,
-        BLOCK_C=config.target_pixels // 4 if wide else config.target_pixels,  # int64 words would spill
+        BLOCK_C=config.target_block // 4 if wide else config.target_block,  # int64 words would spill
         BLOCK_M=sums.block_targets,
         num_warps=4,
         **COMPILER_OPTIONS,

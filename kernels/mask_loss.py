@@ -33,13 +33,14 @@ from fastmask.kernels._common import (
     pick_config,
     power_of_two,
 )
-from fastmask.kernels._layout import empty_gradient, with_contiguous_planes
+from fastmask.kernels._layout import with_contiguous_planes
 from fastmask.kernels._pairs import (
     _matched_query,
     _next_target,
     _store_part,
     _targets_of_query,
     add_parts,
+    gradient_of_pairs,
     pair_arguments,
 )
 
@@ -439,20 +440,11 @@ def _mask_loss_bwd_kernel(
                 lower_after += to_after * weight
 
 
+@gradient_of_pairs
 def mask_loss_backward(
-    grad_mask: Tensor,
-    grad_dice: Tensor,
-    sums: Tensor,
-    slopes: Tensor,
-    mask_logits: Tensor,
-    assignment: Tensor,
-    *inputs: Any,
-) -> Tensor:
-    """``fastmask::mask_loss_backward``: the gradient; see ``empty_gradient`` for its layout."""
-    mask_logits = with_contiguous_planes(mask_logits)
-    grad = empty_gradient(mask_logits)
-    if grad.numel() == 0 or assignment.numel() == 0:
-        return grad.zero_()
+    grad: Tensor, of_pairs: dict[str, Tensor], mask_logits: Tensor, assignment: Tensor, *inputs: Any
+) -> None:
+    """``fastmask::mask_loss_backward``."""
     config = pick_config(CONFIGS, mask_logits.device)
     arguments = launch_arguments(config, mask_logits, assignment, *inputs, grad=grad)
     h, w, cells = *mask_logits.shape[-2:], arguments["BLOCK_C"]
@@ -462,12 +454,9 @@ def mask_loss_backward(
         (mask_logits[..., 0, 0].numel(), triton.cdiv(w, cells - 2 * halo), triton.cdiv(h, rows_per_split))
     ](
         **arguments,
-        grad_mask_ptr=grad_mask.contiguous(),
-        grad_dice_ptr=grad_dice.contiguous(),
-        sums_ptr=sums.contiguous(),
+        **of_pairs,
         rows_per_split=rows_per_split,
         HALO=halo,
         BLOCK_M=power_of_two(arguments["M"], 16, 1 << 30),
         maxnreg=255,  # otherwise ptxas takes 168, so that twelve warps fit instead of eight, and spills
     )
-    return grad

@@ -8,8 +8,6 @@ each, from planes that fit in the caches.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -25,32 +23,11 @@ from fastmask.kernels._common import (
     target_arguments,
     term_arguments,
 )
-from fastmask.kernels._costs import CostSums, _pair_sums, _store_sums, add_up
+from fastmask.kernels._costs import CostConfig, CostSums, _pair_sums, _store_sums, add_up
 from fastmask.kernels._layout import with_contiguous_planes
 from fastmask.kernels._points import _between, _four_pixels, _load_points, _pixel_share, _point_terms, _sample, _weigh
 
-
-@dataclass(frozen=True)
-class PointMaskCostConfig:
-    """Tuning of the kernels.
-
-    Args:
-        rows: rows of logits (layers and queries of one image) that a program samples.
-        points: points that it reads at a time.
-        programs: the number of programs to reach by splitting the points, if there are enough points.
-        min_points: the fewest points per split; a multiple of ``points`` and ``target_points``.
-        target_points: points that a program of the targets' kernel reads at a time.
-    """
-
-    rows: int = 16
-    points: int = 32
-    programs: int = 2048
-    min_points: int = 256
-    target_points: int = 16
-    num_warps: int = 4
-
-
-CONFIGS = {None: PointMaskCostConfig()}
+CONFIGS = {None: CostConfig(rows=16, block=32, target_block=16)}
 
 
 @triton.jit
@@ -182,7 +159,7 @@ def point_mask_cost(
     targets = target_arguments(masks, segments, valid, void_value, ignore_void)
     check_positions(targets, h * w)
     points = sorted_by_cell(points, h, w)
-    sums = CostSums.empty(cost, num_points, config.rows, config.programs, config.min_points)
+    sums = CostSums.empty(cost, num_points, config)
     _, blocks, _ = sums.target_programs
     shares = cost.new_empty((batch, blocks, num_points, sums.block_targets))
     of_points = {
@@ -195,7 +172,7 @@ def point_mask_cost(
         **COMPILER_OPTIONS,
     }
     _point_mask_cost_targets_kernel[sums.target_programs](
-        **of_points, **targets, areas_ptr=sums.areas, M=num_targets, BLOCK_C=config.target_points, num_warps=4
+        **of_points, **targets, areas_ptr=sums.areas, M=num_targets, BLOCK_C=config.target_block, num_warps=4
     )
     _point_mask_cost_fwd_kernel[sums.programs](
         **of_points,
@@ -208,8 +185,9 @@ def point_mask_cost(
         row_blocks=sums.row_blocks,
         **term_arguments(mask_term, alpha, gamma),
         BLOCK_R=config.rows,
-        BLOCK_C=config.points,
+        BLOCK_C=config.block,
         num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )
     add_up(sums, class_logits, labels, cost, cost_class, cost_mask, cost_dice)
     return cost

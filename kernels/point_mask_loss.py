@@ -28,13 +28,14 @@ from fastmask.kernels._common import (
     plane_arguments,
     power_of_two,
 )
-from fastmask.kernels._layout import empty_gradient, with_contiguous_planes
+from fastmask.kernels._layout import with_contiguous_planes
 from fastmask.kernels._pairs import (
     _matched_query,
     _next_target,
     _store_part,
     _targets_of_query,
     add_parts,
+    gradient_of_pairs,
     pair_arguments,
 )
 from fastmask.kernels._points import _four_pixels, _load_points, _point_terms, _sample, _target_at
@@ -230,31 +231,17 @@ def point_mask_loss(mask_logits: Tensor, assignment: Tensor, *inputs: Any) -> tu
     return add_parts(arguments, parts)
 
 
+@gradient_of_pairs
 def point_mask_loss_backward(
-    grad_mask: Tensor,
-    grad_dice: Tensor,
-    sums: Tensor,
-    slopes: Tensor,
-    mask_logits: Tensor,
-    assignment: Tensor,
-    *inputs: Any,
-) -> Tensor:
-    """``fastmask::point_mask_loss_backward``: the gradient; see ``empty_gradient`` for its layout."""
-    mask_logits = with_contiguous_planes(mask_logits)
-    grad = empty_gradient(mask_logits)
-    if grad.numel() == 0 or assignment.numel() == 0:
-        return grad.zero_()
+    grad: Tensor, of_pairs: dict[str, Tensor], mask_logits: Tensor, assignment: Tensor, *inputs: Any
+) -> None:
+    """``fastmask::point_mask_loss_backward``."""
     config = pick_config(CONFIGS, mask_logits.device)
     arguments = launch_arguments(config, mask_logits, assignment, *inputs)
     cells = arguments["h"] * arguments["w"]
     planes = plane_arguments(grad)
     planes["grad_ptr"] = planes.pop("logits_ptr")
-    of_pairs = {
-        "grad_mask_ptr": grad_mask.contiguous(),
-        "grad_dice_ptr": grad_dice.contiguous(),
-        "sums_ptr": sums.contiguous(),
-        "units_ptr": mask_logits.new_zeros((assignment.numel(), cells), dtype=torch.int64),
-    }
+    of_pairs["units_ptr"] = mask_logits.new_zeros((assignment.numel(), cells), dtype=torch.int64)
     _point_mask_loss_bwd_kernel[(assignment.numel(), triton.cdiv(arguments["P"], config.points))](
         **arguments, **of_pairs
     )
@@ -268,4 +255,3 @@ def point_mask_loss_backward(
         num_warps=config.num_warps,
         **COMPILER_OPTIONS,
     )
-    return grad

@@ -309,6 +309,10 @@ class ClassTables:
     stop: Tensor
     rest: Tensor
 
+    def arguments(self) -> dict[str, Tensor | None]:
+        """The kernel arguments of the tables, without the order."""
+        return {f"{name}_ptr": getattr(self, name) for name in ("weight", "high", "low", "stop", "rest")}
+
 
 def class_tables(probabilities: Tensor, parts: int, skip: bool, config: SemanticConfig) -> ClassTables:
     probabilities = probabilities.contiguous()
@@ -330,11 +334,7 @@ def class_tables(probabilities: Tensor, parts: int, skip: bool, config: Semantic
         probabilities_ptr=probabilities,
         order_ptr=order,
         largest_ptr=largest,
-        weight_ptr=tables.weight,
-        high_ptr=tables.high,
-        low_ptr=tables.low,
-        stop_ptr=tables.stop,
-        rest_ptr=tables.rest,
+        **tables.arguments(),
         N=queries,
         K=classes,
         blocks=padded_n // BLOCK_N.value,
@@ -392,11 +392,7 @@ def semantic_inference(
         _semantic_fwd_kernel[programs](
             **tiles,
             peak_ptr=band.peaks,
-            weight_ptr=tables.weight,
-            high_ptr=tables.high,
-            low_ptr=tables.low,
-            stop_ptr=tables.stop,
-            rest_ptr=tables.rest,
+            **tables.arguments(),
             result_ptr=result,
             score_ptr=score if details else None,
             margin_ptr=margin if details else None,

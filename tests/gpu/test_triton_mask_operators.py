@@ -33,10 +33,10 @@ def drawn(name: str, shape: tuple[int, ...], generator: torch.Generator, form: s
 @pytest.fixture(
     params=[
         # Several blocks of rows that cross layers, and splits that end beyond the pixels.
-        ("mask_cost", (3, 2, 9, 4, 5, 17, 31, 40, 50), {"rows": 16, "min_pixels": 128}),
+        ("mask_cost", (3, 2, 9, 4, 5, 17, 31, 40, 50), {"rows": 16, "least": 128}),
         # Programs that own a few rows and columns of logits each, and share the outputs between them.
         ("mask_loss", (1, 1, 3, 2, 1, 5, 70, 9, 150), {"cells": 32, "outputs": 2, "min_rows": 4, "backward_rows": 2}),
-        ("point_mask_cost", (2, 1, 4, 3, 2, 5, 7, 9, 19), {"programs": 64, "min_points": 32}),
+        ("point_mask_cost", (2, 1, 4, 3, 2, 5, 7, 9, 19), {"programs": 64, "least": 32}),
         ("point_mask_loss", (2, 1, 4, 3, 2, 5, 7, 9, 19), {"points": 16, "points_per_split": 32, "cells": 16}),
     ],
     ids=lambda param: param[0],
