@@ -72,6 +72,7 @@ class Found(NamedTuple):
 class Replacement:
     """Base of the classes that take the place of another library's."""
 
+    reads_masks = True  # whether what it replaces always or never compares masks
     matcher_class: type[Replacement] | None = None  # what takes the place of a criterion's matcher
 
     @classmethod
@@ -86,7 +87,7 @@ class Replacement:
     @classmethod
     def compares_masks(cls, module: nn.Module) -> bool:
         """Whether ``module``, patched or not, compares masks, so that void pixels can be left out."""
-        return True
+        return cls.reads_masks
 
 
 def replace(found: Found, options: Options) -> None:

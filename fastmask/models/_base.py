@@ -217,13 +217,7 @@ class PixelDecoderModel(PretrainedModel):
         """The pixel decoder; ``config`` and ``channels`` are set."""
         config = self.config
         return PixelDecoder(
-            self.channels,
-            config.pixel_decoder_dim,
-            config.mask_dim,
-            encoder_layers=config.encoder_layers,
-            num_heads=config.num_heads,
-            feedforward_dim=config.feedforward_dim,
-            dropout=config.dropout,
+            self.channels, config.pixel_decoder_dim, encoder_layers=config.encoder_layers, **self._layer_options
         )
 
     def _build_head(self) -> None:
@@ -231,17 +225,19 @@ class PixelDecoderModel(PretrainedModel):
         raise NotImplementedError
 
     @property
+    def _layer_options(self) -> dict[str, Any]:
+        """The arguments that the pixel decoder and the transformer decoder share."""
+        return {name: getattr(self.config, name) for name in ("mask_dim", "num_heads", "feedforward_dim", "dropout")}
+
+    @property
     def _transformer_options(self) -> dict[str, Any]:
         """Arguments of the transformer decoder, except the numbers of classes and queries."""
         config = self.config
         return {
+            **self._layer_options,
             "input_dim": config.pixel_decoder_dim if config.encoder_layers else self.channels[-1],
             "hidden_dim": config.hidden_dim,
-            "mask_dim": config.mask_dim,
             "decoder_layers": config.decoder_layers,
-            "num_heads": config.num_heads,
-            "feedforward_dim": config.feedforward_dim,
-            "dropout": config.dropout,
         }
 
     def _features(self, batch: ImageBatch) -> tuple[list[Tensor], Tensor | None]:

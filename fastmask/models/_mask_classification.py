@@ -134,6 +134,10 @@ class MaskClassificationModel(PretrainedModel):
         """``class_logits (L, B, N, K+1)``, ``mask_embed (L, B, N, C)`` and ``pixel_embed (B, C, h, w)``."""
         raise NotImplementedError
 
+    def _predict_layers(self, batch: ImageBatch) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """The supervised predictions, as of :meth:`_predict`; in groups of layers if their pixel embeddings differ."""
+        return [self._predict(batch, all_layers=self.config.num_predictions > 1)]
+
     def forward(
         self, images: Images, targets: Targets | Sequence[Mapping[str, Tensor]] | None = None
     ) -> dict[str, Any]:
@@ -142,7 +146,7 @@ class MaskClassificationModel(PretrainedModel):
         Args:
             images: ``(B, C, H, W)`` floating point in 0..1, or a list of ``(C, H_b, W_b)`` of any sizes, which are
                 padded at the bottom and right and masked; height and width of the batch become multiples of
-                ``size_divisibility``. The model normalizes the images itself.
+                ``size_divisibility``. The model normalizes the images itself. EoMT differs, see its description.
             targets: for each image a dict of ``labels (M_b,)`` in ``0..K-1`` and binary ``masks (M_b, H_b, W_b)`` of
                 the image's size; or :class:`fastmask.Targets`.
 
@@ -161,11 +165,12 @@ class MaskClassificationModel(PretrainedModel):
         batch = self.preprocessor(images)
         if targets is not None:
             targets = fit_targets(targets, batch, self.config.num_classes)
-        class_logits, mask_embed, pixel_embed = self._predict(batch, all_layers=self.config.num_predictions > 1)
+        groups = self._predict_layers(batch)
         if targets is not None:
-            predictions = Predictions(class_logits, None, (mask_embed, pixel_embed))
-            return self._weighted_losses([predictions], targets)
-        return stacked_outputs(class_logits, mask_products(mask_embed, pixel_embed))
+            predictions = [Predictions(classes, None, (masks, pixels)) for classes, masks, pixels in groups]
+            return self._weighted_losses(predictions, targets)
+        class_logits = _joined([classes for classes, _, _ in groups])
+        return _outputs(class_logits, _joined([mask_products(masks, pixels) for _, masks, pixels in groups]))
 
     @torch.inference_mode()
     def predict(
@@ -283,7 +288,12 @@ class MaskClassificationModel(PretrainedModel):
         return {name: value * weights[name] for name, value in losses.items() if name in weights}
 
 
-def stacked_outputs(class_logits: Tensor, mask_logits: Tensor) -> dict[str, Any]:
+def _joined(layers: list[Tensor]) -> Tensor:
+    """Groups of layers as one tensor; a single group is not copied."""
+    return torch.cat(layers) if len(layers) > 1 else layers[0]
+
+
+def _outputs(class_logits: Tensor, mask_logits: Tensor) -> dict[str, Any]:
     """The predictions of L stacked layers, as :meth:`MaskClassificationModel.forward` returns them."""
     return {
         "pred_logits": class_logits[-1],

@@ -15,21 +15,18 @@ from fastmask.extras import extra
 from fastmask.functional import mask_products, merge_views
 from fastmask.models._base import config_or_fields
 from fastmask.models._configuration import IMAGENET_MEAN, IMAGENET_STD, check_pixel_statistics, require
-from fastmask.models._images import ImageBatch, ImagePreprocessor, Images, Size, fit_targets, pad_images
+from fastmask.models._images import ImageBatch, ImagePreprocessor, Size, pad_images
 from fastmask.models._mask_classification import (
     MaskClassificationModel,
     PointSampledConfig,
     make_criterion,
-    stacked_outputs,
 )
 from fastmask.models._views import ShortSideWindows
 from fastmask.models.weight_files import check_keys
 from fastmask.modules.dino import DinoTransformer
 from fastmask.modules.mlp import MLP
-from fastmask.modules.predictions import Predictions
 from fastmask.modules.predictor import MASK_EMBED_LAYERS
 from fastmask.modules.resize import resize_bilinear
-from fastmask.targets import Targets
 
 ENCODERS = ("dinov2", "dinov3")
 # At inference, a block masks if its probability in training is at least this.
@@ -190,6 +187,10 @@ class EoMT(MaskClassificationModel):
     0, one block after the other, so that inference needs no masks and predicts once, at the end; see
     :meth:`set_mask_probabilities`. :class:`fastmask.modules.dino.MaskedSelfAttention` says how attention runs.
 
+    ``forward`` pads the images of a batch to multiples of ``patch_size`` with black. As in the authors' code, the network
+    sees this padding. There are L = ``query_blocks`` + 1 predictions; in evaluation mode only those before blocks that
+    mask, and the last.
+
     ``predict`` sees images at the sizes of the authors' evaluation. For "semantic", an image is resized so that its
     shorter side is ``image_size``, and predicted in square windows at even distances along its longer side; the scores
     of windows are averaged where they overlap. For the other tasks, its longer side is resized to ``image_size``, and
@@ -273,36 +274,9 @@ class EoMT(MaskClassificationModel):
             False: tuple(p >= MASKED_AT_INFERENCE for p in self.config.mask_probabilities),
         }
 
-    def forward(
-        self, images: Images, targets: Targets | Sequence[Mapping[str, Tensor]] | None = None
-    ) -> dict[str, Any]:
-        """Predictions, or losses if there are targets.
-
-        Args:
-            images: ``(B, C, H, W)`` floating point in 0..1, or a list of ``(C, H_b, W_b)`` of any sizes, which are
-                padded with black at the bottom and right; height and width of the batch become multiples of
-                ``patch_size``. As in the authors' code, the network sees the padding.
-            targets: for each image a dict of ``labels (M_b,)`` in ``0..K-1`` and binary ``masks (M_b, H_b, W_b)`` of
-                the image's size; or :class:`fastmask.Targets`.
-
-        Returns:
-            As :meth:`fastmask.MaskFormer.forward`, with L = ``query_blocks`` + 1 predictions; in evaluation mode only
-            those before blocks that mask, and the last.
-
-        Raises:
-            TypeError: images or targets of another type or dtype.
-            ValueError: shapes that do not match, or labels out of range.
-        """
-        batch = self.preprocessor(images)
-        if targets is not None:
-            targets = fit_targets(targets, batch, self.config.num_classes)
+    def _predict_layers(self, batch: ImageBatch) -> list[Layer]:
         layers = self._layers(batch, all_layers=True)
-        if targets is not None:
-            groups = [Predictions(classes[None], None, (masks[None], pixels)) for classes, masks, pixels in layers]
-            return self._weighted_losses(groups, targets)
-        class_logits = torch.stack([classes for classes, _, _ in layers])
-        mask_logits = torch.stack([mask_products(masks, pixels) for _, masks, pixels in layers])
-        return stacked_outputs(class_logits, mask_logits)
+        return [(classes[None], masks[None], pixels) for classes, masks, pixels in layers]
 
     def _results(
         self, batch: ImageBatch, tasks: Mapping[str, Mapping[str, Any]], sizes: Sequence[Size]

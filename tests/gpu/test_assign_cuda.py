@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.harness.graphs import capture
 from fastmask.functional import assign
 from tests.conftest import EMULATION
 from tests.helpers.assign_problems import FAMILIES, check_duals, check_matching, make
@@ -343,14 +344,7 @@ def test_a_ragged_batch_on_a_gpu(generator):
 def test_a_cuda_graph_replays_without_the_host(generator):
     cost = torch.randn(8, 50, 20, generator=generator).cuda()
     counts = torch.full((8,), 20, device="cuda")
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        assign(cost, counts)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        query_of = assign(cost, counts)
+    graph, query_of = capture(lambda: assign(cost, counts))
     for _ in range(3):
         cost.copy_(torch.randn(8, 50, 20, generator=generator))
         counts.copy_(torch.randint(0, 21, (8,), generator=generator))

@@ -38,12 +38,16 @@ SWIN = {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4], "win
 SMALL = {"num_queries": 7, "hidden_dim": 32, "mask_dim": 16, "pixel_decoder_dim": 32, "decoder_layers": 2}
 
 
-class FromTheHost(TorchFunctionMode):
-    """Tensors made of values that Python holds."""
+class Finds:
+    """Base of the modes below, which note where they find something."""
 
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
+
+
+class FromTheHost(Finds, TorchFunctionMode):
+    """Tensors made of values that Python holds."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -52,12 +56,8 @@ class FromTheHost(TorchFunctionMode):
         return result
 
 
-class BetweenDevices(TorchDispatchMode):
+class BetweenDevices(Finds, TorchDispatchMode):
     """Operators that read one device and write another; single numbers travel as arguments of a kernel."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.harness.graphs import capture
 from fastmask import instance_inference, panoptic_inference, reference, semantic_inference
 from fastmask.testing import assert_within_budget, error_budget
 from tests.helpers import gpu_errors
@@ -217,14 +218,7 @@ def test_a_graph_runs_on_other_logits(name, generator):
     geometry = GEOMETRIES["two steps up"]
     logits = tuple(x.cuda() for x in inputs(generator, geometry))
     run = runs(logits)[name]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = run()
+    graph, results = capture(run)
     logits[1].copy_(inputs(generator, geometry)[1])
     graph.replay()
     for a, b in zip(results, run(), strict=True):

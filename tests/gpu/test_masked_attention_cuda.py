@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from benchmarks.harness.graphs import capture
 from fastmask import masked_attention
 from fastmask.ops.masked_attention import MASKED_ATTENTION
 from fastmask.testing import assert_within_budget
@@ -173,14 +174,7 @@ def test_nothing_waits_for_the_gpu(p, generator):
 def test_captured_in_a_graph(shape, dtype, generator):
     *inputs, options = cuda_inputs(GPU_SHAPES[shape], generator, dtype)
     grad_out = torch.randn_like(inputs[0])
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        triton_results(*inputs, grad_out, **options)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = triton_results(*inputs, grad_out, **options)
+    graph, captured = capture(lambda: triton_results(*inputs, grad_out, **options))
     *others, _ = cuda_inputs(GPU_SHAPES[shape], generator, dtype)
     for x, other in zip(inputs, others, strict=True):
         x.copy_(other)

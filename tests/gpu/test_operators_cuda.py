@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks.gpu.operators import MAKERS, Call, expected_results, make_call
+from benchmarks.harness.graphs import capture
 
 CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -84,14 +85,7 @@ def test_nothing_waits_for_the_gpu(name, dtype):
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_graph_replays_on_other_inputs(name):
     call, other = make_call(name, "cuda"), make_call(name, "cuda", seed=1)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = call()
+    graph, results = capture(call)
     replace_inputs(call, other)
     graph.replay()
     torch.cuda.synchronize()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.harness.graphs import capture
 from fastmask import HungarianMatcher, MaskFormer, MaskFormerConfig, SetCriterion
 from fastmask.functional import mask_products
 from tests.helpers.host_syncs import host_syncs
@@ -137,16 +138,8 @@ def test_a_cuda_graph_replays_the_whole_training_step(generator):
         optimizer.step()
         return total.detach()
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
+    graph, total = capture(step)
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        total = step()
     for _ in range(3):
         fresh = random_targets(shape, generator, "segments").to("cuda")
         for name in ("labels", "counts", "segments"):

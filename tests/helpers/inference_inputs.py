@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -45,6 +46,14 @@ SMALL_GEOMETRIES = {
     "crop alone": Geometry((9, 8), None, (5, 6), (11, 18)),
 }
 KINDS = ("smooth", "noise")
+# (change, error, message): changes of what panoptic and instance inference refuse alike.
+BAD_LOGITS_AND_SIZES = {
+    "no height": ({"size": (0, 4)}, ValueError, "size must be"),
+    "no width": ({"size": (4, 0)}, ValueError, "size must be"),
+    "crop beyond the map": ({"valid_size": (10, 4)}, ValueError, "valid_size"),
+    "integer logits": ({"mask_logits": torch.zeros(2, 9, 9, 11).int()}, TypeError, "mask_logits must be floating"),
+    "other queries": ({"mask_logits": torch.zeros(2, 8, 9, 11)}, ValueError, "mask_logits"),
+}
 
 
 def make_logits(
@@ -115,3 +124,16 @@ def exact_embeddings(generator: torch.Generator, grid: tuple[int, int], **sizes:
     mask_embed = torch.randint(-3, 4, (batch, queries, 6), generator=generator).float()
     pixel_embed = torch.randint(-2, 3, (batch, 6, *grid), generator=generator).float()
     return mask_embed, pixel_embed
+
+
+def check_refused(
+    inference: Callable[..., Any],
+    generator: torch.Generator,
+    change: Mapping[str, Any],
+    error: type[Exception],
+    message: str,
+) -> None:
+    """Checks that valid arguments, with this change, raise the error."""
+    arguments = {"mask_logits": make_logits(generator, (9, 11)), "size": (21, 34)} | change
+    with pytest.raises(error, match=message):
+        inference(make_class_logits(generator), **arguments)

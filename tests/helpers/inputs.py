@@ -95,3 +95,23 @@ def random_points(generator: torch.Generator, *leading_and_count: int) -> Tensor
     border = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 1.0], [1.0, 0.3], [0.6, 0.0]])[: leading_and_count[-1] // 2]
     points[..., : len(border), :] = border
     return points
+
+
+def reference_inputs(
+    seed: int,
+    grid: tuple[int, int],
+    size: tuple[int, int],
+    scale: float,
+    *,
+    dtype: torch.dtype = torch.float64,
+    leading: tuple[int, ...] = (),
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Six queries and up to three targets of three images, the last of which has none: class logits of four classes,
+    mask logits with the standard deviation ``scale``, labels, masks and valid pixels."""
+    generator = torch.Generator().manual_seed(seed)
+    class_logits = torch.randn(*leading, 3, 6, 5, generator=generator, dtype=dtype) * 2
+    mask_logits = torch.randn(*leading, 3, 6, *grid, generator=generator, dtype=dtype) * scale
+    labels = torch.tensor([[0, 3, 1], [2, -1, -1], [-1, -1, -1]])
+    masks = torch.rand(3, 3, *size, generator=generator) > 0.6
+    valid = torch.rand(3, *size, generator=generator) > 0.3
+    return class_logits, mask_logits, labels, masks, valid

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 from torch.nn.functional import cross_entropy, l1_loss
 
-from tests.helpers.original_criteria import dice, sample
+from tests.helpers.original_criteria import dice, sample, uncertain_points
 
 NUM_CLASSES, NUM_QUERIES, NUM_POINTS, STUFF = 90, 7, 60, 80
 
@@ -117,13 +117,7 @@ class SetCriterion(nn.Module):
     def loss_masks(self, outputs, targets, indices, num_masks):
         x = outputs["pred_masks"][self._get_src_permutation_idx(indices)]
         t = torch.cat([targets[b]["masks"][slots] for b, (_, slots) in enumerate(indices)]).float()
-        candidates = torch.rand(len(x), int(self.num_points * self.oversample_ratio), 2)
-        num_uncertain = int(self.importance_sample_ratio * self.num_points)
-        points = candidates[:, :num_uncertain]
-        if len(x) > 0:
-            chosen = (-sample(x.detach(), candidates).abs()).topk(num_uncertain, 1).indices
-            points = candidates[torch.arange(len(x))[:, None], chosen]
-        points = torch.cat([points, torch.rand(len(x), self.num_points - num_uncertain, 2)], 1)
+        points = uncertain_points(self, x)
         losses = {"loss_mask": outputs["pred_masks"].sum() * 0, "loss_dice": outputs["pred_masks"].sum() * 0}
         if len(x) > 0:
             for logits, target in zip(sample(x, points), sample(t, points), strict=True):

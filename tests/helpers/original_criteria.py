@@ -28,6 +28,18 @@ def sample(maps: Tensor, points: Tensor) -> Tensor:
     return grid_sample(maps[:, None], 2 * points[:, :, None] - 1, align_corners=False)[:, 0, :, 0]
 
 
+def uncertain_points(criterion: Any, x: Tensor) -> Tensor:
+    """``(T, P, 2)``: of the criterion's number of points, those where the logits ``x (T, h, w)`` are nearest to 0, and
+    random ones."""
+    candidates = torch.rand(len(x), int(criterion.num_points * criterion.oversample_ratio), 2)
+    num_uncertain = int(criterion.importance_sample_ratio * criterion.num_points)
+    points = candidates[:, :num_uncertain]
+    if len(x) > 0:
+        chosen = (-sample(x.detach(), candidates).abs()).topk(num_uncertain, 1).indices
+        points = candidates[torch.arange(len(x))[:, None], chosen]
+    return torch.cat([points, torch.rand(len(x), criterion.num_points - num_uncertain, 2)], 1)
+
+
 class HungarianMatcher(nn.Module):
     """MaskFormer's, or with ``num_points`` Mask2Former's."""
 
@@ -88,13 +100,7 @@ class SetCriterion(nn.Module):
     def compared(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         if not hasattr(self, "num_points"):
             return interpolate(x[:, None], t.shape[-2:], mode="bilinear")[:, 0], t
-        candidates = torch.rand(len(x), int(self.num_points * self.oversample_ratio), 2)
-        num_uncertain = int(self.importance_sample_ratio * self.num_points)
-        points = candidates[:, :num_uncertain]
-        if len(x) > 0:
-            chosen = (-sample(x.detach(), candidates).abs()).topk(num_uncertain, 1).indices
-            points = candidates[torch.arange(len(x))[:, None], chosen]
-        points = torch.cat([points, torch.rand(len(x), self.num_points - num_uncertain, 2)], 1)
+        points = uncertain_points(self, x)
         return (sample(x, points), sample(t, points)) if len(x) > 0 else (x, t)
 
     def loss_masks(self, outputs, targets, pairs):

@@ -86,63 +86,47 @@ def test_a_file_that_holds_no_configuration_is_named(tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("config", "changes", "message"),
     [
-        ({"num_classes": 0}, "num_classes is 0"),
-        ({"num_queries": 0}, "num_queries is 0"),
-        ({"hidden_dim": 100}, "hidden_dim is 100; expected a multiple of 8"),
-        ({"hidden_dim": 96, "num_heads": 5}, "hidden_dim is 96; expected a multiple of 20"),
-        ({"pixel_decoder_dim": 48}, "pixel_decoder_dim is 48; expected a multiple of 32"),
-        ({"pixel_decoder_dim": 96, "encoder_layers": 1, "num_heads": 64}, "pixel_decoder_dim is 96"),
-        ({"dropout": 1.0}, r"dropout is 1.0; expected in \[0, 1\)"),
-        ({"mask_weight": -1.0}, "mask_weight is -1.0"),
-        ({"focal_gamma": float("nan")}, "focal_gamma is nan"),
-        ({"stuff_classes": (2, 4)}, r"stuff_classes is \[4\]; expected in 0..3"),
-        ({"class_names": ("a",)}, "class_names is 1 names; expected 4"),
-        ({"pixel_std": (1.0, 0.0, 1.0)}, "pixel_std"),
-        ({"pixel_mean": (0.5,)}, "pixel_std"),
+        (MaskFormerConfig, {"num_classes": 0}, "num_classes is 0"),
+        (MaskFormerConfig, {"num_queries": 0}, "num_queries is 0"),
+        (MaskFormerConfig, {"hidden_dim": 100}, "hidden_dim is 100; expected a multiple of 8"),
+        (MaskFormerConfig, {"hidden_dim": 96, "num_heads": 5}, "hidden_dim is 96; expected a multiple of 20"),
+        (MaskFormerConfig, {"pixel_decoder_dim": 48}, "pixel_decoder_dim is 48; expected a multiple of 32"),
+        (MaskFormerConfig, {"pixel_decoder_dim": 96, "encoder_layers": 1, "num_heads": 64}, "pixel_decoder_dim is 96"),
+        (MaskFormerConfig, {"dropout": 1.0}, r"dropout is 1.0; expected in \[0, 1\)"),
+        (MaskFormerConfig, {"mask_weight": -1.0}, "mask_weight is -1.0"),
+        (MaskFormerConfig, {"focal_gamma": float("nan")}, "focal_gamma is nan"),
+        (MaskFormerConfig, {"stuff_classes": (2, 4)}, r"stuff_classes is \[4\]; expected in 0..3"),
+        (MaskFormerConfig, {"class_names": ("a",)}, "class_names is 1 names; expected 4"),
+        (MaskFormerConfig, {"pixel_std": (1.0, 0.0, 1.0)}, "pixel_std"),
+        (MaskFormerConfig, {"pixel_mean": (0.5,)}, "pixel_std"),
+        (SegmenterConfig, {"num_classes": 0}, "num_classes is 0"),
+        (SegmenterConfig, {"decoder": "fpn"}, "decoder is 'fpn'; expected 'mask' or 'linear'"),
+        (
+            SegmenterConfig,
+            {"image_size": (512, 500)},
+            r"image_size is \(512, 500\); expected .*multiples of patch_size 16",
+        ),
+        (SegmenterConfig, {"image_size": (512,)}, "image_size is"),
+        (SegmenterConfig, {"patch_size": 0}, "patch_size is 0"),
+        (SegmenterConfig, {"num_heads": 5}, "hidden_dim is 384; expected a multiple of num_heads 5"),
+        (SegmenterConfig, {"decoder_heads": 5}, "hidden_dim is 384; expected a multiple of decoder_heads 5"),
+        (SegmenterConfig, {"drop_path": 1.0}, r"drop_path is 1.0; expected in \[0, 1\)"),
+        (SegmenterConfig, {"decoder_dropout": -0.1}, "decoder_dropout is -0.1"),
+        (SegmenterConfig, {"window_size": -1}, "window_size is -1"),
+        (SegmenterConfig, {"window_stride": 513}, "window_stride is 513; expected in 1..512"),
+        (SegmenterConfig, {"ignore_index": 3}, "ignore_index is 3; expected outside of the classes 0..3"),
+        (SegmenterConfig, {"class_names": ("a",)}, "class_names is 1 names; expected 4"),
+        (PerPixelBaselineConfig, {"ignore_index": 0}, "ignore_index is 0; expected outside of the classes 0..3"),
+        (PerPixelBaselineConfig, {"hidden_dim": 100}, "hidden_dim is 100; expected a multiple of 8"),
+        (PerPixelBaselineConfig, {"pixel_decoder_dim": 48}, "pixel_decoder_dim is 48"),
+        (PerPixelBaselineConfig, {"decoder_layers": 0}, "decoder_layers is 0"),
     ],
 )
-def test_values_out_of_range_are_named(changes, message):
+def test_values_out_of_range_are_named(config, changes, message):
     with pytest.raises(ValueError, match=message):
-        MaskFormerConfig(**{"num_classes": 4, **changes})
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"num_classes": 0}, "num_classes is 0"),
-        ({"decoder": "fpn"}, "decoder is 'fpn'; expected 'mask' or 'linear'"),
-        ({"image_size": (512, 500)}, r"image_size is \(512, 500\); expected .*multiples of patch_size 16"),
-        ({"image_size": (512,)}, "image_size is"),
-        ({"patch_size": 0}, "patch_size is 0"),
-        ({"num_heads": 5}, "hidden_dim is 384; expected a multiple of num_heads 5"),
-        ({"decoder_heads": 5}, "hidden_dim is 384; expected a multiple of decoder_heads 5"),
-        ({"drop_path": 1.0}, r"drop_path is 1.0; expected in \[0, 1\)"),
-        ({"decoder_dropout": -0.1}, "decoder_dropout is -0.1"),
-        ({"window_size": -1}, "window_size is -1"),
-        ({"window_stride": 513}, "window_stride is 513; expected in 1..512"),
-        ({"ignore_index": 3}, "ignore_index is 3; expected outside of the classes 0..3"),
-        ({"class_names": ("a",)}, "class_names is 1 names; expected 4"),
-    ],
-)
-def test_a_segmenters_values_out_of_range_are_named(changes, message):
-    with pytest.raises(ValueError, match=message):
-        SegmenterConfig(**{"num_classes": 4, **changes})
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"ignore_index": 0}, "ignore_index is 0; expected outside of the classes 0..3"),
-        ({"hidden_dim": 100}, "hidden_dim is 100; expected a multiple of 8"),
-        ({"pixel_decoder_dim": 48}, "pixel_decoder_dim is 48"),
-        ({"decoder_layers": 0}, "decoder_layers is 0"),
-    ],
-)
-def test_a_baselines_values_out_of_range_are_named(changes, message):
-    with pytest.raises(ValueError, match=message):
-        PerPixelBaselineConfig(**{"num_classes": 4, **changes})
+        config(**{"num_classes": 4, **changes})
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,9 @@ def test_any_pattern_of_broken_pairs(cost):
     check_broken(cost)
 
 
-def test_a_wide_range_next_to_nan():
+@pytest.mark.parametrize("assign", [assign, reference.assign], ids=["operator", "reference"])
+def test_a_wide_range_next_to_nan(assign):
+    """Costs near 1 still decide next to a finite 1e30 and a pair that is not finite."""
     cost = torch.tensor([[1.0, 2.0, 1e30], [2.0, 1.0, 3.0], [torch.nan, -torch.inf, 5.0]], dtype=torch.float64)
     assert assign(cost).tolist() == [0, 1, 2]
     huge = torch.tensor([[1.7e308, -1.7e308], [-1.7e308, 1.7e308]], dtype=torch.float64)

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import fastmask
 from fastmask import instance_inference, reference
 from fastmask.measure import peak_memory
 from fastmask.ops import _mask_source
@@ -19,8 +18,10 @@ from fastmask.ops._geometry import Geometry
 from fastmask.ops.instance import INSTANCE_MASKS
 from fastmask.testing import assert_within_budget
 from tests.helpers.inference_inputs import (
+    BAD_LOGITS_AND_SIZES,
     GEOMETRIES,
     SMALL_GEOMETRIES,
+    check_refused,
     exact_embeddings,
     make_class_logits,
     make_logits,
@@ -287,18 +288,13 @@ BAD_ARGUMENTS = {
     "no results": ({"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
     "unknown rule": ({"rule": "maskformer"}, ValueError, "rule must be one of mask2former"),
     "unknown output": ({"output": "polygons"}, ValueError, "output must be one of masks, rle"),
-    "no size": ({"size": (4, 0)}, ValueError, "size must be"),
-    "crop beyond the map": ({"valid_size": (10, 4)}, ValueError, "valid_size"),
-    "integer logits": ({"mask_logits": torch.zeros(2, 9, 9, 11).int()}, TypeError, "mask_logits must be floating"),
-    "other queries": ({"mask_logits": torch.zeros(2, 8, 9, 11)}, ValueError, "mask_logits"),
+    **BAD_LOGITS_AND_SIZES,
 }
 
 
 @pytest.mark.parametrize(("change", "error", "message"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
 def test_bad_arguments(change, error, message, generator):
-    arguments = {"mask_logits": make_logits(generator, (9, 11)), "size": (21, 34)} | change
-    with pytest.raises(error, match=message):
-        fastmask.instance_inference(make_class_logits(generator), **arguments)
+    check_refused(instance_inference, generator, change, error, message)
 
 
 def test_opcheck_of_run_lengths(generator):

@@ -8,15 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-import fastmask
 from fastmask import panoptic_inference, reference
 from fastmask.measure import peak_memory
 from fastmask.ops import _mask_source
 from fastmask.ops._geometry import Geometry
 from fastmask.ops.panoptic import PANOPTIC_WINNERS, _segments
 from tests.helpers.inference_inputs import (
+    BAD_LOGITS_AND_SIZES,
     GEOMETRIES,
     SMALL_GEOMETRIES,
+    check_refused,
     exact_embeddings,
     make_class_logits,
     make_logits,
@@ -270,15 +271,10 @@ BAD_ARGUMENTS = {
     "negative": ({"overlap_threshold": -0.1}, ValueError, r"overlap_threshold must lie in 0\.\.1"),
     "NaN": ({"mask_threshold": float("nan")}, ValueError, r"mask_threshold must lie in 0\.\.1, got nan"),
     "unknown rule": ({"rule": "detr"}, ValueError, "rule must be one of maskformer"),
-    "no size": ({"size": (0, 4)}, ValueError, "size must be"),
-    "crop beyond the map": ({"valid_size": (10, 4)}, ValueError, "valid_size"),
-    "integer logits": ({"mask_logits": torch.zeros(2, 9, 9, 11).int()}, TypeError, "mask_logits must be floating"),
-    "other queries": ({"mask_logits": torch.zeros(2, 8, 9, 11)}, ValueError, "mask_logits"),
+    **BAD_LOGITS_AND_SIZES,
 }
 
 
 @pytest.mark.parametrize(("change", "error", "message"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
 def test_bad_arguments(change, error, message, generator):
-    arguments = {"mask_logits": make_logits(generator, (9, 11)), "size": (21, 34)} | change
-    with pytest.raises(error, match=message):
-        fastmask.panoptic_inference(make_class_logits(generator), **arguments)
+    check_refused(panoptic_inference, generator, change, error, message)

@@ -8,20 +8,16 @@ from torch.autograd import gradcheck
 from transformers.models.maskformer.modeling_maskformer import MaskFormerHungarianMatcher, MaskFormerLoss
 
 from fastmask.reference import assign, class_loss, mask_cost, mask_loss
+from tests.helpers.inputs import reference_inputs
 
 # (h, w) of the logits and (H, W) of the targets: integer factor, odd sizes, one pixel either way, logits finer
 GRIDS = [((4, 4), (8, 8)), ((3, 5), (10, 7)), ((1, 1), (4, 3)), ((5, 3), (1, 1)), ((9, 7), (4, 5))]
 
 
 def make_inputs(seed, grid, size, *, dtype=torch.float64, leading=()):
-    generator = torch.Generator().manual_seed(seed)
-    class_logits = torch.randn(*leading, 3, 6, 5, generator=generator, dtype=dtype) * 2
-    mask_logits = torch.randn(*leading, 3, 6, *grid, generator=generator, dtype=dtype) * 3
-    labels = torch.tensor([[0, 3, 1], [2, -1, -1], [-1, -1, -1]])
+    *logits, labels, masks, valid = reference_inputs(seed, grid, size, 3.0, dtype=dtype, leading=leading)
     assignment = torch.tensor([[5, 0, 2], [1, -1, -1], [-1, -1, -1]]).expand(*leading, 3, 3)
-    masks = torch.rand(3, 3, *size, generator=generator) > 0.6
-    valid = torch.rand(3, *size, generator=generator) > 0.3
-    return class_logits, mask_logits, labels, assignment, masks, valid
+    return *logits, labels, assignment, masks, valid
 
 
 def sample(x, row, column, size):

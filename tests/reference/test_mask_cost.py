@@ -1,6 +1,7 @@
 """The reference matching cost against a loop over pairs, and against transformers' matcher."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,19 +10,13 @@ from scipy.optimize import linear_sum_assignment
 from transformers.models.maskformer import modeling_maskformer
 
 from fastmask.reference import mask_cost
+from tests.helpers.inputs import reference_inputs
 
 # (h, w) of the logits and (H, W) of the targets: integer factor, odd sizes, one pixel, logits finer than targets
 GRIDS = [((4, 4), (8, 8)), ((3, 5), (10, 7)), ((1, 1), (9, 4)), ((7, 9), (5, 6)), ((1, 1), (1, 1))]
 
 
-def make_inputs(seed, grid, size, *, dtype=torch.float64, leading=()):
-    generator = torch.Generator().manual_seed(seed)
-    class_logits = torch.randn(*leading, 3, 6, 5, generator=generator, dtype=dtype) * 2
-    mask_logits = torch.randn(*leading, 3, 6, *grid, generator=generator, dtype=dtype) * 4
-    labels = torch.tensor([[0, 3, 1], [2, -1, -1], [-1, -1, -1]])
-    masks = torch.rand(3, 3, *size, generator=generator) > 0.6
-    valid = torch.rand(3, *size, generator=generator) > 0.3
-    return class_logits, mask_logits, labels, masks, valid
+make_inputs = partial(reference_inputs, scale=4.0)
 
 
 def expected_pair(class_row, x, label, target, counted, weights, mask_term, alpha, gamma):

@@ -38,13 +38,10 @@ Layer = Mapping[str, Any]  # "logits" (B, N, K), "pred_boxes" (B, N, 4) and othe
 class BoxMatcher(Replacement, nn.Module):
     """DETR's matcher; class, box and GIoU costs are transformers' own."""
 
+    reads_masks = False
     class_cost: float
     bbox_cost: float
     giou_cost: float
-
-    @classmethod
-    def compares_masks(cls, module: nn.Module) -> bool:
-        return False
 
     @torch.no_grad()
     def forward(self, outputs: Layer, targets: TargetList, group_detr: int = 1) -> Pairs:

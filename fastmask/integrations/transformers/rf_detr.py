@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastmask.functional import mask_cost
 from fastmask.integrations._foreign_targets import Pairs, TargetList, mask_term, pair_losses, sizes_of
@@ -36,13 +36,10 @@ class Drawn(NamedTuple):
 class RfDetrMatcher(FocalMatcher):
     """The matcher: Deformable DETR's costs, and those of masks by fastmask's kernels."""
 
+    reads_masks = True
     mask_point_sample_ratio: int
     cost_mask_class: float
     cost_mask_dice: float
-
-    @classmethod
-    def compares_masks(cls, module: nn.Module) -> bool:
-        return True
 
     def cost(self, layers: Sequence[Layer], targets: TargetList) -> Tensor:
         """``(L, B, N, M)``: the matching cost; anything in the columns of padding."""
