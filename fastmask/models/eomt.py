@@ -187,9 +187,9 @@ class EoMT(MaskClassificationModel):
     0, one block after the other, so that inference needs no masks and predicts once, at the end; see
     :meth:`set_mask_probabilities`. :class:`fastmask.modules.dino.MaskedSelfAttention` says how attention runs.
 
-    ``forward`` pads the images of a batch to multiples of ``patch_size`` with black. As in the authors' code, the network
-    sees this padding. There are L = ``query_blocks`` + 1 predictions; in evaluation mode only those before blocks that
-    mask, and the last.
+    ``forward`` pads the images of a batch to multiples of ``patch_size`` with black. As in the authors' code, the
+    network sees this padding. There are L = ``query_blocks`` + 1 predictions; in evaluation mode only those before
+    blocks that mask, and the last.
 
     ``predict`` sees images at the sizes of the authors' evaluation. For "semantic", an image is resized so that its
     shorter side is ``image_size``, and predicted in square windows at even distances along its longer side; the scores

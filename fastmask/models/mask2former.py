@@ -95,12 +95,9 @@ class Mask2Former(MaskClassificationModel, PixelDecoderModel):
         return DeformablePixelDecoder(
             self.channels,
             config.pixel_decoder_dim,
-            config.mask_dim,
             encoder_layers=config.encoder_layers,
-            num_heads=config.num_heads,
             num_points=config.encoder_points,
-            feedforward_dim=config.encoder_feedforward_dim,
-            dropout=config.dropout,
+            **self._layer_options | {"feedforward_dim": config.encoder_feedforward_dim},
         )
 
     def _build_head(self) -> None:

@@ -185,3 +185,10 @@ def assert_same_step(actual: tuple, expected: tuple, exact: tuple) -> None:
         }
         errors.append(max((error, name) for name, error in relative.items()))
     assert errors[0][0] <= 2 * errors[1][0] + 1e-6, errors
+
+
+def assert_same_weights(theirs: nn.Module, back: nn.Module) -> None:
+    """Checks that a model that was converted to ours and back has its weights."""
+    weights = theirs.state_dict()
+    kept = {name: value for name, value in back.state_dict().items() if "criterion" not in name}
+    assert all(torch.equal(value, weights[name]) for name, value in kept.items())

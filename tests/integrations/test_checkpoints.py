@@ -23,6 +23,7 @@ from fastmask.integrations.checkpoints import (
     to_original_maskformer,
 )
 from fastmask.integrations.checkpoints.state_files import read_weights
+from tests.helpers.foreign_models import assert_same_weights
 from tests.helpers.original_mask2former import OriginalMask2Former
 from tests.helpers.original_maskformer import OriginalMaskFormer, ResNet, Swin
 
@@ -139,10 +140,7 @@ def test_hugging_face_computes_the_same(backbone, names, tmp_path):
         assert (model.config.mask_weight, model.config.dice_cost) == (theirs.config.mask_weight, 1.0)
     back = to_hugging_face_maskformer(model)
     assert_same_outputs(model, back)
-    weights = theirs.state_dict()
-    assert all(
-        torch.equal(value, weights[name]) for name, value in back.state_dict().items() if "criterion" not in name
-    )
+    assert_same_weights(theirs, back)
 
 
 def test_a_model_of_ours_goes_to_hugging_face_and_back(tmp_path):

@@ -21,6 +21,7 @@ from fastmask.integrations.checkpoints import (
 )
 from fastmask.integrations.checkpoints.hugging_face_mask2former import rules_of
 from fastmask.integrations.checkpoints.names import to_own
+from tests.helpers.foreign_models import assert_same_weights
 from tests.helpers.tiny_models import mask_targets
 
 CLASSES, POINTS = 5, 60
@@ -84,10 +85,7 @@ def test_hugging_face_computes_the_same(backbone, source, tmp_path):
     assert (config.num_points, config.mask_cost, config.decoder_layers) == (POINTS, 5.0, 4)
     back = to_hugging_face_mask2former(model)
     assert_same_outputs(model, back)
-    weights = theirs.state_dict()
-    assert all(
-        torch.equal(value, weights[name]) for name, value in back.state_dict().items() if "criterion" not in name
-    )
+    assert_same_weights(theirs, back)
 
 
 class SamePoints(PointSampling):

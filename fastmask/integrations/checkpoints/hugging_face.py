@@ -28,6 +28,12 @@ OLDER_NAMES = (
     (r"(transformer_module\.decoder\.layers\.\d+\.\w+)\.out_proj\.", r"\1.o_proj."),
     (r"(transformer_module\.decoder\.layers\.\d+)\.(fc[12])\.", r"\1.mlp.\2."),
 )
+# What MaskFormer and Mask2Former name alike.
+HEAD_RULES = (
+    rename(r"pixel_decoder\.mask_features\.(.*)", rf"{PIXEL_DECODER}.mask_projection.\1"),
+    rename(r"predictor\.query_embed\.(.*)", rf"{TRANSFORMER}.queries_embedder.\1"),
+    rename(r"predictor\.class_embed\.(.*)", r"class_predictor.\1"),
+)
 # Fields of our configuration by those of transformers': of its decoder, and of the model.
 DECODER_FIELDS = {
     "num_queries": "num_queries",
@@ -76,11 +82,9 @@ def rules_of(model: MaskFormer) -> list[NameRule]:
     rules = [
         *hugging_face_swin(ENCODER),
         rename(r"backbone\.((embedder|encoder)\..*)", rf"{ENCODER}\1"),
-        rename(r"pixel_decoder\.mask_features\.(.*)", rf"{PIXEL_DECODER}.mask_projection.\1"),
-        rename(r"predictor\.query_embed\.(.*)", rf"{TRANSFORMER}.queries_embedder.\1"),
+        *HEAD_RULES,
         rename(r"predictor\.input_proj\.(.*)", rf"{TRANSFORMER}.input_projection.\1"),
         rename(r"predictor\.decoder\.norm\.(.*)", rf"{TRANSFORMER}.decoder.layernorm.\1"),
-        rename(r"predictor\.class_embed\.(.*)", r"class_predictor.\1"),
         rename(r"predictor\.mask_embed\.layers\.(\d+)\.(.*)", r"mask_embedder.\1.0.\2"),
         rename(rf"{own}\.linear(\d)\.(.*)", rf"{layer}.mlp.fc\2.\3"),
         *(rename(rf"{own}\.{norm}\.(.*)", rf"{layer}.{name}.\2") for norm, name in NORMS.items()),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastmask.extras import extra
-from fastmask.integrations.checkpoints.hugging_face_format import HuggingFaceFormat
+from fastmask.integrations.checkpoints.hugging_face_format import COSTS, POINT_SAMPLED_FIELDS, HuggingFaceFormat
 from fastmask.integrations.checkpoints.names import NameRule, rename
 from fastmask.models.eomt import EoMT, EoMTConfig
 from fastmask.modules.dino import DinoTransformer
@@ -32,17 +32,9 @@ FIELDS = {
     "num_queries": "num_queries",
     "query_blocks": "num_blocks",
     "upscale_blocks": "num_upscale_blocks",
-    "class_weight": "class_weight",
-    "mask_weight": "mask_weight",
-    "dice_weight": "dice_weight",
-    "no_object_weight": "no_object_weight",
-    "num_points": "train_num_points",
-    "oversample_ratio": "oversample_ratio",
-    "importance_sample_ratio": "importance_sample_ratio",
+    **POINT_SAMPLED_FIELDS,
 }
 MOST_RATIO = 16  # of an MLP's hidden channels
-# Their matching costs are their loss weights.
-COSTS = {"class_cost": "class_weight", "mask_cost": "mask_weight", "dice_cost": "dice_weight"}
 # What transformers can build and this library cannot, by field, with the only value that both have.
 FIXED = {"hidden_act": "gelu", "hidden_dropout_prob": 0.0, "attention_dropout": 0.0, "num_channels": 3}
 FIXED_DINOV3 = {

@@ -24,6 +24,20 @@ WEIGHTS_FILES = (
 )
 
 
+# Fields of our ``PointSampledConfig`` by those of transformers' configurations of Mask2Former and EoMT.
+POINT_SAMPLED_FIELDS = {
+    "class_weight": "class_weight",
+    "mask_weight": "mask_weight",
+    "dice_weight": "dice_weight",
+    "no_object_weight": "no_object_weight",
+    "num_points": "train_num_points",
+    "oversample_ratio": "oversample_ratio",
+    "importance_sample_ratio": "importance_sample_ratio",
+}
+# Those networks' matching costs are their loss weights.
+COSTS = {"class_cost": "class_weight", "mask_cost": "mask_weight", "dice_cost": "dice_weight"}
+
+
 @dataclass(frozen=True)
 class HuggingFaceFormat:
     """How transformers stores the networks of a family.

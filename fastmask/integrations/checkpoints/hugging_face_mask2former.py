@@ -12,12 +12,13 @@ from fastmask.extras import extra
 from fastmask.integrations.checkpoints.backbone_names import NOT_LEARNED
 from fastmask.integrations.checkpoints.hugging_face import (
     ENCODER,
+    HEAD_RULES,
     PIXEL_DECODER,
     TRANSFORMER,
     own_backbone,
     their_backbone,
 )
-from fastmask.integrations.checkpoints.hugging_face_format import HuggingFaceFormat
+from fastmask.integrations.checkpoints.hugging_face_format import COSTS, POINT_SAMPLED_FIELDS, HuggingFaceFormat
 from fastmask.integrations.checkpoints.names import NameRule, rename
 from fastmask.models.mask2former import Mask2Former, Mask2FormerConfig
 
@@ -36,16 +37,8 @@ FIELDS = {
     "num_heads": "num_attention_heads",
     "dropout": "dropout",
     "deep_supervision": "use_auxiliary_loss",
-    "class_weight": "class_weight",
-    "mask_weight": "mask_weight",
-    "dice_weight": "dice_weight",
-    "no_object_weight": "no_object_weight",
-    "num_points": "train_num_points",
-    "oversample_ratio": "oversample_ratio",
-    "importance_sample_ratio": "importance_sample_ratio",
+    **POINT_SAMPLED_FIELDS,
 }
-# Their matching costs are their loss weights.
-COSTS = {"class_cost": "class_weight", "mask_cost": "mask_weight", "dice_cost": "dice_weight"}
 # What transformers can build and fastmask cannot, with the only value that both have; and the reverse.
 FIXED = {"pre_norm": False, "activation_function": "relu", "common_stride": 4}
 NUM_MAPS, NUM_POINTS = 4, 4
@@ -90,10 +83,9 @@ def rules_of(model: Mask2Former) -> list[NameRule]:
         rename(r"backbone\.(.*)", rf"{ENCODER}\1"),
         rename(r"pixel_decoder\.level_embed", f"{PIXEL_DECODER}.level_embed"),
         rename(r"pixel_decoder\.input_proj\.(.*)", rf"{PIXEL_DECODER}.input_projections.\1"),
-        rename(r"pixel_decoder\.mask_features\.(.*)", rf"{PIXEL_DECODER}.mask_projection.\1"),
+        *HEAD_RULES,
         rename(rf"{own_encoder}\.(self_attn\..*)", rf"{encoder}.\2"),
         *(rename(rf"{own_encoder}\.{part}\.(.*)", rf"{encoder}.{name}.\2") for part, name in ENCODER_PARTS.items()),
-        rename(r"predictor\.query_embed\.(.*)", rf"{TRANSFORMER}.queries_embedder.\1"),
         rename(r"predictor\.query_feat\.(.*)", rf"{TRANSFORMER}.queries_features.\1"),
         rename(r"predictor\.level_embed\.(.*)", rf"{TRANSFORMER}.level_embed.\1"),
         rename(r"predictor\.input_proj\.(.*)", rf"{TRANSFORMER}.input_projections.\1"),
@@ -102,7 +94,6 @@ def rules_of(model: Mask2Former) -> list[NameRule]:
         rename(rf"{own}\.(self_attn\.out_proj\..*)", rf"{layer}.\2"),
         *(rename(rf"{own}\.{part}\.(.*)", rf"{layer}.{name}.\2") for part, name in DECODER_PARTS.items()),
         rename(r"predictor\.norm\.(.*)", rf"{TRANSFORMER}.decoder.layernorm.\1"),
-        rename(r"predictor\.class_embed\.(.*)", r"class_predictor.\1"),
         rename(
             r"predictor\.mask_embed\.layers\.(\d+)\.(.*)",
             rf"{TRANSFORMER}.decoder.mask_predictor.mask_embedder.\1.0.\2",

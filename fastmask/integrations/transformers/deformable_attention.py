@@ -15,9 +15,7 @@ from fastmask.modules.deformable_attention import projected_deformable_attention
 class MultiScaleDeformableAttention(Replacement, nn.Module):
     """The part without weights that Deformable DETR's descendants share: samples of the values, weighted and summed."""
 
-    @classmethod
-    def compares_masks(cls, module: nn.Module) -> bool:
-        return False
+    reads_masks = False
 
     def forward(
         self,
@@ -42,9 +40,7 @@ class EncoderAttention(Replacement, nn.Module):
     value_proj: nn.Linear
     output_proj: nn.Linear
 
-    @classmethod
-    def compares_masks(cls, module: nn.Module) -> bool:
-        return False
+    reads_masks = False
 
     def forward(
         self,
