@@ -42,6 +42,13 @@ FIELDS = {
 # What transformers can build and fastmask cannot, with the only value that both have; and the reverse.
 FIXED = {"pre_norm": False, "activation_function": "relu", "common_stride": 4}
 NUM_MAPS, NUM_POINTS = 4, 4
+# The names of parts of our transformer decoder.
+PREDICTOR_PARTS = {
+    "query_feat": "queries_features",
+    "level_embed": "level_embed",
+    "input_proj": "input_projections",
+    "norm": "decoder.layernorm",
+}
 # The names of our transformer layers' parts, in the pixel decoder and in the decoder.
 ENCODER_PARTS = {"norm1": "self_attn_layer_norm", "norm2": "final_layer_norm", "linear1": "fc1", "linear2": "fc2"}
 DECODER_PARTS = {
@@ -86,14 +93,11 @@ def rules_of(model: Mask2Former) -> list[NameRule]:
         *HEAD_RULES,
         rename(rf"{own_encoder}\.(self_attn\..*)", rf"{encoder}.\2"),
         *(rename(rf"{own_encoder}\.{part}\.(.*)", rf"{encoder}.{name}.\2") for part, name in ENCODER_PARTS.items()),
-        rename(r"predictor\.query_feat\.(.*)", rf"{TRANSFORMER}.queries_features.\1"),
-        rename(r"predictor\.level_embed\.(.*)", rf"{TRANSFORMER}.level_embed.\1"),
-        rename(r"predictor\.input_proj\.(.*)", rf"{TRANSFORMER}.input_projections.\1"),
+        *(rename(rf"predictor\.{part}\.(.*)", rf"{TRANSFORMER}.{name}.\1") for part, name in PREDICTOR_PARTS.items()),
         rename(rf"{own}\.(cross_attn\..*)", rf"{layer}.\2"),
         NameRule(rf"{own}\.self_attn\.in_proj_(.*)", tuple(rf"{layer}.self_attn.{part}_proj.\2" for part in "qkv")),
         rename(rf"{own}\.(self_attn\.out_proj\..*)", rf"{layer}.\2"),
         *(rename(rf"{own}\.{part}\.(.*)", rf"{layer}.{name}.\2") for part, name in DECODER_PARTS.items()),
-        rename(r"predictor\.norm\.(.*)", rf"{TRANSFORMER}.decoder.layernorm.\1"),
         rename(
             r"predictor\.mask_embed\.layers\.(\d+)\.(.*)",
             rf"{TRANSFORMER}.decoder.mask_predictor.mask_embedder.\1.0.\2",
