@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -65,15 +66,12 @@ class InstanceAgreement:
     """
 
     def __init__(self, inputs: InstanceInputs) -> None:
-        self.inputs = InstanceInputs(inputs.predictions.to(torch.float64), "masks")
-        self.expected: dict[str, Instances] = {}
+        inputs = InstanceInputs(inputs.predictions.to(torch.float64), "masks")
+        self.expected = cache(lambda rule: from_fastmask(run_fastmask(inputs, rule, "reference"), rule))
 
     def disagreement(self, result: Instances, error_factor: float) -> str | None:
-        if result.rule not in self.expected:
-            self.expected[result.rule] = from_fastmask(run_fastmask(self.inputs, result.rule, "reference"), result.rule)
-        for (scores, areas), (wanted, wanted_areas) in zip(
-            result.images, self.expected[result.rule].images, strict=True
-        ):
+        expected = self.expected(result.rule)
+        for (scores, areas), (wanted, wanted_areas) in zip(result.images, expected.images, strict=True):
             if len(scores) != len(wanted):
                 return f"has {len(scores)} instances; expected {len(wanted)}"
             if len(scores) == 0:

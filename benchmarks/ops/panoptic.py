@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -45,15 +46,12 @@ class SegmentAgreement:
     TOLERANCE = 1e-3
 
     def __init__(self, inputs: InferenceInputs) -> None:
-        self.inputs = inputs.to(torch.float64)
-        self.expected: dict[str, Segmented] = {}
+        inputs = inputs.to(torch.float64)
+        self.expected = cache(lambda rule: from_fastmask(run_fastmask(inputs, rule, "reference"), rule))
 
     def disagreement(self, result: Segmented, error_factor: float) -> str | None:
-        if result.rule not in self.expected:
-            self.expected[result.rule] = from_fastmask(run_fastmask(self.inputs, result.rule, "reference"), result.rule)
-        for (ids, categories), (wanted, wanted_categories) in zip(
-            result.images, self.expected[result.rule].images, strict=True
-        ):
+        expected = self.expected(result.rule)
+        for (ids, categories), (wanted, wanted_categories) in zip(result.images, expected.images, strict=True):
             if categories != wanted_categories:
                 return f"has segments of the categories {categories}; expected {wanted_categories}"
             share = (ids != wanted).float().mean().item()

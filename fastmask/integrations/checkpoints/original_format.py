@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmask.integrations.checkpoints.backbone_names import NOT_LEARNED
+from fastmask.integrations.checkpoints.backbone_names import NOT_LEARNED, detectron2_resnet, microsoft_swin
 from fastmask.integrations.checkpoints.names import NameRule, rename, to_foreign, to_own
 from fastmask.integrations.checkpoints.state_files import read_weights
 from fastmask.models._base import PretrainedModel
@@ -145,6 +145,18 @@ class Shapes:
         counts = range(len(self.weights) + 1)
         return next(i for i in counts if not any(name.startswith(pattern.format(i)) for name in self.weights))
 
+    def fields(self) -> dict[str, Any]:
+        """The fields of the configuration that every family stores alike."""
+        backbone, options = self.backbone()
+        mask_dim, pixel_decoder_dim = self.of(f"{DECODER}.mask_features.weight")[:2]
+        return {
+            "num_classes": self.of(f"{PREDICTOR}.class_embed.weight")[0] - 1,
+            "backbone": backbone,
+            "backbone_options": options,
+            "mask_dim": mask_dim,
+            "pixel_decoder_dim": pixel_decoder_dim,
+        }
+
     def backbone(self) -> tuple[str, dict[str, Any]]:
         """The backbone's name and options, for :func:`fastmask.models.build_backbone`."""
         if "backbone.patch_embed.proj.weight" in self.weights:
@@ -168,9 +180,14 @@ class Shapes:
         }
 
 
-def pyramid_rules(num_maps: int) -> list[NameRule]:
-    """The names of the pixel decoders' convolutions on and after each map, which the authors count from 1."""
-    rules = []
+def shared_rules(num_maps: int) -> list[NameRule]:
+    """The names of the backbones and of the pixel decoders' convolutions; the authors count those on and after each map
+    from 1."""
+    rules = [
+        *detectron2_resnet(),
+        *microsoft_swin(),
+        rename(r"pixel_decoder\.(mask_features|input_proj)\.(.*)", rf"{DECODER}.\1.\2"),
+    ]
     for i in range(num_maps):
         for own, foreign in ((rf"adapters\.{i}", f"adapter_{i + 1}"), (rf"layers\.{i}", f"layer_{i + 1}")):
             rules += [

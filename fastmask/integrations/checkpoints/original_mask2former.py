@@ -8,14 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from fastmask.integrations.checkpoints.backbone_names import detectron2_resnet, microsoft_swin
 from fastmask.integrations.checkpoints.names import NameRule, rename
 from fastmask.integrations.checkpoints.original_format import (
     DECODER,
     PREDICTOR,
     OriginalFormat,
     Shapes,
-    pyramid_rules,
+    shared_rules,
 )
 from fastmask.models.mask2former import Mask2Former, Mask2FormerConfig
 
@@ -51,12 +50,9 @@ def rules_of(model: Mask2Former) -> list[NameRule]:
     own = r"predictor\.layers\.(\d+)"
     embeddings = "query_feat|query_embed|level_embed|input_proj|class_embed|mask_embed"
     return [
-        *detectron2_resnet(),
-        *microsoft_swin(),
-        rename(r"pixel_decoder\.(mask_features|input_proj)\.(.*)", rf"{DECODER}.\1.\2"),
+        *shared_rules(len(model.pixel_decoder.adapters)),
         rename(r"pixel_decoder\.level_embed", f"{DECODER}.transformer.level_embed"),
         rename(r"pixel_decoder\.encoder\.(.*)", rf"{ENCODER}.\1"),
-        *pyramid_rules(len(model.pixel_decoder.adapters)),
         rename(rf"{own}\.cross_attn\.(.*)", rf"{CROSS}.\1.multihead_attn.\2"),
         rename(rf"{own}\.self_attn\.(.*)", rf"{SELF}.\1.self_attn.\2"),
         rename(rf"{own}\.(linear\d)\.(.*)", rf"{FEEDFORWARD}.\1.\2.\3"),
@@ -71,17 +67,11 @@ def rules_of(model: Mask2Former) -> list[NameRule]:
 
 def config_of(shapes: Shapes) -> Mask2FormerConfig:
     num_queries, hidden_dim = shapes.of(f"{PREDICTOR}.query_feat.weight")
-    backbone, options = shapes.backbone()
-    mask_dim, pixel_decoder_dim = shapes.of(f"{DECODER}.mask_features.weight")[:2]
     num_levels = shapes.of(f"{DECODER}.transformer.level_embed")[0]
     return Mask2FormerConfig(
-        num_classes=shapes.of(f"{PREDICTOR}.class_embed.weight")[0] - 1,
+        **shapes.fields(),
         num_queries=num_queries,
-        backbone=backbone,
-        backbone_options=options,
         hidden_dim=hidden_dim,
-        mask_dim=mask_dim,
-        pixel_decoder_dim=pixel_decoder_dim,
         num_heads=NUM_HEADS,
         feedforward_dim=shapes.of(f"{FEEDFORWARD}.0.linear1.weight")[0],
         encoder_feedforward_dim=shapes.of(f"{ENCODER}.0.linear1.weight")[0],

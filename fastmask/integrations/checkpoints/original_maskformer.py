@@ -8,14 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from fastmask.integrations.checkpoints.backbone_names import detectron2_resnet, microsoft_swin
 from fastmask.integrations.checkpoints.names import NameRule, rename
 from fastmask.integrations.checkpoints.original_format import (
     DECODER,
     PREDICTOR,
     OriginalFormat,
     Shapes,
-    pyramid_rules,
+    shared_rules,
 )
 from fastmask.models.maskformer import MaskFormer, MaskFormerConfig
 
@@ -43,29 +42,20 @@ def to_original_maskformer(model: MaskFormer) -> dict[str, Tensor]:
 
 def rules_of(model: MaskFormer) -> list[NameRule]:
     return [
-        *detectron2_resnet(),
-        *microsoft_swin(),
-        rename(r"pixel_decoder\.(mask_features|input_proj)\.(.*)", rf"{DECODER}.\1.\2"),
+        *shared_rules(len(model.channels)),
         rename(r"pixel_decoder\.encoder\.(.*)", rf"{DECODER}.transformer.encoder.\1"),
         rename(r"predictor\.decoder\.(.*)", rf"{PREDICTOR}.transformer.decoder.\1"),
         rename(r"predictor\.((query_embed|input_proj|class_embed|mask_embed)\..*)", rf"{PREDICTOR}.\1"),
-        *pyramid_rules(len(model.channels)),
     ]
 
 
 def config_of(shapes: Shapes) -> MaskFormerConfig:
     decoder = f"{PREDICTOR}.transformer.decoder.layers"
     feedforward_dim, hidden_dim = shapes.of(f"{decoder}.0.linear1.weight")
-    backbone, options = shapes.backbone()
-    mask_dim, pixel_decoder_dim = shapes.of(f"{DECODER}.mask_features.weight")[:2]
     return MaskFormerConfig(
-        num_classes=shapes.of(f"{PREDICTOR}.class_embed.weight")[0] - 1,
+        **shapes.fields(),
         num_queries=shapes.of(f"{PREDICTOR}.query_embed.weight")[0],
-        backbone=backbone,
-        backbone_options=options,
         hidden_dim=hidden_dim,
-        mask_dim=mask_dim,
-        pixel_decoder_dim=pixel_decoder_dim,
         feedforward_dim=feedforward_dim,
         encoder_layers=shapes.count(f"{DECODER}.transformer.encoder.layers.{{}}."),
         decoder_layers=shapes.count(f"{decoder}.{{}}."),
