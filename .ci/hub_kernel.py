@@ -227,7 +227,7 @@ def generate(folder: Path, repo_id: str, native: bool) -> Config:
 def build(folder: Path, config: Config, backend: str) -> Path:
     """Builds a kernel for this machine, where ``kernels.get_local_kernel(folder)`` finds it; returns its folder."""
     native, package = "torch" in config, folder.name.replace("-", "_")
-    cuda = SETUP["find_cuda"](SETUP["cxx_command"]()[0][-1]) if native and backend == "cuda" else None
+    cuda = SETUP["find_cuda"](SETUP["cxx_command"]()[1][-1]) if native and backend == "cuda" else None
     if native and cuda is None:
         backend = "cpu"
     digest = hashlib.sha256()
@@ -252,7 +252,7 @@ def build(folder: Path, config: Config, backend: str) -> Path:
 
 def compile_extension(folder: Path, config: Config, backend: str, cuda: Any, name: str, library: Path) -> None:
     """Compiles and links the sources that build.toml lists for a backend, as kernel-builder does."""
-    cxx, options = SETUP["cxx_command"]()
+    _, cxx, options = SETUP["cxx_command"]()
     defines = [f"-DTORCH_EXTENSION_NAME={name}", f"-DTORCH_TARGET_VERSION={SETUP['TORCH_TARGET_VERSION']}"]
     includes = [f"-isystem{path}" for path in (*include_paths(), sysconfig.get_path("include"))]
     objects = folder.parent / f"{folder.name}-objects"

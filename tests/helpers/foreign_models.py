@@ -173,15 +173,19 @@ def exact_step(model: nn.Module, batch: dict, **options: object) -> tuple[object
 def assert_same_step(actual: tuple, expected: tuple, exact: tuple) -> None:
     """``actual`` is equal to ``expected`` but for rounding: losses within 1e-5, and gradients at most twice as far from
     the ``exact`` ones. Errors are relative to the parameter's largest gradient, or to 1e-6 of the largest of all where
-    that is more (some gradients are zero but for rounding); the worst parameter counts."""
+    that is more; the worst parameter counts. Gradients that are zero in float64, such as those of the keys' bias, are
+    nothing but rounding, whose size is a matter of chance: they stay below 1e-6 of the largest."""
     torch.testing.assert_close(actual[0].loss, expected[0].loss, rtol=1e-5, atol=0)
     assert actual[1].keys() == expected[1].keys()
     largest = max(gradient.abs().max().item() for gradient in exact[1].values())
+    zero = {name for name, gradient in exact[1].items() if gradient.abs().max().item() < 1e-12 * largest}
+    assert all(actual[1][name].abs().max().item() < 1e-6 * largest for name in zero)
     errors = []
     for gradients in (actual[1], expected[1]):
         relative = {
             name: ((gradients[name].double() - gradient).abs().max() / (gradient.abs().max() + 1e-6 * largest)).item()
             for name, gradient in exact[1].items()
+            if name not in zero
         }
         errors.append(max((error, name) for name, error in relative.items()))
     assert errors[0][0] <= 2 * errors[1][0] + 1e-6, errors

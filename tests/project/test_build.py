@@ -109,7 +109,7 @@ def test_no_architecture_at_all_leaves_cuda_out(nvcc, monkeypatch, capsys):
 
 def test_nvcc_compiles_host_code_with_cxx(nvcc, monkeypatch):
     nvcc(*CUDA_13_0)
-    real = f"{shutil.which('env')} {shutil.which(SETUP['cxx_command']()[0][-1])}"  # env as a launcher
+    real = f"{shutil.which('env')} {shutil.which(SETUP['cxx_command']()[1][-1])}"  # env as a launcher
     monkeypatch.setenv("CXX", f"{real} -O0 -g")
     text = SETUP["ninja_file"](Path("ops.so"), Path("native.so"))
     assert re.findall(r"-ccbin (\S+)", text) == [real.split()[-1]] * 2
@@ -211,7 +211,7 @@ def test_simd_levels_share_no_function_without_optimization(tmp_path):
         *SETUP["SIMD_FLAGS"]["avx512"],
         "-DFASTMASK_SIMD=avx512",
     ]
-    subprocess.run([*SETUP["cxx_command"]()[0], *flags, "-c", *units], cwd=tmp_path, check=True)
+    subprocess.run([*SETUP["cxx_command"]()[1], *flags, "-c", *units], cwd=tmp_path, check=True)
     shared = set()
     for unit in units:
         listing = subprocess.run(
