@@ -160,6 +160,7 @@ def test_a_step_leaves_the_weights():
 
 
 @pytest.mark.parametrize("make", [mask2former, eomt])
+@pytest.mark.slow
 def test_both_backends_are_timed_at_the_same_points(make):
     """Their queries differ, so that rounding cannot decide which of them match."""
     model = make(num_points=64)

@@ -90,6 +90,7 @@ NAMED = {"class_names": list("abcde")}
         slow(segmenter),
     ],
 )
+@pytest.mark.slow
 def test_images_of_any_size_and_number(make, tmp_path):
     """Smaller and larger than what was traced, odd sides, one pixel, and multiples, which need no padding."""
     model = make()

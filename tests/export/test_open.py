@@ -23,6 +23,7 @@ from tests.helpers.exporting import (
 
 
 @portable_or_not
+@pytest.mark.slow
 def test_images_of_any_size_and_number(portable):
     """Smaller and larger than what was traced, odd sides, one pixel, and multiples, which need no padding."""
     model = maskformer(backbone="tiny")  # strides up to 16: guards refuse images of one cell

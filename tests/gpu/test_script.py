@@ -106,6 +106,7 @@ def test_a_crash_a_failure_and_a_hang_cost_one_test_each(tmp_path):
     assert started[:4] == ["test_numbers[0]", "test_crash", "test_more[0]", "test_numbers[1]"]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_out_of_time_says_what_did_not_run(tmp_path):
     tests = tmp_path / "test_slow.py"
     tests.write_text("import time\ndef test_slow():\n    time.sleep(3600)\ndef test_never():\n    pass\n")

@@ -115,6 +115,7 @@ def test_sizes_of_one_and_many_targets(operator, shape, compiling):
     assert compiling(misfits, [call(operator, shape, torch.float32, "masks")], 80, SPILLED) == {}
 
 
+@pytest.mark.slow
 def test_targets_of_ten_times_the_logits_size(compiling):
     """A cell's outputs come in more than one chunk."""
     loss = call("mask_loss", (6, 16, 100, 151, 20, 100, 100, 1000, 1000), torch.bfloat16, "segments")
@@ -171,6 +172,7 @@ def test_masks_are_stored_8_bytes_at_a_time(width, compiling):
     assert re.search(r"st\.global\.(v2\.b32|b64|v8\.b8|v4\.b16)", main)
 
 
+@pytest.mark.slow
 def test_image_sizes_compile_few_kernels(compiling):
     """What depends on the size are the width of instances' blocks and whether logits can be read 16 bytes at a time."""
     sizes = torch.randint(200, 641, (300, 2), generator=torch.Generator().manual_seed(0)).tolist()

@@ -382,6 +382,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units")
 @pytest.mark.parametrize("task", ["semantic", "panoptic", "instance"])
+@pytest.mark.slow
 def test_memory_of_a_large_image(task):
     """100 queries and 133 classes at 4000 x 6000 pixels: 10 GB of masks and 13 GB of scores, in less than 400 MB."""
     result = subprocess.run([sys.executable, "-c", LARGE, task], capture_output=True, text=True, check=True)

@@ -159,6 +159,7 @@ class Attention(nn.Module):
         return deformable_attention(value, [(5, 7), (13, 9)], locations, weights, backend="reference")
 
 
+@pytest.mark.slow
 def test_it_exports_as_gathers(generator, tmp_path):
     """For any number of images and queries, to operators that every runtime has."""
     pytest.importorskip("onnxscript")

@@ -88,6 +88,7 @@ def test_killed_at_any_moment_of_saving_the_newest_checkpoint_is_whole(tmp_path)
     assert torn > 3  # the kills did hit
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_arrives_where_it_would_have(tmp_path):
     data = scene_folder(tmp_path / "data", 5, 2)
     config = tiny_config(data, 6, workers=0, log_every=3, eval_every=3, checkpoint_every=1)
