@@ -66,7 +66,7 @@ inline vfloat sums_of_lanes(vfloat (&v)[kLanes]) {
 // For kLanes points from `first` on: the products of the query's row with those of their pixels number `corner`.
 inline vfloat products(const DeformableLevels& levels, const DeformableHead& head, int64_t first, int corner,
                        const Workspace& work) {
-  const int64_t channels = levels.channels(), count = levels.points - first;
+  const int64_t channels = levels.channels, count = levels.points - first;
   vfloat sums[kLanes] = {};
   for (int i = 0; i < kLanes && i < count; ++i) {
     const float* pixel = head.value + work.pixel[corner][first + i] * channels;
@@ -78,19 +78,19 @@ inline vfloat products(const DeformableLevels& levels, const DeformableHead& hea
 }  // namespace
 
 void deformable_pack(const DeformableLevels& levels, const DeformableRows<const void>& value, float* plane) {
-  const int64_t channels = levels.channels();
+  const int64_t channels = levels.channels;
   for (int64_t i = 0; i < levels.pixels; ++i) load_row(value, i, levels.head_dim, plane + i * channels);
   memset(plane + levels.pixels * channels, 0, sizeof(float) * channels);
 }
 
 void deformable_unpack(const DeformableLevels& levels, const float* plane, int64_t begin, int64_t end,
                        const DeformableRows<void>& value) {
-  for (int64_t i = begin; i < end; ++i) store_row(plane + i * levels.channels(), value, i, levels.head_dim);
+  for (int64_t i = begin; i < end; ++i) store_row(plane + i * levels.channels, value, i, levels.head_dim);
 }
 
 void deformable_attention_forward(const DeformableLevels& levels, const DeformableHead& head, int64_t begin,
                                   int64_t end, const Workspace& work, const DeformableRows<void>& out) {
-  const int64_t channels = levels.channels();
+  const int64_t channels = levels.channels;
   for (int64_t query = begin; query < end; ++query) {
     find_pixels(levels, head, query, work);
     for_groups(channels / kLanes, [&]<int V>(int64_t first) {
@@ -144,7 +144,7 @@ void deformable_attention_point_gradients(const DeformableLevels& levels, const 
 void deformable_attention_value_gradient(const DeformableLevels& levels, const DeformableHead& head, int64_t queries,
                                          int64_t first, int64_t last, const Workspace& work,
                                          const DeformableRows<const void>& grad_out, float* grad) {
-  const int64_t channels = levels.channels();
+  const int64_t channels = levels.channels;
   for (int64_t query = 0; query < queries; ++query) {
     find_pixels(levels, head, query, work);
     load_row(grad_out, query, levels.head_dim, work.row);

@@ -19,11 +19,9 @@ struct DeformableLevels {
   int64_t pixels;    // of all levels
   int64_t points;    // of a query, in all levels
   int64_t head_dim;  // channels
+  int64_t channels;  // of a row: head_dim, up to full vectors
   const float *width, *height;
   const int32_t* start;  // the level's first pixel
-
-  int64_t channels() const { return to_full_vectors(head_dim); }                   // of a row
-  int64_t plane_size() const { return (pixels + 1) * to_full_vectors(head_dim); }  // of a head's rows
 };
 
 // Rows of a tensor in its own type, from element `offset` on, `stride` elements apart.
@@ -61,11 +59,11 @@ struct DeformableWorkspace {
       carver.take(weights[i], points);
       carver.take(pixel[i], points);
     }
-    carver.take(row, levels.channels());
+    carver.take(row, levels.channels);
   }
 };
 
-// Copies the pixels of a head to `plane`, which has plane_size() floats.
+// Copies the pixels of a head to `plane`, which has (pixels + 1) * channels floats.
 FASTMASK_KERNEL(void deformable_pack(const DeformableLevels& levels, const DeformableRows<const void>& value,
                                      float* plane))
 
@@ -85,7 +83,7 @@ FASTMASK_KERNEL(void deformable_attention_point_gradients(const DeformableLevels
                                                           float* grad_locations, float* grad_weights))
 
 // Adds the gradients of channels [first, last) of the values, multiples of a full vector, to `grad`, which has
-// plane_size() floats. Queries come in order; the last row is what falls beyond the border.
+// (pixels + 1) * channels floats. Queries come in order; the last row is what falls beyond the border.
 FASTMASK_KERNEL(void deformable_attention_value_gradient(const DeformableLevels& levels, const DeformableHead& head,
                                                          int64_t queries, int64_t first, int64_t last,
                                                          const DeformableWorkspace& work,

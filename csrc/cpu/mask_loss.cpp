@@ -100,15 +100,15 @@ class StretchedSlopes {
     });
   }
 
-  // slopes[0] = mask maps[0], slopes[1] = inside maps[1] + outside maps[2]
-  void write(const Plane& plane, float mask, float inside, float outside, float* slopes) {
+  // slopes[0] = mask maps[0], slopes[1] = dice.inside maps[1] + dice.outside maps[2]
+  void write(const Plane& plane, float mask, DiceSlopes dice, float* slopes) {
     rows_.each([&](int64_t index, const float* row) { contract(index, row); });
-    float* dice_slopes = slopes + plane.h * plane.w;
+    float* of_dice = slopes + plane.h * plane.w;
     for (int64_t y = 0; y < plane.h; ++y) {
       const float* row = maps_ + y * map_row_;
       for (int64_t x = 0; x < plane.w; ++x) {
         slopes[y * plane.w + x] = mask * row[x];
-        dice_slopes[y * plane.w + x] = inside * row[map_ + x] + outside * row[2 * map_ + x];
+        of_dice[y * plane.w + x] = dice.inside * row[map_ + x] + dice.outside * row[2 * map_ + x];
       }
     }
   }
@@ -224,12 +224,7 @@ class Pair {
         losses_of(sums_.loss, sums_.intersection, sums_.prediction, static_cast<double>(sums_.target_pixels),
                   static_cast<double>(sums_.counted_pixels));
     if constexpr (kSlopes) {
-      // With U = sum p + sum t + 1 and I = 2 sum p t + 1: d dice / dp = (I - 2 t U) / U^2
-      const DiceSums dice(pair.sums);
-      const double squared = dice.both * dice.both;
-      gradients.write(plane, -1.0f / (pair.sums.pixels > 0 ? pair.sums.pixels : 1.0f),
-                      static_cast<float>((dice.twice_overlap - 2.0 * dice.both) / squared),
-                      static_cast<float>(dice.twice_overlap / squared), slopes);
+      gradients.write(plane, -1.0f / (pair.sums.pixels > 0 ? pair.sums.pixels : 1.0f), dice_slopes(pair.sums), slopes);
     }
     return pair;
   }

@@ -42,12 +42,10 @@ struct MaskLossWorkspace {
   float* maps;          // [kMaskLossSlopes, h, w] the slopes at the resolution of the logits
   int8_t* codes;        // [W]
   int8_t* reordered;    // [kMaskLossRows, W]
-  float* pair_slopes;   // [2, h, w]
 
   // `stretched_size` is the number of floats of a stretched row.
   void lay_out(Carver& carver, int64_t h, int64_t w, int64_t width, int64_t stretched_size, bool with_slopes) {
-    const int64_t around = 2 * kMostLanes;
-    carver.take(source, to_full_vectors(w) + 2 * around);
+    carver.take(source, to_full_vectors(w) + 3 * kMostLanes);
     source += kMostLanes;
     for (float*& row : stretched) carver.take(row, stretched_size);
     carver.take(codes, to_full_vectors(width));
@@ -58,7 +56,6 @@ struct MaskLossWorkspace {
       row += kMostLanes;
     }
     carver.take(maps, kMaskLossSlopes * h * to_full_vectors(w));
-    carver.take(pair_slopes, 2 * h * w);
   }
 };
 

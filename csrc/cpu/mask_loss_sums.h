@@ -1,4 +1,4 @@
-// Computes a matched pair's losses from its sums.
+// Computes a matched pair's losses, and the slopes of its dice loss, from its sums.
 #pragma once
 
 #include "cpu/mask_loss.h"
@@ -14,12 +14,16 @@ static inline MaskLossPair losses_of(double loss, double intersection, double pr
            static_cast<float>(counted)}};
 }
 
-// With U = sum p + sum t + 1 and I = 2 sum p t + 1.
-struct DiceSums {
-  double both, twice_overlap;  // U, I
-
-  explicit DiceSums(const MaskLossSums& sums)
-      : both(static_cast<double>(sums.prediction) + sums.target + 1.0), twice_overlap(2.0 * sums.intersection + 1.0) {}
+// The dice loss by the probability of a pixel inside the target, and of one outside: with U = sum p + sum t + 1 and
+// I = 2 sum p t + 1, d dice / dp = (I - 2 t U) / U^2.
+struct DiceSlopes {
+  float inside, outside;
 };
+
+static inline DiceSlopes dice_slopes(const MaskLossSums& sums) {
+  const double both = static_cast<double>(sums.prediction) + sums.target + 1.0;
+  const double twice_overlap = 2.0 * sums.intersection + 1.0, squared = both * both;
+  return {static_cast<float>((twice_overlap - 2.0 * both) / squared), static_cast<float>(twice_overlap / squared)};
+}
 
 }  // namespace fastmask::FASTMASK_SIMD

@@ -241,16 +241,13 @@ MaskLossPair losses(const Plane& plane, const ImageTargets& targets, int64_t tar
   }
   const MaskLossPair pair = losses_of(loss, intersection, prediction, of_target, weight);
   if (!kSlopes) return pair;
-  const DiceSums dice(pair.sums);
-  const double squared = dice.both * dice.both;
+  const DiceSlopes dice = dice_slopes(pair.sums);
   const float mask = 1.0f / (pair.sums.pixels > 1.0f ? pair.sums.pixels : 1.0f);
-  const float inside = static_cast<float>((dice.twice_overlap - 2.0 * dice.both) / squared);
-  const float outside = static_cast<float>(dice.twice_overlap / squared);
   for (int64_t y = 0; y < plane.h; ++y) {
     const float* row = work.slopes + 4 * ((y + 1) * stride + 1);
     for (int64_t column = 0; column < plane.w; ++column, row += 4) {
       pair_slopes[y * plane.w + column] = mask * row[0];
-      pair_slopes[(plane.h + y) * plane.w + column] = inside * row[1] + outside * row[2];
+      pair_slopes[(plane.h + y) * plane.w + column] = dice.inside * row[1] + dice.outside * row[2];
     }
   }
   return pair;

@@ -11,15 +11,12 @@
 namespace fastmask {
 
 struct PointMaskLossWorkspace {
-  float* map;          // the logits with a border
-  float* slopes;       // [4] for each of its pixels: kMaskLossSlopes slopes and a zero
-  float* pair_slopes;  // [2, h, w]
+  float* map;     // the logits with a border
+  float* slopes;  // [4] for each of its pixels: kMaskLossSlopes slopes and a zero
 
   void lay_out(Carver& carver, int64_t h, int64_t w, bool with_slopes) {
     carver.take(map, bordered_size(h, w));
-    if (!with_slopes) return;
-    carver.take(slopes, 4 * bordered_size(h, w));
-    carver.take(pair_slopes, 2 * h * w);
+    if (with_slopes) carver.take(slopes, 4 * bordered_size(h, w));
   }
 };
 

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "common/taps.h"
 #include "cpu/simd/vec.h"
@@ -78,23 +77,24 @@ class Stretch {
         memcpy(out, in, phases_.columns);
         break;
       case 2:
-        split(std::integral_constant<int64_t, 2>{}, in, out);
+        split<2>(in, out);
         break;
       case 4:
-        split(std::integral_constant<int64_t, 4>{}, in, out);
+        split<4>(in, out);
         break;
       case 8:
-        split(std::integral_constant<int64_t, 8>{}, in, out);
+        split<8>(in, out);
         break;
       default:
-        split(phases_.count, in, out);
+        split<0>(in, out);
     }
   }
 
  private:
-  // With a constant number of phases, the compiler makes vectors of it.
-  template <class Count>
-  void split(Count phases, const int8_t* in, int8_t* out) const {
+  // With kPhases phases; 0: phases_.count. Of a constant number, the compiler makes vectors.
+  template <int kPhases>
+  void split(const int8_t* in, int8_t* out) const {
+    const int64_t phases = kPhases > 0 ? kPhases : phases_.count;
     const int64_t columns = phases_.columns, stride = phases_.stride;
     for (int64_t k = 0; k < phases; ++k) {
       const int8_t* __restrict from = in + k;

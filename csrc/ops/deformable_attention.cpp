@@ -44,9 +44,14 @@ class Deformable {
   int64_t blocks() const { return ceil_div(queries(), kQueries); }
 
   DeformableLevels levels() const {
-    return {value_.size(1), locations_.size(3) * locations_.size(4), dim(), width_.data(), height_.data(),
+    return {value_.size(1), locations_.size(3) * locations_.size(4),
+            dim(),          to_full_vectors(dim()),
+            width_.data(),  height_.data(),
             start_.data()};
   }
+
+  // The floats of a head's rows.
+  int64_t plane_size() const { return (value_.size(1) + 1) * to_full_vectors(dim()); }
 
   // The first point of a plane, in the locations and weights.
   int64_t first_point(int64_t plane) const {
@@ -55,9 +60,8 @@ class Deformable {
 
   DeformableHead head(int64_t plane, const float* packed) const {
     const int64_t first = first_point(plane);
-    return {packed == nullptr ? nullptr : packed + plane * levels().plane_size(),
-            data_of<const float>(locations_) + 2 * first, data_of<const float>(weights_) + first,
-            heads() * levels().points};
+    return {packed == nullptr ? nullptr : packed + plane * plane_size(), data_of<const float>(locations_) + 2 * first,
+            data_of<const float>(weights_) + first, heads() * levels().points};
   }
 
   // The rows of a plane in a tensor (B, S, heads, dim), or (B, Q, heads * dim).
@@ -70,7 +74,7 @@ class Deformable {
 
   // A float tensor that holds the rows of all planes; zeros, or else arbitrary values.
   Tensor new_planes(bool zeros) const {
-    const std::vector<int64_t> shape{planes(), levels().plane_size()};
+    const std::vector<int64_t> shape{planes(), plane_size()};
     const Tensor tensor = empty_result(value_, shape, ScalarType::Float);
     if (tensor.numel() == 0) return tensor;
     advise_huge_pages(tensor.data_ptr(), tensor.numel() * static_cast<int64_t>(sizeof(float)));
@@ -87,7 +91,7 @@ class Deformable {
     const auto kernel = FASTMASK_SELECT(deformable_pack);
     parallel_for(0, planes(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t plane = begin; plane < end; ++plane) {
-        kernel(levels(), rows_of<const void>(value_, plane), data_of<float>(packed) + plane * levels().plane_size());
+        kernel(levels(), rows_of<const void>(value_, plane), data_of<float>(packed) + plane * plane_size());
       }
     });
     return packed;
@@ -188,7 +192,7 @@ std::tuple<Tensor, Tensor, Tensor> deformable_attention_backward(Tensor grad_out
   float* const grad = data_of<float>(planes_of_grad);
   // One thread adds up a plane, query by query, so that the sums do not depend on the number of threads; of few planes
   // it adds up some of the channels.
-  const int64_t vectors = levels.channels() / kMostLanes;
+  const int64_t vectors = levels.channels / kMostLanes;
   const int64_t wanted = ceil_div(torch::stable::get_num_threads(), planes);
   const int64_t vectors_of_group = ceil_div(vectors, std::min(std::max<int64_t>(wanted, 1), vectors));
   const int64_t groups = ceil_div(vectors, vectors_of_group);
@@ -199,7 +203,7 @@ std::tuple<Tensor, Tensor, Tensor> deformable_attention_backward(Tensor grad_out
       const int64_t plane = i / groups, first = i % groups * vectors_of_group;
       const int64_t last = std::min(first + vectors_of_group, vectors);
       add(levels, attention.head(plane, nullptr), queries, first * kMostLanes, last * kMostLanes, work,
-          attention.rows_of<const void>(grad_out, plane), grad + plane * levels.plane_size());
+          attention.rows_of<const void>(grad_out, plane), grad + plane * attention.plane_size());
     }
   });
   const int64_t parts = ceil_div(levels.pixels, kPixels);
@@ -207,7 +211,7 @@ std::tuple<Tensor, Tensor, Tensor> deformable_attention_backward(Tensor grad_out
   parallel_for(0, planes * parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t plane = i / parts, first = i % parts * kPixels;
-      unpack(levels, grad + plane * levels.plane_size(), first, std::min(first + kPixels, levels.pixels),
+      unpack(levels, grad + plane * attention.plane_size(), first, std::min(first + kPixels, levels.pixels),
              attention.rows_of<void>(grad_value, plane));
     }
   });

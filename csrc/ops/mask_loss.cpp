@@ -106,7 +106,7 @@ Tensor gradient_of(const Pairs& pairs, const PairGradients& gradients, const Ten
   const int64_t* const queries = pairs.queries();
   parallel_for(0, pairs.logits.rows(), 1, [&](int64_t begin, int64_t end, Scratch& scratch) {
     const auto work = pairs.workspace(scratch, !kept);
-    std::vector<float> grad(pixels);
+    std::vector<float> grad(pixels), again(kept ? 0 : 2 * pixels);
     for (int64_t row = begin; row < end; ++row) {
       const int64_t first_pair = row / pairs.logits.queries() * max_targets;
       bool matched = false;
@@ -116,8 +116,8 @@ Tensor gradient_of(const Pairs& pairs, const PairGradients& gradients, const Ten
         if (!pair.has_value()) continue;
         if (!matched) std::fill(grad.begin(), grad.end(), 0.0f);
         matched = true;
-        const float* pair_slopes = kept ? data_of<const float>(slopes) + 2 * pixels * i : work.pair_slopes;
-        if (!kept) pairs.losses(*pair, work, work.pair_slopes);
+        const float* pair_slopes = kept ? data_of<const float>(slopes) + 2 * pixels * i : again.data();
+        if (!kept) pairs.losses(*pair, work, again.data());
         FASTMASK_SELECT(add_slopes)(pair_slopes, pixels, gradients.mask(i), gradients.dice(i), grad.data());
       }
       if (!matched) {
