@@ -196,7 +196,7 @@ def configuration(folder: Path, repo_id: str, native: bool) -> Config:
 
     for backend in backends:
         for level in levels:
-            kernel(f"{backend}-{level}", backend, level, SETUP["SIMD_FLAGS"][level])
+            kernel(f"{backend}-{level}", backend, level, SETUP["SIMD_FLAGS"][level] + SETUP["KERNEL_FLAGS"]["GCC"])
     capabilities = [f"{arch[:-1]}.{arch[-1]}" for arch in SETUP["DEFAULT_CUDA_ARCHS"]]
     kernel("assign", "cuda", "cuda", [], **{"cuda-flags": SETUP["NVCC_FLAGS"], "cuda-capabilities": capabilities})
     return tables

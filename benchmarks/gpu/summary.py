@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.harness.tables import markdown_lines, number, rows_by
 
 Row = dict[str, Any]
-RESOURCES = ("memory", "special functions", "matrix products")
+RESOURCES = ("memory", "special functions", "matrix products", "vector operations")
 END_TO_END = ("hf_training_step", "training_step", "label_maps")
 TRAINING = "B16 L6 M20, segment map"
 NETWORKS = ("R50, B16, 512x512", "Swin-B, B16, 512x512")
@@ -102,7 +102,8 @@ def rooflines(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         if row["op"] in END_TO_END or not row["provider"].startswith("fastmask") or "floors_ms" not in row:
             continue
-        floors = [number(1e3 * row["floors_ms"][name]) for name in RESOURCES]
+        known = row["floors_ms"]
+        floors = [number(1e3 * known[name]) if name in known else "–" for name in RESOURCES]
         measured, share = number(1e3 * row["median_ms"]), f"{100 / row['times_floor']:.0f} %"
         lines.append([f"{row['op']}: {row['case']}, {row['dtype']}", row["provider"], measured, *floors,
                       row["floor_of"], share])  # fmt: skip
