@@ -227,6 +227,8 @@ def ninja_file(ops_library: Path, native_module: Path) -> str:
 
 
 if __name__ == "__main__":
+    # The folder kernels/ would hide Hugging Face's package of that name, which setuptools asks for a file to write.
+    sys.path[:] = [path for path in sys.path if Path(path).resolve() != ROOT]
     setup(
         packages=[*find_packages(include=["fastmask", "fastmask.*"]), "fastmask.kernels"],
         package_dir={"fastmask.kernels": "kernels"},
