@@ -1,7 +1,7 @@
 """Renders the result files: ``python benchmarks/report.py``; ``--check`` only compares.
 
 For each machine's file a page of tables in ``docs/benchmarks``; from the file of ``MACHINE``, the README's chart and
-table, and a short table in each operator's page.
+table, a short table in each operator's page, and one about the memory allocator in the guide to CPUs.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ if __name__ == "__main__":
 
 import typer
 
+from benchmarks.harness.allocator import DEFAULT, RETAINING
 from benchmarks.harness.chart import speedup_chart
 from benchmarks.harness.machine import ROOT
 from benchmarks.harness.registry import load_operations
 from benchmarks.harness.results import read_results
-from benchmarks.harness.tables import Row, markdown_lines, markdown_table, number, rows_by, speedups
+from benchmarks.harness.tables import Row, case_words, markdown_lines, markdown_table, number, rows_by, speedups
 
 MACHINE = "cpu-intel-xeon-processor"  # whose numbers the README and the operators' pages show
 CHART = {
@@ -135,44 +136,78 @@ def fastest_other(case: Sequence[Row]) -> Row:
 
 def headlines(rows: Sequence[Row], results_page: str) -> str:
     """The README's table: our time and the baseline's, and the ratio to the fastest other provider; and where the
-    ratios are smallest.
+    ratios are smallest. Of a case that was measured with two allocators, each ratio is the smaller one.
 
     Raises:
         ValueError: a row is missing.
     """
-    timed = rows_by([row for row in rows if row["status"] == "ok"], "op", "case", "dtype")
+    timed = rows_by([row for row in rows if row["status"] == "ok"], "op", "case", "dtype", "allocator")
+
+    def alternatives(row: Row) -> list[Row]:
+        return timed[row["op"], row["case"], row["dtype"], row["allocator"]]
+
+    def to_fastest_other(row: Row) -> tuple[float, str]:
+        best = fastest_other(alternatives(row))
+        return row["speedup"] / best["speedup"], best["provider"]
+
     lines = []
     for headline in HEADLINES:
-        case = timed.get((headline.op, headline.case, "float32"), [])
-        by_provider = {row["provider"]: row for row in case}
-        if headline.provider not in by_provider:
+        ours = list(timed_rows(rows, headline, headline.provider).values())
+        if not ours:
             raise ValueError(f"no row of {headline.provider!r} for {headline.op}, {headline.case}")
-        ours, best = by_provider[headline.provider], fastest_other(case)
+        least = min(ours, key=lambda row: row["speedup"])
+        (before,) = (row for row in alternatives(least) if row["provider"] == least["baseline"])
+        ratio, other = min(map(to_fastest_other, ours))
         lines.append(
             [
                 f"[{headline.title}]({headline.page})",
-                f"{number(by_provider[ours['baseline']]['median_ms'])} ms ({ours['baseline']})",
-                f"{number(ours['median_ms'])} ms",
-                f"{number(ours['speedup'])}×",
-                f"{number(ours['speedup'] / best['speedup'])}× ({best['provider']})",
+                least["allocator"],
+                f"{number(before['median_ms'])} ms ({least['baseline']})",
+                f"{number(least['median_ms'])} ms",
+                f"{number(least['speedup'])}×",
+                f"{number(ratio)}× ({other})",
             ]
         )
-    header = ["operation", "before", "fastmask", "ratio", "to the fastest other"]
+    header = ["operation", "allocator", "before", "fastmask", "ratio", "to the fastest other"]
     least = min((row for row in rows if speedups([row])), key=lambda row: row["speedup"])
-    best = fastest_other(timed[least["op"], least["case"], least["dtype"]])
+    best = fastest_other(alternatives(least))
     note = (
         f"The smallest ratio of all [measured cases]({results_page}) is {number(least['speedup'])}× "
-        f"(`{least['op']}`: {least['case']}; there {best['provider']} takes {number(best['median_ms'])} ms and "
+        f"(`{least['op']}`: {case_words(least)}; there {best['provider']} takes {number(best['median_ms'])} ms and "
         f"fastmask {number(least['median_ms'])} ms)."
     )
-    return "\n".join([*markdown_lines(header, lines, words=("operation",)), "", note])
+    return "\n".join([*markdown_lines(header, lines, words=("operation", "allocator")), "", note])
+
+
+def timed_rows(rows: Sequence[Row], headline: Headline, provider: str) -> dict[str, Row]:
+    """The rows of a provider in a headline's case, by allocator."""
+    wanted = (headline.op, headline.case, "float32", provider, "ok")
+    names = ("op", "case", "dtype", "provider", "status")
+    return {row["allocator"]: row for row in rows if tuple(row[name] for name in names) == wanted}
+
+
+def allocator_table(rows: Sequence[Row]) -> str:
+    """The times of the README's cases with each allocator, of the baseline and of fastmask."""
+    lines = []
+    for headline in HEADLINES:
+        ours = timed_rows(rows, headline, headline.provider)
+        for provider in dict.fromkeys([*(row["baseline"] for row in ours.values()), headline.provider]):
+            times = timed_rows(rows, headline, provider)
+            if times.keys() >= {DEFAULT, RETAINING}:
+                before, after = (times[allocator]["median_ms"] for allocator in (DEFAULT, RETAINING))
+                cells = [f"{number(before)} ms", f"{number(after)} ms", f"{number(before / after)}×"]
+                lines.append([f"`{headline.op}`: {headline.case}", provider, *cells])
+    if not lines:
+        return "The results do not compare allocators yet."
+    header = ["case", "provider", "default", "retaining", "gain"]
+    return "\n".join(markdown_lines(header, lines, words=("case", "provider")))
 
 
 def operator_table(rows: Sequence[Row], results_page: str) -> str:
     """fastmask's rows of one operator, and where the others are."""
     lines = [
         [
-            f"{row['case']}, {row['dtype']}",
+            case_words(row),
             row["provider"].removeprefix("fastmask").strip(" ,") or "–",
             f"{number(row['median_ms'])} ms",
             f"{number(row['speedup'])}× ({row['baseline']})",
@@ -222,8 +257,9 @@ def generated(root: Path, results: Path) -> dict[Path, str]:
     pages[root / "docs/images/speedups.svg"] = speedup_chart(rows, CHART, host)
     readme = root / "README.md"
     pages[readme] = fill(readme.read_text(), {"headlines": headlines(rows, f"docs/benchmarks/{MACHINE}.md")})
-    tables = {op: operator_table(group, f"../benchmarks/{MACHINE}.md") for (op,), group in rows_by(rows, "op").items()}
-    for path in sorted((root / "docs/operators").glob("*.md")):
+    tables = {"allocators": allocator_table(rows)}
+    tables |= {op: operator_table(group, f"../benchmarks/{MACHINE}.md") for (op,), group in rows_by(rows, "op").items()}
+    for path in sorted([*(root / "docs/operators").glob("*.md"), *(root / "docs/guides").glob("cpu.md")]):
         pages[path] = fill(path.read_text(), tables)
     return pages
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Collection
 from datetime import datetime, timezone
@@ -16,6 +18,7 @@ import torch
 import typer
 from tqdm import tqdm
 
+from benchmarks.harness.allocator import allocators, current_allocator, environment_with
 from benchmarks.harness.machine import ROOT, best_rates, commit, default_name, describe_machine, use_device
 from benchmarks.harness.registry import Case, Operation, load_operations
 from benchmarks.harness.results import read_results, write_results
@@ -54,10 +57,17 @@ def main(
     rounds: Annotated[int | None, typer.Option(help="Rounds of each provider.")] = None,
     seconds: Annotated[float | None, typer.Option(help="Time budget of a case; 2 or 3 rounds are the least.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of PyTorch.")] = None,
+    allocator: Annotated[
+        str | None, typer.Option(help="Memory allocator: default or retaining; by default both on a CPU with glibc.")
+    ] = None,
     plots: Annotated[bool, typer.Option("--plots", help="Also draw bar charts.")] = False,
     output: Annotated[Path | None, typer.Option(help="Result file; by default one for each machine.")] = None,
 ) -> None:
-    """Checks that all providers agree, times them in turns, and merges the rows into a JSON file."""
+    """Checks that all providers agree, times them in turns, and merges the rows into a JSON file.
+
+    On a CPU with glibc, one process does so with the default memory allocator, and then another one with an allocator
+    that retains memory.
+    """
     try:
         used = use_device(device, threads)
     except ValueError as error:
@@ -72,6 +82,12 @@ def main(
     chosen = select({name: operations[name] for name in op or operations}, suite, case, dtype)
     if not chosen:
         raise typer.BadParameter(f"nothing to run: no case fits --suite {suite} --case {case} --dtype {dtype}")
+    if allocator not in (None, *allocators(device)):
+        raise typer.BadParameter(f"allocator must be {' or '.join(allocators(device))} here, got {allocator!r}")
+    settings = [allocator] if allocator else allocators(device)
+    if len(settings) > 1 or environment_with(settings[0]) != os.environ:
+        succeeded = [run_with(setting) for setting in settings]  # one after another, as they would share the cores
+        raise typer.Exit(0 if all(succeeded) else 1)
     budget = QUICK_BUDGET if quick else TimeBudget()
     budget = TimeBudget(
         rounds=rounds or budget.rounds,
@@ -93,6 +109,12 @@ def main(
     print(f"results: {path}")
     if any(row["status"] == "failed" for row in rows):
         raise typer.Exit(1)
+
+
+def run_with(allocator: str) -> bool:
+    """Runs this program once more, in a process with this allocator. Returns whether it succeeded."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--allocator", allocator]
+    return subprocess.run(command, env=environment_with(allocator), check=False).returncode == 0
 
 
 def run(
@@ -118,7 +140,8 @@ def run(
         "argv": sys.argv[1:],
     }
     changes = " with local changes" if dirty else ""
-    print(f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, commit {head}{changes}")
+    about = f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, {current_allocator()} allocator"
+    print(f"{about}, commit {head}{changes}")
     rows: list[Row] = []
     with tqdm(total=len(chosen), unit="case") as bar:
         for operation, case, dtype in chosen:

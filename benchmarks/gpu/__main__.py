@@ -144,7 +144,7 @@ def benchmarks(session: Session, seconds: float, cases: Mapping[str, Sequence[st
         return f"{' and '.join(missing)} not installed"
     first = next(iter(cases))
     command = module("isolated", "--device", session.device, "--results", session.results, "--seconds", seconds - 5)
-    command += ["--log", str(session.folder / f"measure-{first}.log")]
+    command += ["--allocator", "default", "--log", str(session.folder / f"measure-{first}.log")]
     if session.quick:
         return [*command, "--op", first, "--budget", "0.1", "--no-compiled", "--quick"]
     names = dict.fromkeys(name for group in cases.values() for name in group)

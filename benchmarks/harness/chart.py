@@ -14,7 +14,8 @@ BAR, GRID, TEXT = "#2a6f97", "#d5dae0", "#1f2933"
 
 
 def speedup_chart(rows: Sequence[Mapping[str, Any]], titles: Mapping[str, str], machine: str) -> str:
-    """An SVG with one bar an operation: from the smallest to the largest ratio that any of its cases shows.
+    """An SVG with one bar an operation: from the smallest to the largest ratio that any of its cases shows. Of a case
+    that was measured with two allocators, the smaller ratio counts.
 
     Args:
         rows: of a result file.

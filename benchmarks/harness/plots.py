@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.tables import number, rows_by
+from benchmarks.harness.tables import case_words, number, rows_by
 
 Row = dict[str, Any]
 BARS = {True: "#2a6f97", False: "#9aa5b1"}  # fastmask and the others
@@ -38,11 +38,11 @@ def write_plots(rows: Sequence[Row], folder: Path, name: str, subtitle: str) -> 
 def _plot_operation(op: str, rows: Sequence[Row], path: Path, subtitle: str) -> None:
     from matplotlib import pyplot as plt
 
-    sections = rows_by(rows, "case", "dtype")
+    sections = rows_by(rows, "case", "dtype", "allocator").values()
     figure, axes = plt.subplots(
-        len(sections), 1, figsize=(8, 0.8 + sum(0.36 * len(group) + 0.9 for group in sections.values())), squeeze=False
+        len(sections), 1, figsize=(8, 0.8 + sum(0.36 * len(group) + 0.9 for group in sections)), squeeze=False
     )
-    for axis, ((case, dtype), group) in zip(axes[:, 0], sections.items(), strict=True):
+    for axis, group in zip(axes[:, 0], sections, strict=True):
         group = group[::-1]
         speedups = [row["speedup"] for row in group]
         at_floor = max(row["median_ms"] / row["floor_ms"] for row in group if row["provider"] == row["baseline"])
@@ -60,7 +60,7 @@ def _plot_operation(op: str, rows: Sequence[Row], path: Path, subtitle: str) -> 
         axis.set_xscale("log")
         axis.set_xlim(0.5 * min(speedups), 3 * max(at_floor, *speedups))
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axis.set_title(f"{case}, {dtype}", loc="left", fontsize=9, pad=14)
+        axis.set_title(case_words(group[0]), loc="left", fontsize=9, pad=14)
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1, 0].set_xlabel(f"times faster than {rows[0]['baseline']}", fontsize=8)

@@ -7,15 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.allocator import DEFAULT
+from benchmarks.harness.tables import rows_by
 from fastmask.files import read_json, replace_file
 
 SCHEMA = 1
-KEY = ("op", "case", "dtype", "device")
+CASE = ("op", "case", "dtype", "device")
 Row = dict[str, Any]
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """A result file's content; an empty one if there is no file.
+    """A result file's content; an empty one if there is no file. Rows that name no allocator had the default one.
 
     Raises:
         ValueError: the file is no result file of this schema.
@@ -23,24 +25,27 @@ def read_results(path: Path) -> dict[str, Any]:
     results = read_json(path, {"schema": SCHEMA, "rows": []})
     if not isinstance(results, dict) or results.get("schema") != SCHEMA or not isinstance(results.get("rows"), list):
         raise ValueError(f"{path} is no result file of schema {SCHEMA}; move it away to start a new one")
+    results["rows"] = [{"allocator": DEFAULT} | row for row in results["rows"]]
     return results
 
 
 def merge_rows(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
-    """Rows of the same operation, case, dtype and device are replaced as a group: their ratios belong to one run.
+    """Rows of the same operation, case, dtype, device and allocator are replaced as a group: their ratios belong to one
+    run.
 
-    Groups keep the place they had; new ones come last.
+    Groups keep the place they had. New ones come last, but beside those of the same case with another allocator.
     """
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for rows in (old, new):
         fresh: set[tuple[Any, ...]] = set()
         for row in rows:
-            key = tuple(row[name] for name in KEY)
+            key = tuple(row[name] for name in (*CASE, "allocator"))
             if key not in fresh:
                 groups[key] = []
                 fresh.add(key)
             groups[key].append(row)
-    return [row for group in groups.values() for row in group]
+    merged = [row for group in groups.values() for row in group]
+    return [row for group in rows_by(merged, *CASE).values() for row in group]
 
 
 def write_results(path: Path, run: Mapping[str, Any], rows: Sequence[Row]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.harness.allocator import RETAINING, current_allocator
 from benchmarks.harness.machine import Rates
 from benchmarks.harness.registry import Case, Operation, Provider, Unavailable
 from benchmarks.harness.timing import TimeBudget, Timer, interleave, speedup, warm_up
@@ -37,10 +38,10 @@ def measure_case(
         progress: told what happens now, in a few words.
 
     Returns:
-        Rows with "op", "case", "dtype", "device", "provider" and "status"; "reason" unless ok; else median_ms, p20_ms,
-        p80_ms, rounds; memory_bytes by kind; floor_ms, floor_of, floors_ms by resource and times_floor; and, where the
-        baseline ran, baseline, speedup, speedup_p20, speedup_p80 and speedup_rounds. A provider that is not "ok" was
-        never timed.
+        Rows with "op", "case", "dtype", "device", "allocator", "provider" and "status"; "reason" unless ok; else
+        median_ms, p20_ms, p80_ms, rounds; memory_bytes by kind; floor_ms, floor_of, floors_ms by resource and
+        times_floor; and, where the baseline ran, baseline, speedup, speedup_p20, speedup_p80 and speedup_rounds. A
+        provider that is not "ok" was never timed.
     """
     timer = timer or Timer(device)
     progress("inputs")
@@ -51,12 +52,13 @@ def measure_case(
     floor_seconds, floor_of = rates.floor(least)
     floors = {name: seconds * 1e3 for name, seconds in rates.floors(least).items()}
 
+    about = {"op": operation.name, "case": case.name, "dtype": dtype, "device": device.type}
+    about["allocator"] = current_allocator()
     rows: dict[str, Row] = {}
     calls, estimates = {}, {}
     for provider in operation.providers if providers is None else providers:
         progress(f"checks {provider.name}")
-        row = {"op": operation.name, "case": case.name, "dtype": dtype, "device": device.type}
-        rows[provider.name] = row | {"provider": provider.name}
+        rows[provider.name] = about | {"provider": provider.name}
         try:
             call = provider.prepare(inputs)
             seconds, memory, reason = _first_calls(call, provider, inputs, oracle, device)
@@ -73,6 +75,10 @@ def measure_case(
         calls[provider.name] = call
         rows[provider.name] |= {"status": "ok", "memory_bytes": memory}
 
+    if about["allocator"] == RETAINING:
+        for name, call in calls.items():  # as measuring memory has returned free pages to the system
+            progress(f"warms up {name}")
+            call()
     samples = interleave(calls, estimates, timer, budget, on_sample=lambda name: progress(f"times {name}"))
     for name, values in samples.items():
         rows[name] |= summary(values)

@@ -1,6 +1,7 @@
 """The benchmarks' own machinery, on providers that sleep, lie and break; and one quick run from end to end."""
 
 import json
+import platform
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,12 +13,14 @@ import torch
 import typer
 
 from benchmarks import report, run
+from benchmarks.harness import allocator
 from benchmarks.harness.agreement import ErrorBudget
+from benchmarks.harness.chart import speedup_chart
 from benchmarks.harness.machine import Rates, Work, commit, default_name
 from benchmarks.harness.registry import Case, Operation, Provider, Unavailable, load_operations
 from benchmarks.harness.results import merge_rows, read_results, write_results
 from benchmarks.harness.runner import measure_case
-from benchmarks.harness.tables import markdown_table, number
+from benchmarks.harness.tables import markdown_table, number, speedups
 from benchmarks.harness.timing import TimeBudget, Timer, interleave, speedup
 from benchmarks.ops import inputs as benchmark_inputs
 from fastmask import measure
@@ -226,7 +229,8 @@ def test_selection_by_suite_case_and_dtype():
 
 
 def make_row(**changes):
-    row = {"op": "double", "case": "small", "dtype": "float32", "device": "cpu", "provider": "a", "status": "ok"}
+    row = {"op": "double", "case": "small", "dtype": "float32", "device": "cpu", "allocator": "default"}
+    row |= {"provider": "a", "status": "ok"}
     timing = {"median_ms": 2.0, "p20_ms": 1.5, "p80_ms": 2.5, "rounds": 3, "baseline": "b", "speedup": 4.0}
     spread = {"speedup_p20": 3.5, "speedup_p80": 4.5, "speedup_rounds": 3}
     floor = {"floor_ms": 1.0, "floor_of": "memory", "times_floor": 2.0}
@@ -249,6 +253,17 @@ def test_a_run_replaces_what_it_measured_and_keeps_the_rest(tmp_path):
     assert results["rows"][0]["median_ms"] == 9
     assert results["date"] == "later"
     assert [p.name for p in path.parent.iterdir()] == ["machine.json"], "no temporary file is left"
+
+
+def test_a_case_is_one_group_for_each_allocator(tmp_path):
+    path = tmp_path / "machine.json"
+    old = [{name: value for name, value in make_row(case=case).items() if name != "allocator"} for case in "xy"]
+    path.write_text(json.dumps({"schema": 1, "rows": old}))  # as files were before rows named the allocator
+    assert [row["allocator"] for row in read_results(path)["rows"]] == ["default", "default"]
+    write_results(path, RUN, [make_row(case="x", allocator="retaining", median_ms=1.0)])
+    write_results(path, RUN, [make_row(case="x", median_ms=3.0)])
+    found = [(row["case"], row["allocator"], row["median_ms"]) for row in read_results(path)["rows"]]
+    assert found == [("x", "default", 3.0), ("x", "retaining", 1.0), ("y", "default", 2.0)]
 
 
 def test_files_that_are_no_results_are_not_overwritten(tmp_path):
@@ -277,6 +292,59 @@ def test_tables_show_every_provider(tmp_path):
     assert [number(value) for value in (0, 0.0123, 0.5, 12.34, 1234.5)] == ["0.00", "0.012", "0.50", "12.3", "1234"]
 
 
+def with_both_allocators():
+    """Rows of one case: with the retaining allocator, the baseline gains more time than fastmask."""
+    rows = [make_row(provider="fastmask"), make_row(provider="b", median_ms=8.0, speedup=1.0)]
+    rows += [make_row(provider="c", status="missing", reason="not installed")]
+    return rows + [
+        row | {"allocator": "retaining", "median_ms": ms, "speedup": speedup}
+        for row, ms, speedup in zip(rows, (1.5, 4.5, 0.0), (3.0, 1.0, 0.0), strict=True)
+    ]
+
+
+def test_tables_show_both_allocators_and_headlines_the_smaller_ratio():
+    rows = with_both_allocators()
+    text = markdown_table(rows)
+    assert "| small, float32 | fastmask | 2.00 (1.50–2.50) | 4.00 |" in text
+    assert "| small, float32, retaining | fastmask | 1.50 (1.50–2.50) | 3.00 |" in text
+    assert text.endswith("\nNot run: c (not installed) on small, float32.")
+    assert "| small, float32, retaining | – | 1.50 ms | 3.00× (b) |" in report.operator_table(rows, "page.md")
+    assert speedups(rows) == [3.0]
+    assert ">3.00×</text>" in speedup_chart(rows, {"double": "Twice"}, "a machine")
+
+
+def test_the_process_that_measures_says_which_allocator_it_has(monkeypatch):
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.36"))
+    assert allocator.allocators("cpu") == ("default", "retaining")
+    assert allocator.allocators("cuda") == ("default",)
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")
+    operation = make_operation(Provider("a", double))
+    for name in ("default", "retaining"):
+        environment = allocator.environment_with(name)
+        assert environment.get("MALLOC_TRIM_THRESHOLD_") == {"default": None, "retaining": "100000000000"}[name]
+        monkeypatch.setattr(allocator.os, "environ", environment)
+        rows = measure_case(operation, operation.cases[0], "float32", CPU, RATES, TimeBudget(rounds=1))
+        assert [row["allocator"] for row in rows] == [name]
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    assert allocator.allocators("cpu") == ("default",)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the variables are glibc's")
+def test_with_the_retaining_allocator_large_blocks_come_back_without_page_faults():
+    code = (
+        "import resource, torch\n"
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "x = torch.empty(20 << 20)\n"  # 80 MiB
+        "for _ in range(20): torch.exp(x)\n"  # the heap needs some calls to settle
+        "before = faults()\n"
+        "torch.exp(x)\n"
+        "print(faults() - before)"
+    )
+    environment = allocator.environment_with("retaining")
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 0.05 * (80 << 20) / 4096  # of the block's pages
+
+
 def make_results(folder):
     """Rows for every headline of the README, and the README and a page that show them."""
     rows = []
@@ -284,8 +352,10 @@ def make_results(folder):
         about = {"op": line.op, "case": line.case}
         rows += [make_row(**about, provider=line.provider), make_row(**about, provider="b", median_ms=8.0, speedup=1.0)]
         rows.append(make_row(**about, provider="c", median_ms=4.0, speedup=2.0))
+    rows += [row | {"allocator": "retaining", "median_ms": 1.0, "speedup": 2 * row["speedup"]} for row in rows]
     write_results(folder / "results" / f"{report.MACHINE}.json", RUN, rows)
-    for name, block in (("README.md", "headlines"), ("docs/operators/assign.md", "assign")):
+    blocks = {"README.md": "headlines", "docs/operators/assign.md": "assign", "docs/guides/cpu.md": "allocators"}
+    for name, block in blocks.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"before\n<!-- generated: {block} -->\nold\n<!-- end -->\nafter\n")
@@ -301,14 +371,16 @@ def test_report_writes_every_page_and_check_notices_a_stale_one(tmp_path, capsys
     assert "old" in readme.read_text()
     report.main(tmp_path, tmp_path / "results", check=False)
     text = readme.read_text()
-    assert text.startswith("before\n<!-- generated: headlines -->\n| operation | before |")
+    assert text.startswith("before\n<!-- generated: headlines -->\n| operation | allocator | before |")
     assert text.endswith("\n<!-- end -->\nafter\n")
-    assert "| 8.00 ms (b) | 2.00 ms | 4.00× | 2.00× (c) |" in text
+    assert "| default | 8.00 ms (b) | 2.00 ms | 4.00× | 2.00× (c) |" in text
     assert "The smallest ratio of all [measured cases]" in text
     page = (tmp_path / f"docs/benchmarks/{report.MACHINE}.md").read_text()
     assert page.startswith("# Some Processor\n")
     assert "Measured 2026-01-02 03:04 UTC at abc, torch 2.13.0, 2 threads." in page
     assert "4.00× (b)" in (tmp_path / "docs/operators/assign.md").read_text()
+    gains = (tmp_path / "docs/guides/cpu.md").read_text()
+    assert f"| `assign`: {report.HEADLINES[-1].case} | b | 8.00 ms | 1.00 ms | 8.00× |" in gains
     chart = ElementTree.fromstring((tmp_path / "docs/images/speedups.svg").read_text())
     assert [element.text for element in chart.iter() if (element.text or "").startswith("4.00×")] == ["4.00×"] * 5
     capsys.readouterr()
@@ -321,7 +393,7 @@ def test_report_names_what_is_missing(tmp_path):
         report.main(tmp_path, tmp_path / "results", check=False)
     rows = make_results(tmp_path)
     with pytest.raises(ValueError, match=r"no row of 'fastmask\.patch' for hf_training_step"):
-        report.headlines(rows[3:], "page.md")
+        report.headlines([row for row in rows if row["op"] != report.HEADLINES[0].op], "page.md")
     with pytest.raises(ValueError, match="no table is called 'b'; there are a"):
         report.fill("<!-- generated: b -->\n<!-- end -->", {"a": ""})
     with pytest.raises(ValueError, match="has no <!-- end -->"):
@@ -408,11 +480,13 @@ def test_a_quick_run_from_end_to_end(tmp_path):
     results = json.loads(output.read_text())
     assert results["machine"]["threads"] == 1
     assert results["argv"][0] == "--quick"
-    rows = {row["provider"]: row for row in results["rows"]}
-    assert rows["fastmask native"]["status"] == "ok"
-    assert rows["fastmask native"]["baseline"] == "transformers"
-    assert rows["fastmask native"]["rounds"] >= 3
-    assert rows["fastmask triton"]["status"] == "missing"
+    rows = {(row["allocator"], row["provider"]): row for row in results["rows"]}
+    assert len(rows) == len(results["rows"]) == 3 * len(allocator.allocators("cpu"))
+    for name in allocator.allocators("cpu"):
+        assert rows[name, "fastmask native"]["status"] == "ok"
+        assert rows[name, "fastmask native"]["baseline"] == "transformers"
+        assert rows[name, "fastmask native"]["rounds"] >= 3
+        assert rows[name, "fastmask triton"]["status"] == "missing"
     assert (tmp_path / "plots" / "results-mask-cost.png").read_bytes().startswith(b"\x89PNG")
     assert "fastmask native" in done.stdout
 
@@ -423,6 +497,7 @@ def test_options_that_fit_nothing_are_named():
         ({"device": "tpu"}, "device must be cpu or cuda, got 'tpu'"),
         ({"suite": "no such"}, "nothing to run"),
         ({"op": ["mask_cost"], "dtype": ["int8"]}, "nothing to run"),
+        ({"allocator": "no_such"}, "allocator must be default.* here, got 'no_such'"),
     ):
         with pytest.raises(typer.BadParameter, match=message):
             run.main(**options)
