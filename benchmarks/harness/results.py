@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.allocator import DEFAULT
+from benchmarks.harness.allocator import DEFAULT, current_allocator
 from benchmarks.harness.tables import rows_by
 from fastmask.files import read_json, replace_file
 
@@ -49,7 +49,8 @@ def merge_rows(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
 
 
 def write_results(path: Path, run: Mapping[str, Any], rows: Sequence[Row]) -> None:
-    """Merges ``rows`` into the file at ``path``, each with the run's date, commit, threads and torch version.
+    """Merges ``rows`` into the file at ``path``, each with the run's date, commit, threads and torch version, and with
+    the allocator of this process unless the row names one.
 
     Args:
         run: "machine", "rates", "date", "commit", "dirty" and "argv" of this run.
@@ -61,6 +62,6 @@ def write_results(path: Path, run: Mapping[str, Any], rows: Sequence[Row]) -> No
         "threads": run["machine"]["threads"],
         "torch": run["machine"]["packages"]["torch"],
     }
-    old = read_results(path)["rows"]
-    results = {"schema": SCHEMA, **run, "rows": merge_rows(old, [row | stamp for row in rows])}
+    new = [{"allocator": current_allocator()} | row | stamp for row in rows]
+    results = {"schema": SCHEMA, **run, "rows": merge_rows(read_results(path)["rows"], new)}
     replace_file(path, lambda temporary: temporary.write_text(json.dumps(results, indent=1) + "\n"))
