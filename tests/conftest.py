@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import gc
 import os
 import random
+import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 from fastmask.ops._registry import EXTENSION, EXTENSION_ERROR, SIMD_LEVELS
 from fastmask.testing import cap_simd_level, simd_levels
@@ -162,6 +166,25 @@ def generator(request: pytest.FixtureRequest) -> torch.Generator:
     return torch.Generator().manual_seed(sum(request.node.name.encode()))
 
 
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """``made_once(name, fill)``: a folder that ``fill`` has filled, once for all workers of pytest-xdist, which would
+    each make what their tests share."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def made(name: str, fill: Callable[[Path], object]) -> Path:
+        folder = root / name
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                part = Path(tempfile.mkdtemp(dir=root))
+                fill(part)
+                part.rename(folder)
+        return folder
+
+    return made
+
+
 @pytest.fixture(scope="module")
 def triton_kernels(request: pytest.FixtureRequest) -> Iterator[None]:
     """``backend="triton"`` runs on CPU tensors: in Triton's interpreter, or with --compiled in an emulator of a GPU."""
@@ -179,6 +202,13 @@ def backend(request: pytest.FixtureRequest) -> str:
     if request.param == "triton":
         request.getfixturevalue("triton_kernels")
     return request.param
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _garbage_is_that_of_the_module() -> None:
+    """Collections pass over the millions of objects that imports and earlier modules left, which takes a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

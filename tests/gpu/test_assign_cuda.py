@@ -103,9 +103,9 @@ class Emulation:
 
 
 @pytest.fixture(scope="session")
-def on_threads(tmp_path_factory):
-    program = tmp_path_factory.mktemp("emulation") / "assign"
-    return Emulation((str(build(EMULATED, program, "-O2")),))
+def on_threads(made_once):
+    folder = made_once("emulation", lambda folder: build(EMULATED, folder / "assign", "-O2"))
+    return Emulation((str(folder / "assign"),))
 
 
 @pytest.fixture(scope="session")

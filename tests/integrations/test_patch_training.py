@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -11,12 +13,11 @@ from tests.helpers.shared_batches import PROCESSES, fork_together
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory):
+def seen(made_once):
     """What tests/helpers/patched_training.py saw."""
-    folder = tmp_path_factory.mktemp("training")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
-        fork_together(patched_training.main, folder)
+        folder = made_once("patched training", functools.partial(fork_together, patched_training.main))
     result = torch.load(folder / "seen.pt")
     assert result["processes"] == PROCESSES
     return result

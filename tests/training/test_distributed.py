@@ -30,10 +30,9 @@ every_strategy = pytest.mark.parametrize("strategy", distributed.STRATEGIES)
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory):
+def seen(made_once):
     """What each process saw."""
-    folder = tmp_path_factory.mktemp("processes")
-    fork_together(two_processes.main, folder)
+    folder = made_once("two processes", functools.partial(fork_together, two_processes.main))
     return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
 
 
