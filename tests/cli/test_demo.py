@@ -46,6 +46,7 @@ def test_the_page_needs_no_network(shown):
 
 
 @needs_browser
+@pytest.mark.slow
 def test_a_browser_shows_the_page(shown, tmp_path):
     folder, _ = shown
     seen = dom(folder / "index.html")
@@ -107,6 +108,7 @@ def pretraining(tmp_path, name):
     return CliRunner().invoke(command, [text for key, value in options.items() for text in (f"--{key}", str(value))])
 
 
+@pytest.mark.slow
 def test_pretraining_resumes_where_it_was_interrupted(tmp_path, monkeypatch):
     whole = pretraining(tmp_path, "whole")
     assert whole.exit_code == 0, whole.output

@@ -38,7 +38,7 @@ def with_encoder():
     return maskformer(encoder_layers=1)
 
 
-@pytest.mark.parametrize("portable", [True, False])
+@pytest.mark.parametrize("portable", [pytest.param(True, marks=pytest.mark.slow), False])
 @pytest.mark.parametrize("make", [pytest.param(with_encoder, marks=pytest.mark.slow), masked_attention, mask2former])
 def test_a_maskformers_labels(make, portable):
     model, program = exported(make, portable=portable)
@@ -67,8 +67,9 @@ def test_labels_and_scores_of_networks_without_masks(make):
     assert_same_scores(program.module()(images)["scores"], predicted_scores(model, images, (64, 50)))
 
 
-@pytest.mark.parametrize("probabilities", [pytest.param((1.0, 1.0), marks=pytest.mark.slow), (0.0, 0.0)])
-@pytest.mark.parametrize("encoder", ["dinov2", pytest.param("dinov3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("probabilities", [(1.0, 1.0), (0.0, 0.0)])
+@pytest.mark.parametrize("encoder", ["dinov2", "dinov3"])
 def test_an_eomts_labels_with_and_without_masks(encoder, probabilities):
     """At the size of a window; an image of another size is predicted whole."""
     torch.manual_seed(0)
@@ -109,6 +110,7 @@ def test_panoptic_segmentation_of_exported_logits():
         assert float((actual == expected).float().mean()) > 0.999
 
 
+@pytest.mark.slow
 def test_clips_of_sound():
     model = sound_detector()
     program = export_program(model, size=8000)
@@ -151,7 +153,8 @@ assert ("fastmask" in sys.modules) == {expected}
 """
 
 
-@pytest.mark.parametrize("portable", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("portable", [True, False])
 def test_the_command_exports_a_saved_network_for_a_process_of_its_own(portable, tmp_path):
     """Without fastmask if it is portable."""
     model = maskformer(backbone="tiny", class_names=list("abcde"))

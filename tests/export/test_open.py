@@ -70,6 +70,7 @@ def test_a_network_that_holds_for_some_sizes_alone_is_refused():
 
 
 @portable_or_not
+@pytest.mark.slow
 def test_programs_compile_in_one_graph(portable):
     model, program = exported(maskformer, portable=portable)
     images = torch.rand(2, 3, *SIZE)

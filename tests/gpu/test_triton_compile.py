@@ -47,8 +47,9 @@ def slow_but(first: Any, others: Iterable[Any]) -> list[Any]:
     return [first, *(pytest.param(*each, marks=pytest.mark.slow) for each in others)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize("capability", slow_but(90, [(each,) for each in SHARED_MEMORY if each != 90]))
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
 def test_training_sizes_fit_every_generation(operator, capability, compiling):
     assert compiling(misfits, [call(operator, TRAINING, torch.bfloat16, "segments")], capability) == {}
 
@@ -185,6 +186,7 @@ def test_image_sizes_compile_few_kernels(compiling):
     assert len(found) <= 12, sorted(name for name, *_ in found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "operator", ["mask_cost", "mask_loss", "point_mask_cost", "point_mask_loss", "uncertain_points"]
 )

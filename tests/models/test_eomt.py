@@ -155,6 +155,7 @@ def test_the_trainer_anneals_and_a_saved_network_needs_no_masks(ema, tmp_path):
     assert again.network().config.mask_probabilities == (0, 0)
 
 
+@pytest.mark.slow
 def test_annealing_compiles_once():
     torch._dynamo.reset()
     model = small()

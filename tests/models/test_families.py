@@ -75,13 +75,8 @@ def test_a_model_of_bfloat16_trains(family: Family):
         assert gradients[name].isfinite().all()
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(family, id=name, marks=[] if name == "maskformer" else pytest.mark.slow)
-        for name, family in FAMILIES.items()
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 def test_predictions_and_training_compile_to_one_graph(family: Family):
     torch._dynamo.reset()
     model = family.make().eval()

@@ -119,6 +119,7 @@ def test_clips_without_times_or_events_train():
         assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_it_learns():
     model = tiny()
     waveforms, events = batch(4, duration=1.0)

@@ -213,6 +213,7 @@ def test_an_interruption_keeps_what_is_done(model, photos, tmp_path, monkeypatch
     assert titles((tmp_path / "page.html").read_text(encoding="utf-8")) == ["a.jpg", "b.jpg", "c.jpg"]
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_no_half_files(folder, tmp_path):
     rng = np.random.default_rng(0)
     for i in range(200):

@@ -249,6 +249,7 @@ def run_main(path, **options):
     return read_results(path)["rows"]
 
 
+@pytest.mark.slow
 def test_from_end_to_end(tmp_path, monkeypatch, capsys):
     """A comparison, then all of them with one seed, then nothing to do, all in one file."""
     path = tmp_path / "ablation-here.json"

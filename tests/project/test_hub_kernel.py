@@ -75,6 +75,7 @@ def run(code: str, folder: Path, **environment: str) -> str:
 
 
 @pytest.mark.parametrize("native", [True, False])
+@pytest.mark.slow
 def test_kernel_builder_takes_the_source(generated, native):
     folder, config = generated(native)
     parse = "from kernels._rust import Build; print(Build.open({folder!r}).general.backends)"

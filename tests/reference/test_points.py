@@ -120,6 +120,7 @@ def test_costs_equal_a_loop(with_void, mask_term, generator):
     torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_gradient_of_the_losses(generator):
     _, mask_logits, _, assignment, masks, valid = make_inputs(generator)
     points = random_and_corners(generator, 2, 3, 3).double()

@@ -71,6 +71,7 @@ def keep_saving(folder):
         print("saved", file=sys.stderr)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_of_saving_the_newest_checkpoint_is_whole(tmp_path):
     generator = random.Random(1)
     torn, reached = 0, 0

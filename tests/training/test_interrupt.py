@@ -75,6 +75,7 @@ def test_a_second_ctrl_c_ends_at_once_and_harms_nothing(scenes, tmp_path):
     assert load_newest(tmp_path / "run" / "checkpoints") is None
 
 
+@pytest.mark.slow
 def test_workers_do_not_outlive_the_command(scenes, tmp_path):
     # Batches of more than a pipe holds, so that workers wait for someone to read them.
     options = ("--workers", "2", "--set", "recipe.batch_size=256")

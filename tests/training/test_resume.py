@@ -77,8 +77,8 @@ def assert_same_run(folder, expected):
     assert len({(record["step"], "evaluation" in record) for record in ours}) == len(ours)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("stop", [3, 5])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stop", [pytest.param(3, marks=pytest.mark.slow), 5])
 def test_interrupted_and_resumed_equals_uninterrupted(config, uninterrupted, tmp_path, workers, stop):
     config = config.replace(workers=workers)
     with signal_in_step(stop), pytest.raises(KeyboardInterrupt):
@@ -109,6 +109,7 @@ def test_random_points_and_masks_continue(scenes, tmp_path, model, annealing):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.slow
 def test_shards_continue_with_the_same_samples(scenes, tmp_path, workers):
     for split in ("train", "val"):
         write_shards(open_dataset(scenes, split), tmp_path / "shards", samples_per_shard=3)

@@ -46,6 +46,7 @@ def batch() -> tuple[torch.Tensor, Targets]:
 
 
 @pytest.mark.parametrize("options", [{}, {"matching": "fixed", "num_queries": len(CLASS_NAMES)}])
+@pytest.mark.slow
 def test_both_matchings_learn_one_batch(batch, options):
     model = MaskFormer(MaskFormerConfig.preset("tiny", len(CLASS_NAMES), decoder_layers=2, **options))
     totals = learn(model, *batch, 40)
@@ -61,6 +62,7 @@ def test_both_matchings_learn_one_batch(batch, options):
         (PerPixelBaseline, {"transformer_decoder": True, "decoder_layers": 2}),
     ],
 )
+@pytest.mark.slow
 def test_tiny_presets_of_per_pixel_models_learn_one_batch(batch, kind, options):
     model = kind(kind.config_class.preset("tiny", len(CLASS_NAMES), **options))
     images, targets = batch
