@@ -29,9 +29,8 @@ OWN = json.dumps([64, 48])  # of the tiny Segmenter
     ("size", "window"),
     [
         pytest.param(SIZE, None, marks=pytest.mark.slow),  # enlarged, as a side is smaller than a window
-        pytest.param(
-            (70, 150), (40, 30), marks=pytest.mark.slow
-        ),  # overlaps of many kinds; windows that are no multiple of a patch
+        # Overlaps of many kinds; windows that are no multiple of a patch.
+        pytest.param((70, 150), (40, 30), marks=pytest.mark.slow),
         pytest.param((64, 128), 64, marks=pytest.mark.slow),  # side by side
         pytest.param((64, 64), (64, 10), marks=pytest.mark.slow),  # one window
         pytest.param((41, 70), (41, 9), marks=pytest.mark.slow),  # up to five on a pixel

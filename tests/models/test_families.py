@@ -76,7 +76,7 @@ def test_a_model_of_bfloat16_trains(family: Family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+@every_family
 def test_predictions_and_training_compile_to_one_graph(family: Family):
     torch._dynamo.reset()
     model = family.make().eval()
