@@ -33,7 +33,7 @@ NEEDS = {"lightning_train": "lightning", "trainer_train": "accelerate", "sound_e
 PARAMETERS = {
     "quickstart": "STEPS, BATCH_SIZE, SIZE = 2, 2, (64, 64)",
     "patch_and_measure": "SIZE, IMAGES, ROUNDS = 64, 1, 1",
-    "look_inside": "STEPS, SIZE = 1, (64, 64)",
+    "look_inside": "SCENE, SIZE = 0, (64, 64)",
 }
 
 
