@@ -183,6 +183,7 @@ def test_only_what_has_a_gradient_carries_one(op, generator):
     assert all(output.requires_grad == bool(op.differentiable) for output in outputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", [op for op in OPERATORS if op.operator], ids=str)
 def test_opcheck(op, generator):
     """Traces, which take long, of two layouts; schema and fake kernel of all."""

@@ -103,6 +103,7 @@ def test_extra_memory_does_not_grow_with_the_targets(generator):
     assert sizes[0] == sizes[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["segments", "masks"])
 def test_sums_of_four_megapixels_do_not_overflow(form):
     """float16 ends at 65504, float32 counts ones up to 2^24: the sums must hold 2^22 pixels of either sign."""

@@ -194,6 +194,7 @@ def test_expanded_gradient(backend, generator):
     assert all(torch.equal(x, y) for x, y in zip(summed, expected, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("p", [0.0, 0.2])
 def test_opcheck(masked, p, generator):
