@@ -47,40 +47,17 @@ class DeformableConfig:
     Args:
         queries: of a program of forward, at most.
         row_elements: channels times queries of a program of forward, at most.
-        elements: channels times pixels of a program of backward's last kernel.
-        cell_elements: channels times points of a cell that a program reads at a time.
-        keys: points whose cells a program finds.
+        chunk, chunks: the points of a level are counted in chunks of this many, and in that many at most.
     """
 
     queries: int = 64
     row_elements: int = 4096
-    elements: int = 1024
-    cell_elements: int = 512
-    keys: int = 256
+    chunk: int = 2048
+    chunks: int = 8
     num_warps: int = 4
 
 
 CONFIGS = {None: DeformableConfig()}
-
-
-@triton.jit
-def _load_points(locations_ptr, weights_ptr, i, there):
-    """x, y and the weight of points, 0 where there is none."""
-    x = tl.load(locations_ptr + i * 2, mask=there, other=0.0)
-    y = tl.load(locations_ptr + i * 2 + 1, mask=there, other=0.0)
-    return x, y, tl.load(weights_ptr + i, mask=there, other=0.0)
-
-
-@triton.jit
-def _around(position, size):
-    """Whether a position in 0..1 is less than a pixel away from the pixels' centers (NaN is not); the first of the two
-    pixels around it, in -1..size-1; the weight of the second."""
-    end = tl.cast(size, tl.float32)
-    at = tl.fma(position, end, -0.5)
-    inside = (at > -1.0) & (at < end)
-    at = tl.where(inside, at, 0.0)
-    first = tl.floor(at)
-    return inside, first.to(tl.int32), at - first
 
 
 @triton.jit
@@ -95,28 +72,53 @@ def _to_float(x):
 
 
 @triton.jit
-def _load_row(channel_ptrs, pixel, stride, on, part, WIDE: tl.constexpr):
-    """Channels of pixels in float32, 0 where they are not ``on`` the level. ``part`` is added last: as a constant it is
-    part of the instruction that loads."""
-    offset = (pixel.to(tl.int64) if WIDE else pixel) * stride
-    return _to_float(tl.load(channel_ptrs + offset + part, mask=on, other=0.0))
+def _load_row(ptrs, of_head, WHOLE: tl.constexpr):
+    """Channels in float32; 0 beyond those of the head."""
+    return _to_float(tl.load(ptrs) if WHOLE else tl.load(ptrs, mask=of_head, other=0.0))
+
+
+@triton.jit
+def _tap(position, size):
+    """The position in pixels; the first pixel around it that is on the level; its share, which is 0 a pixel or more
+    outside and at NaN; how far the position is beyond its center; whether a second pixel is on the level."""
+    last = size - 1
+    at = tl.fma(position, tl.cast(size, tl.float32), -0.5)
+    floor = tl.floor(at).to(tl.int32)
+    first = tl.minimum(tl.maximum(floor, 0), last)
+    beyond = at - first.to(tl.float32)
+    second = floor.to(tl.uint32, bitcast=True) < last.to(tl.uint32, bitcast=True)
+    return at, first, tl.maximum(1.0 - tl.abs(beyond), 0.0), beyond, second
+
+
+@triton.jit
+def _taps(plane_ptr, zeros_ptr, stride_s, x, y, h, w, there, WIDE: tl.constexpr, UNIT: tl.constexpr):
+    """Whether points are inside; where the first of the four pixels around each is, and the way to the second column
+    and row, which is 0 where there is none; for both axes the position, the first pixel, the shares of both pixels,
+    and how far the position is beyond the first one.
+
+    Points outside are at a row of zeros, so that nothing is read under a mask, whose zeros would take 16 instructions.
+    """
+    at_x, column, left, beyond, second = _tap(x, w)
+    at_y, row, upper, below, second_row = _tap(y, h)
+    inside = there & (tl.minimum(left, upper) > 0.0)
+    second, second_row = second & inside, second_row & inside
+    pixel = row * w + column
+    step = stride_s.to(tl.int64) if WIDE else stride_s
+    ptrs = tl.where(inside, plane_ptr + pixel * step * UNIT, zeros_ptr)
+    if UNIT > 1:
+        ptrs = tl.multiple_of(ptrs, (1, 1, 16))
+    across, down = tl.where(second, step, 0) * UNIT, tl.where(second_row, w * step, 0) * UNIT
+    right, lower = tl.where(second, beyond, 0.0), tl.where(second_row, below, 0.0)
+    return inside, ptrs, across, down, (at_x, column, left, right, beyond), (at_y, row, upper, lower, below)
 
 
 @kernel
 def _deformable_attention_fwd_kernel(
-    value_ptr, stride_b, stride_s, stride_h, locations_ptr, weights_ptr, out_ptr,
+    value_ptr, stride_b, stride_s, stride_h, zeros_ptr, locations_ptr, weights_ptr, out_ptr,
     h_0, h_1, h_2, h_3, h_4, h_5, h_6, h_7, w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7,
-    Q, heads, P, LEVELS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr,
+    Q, heads, P: tl.constexpr, LEVELS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_Q: tl.constexpr, TILES: tl.constexpr, TILE_D: tl.constexpr,
 ):  # fmt: skip
-    """sum_l sum_p A_lp V_l(x_lp, y_lp) for BLOCK_Q queries of one head (Deformable DETR, arXiv:2010.04159, equation 3).
-
-    A row is read in TILES parts, which the same threads read one after another: what is computed for a point is
-    computed by two of them (up to 64 channels of 2 bytes), and not once for every 16 bytes of its row.
-
-        value  (B, S, heads, HEAD_DIM), strides in units;  locations  (B, Q, heads, LEVELS, P, 2)
-        weights  (B, Q, heads, LEVELS, P);  out  (B, Q, heads * HEAD_DIM)
-    """
     blocks = tl.cdiv(Q, BLOCK_Q)
     plane = tl.program_id(0) // blocks
     image, head = (plane // heads).to(tl.int64), plane % heads
@@ -125,52 +127,66 @@ def _deformable_attention_fwd_kernel(
     channel = tl.arange(0, TILE_D)[None, None, :]  # [1, 1, TILE_D]
     of_head = part + channel < HEAD_DIM
     there = q < Q
-    row = (image * Q + q) * heads + head
-    channel_ptrs = value_ptr + (image * stride_b + head * stride_h) * UNIT + channel
+    row = (image * Q + tl.minimum(q, Q - 1)) * heads + head
+    plane_ptr = value_ptr + (image * stride_b + head * stride_h) * UNIT
     stride = stride_s * UNIT
+    if WIDE:
+        stride = stride.to(tl.int64)
     point = row * (LEVELS * P)
     out = tl.zeros([TILES, BLOCK_Q, TILE_D], dtype=tl.float32)
-    start = 0
+    WHOLE: tl.constexpr = HEAD_DIM == TILES * TILE_D
     heights, widths = (h_0, h_1, h_2, h_3, h_4, h_5, h_6, h_7), (w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7)
     for level in tl.static_range(LEVELS):
         h, w = heights[level], widths[level]
-        for p in range(P):
-            x, y, weight = _load_points(locations_ptr, weights_ptr, point + (level * P + p), there)
-            in_columns, column, right = _around(x, w)
-            in_rows, y_first, lower = _around(y, h)
-            inside = there & in_columns & in_rows
-            on_upper, on_lower = inside & (y_first >= 0), inside & (y_first + 1 < h)
-            on_left, on_right = column >= 0, column + 1 < w
-            pixel = start + y_first * w + column
+        for p in tl.static_range(P):
+            i = point + (level * P + p)
+            x, y, weight = tl.load(locations_ptr + i * 2), tl.load(locations_ptr + i * 2 + 1), tl.load(weights_ptr + i)
+            inside, ptrs, across, down, (_, _, left, right, _), (_, _, upper, lower, _) = _taps(
+                plane_ptr, zeros_ptr, stride_s, x, y, h, w, there, WIDE, UNIT
+            )
             weight = tl.where(inside, weight, 0.0)  # outside it may be NaN
-            of_lower = weight * lower
-            of_upper = weight - of_lower
-            of_lower_right = of_lower * right
-            of_upper_right = of_upper * right
-            a = _load_row(
-                channel_ptrs, pixel, stride, on_upper & on_left & of_head, part, WIDE
-            )  # [TILES, BLOCK_Q, TILE_D]
-            b = _load_row(channel_ptrs, pixel + 1, stride, on_upper & on_right & of_head, part, WIDE)
-            out = tl.fma(a, of_upper - of_upper_right, out)
-            out = tl.fma(b, of_upper_right, out)
-            a = _load_row(channel_ptrs, pixel + w, stride, on_lower & on_left & of_head, part, WIDE)
-            b = _load_row(channel_ptrs, pixel + w + 1, stride, on_lower & on_right & of_head, part, WIDE)
-            out = tl.fma(a, of_lower - of_lower_right, out)
-            out = tl.fma(b, of_lower_right, out)
-        start += h * w
+            of_upper, of_lower = weight * upper, weight * lower
+            ptrs += channel
+            a, b = _load_row(ptrs + part, of_head, WHOLE), _load_row(ptrs + across + part, of_head, WHOLE)
+            out = tl.fma(a, of_upper * left, out)
+            out = tl.fma(b, of_upper * right, out)
+            ptrs += down
+            a, b = _load_row(ptrs + part, of_head, WHOLE), _load_row(ptrs + across + part, of_head, WHOLE)
+            out = tl.fma(a, of_lower * left, out)
+            out = tl.fma(b, of_lower * right, out)
+        plane_ptr += h * w * stride
     out_ptrs = out_ptr + row * HEAD_DIM + part + channel
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=there & of_head)
 
 
-@kernel
-def _deformable_attention_keys_kernel(
-    locations_ptr, keys_ptr, h_0, h_1, h_2, h_3, h_4, h_5, h_6, h_7, w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7,
-    rows, Q, heads, P, cells, planes, LEVELS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The cell of each point of one level: plane * cells + its number among the cells of all levels, row by row. The
-    cells of a level begin half a pixel outside, so that there are (h + 1) (w + 1). Points outside have planes * cells.
+@triton.jit
+def _same_before(key, k):
+    """For 32 keys, one a lane: how many before each are equal to it, and how many in all."""
+    if INTERPRETED:
+        same = key[:, None] == key[None, :]
+        return tl.sum((same & (k[None, :] < k[:, None])).to(tl.int32), 1), tl.sum(same.to(tl.int32), 1)
+    return tl.inline_asm_elementwise(
+        """{
+            .reg .b32 same, before;
+            match.any.sync.b32 same, $2, 0xffffffff;
+            mov.u32 before, %lanemask_lt;
+            and.b32 before, before, same;
+            popc.b32 $0, before;
+            popc.b32 $1, same;
+        }""",
+        "=r,=r,r", [key], dtype=(tl.int32, tl.int32), is_pure=False, pack=1,
+    )  # fmt: skip
 
-        keys  (B, Q, heads, LEVELS, P), rows = B Q heads
+
+@kernel
+def _deformable_attention_ranks_kernel(
+    locations_ptr, counts_ptr, ranks_ptr, h_0, h_1, h_2, h_3, h_4, h_5, h_6, h_7, w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7,
+    Q, heads, P: tl.constexpr, cells, chunks, points_per_chunk, LEVELS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Counts the points of a level in each cell, for one chunk of the points of one plane; the rank of each point is how
+    many before it are in the same cell. One warp does so in order, so that ranks are the same in each run.
+
+        counts  (B heads, cells, chunks), initially zero;  ranks  (B, Q, heads, LEVELS, P), not written outside
     """
     level = tl.program_id(1)
     h, w, first_cell, end = 0, 0, 0, 0
@@ -180,129 +196,206 @@ def _deformable_attention_keys_kernel(
         h, w = tl.where(level == each, of_rows, h), tl.where(level == each, of_columns, w)
         first_cell = tl.where(level == each, end, first_cell)
         end += (of_rows + 1) * (of_columns + 1)
-    of_level = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    row = of_level // P
-    there = row < rows
-    i = (row * LEVELS + level) * P + of_level % P
-    x = tl.load(locations_ptr + i * 2, mask=there, other=0.0)
-    y = tl.load(locations_ptr + i * 2 + 1, mask=there, other=0.0)
-    in_columns, column, _ = _around(x, w)
-    in_rows, y_first, _ = _around(y, h)
-    plane = row // heads // Q * heads + row % heads
-    cell = plane * cells + (first_cell + (y_first + 1) * (w + 1) + column + 1)
-    key = tl.where(in_columns & in_rows, cell, tl.cast(planes, tl.int64) * cells)
-    tl.store(keys_ptr + i, key.to(keys_ptr.dtype.element_ty), mask=there)
+    plane, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
+    image, head = (plane // heads).to(tl.int64), plane % heads
+    counts_ptr += plane.to(tl.int64) * cells * chunks + chunk
+    points = Q * P
+    lane = tl.arange(0, BLOCK)  # [BLOCK]
+    begin = chunk * points_per_chunk
+    stop = tl.minimum(begin + points_per_chunk, points)
+    i, x, y = _located(locations_ptr, begin + lane, stop, image * Q, heads, head, P, LEVELS, level)
+    for first in range(begin, stop, BLOCK):
+        _, column, left, beyond, _ = _tap(x, w)
+        _, row, upper, below, _ = _tap(y, h)
+        inside = tl.minimum(left, upper) > 0.0
+        cell = first_cell + _cell(row, below) * (w + 1) + _cell(column, beyond)
+        before, total = _same_before(tl.where(inside, cell, -1), lane)
+        count = tl.load(counts_ptr + cell * chunks, mask=inside, other=0)
+        tl.store(ranks_ptr + i, count + before, mask=inside)
+        # The next points, while the counts are on their way.
+        i, x, y = _located(locations_ptr, first + BLOCK + lane, stop, image * Q, heads, head, P, LEVELS, level)
+        tl.debug_barrier()
+        tl.store(counts_ptr + cell * chunks, count + total, mask=inside)
+        tl.debug_barrier()
+
+
+@triton.jit
+def _located(locations_ptr, k, stop, first_query, heads, head, P: tl.constexpr, LEVELS: tl.constexpr, level):
+    """Where the point k of a plane and level is among all, and its location, far outside from ``stop`` on."""
+    there = k < stop
+    i = (((first_query + k // P) * heads + head) * LEVELS + level) * P + k % P
+    x = tl.load(locations_ptr + i * 2, mask=there, other=-9.0)
+    return i, x, tl.load(locations_ptr + i * 2 + 1, mask=there, other=-9.0)
+
+
+@triton.jit
+def _cell(first, beyond):
+    """The cells of a level begin half a pixel outside, so that each of its sides has one more than pixels."""
+    return first + (beyond >= 0.0).to(tl.int32)
+
+
+@triton.jit
+def _pair(low, high):
+    """Two words as one of 64 bits."""
+    return low.to(tl.uint32, bitcast=True).to(tl.int64) | (high.to(tl.uint32, bitcast=True).to(tl.int64) << 32)
+
+
+@triton.jit
+def _dot(a, b):
+    """The products of rows [TILES, BLOCK_K, TILE_D]."""
+    return tl.sum(tl.sum(a * b, 0, keep_dims=True), 2, keep_dims=True)  # [1, BLOCK_K, 1]
 
 
 @kernel
 def _deformable_attention_bwd_kernel(
-    value_ptr, stride_b, stride_s, stride_h, locations_ptr, weights_ptr, grad_out_ptr, points_ptr, starts_ptr,
-    grad_locations_ptr, grad_weights_ptr, sums_ptr,
+    value_ptr, stride_b, stride_s, stride_h, zeros_ptr, locations_ptr, weights_ptr, grad_out_ptr, ranks_ptr, starts_ptr,
+    grad_locations_ptr, grad_weights_ptr, points_ptr,
     h_0, h_1, h_2, h_3, h_4, h_5, h_6, h_7, w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7,
-    heads, P, cells, LEVELS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDE: tl.constexpr, WIDE_POINTS: tl.constexpr,
-    UNIT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    Q, heads, P: tl.constexpr, cells, chunks, points_per_chunk, LEVELS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    WIDE: tl.constexpr, UNIT: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr, TILE_D: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of the points of one cell, and the sums of what they give to its four pixels. With g = grad_out and
-    the products d of g with the pixels: d weight is their bilinear sample; d x = weight w (upper (d_1 - d_0) + lower
-    (d_3 - d_2)); d y = weight h (left (d_2 - d_0) + right (d_3 - d_1)).
+    """The gradients of locations and weights, and the points sorted by cell. With g = grad_out and the products d of g
+    with the four pixels: d weight is their bilinear sample; d x = weight w (upper (d_1 - d_0) + lower (d_3 - d_2));
+    d y = weight h (left (d_2 - d_0) + right (d_3 - d_1)).
 
-        points  (B Q heads LEVELS P) sorted by cell;  starts  (B heads cells + 1) where those of each cell begin
-        grad_out  (B, Q, heads * HEAD_DIM);  sums  (B heads cells, 4, HEAD_DIM) float32
+        grad_out  (B, Q, heads * HEAD_DIM)
+        starts    (B heads, cells, chunks), where the points of each cell and chunk begin
+        points    (B Q heads LEVELS P, 2) int64: x and y in pixels, weight and query
     """
-    key = tl.program_id(0)
-    plane = key // cells
-    cell = key % cells
-    h, w, start, first_cell, pixels, end = 0, 0, 0, 0, 0, 0
-    heights, widths = (h_0, h_1, h_2, h_3, h_4, h_5, h_6, h_7), (w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7)
-    for each in tl.static_range(LEVELS):
-        of_rows, of_columns = heights[each], widths[each]
-        reached = cell >= end
-        h, w = tl.where(reached, of_rows, h), tl.where(reached, of_columns, w)
-        start, first_cell = tl.where(reached, pixels, start), tl.where(reached, end, first_cell)
-        pixels += of_rows * of_columns
-        end += (of_rows + 1) * (of_columns + 1)
-    y_first = (cell - first_cell) // (w + 1) - 1
-    column = (cell - first_cell) % (w + 1) - 1
-    one = tl.zeros([1, 1], dtype=tl.int32)
-    pixel = one + (start + y_first * w + column)
-    on_upper, on_lower = (one + y_first) >= 0, (one + y_first + 1) < h
-    on_left, on_right = (one + column) >= 0, (one + column + 1) < w
-    channel = tl.arange(0, BLOCK_D)[None, :]
-    of_head = channel < HEAD_DIM
+    blocks = tl.cdiv(Q * P, BLOCK_K)
+    plane = tl.program_id(0) // blocks
     image, head = (plane // heads).to(tl.int64), plane % heads
-    channel_ptrs = value_ptr + (image * stride_b + head * stride_h) * UNIT + channel
-    stride = stride_s * UNIT
-    a = _load_row(channel_ptrs, pixel, stride, on_upper & on_left & of_head, 0, WIDE)  # [1, BLOCK_D]
-    b = _load_row(channel_ptrs, pixel + 1, stride, on_upper & on_right & of_head, 0, WIDE)
-    c = _load_row(channel_ptrs, pixel + w, stride, on_lower & on_left & of_head, 0, WIDE)
-    d = _load_row(channel_ptrs, pixel + w + 1, stride, on_lower & on_right & of_head, 0, WIDE)
-    sum_a = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
-    sum_b, sum_c, sum_d = sum_a, sum_a, sum_a
-    begin, stop = tl.load(starts_ptr + key), tl.load(starts_ptr + key + 1)
-    for first in range(begin, stop, BLOCK_K):
-        k = first + tl.arange(0, BLOCK_K)  # [BLOCK_K]
-        there = k < stop
-        i = tl.load(points_ptr + k, mask=there, other=0)
-        row = (i if WIDE_POINTS else i.to(tl.int32)) // (LEVELS * P)
-        x, y, weight = _load_points(locations_ptr, weights_ptr, i, there)
-        _, _, right = _around(x, w)
-        _, _, lower = _around(y, h)
-        left, upper = 1.0 - right, 1.0 - lower
-        g_ptrs = grad_out_ptr + (row.to(tl.int64) * HEAD_DIM)[:, None] + channel
-        g = _to_float(tl.load(g_ptrs, mask=there[:, None] & of_head, other=0.0))  # [BLOCK_K, BLOCK_D]
-        of_a, of_b, of_c, of_d = tl.sum(g * a, 1), tl.sum(g * b, 1), tl.sum(g * c, 1), tl.sum(g * d, 1)
-        grad_weight = upper * tl.fma(right, of_b, left * of_a) + lower * tl.fma(right, of_d, left * of_c)
-        across = tl.fma(lower, of_d - of_c, upper * (of_b - of_a))
-        down = tl.fma(right, of_d - of_b, left * (of_c - of_a))
-        tl.store(grad_weights_ptr + i, grad_weight, mask=there)
-        tl.store(grad_locations_ptr + i * 2, weight * tl.cast(w, tl.float32) * across, mask=there)
-        tl.store(grad_locations_ptr + i * 2 + 1, weight * tl.cast(h, tl.float32) * down, mask=there)
-        of_upper, of_lower = weight * upper, weight * lower
-        sum_a = tl.fma(g, (of_upper * left)[:, None], sum_a)
-        sum_b = tl.fma(g, (of_upper * right)[:, None], sum_b)
-        sum_c = tl.fma(g, (of_lower * left)[:, None], sum_c)
-        sum_d = tl.fma(g, (of_lower * right)[:, None], sum_d)
-    sums_ptrs = sums_ptr + key.to(tl.int64) * (4 * HEAD_DIM) + channel
-    tl.store(sums_ptrs, tl.sum(sum_a, 0)[None, :], mask=of_head)
-    tl.store(sums_ptrs + HEAD_DIM, tl.sum(sum_b, 0)[None, :], mask=of_head)
-    tl.store(sums_ptrs + 2 * HEAD_DIM, tl.sum(sum_c, 0)[None, :], mask=of_head)
-    tl.store(sums_ptrs + 3 * HEAD_DIM, tl.sum(sum_d, 0)[None, :], mask=of_head)
+    k = (tl.program_id(0) % blocks * BLOCK_K + tl.arange(0, BLOCK_K))[None, :, None]  # [1, BLOCK_K, 1]
+    there = k < Q * P
+    k = tl.minimum(k, Q * P - 1)
+    q, p = k // P, k % P
+    part = tl.arange(0, TILES)[:, None, None] * TILE_D  # [TILES, 1, 1]
+    channel = tl.arange(0, TILE_D)[None, None, :]  # [1, 1, TILE_D]
+    row = (image * Q + q) * heads + head
+    of_head = part + channel < HEAD_DIM
+    WHOLE: tl.constexpr = HEAD_DIM == TILES * TILE_D
+    g = _load_row(grad_out_ptr + row * HEAD_DIM + channel + part, of_head, WHOLE)
+    plane_ptr = value_ptr + (image * stride_b + head * stride_h) * UNIT
+    starts_ptr += plane.to(tl.int64) * cells * chunks
+    chunk = k // points_per_chunk
+    point = row * (LEVELS * P) + p
+    location_ptrs, weight_ptrs, rank_ptrs = locations_ptr + point * 2, weights_ptr + point, ranks_ptr + point
+    grad_location_ptrs, grad_weight_ptrs = grad_locations_ptr + point * 2, grad_weights_ptr + point
+    first_cell = 0
+    heights, widths = (h_0, h_1, h_2, h_3, h_4, h_5, h_6, h_7), (w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7)
+    for level in tl.static_range(LEVELS):
+        h, w = heights[level], widths[level]
+        x, y = tl.load(location_ptrs + 2 * level * P), tl.load(location_ptrs + (2 * level * P + 1))
+        weight = tl.load(weight_ptrs + level * P)
+        inside, ptrs, across, down, (at_x, column, left, right, beyond), (at_y, y_first, upper, lower, below) = _taps(
+            plane_ptr, zeros_ptr, stride_s, x, y, h, w, there, WIDE, UNIT
+        )
+        weight = tl.where(inside, weight, 0.0)
+        cell = first_cell + _cell(y_first, below) * (w + 1) + _cell(column, beyond)
+        counter = cell * chunks + chunk
+        start = tl.load(starts_ptr + counter, mask=inside, other=0)
+        at = start + tl.load(rank_ptrs + level * P, mask=inside, other=0)
+        record_ptrs = points_ptr + at.to(tl.int64) * 2
+        tl.store(record_ptrs, _pair(at_x, at_y), mask=inside)
+        tl.store(record_ptrs + 1, _pair(weight, q), mask=inside)
+        ptrs += channel
+        of_a = _dot(g, _load_row(ptrs + part, of_head, WHOLE))
+        of_b = _dot(g, _load_row(ptrs + across + part, of_head, WHOLE))
+        ptrs += down
+        of_c = _dot(g, _load_row(ptrs + part, of_head, WHOLE))
+        of_d = _dot(g, _load_row(ptrs + across + part, of_head, WHOLE))
+        # By how much the share of the second pixel, and of the first, grows with the position.
+        second, first = tl.where(across != 0, 1.0, 0.0), tl.where(beyond < 0.0, 1.0, -1.0)
+        second_row, first_row = tl.where(down != 0, 1.0, 0.0), tl.where(below < 0.0, 1.0, -1.0)
+        grad_x = upper * tl.fma(second, of_b, first * of_a) + lower * tl.fma(second, of_d, first * of_c)
+        of_a, of_c = tl.fma(right, of_b, left * of_a), tl.fma(right, of_d, left * of_c)
+        grad_y = tl.fma(second_row, of_c, first_row * of_a)
+        grad_weight = tl.fma(lower, of_c, upper * of_a)
+        grad_x = tl.where(inside, weight * tl.cast(w, tl.float32) * grad_x, 0.0)
+        grad_y = tl.where(inside, weight * tl.cast(h, tl.float32) * grad_y, 0.0)
+        tl.store(grad_weight_ptrs + level * P, tl.where(inside, grad_weight, 0.0), mask=there)
+        tl.store(grad_location_ptrs + 2 * level * P, grad_x, mask=there)
+        tl.store(grad_location_ptrs + (2 * level * P + 1), grad_y, mask=there)
+        first_cell += (h + 1) * (w + 1)
+        plane_ptr += h * w * stride_s * UNIT
+
+
+@triton.jit
+def _halves(pair):
+    """The lower word as float32, the higher one as an integer."""
+    return pair.to(tl.int32).to(tl.float32, bitcast=True), (pair >> 32).to(tl.int32)
 
 
 @kernel
 def _deformable_attention_grad_kernel(
-    sums_ptr, grad_ptr, h_0, h_1, h_2, h_3, h_4, h_5, h_6, h_7, w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7,
-    S, heads, cells, LEVELS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    grad_out_ptr, starts_ptr, points_ptr, grad_ptr,
+    h_0, h_1, h_2, h_3, h_4, h_5, h_6, h_7, w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7,
+    S, Q, heads, cells, chunks, pairs, LEVELS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_S: tl.constexpr, TILES: tl.constexpr, TILE_D: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of BLOCK_S pixels of one head: the sums of the four cells around each.
+    """The gradient of the values of one head. Two cells side by side, whose points are one range, have two pixels in
+    common, one above the other. Their points are added up in order; a pixel is the lower one of a pair of cells, and the
+    upper one of the next pair below. Columns follow one another, and BLOCK_S pairs have BLOCK_S - 1 pixels.
 
-    sums  (B heads cells, 4, HEAD_DIM) float32;  grad  (B, S, heads, HEAD_DIM)
+        grad_out  (B, Q, heads * HEAD_DIM);  starts, points  see ``_deformable_attention_bwd_kernel``
+        grad      (B, S, heads, HEAD_DIM)
     """
-    blocks = tl.cdiv(S, BLOCK_S)
-    plane = (tl.program_id(0) // blocks).to(tl.int64)
-    s = tl.program_id(0) % blocks * BLOCK_S + tl.arange(0, BLOCK_S)  # [BLOCK_S]
-    w, start, first_cell = tl.zeros([BLOCK_S], dtype=tl.int32), s * 0, s * 0
-    pixels, end = 0, 0
+    blocks = tl.cdiv(pairs, BLOCK_S - 1)
+    plane = tl.program_id(0) // blocks
+    # Smaller levels come last, and their pixels have the most points: they are begun first.
+    block = blocks - 1 - tl.program_id(0) % blocks
+    pair = (block * (BLOCK_S - 1) + tl.arange(0, BLOCK_S))[None, :, None]  # [1, BLOCK_S, 1]
+    h, w, start, first_cell, first_pair = pair * 0, pair * 0, pair * 0, pair * 0, pair * 0
+    pixels, end, pairs_end = 0, 0, 0
     heights, widths = (h_0, h_1, h_2, h_3, h_4, h_5, h_6, h_7), (w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7)
     for each in tl.static_range(LEVELS):
         of_rows, of_columns = heights[each], widths[each]
-        reached = s >= pixels
-        w = tl.where(reached, of_columns, w)
+        reached = pair >= pairs_end
+        h, w = tl.where(reached, of_rows, h), tl.where(reached, of_columns, w)
         start, first_cell = tl.where(reached, pixels, start), tl.where(reached, end, first_cell)
+        first_pair = tl.where(reached, pairs_end, first_pair)
         pixels += of_rows * of_columns
         end += (of_rows + 1) * (of_columns + 1)
-    channel = tl.arange(0, BLOCK_D)[None, :]
-    there = (s < S)[:, None] & (channel < HEAD_DIM)
-    # The cell of which the pixel is the lower right one.
-    cell = plane * cells + (first_cell + (s - start) // w * (w + 1) + (s - start) % w)
-    sums_ptrs = sums_ptr + cell[:, None] * (4 * HEAD_DIM) + channel
-    below_ptrs = sums_ptrs + ((w + 1) * (4 * HEAD_DIM))[:, None]
-    grad = tl.load(below_ptrs + 4 * HEAD_DIM, mask=there, other=0.0)
-    grad += tl.load(below_ptrs + HEAD_DIM, mask=there, other=0.0)
-    grad += tl.load(sums_ptrs + (4 + 2) * HEAD_DIM, mask=there, other=0.0)
-    grad += tl.load(sums_ptrs + 3 * HEAD_DIM, mask=there, other=0.0)
-    row = (plane // heads * S + s) * heads + plane % heads
-    tl.store(grad_ptr + row[:, None] * HEAD_DIM + channel, grad.to(grad_ptr.dtype.element_ty), mask=there)
+        pairs_end += (of_rows + 1) * of_columns
+    there = pair < pairs
+    x = (pair - first_pair) // (h + 1)
+    y = pair - first_pair - x * (h + 1)
+    start_ptrs = starts_ptr + (plane.to(tl.int64) * cells + first_cell + y * (w + 1) + x) * chunks
+    begin = tl.load(start_ptrs, mask=there, other=0).to(tl.int64)
+    count = (tl.load(start_ptrs + 2 * chunks, mask=there, other=0) - begin).to(tl.int32)
+    most = tl.max(tl.max(tl.max(count, 2), 1), 0)
+    part = tl.arange(0, TILES)[:, None, None] * TILE_D  # [TILES, 1, 1]
+    channel = tl.arange(0, TILE_D)[None, None, :]  # [1, 1, TILE_D]
+    of_head = part + channel < HEAD_DIM
+    WHOLE: tl.constexpr = HEAD_DIM == TILES * TILE_D
+    image, head = (plane // heads).to(tl.int64), plane % heads
+    row_ptrs = grad_out_ptr + (image * Q * heads + head) * HEAD_DIM + channel
+    upper = tl.zeros([TILES, BLOCK_S, TILE_D], dtype=tl.float32)
+    lower = upper
+    column, lowest = x.to(tl.float32), y.to(tl.float32)
+    some, last = count > 0, count - 1
+    point_ptrs = points_ptr + begin * 2
+    position, rest = tl.load(point_ptrs, mask=some, other=0), tl.load(point_ptrs + 1, mask=some, other=0)
+    for k in range(most):
+        at_x, at_y = _halves(position)
+        weight, q = _halves(rest)
+        weight = tl.where(k < count, weight, 0.0)
+        g = _load_row(row_ptrs + q * (heads * HEAD_DIM) + part, of_head, WHOLE)
+        # The next point, while the row is on its way. Pairs with fewer points repeat their last, so that no NaN comes in.
+        following = tl.minimum(k + 1, last) * 2
+        position = tl.load(point_ptrs + following, mask=some, other=0)
+        rest = tl.load(point_ptrs + following + 1, mask=some, other=0)
+        share = weight * (1.0 - tl.abs(at_x - column))
+        of_upper = share * (lowest - at_y.to(tl.float32, bitcast=True))
+        upper = tl.fma(g, of_upper, upper)
+        lower = tl.fma(g, share - of_upper, lower)
+    of_block = tl.arange(0, BLOCK_S)[None, :, None]
+    next_one = tl.broadcast_to(tl.minimum(of_block + 1, BLOCK_S - 1), (TILES, BLOCK_S, TILE_D))
+    below = tl.gather(upper, next_one, 1)
+    grad = tl.where(some, lower, 0.0) + below
+    row = (image * S + start + y * w + x) * heads + head
+    there &= (y < h) & (of_block < BLOCK_S - 1)
+    tl.store(grad_ptr + row * HEAD_DIM + channel + part, grad.to(grad_ptr.dtype.element_ty), mask=there & of_head)
 
 
 def launch_arguments(value: Tensor, shapes: list[int], num_points: int) -> dict[str, Any]:
@@ -313,14 +406,20 @@ def launch_arguments(value: Tensor, shapes: list[int], num_points: int) -> dict[
         for first, side in enumerate("hw")
         for level in range(MAX_LEVELS)
     }
-    block = power_of_two(dim, 16, 256)
-    return sizes | {"heads": value.shape[2], "P": num_points, "LEVELS": levels, "HEAD_DIM": dim, "BLOCK_D": block}
+    return sizes | {"HEAD_DIM": dim, "heads": value.shape[2], "P": num_points, "LEVELS": levels}
+
+
+def tiles(value: Tensor, lanes: int) -> dict[str, int]:
+    """How at least ``lanes`` threads, and one for 32 channels, read a row together, 16 bytes each at a time."""
+    block = power_of_two(value.shape[3], 16, 256)
+    tile = min(max(lanes, block // 32) * 16 // value.element_size(), block)
+    return {"TILES": block // tile, "TILE_D": tile}
 
 
 def value_arguments(value: Tensor) -> dict[str, Any]:
     """The arguments that locate the rows of the values."""
     strides = dict(zip(("stride_b", "stride_s", "stride_h"), value.stride(), strict=False))
-    size = unit(value.shape[3], *strides.values())
+    size = unit(value.shape[3], *strides.values()) if value.data_ptr() % 16 == 0 else 1
     wide = value.shape[1] * value.stride(1) >= 1 << 31
     return {"value_ptr": value, "WIDE": wide, "UNIT": size} | {k: stride // size for k, stride in strides.items()}
 
@@ -334,21 +433,19 @@ def deformable_attention(value: Tensor, locations: Tensor, weights: Tensor, shap
     if out.numel() == 0:
         return out
     config = pick_config(CONFIGS, value.device)
-    block_d = arguments.pop("BLOCK_D")
-    tile = min(max(2 * 16 // value.element_size(), block_d // 4), block_d)
-    block = min(config.queries, config.row_elements // block_d)
+    arguments |= tiles(value, 2)
+    block = min(config.queries, config.row_elements // (arguments["TILES"] * arguments["TILE_D"]))
     _deformable_attention_fwd_kernel[(batch_size * heads * triton.cdiv(num_queries, block),)](
         **value_arguments(with_contiguous_rows(value)),
         **arguments,
+        zeros_ptr=value.new_zeros(dim),
         locations_ptr=locations.contiguous(),
         weights_ptr=weights.contiguous(),
         out_ptr=out,
         Q=num_queries,
         BLOCK_Q=block,
-        TILES=block_d // tile,
-        TILE_D=tile,
         num_warps=config.num_warps,
-        maxnreg=255,  # otherwise the ptxas of Triton 3.7 takes 56 for sm_80, and spills
+        maxnreg=255,
         **COMPILER_OPTIONS,
     )
     return out
@@ -358,69 +455,53 @@ def deformable_attention_backward(
     grad_out: Tensor, value: Tensor, locations: Tensor, weights: Tensor, shapes: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``fastmask::deformable_attention_backward``: the gradients of the values, the locations and the weights."""
-    batch_size, num_pixels, heads, dim = value.shape
+    batch_size, num_pixels, heads, _ = value.shape
     num_queries, num_points = locations.shape[1], locations.shape[4]
-    arguments = launch_arguments(value, shapes, num_points)
-    sizes = {name: arguments[name] for name in arguments if name[:2] in ("h_", "w_")} | {"LEVELS": len(shapes) // 2}
-    # Points outside are in no cell.
-    grad_locations, grad_weights = locations.new_zeros(locations.shape), weights.new_zeros(weights.shape)
+    grad_locations, grad_weights = locations.new_empty(locations.shape), weights.new_empty(weights.shape)
     grad_value = value.new_empty(value.shape)
     if weights.numel() == 0 or value.numel() == 0:
-        return grad_value.zero_(), grad_locations, grad_weights
-    locations, weights = locations.contiguous(), weights.contiguous()
+        return grad_value.zero_(), grad_locations.zero_(), grad_weights.zero_()
+    arguments = launch_arguments(value, shapes, num_points) | {"Q": num_queries} | COMPILER_OPTIONS
+    of_rows = tiles(value, 1) | {"HEAD_DIM": arguments.pop("HEAD_DIM")}
+    block = 32 * 16 // (of_rows["TILE_D"] * value.element_size())  # rows that a warp reads at a time
     config = pick_config(CONFIGS, value.device)
-    planes = batch_size * heads
+    planes, levels = batch_size * heads, len(shapes) // 2
     cells = sum((height + 1) * (width + 1) for height, width in zip(shapes[::2], shapes[1::2], strict=True))
-    if planes * cells >= 1 << 31:
+    of_plane = num_queries * num_points
+    chunks = min(max(of_plane // config.chunk, 1), config.chunks)
+    counters = planes * cells * chunks
+    if max(counters, of_plane) >= 1 << 31:
         raise ValueError(f"value of shape {tuple(value.shape)} has {planes * cells} cells; expected less than 2^31")
-    keys = torch.empty(weights.shape, dtype=torch.int32, device=value.device)
-    rows = batch_size * num_queries * heads
-    _deformable_attention_keys_kernel[(triton.cdiv(rows * num_points, config.keys), len(shapes) // 2)](
-        locations_ptr=locations,
-        keys_ptr=keys,
-        **sizes,
-        rows=rows,
-        Q=num_queries,
-        heads=heads,
-        P=num_points,
-        cells=cells,
-        planes=planes,
-        BLOCK=config.keys,
-        num_warps=config.num_warps,
-        **COMPILER_OPTIONS,
+    arguments |= {
+        "locations_ptr": locations.contiguous(),
+        "cells": cells,
+        "chunks": chunks,
+        "points_per_chunk": 32 * triton.cdiv(of_plane, 32 * chunks),
+    }
+    counts = torch.zeros(counters + 1, dtype=torch.int32, device=value.device)
+    ranks = counts.new_empty(weights.shape)
+    _deformable_attention_ranks_kernel[(planes * chunks, levels)](
+        **arguments, counts_ptr=counts[1:], ranks_ptr=ranks, BLOCK=32, num_warps=1
     )
-    ordered, points = keys.flatten().sort(stable=True)
-    numbers = torch.arange(planes * cells + 1, dtype=torch.int32, device=value.device)
-    sums = torch.empty((planes * cells, 4, dim), dtype=torch.float32, device=value.device)
-    _deformable_attention_bwd_kernel[(planes * cells,)](
+    starts = counts.cumsum(0, dtype=torch.int32 if weights.numel() < 1 << 31 else torch.int64)
+    points = torch.empty((weights.numel(), 2), dtype=torch.int64, device=value.device)
+    of_points = {"grad_out_ptr": grad_out.contiguous(), "starts_ptr": starts, "points_ptr": points} | of_rows
+    _deformable_attention_bwd_kernel[(planes * triton.cdiv(of_plane, block),)](
         **value_arguments(with_contiguous_rows(value)),
         **arguments,
-        locations_ptr=locations,
-        weights_ptr=weights,
-        grad_out_ptr=grad_out.contiguous(),
-        points_ptr=points,
-        starts_ptr=torch.searchsorted(ordered, numbers),
+        **of_points,
+        zeros_ptr=value.new_zeros(value.shape[3]),
+        weights_ptr=weights.contiguous(),
+        ranks_ptr=ranks,
         grad_locations_ptr=grad_locations,
         grad_weights_ptr=grad_weights,
-        sums_ptr=sums,
-        cells=cells,
-        WIDE_POINTS=weights.numel() >= 1 << 31,
-        BLOCK_K=power_of_two(config.cell_elements // arguments["BLOCK_D"], 2, 16),
+        BLOCK_K=block,
         num_warps=1,
-        **COMPILER_OPTIONS,
     )
-    block = config.elements // arguments["BLOCK_D"]
-    _deformable_attention_grad_kernel[(planes * triton.cdiv(num_pixels, block),)](
-        sums_ptr=sums,
-        grad_ptr=grad_value,
-        **sizes,
-        S=num_pixels,
-        heads=heads,
-        cells=cells,
-        HEAD_DIM=dim,
-        BLOCK_S=block,
-        BLOCK_D=arguments["BLOCK_D"],
-        num_warps=config.num_warps,
-        **COMPILER_OPTIONS,
+    for name in ("locations_ptr", "P", "points_per_chunk"):
+        del arguments[name]
+    pairs = sum((height + 1) * width for height, width in zip(shapes[::2], shapes[1::2], strict=True))
+    _deformable_attention_grad_kernel[(planes * triton.cdiv(pairs, block - 1),)](
+        **arguments, **of_points, grad_ptr=grad_value, S=num_pixels, pairs=pairs, BLOCK_S=block, num_warps=1
     )
     return grad_value, grad_locations, grad_weights
