@@ -1,20 +1,18 @@
 """Multi-scale deformable attention and its gradient.
 
-Forward reads four rows of a head's channels for each point, and adds them up in registers. At B=16, 8 heads of 32
-channels, 4 points and levels of 64, 32 and 16 pixels a side, of which each pixel is a query, there are 8.3 M points.
-Time in bf16 with locations and weights in float32 on 132 SMs (in float32 in parentheses):
+Forward reads four rows of a head's channels for each point, and adds them up in registers. Backward computes the
+gradients of a point's location and weight from the same rows, and adds the point's gradient to four pixels. Points are
+unordered: atomic additions of floats would add in a different order each time, and of 64-bit integers there would be
+1.06 G at the sizes of benchmarks/NOTES.md, which has the counts. Instead the points are sorted by cell, the square
+between the centers of four neighboring pixels, in four launches:
 
-- memory: 187 MB, 45 us at 4.2 TB/s (275 MB, 66 us);
-- first-level caches: 2.1 GB at 128 bytes per clock and SM, 63 us (4.2 GB, 126 us);
-- instructions: 428 per point in the machine code for sm_90, of which 256 convert and multiply, 106 us (350, 86 us).
+1. Each warp ranks the points of one chunk within their cells, in order, and counts them.
+2. The sum of the counts is where the points of each cell and chunk begin.
+3. The gradients of locations and weights; each point, 16 bytes, is written to its place.
+4. The points of two cells side by side are added up in order, for the two pixels that the cells have in common.
 
-Backward adds each point's gradient to four pixels, and points are unordered. Atomic additions of floats would add in a
-different order each time, and of 64-bit integers there would be 1.06 G. Instead the points are sorted by cell, the
-square between the centers of four neighboring pixels. A program then reads the four pixels of a cell once, computes the
-gradients of all of its points, and adds up in registers what they give to each of the four pixels; a last launch adds
-the four sums of each pixel. The sums take four float32 rows per cell, 367 MB at these sizes. A cell has 5 to 74
-points, by its level; 1,120 instructions of its warp on average are 0.77 ms of issue slots, sorting 8.3 M keys moves
-0.8 GB, 0.19 ms, and reading the sums takes 0.1 ms.
+Between launches there are 16 bytes per point, a rank of 4 bytes per point, and two counters of 4 bytes per cell and
+chunk: 211 MB at these sizes.
 """
 
 from __future__ import annotations
@@ -36,6 +34,7 @@ from fastmask.kernels._common import (
     unit,
     with_contiguous_rows,
 )
+from fastmask.kernels._taps import _halves, _load_row, _pair, _tap, _taps
 
 MAX_LEVELS = 8  # that the kernels have arguments for; `fastmask.ops` refuses more, and more than 256 channels
 
@@ -60,58 +59,6 @@ class DeformableConfig:
 CONFIGS = {None: DeformableConfig()}
 
 
-@triton.jit
-def _to_float(x):
-    """x in float32. Two bfloat16 numbers are the halves of a word, and take two instructions; Triton takes three."""
-    if x.dtype != tl.bfloat16 or INTERPRETED:
-        return x.to(tl.float32)
-    halves = tl.inline_asm_elementwise(
-        "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], tl.int32, is_pure=True, pack=2
-    )
-    return halves.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _load_row(ptrs, of_head, WHOLE: tl.constexpr):
-    """Channels in float32; 0 beyond those of the head."""
-    return _to_float(tl.load(ptrs) if WHOLE else tl.load(ptrs, mask=of_head, other=0.0))
-
-
-@triton.jit
-def _tap(position, size):
-    """The position in pixels; the first pixel around it that is on the level; its share, which is 0 a pixel or more
-    outside and at NaN; how far the position is beyond its center; whether a second pixel is on the level."""
-    last = size - 1
-    at = tl.fma(position, tl.cast(size, tl.float32), -0.5)
-    floor = tl.floor(at).to(tl.int32)
-    first = tl.minimum(tl.maximum(floor, 0), last)
-    beyond = at - first.to(tl.float32)
-    second = floor.to(tl.uint32, bitcast=True) < last.to(tl.uint32, bitcast=True)
-    return at, first, tl.maximum(1.0 - tl.abs(beyond), 0.0), beyond, second
-
-
-@triton.jit
-def _taps(plane_ptr, zeros_ptr, stride_s, x, y, h, w, there, WIDE: tl.constexpr, UNIT: tl.constexpr):
-    """Whether points are inside; where the first of the four pixels around each is, and the way to the second column
-    and row, which is 0 where there is none; for both axes the position, the first pixel, the shares of both pixels,
-    and how far the position is beyond the first one.
-
-    Points outside are at a row of zeros, so that nothing is read under a mask, whose zeros would take 16 instructions.
-    """
-    at_x, column, left, beyond, second = _tap(x, w)
-    at_y, row, upper, below, second_row = _tap(y, h)
-    inside = there & (tl.minimum(left, upper) > 0.0)
-    second, second_row = second & inside, second_row & inside
-    pixel = row * w + column
-    step = stride_s.to(tl.int64) if WIDE else stride_s
-    ptrs = tl.where(inside, plane_ptr + pixel * step * UNIT, zeros_ptr)
-    if UNIT > 1:
-        ptrs = tl.multiple_of(ptrs, (1, 1, 16))
-    across, down = tl.where(second, step, 0) * UNIT, tl.where(second_row, w * step, 0) * UNIT
-    right, lower = tl.where(second, beyond, 0.0), tl.where(second_row, below, 0.0)
-    return inside, ptrs, across, down, (at_x, column, left, right, beyond), (at_y, row, upper, lower, below)
-
-
 @kernel
 def _deformable_attention_fwd_kernel(
     value_ptr, stride_b, stride_s, stride_h, zeros_ptr, locations_ptr, weights_ptr, out_ptr,
@@ -119,6 +66,15 @@ def _deformable_attention_fwd_kernel(
     Q, heads, P: tl.constexpr, LEVELS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_Q: tl.constexpr, TILES: tl.constexpr, TILE_D: tl.constexpr,
 ):  # fmt: skip
+    """sum_l sum_p A_lp V_l(x_lp, y_lp) for BLOCK_Q queries of one head (Deformable DETR, arXiv:2010.04159, equation 3).
+
+    A row is read in TILES parts, which the same threads read one after another: the coordinates of a point are computed
+    by two of them (up to 64 channels of 2 bytes), and not once for every 16 bytes of its row.
+
+        value  (B, S, heads, HEAD_DIM), strides in units;  zeros  (HEAD_DIM)
+        locations  (B, Q, heads, LEVELS, P), x and y of each as 64 bits;  weights  (B, Q, heads, LEVELS, P)
+        out  (B, Q, heads * HEAD_DIM)
+    """
     blocks = tl.cdiv(Q, BLOCK_Q)
     plane = tl.program_id(0) // blocks
     image, head = (plane // heads).to(tl.int64), plane % heads
@@ -129,20 +85,18 @@ def _deformable_attention_fwd_kernel(
     there = q < Q
     row = (image * Q + tl.minimum(q, Q - 1)) * heads + head
     plane_ptr = value_ptr + (image * stride_b + head * stride_h) * UNIT
-    stride = stride_s * UNIT
-    if WIDE:
-        stride = stride.to(tl.int64)
     point = row * (LEVELS * P)
     out = tl.zeros([TILES, BLOCK_Q, TILE_D], dtype=tl.float32)
     WHOLE: tl.constexpr = HEAD_DIM == TILES * TILE_D
     heights, widths = (h_0, h_1, h_2, h_3, h_4, h_5, h_6, h_7), (w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7)
     for level in tl.static_range(LEVELS):
         h, w = heights[level], widths[level]
-        for p in tl.static_range(P):
+        for p in tl.range(P, loop_unroll_factor=4):
             i = point + (level * P + p)
-            x, y, weight = tl.load(locations_ptr + i * 2), tl.load(locations_ptr + i * 2 + 1), tl.load(weights_ptr + i)
+            x, y = _halves(tl.load(locations_ptr + i))
+            weight = tl.load(weights_ptr + i)
             inside, ptrs, across, down, (_, _, left, right, _), (_, _, upper, lower, _) = _taps(
-                plane_ptr, zeros_ptr, stride_s, x, y, h, w, there, WIDE, UNIT
+                plane_ptr, zeros_ptr, stride_s, x, y, h, w, WIDE, UNIT
             )
             weight = tl.where(inside, weight, 0.0)  # outside it may be NaN
             of_upper, of_lower = weight * upper, weight * lower
@@ -154,14 +108,14 @@ def _deformable_attention_fwd_kernel(
             a, b = _load_row(ptrs + part, of_head, WHOLE), _load_row(ptrs + across + part, of_head, WHOLE)
             out = tl.fma(a, of_lower * left, out)
             out = tl.fma(b, of_lower * right, out)
-        plane_ptr += h * w * stride
+        plane_ptr += tl.cast(h * w, tl.int64) * stride_s * UNIT
     out_ptrs = out_ptr + row * HEAD_DIM + part + channel
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=there & of_head)
 
 
 @triton.jit
 def _same_before(key, k):
-    """For 32 keys, one a lane: how many before each are equal to it, and how many in all."""
+    """For each of 32 keys, one per lane: the number of equal keys before it, and the number of all equal keys."""
     if INTERPRETED:
         same = key[:, None] == key[None, :]
         return tl.sum((same & (k[None, :] < k[:, None])).to(tl.int32), 1), tl.sum(same.to(tl.int32), 1)
@@ -180,11 +134,12 @@ def _same_before(key, k):
 
 @kernel
 def _deformable_attention_ranks_kernel(
-    locations_ptr, counts_ptr, ranks_ptr, h_0, h_1, h_2, h_3, h_4, h_5, h_6, h_7, w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7,
+    locations_ptr, counts_ptr, ranks_ptr,
+    h_0, h_1, h_2, h_3, h_4, h_5, h_6, h_7, w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7,
     Q, heads, P: tl.constexpr, cells, chunks, points_per_chunk, LEVELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Counts the points of a level in each cell, for one chunk of the points of one plane; the rank of each point is how
-    many before it are in the same cell. One warp does so in order, so that ranks are the same in each run.
+    """Counts the points of one chunk of a plane and level in each cell. The rank of a point is the number of points of
+    the chunk before it that are in its cell. One warp counts a chunk in order, so that ranks are the same in each run.
 
         counts  (B heads, cells, chunks), initially zero;  ranks  (B, Q, heads, LEVELS, P), not written outside
     """
@@ -212,7 +167,7 @@ def _deformable_attention_ranks_kernel(
         before, total = _same_before(tl.where(inside, cell, -1), lane)
         count = tl.load(counts_ptr + cell * chunks, mask=inside, other=0)
         tl.store(ranks_ptr + i, count + before, mask=inside)
-        # The next points, while the counts are on their way.
+        # Loads the next locations while the counts are on their way.
         i, x, y = _located(locations_ptr, first + BLOCK + lane, stop, image * Q, heads, head, P, LEVELS, level)
         tl.debug_barrier()
         tl.store(counts_ptr + cell * chunks, count + total, mask=inside)
@@ -221,23 +176,17 @@ def _deformable_attention_ranks_kernel(
 
 @triton.jit
 def _located(locations_ptr, k, stop, first_query, heads, head, P: tl.constexpr, LEVELS: tl.constexpr, level):
-    """Where the point k of a plane and level is among all, and its location, far outside from ``stop`` on."""
+    """The index of the point k of a plane and level among all, and its location; from ``stop`` on, one outside."""
     there = k < stop
     i = (((first_query + k // P) * heads + head) * LEVELS + level) * P + k % P
-    x = tl.load(locations_ptr + i * 2, mask=there, other=-9.0)
-    return i, x, tl.load(locations_ptr + i * 2 + 1, mask=there, other=-9.0)
+    x, y = _halves(tl.load(locations_ptr + i, mask=there, other=0))
+    return i, tl.where(there, x, -9.0), y
 
 
 @triton.jit
 def _cell(first, beyond):
-    """The cells of a level begin half a pixel outside, so that each of its sides has one more than pixels."""
+    """The row or column of a point's cell. The first begins half a pixel outside; there is one more than pixels."""
     return first + (beyond >= 0.0).to(tl.int32)
-
-
-@triton.jit
-def _pair(low, high):
-    """Two words as one of 64 bits."""
-    return low.to(tl.uint32, bitcast=True).to(tl.int64) | (high.to(tl.uint32, bitcast=True).to(tl.int64) << 32)
 
 
 @triton.jit
@@ -279,17 +228,18 @@ def _deformable_attention_bwd_kernel(
     starts_ptr += plane.to(tl.int64) * cells * chunks
     chunk = k // points_per_chunk
     point = row * (LEVELS * P) + p
-    location_ptrs, weight_ptrs, rank_ptrs = locations_ptr + point * 2, weights_ptr + point, ranks_ptr + point
-    grad_location_ptrs, grad_weight_ptrs = grad_locations_ptr + point * 2, grad_weights_ptr + point
+    location_ptrs, weight_ptrs, rank_ptrs = locations_ptr + point, weights_ptr + point, ranks_ptr + point
+    grad_location_ptrs, grad_weight_ptrs = grad_locations_ptr + point, grad_weights_ptr + point
     first_cell = 0
     heights, widths = (h_0, h_1, h_2, h_3, h_4, h_5, h_6, h_7), (w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7)
     for level in tl.static_range(LEVELS):
         h, w = heights[level], widths[level]
-        x, y = tl.load(location_ptrs + 2 * level * P), tl.load(location_ptrs + (2 * level * P + 1))
+        x, y = _halves(tl.load(location_ptrs + level * P))
         weight = tl.load(weight_ptrs + level * P)
         inside, ptrs, across, down, (at_x, column, left, right, beyond), (at_y, y_first, upper, lower, below) = _taps(
-            plane_ptr, zeros_ptr, stride_s, x, y, h, w, there, WIDE, UNIT
+            plane_ptr, zeros_ptr, stride_s, x, y, h, w, WIDE, UNIT
         )
+        inside &= there
         weight = tl.where(inside, weight, 0.0)
         cell = first_cell + _cell(y_first, below) * (w + 1) + _cell(column, beyond)
         counter = cell * chunks + chunk
@@ -297,14 +247,14 @@ def _deformable_attention_bwd_kernel(
         at = start + tl.load(rank_ptrs + level * P, mask=inside, other=0)
         record_ptrs = points_ptr + at.to(tl.int64) * 2
         tl.store(record_ptrs, _pair(at_x, at_y), mask=inside)
-        tl.store(record_ptrs + 1, _pair(weight, q), mask=inside)
+        tl.store(record_ptrs + 1, _pair(weight, q.to(tl.float32, bitcast=True)), mask=inside)
         ptrs += channel
         of_a = _dot(g, _load_row(ptrs + part, of_head, WHOLE))
         of_b = _dot(g, _load_row(ptrs + across + part, of_head, WHOLE))
         ptrs += down
         of_c = _dot(g, _load_row(ptrs + part, of_head, WHOLE))
         of_d = _dot(g, _load_row(ptrs + across + part, of_head, WHOLE))
-        # By how much the share of the second pixel, and of the first, grows with the position.
+        # The derivatives of the shares of the second and the first pixel by the position.
         second, first = tl.where(across != 0, 1.0, 0.0), tl.where(beyond < 0.0, 1.0, -1.0)
         second_row, first_row = tl.where(down != 0, 1.0, 0.0), tl.where(below < 0.0, 1.0, -1.0)
         grad_x = upper * tl.fma(second, of_b, first * of_a) + lower * tl.fma(second, of_d, first * of_c)
@@ -314,16 +264,9 @@ def _deformable_attention_bwd_kernel(
         grad_x = tl.where(inside, weight * tl.cast(w, tl.float32) * grad_x, 0.0)
         grad_y = tl.where(inside, weight * tl.cast(h, tl.float32) * grad_y, 0.0)
         tl.store(grad_weight_ptrs + level * P, tl.where(inside, grad_weight, 0.0), mask=there)
-        tl.store(grad_location_ptrs + 2 * level * P, grad_x, mask=there)
-        tl.store(grad_location_ptrs + (2 * level * P + 1), grad_y, mask=there)
+        tl.store(grad_location_ptrs + level * P, _pair(grad_x, grad_y), mask=there)
         first_cell += (h + 1) * (w + 1)
-        plane_ptr += h * w * stride_s * UNIT
-
-
-@triton.jit
-def _halves(pair):
-    """The lower word as float32, the higher one as an integer."""
-    return pair.to(tl.int32).to(tl.float32, bitcast=True), (pair >> 32).to(tl.int32)
+        plane_ptr += tl.cast(h * w, tl.int64) * stride_s * UNIT
 
 
 @kernel
@@ -333,16 +276,17 @@ def _deformable_attention_grad_kernel(
     S, Q, heads, cells, chunks, pairs, LEVELS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_S: tl.constexpr, TILES: tl.constexpr, TILE_D: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the values of one head. Two cells side by side, whose points are one range, have two pixels in
-    common, one above the other. Their points are added up in order; a pixel is the lower one of a pair of cells, and the
-    upper one of the next pair below. Columns follow one another, and BLOCK_S pairs have BLOCK_S - 1 pixels.
+    """The gradient of the values of one head. Two cells side by side have two pixels in common, one above the other,
+    and their points are one range, which is added up in order for both pixels. Each pixel is the lower one of a pair
+    of cells and the upper one of the pair below. Pairs are numbered column by column; BLOCK_S pairs yield BLOCK_S - 1
+    pixels.
 
         grad_out  (B, Q, heads * HEAD_DIM);  starts, points  see ``_deformable_attention_bwd_kernel``
         grad      (B, S, heads, HEAD_DIM)
     """
     blocks = tl.cdiv(pairs, BLOCK_S - 1)
     plane = tl.program_id(0) // blocks
-    # Smaller levels come last, and their pixels have the most points: they are begun first.
+    # The last levels are usually the smallest, whose pixels have the most points: their programs start first.
     block = blocks - 1 - tl.program_id(0) % blocks
     pair = (block * (BLOCK_S - 1) + tl.arange(0, BLOCK_S))[None, :, None]  # [1, BLOCK_S, 1]
     h, w, start, first_cell, first_pair = pair * 0, pair * 0, pair * 0, pair * 0, pair * 0
@@ -380,13 +324,14 @@ def _deformable_attention_grad_kernel(
         at_x, at_y = _halves(position)
         weight, q = _halves(rest)
         weight = tl.where(k < count, weight, 0.0)
-        g = _load_row(row_ptrs + q * (heads * HEAD_DIM) + part, of_head, WHOLE)
-        # The next point, while the row is on its way. Pairs with fewer points repeat their last, so that no NaN comes in.
+        query = q.to(tl.int32, bitcast=True)
+        g = _load_row(row_ptrs + query.to(tl.int64) * (heads * HEAD_DIM) + part, of_head, WHOLE)
+        # Loads the next point while the row is on its way. Pairs with fewer points read their last one again.
         following = tl.minimum(k + 1, last) * 2
         position = tl.load(point_ptrs + following, mask=some, other=0)
         rest = tl.load(point_ptrs + following + 1, mask=some, other=0)
         share = weight * (1.0 - tl.abs(at_x - column))
-        of_upper = share * (lowest - at_y.to(tl.float32, bitcast=True))
+        of_upper = share * (lowest - at_y)
         upper = tl.fma(g, of_upper, upper)
         lower = tl.fma(g, share - of_upper, lower)
     of_block = tl.arange(0, BLOCK_S)[None, :, None]
@@ -410,7 +355,7 @@ def launch_arguments(value: Tensor, shapes: list[int], num_points: int) -> dict[
 
 
 def tiles(value: Tensor, lanes: int) -> dict[str, int]:
-    """How at least ``lanes`` threads, and one for 32 channels, read a row together, 16 bytes each at a time."""
+    """The shape in which threads read rows, 16 bytes at a time: ``lanes`` threads per row, or one for 32 channels."""
     block = power_of_two(value.shape[3], 16, 256)
     tile = min(max(lanes, block // 32) * 16 // value.element_size(), block)
     return {"TILES": block // tile, "TILE_D": tile}
@@ -422,6 +367,13 @@ def value_arguments(value: Tensor) -> dict[str, Any]:
     size = unit(value.shape[3], *strides.values()) if value.data_ptr() % 16 == 0 else 1
     wide = value.shape[1] * value.stride(1) >= 1 << 31
     return {"value_ptr": value, "WIDE": wide, "UNIT": size} | {k: stride // size for k, stride in strides.items()}
+
+
+def pairs(locations: Tensor) -> Tensor:
+    """(x, y) of each location as one integer, which a thread reads at once."""
+    locations = locations.contiguous()
+    aligned = locations if locations.data_ptr() % 8 == 0 else locations.clone()
+    return aligned.view(torch.int64)
 
 
 def deformable_attention(value: Tensor, locations: Tensor, weights: Tensor, shapes: list[int]) -> Tensor:
@@ -439,13 +391,13 @@ def deformable_attention(value: Tensor, locations: Tensor, weights: Tensor, shap
         **value_arguments(with_contiguous_rows(value)),
         **arguments,
         zeros_ptr=value.new_zeros(dim),
-        locations_ptr=locations.contiguous(),
+        locations_ptr=pairs(locations),
         weights_ptr=weights.contiguous(),
         out_ptr=out,
         Q=num_queries,
         BLOCK_Q=block,
         num_warps=config.num_warps,
-        maxnreg=255,
+        maxnreg=168,
         **COMPILER_OPTIONS,
     )
     return out
@@ -471,9 +423,12 @@ def deformable_attention_backward(
     chunks = min(max(of_plane // config.chunk, 1), config.chunks)
     counters = planes * cells * chunks
     if max(counters, of_plane) >= 1 << 31:
-        raise ValueError(f"value of shape {tuple(value.shape)} has {planes * cells} cells; expected less than 2^31")
+        raise ValueError(
+            f"value of shape {tuple(value.shape)} with {of_plane} points of a level has {counters} counters; expected "
+            "less than 2^31 of each"
+        )
     arguments |= {
-        "locations_ptr": locations.contiguous(),
+        "locations_ptr": pairs(locations),
         "cells": cells,
         "chunks": chunks,
         "points_per_chunk": 32 * triton.cdiv(of_plane, 32 * chunks),
@@ -493,15 +448,15 @@ def deformable_attention_backward(
         zeros_ptr=value.new_zeros(value.shape[3]),
         weights_ptr=weights.contiguous(),
         ranks_ptr=ranks,
-        grad_locations_ptr=grad_locations,
+        grad_locations_ptr=pairs(grad_locations),
         grad_weights_ptr=grad_weights,
         BLOCK_K=block,
         num_warps=1,
     )
     for name in ("locations_ptr", "P", "points_per_chunk"):
         del arguments[name]
-    pairs = sum((height + 1) * width for height, width in zip(shapes[::2], shapes[1::2], strict=True))
-    _deformable_attention_grad_kernel[(planes * triton.cdiv(pairs, block - 1),)](
-        **arguments, **of_points, grad_ptr=grad_value, S=num_pixels, pairs=pairs, BLOCK_S=block, num_warps=1
+    pairs_of_cells = sum((height + 1) * width for height, width in zip(shapes[::2], shapes[1::2], strict=True))
+    _deformable_attention_grad_kernel[(planes * triton.cdiv(pairs_of_cells, block - 1),)](
+        **arguments, **of_points, grad_ptr=grad_value, S=num_pixels, pairs=pairs_of_cells, BLOCK_S=block, num_warps=1
     )
     return grad_value, grad_locations, grad_weights
