@@ -49,7 +49,8 @@ def _tap(position, size):
     first = tl.minimum(tl.maximum(floor, 0), last)
     beyond = at - first.to(tl.float32)
     second = floor.to(tl.uint32, bitcast=True) < last.to(tl.uint32, bitcast=True)
-    return at, first, tl.maximum(1.0 - tl.abs(beyond), 0.0), beyond, second
+    share = 1.0 - tl.abs(beyond)
+    return at, first, tl.where(share > 0.0, share, 0.0), beyond, second
 
 
 @triton.jit
@@ -61,13 +62,12 @@ def _word(x):
 @triton.jit
 def _taps(plane_ptr, zeros_ptr, stride_s, x, y, h, w, WIDE: tl.constexpr, UNIT: tl.constexpr):
     """Whether points are inside; the address of the first of the four pixels around each, and the steps to the second
-    column and row, 0 if there is none; for x and for y the position, the first pixel, the shares of both pixels, and
-    the distance from the first pixel.
+    column and row, 0 if there is none; the shares of both columns and of both rows.
 
     Points outside read a row of zeros. Loads then need no mask, which would take 16 instructions that write zeros.
     """
-    at_x, column, left, beyond, second = _tap(x, w)
-    at_y, row, upper, below, second_row = _tap(y, h)
+    _, column, left, beyond, second = _tap(x, w)
+    _, row, upper, below, second_row = _tap(y, h)
     inside = tl.minimum(left, upper) > 0.0
     second, second_row = second & inside, second_row & inside
     pixel = row * w + column
@@ -82,4 +82,4 @@ def _taps(plane_ptr, zeros_ptr, stride_s, x, y, h, w, WIDE: tl.constexpr, UNIT: 
     if UNIT > 1:
         across, down = tl.multiple_of(across, (1, 1, UNIT)), tl.multiple_of(down, (1, 1, UNIT))
     right, lower = tl.where(second, beyond, 0.0), tl.where(second_row, below, 0.0)
-    return inside, ptrs, across, down, (at_x, column, left, right, beyond), (at_y, row, upper, lower, below)
+    return inside, ptrs, across, down, left, right, upper, lower

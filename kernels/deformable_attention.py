@@ -95,7 +95,7 @@ def _deformable_attention_fwd_kernel(
             i = point + (level * P + p)
             x, y = _halves(tl.load(locations_ptr + i))
             weight = tl.load(weights_ptr + i)
-            inside, ptrs, across, down, (_, _, left, right, _), (_, _, upper, lower, _) = _taps(
+            inside, ptrs, across, down, left, right, upper, lower = _taps(
                 plane_ptr, zeros_ptr, stride_s, x, y, h, w, WIDE, UNIT
             )
             weight = tl.where(inside, weight, 0.0)  # outside it may be NaN
@@ -236,7 +236,9 @@ def _deformable_attention_bwd_kernel(
         h, w = heights[level], widths[level]
         x, y = _halves(tl.load(location_ptrs + level * P))
         weight = tl.load(weight_ptrs + level * P)
-        inside, ptrs, across, down, (at_x, column, left, right, beyond), (at_y, y_first, upper, lower, below) = _taps(
+        at_x, column, _, beyond, _ = _tap(x, w)
+        at_y, y_first, _, below, _ = _tap(y, h)
+        inside, ptrs, across, down, left, right, upper, lower = _taps(
             plane_ptr, zeros_ptr, stride_s, x, y, h, w, WIDE, UNIT
         )
         inside &= there
@@ -397,7 +399,7 @@ def deformable_attention(value: Tensor, locations: Tensor, weights: Tensor, shap
         Q=num_queries,
         BLOCK_Q=block,
         num_warps=config.num_warps,
-        maxnreg=168,
+        maxnreg=168,  # otherwise ptxas computes all addresses first, in 243
         **COMPILER_OPTIONS,
     )
     return out
@@ -457,6 +459,13 @@ def deformable_attention_backward(
         del arguments[name]
     pairs_of_cells = sum((height + 1) * width for height, width in zip(shapes[::2], shapes[1::2], strict=True))
     _deformable_attention_grad_kernel[(planes * triton.cdiv(pairs_of_cells, block - 1),)](
-        **arguments, **of_points, grad_ptr=grad_value, S=num_pixels, pairs=pairs_of_cells, BLOCK_S=block, num_warps=1
+        **arguments,
+        **of_points,
+        grad_ptr=grad_value,
+        S=num_pixels,
+        pairs=pairs_of_cells,
+        BLOCK_S=block,
+        num_warps=1,
+        maxnreg=168,  # otherwise the ptxas of Triton 3.6 takes 128, and spills
     )
     return grad_value, grad_locations, grad_weights

@@ -23,6 +23,7 @@ CASES = (
     ("mask_loss", "B16 L6 M20, segment map", "bfloat16"),
     ("semantic", "B8 512x512 K150, noise", "bfloat16"),
     ("masked_attention", "B16 64x64, blobs", "bfloat16"),
+    ("deformable_attention", "B16 levels 64, 32, 16", "bfloat16"),
     ("assign", "early, 96 of 300x100", "float32"),
     ("panoptic", "B8 800x1216, 30 of 100 kept", "bfloat16"),
     ("instance", "B8 800x1216, masks", "bfloat16"),

@@ -76,6 +76,12 @@ TUNINGS = {
         ("masked_attention", "BACKWARD_CONFIGS"), ("half", 9, 32), (
         {"queries": 128, "warp_queries": 16}, {"keys": 32}, {"num_stages": 2}, {"num_stages": 1}, {"programs": 528},
     )),
+    "deformable_attention": Tuning("deformable_attention", "B16 levels 64, 32, 16, forward",
+        ("deformable_attention", "CONFIGS"), (None,), (
+        {"queries": 32}, {"queries": 32, "num_warps": 2}, {"queries": 128}, {"queries": 128, "num_warps": 8},
+    )),
+    "deformable_attention_backward": Tuning("deformable_attention", "B16 levels 64, 32, 16",
+        ("deformable_attention", "CONFIGS"), (None,), ({"chunks": 4}, {"chunks": 16, "chunk": 1024})),
 }  # fmt: skip
 
 
