@@ -454,6 +454,7 @@ def deformable_attention_backward(
         grad_weights_ptr=grad_weights,
         BLOCK_K=block,
         num_warps=1,
+        maxnreg=168,  # otherwise the ptxas of Triton 3.7 takes 96, and spills; of 3.6, 128 in the last kernel
     )
     for name in ("locations_ptr", "P", "points_per_chunk"):
         del arguments[name]
@@ -466,6 +467,6 @@ def deformable_attention_backward(
         pairs=pairs_of_cells,
         BLOCK_S=block,
         num_warps=1,
-        maxnreg=168,  # otherwise the ptxas of Triton 3.6 takes 128, and spills
+        maxnreg=168,
     )
     return grad_value, grad_locations, grad_weights
