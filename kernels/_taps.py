@@ -61,8 +61,8 @@ def _word(x):
 
 @triton.jit
 def _taps(plane_ptr, zeros_ptr, stride_s, x, y, h, w, WIDE: tl.constexpr, UNIT: tl.constexpr):
-    """Whether points are inside; the address of the first of the four pixels around each, and the steps to the second
-    column and row, 0 if there is none; the shares of both columns and of both rows.
+    """Whether points are inside, and have a second column and row; the addresses of the four pixels around each, row by
+    row; the shares of both columns and of both rows.
 
     Points outside read a row of zeros. Loads then need no mask, which would take 16 instructions that write zeros.
     """
@@ -73,13 +73,13 @@ def _taps(plane_ptr, zeros_ptr, stride_s, x, y, h, w, WIDE: tl.constexpr, UNIT: 
     pixel = row * w + column
     step = stride_s.to(tl.int64) if WIDE else stride_s
     ptrs = tl.where(inside, plane_ptr + pixel * step * UNIT, zeros_ptr)
-    if UNIT > 1:
-        ptrs = tl.multiple_of(ptrs, (1, 1, 16))
     step *= UNIT
     across, down = tl.where(second, step, 0), tl.where(second_row, w * step, 0)
     if not (WIDE or INTERPRETED):
         across, down = _word(across), _word(down)
-    if UNIT > 1:
-        across, down = tl.multiple_of(across, (1, 1, UNIT)), tl.multiple_of(down, (1, 1, UNIT))
     right, lower = tl.where(second, beyond, 0.0), tl.where(second_row, below, 0.0)
-    return inside, ptrs, across, down, left, right, upper, lower
+    a, b, c, d = ptrs, ptrs + across, ptrs + down, ptrs + down + across
+    if UNIT > 1:  # rows are aligned, which the compiler does not see after a selection
+        a, b = tl.multiple_of(a, (1, 1, 16)), tl.multiple_of(b, (1, 1, 16))
+        c, d = tl.multiple_of(c, (1, 1, 16)), tl.multiple_of(d, (1, 1, 16))
+    return inside, second, second_row, a, b, c, d, left, right, upper, lower

@@ -95,19 +95,15 @@ def _deformable_attention_fwd_kernel(
             i = point + (level * P + p)
             x, y = _halves(tl.load(locations_ptr + i))
             weight = tl.load(weights_ptr + i)
-            inside, ptrs, across, down, left, right, upper, lower = _taps(
+            inside, _, _, a, b, c, d, left, right, upper, lower = _taps(
                 plane_ptr, zeros_ptr, stride_s, x, y, h, w, WIDE, UNIT
             )
             weight = tl.where(inside, weight, 0.0)  # outside it may be NaN
             of_upper, of_lower = weight * upper, weight * lower
-            ptrs += channel
-            a, b = _load_row(ptrs + part, of_head, WHOLE), _load_row(ptrs + across + part, of_head, WHOLE)
-            out = tl.fma(a, of_upper * left, out)
-            out = tl.fma(b, of_upper * right, out)
-            ptrs += down
-            a, b = _load_row(ptrs + part, of_head, WHOLE), _load_row(ptrs + across + part, of_head, WHOLE)
-            out = tl.fma(a, of_lower * left, out)
-            out = tl.fma(b, of_lower * right, out)
+            out = tl.fma(_load_row(a + channel + part, of_head, WHOLE), of_upper * left, out)
+            out = tl.fma(_load_row(b + channel + part, of_head, WHOLE), of_upper * right, out)
+            out = tl.fma(_load_row(c + channel + part, of_head, WHOLE), of_lower * left, out)
+            out = tl.fma(_load_row(d + channel + part, of_head, WHOLE), of_lower * right, out)
         plane_ptr += tl.cast(h * w, tl.int64) * stride_s * UNIT
     out_ptrs = out_ptr + row * HEAD_DIM + part + channel
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=there & of_head)
@@ -238,7 +234,7 @@ def _deformable_attention_bwd_kernel(
         weight = tl.load(weight_ptrs + level * P)
         at_x, column, _, beyond, _ = _tap(x, w)
         at_y, y_first, _, below, _ = _tap(y, h)
-        inside, ptrs, across, down, left, right, upper, lower = _taps(
+        inside, second, second_row, a, b, c, d, left, right, upper, lower = _taps(
             plane_ptr, zeros_ptr, stride_s, x, y, h, w, WIDE, UNIT
         )
         inside &= there
@@ -250,15 +246,13 @@ def _deformable_attention_bwd_kernel(
         record_ptrs = points_ptr + at.to(tl.int64) * 2
         tl.store(record_ptrs, _pair(at_x, at_y), mask=inside)
         tl.store(record_ptrs + 1, _pair(weight, q.to(tl.float32, bitcast=True)), mask=inside)
-        ptrs += channel
-        of_a = _dot(g, _load_row(ptrs + part, of_head, WHOLE))
-        of_b = _dot(g, _load_row(ptrs + across + part, of_head, WHOLE))
-        ptrs += down
-        of_c = _dot(g, _load_row(ptrs + part, of_head, WHOLE))
-        of_d = _dot(g, _load_row(ptrs + across + part, of_head, WHOLE))
+        of_a = _dot(g, _load_row(a + channel + part, of_head, WHOLE))
+        of_b = _dot(g, _load_row(b + channel + part, of_head, WHOLE))
+        of_c = _dot(g, _load_row(c + channel + part, of_head, WHOLE))
+        of_d = _dot(g, _load_row(d + channel + part, of_head, WHOLE))
         # The derivatives of the shares of the second and the first pixel by the position.
-        second, first = tl.where(across != 0, 1.0, 0.0), tl.where(beyond < 0.0, 1.0, -1.0)
-        second_row, first_row = tl.where(down != 0, 1.0, 0.0), tl.where(below < 0.0, 1.0, -1.0)
+        second, first = tl.where(second, 1.0, 0.0), tl.where(beyond < 0.0, 1.0, -1.0)
+        second_row, first_row = tl.where(second_row, 1.0, 0.0), tl.where(below < 0.0, 1.0, -1.0)
         grad_x = upper * tl.fma(second, of_b, first * of_a) + lower * tl.fma(second, of_d, first * of_c)
         of_a, of_c = tl.fma(right, of_b, left * of_a), tl.fma(right, of_d, left * of_c)
         grad_y = tl.fma(second_row, of_c, first_row * of_a)
@@ -399,7 +393,8 @@ def deformable_attention(value: Tensor, locations: Tensor, weights: Tensor, shap
         Q=num_queries,
         BLOCK_Q=block,
         num_warps=config.num_warps,
-        maxnreg=168,  # otherwise ptxas computes all addresses first, in 243
+        # Otherwise ptxas computes all addresses first, in 243 registers; in float32, that of Triton 3.6 spills.
+        maxnreg=168 if value.element_size() == 2 else 255,
         **COMPILER_OPTIONS,
     )
     return out
@@ -454,7 +449,7 @@ def deformable_attention_backward(
         grad_weights_ptr=grad_weights,
         BLOCK_K=block,
         num_warps=1,
-        maxnreg=168,  # otherwise the ptxas of Triton 3.7 takes 96, and spills; of 3.6, 128 in the last kernel
+        maxnreg=255,  # otherwise ptxas spills: that of Triton 3.7 in 96, and that of 3.6 in 168
     )
     for name in ("locations_ptr", "P", "points_per_chunk"):
         del arguments[name]
@@ -467,6 +462,6 @@ def deformable_attention_backward(
         pairs=pairs_of_cells,
         BLOCK_S=block,
         num_warps=1,
-        maxnreg=168,
+        maxnreg=255,
     )
     return grad_value, grad_locations, grad_weights
