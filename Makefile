@@ -31,7 +31,7 @@ demo: setup ## segment held-out scenes, race fastmask against PyTorch in trainin
 # worksteal leaves most files to one worker, which makes what their tests share once.
 FAST := $(addprefix tests/,reference ops modules metrics project/test_architecture.py)
 PYTEST = $(BIN)/python -m pytest -n auto --dist worksteal
-test: setup ## run the tests but for those marked slow; about ten minutes on two cores
+test: setup ## run the tests but for those marked slow; about seven minutes on two cores
 	$(PYTEST) $(ARGS)
 
 test-fast: setup ## run the tests of CPU operators, reference, modules, metrics and imports; about a minute

@@ -55,6 +55,7 @@ def test_half_precision(dtype, shape, generator):
     check_attention(*(x.to(dtype) for x in (q, k, v, mask_logits)), "triton", **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("major", [9, 10])
 @pytest.mark.parametrize("head_dim", [32, 48, 128])
 @HALVES

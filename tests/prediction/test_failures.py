@@ -97,6 +97,7 @@ def test_the_command(folder, photos, tmp_path):
         assert isinstance(result.exception, ValueError) and options[0] in str(result.exception)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny", "mask2former-tiny", "eomt-tiny"])
 def test_the_command_with_a_data_set(name, photos, tmp_path):
     """Category ids, names and colors are those of the data set."""

@@ -200,6 +200,7 @@ def test_nothing_but_void_is_no_failure(tmp_path):
     assert result.evaluation["mIoU"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["panoptic", "instance"])
 def test_other_tasks(tmp_path, monkeypatch, task):
     """The embedded scenes, a few of them."""

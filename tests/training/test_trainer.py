@@ -82,6 +82,7 @@ def test_losses_of_all_decoder_layers_are_summed_by_kind():
     torch.testing.assert_close(losses["loss"], parts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_half_precision_learns_as_single_precision_does(precision):
     curves = {}
