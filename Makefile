@@ -60,7 +60,7 @@ compilers: $(addprefix compiler-,$(COMPILERS)) ## build with each of COMPILERS t
 
 compiler-%: $(VENV)/.installed
 	$(call build,$*,$*)
-	$(call in,$*) $(BIN)/pytest --import-mode=importlib -n auto $(OPERATOR_TESTS)
+	$(call in,$*) $(BIN)/pytest --import-mode=importlib -n auto -m "not slow and not triton" $(OPERATOR_TESTS)
 
 # Optimized as the release is, they would take five times as long to compile.
 SANITIZERS := -O1 -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -fno-omit-frame-pointer -g1
@@ -70,6 +70,7 @@ sanitize: $(VENV)/.installed ## build with AddressSanitizer and UBSan, and call 
 	$(call in,sanitize) ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	  $(BIN)/python tests/helpers/fuzz_operators.py $(ARGS)
+
 build/triton-%: | $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $@.part "triton==$*"
 	mv $@.part $@
