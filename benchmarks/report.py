@@ -1,14 +1,14 @@
 """Renders the result files: ``python benchmarks/report.py``; ``--check`` only compares.
 
 For each machine's file a page of tables in ``docs/benchmarks``; from the file of ``MACHINE``, the README's chart and
-table, a short table in each operator's page, and one about the memory allocator in the guide to CPUs.
+table, and a short table in each operator's page; from any, one about the memory allocator in the guide to CPUs.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -186,8 +186,18 @@ def timed_rows(rows: Sequence[Row], headline: Headline, provider: str) -> dict[s
     return {row["allocator"]: row for row in rows if tuple(row[name] for name in names) == wanted}
 
 
-def allocator_table(rows: Sequence[Row]) -> str:
-    """The times of the README's cases with each allocator, of the baseline and of fastmask."""
+def allocator_table(files: Iterable[Mapping[str, Any]]) -> str:
+    """The times of the README's cases with each allocator, of the baseline and of fastmask, on the first machine that
+    has both."""
+    for results in files:
+        if lines := allocator_lines(results["rows"]):
+            machine, header = results["machine"], ["case", "provider", "default", "retaining", "gain"]
+            table = markdown_lines(header, lines, words=("case", "provider"))
+            return "\n".join([*table, "", f"{machine['cpu']}, {machine['threads']} threads."])
+    return "The results do not compare allocators yet."
+
+
+def allocator_lines(rows: Sequence[Row]) -> list[list[str]]:
     lines = []
     for headline in HEADLINES:
         ours = timed_rows(rows, headline, headline.provider)
@@ -197,10 +207,7 @@ def allocator_table(rows: Sequence[Row]) -> str:
                 before, after = (times[allocator]["median_ms"] for allocator in (DEFAULT, RETAINING))
                 cells = [f"{number(before)} ms", f"{number(after)} ms", f"{number(before / after)}×"]
                 lines.append([f"`{headline.op}`: {headline.case}", provider, *cells])
-    if not lines:
-        return "The results do not compare allocators yet."
-    header = ["case", "provider", "default", "retaining", "gain"]
-    return "\n".join(markdown_lines(header, lines, words=("case", "provider")))
+    return lines
 
 
 def operator_table(rows: Sequence[Row], results_page: str) -> str:
@@ -257,7 +264,7 @@ def generated(root: Path, results: Path) -> dict[Path, str]:
     pages[root / "docs/images/speedups.svg"] = speedup_chart(rows, CHART, host)
     readme = root / "README.md"
     pages[readme] = fill(readme.read_text(), {"headlines": headlines(rows, f"docs/benchmarks/{MACHINE}.md")})
-    tables = {"allocators": allocator_table(rows)}
+    tables = {"allocators": allocator_table([files[MACHINE], *files.values()])}
     tables |= {op: operator_table(group, f"../benchmarks/{MACHINE}.md") for (op,), group in rows_by(rows, "op").items()}
     for path in sorted([*(root / "docs/operators").glob("*.md"), *(root / "docs/guides").glob("cpu.md")]):
         pages[path] = fill(path.read_text(), tables)

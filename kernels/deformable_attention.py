@@ -419,10 +419,10 @@ def deformable_attention_backward(
     of_plane = num_queries * num_points
     chunks = min(max(of_plane // config.chunk, 1), config.chunks)
     counters = planes * cells * chunks
-    if max(counters, of_plane) >= 1 << 31:
+    if counters >= 1 << 31 or of_plane >= 1 << 30:
         raise ValueError(
             f"value of shape {tuple(value.shape)} with {of_plane} points of a level has {counters} counters; expected "
-            "less than 2^31 of each"
+            "less than 2^30 points and 2^31 counters"
         )
     arguments |= {
         "locations_ptr": pairs(locations),
