@@ -2,9 +2,9 @@
 
     make threads
 
-builds the kernels such that each task runs alone and writes its time to a file, and runs this. PyTorch divides the tasks
-of a parallel loop into as many equal runs of neighbors as there are threads. So the time on T threads is that of the
-longest run of each loop, plus what is not in a loop. Left out: what the threads take from each other, which is the
+builds the kernels such that each task runs alone and writes its time to a file, and runs this. PyTorch divides the
+tasks of a parallel loop into as many equal runs of neighbors as there are threads. So the time on T threads is that of
+the longest run of each loop, plus what is not in a loop. Left out: what the threads take from each other, which is the
 bandwidth of the memory, and the time to start them.
 """
 

@@ -10,9 +10,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from fastmask.cli import pretrain
+from fastmask.cli import distorted_scenes, pretrain
 from fastmask.cli.demo import app, race
-from fastmask.cli.pretrain import Batches, distort, make_model
+from fastmask.cli.distorted_scenes import DistortedScenes
+from fastmask.cli.pretrain import make_model
 from fastmask.data import ComposedScenes, SceneDataset
 from fastmask.data.composed.render import MIN_VISIBLE_PIXELS, VOID
 from fastmask.models import MaskFormer
@@ -71,31 +72,52 @@ def test_the_network_of_the_package_is_good_on_held_out_scenes():
     network = MaskFormer.from_pretrained(pretrain.MODEL)
     options = {"panoptic": {"threshold": pretrain.THRESHOLD}}
     numbers = evaluate(network, SceneDataset("val", 96), options=options, boundary_share=None).numbers
-    assert numbers["mIoU"] > 0.53 and numbers["PQ"] > 0.55, numbers
+    assert numbers["mIoU"] > 0.57 and numbers["PQ"] > 0.57, numbers
 
 
 def test_the_network_of_the_package_is_small_enough_to_ship():
     assert sum(path.stat().st_size for path in pretrain.MODEL.iterdir()) < 8e6
 
 
-def test_a_distorted_scene_keeps_its_truth():
+def test_distorted_scenes_keep_their_truth():
     scenes = ComposedScenes("train", 20)
-    for k in range(20):
-        scene = distort(scenes[k], 96, 1.0, np.random.default_rng(k))
-        assert scene.image.shape == (3, 96, 96) and scene.segments.shape == (96, 96)
-        assert float(scene.image.min()) >= 0 and float(scene.image.max()) <= 1
-        areas = scene.segments.flatten().long().bincount(minlength=256)
-        assert (areas[: len(scene.labels)] >= MIN_VISIBLE_PIXELS).all()
-        assert areas[len(scene.labels) : VOID].sum() == 0
-        assert set(scene.labels.tolist()) <= set(scenes[k].labels.tolist())
+    distorted = DistortedScenes(scenes, 40, seed=3, strength=1.0)
+    torch.testing.assert_close(distorted.images[7] / 255, scenes[7].image, rtol=0, atol=0.5 / 255 + 1e-6)
+    images, targets = distorted(0, 96)
+    assert images.shape == (40, 3, 96, 96) and targets.segments.shape == (40, 96, 96)
+    assert float(images.min()) >= 0 and float(images.max()) <= 1
+    known = {label for i in range(20) for label in scenes[i].labels.tolist()}
+    for segments, labels, count in zip(targets.segments, targets.labels, targets.counts.tolist(), strict=True):
+        areas = segments.flatten().long().bincount(minlength=256)
+        assert (areas[:count] >= MIN_VISIBLE_PIXELS).all()
+        assert areas[count:VOID].sum() == 0
+        assert set(labels[:count].tolist()) <= known
+
+
+def test_a_scene_that_is_hardly_distorted_is_the_scene(monkeypatch):
+    scenes = ComposedScenes("train", 1)
+    monkeypatch.setattr(distorted_scenes, "ZOOMS", (0.0, 0.0))
+    distorted = DistortedScenes(scenes, 8, seed=0, strength=0.0)
+    images, targets = distorted(0, 128)
+    scene = scenes[0]
+    mirrored = 0
+    for image, segments, count in zip(images, targets.segments, targets.counts.tolist(), strict=True):
+        flip = bool((image[:, :, :8] - scene.image[:, :, :8]).abs().mean() > 0.01)
+        mirrored += flip
+        turned = scene.image.flip(-1) if flip else scene.image
+        torch.testing.assert_close(image, turned, rtol=0, atol=0.01)
+        assert torch.equal(segments, scene.segments.flip(-1) if flip else scene.segments)
+        assert count == len(scene.labels)
+    assert 0 < mirrored < 8
 
 
 def test_batches_depend_on_their_number_alone():
-    images, _ = Batches(2, 3, 1.0)(5, 64)
-    again = Batches(2, 3, 1.0)
+    scenes = ComposedScenes("train", 5)
+    images, _ = DistortedScenes(scenes, 2, 3, 1.0)(5, 64)
+    again = DistortedScenes(scenes, 2, 3, 1.0)
     again(4, 64)
     torch.testing.assert_close(images, again(5, 64)[0], rtol=0, atol=0)
-    other, _ = Batches(2, 3, 1.0)(6, 64)
+    other, _ = DistortedScenes(scenes, 2, 3, 1.0)(6, 64)
     assert not torch.equal(images, other)
 
 
@@ -103,7 +125,8 @@ def pretraining(tmp_path, name):
     """A short run of the training script, into a folder of its own."""
     command = typer.Typer()
     command.command()(pretrain.main)
-    options = {"naming-steps": 2, "steps": 3, "naming-batch": 2, "batch-size": 2, "every": 1, "val-scenes": 2}
+    options = {"scenes": 8, "naming-steps": 2, "steps": 3, "naming-batch": 2, "batch-size": 2, "every": 1}
+    options |= {"val-scenes": 2, "precision": "float32"}
     options |= {"output": tmp_path / name, "folder": tmp_path / f"{name}-checkpoints"}
     return CliRunner().invoke(command, [text for key, value in options.items() for text in (f"--{key}", str(value))])
 
