@@ -22,15 +22,14 @@ class CostConfig:
         block: pixels or points that it reads at a time.
         target_block: pixels or points that a program of the targets' kernel reads at a time.
         programs: the number of programs to reach by splitting the pixels or points, if there are enough of them.
-        least: the fewest pixels or points per split; a split holds a multiple of it, which is a multiple of both
-            blocks.
+        least: the fewest pixels or points per split; a split holds a multiple of it, which is a multiple of ``block``.
     """
 
     rows: int
     block: int
     target_block: int
     programs: int = 2048
-    least: int = 256
+    least: int = 128
     num_warps: int = 4
     num_stages: int = 3
 
@@ -141,45 +140,48 @@ def _mask_cost_reduce_kernel(
     layer = (rows // N).to(tl.int64)
     query = (rows % N).to(tl.int64)
     class_ptrs = (class_ptr + image * stride_b + layer * stride_l + query * stride_n)[:, None]  # [BLOCK_R, 1]
-    # Reduced after the loops, not inside: that is less work, and Triton up to 3.8 fails on a reduction inside if
-    # another tensor of the same layout has as many columns.
+    # Each place of a block of classes has a maximum of its own until the loop ends: that is less work than a reduction
+    # in it, on which Triton up to 3.8 also fails if another tensor of the same layout has as many columns.
     k = tl.arange(0, BLOCK_K)[None, :]
-    largest = tl.full([BLOCK_R, BLOCK_K], float("-inf"), dtype=tl.float32)
-    for block in range(0, K, BLOCK_K):
-        x = tl.load(class_ptrs + (block + k), mask=present & (block + k < K), other=float("-inf"))
-        largest = tl.maximum(largest, x.to(tl.float32))
-    maximum = tl.max(largest, 1)
+    largest = tl.full([BLOCK_R, BLOCK_K], -1e38, dtype=tl.float32)
     totals = tl.zeros([BLOCK_R, BLOCK_K], dtype=tl.float32)
     for block in range(0, K, BLOCK_K):
-        x = tl.load(class_ptrs + (block + k), mask=present & (block + k < K), other=float("-inf"))
-        totals += tl.exp2((x.to(tl.float32) - maximum[:, None]) * 1.4426950408889634)
-    total = tl.sum(totals, 1)
+        x = tl.load(class_ptrs + (block + k), mask=present & (block + k < K), other=float("-inf")).to(tl.float32)
+        larger = tl.maximum(largest, x)
+        rescaled = totals * tl.exp2((largest - larger) * 1.4426950408889634)
+        totals = rescaled + tl.exp2((x - larger) * 1.4426950408889634)
+        largest = larger
+    maximum = tl.max(largest, 1)
+    total = tl.sum(totals * tl.exp2((largest - maximum[:, None]) * 1.4426950408889634), 1)
 
     image_block = image * blocks + tl.program_id(1)
     image_blocks = tl.cast(B, tl.int64) * blocks
     bits = tl.arange(0, BLOCK_M)  # [BLOCK_M]
     m = tl.program_id(1) * (BLOCK_M - 1) + bits
     wanted = present & ((bits < BLOCK_M - 1) & (m < M))[None, :]
-    intersection = tl.zeros([BLOCK_R, BLOCK_M], dtype=tl.float64)
+    of_all = bits == BLOCK_M - 1
+    read = wanted | (present & of_all[None, :])
+    sum_ptrs = sums_ptr + (image_block * R + rows)[:, None] * BLOCK_M + bits[None, :]
+    area_ptrs = areas_ptr + image_block * BLOCK_M + bits
+    probabilities = tl.zeros([BLOCK_R, BLOCK_M], dtype=tl.float64)
     loss = tl.zeros([BLOCK_R, BLOCK_M], dtype=tl.float64)
-    all_probability = tl.zeros([BLOCK_R], dtype=tl.float64)
-    area = tl.zeros([BLOCK_M], dtype=tl.float64)
-    pixels = tl.zeros([], dtype=tl.float64)
-    for split in range(splits):
-        of_split = (split * 2 * image_blocks + image_block) * R
-        at = (of_split + rows)[:, None] * BLOCK_M + bits[None, :]
-        intersection += tl.load(sums_ptr + at, mask=wanted, other=0.0)
-        loss += tl.load(sums_ptr + image_blocks * R * BLOCK_M + at, mask=wanted, other=0.0)
-        all_probability += tl.load(sums_ptr + (of_split + rows + 1) * BLOCK_M - 1, mask=rows < R, other=0.0)
-        area_ptrs = areas_ptr + (split * image_blocks + image_block) * BLOCK_M
-        area += tl.load(area_ptrs + bits)
-        pixels += tl.load(area_ptrs + BLOCK_M - 1)
+    areas = tl.zeros([BLOCK_M], dtype=tl.float64)
+    for _ in range(splits):
+        probabilities += tl.load(sum_ptrs, mask=read, other=0.0)
+        loss += tl.load(sum_ptrs + image_blocks * R * BLOCK_M, mask=wanted, other=0.0)
+        areas += tl.load(area_ptrs)
+        sum_ptrs += 2 * image_blocks * R * BLOCK_M
+        area_ptrs += image_blocks * BLOCK_M
+    all_probability = tl.sum(tl.where(of_all[None, :], probabilities, 0.0), 1)
+    pixels = tl.sum(tl.where(of_all, areas, 0.0), 0)
     label = tl.load(labels_ptr + image * M + m, mask=(bits < BLOCK_M - 1) & (m < M), other=-1)[None, :]  # [1, BLOCK_M]
     known = (label >= 0) & (label < K)
     x = tl.load(class_ptrs + label, mask=wanted & known, other=float("nan")).to(tl.float32)
     probability = tl.exp2((x - maximum[:, None]) * 1.4426950408889634) / total[:, None]
-    dice = 1.0 - (2.0 * intersection + 1.0) / (all_probability[:, None] + area[None, :] + 1.0)
-    cost = cost_mask * (loss / tl.maximum(pixels, 1.0)) + cost_dice * dice - cost_class * probability
+    both = (all_probability[:, None] + areas[None, :] + 1.0).to(tl.float32)
+    dice = 1.0 - (2.0 * probabilities + 1.0).to(tl.float32) / both
+    loss_per_pixel = loss.to(tl.float32) / tl.maximum(pixels, 1.0).to(tl.float32)
+    cost = cost_mask * loss_per_pixel + cost_dice * dice - cost_class * probability
     cost = tl.where(label < 0, 0.0, cost).to(tl.float32)
     row = (layer * B + image) * N + query
     tl.store(cost_ptr + row[:, None] * M + m[None, :], cost, mask=wanted)
@@ -214,7 +216,7 @@ def add_up(
         cost_dice=cost_dice,
         BLOCK_R=REDUCED_ROWS,
         BLOCK_M=block_targets,
-        BLOCK_K=power_of_two(class_logits.shape[-1], 16, 128),
+        BLOCK_K=power_of_two(class_logits.shape[-1], 16, 32),
         num_warps=4,
         **COMPILER_OPTIONS,
     )
