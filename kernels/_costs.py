@@ -8,7 +8,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmask.kernels._common import COMPILER_OPTIONS, kernel, power_of_two, with_contiguous_rows
+from fastmask.kernels._common import (
+    COMPILER_OPTIONS,
+    _focal_of_logit,
+    _sigmoid_of_magnitude,
+    kernel,
+    power_of_two,
+    with_contiguous_rows,
+)
 
 REDUCED_ROWS = 16  # the rows of one program that adds up the splits
 
@@ -21,6 +28,7 @@ class CostConfig:
         rows: rows of logits (layers and queries of one image) that a program reads.
         block: pixels or points that it reads at a time.
         target_block: pixels or points that a program of the targets' kernel reads at a time.
+        target_split: pixels or points that it reads in all.
         programs: the number of programs to reach by splitting the pixels or points, if there are enough of them.
         least: the fewest pixels or points per split; a split holds a multiple of it, which is a multiple of ``block``.
     """
@@ -28,6 +36,7 @@ class CostConfig:
     rows: int
     block: int
     target_block: int
+    target_split: int
     programs: int = 2048
     least: int = 128
     num_warps: int = 4
@@ -43,14 +52,15 @@ class CostSums:
     Args:
         sums: ``(splits, 2, B, blocks, rows, block_targets)``, sums of probabilities and of losses; a row is a layer and
             query.
-        areas: ``(splits, B, blocks, block_targets)``, areas of the targets.
-        per_split: pixels or points per split.
+        areas: ``(target_splits, B, blocks, block_targets)``, areas of the targets.
+        per_split, per_target_split: pixels or points per split of either.
         row_blocks: programs that share the rows of an image.
     """
 
     sums: Tensor
     areas: Tensor
     per_split: int
+    per_target_split: int
     row_blocks: int
 
     @property
@@ -66,7 +76,7 @@ class CostSums:
     @property
     def programs(self) -> tuple[int, int, int]:
         """The grid of the kernel that reads the logits."""
-        splits, batch, blocks, _ = self.areas.shape
+        splits, _, batch, blocks, _, _ = self.sums.shape
         return batch * self.row_blocks, blocks, splits
 
     @staticmethod
@@ -80,8 +90,9 @@ class CostSums:
         splits = triton.cdiv(size, per_split)
         return CostSums(
             cost.new_empty((splits, 2, batch, blocks, layers * queries, block_targets)),
-            cost.new_empty((splits, batch, blocks, block_targets)),
+            cost.new_empty((triton.cdiv(size, config.target_split), batch, blocks, block_targets)),
             per_split,
+            config.target_split,
             row_blocks,
         )
 
@@ -112,6 +123,31 @@ def _pair_sums(values, t, WHOLE: tl.constexpr):
 
 
 @triton.jit
+def _add_block(probability, loss, x, t, not_t, alpha, gamma, FOCAL: tl.constexpr, SQUARE: tl.constexpr,
+               WHOLE: tl.constexpr):  # fmt: skip
+    """Adds to both sums ``[R, M]`` those of a block of logits x ``[R, C]``: sum_c p t and sum_c F+ t + F- not_t, with
+    F+ = alpha (1-p)^gamma softplus(-x) and F- = (1-alpha) p^gamma softplus(x) (RetinaNet, arXiv:1708.02002,
+    equation 5), or without FOCAL the softplus alone."""
+    if FOCAL:
+        p, of_foreground, of_background = _focal_of_logit(x, gamma, SQUARE)
+        foreground_weight, background_weight = alpha * 0.693147181, (1.0 - alpha) * 0.693147181
+    else:
+        magnitude = tl.abs(x)
+        large, small, right = _sigmoid_of_magnitude(magnitude, RELATIVE=False)
+        p = tl.where(x < 0.0, small, large)
+        of_foreground = tl.where(x < 0.0, magnitude, 0.0) + right
+        of_background = tl.where(x < 0.0, 0.0, magnitude) + right
+        foreground_weight, background_weight = 1.0, 1.0
+    # In this order the values that wait for their product take the fewest registers.
+    background = _pair_sums(of_background, not_t, WHOLE)
+    foreground = _pair_sums(of_foreground, t, WHOLE)
+    probability += _pair_sums(p, t, WHOLE)
+    loss += foreground_weight * foreground
+    loss += background_weight * background
+    return probability, loss
+
+
+@triton.jit
 def _store_sums(sums_ptr, probability, loss, image_block, rows, B, R, BLOCK_M: tl.constexpr):
     """Stores both sums ``[BLOCK_R, BLOCK_M]`` of a program's split."""
     block_size = tl.cast(R, tl.int64) * BLOCK_M
@@ -125,7 +161,7 @@ def _store_sums(sums_ptr, probability, loss, image_block, rows, B, R, BLOCK_M: t
 @kernel
 def _mask_cost_reduce_kernel(
     class_ptr, stride_l, stride_b, stride_n, labels_ptr, sums_ptr, areas_ptr, cost_ptr,
-    B, N, M, R, K, splits, blocks, row_blocks, cost_class, cost_mask, cost_dice,
+    B, N, M, R, K, splits, target_splits, blocks, row_blocks, cost_class, cost_mask, cost_dice,
     BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """cost = -cost_class softmax(class_logits)[label] + cost_mask sums[1] / pixels + cost_dice dice, with
@@ -162,16 +198,18 @@ def _mask_cost_reduce_kernel(
     of_all = bits == BLOCK_M - 1
     read = wanted | (present & of_all[None, :])
     sum_ptrs = sums_ptr + (image_block * R + rows)[:, None] * BLOCK_M + bits[None, :]
-    area_ptrs = areas_ptr + image_block * BLOCK_M + bits
     probabilities = tl.zeros([BLOCK_R, BLOCK_M], dtype=tl.float64)
     loss = tl.zeros([BLOCK_R, BLOCK_M], dtype=tl.float64)
-    areas = tl.zeros([BLOCK_M], dtype=tl.float64)
     for _ in range(splits):
         probabilities += tl.load(sum_ptrs, mask=read, other=0.0)
         loss += tl.load(sum_ptrs + image_blocks * R * BLOCK_M, mask=wanted, other=0.0)
-        areas += tl.load(area_ptrs)
         sum_ptrs += 2 * image_blocks * R * BLOCK_M
-        area_ptrs += image_blocks * BLOCK_M
+    parts = tl.zeros([16, BLOCK_M], dtype=tl.float64)
+    for begin in range(0, target_splits, 16):
+        part = begin + tl.arange(0, 16)[:, None]
+        area_ptrs = areas_ptr + (part * image_blocks + image_block) * BLOCK_M + bits[None, :]
+        parts += tl.load(area_ptrs, mask=part < target_splits, other=0.0)
+    areas = tl.sum(parts, 0)
     all_probability = tl.sum(tl.where(of_all[None, :], probabilities, 0.0), 1)
     pixels = tl.sum(tl.where(of_all, areas, 0.0), 0)
     label = tl.load(labels_ptr + image * M + m, mask=(bits < BLOCK_M - 1) & (m < M), other=-1)[None, :]  # [1, BLOCK_M]
@@ -209,6 +247,7 @@ def add_up(
         R=rows,
         K=class_logits.shape[-1],
         splits=splits,
+        target_splits=sums.areas.shape[0],
         blocks=blocks,
         row_blocks=row_blocks,
         cost_class=cost_class,

@@ -22,20 +22,18 @@ from torch import Tensor
 from fastmask.kernels._common import (
     COMPILER_OPTIONS,
     _counted,
-    _focal_of_logit,
     _plane,
-    _sigmoid_of_magnitude,
     kernel,
     pick_config,
     plane_arguments,
     target_arguments,
     term_arguments,
 )
-from fastmask.kernels._costs import CostConfig, CostSums, _pair_sums, _store_sums, add_up
+from fastmask.kernels._costs import CostConfig, CostSums, _add_block, _store_sums, add_up
 from fastmask.kernels._layout import with_contiguous_planes
 
 # With more stages, Triton 3.6's kernel for sm_100 hangs in an emulator (no GPU has run it); on sm_120, three spill.
-CONFIGS = {None: CostConfig(rows=64, block=32, target_block=512, num_stages=1)}
+CONFIGS = {None: CostConfig(rows=64, block=32, target_block=512, target_split=1024, num_stages=1)}
 
 
 @kernel
@@ -107,8 +105,7 @@ def _mask_cost_fwd_kernel(
         sums[0] = sum_c p[c] T[c, m]
         sums[1] = sum_c F+[c] T[c, m] + F-[c] (1 - T[c, m])
 
-    with F+ = alpha (1-p)^gamma softplus(-x) and F- = (1-alpha) p^gamma softplus(x) (RetinaNet, arXiv:1708.02002,
-    equation 5), or for "bce" the softplus alone. In the last column T is one at every counted pixel, for sum_c p[c].
+    with F+ and F- of ``_add_block``. In the last column T is one at every counted pixel, for sum_c p[c].
     Separate products of T and of 1 - T avoid cancellation.
 
         logits  (L, B, N, P), strides and P in units
@@ -138,25 +135,7 @@ def _mask_cost_fwd_kernel(
         t = tl.where(((word[:, None] >> bits[None, :]) & 1) != 0, 1.0, 0.0)  # [BLOCK_C, BLOCK_M]
         not_t = tl.where((word >> (BLOCK_M - 1) != 0)[:, None], 1.0 - t, 0.0)
 
-        if FOCAL:
-            p, of_foreground, of_background = _focal_of_logit(x, gamma, SQUARE)
-        else:
-            negative = x < 0.0
-            magnitude = tl.abs(x)
-            large, small, right = _sigmoid_of_magnitude(magnitude, RELATIVE=False)
-            p = tl.where(negative, small, large)
-            of_foreground = tl.where(negative, magnitude, 0.0) + right
-            of_background = tl.where(negative, 0.0, magnitude) + right
-        # In this order the values that wait for their product take the fewest registers.
-        background = _pair_sums(of_background, not_t, WHOLE=True)
-        foreground = _pair_sums(of_foreground, t, WHOLE=True)
-        probability += _pair_sums(p, t, WHOLE=True)
-        if FOCAL:
-            loss += (alpha * 0.693147181) * foreground
-            loss += ((1.0 - alpha) * 0.693147181) * background
-        else:
-            loss += foreground
-            loss += background
+        probability, loss = _add_block(probability, loss, x, t, not_t, alpha, gamma, FOCAL, SQUARE, WHOLE=True)
 
     _store_sums(sums_ptr, probability, loss, image_block, rows, B, R, BLOCK_M)
 
@@ -190,7 +169,7 @@ def mask_cost(
         w=w,
         scale_y=targets["H"] / h,
         scale_x=targets["W"] / w,
-        pixels_per_split=sums.per_split,
+        pixels_per_split=sums.per_target_split,
         BLOCK_C=config.target_block // (1 if segments is not None else 16 if wide else 4),
         BLOCK_M=sums.block_targets,
         num_warps=4,
