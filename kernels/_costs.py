@@ -8,7 +8,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmask.kernels._common import COMPILER_OPTIONS, kernel, power_of_two, with_contiguous_rows
+from fastmask.kernels._common import (
+    COMPILER_OPTIONS,
+    _focal_of_logit,
+    _sigmoid_of_magnitude,
+    kernel,
+    power_of_two,
+    with_contiguous_rows,
+)
 
 REDUCED_ROWS = 16  # the rows of one program that adds up the splits
 
@@ -21,16 +28,17 @@ class CostConfig:
         rows: rows of logits (layers and queries of one image) that a program reads.
         block: pixels or points that it reads at a time.
         target_block: pixels or points that a program of the targets' kernel reads at a time.
+        target_split: pixels or points that it reads in all.
         programs: the number of programs to reach by splitting the pixels or points, if there are enough of them.
-        least: the fewest pixels or points per split; a split holds a multiple of it, which is a multiple of both
-            blocks.
+        least: the fewest pixels or points per split; a split holds a multiple of it, which is a multiple of ``block``.
     """
 
     rows: int
     block: int
     target_block: int
+    target_split: int
     programs: int = 2048
-    least: int = 256
+    least: int = 128
     num_warps: int = 4
     num_stages: int = 3
 
@@ -44,14 +52,15 @@ class CostSums:
     Args:
         sums: ``(splits, 2, B, blocks, rows, block_targets)``, sums of probabilities and of losses; a row is a layer and
             query.
-        areas: ``(splits, B, blocks, block_targets)``, areas of the targets.
-        per_split: pixels or points per split.
+        areas: ``(target_splits, B, blocks, block_targets)``, areas of the targets.
+        per_split, per_target_split: pixels or points per split of either.
         row_blocks: programs that share the rows of an image.
     """
 
     sums: Tensor
     areas: Tensor
     per_split: int
+    per_target_split: int
     row_blocks: int
 
     @property
@@ -67,7 +76,7 @@ class CostSums:
     @property
     def programs(self) -> tuple[int, int, int]:
         """The grid of the kernel that reads the logits."""
-        splits, batch, blocks, _ = self.areas.shape
+        splits, _, batch, blocks, _, _ = self.sums.shape
         return batch * self.row_blocks, blocks, splits
 
     @staticmethod
@@ -81,8 +90,9 @@ class CostSums:
         splits = triton.cdiv(size, per_split)
         return CostSums(
             cost.new_empty((splits, 2, batch, blocks, layers * queries, block_targets)),
-            cost.new_empty((splits, batch, blocks, block_targets)),
+            cost.new_empty((triton.cdiv(size, config.target_split), batch, blocks, block_targets)),
             per_split,
+            config.target_split,
             row_blocks,
         )
 
@@ -113,6 +123,31 @@ def _pair_sums(values, t, WHOLE: tl.constexpr):
 
 
 @triton.jit
+def _add_block(probability, loss, x, t, not_t, alpha, gamma, FOCAL: tl.constexpr, SQUARE: tl.constexpr,
+               WHOLE: tl.constexpr):  # fmt: skip
+    """Adds to both sums ``[R, M]`` those of a block of logits x ``[R, C]``: sum_c p t and sum_c F+ t + F- not_t, with
+    F+ = alpha (1-p)^gamma softplus(-x) and F- = (1-alpha) p^gamma softplus(x) (RetinaNet, arXiv:1708.02002,
+    equation 5), or without FOCAL the softplus alone."""
+    if FOCAL:
+        p, of_foreground, of_background = _focal_of_logit(x, gamma, SQUARE)
+        foreground_weight, background_weight = alpha * 0.693147181, (1.0 - alpha) * 0.693147181
+    else:
+        magnitude = tl.abs(x)
+        large, small, right = _sigmoid_of_magnitude(magnitude, RELATIVE=False)
+        p = tl.where(x < 0.0, small, large)
+        of_foreground = tl.where(x < 0.0, magnitude, 0.0) + right
+        of_background = tl.where(x < 0.0, 0.0, magnitude) + right
+        foreground_weight, background_weight = 1.0, 1.0
+    # In this order the values that wait for their product take the fewest registers.
+    background = _pair_sums(of_background, not_t, WHOLE)
+    foreground = _pair_sums(of_foreground, t, WHOLE)
+    probability += _pair_sums(p, t, WHOLE)
+    loss += foreground_weight * foreground
+    loss += background_weight * background
+    return probability, loss
+
+
+@triton.jit
 def _store_sums(sums_ptr, probability, loss, image_block, rows, B, R, BLOCK_M: tl.constexpr):
     """Stores both sums ``[BLOCK_R, BLOCK_M]`` of a program's split."""
     block_size = tl.cast(R, tl.int64) * BLOCK_M
@@ -126,7 +161,7 @@ def _store_sums(sums_ptr, probability, loss, image_block, rows, B, R, BLOCK_M: t
 @kernel
 def _mask_cost_reduce_kernel(
     class_ptr, stride_l, stride_b, stride_n, labels_ptr, sums_ptr, areas_ptr, cost_ptr,
-    B, N, M, R, K, splits, blocks, row_blocks, cost_class, cost_mask, cost_dice,
+    B, N, M, R, K, splits, target_splits, blocks, row_blocks, cost_class, cost_mask, cost_dice,
     BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """cost = -cost_class softmax(class_logits)[label] + cost_mask sums[1] / pixels + cost_dice dice, with
@@ -141,45 +176,50 @@ def _mask_cost_reduce_kernel(
     layer = (rows // N).to(tl.int64)
     query = (rows % N).to(tl.int64)
     class_ptrs = (class_ptr + image * stride_b + layer * stride_l + query * stride_n)[:, None]  # [BLOCK_R, 1]
-    # Reduced after the loops, not inside: that is less work, and Triton up to 3.8 fails on a reduction inside if
-    # another tensor of the same layout has as many columns.
+    # Each place of a block of classes has a maximum of its own until the loop ends: that is less work than a reduction
+    # in it, on which Triton up to 3.8 also fails if another tensor of the same layout has as many columns.
     k = tl.arange(0, BLOCK_K)[None, :]
-    largest = tl.full([BLOCK_R, BLOCK_K], float("-inf"), dtype=tl.float32)
-    for block in range(0, K, BLOCK_K):
-        x = tl.load(class_ptrs + (block + k), mask=present & (block + k < K), other=float("-inf"))
-        largest = tl.maximum(largest, x.to(tl.float32))
-    maximum = tl.max(largest, 1)
+    largest = tl.full([BLOCK_R, BLOCK_K], -1e38, dtype=tl.float32)
     totals = tl.zeros([BLOCK_R, BLOCK_K], dtype=tl.float32)
     for block in range(0, K, BLOCK_K):
-        x = tl.load(class_ptrs + (block + k), mask=present & (block + k < K), other=float("-inf"))
-        totals += tl.exp2((x.to(tl.float32) - maximum[:, None]) * 1.4426950408889634)
-    total = tl.sum(totals, 1)
+        x = tl.load(class_ptrs + (block + k), mask=present & (block + k < K), other=float("-inf")).to(tl.float32)
+        larger = tl.maximum(largest, x)
+        rescaled = totals * tl.exp2((largest - larger) * 1.4426950408889634)
+        totals = rescaled + tl.exp2((x - larger) * 1.4426950408889634)
+        largest = larger
+    maximum = tl.max(largest, 1)
+    total = tl.sum(totals * tl.exp2((largest - maximum[:, None]) * 1.4426950408889634), 1)
 
     image_block = image * blocks + tl.program_id(1)
     image_blocks = tl.cast(B, tl.int64) * blocks
     bits = tl.arange(0, BLOCK_M)  # [BLOCK_M]
     m = tl.program_id(1) * (BLOCK_M - 1) + bits
     wanted = present & ((bits < BLOCK_M - 1) & (m < M))[None, :]
-    intersection = tl.zeros([BLOCK_R, BLOCK_M], dtype=tl.float64)
+    of_all = bits == BLOCK_M - 1
+    read = wanted | (present & of_all[None, :])
+    sum_ptrs = sums_ptr + (image_block * R + rows)[:, None] * BLOCK_M + bits[None, :]
+    probabilities = tl.zeros([BLOCK_R, BLOCK_M], dtype=tl.float64)
     loss = tl.zeros([BLOCK_R, BLOCK_M], dtype=tl.float64)
-    all_probability = tl.zeros([BLOCK_R], dtype=tl.float64)
-    area = tl.zeros([BLOCK_M], dtype=tl.float64)
-    pixels = tl.zeros([], dtype=tl.float64)
-    for split in range(splits):
-        of_split = (split * 2 * image_blocks + image_block) * R
-        at = (of_split + rows)[:, None] * BLOCK_M + bits[None, :]
-        intersection += tl.load(sums_ptr + at, mask=wanted, other=0.0)
-        loss += tl.load(sums_ptr + image_blocks * R * BLOCK_M + at, mask=wanted, other=0.0)
-        all_probability += tl.load(sums_ptr + (of_split + rows + 1) * BLOCK_M - 1, mask=rows < R, other=0.0)
-        area_ptrs = areas_ptr + (split * image_blocks + image_block) * BLOCK_M
-        area += tl.load(area_ptrs + bits)
-        pixels += tl.load(area_ptrs + BLOCK_M - 1)
+    for _ in range(splits):
+        probabilities += tl.load(sum_ptrs, mask=read, other=0.0)
+        loss += tl.load(sum_ptrs + image_blocks * R * BLOCK_M, mask=wanted, other=0.0)
+        sum_ptrs += 2 * image_blocks * R * BLOCK_M
+    parts = tl.zeros([16, BLOCK_M], dtype=tl.float64)
+    for begin in range(0, target_splits, 16):
+        part = begin + tl.arange(0, 16)[:, None]
+        area_ptrs = areas_ptr + (part * image_blocks + image_block) * BLOCK_M + bits[None, :]
+        parts += tl.load(area_ptrs, mask=part < target_splits, other=0.0)
+    areas = tl.sum(parts, 0)
+    all_probability = tl.sum(tl.where(of_all[None, :], probabilities, 0.0), 1)
+    pixels = tl.sum(tl.where(of_all, areas, 0.0), 0)
     label = tl.load(labels_ptr + image * M + m, mask=(bits < BLOCK_M - 1) & (m < M), other=-1)[None, :]  # [1, BLOCK_M]
     known = (label >= 0) & (label < K)
     x = tl.load(class_ptrs + label, mask=wanted & known, other=float("nan")).to(tl.float32)
     probability = tl.exp2((x - maximum[:, None]) * 1.4426950408889634) / total[:, None]
-    dice = 1.0 - (2.0 * intersection + 1.0) / (all_probability[:, None] + area[None, :] + 1.0)
-    cost = cost_mask * (loss / tl.maximum(pixels, 1.0)) + cost_dice * dice - cost_class * probability
+    both = (all_probability[:, None] + areas[None, :] + 1.0).to(tl.float32)
+    dice = 1.0 - (2.0 * probabilities + 1.0).to(tl.float32) / both
+    loss_per_pixel = loss.to(tl.float32) / tl.maximum(pixels, 1.0).to(tl.float32)
+    cost = cost_mask * loss_per_pixel + cost_dice * dice - cost_class * probability
     cost = tl.where(label < 0, 0.0, cost).to(tl.float32)
     row = (layer * B + image) * N + query
     tl.store(cost_ptr + row[:, None] * M + m[None, :], cost, mask=wanted)
@@ -207,6 +247,7 @@ def add_up(
         R=rows,
         K=class_logits.shape[-1],
         splits=splits,
+        target_splits=sums.areas.shape[0],
         blocks=blocks,
         row_blocks=row_blocks,
         cost_class=cost_class,
@@ -214,7 +255,7 @@ def add_up(
         cost_dice=cost_dice,
         BLOCK_R=REDUCED_ROWS,
         BLOCK_M=block_targets,
-        BLOCK_K=power_of_two(class_logits.shape[-1], 16, 128),
+        BLOCK_K=power_of_two(class_logits.shape[-1], 16, 32),
         num_warps=4,
         **COMPILER_OPTIONS,
     )

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from fastmask.kernels._common import _power, _sigmoid_of_magnitude
 
-# A point's weight, 1 - its share of void pixels, counts as 0 below this, where it is a rounding error.
+# Below this, a point's weight is a rounding error and counts as 0.
 MIN_WEIGHT = tl.constexpr(1e-6)
 
 
@@ -73,14 +73,13 @@ def _pixel_share(target_ptrs, valid_ptrs, on, of_target, target, void_value, HAS
 
 
 @triton.jit
-def _weigh(t, void_share, inside, HAS_VOID: tl.constexpr):
-    """The target's share t and the weight v of points."""
+def _weight(void_share, inside, HAS_VOID: tl.constexpr):
+    """The weight of points, 1 - their share of void pixels; 0 where that is a rounding error."""
     v = tl.where(inside, 1.0, 0.0)
     if HAS_VOID:
         v -= tl.where(inside, void_share, 0.0)
-        t = tl.where(v >= MIN_WEIGHT, t, 0.0)
         v = tl.where(v >= MIN_WEIGHT, v, 0.0)
-    return t, v
+    return v
 
 
 @triton.jit
@@ -99,7 +98,8 @@ def _target_at(x, y, inside, image, target, target_ptr, valid_ptr, void_value, M
     tc, vc = _pixel_share(pixels + W, valid + W, c, c, target, void_value, HAS_SEGMENTS, HAS_VOID)
     td, vd = _pixel_share(pixels + W + 1, valid + W + 1, d, d, target, void_value, HAS_SEGMENTS, HAS_VOID)
     t = _between(ta, tb, tc, td, right, lower)
-    return _weigh(t, _between(va, vb, vc, vd, right, lower), inside, HAS_VOID)
+    v = _weight(_between(va, vb, vc, vd, right, lower), inside, HAS_VOID)
+    return tl.where(v > 0.0, t, 0.0) if HAS_VOID else t, v
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """Instance inference: binary masks of chosen queries, sums for their scores, and boxes, in two launches per batch.
 
 A program computes some rows and columns of one mask directly from its plane of logits: at the usual stride of 4 it
-writes 16 times as many pixels as it reads logits. A second kernel combines the programs' sums and bounds in order.
+writes 16 times as many pixels as it reads logits, and keeps the rows of logits between which it interpolates. A second
+kernel combines the programs' sums and bounds in order.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class InstanceConfig:
 
     Args:
         groups: groups of eight pixels in a row that a program owns; a thread owns one group.
-        rows: rows of the result that a program owns.
+        rows: rows of the result that a program owns; at most 127, whose areas fit in 8 bits.
     """
 
     groups: int = 32
@@ -33,6 +34,19 @@ class InstanceConfig:
 
 
 CONFIGS = {None: InstanceConfig()}
+
+
+@triton.jit
+def _stretched(row_ptr, columns, column_weights, TAPS_X: tl.constexpr):
+    """A row of logits, interpolated at the eight pixels of each group: eight tensors ``[BLOCK_G]``."""
+    line = ()
+    for place in tl.static_range(8):
+        x = column_weights[place] * 0.0
+        for tx in tl.static_range(TAPS_X):
+            value = _within_bounds(tl.load(row_ptr + columns[tx * 8 + place]), True)
+            x = tl.fma(value, column_weights[tx * 8 + place], x)
+        line = line + (x,)  # noqa: RUF005 (Triton has no stars)
+    return line
 
 
 @kernel
@@ -53,53 +67,93 @@ def _instance_fwd_kernel(
     query = tl.load(queries_ptr + pair)
     group = tl.program_id(1) % column_blocks * BLOCK_G + tl.arange(0, BLOCK_G)
     inside = group < groups_x
-    wanted = (group < tl.where((query >= 0) & (query < N), groups_x, 0))[:, None]
-    x = (group * 8)[:, None] + tl.arange(0, 8)[None, :]  # [BLOCK_G, 8]
-    plane_ptr = logits_ptr + pair // R * stride_b + query * stride_n
-    column_ptrs = ()
+    # Padding reads the first query, with weights of 0.
+    real = (query >= 0) & (query < N)
+    plane_ptr = logits_ptr + pair // R * stride_b + tl.where(real, query, 0) * stride_n
+    # Eight tensors, not one with eight columns: whatever layout Triton takes, a thread has the pixels of one group.
+    columns = ()
     column_weights = ()
     for tx in tl.static_range(TAPS_X):
-        column = tl.load(column_index_ptr + tx * (groups_x * 8) + x, mask=inside[:, None], other=0)
-        column_ptrs = column_ptrs + (plane_ptr + column,)  # noqa: RUF005 (Triton has no stars)
-        weight = tl.load(column_weight_ptr + tx * (groups_x * 8) + x, mask=inside[:, None], other=0.0)
-        column_weights = column_weights + (weight,)  # noqa: RUF005
+        for place in tl.static_range(8):
+            at = tx * (groups_x * 8) + group * 8 + place
+            column = tl.load(column_index_ptr + at, mask=inside, other=0)
+            columns = columns + (column,)  # noqa: RUF005
+            weight = tl.load(column_weight_ptr + at, mask=inside & real, other=0.0)
+            column_weights = column_weights + (weight,)  # noqa: RUF005
 
-    total = tl.zeros([BLOCK_G, 8], dtype=tl.float32)
-    area = tl.zeros([BLOCK_G, 8], dtype=tl.int32)
-    top = tl.full([BLOCK_G, 8], 1 << 30, dtype=tl.int32)
-    bottom = tl.zeros([BLOCK_G, 8], dtype=tl.int32)
+    # The rows of logits that the last row of the result read, stretched; upsampled by 4, three of 4 read the same ones.
+    zero = tl.zeros([BLOCK_G], dtype=tl.float32)
+    lines = ()
+    held = ()
+    for _ in tl.static_range(TAPS_Y):
+        lines = lines + ((zero, zero, zero, zero, zero, zero, zero, zero),)  # noqa: RUF005
+        held = held + (tl.full([], -1, dtype=tl.int32),)  # noqa: RUF005
+    total = zero
+    areas = tl.zeros([BLOCK_G], dtype=tl.int32)  # four sums of 8 bits
+    met_first = tl.zeros([BLOCK_G], dtype=tl.int32)
+    met_second = tl.zeros([BLOCK_G], dtype=tl.int32)
+    top = tl.full([BLOCK_G], 1 << 30, dtype=tl.int32)
+    bottom = tl.zeros([BLOCK_G], dtype=tl.int32)
     begin = tl.program_id(1) // column_blocks * rows_per_program
     for y in range(begin, tl.minimum(begin + rows_per_program, H)):
-        z = tl.zeros([BLOCK_G, 8], dtype=tl.float32)
+        new_lines = ()
+        new_held = ()
+        row_weights = ()
         for ty in tl.static_range(TAPS_Y):
-            row = tl.load(row_index_ptr + ty * _table_pitch(H) + y).to(tl.int64) * w
-            line = tl.zeros([BLOCK_G, 8], dtype=tl.float32)
-            for tx in tl.static_range(TAPS_X):
-                value = _within_bounds(tl.load(column_ptrs[tx] + row, mask=wanted, other=-1.0), True)
-                line = tl.fma(value, column_weights[tx], line)
-            z = tl.fma(line, tl.load(row_weight_ptr + ty * _table_pitch(H) + y), z)
-        mask = z > 0.0
-        bits = mask.to(tl.int32)
-        row = (pair * H + y) * groups_x
+            row = tl.load(row_index_ptr + ty * _table_pitch(H) + y)
+            line = lines[ty]
+            if row != held[ty]:
+                line = lines[min(ty + 1, TAPS_Y - 1)]
+                if row != held[min(ty + 1, TAPS_Y - 1)]:
+                    line = _stretched(plane_ptr + row.to(tl.int64) * w, columns, column_weights, TAPS_X)
+            new_lines = new_lines + (line,)  # noqa: RUF005
+            new_held = new_held + (row,)  # noqa: RUF005
+            row_weights = row_weights + (tl.load(row_weight_ptr + ty * _table_pitch(H) + y),)  # noqa: RUF005
+        lines = new_lines
+        held = new_held
+        # The mask's eight bytes.
+        first = tl.zeros([BLOCK_G], dtype=tl.int32)
+        second = tl.zeros([BLOCK_G], dtype=tl.int32)
+        of_row = zero  # a sum of its own, as one of all pixels would round more
+        for place in tl.static_range(8):
+            z = zero
+            for ty in tl.static_range(TAPS_Y):
+                z = tl.fma(lines[ty][place], row_weights[ty], z)
+            of_row += tl.where(z > 0.0, _reciprocal(1.0 + _exp2(z * -1.44269504)), 0.0)
+            if place < 4:
+                first |= tl.where(z > 0.0, 1 << (8 * place), 0)
+            else:
+                second |= tl.where(z > 0.0, 1 << (8 * (place - 4)), 0)
+        total += of_row
+        row_ptr = masks_ptr + (pair * H + y) * groups_x * (1 if PACKED else 8)
         if PACKED:
-            packed = tl.sum(bits << tl.arange(0, 8)[None, :], 1)
-            tl.store(masks_ptr + row + group, packed.to(tl.uint8), mask=inside)
+            # A product that moves the bits of four bytes to bits 24 to 27.
+            bits = ((first * 0x01020408 >> 24) & 15) | ((second * 0x01020408 >> 20) & 240)
+            tl.store(row_ptr + group, bits.to(tl.uint8), mask=inside)
         else:
-            tl.store(masks_ptr + row * 8 + x, bits.to(tl.uint8), mask=inside[:, None])
-        total += tl.where(mask, _reciprocal(1.0 + _exp2(z * -1.44269504)), 0.0)
-        area += bits
-        top = tl.minimum(top, tl.where(mask, out_top + y, 1 << 30))
-        bottom = tl.where(mask, out_top + y + 1, bottom)
+            pixels = first.to(tl.int64) | (second.to(tl.int64) << 32)
+            tl.store(row_ptr.to(tl.pointer_type(tl.int64)) + group, pixels, mask=inside)
+        areas += first + second
+        met_first |= first
+        met_second |= second
+        top = tl.minimum(top, tl.where((first | second) != 0, out_top + y, 1 << 30))
+        bottom = tl.where((first | second) != 0, out_top + y + 1, bottom)
 
     part = pair * tl.num_programs(1) + tl.program_id(1)
     bound_ptr = bounds_ptr + part * 5
-    met = bottom > 0
-    tl.store(sums_ptr + part, tl.sum(tl.sum(total, 1), 0))
-    tl.store(bound_ptr, tl.sum(tl.sum(area, 1), 0))
-    tl.store(bound_ptr + 1, tl.min(tl.min(tl.where(met, x, 1 << 30), 1), 0))
-    tl.store(bound_ptr + 2, tl.min(tl.min(top, 1), 0))
-    tl.store(bound_ptr + 3, tl.max(tl.max(tl.where(met, x + 1, 0), 1), 0))
-    tl.store(bound_ptr + 4, tl.max(tl.max(bottom, 1), 0))
+    left = tl.full([BLOCK_G], 1 << 30, dtype=tl.int32)
+    right = tl.zeros([BLOCK_G], dtype=tl.int32)
+    for place in tl.static_range(8):
+        met = (((met_first if place < 4 else met_second) >> (8 * (place % 4))) & 1) != 0
+        left = tl.minimum(left, tl.where(met, group * 8 + place, 1 << 30))
+        right = tl.where(met, group * 8 + (place + 1), right)
+    area = (areas & 255) + ((areas >> 8) & 255) + ((areas >> 16) & 255) + ((areas >> 24) & 255)
+    tl.store(sums_ptr + part, tl.sum(total, 0))
+    tl.store(bound_ptr, tl.sum(area, 0))
+    tl.store(bound_ptr + 1, tl.min(left, 0))
+    tl.store(bound_ptr + 2, tl.min(top, 0))
+    tl.store(bound_ptr + 3, tl.max(right, 0))
+    tl.store(bound_ptr + 4, tl.max(bottom, 0))
 
 
 @kernel

@@ -5,16 +5,15 @@ the third adds the splits of the pixels in order. The second takes most of the t
 128 x 128 bf16 logits (157 M logits: 315 MB, 75 us at 4.2 TB/s; 168 M with the padding of L * N = 600 rows to 640):
 
 - special functions: three per logit (exponential, reciprocal, logarithm), 113 us on 132 SMs at 16 lanes per clock. A
-  polynomial instead of the logarithm would save 38 us of them and add 40 us of instructions;
-- instructions: 38 per logit in the machine code for sm_90, 190 us at 128 lanes per clock: issue slots are scarcest;
+  polynomial instead of the logarithm would save 38 us of them and add 60 us of instructions;
+- instructions: 34 per logit in the machine code for sm_90 (36 with void pixels), 169 us at 128 lanes per clock: issue
+  slots are scarcest;
 - tensor cores: three products with 0/1 targets padded to 32, each of two tf32 parts, 64 GFLOP, 130 us at the peak of
   tf32, in parallel with the other instructions. The parts high + low hold 22 bits of a float32, and the targets are
   exact. fp16 parts would halve that, but end at 65504 and cost one more of the scarce instructions per value.
 """
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import torch
 import triton.language as tl
@@ -23,22 +22,18 @@ from torch import Tensor
 from fastmask.kernels._common import (
     COMPILER_OPTIONS,
     _counted,
-    _focal_of_magnitude,
     _plane,
-    _sigmoid_of_magnitude,
     kernel,
     pick_config,
     plane_arguments,
     target_arguments,
     term_arguments,
 )
-from fastmask.kernels._costs import CostConfig, CostSums, _pair_sums, _store_sums, add_up
+from fastmask.kernels._costs import CostConfig, CostSums, _add_block, _store_sums, add_up
 from fastmask.kernels._layout import with_contiguous_planes
 
-_CONFIG = CostConfig(rows=64, block=32, target_block=128)
-_ONE_STAGE = replace(_CONFIG, num_stages=1)
 # With more stages, Triton 3.6's kernel for sm_100 hangs in an emulator (no GPU has run it); on sm_120, three spill.
-CONFIGS = {10: _ONE_STAGE, 12: _ONE_STAGE, None: _CONFIG}
+CONFIGS = {None: CostConfig(rows=64, block=32, target_block=512, target_split=1024, num_stages=1)}
 
 
 @kernel
@@ -58,32 +53,42 @@ def _mask_cost_targets_kernel(
     blocks = tl.num_programs(1)
     image_block = image * blocks + tl.program_id(1)
     bits = tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    targets = tl.program_id(1) * (BLOCK_M - 1) + bits
+    first = tl.program_id(1) * (BLOCK_M - 1)
     plane = tl.cast(H, tl.int64) * W
-    mask_ptrs = target_ptr + (image * M + targets) * plane
     area = tl.zeros([BLOCK_M], dtype=tl.int32)
+    all_counted = tl.zeros([BLOCK_C], dtype=tl.int32)
     begin = tl.program_id(2) * pixels_per_split
-    for block in range(begin, begin + pixels_per_split, BLOCK_C):
+    end = tl.minimum(begin + pixels_per_split, h * w)
+    for block in range(begin, end, BLOCK_C):
         c = block + tl.arange(0, BLOCK_C)  # [BLOCK_C]
-        inside = c < h * w
+        inside = c < end
+        y = c // w
         # PyTorch's "nearest" rule, in float32: floor(i * in / out).
-        y_target = tl.minimum(((c // w).to(tl.float32) * scale_y).to(tl.int32), H - 1)
-        x_target = tl.minimum(((c % w).to(tl.float32) * scale_x).to(tl.int32), W - 1)
+        y_target = tl.minimum((y.to(tl.float32) * scale_y).to(tl.int32), H - 1)
+        x_target = tl.minimum(((c - y * w).to(tl.float32) * scale_x).to(tl.int32), W - 1)
         pixels = y_target * W + x_target
         segment_ptrs = target_ptr + image * plane + pixels
         valid_ptrs = segment_ptrs
         if HAS_VOID and not HAS_SEGMENTS:
             valid_ptrs = valid_ptr + image * plane + pixels
         counted, segment = _counted(segment_ptrs, valid_ptrs, inside, void_value, HAS_SEGMENTS, HAS_VOID)
-        of_target = counted[:, None] & ((bits < BLOCK_M - 1) & (targets < M))[None, :]  # [BLOCK_C, BLOCK_M]
+        all_counted += counted.to(tl.int32)
         if HAS_SEGMENTS:
-            belongs = of_target & (segment[:, None] == targets[None, :])
+            bit = segment - first
+            belongs = counted & (bit >= 0) & (bit < BLOCK_M - 1) & (segment < M)
+            bit = tl.where(belongs, bit, BLOCK_M - 1)
+            word = belongs.to(words_ptr.dtype.element_ty) << bit
+            area += tl.histogram(bit, BLOCK_M)
         else:
+            targets = first + bits
+            of_target = counted[:, None] & ((bits < BLOCK_M - 1) & (targets < M))[None, :]  # [BLOCK_C, BLOCK_M]
+            mask_ptrs = target_ptr + (image * M + targets) * plane
             belongs = tl.load(mask_ptrs[None, :] + pixels[:, None], mask=of_target, other=0) != 0
-        belongs = belongs | (counted[:, None] & (bits == BLOCK_M - 1)[None, :])
-        area += tl.sum(belongs.to(tl.int32), 0)
-        word = tl.sum(belongs.to(words_ptr.dtype.element_ty) << bits[None, :], 1)
+            word = tl.sum(belongs.to(words_ptr.dtype.element_ty) << bits[None, :], 1)
+            area += tl.sum(belongs.to(tl.int32), 0)
+        word |= counted.to(words_ptr.dtype.element_ty) << (BLOCK_M - 1)
         tl.store(words_ptr + image_block * h * w + c, word, mask=inside)
+    area = tl.where(bits < BLOCK_M - 1, area, tl.sum(all_counted, 0))
     split_image = tl.program_id(2).to(tl.int64) * B + image
     tl.store(areas_ptr + (split_image * blocks + tl.program_id(1)) * BLOCK_M + bits, area.to(tl.float32))
 
@@ -100,8 +105,7 @@ def _mask_cost_fwd_kernel(
         sums[0] = sum_c p[c] T[c, m]
         sums[1] = sum_c F+[c] T[c, m] + F-[c] (1 - T[c, m])
 
-    with F+ = alpha (1-p)^gamma softplus(-x) and F- = (1-alpha) p^gamma softplus(x) (RetinaNet, arXiv:1708.02002,
-    equation 5), or for "bce" the softplus alone. In the last column T is one at every counted pixel, for sum_c p[c].
+    with F+ and F- of ``_add_block``. In the last column T is one at every counted pixel, for sum_c p[c].
     Separate products of T and of 1 - T avoid cancellation.
 
         logits  (L, B, N, P), strides and P in units
@@ -131,22 +135,7 @@ def _mask_cost_fwd_kernel(
         t = tl.where(((word[:, None] >> bits[None, :]) & 1) != 0, 1.0, 0.0)  # [BLOCK_C, BLOCK_M]
         not_t = tl.where((word >> (BLOCK_M - 1) != 0)[:, None], 1.0 - t, 0.0)
 
-        negative = x < 0.0
-        magnitude = tl.abs(x)
-        if FOCAL:
-            large, small, right, wrong = _focal_of_magnitude(magnitude, gamma, SQUARE)
-        else:
-            large, small, right = _sigmoid_of_magnitude(magnitude, RELATIVE=False)
-            wrong = magnitude + right
-        probability += _pair_sums(tl.where(negative, small, large), t, WHOLE=True)
-        foreground = _pair_sums(tl.where(negative, wrong, right), t, WHOLE=True)
-        background = _pair_sums(tl.where(negative, right, wrong), not_t, WHOLE=True)
-        if FOCAL:
-            loss += (alpha * 0.693147181) * foreground
-            loss += ((1.0 - alpha) * 0.693147181) * background
-        else:
-            loss += foreground
-            loss += background
+        probability, loss = _add_block(probability, loss, x, t, not_t, alpha, gamma, FOCAL, SQUARE, WHOLE=True)
 
     _store_sums(sums_ptr, probability, loss, image_block, rows, B, R, BLOCK_M)
 
@@ -180,8 +169,8 @@ def mask_cost(
         w=w,
         scale_y=targets["H"] / h,
         scale_x=targets["W"] / w,
-        pixels_per_split=sums.per_split,
-        BLOCK_C=config.target_block // 4 if wide else config.target_block,  # int64 words would spill
+        pixels_per_split=sums.per_target_split,
+        BLOCK_C=config.target_block // (1 if segments is not None else 16 if wide else 4),
         BLOCK_M=sums.block_targets,
         num_warps=4,
         **COMPILER_OPTIONS,
@@ -202,7 +191,7 @@ def mask_cost(
         BLOCK_C=block_pixels,
         BLOCK_M=sums.block_targets,
         num_warps=config.num_warps,
-        num_stages=min(config.num_stages, 2) if wide else config.num_stages,  # three spill on sm_80
+        num_stages=config.num_stages,
         **COMPILER_OPTIONS,
     )
     add_up(sums, class_logits, labels, cost, cost_class, cost_mask, cost_dice)

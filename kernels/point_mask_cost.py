@@ -2,11 +2,14 @@
 
 Points are sorted by the cell of the logits in which they lie, so that neighboring lanes read neighboring logits. The
 first launch samples the targets, once for all layers; the second samples the logits; the third adds the splits of the
-points in order. At B=16, L=10, N=100 and 12,544 points there are 200 M samples of four logits and two special functions
-each, from planes that fit in the caches.
+points in order. At B=16, L=10, N=100 and 12,544 points there are 200 M samples of four logits and two or three special
+functions each, from planes that fit in the caches. The machine code for sm_90 has 68 instructions per sample, 420 us at
+128 lanes per clock; of them, 12 read the logits and 4 interpolate.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 import triton
@@ -15,6 +18,7 @@ from torch import Tensor
 
 from fastmask.kernels._common import (
     COMPILER_OPTIONS,
+    _counted,
     _plane,
     check_positions,
     kernel,
@@ -23,27 +27,33 @@ from fastmask.kernels._common import (
     target_arguments,
     term_arguments,
 )
-from fastmask.kernels._costs import CostConfig, CostSums, _pair_sums, _store_sums, add_up
+from fastmask.kernels._costs import CostConfig, CostSums, _add_block, _store_sums, add_up
 from fastmask.kernels._layout import with_contiguous_planes
-from fastmask.kernels._points import _between, _four_pixels, _load_points, _pixel_share, _point_terms, _sample, _weigh
+from fastmask.kernels._points import _between, _four_pixels, _load_points, _weight
 
-CONFIGS = {None: CostConfig(rows=16, block=32, target_block=16)}
+_CONFIG = CostConfig(rows=64, block=16, target_block=32, target_split=256, programs=2304, num_stages=1)
+# 64 rows are what Hopper's tensor cores take; without those, they spill if there are many targets.
+_FEWER_ROWS = replace(_CONFIG, rows=32)
+CONFIGS = {8: _FEWER_ROWS, 12: _FEWER_ROWS, None: _CONFIG}
 
 
 @triton.jit
 def _shares_at(target_ptr, valid_ptr, image, offset, on, targets, void_value, M, plane,
                HAS_SEGMENTS: tl.constexpr, HAS_VOID: tl.constexpr):  # fmt: skip
-    """``_pixel_share`` of the pixel at ``offset`` of each point: belonging ``[C, M]`` and void ``[C, 1]``."""
-    on = on[:, None]
-    of_target = on
-    pixels = target_ptr + image * plane + offset[:, None]
-    valid = pixels
-    if not HAS_SEGMENTS:
-        of_target = on & (targets < M)[None, :]
-        pixels = target_ptr + (image * M + targets)[None, :] * plane + offset[:, None]
-        if HAS_VOID:
-            valid = valid_ptr + image * plane + offset[:, None]
-    return _pixel_share(pixels, valid, on, of_target, targets[None, :], void_value, HAS_SEGMENTS, HAS_VOID)
+    """The targets to which the pixel at ``offset`` of each point belongs ``[M, C]``, and whether it is void ``[C]``: 1
+    or 0, and 0 for pixels that are not ``on`` the map."""
+    at = image * plane + offset
+    segment_ptrs = target_ptr + at
+    valid_ptrs = segment_ptrs
+    if HAS_VOID and not HAS_SEGMENTS:
+        valid_ptrs = valid_ptr + at
+    counted, segment = _counted(segment_ptrs, valid_ptrs, on, void_value, HAS_SEGMENTS, HAS_VOID)
+    if HAS_SEGMENTS:
+        belongs = counted[None, :] & (segment[None, :] == targets[:, None])
+    else:
+        mask_ptrs = target_ptr + (image * M + targets)[:, None] * plane + offset[None, :]
+        belongs = tl.load(mask_ptrs, mask=counted[None, :] & (targets < M)[:, None], other=0) != 0
+    return tl.where(belongs, 1.0, 0.0), tl.where(on & (counted == 0), 1.0, 0.0)
 
 
 @kernel
@@ -55,7 +65,7 @@ def _point_mask_cost_targets_kernel(
     """The share of each target at each point; ``_point_mask_cost_fwd_kernel`` reads them for every row.
 
     points  (B, P, 2)
-    shares  (B, blocks of BLOCK_M - 1 targets, P, BLOCK_M); the last column is the point's weight
+    shares  (B, blocks of BLOCK_M - 1 targets, BLOCK_M, P); the last row is the points' weights
     areas   (splits, B, blocks, BLOCK_M), the sums of the shares
     """
     image = tl.program_id(0).to(tl.int64)
@@ -64,7 +74,7 @@ def _point_mask_cost_targets_kernel(
     slots = tl.arange(0, BLOCK_M)  # [BLOCK_M]
     targets = tl.program_id(1) * (BLOCK_M - 1) + slots
     plane = tl.cast(H, tl.int64) * W
-    area = tl.zeros([BLOCK_M], dtype=tl.float32)
+    area = tl.zeros([BLOCK_M, BLOCK_C], dtype=tl.float32)
     begin = tl.program_id(2) * points_per_split
     for block in range(begin, begin + points_per_split, BLOCK_C):
         i = block + tl.arange(0, BLOCK_C)  # [BLOCK_C]
@@ -79,15 +89,28 @@ def _point_mask_cost_targets_kernel(
                             HAS_SEGMENTS, HAS_VOID)  # fmt: skip
         td, vd = _shares_at(target_ptr, valid_ptr, image, at + W + 1, on_lower & on_right, targets, void_value, M,
                             plane, HAS_SEGMENTS, HAS_VOID)  # fmt: skip
-        t = _between(ta, tb, tc, td, right[:, None], lower[:, None])
-        void_share = _between(va, vb, vc, vd, right[:, None], lower[:, None])
-        t, v = _weigh(t, void_share, inside[:, None], HAS_VOID)
-        t = tl.where((slots < BLOCK_M - 1)[None, :], tl.where((targets < M)[None, :], t, 0.0), v)
-        area += tl.sum(t, 0)
-        share_ptrs = shares_ptr + (image_block * P + i)[:, None] * BLOCK_M + slots[None, :]
-        tl.store(share_ptrs, t, mask=inside[:, None])
+        t = _between(ta, tb, tc, td, right[None, :], lower[None, :])
+        v = _weight(_between(va, vb, vc, vd, right, lower), inside, HAS_VOID)[None, :]  # [1, BLOCK_C]
+        t = tl.where((slots < BLOCK_M - 1)[:, None], tl.where((targets < M)[:, None] & (v > 0.0), t, 0.0), v)
+        area += t
+        share_ptrs = shares_ptr + (image_block * BLOCK_M + slots)[:, None] * P + i[None, :]
+        tl.store(share_ptrs, t, mask=inside[None, :])
     split_image = tl.program_id(2).to(tl.int64) * B + image
-    tl.store(areas_ptr + (split_image * blocks + tl.program_id(1)) * BLOCK_M + slots, area)
+    tl.store(areas_ptr + (split_image * blocks + tl.program_id(1)) * BLOCK_M + slots, tl.sum(area, 1))
+
+
+@triton.jit
+def _sample_rows(row_ptrs, x, y, h, w, inside):
+    """Bilinear samples ``[R, C]`` of the maps of R rows at C points, as ``_sample``. The four weights of a point are
+    multiplied once for all rows."""
+    at, on_left, on_right, on_upper, on_lower, right, lower = _four_pixels(x, y, h, w, inside)
+    ptrs = row_ptrs[:, None] + at[None, :]
+    a = tl.load(ptrs, mask=(on_upper & on_left)[None, :], other=0.0).to(tl.float32)
+    b = tl.load(ptrs + 1, mask=(on_upper & on_right)[None, :], other=0.0).to(tl.float32)
+    c = tl.load(ptrs + w, mask=(on_lower & on_left)[None, :], other=0.0).to(tl.float32)
+    d = tl.load(ptrs + (w + 1), mask=(on_lower & on_right)[None, :], other=0.0).to(tl.float32)
+    upper = tl.fma(b, ((1.0 - lower) * right)[None, :], a * ((1.0 - lower) * (1.0 - right))[None, :])
+    return tl.fma(d, (lower * right)[None, :], tl.fma(c, (lower * (1.0 - right))[None, :], upper))
 
 
 @kernel
@@ -106,7 +129,7 @@ def _point_mask_cost_fwd_kernel(
     column T is v, for sum_i v[i] p[i].
 
         logits  (L, B, N, h, w);  points  (B, P, 2)
-        shares  (B, blocks, P, BLOCK_M), see ``_point_mask_cost_targets_kernel``
+        shares  (B, blocks, BLOCK_M, P), see ``_point_mask_cost_targets_kernel``
         sums    (splits, 2, B, blocks, R, BLOCK_M)
     """
     alpha = tl.cast(alpha, tl.float32)
@@ -115,7 +138,9 @@ def _point_mask_cost_fwd_kernel(
     rows = (tl.program_id(0) % row_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
     image_block = image * tl.num_programs(1) + tl.program_id(1)
     slots = tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    row_ptrs = _plane(logits_ptr, rows // N, image, rows % N, stride_l, stride_b, stride_n, UNIT)
+    # Rows that do not exist read the last one, which takes no predicates.
+    read = tl.minimum(rows, R - 1)
+    row_ptrs = _plane(logits_ptr, read // N, image, read % N, stride_l, stride_b, stride_n, UNIT)
 
     probability = tl.zeros([BLOCK_R, BLOCK_M], dtype=tl.float32)
     loss = tl.zeros([BLOCK_R, BLOCK_M], dtype=tl.float32)
@@ -123,23 +148,20 @@ def _point_mask_cost_fwd_kernel(
     for block in range(begin, begin + points_per_split, BLOCK_C):
         i = block + tl.arange(0, BLOCK_C)  # [BLOCK_C]
         px, py = _load_points(points_ptr, image * P + i, i < P)
-        share_ptrs = shares_ptr + (image_block * P + i) * BLOCK_M
-        v = tl.load(share_ptrs + BLOCK_M - 1, mask=i < P, other=0.0)
-        t = tl.load(share_ptrs[:, None] + slots[None, :], mask=(i < P)[:, None], other=0.0)  # [BLOCK_C, BLOCK_M]
-        inside = (rows < R)[:, None] & (i < P)[None, :]
-        x = _sample(row_ptrs[:, None], px[None, :], py[None, :], h, w, inside)  # [BLOCK_R, BLOCK_C]
-        x = tl.where((v > 0.0)[None, :], x, 0.0)  # a logit at a void point may be NaN
-        p, _, foreground, background, _, _ = _point_terms(x, alpha, gamma, FOCAL, SQUARE)
-        probability += _pair_sums(p, t, WHOLE=False)
-        loss += _pair_sums(foreground, t, WHOLE=False)
-        loss += _pair_sums(background, v[:, None] - t, WHOLE=False)
+        share_ptrs = shares_ptr + (image_block * BLOCK_M + slots)[None, :] * P + i[:, None]
+        t = tl.load(share_ptrs, mask=(i < P)[:, None], other=0.0)  # [BLOCK_C, BLOCK_M]
+        v = tl.load(shares_ptr + (image_block * BLOCK_M + BLOCK_M - 1) * P + i, mask=i < P, other=0.0)
+        # Logits at void points may be NaN, and are not read.
+        x = _sample_rows(row_ptrs, px, py, h, w, v > 0.0)  # [BLOCK_R, BLOCK_C]
+        not_t = v[:, None] - t
+        probability, loss = _add_block(probability, loss, x, t, not_t, alpha, gamma, FOCAL, SQUARE, WHOLE=False)
 
     _store_sums(sums_ptr, probability, loss, image_block, rows, B, R, BLOCK_M)
 
 
 def sorted_by_cell(points: Tensor, h: int, w: int) -> Tensor:
     """Sorts the points ``(B, P, 2)`` of each image by their cell in the h x w grid."""
-    column, row = (points[..., 0] * w).long(), (points[..., 1] * h).long()
+    column, row = (points[..., 0] * w).int(), (points[..., 1] * h).int()
     order = (row * w + column).argsort(dim=-1, stable=True)
     return points.gather(1, order[..., None].expand_as(points))
 
@@ -161,18 +183,23 @@ def point_mask_cost(
     points = sorted_by_cell(points, h, w)
     sums = CostSums.empty(cost, num_points, config)
     _, blocks, _ = sums.target_programs
-    shares = cost.new_empty((batch, blocks, num_points, sums.block_targets))
+    shares = cost.new_empty((batch, blocks, sums.block_targets, num_points))
     of_points = {
         "points_ptr": points,
         "shares_ptr": shares,
         "B": batch,
         "P": num_points,
-        "points_per_split": sums.per_split,
         "BLOCK_M": sums.block_targets,
         **COMPILER_OPTIONS,
     }
     _point_mask_cost_targets_kernel[sums.target_programs](
-        **of_points, **targets, areas_ptr=sums.areas, M=num_targets, BLOCK_C=config.target_block, num_warps=4
+        **of_points,
+        **targets,
+        areas_ptr=sums.areas,
+        M=num_targets,
+        points_per_split=sums.per_target_split,
+        BLOCK_C=config.target_block // (1 if sums.block_targets < 64 else 2),
+        num_warps=4,
     )
     _point_mask_cost_fwd_kernel[sums.programs](
         **of_points,
@@ -182,6 +209,7 @@ def point_mask_cost(
         R=layers * queries,
         h=h,
         w=w,
+        points_per_split=sums.per_split,
         row_blocks=sums.row_blocks,
         **term_arguments(mask_term, alpha, gamma),
         BLOCK_R=config.rows,

@@ -58,8 +58,8 @@ class Tuning:
 TRAINING = "B16 L6 M20, segment map"
 TUNINGS = {
     "mask_cost": Tuning("mask_cost", TRAINING, ("mask_cost", "CONFIGS"), (None,), (
-        {"num_stages": 2}, {"num_stages": 1}, {"rows": 128, "num_warps": 8}, {"num_warps": 8},
-        {"rows": 128, "num_warps": 8, "num_stages": 1}, {"rows": 128, "num_warps": 8, "block": 64, "num_stages": 1},
+        {"num_stages": 2}, {"num_stages": 3}, {"num_warps": 8}, {"rows": 128, "num_warps": 8},
+        {"rows": 128, "num_warps": 8, "num_stages": 2}, {"rows": 128, "num_warps": 8, "block": 64},
         {"programs": 1024}, {"programs": 4096}, {"least": 512},
     )),
     "mask_loss": Tuning("mask_loss", TRAINING, ("mask_loss", "CONFIGS"), (None,), (
