@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ from fastmask.targets import Targets
 from fastmask.training.sampler import StepSampler
 
 SCENES = "composed:scenes"
-TINY = "tiny"  # the backbone of the demo's network
+TINY = "tiny"  # the backbone that that of the demo's network replaces
 CLASS_WEIGHT = 2.0  # as in the demo
 # The class probability of a segment in panoptic results; low, since short training gives few confident classes.
 PANOPTIC_THRESHOLD = 0.2
@@ -128,6 +128,9 @@ def make_network(settings: Settings, variant: Variant, class_names: tuple[str, .
         **({"matching": "fixed"} if variant.structure == FIXED else {}),
     )
     from_demo = getattr(config, "backbone", "") == TINY
+    if from_demo:
+        demo = MaskFormer.from_pretrained(MODEL)
+        config = replace(config, backbone=demo.config.backbone, backbone_options=demo.config.backbone_options)
     modules = {"pretrained_backbone": settings.pretrained} if settings.pretrained and not from_demo else {}
     if variant.structure in (FIXED, BIPARTITE):
         network: nn.Module = MODELS[config.model_type](config, **modules)
@@ -138,7 +141,7 @@ def make_network(settings: Settings, variant: Variant, class_names: tuple[str, .
         shared |= {"transformer_decoder": plus, "ignore_index": void_class(config.num_classes)}
         network = PerPixelBaseline(PerPixelBaselineConfig(**shared), **modules)
     if from_demo:
-        network.backbone.load_state_dict(MaskFormer.from_pretrained(MODEL).backbone.state_dict())
+        network.backbone.load_state_dict(demo.backbone.state_dict())
     return network.to(memory_format=torch.channels_last)
 
 

@@ -17,7 +17,8 @@ def loss_curve(backend: str, seed: int) -> torch.Tensor:
     torch.manual_seed(seed)
     model = MaskFormer(MaskFormerConfig.preset("tiny", len(CLASS_NAMES), decoder_layers=2))
     model.criterion.backend = model.criterion.matcher.backend = backend
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    # AdamW would take whole steps along gradients that are nothing but rounding.
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     scenes = ComposedScenes("train", size=(64, 64), seed=seed)
     curve = []
     for step in range(STEPS):
@@ -35,7 +36,8 @@ def test_first_steps_follow_the_curve_of_the_reference(seed):
     # The first step differs by the rounding of one criterion; from then on the weights differ by rounding too, which
     # each step magnifies.
     torch.testing.assert_close(native[0], reference[0], rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(native, reference, rtol=2e-3, atol=1e-5)
+    torch.testing.assert_close(native, reference, rtol=1e-4, atol=1e-6)
+    assert native[-1].sum() < native[0].sum()
 
 
 @pytest.fixture
