@@ -43,10 +43,8 @@ SIMD_FLAGS = {
         "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512 -mtune=skylake-avx512"
     ).split(),
 }
-SIMD_LEVELS = {  # of each machine, besides the portable one
-    **dict.fromkeys(["x86_64", "AMD64"], ["avx2", "avx512"]),
-    **dict.fromkeys(["aarch64", "arm64"], ["neon"]),
-}
+SIMD_LEVELS = {"x86": ["portable", "avx2", "avx512"], "arm": ["portable", "neon"]}
+MACHINES = {"x86_64": "x86", "AMD64": "x86", "aarch64": "arm", "arm64": "arm"}
 # Fused multiply-adds would round otherwise than the CPU's kernels (-ffp-contract=off), which CUDA's must equal.
 NVCC_FLAGS = "-std=c++20 -O3 -fmad=false".split()
 DEFAULT_CUDA_ARCHS = ["80", "86", "89", "90", "100", "120"]
@@ -58,9 +56,8 @@ KERNEL_FLAGS = {"Clang": [], "GCC": ["-fschedule-insns", "-fsched-pressure"]}
 
 def simd_levels() -> list[str]:
     """Those for which csrc/cpu is compiled, lowest first."""
-    if os.environ.get("FASTMASK_PORTABLE"):
-        return ["portable"]
-    return ["portable", *SIMD_LEVELS.get(platform.machine(), [])]
+    portable = os.environ.get("FASTMASK_PORTABLE") or platform.machine() not in MACHINES
+    return ["portable"] if portable else SIMD_LEVELS[MACHINES[platform.machine()]]
 
 
 def note(message: str) -> None:

@@ -41,8 +41,7 @@ const char* simd_level_name(SimdLevel level);
   namespace neon {                   \
   declaration;                       \
   }
-#define FASTMASK_SELECT(name) \
-  (::fastmask::simd_level() == ::fastmask::SimdLevel::kNeon ? neon::name : portable::name)
+#define FASTMASK_SELECT(name) (::fastmask::simd_level() == ::fastmask::SimdLevel::kNeon ? neon::name : portable::name)
 #else
 #define FASTMASK_KERNEL(declaration) \
   namespace portable {               \

@@ -55,8 +55,7 @@ static inline Sigmoid sigmoid(vfloat x) {
   const vfloat u = s * s;
   const vfloat log1p_e =
       polynomial(u, splat(2.8178334886e-01f), 2.7960602759e-01f, 4.0024910282e-01f, 6.6666314682e-01f, 2.0f) * s;
-  return {negative ? small : large, negative ? large : small, log1p_e + at_least(x, 0.0f),
-          log1p_e - at_most(x, 0.0f)};
+  return {negative ? small : large, negative ? large : small, log1p_e + at_least(x, 0.0f), log1p_e - at_most(x, 0.0f)};
 }
 
 // Only sigmoid(x), for x other than NaN: 1 / (1 + 2^n y) with 2^n y = exp(-x) as in exp_neg. 0 below -87.

@@ -76,10 +76,11 @@ static inline void store(int32_t* p, vint v) { memcpy(p, &v, sizeof v); }
 // kLanes bytes, each widened to 32 bits with its sign. GCC makes dozens of instructions of __builtin_convertvector
 // here.
 static inline vint load_bytes(const int8_t* p) {
-  return FASTMASK_BY_LEVEL((vint)_mm512_cvtepi8_epi32(load_as<__m128i>(p)),
-                           (vint)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))),
-                           __builtin_convertvector(load_as<vbyte>(p), vint),
-                           (vint)vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(load_as<int32_t>(p)))))));
+  return FASTMASK_BY_LEVEL(
+      (vint)_mm512_cvtepi8_epi32(load_as<__m128i>(p)),
+      (vint)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))),
+      __builtin_convertvector(load_as<vbyte>(p), vint),
+      (vint)vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(load_as<int32_t>(p)))))));
 }
 
 static inline vint bits(vfloat v) { return load_as<vint>(&v); }
