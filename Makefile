@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-all test-compiled triton-matrix compilers aarch64 sanitize bench docs wheel hub lint format gpu clean
+.PHONY: help setup demo test test-fast test-all test-compiled triton-matrix compilers aarch64 sanitize threads bench docs wheel hub lint format gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -74,6 +74,10 @@ sanitize: $(VENV)/.installed ## build with AddressSanitizer and UBSan, and call 
 	$(call in,sanitize) ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	  $(BIN)/python tests/helpers/fuzz_operators.py $(ARGS)
+
+threads: $(VENV)/.installed ## reckon the speed of the CPU operators on up to 64 cores, from the times of their tasks on one
+	$(call build,tasks,g++ -DFASTMASK_TASK_TIMES)
+	$(call in,tasks) $(BIN)/python benchmarks/threads.py
 
 build/triton-%: | $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $@.part "triton==$*"

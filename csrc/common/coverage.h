@@ -43,7 +43,11 @@ struct Coverage {
   }
 };
 
-// Samples, for each of h x w pixels, the targets at the nearest of their H x W pixels.
-Coverage make_coverage(const ImageTargets& targets, int64_t h, int64_t w);
+// Samples, for each of h x w pixels, the targets at the nearest of their H x W pixels: band `band` of `bands`, whose
+// `valid` has only its own chunks.
+Coverage make_coverage(const ImageTargets& targets, int64_t h, int64_t w, int64_t band, int64_t bands);
+
+// The whole from its bands, of which there is at least one.
+Coverage join_bands(Coverage* bands, int64_t count);
 
 }  // namespace fastmask

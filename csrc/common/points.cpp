@@ -1,6 +1,7 @@
 #include "common/points.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace fastmask {
 namespace {
@@ -88,30 +89,32 @@ double add_shares(const Neighbors& around, const ImageTargets& targets, std::vec
 
 }  // namespace
 
-PointSet make_point_set(const float* points, int64_t num_points, const ImageTargets& targets, int64_t h, int64_t w) {
+PointSet make_point_set(const float* points, int64_t num_points, const ImageTargets& targets, int64_t h, int64_t w,
+                        int64_t band, int64_t bands) {
   struct Sortable {
     int32_t row, owner, column;
     float weight;
     int64_t point;
     int64_t begin, end;  // shares
   };
+  // With the border, there are points in h + 1 rows.
+  const int64_t first_row = (h + 1) * band / bands, last_row = (h + 1) * (band + 1) / bands;
   PointSet set;
-  set.areas.assign(targets.count, 0.0);
   std::vector<Sortable> sorted;
-  sorted.reserve(num_points);
+  sorted.reserve(num_points / bands);
   std::vector<PointShare> shares;
   for (int64_t i = 0; i < num_points; ++i) {
     const float x = points[2 * i], y = points[2 * i + 1];
+    const int64_t row = Position(y, h).first;
+    if (row < first_row || row >= last_row) continue;
     const auto begin = static_cast<int64_t>(shares.size());
     const double weight = add_shares(Neighbors(x, y, targets.height, targets.width), targets, shares);
     const auto end = static_cast<int64_t>(shares.size());
     if (weight == 0) continue;
-    set.weight += weight;
-    for (int64_t k = begin; k < end; ++k) set.areas[shares[k].target] += shares[k].share;
     int32_t owner = kMixed;
     if (weight == 1.0 && begin == end) owner = kBackground;
     if (weight == 1.0 && end == begin + 1 && shares[begin].share == 1.0f) owner = shares[begin].target;
-    sorted.push_back({static_cast<int32_t>(Position(y, h).first), owner, static_cast<int32_t>(Position(x, w).first),
+    sorted.push_back({static_cast<int32_t>(row), owner, static_cast<int32_t>(Position(x, w).first),
                       static_cast<float>(weight), i, begin, end});
   }
   std::sort(sorted.begin(), sorted.end(), [](const Sortable& a, const Sortable& b) {
@@ -140,6 +143,31 @@ PointSet make_point_set(const float* points, int64_t num_points, const ImageTarg
     set.mixed.push_back({point.weight, begin, static_cast<int64_t>(set.shares.size())});
   }
   return set;
+}
+
+PointSet join_bands(PointSet* bands, int64_t count, int64_t targets) {
+  PointSet whole = std::move(bands[0]);
+  for (const PointSet* band = bands + 1; band != bands + count; ++band) {
+    const auto points = static_cast<int64_t>(whole.corners.size()), shares = static_cast<int64_t>(whole.shares.size());
+    whole.corners.insert(whole.corners.end(), band->corners.begin(), band->corners.end());
+    for (const PointRun& run : band->runs) {
+      whole.runs.push_back({run.begin + points, run.end + points, run.row, run.target});
+    }
+    for (const MixedPoint& point : band->mixed) {
+      whole.mixed.push_back({point.weight, point.begin + shares, point.end + shares});
+    }
+    whole.shares.insert(whole.shares.end(), band->shares.begin(), band->shares.end());
+  }
+  whole.areas.assign(targets, 0.0);
+  for (const PointRun& run : whole.runs) {
+    if (run.target == kMixed) continue;
+    const auto points = static_cast<double>(run.end - run.begin);
+    whole.weight += points;
+    if (run.target != kBackground) whole.areas[run.target] += points;
+  }
+  for (const MixedPoint& point : whole.mixed) whole.weight += point.weight;
+  for (const PointShare& share : whole.shares) whole.areas[share.target] += share.share;
+  return whole;
 }
 
 }  // namespace fastmask

@@ -74,7 +74,12 @@ struct PointSet {
   }
 };
 
-// points [num_points, 2], (x, y) in 0..1; points of weight zero are left out. The map of logits has h x w pixels.
-PointSet make_point_set(const float* points, int64_t num_points, const ImageTargets& targets, int64_t h, int64_t w);
+// points [num_points, 2], (x, y) in 0..1; points of weight zero are left out. The map of logits has h x w pixels; the
+// points are those of band `band` of `bands` of its rows. The sums `areas` and `weight` are not yet made.
+PointSet make_point_set(const float* points, int64_t num_points, const ImageTargets& targets, int64_t h, int64_t w,
+                        int64_t band, int64_t bands);
+
+// The whole from its bands, of which there is at least one, with its sums for so many targets.
+PointSet join_bands(PointSet* bands, int64_t count, int64_t targets);
 
 }  // namespace fastmask

@@ -193,7 +193,7 @@ std::tuple<Tensor, Tensor, Tensor> deformable_attention_backward(Tensor grad_out
   // One thread adds up a plane, query by query, so that the sums do not depend on the number of threads; of few planes
   // it adds up some of the channels.
   const int64_t vectors = levels.channels / kMostLanes;
-  const int64_t wanted = ceil_div(torch::stable::get_num_threads(), planes);
+  const int64_t wanted = ceil_div(num_threads(), planes);
   const int64_t vectors_of_group = ceil_div(vectors, std::min(std::max<int64_t>(wanted, 1), vectors));
   const int64_t groups = ceil_div(vectors, vectors_of_group);
   const auto add = FASTMASK_SELECT(deformable_attention_value_gradient);

@@ -30,12 +30,30 @@ struct MaskCost {
   }
 };
 
+// What all layers and queries of an image share, for each image of a batch: make(b, band, bands) makes a part, and
+// join(parts, bands, b) the whole of them. There are as many parts as threads; the whole does not depend on their
+// number.
+template <typename Make, typename Join>
+auto prepare_images(int64_t batch, const Make& make, const Join& join) {
+  using Prepared = decltype(make(0, 0, 1));
+  if (batch == 0) return std::vector<Prepared>();
+  const int64_t bands = ceil_div(num_threads(), batch);
+  std::vector<Prepared> parts(batch * bands), whole(batch);
+  parallel_for(0, batch * bands, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) parts[i] = make(i / bands, i % bands, bands);
+  });
+  parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) whole[b] = join(&parts[b * bands], bands, b);
+  });
+  return whole;
+}
+
 Tensor fill(const MaskCost& given) {
   const int64_t h = given.mask_logits.h(), w = given.mask_logits.w();
-  std::vector<Coverage> coverage(given.batch);
-  parallel_for(0, given.batch, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) coverage[b] = make_coverage(given.targets.image(b), h, w);
-  });
+  const auto coverage = prepare_images(
+      given.batch,
+      [&](int64_t b, int64_t band, int64_t bands) { return make_coverage(given.targets.image(b), h, w, band, bands); },
+      [](Coverage* parts, int64_t bands, int64_t) { return join_bands(parts, bands); });
   const auto row_kernel = FASTMASK_SELECT(mask_cost_row);
   parallel_for(0, given.mask_logits.rows(), 1, [&](int64_t begin, int64_t end, Scratch& scratch) {
     const auto work = scratch.lay_out<MaskCostWorkspace>(given.max_targets);
@@ -57,13 +75,15 @@ Tensor fill(const MaskCost& given, Tensor points) {
       points.dim() == 3 && points.size(0) == batch && points.size(2) == 2 && points.scalar_type() == ScalarType::Float,
       points, "points", "(B, P, 2) float32 for the B of mask_logits");
   const int64_t num_points = points.size(1);
-  std::vector<PointSet> sets(batch);
-  parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      const float* of_image = data_of<const float>(points) + b * num_points * 2;
-      sets[b] = make_point_set(of_image, num_points, given.targets.image(b), h, w);
-    }
-  });
+  const auto sets = prepare_images(
+      batch,
+      [&](int64_t b, int64_t band, int64_t bands) {
+        const float* of_image = data_of<const float>(points) + b * num_points * 2;
+        return make_point_set(of_image, num_points, given.targets.image(b), h, w, band, bands);
+      },
+      [&](PointSet* parts, int64_t bands, int64_t b) {
+        return join_bands(parts, bands, given.targets.image(b).count);
+      });
 
   const int64_t lanes = FASTMASK_SELECT(point_mask_cost_lanes)();
   const auto group_kernel = FASTMASK_SELECT(point_mask_cost_group);

@@ -96,7 +96,7 @@ class Attention {
   void for_each_task(int64_t parts_of_image, bool backward, const Run& run) const {
     if (batch() == 0) return;
     const int64_t tasks = std::max<int64_t>(batch() * parts_of_image, 1);
-    const int64_t wanted = ceil_div(torch::stable::get_num_threads(), tasks);
+    const int64_t wanted = ceil_div(num_threads(), tasks);
     const int64_t heads_of_task = std::max<int64_t>(heads_ / std::max<int64_t>(wanted, 1), 1);
     const int64_t groups = ceil_div(heads_, heads_of_task);
     parallel_for(0, batch() * groups * parts_of_image, 1, [&](int64_t begin, int64_t end, Scratch& scratch) {
@@ -129,6 +129,11 @@ class Attention {
   ResamplingTable table_;
 };
 
+// Backward divides the blocks of queries into at most this many parts, which run at the same time. Each needs memory
+// for the gradients of all keys and values. Their number does not depend on that of the threads, so neither do the
+// sums.
+constexpr int64_t kMostParts = 2;
+
 // Blocks of queries of about the same size.
 struct QueryBlocks {
   int64_t queries, count, size;
@@ -142,6 +147,35 @@ struct QueryBlocks {
     const int64_t first = std::min(block * size, queries);
     return {first, std::min(first + size, queries) - first, heads.first_head, heads.last_head};
   }
+};
+
+// The gradient of keys or values, as the sum of several parts.
+class PartialGradient {
+ public:
+  PartialGradient(const Tensor& like, int64_t parts, int64_t batch, int64_t keys, int64_t channels)
+      : total_(zero_result(like, {batch, keys, channels}, ScalarType::Float)),
+        others_(zero_result(like, {(parts - 1) * batch, keys, channels}, ScalarType::Float)),
+        batch_(batch) {}
+
+  AttentionRows<float> rows(int64_t part, int64_t b) const {
+    return part == 0 ? rows_of<float>(total_, b) : rows_of<float>(others_, (part - 1) * batch_ + b);
+  }
+
+  Tensor sum(ScalarType dtype) const {
+    const int64_t size = total_.numel();
+    float* const total = data_of<float>(total_);
+    parallel_for(0, size, 1 << 14, [&](int64_t begin, int64_t end) {
+      for (const float* part = data_of<const float>(others_); part != data_of<const float>(others_) + others_.numel();
+           part += size) {
+        for (int64_t i = begin; i < end; ++i) total[i] += part[i];
+      }
+    });
+    return dtype == ScalarType::Float ? total_ : torch::stable::to(total_, dtype);
+  }
+
+ private:
+  Tensor total_, others_;
+  int64_t batch_;
 };
 
 std::tuple<Tensor, Tensor> masked_attention(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask_logits,
@@ -184,24 +218,25 @@ std::tuple<Tensor, Tensor, Tensor> masked_attention_backward(Tensor grad_out, Te
                logsumexp, "logsumexp", "(B, heads, N) float64");
   const double* logsumexp_data = data_of<const double>(logsumexp);
   Tensor grad_q = empty_result(q, {batch, queries, channels}, q.scalar_type());
-  Tensor grad_k = zero_result(k, {batch, attention.keys(), channels}, ScalarType::Float);
-  Tensor grad_v = zero_result(v, {batch, attention.keys(), channels}, ScalarType::Float);
   const QueryBlocks blocks(queries);
+  const int64_t parts = std::clamp<int64_t>(blocks.count, 1, kMostParts);
+  PartialGradient grad_k(k, parts, batch, attention.keys(), channels),
+      grad_v(v, parts, batch, attention.keys(), channels);
   const auto kernel = FASTMASK_SELECT(masked_attention_backward);
-  // One thread writes a head's keys, for one block of queries after another, so that the sums do not depend on the
-  // number of threads.
-  attention.for_each_task(1, true, [&](int64_t b, int64_t, const auto& heads, const auto& work) {
-    const AttentionBackward result{
-        rows_of<const void>(out, b), rows_of<const void>(grad_out, b), logsumexp_data + b * num_heads * queries,
-        rows_of<void>(grad_q, b),    rows_of<float>(grad_k, b),        rows_of<float>(grad_v, b)};
+  // One thread writes a head's keys, for one block of queries of the part after another.
+  attention.for_each_task(parts, true, [&](int64_t b, int64_t part, const auto& heads, const auto& work) {
+    const AttentionBackward result{rows_of<const void>(out, b),
+                                   rows_of<const void>(grad_out, b),
+                                   logsumexp_data + b * num_heads * queries,
+                                   rows_of<void>(grad_q, b),
+                                   grad_k.rows(part, b),
+                                   grad_v.rows(part, b)};
     const AttentionImage image = attention.image(b);
-    for (int64_t block = 0; block < blocks.count; ++block) {
+    for (int64_t block = blocks.count * part / parts; block < blocks.count * (part + 1) / parts; ++block) {
       kernel(image, result, blocks.task(heads, block), work);
     }
   });
-  const ScalarType dtype = q.scalar_type();
-  if (dtype == ScalarType::Float) return {grad_q, grad_k, grad_v};
-  return {grad_q, torch::stable::to(grad_k, dtype), torch::stable::to(grad_v, dtype)};
+  return {grad_q, grad_k.sum(q.scalar_type()), grad_v.sum(q.scalar_type())};
 }
 
 }  // namespace

@@ -34,6 +34,7 @@ ScalarType label_type(int64_t classes) {
 // Memory for the class probabilities [queries, classes] of one image in the layouts of ClassTable.
 class ClassTableMemory {
  public:
+  ClassTableMemory() = default;
   ClassTableMemory(const float* probabilities, int64_t queries, int64_t classes)
       : queries_(queries),
         classes_(classes),
@@ -66,7 +67,7 @@ class ClassTableMemory {
   ClassTable view() const { return {queries_, classes_, blocks_.data(), rows_.data(), middles_.data(), peaks_.data()}; }
 
  private:
-  int64_t queries_, classes_;
+  int64_t queries_ = 0, classes_ = 0;
   std::vector<float> blocks_, rows_, middles_, peaks_;
 };
 
@@ -130,59 +131,81 @@ std::vector<int64_t> band_tops(const Taps& rows, int64_t height, int64_t logit_r
   return tops;
 }
 
-// Adds up the counts of several bands, which are separate so that no two threads add to the same number.
-void add_nans(const std::vector<int32_t>& nans, int64_t queries, int32_t* nan_logits) {
-  for (size_t i = 0; i < nans.size(); ++i) nan_logits[i % queries] += nans[i];
+// One image: its mask logits, class probabilities and results.
+struct SemanticImage {
+  MaskPlanes planes;
+  ClassTableMemory table;
+  SemanticMaps maps;
+  int32_t* nan_logits;  // [queries]
+};
+
+// Adds up the counts of the bands of each image, which are separate so that no two threads add to the same number.
+void add_nans(const std::vector<int32_t>& nans, const std::vector<SemanticImage>& images) {
+  const int32_t* count = nans.data();
+  const auto bands = static_cast<int64_t>(nans.size() / images.size()) / std::max<int64_t>(images[0].planes.queries, 1);
+  for (const SemanticImage& image : images) {
+    for (int64_t i = 0; i < bands * image.planes.queries; ++i) image.nan_logits[i % image.planes.queries] += *count++;
+  }
 }
 
-void mix_masks(const MaskPlanes& planes, const ClassTable& table, const Taps& rows, const Taps& columns, bool skip,
-               const SemanticMaps& maps, int32_t* nan_logits) {
+void mix_masks(const std::vector<SemanticImage>& images, const Taps& rows, const Taps& columns, bool skip) {
+  const int64_t batch = static_cast<int64_t>(images.size()), queries = images[0].planes.queries;
   const int64_t height = std::clamp(ceil_div(rows.out, kBands), kFewRows, kBandRows);
-  const std::vector<int64_t> tops = band_tops(rows, height, planes.first.h);
+  const std::vector<int64_t> tops = band_tops(rows, height, images[0].planes.first.h);
   const int64_t bands = static_cast<int64_t>(tops.size()) - 1;
-  std::vector<int32_t> nans(bands * planes.queries);
+  std::vector<int32_t> nans(batch * bands * queries);
   const auto kernel = FASTMASK_SELECT(semantic_strip);
-  parallel_for(0, bands, 1, [&](int64_t first, int64_t last, Scratch& scratch) {
-    for (int64_t i = first; i < last; ++i) {
-      const int64_t begin = i * height, end = std::min(begin + height, rows.out);
+  parallel_for(0, batch * bands, 1, [&](int64_t first, int64_t last, Scratch& scratch) {
+    for (int64_t item = first; item < last; ++item) {
+      const SemanticImage& image = images[item / bands];
+      const ClassTable table = image.table.view();
+      const int64_t i = item % bands, begin = i * height, end = std::min(begin + height, rows.out);
       const int64_t read_end = rows.index[(rows.taps - 1) * rows.stride + end - 1] + 1;
-      const auto work = scratch.lay_out<MixWorkspace>(planes, table.classes, rows, columns, tops[i], read_end, skip);
-      work.band.fill(planes, columns, tops[i + 1], nans.data() + i * planes.queries);
+      const auto work =
+          scratch.lay_out<MixWorkspace>(image.planes, table.classes, rows, columns, tops[i], read_end, skip);
+      work.band.fill(image.planes, columns, tops[i + 1], nans.data() + item * queries);
       for (int64_t strip = 0; strip < work.band.packed.strips; ++strip) {
-        kernel(work.band.packed, table, rows, columns, strip, begin, end, maps, work.semantic);
+        kernel(work.band.packed, table, rows, columns, strip, begin, end, image.maps, work.semantic);
       }
     }
   });
-  add_nans(nans, planes.queries, nan_logits);
+  add_nans(nans, images);
 }
 
-void count_nans(const MaskPlanes& planes, const Taps& columns, int32_t* nan_logits) {
+void count_nans(const std::vector<SemanticImage>& images, const Taps& columns) {
   const auto kernel = FASTMASK_SELECT(pack_logits);
-  std::vector<int32_t> nans(kBands * planes.queries);
-  parallel_for(0, kBands, 1, [&](int64_t first, int64_t last, Scratch& scratch) {
-    const auto work = scratch.lay_out<PackWorkspace>(planes.first.w);
-    for (int64_t i = first; i < last; ++i) {
+  const int64_t batch = static_cast<int64_t>(images.size()), queries = images[0].planes.queries;
+  std::vector<int32_t> nans(batch * kBands * queries);
+  parallel_for(0, batch * kBands, 1, [&](int64_t first, int64_t last, Scratch& scratch) {
+    const auto work = scratch.lay_out<PackWorkspace>(images[0].planes.first.w);
+    for (int64_t item = first; item < last; ++item) {
+      const MaskPlanes& planes = images[item / kBands].planes;
+      const int64_t i = item % kBands;
       const int64_t begin = planes.first.h * i / kBands, end = planes.first.h * (i + 1) / kBands;
-      kernel(planes, columns, begin, end, end, PackedLogits{}, nans.data() + i * planes.queries, work);
+      kernel(planes, columns, begin, end, end, PackedLogits{}, nans.data() + item * queries, work);
     }
   });
-  add_nans(nans, planes.queries, nan_logits);
+  add_nans(nans, images);
 }
 
-void mix_scores(const MaskPlanes& planes, const ClassTable& table, const Geometry& geometry, const SemanticMaps& maps) {
+void mix_scores(const std::vector<SemanticImage>& images, const Geometry& geometry) {
+  const SemanticMaps& size = images[0].maps;
+  const int64_t batch = static_cast<int64_t>(images.size()), classes = images[0].table.view().classes;
   const int64_t panels = ceil_div(geometry.valid_width(), kPanelColumns);
-  const int64_t width = ceil_div(maps.width, panels);
-  const int64_t row_floats = table.classes * std::min(geometry.valid_width(), kPanelColumns + 2);
-  const TapTable all_rows = geometry.rows_of_valid(0, maps.rows);
-  const double scale = static_cast<double>(maps.rows) / (all_rows.end() - all_rows.first());
+  const int64_t width = ceil_div(size.width, panels);
+  const int64_t row_floats = classes * std::min(geometry.valid_width(), kPanelColumns + 2);
+  const TapTable all_rows = geometry.rows_of_valid(0, size.rows);
+  const double scale = static_cast<double>(size.rows) / (all_rows.end() - all_rows.first());
   const int64_t height =
       std::clamp<int64_t>(static_cast<int64_t>(scale * (kPanelFloats / row_floats - 2)), 1, kBandRows);
-  const int64_t chunks = ceil_div(maps.rows, height);
+  const int64_t chunks = ceil_div(size.rows, height);
   const auto grid_kernel = FASTMASK_SELECT(semantic_grid_scores);
   const auto resample_kernel = FASTMASK_SELECT(semantic_resample_scores);
-  parallel_for(0, panels * chunks, 1, [&](int64_t begin, int64_t end, Scratch& scratch) {
+  parallel_for(0, batch * panels * chunks, 1, [&](int64_t begin, int64_t end, Scratch& scratch) {
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t top = item % chunks * height, left = item / chunks * width;
+      const auto& [planes, memory, maps, nan_logits] = images[item / (panels * chunks)];
+      const ClassTable table = memory.view();
+      const int64_t top = item % chunks * height, left = item / chunks % panels * width;
       if (left >= maps.width) continue;
       TapTable rows = geometry.rows_of_valid(top, std::min(height, maps.rows - top));
       TapTable columns = geometry.columns_of_valid(left, std::min(width, maps.width - left));
@@ -231,30 +254,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> semantic_inference(Tensor probabiliti
   const TapTable rows = geometry.rows(), columns = geometry.columns();
   const bool skip = order == "masks" && labels && !details && queries > 1 && classes <= kMostClassesToSkip &&
                     skip_queries.load(std::memory_order_relaxed);
-  for (int64_t b = 0; b < batch; ++b) {
-    const MaskPlanes planes{mask_planes.plane(b, 0), queries, mask_planes.query_stride()};
-    SemanticMaps maps{};
-    maps.rows = out_rows;
-    maps.width = width;
-    const int64_t pixels = out_rows * width;
-    if (labels) {
-      maps.label_bytes = classes <= 256 ? 1 : classes <= 32768 ? 2 : 4;
-      maps.labels = data_of<char>(result) + b * pixels * maps.label_bytes;
-    } else {
-      maps.scores = data_of<float>(result) + b * classes * pixels;
+  const int64_t pixels = out_rows * width;
+  std::vector<SemanticImage> images(batch);
+  parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      SemanticMaps maps{};
+      maps.rows = out_rows;
+      maps.width = width;
+      if (labels) {
+        maps.label_bytes = classes <= 256 ? 1 : classes <= 32768 ? 2 : 4;
+        maps.labels = data_of<char>(result) + b * pixels * maps.label_bytes;
+      } else {
+        maps.scores = data_of<float>(result) + b * classes * pixels;
+      }
+      if (details) {
+        maps.score = data_of<float>(score) + b * pixels;
+        maps.margin = data_of<float>(margin) + b * pixels;
+      }
+      images[b] = {{mask_planes.plane(b, 0), queries, mask_planes.query_stride()},
+                   {data_of<const float>(probabilities) + b * queries * classes, queries, classes},
+                   maps,
+                   data_of<int32_t>(nan_logits) + b * queries};
     }
-    if (details) {
-      maps.score = data_of<float>(score) + b * pixels;
-      maps.margin = data_of<float>(margin) + b * pixels;
-    }
-    int32_t* const nans = data_of<int32_t>(nan_logits) + b * queries;
-    const ClassTableMemory table(data_of<const float>(probabilities) + b * queries * classes, queries, classes);
-    if (order == "masks") {
-      mix_masks(planes, table.view(), rows.view(), columns.view(), skip, maps, nans);
-    } else {
-      count_nans(planes, columns.view(), nans);
-      mix_scores(planes, table.view(), geometry, maps);
-    }
+  });
+  if (batch == 0) return {result, score, margin, nan_logits};
+  if (order == "masks") {
+    mix_masks(images, rows.view(), columns.view(), skip);
+  } else {
+    count_nans(images, columns.view());
+    mix_scores(images, geometry);
   }
   return {result, score, margin, nan_logits};
 }

@@ -259,7 +259,8 @@ def test_saved_models(tmp_path):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_integer_mask_labels_need_the_fix(name):
-    model, batch = MODELS[name](), batch_for(name, 9)
+    # In batch 9, OneFormer's gradient of logit_scale, a scalar, is a small difference of large terms: all rounding.
+    model, batch = MODELS[name](), batch_for(name, 10)
     expected, exact = train_step(model, batch), exact_step(model, batch)
     batch["mask_labels"] = [masks.bool() for masks in batch["mask_labels"]]
     with pytest.raises(RuntimeError):

@@ -18,7 +18,7 @@ from fastmask.modules.masked_predictor import MaskedDecoderLayer, MaskedTransfor
 from fastmask.testing import assert_within_budget
 from tests.helpers.tiny_models import randomize
 
-BATCH, QUERIES, DIM, HEADS, HIDDEN, CLASSES, MASK_DIM = 2, 7, 16, 4, 24, 5, 12
+BATCH, QUERIES, DIM, HEADS, HIDDEN, CLASSES, MASK_DIM = 8, 7, 16, 4, 24, 5, 12
 GRIDS = ((3, 4), (5, 7), (10, 14))
 PIXELS = (20, 28)
 

@@ -157,8 +157,9 @@ def test_two_runs_give_the_same_bits_whatever_was_in_memory(op, case, backend, g
     arguments = case(generator)
     with threads(1):
         first = op.run(arguments, backend)
-    with poisoned_memory(), threads(3):
-        assert_same_bits(op.run(arguments, backend), first)
+    for count in (3, 40):
+        with poisoned_memory(), threads(count):
+            assert_same_bits(op.run(arguments, backend), first)
 
 
 @on_backends(lambda op: op.typical[:-1] if op.corrupt else ())

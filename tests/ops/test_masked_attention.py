@@ -12,7 +12,7 @@ from fastmask.measure import peak_memory
 from fastmask.testing import assert_within_budget, simd_level, simd_levels
 from tests.helpers.attention_operator import SHAPES, SMALL, check_attention, output_and_gradients, random_inputs
 from tests.helpers.backends import kernels
-from tests.helpers.op_info import HALVES
+from tests.helpers.op_info import HALVES, threads
 
 BACKENDS = pytest.mark.parametrize("backend", ["native", "triton"], indirect=True)
 SHAPE = {"native": SHAPES["usual"], "triton": SMALL}
@@ -260,6 +260,22 @@ def test_nothing_of_the_masks_size_is_stored(generator):
     assert memory["resident"] is None or memory["resident"] < 2_000_000
     _, memory = peak_memory(lambda: torch.autograd.grad(out, leaves, torch.ones_like(out)), q.device)
     assert memory["allocator"] < 3 * sum(x.nbytes for x in leaves)
+
+
+def test_no_bit_depends_on_the_number_of_threads(generator):
+    """The blocks of queries, of 128 each, are divided into parts that run at the same time in backward."""
+    q, k, v, mask_logits, options = random_inputs((2, 300, 4, 16, (9, 12), (18, 24)), generator, padding=True)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+
+    def run():
+        out = masked_attention(*leaves, mask_logits, **options)
+        return out, *torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+    with threads(1):
+        expected = run()
+    for count in (2, 7, 40):
+        with threads(count):
+            assert all(torch.equal(x, y) for x, y in zip(run(), expected, strict=True))
 
 
 def test_float64_takes_the_reference_and_no_kernel(generator):
