@@ -76,11 +76,7 @@ static inline vfloat logistic(vfloat x) {
 #else
   const vfloat p = 1.0f / d;
 #endif
-#if defined(FASTMASK_NEON)
-  return choose(x < -87.0f, vfloat{}, p);
-#else
-  return x < -87.0f ? vfloat{} : p;
-#endif
+  return FASTMASK_CHOOSE(x < -87.0f, vfloat{}, p);
 }
 
 }  // namespace fastmask::FASTMASK_SIMD

@@ -49,10 +49,10 @@ struct Positions {
 static inline Positions positions(vfloat coordinates, vfloat size) {
   // Relative to the first pixel, not the border, whose extra half pixel might cost one bit of precision.
   vfloat at = fma(coordinates, size, splat(-0.5f));
-  at = at > -1.0f ? at : splat(-1.0f);
-  at = at < size ? at : size;
+  at = FASTMASK_CHOOSE(at > -1.0f, at, splat(-1.0f));
+  at = FASTMASK_CHOOSE(at < size, at, size);
   vint first = __builtin_convertvector(at, vint) + 1;
-  first = at < 0.0f ? vint{} : first;
+  first = FASTMASK_CHOOSE(at < 0.0f, vint{}, first);
   const vint last = __builtin_convertvector(size, vint);
   first = first < last ? first : last;
   return {first, at - __builtin_convertvector(first - 1, vfloat)};

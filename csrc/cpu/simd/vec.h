@@ -144,23 +144,27 @@ static inline vfloat fma(vfloat a, vfloat b, vfloat c) {
                            (vfloat)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b));
 }
 
+// a in the lanes where a comparison holds, else b. For NEON, GCC turns `?:` around, and it makes six instructions of a
+// negated comparison, which holds for NaN; for x86, functions such as this hide from GCC what it can simplify.
 #if defined(FASTMASK_NEON)
-// a where `condition` has ones, else b. GCC turns `?:` around, and of a negated comparison, which holds for NaN too, it
-// makes six instructions.
-static inline vfloat choose(vint condition, vfloat a, vfloat b) {
-  return (vfloat)vbslq_f32((uint32x4_t)condition, (float32x4_t)a, (float32x4_t)b);
+template <class V>
+static inline V choose(vint comparison, V a, V b) {
+  return (V)vbslq_u32((uint32x4_t)comparison, (uint32x4_t)a, (uint32x4_t)b);
 }
+#define FASTMASK_CHOOSE(comparison, a, b) choose(comparison, a, b)
+#else
+#define FASTMASK_CHOOSE(comparison, a, b) ((comparison) ? (a) : (b))
 #endif
 
 // Like the instruction of x86: b if either is NaN.
 static inline vfloat minimum(vfloat a, vfloat b) {
   return FASTMASK_BY_LEVEL((vfloat)_mm512_min_ps((__m512)a, (__m512)b), (vfloat)_mm256_min_ps((__m256)a, (__m256)b),
-                           a < b ? a : b, choose(a < b, a, b));
+                           FASTMASK_CHOOSE(a < b, a, b));
 }
 
 static inline vfloat maximum(vfloat a, vfloat b) {
   return FASTMASK_BY_LEVEL((vfloat)_mm512_max_ps((__m512)a, (__m512)b), (vfloat)_mm256_max_ps((__m256)a, (__m256)b),
-                           a > b ? a : b, choose(a > b, a, b));
+                           FASTMASK_CHOOSE(a > b, a, b));
 }
 
 // The same where neither is NaN, in one instruction of NEON.
