@@ -25,9 +25,9 @@ INSTRUCTIONS = {
     ("point_mask_loss", "avx512"): 2218,
     ("masked_attention", "avx2"): 1410,
     ("masked_attention", "avx512"): 1201,
-    ("mask_cost", "neon"): 1090,
+    ("mask_cost", "neon"): 1123,
     ("mask_loss", "neon"): 3372,
-    ("point_mask_loss", "neon"): 2928,
+    ("point_mask_loss", "neon"): 2661,
     ("masked_attention", "neon"): 904,
 }
 JUMP = re.compile(r"j\w+|b|b\.\w+|cbn?z|tbn?z")  # of x86 or ARM
