@@ -155,7 +155,7 @@ void memory() {
 void halves() {
   for (const Dtype dtype : {Dtype::kFloat16, Dtype::kBFloat16}) {
     const bool half = dtype == Dtype::kFloat16;
-    std::vector<uint16_t> all(65536), back(65536);
+    std::vector<uint16_t> all(65536), back;
     for (int i = 0; i < 65536; ++i) all[i] = static_cast<uint16_t>(i);
     std::vector<float> loaded(65536 + 16);
     for (int64_t count : {65536, 1, 2, 3, 5, 7, 11, 19}) {
@@ -166,7 +166,9 @@ void halves() {
              half ? half_to_float(bits) : bfloat16_to_float(bits));
       }
       for (int64_t i = 0; i < count; ++i) loaded[i] *= 1.0f + static_cast<float>(random_bits() % 4096) * 0x1p-23f;
+      back.assign(65536 + 16, 0x1234);
       store_logits(loaded.data(), count, back.data(), dtype, 0);
+      equal("stored beyond the last", back[count] == 0x1234 && back[count + 8] == 0x1234, 1);
       for (int64_t i = 0; i < count; ++i) {
         if (std::isnan(loaded[i])) continue;  // the payload is the processor's
         equal(half ? "store half" : "store bfloat16", back[i],
