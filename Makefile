@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-all test-compiled triton-matrix compilers sanitize threads bench docs wheel hub lint format gpu clean
+.PHONY: help setup demo test test-fast test-all test-compiled triton-matrix compilers aarch64 sanitize threads bench docs wheel hub lint format gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -61,6 +61,10 @@ compilers: $(addprefix compiler-,$(COMPILERS)) ## build with each of COMPILERS t
 compiler-%: $(VENV)/.installed
 	$(call build,$*,$*)
 	$(call in,$*) $(BIN)/pytest --import-mode=importlib -n auto -m "not slow and not triton" $(OPERATOR_TESTS)
+
+# Slow, as a processor is emulated. ARGS: pytest's options, such as -k every_simd_level.
+aarch64: $(VENV)/.installed ## build for 64-bit ARM and test the operators in an emulator; needs root and Debian's packages
+	.ci/aarch64 -m "not slow and not triton and not cuda" $(OPERATOR_TESTS) $(ARGS)
 
 # Optimized as the release is, they would take five times as long to compile.
 SANITIZERS := -O1 -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -fno-omit-frame-pointer -g1

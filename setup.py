@@ -3,7 +3,7 @@
 ``fastmask/libfastmask.so`` holds the PyTorch operators. It is written against PyTorch's stable C++ interface, so that
 one binary serves torch 2.10 and every later version. ``fastmask/_native*.so`` is the pybind11 module for what is no
 PyTorch operator. Files in ``csrc/cpu`` are compiled once for each SIMD level; the level is chosen when the library
-loads, so a wheel runs on any x86-64 (and, with the portable level alone, on any other processor). With
+loads, so a wheel runs on any x86-64 or 64-bit ARM (and, with the portable level alone, on any other processor). With
 ``FASTMASK_PORTABLE=1`` in the environment the portable level is all there is, for a quick build.
 
 ``CXX`` is the command of the C++ compiler, GCC or Clang ("g++" by default); nvcc compiles its host code with it too. It
@@ -37,11 +37,14 @@ CXX_FLAGS = (
 ).split()
 SIMD_FLAGS = {
     "portable": [],
+    "neon": ["-DFASTMASK_NEON"],  # all code for 64-bit ARM may use NEON
     "avx2": "-mavx2 -mfma -mf16c -mtune=haswell".split(),
     "avx512": (
         "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512 -mtune=skylake-avx512"
     ).split(),
 }
+SIMD_LEVELS = {"x86": ["portable", "avx2", "avx512"], "arm": ["portable", "neon"]}
+MACHINES = {"x86_64": "x86", "AMD64": "x86", "aarch64": "arm", "arm64": "arm"}
 # Fused multiply-adds would round otherwise than the CPU's kernels (-ffp-contract=off), which CUDA's must equal.
 NVCC_FLAGS = "-std=c++20 -O3 -fmad=false".split()
 DEFAULT_CUDA_ARCHS = ["80", "86", "89", "90", "100", "120"]
@@ -52,8 +55,9 @@ KERNEL_FLAGS = {"Clang": [], "GCC": ["-fschedule-insns", "-fsched-pressure"]}
 
 
 def simd_levels() -> list[str]:
-    everything = platform.machine() in ("x86_64", "AMD64") and not os.environ.get("FASTMASK_PORTABLE")
-    return list(SIMD_FLAGS) if everything else ["portable"]
+    """Those for which csrc/cpu is compiled, lowest first."""
+    portable = os.environ.get("FASTMASK_PORTABLE") or platform.machine() not in MACHINES
+    return ["portable"] if portable else SIMD_LEVELS[MACHINES[platform.machine()]]
 
 
 def note(message: str) -> None:

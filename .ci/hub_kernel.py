@@ -104,7 +104,7 @@ Functions:
 {% endfor %}
 """
 CONTENT = {
-    True: "Kernels in C++ (AVX2, AVX-512 or portable, chosen at run time), CUDA and Triton.",
+    True: "Kernels in C++ (AVX2, AVX-512, NEON or portable, chosen at run time), CUDA and Triton.",
     False: "Triton kernels for NVIDIA GPUs of compute capability 8.0 or more; `assign` and run lengths run in PyTorch.",
 }
 OPS = """import torch

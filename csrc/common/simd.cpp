@@ -26,6 +26,8 @@ SimdLevel detect() {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (avx2 && avx512) return SimdLevel::kAvx512;
   if (avx2) return SimdLevel::kAvx2;
+#elif defined(__aarch64__) && !defined(FASTMASK_PORTABLE)
+  return SimdLevel::kNeon;  // every such processor has it
 #endif
   return SimdLevel::kPortable;
 }
@@ -38,7 +40,10 @@ std::atomic<SimdLevel> current{best};
 SimdLevel simd_level() { return current.load(std::memory_order_relaxed); }
 
 SimdLevel set_simd_level(SimdLevel level) {
-  current.store(std::clamp(level, SimdLevel::kPortable, best), std::memory_order_relaxed);
+  level = std::clamp(level, SimdLevel::kPortable, best);
+  // AVX2 does not include NEON.
+  if (level == SimdLevel::kNeon && best != SimdLevel::kNeon) level = SimdLevel::kPortable;
+  current.store(level, std::memory_order_relaxed);
   return simd_level();
 }
 
@@ -48,6 +53,8 @@ const char* simd_level_name(SimdLevel level) {
       return "avx512";
     case SimdLevel::kAvx2:
       return "avx2";
+    case SimdLevel::kNeon:
+      return "neon";
     default:
       return "portable";
   }

@@ -32,6 +32,8 @@ static inline Doubles widen(vfloat v) {
 #elif defined(__AVX2__)
   return {(vdouble)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v)),
           (vdouble)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1))};
+#elif defined(FASTMASK_NEON)
+  return {(vdouble)vcvt_f64_f32(vget_low_f32((float32x4_t)v)), (vdouble)vcvt_high_f64_f32((float32x4_t)v)};
 #else
   return {vdouble{v[0], v[1]}, vdouble{v[2], v[3]}};
 #endif
@@ -47,6 +49,11 @@ static inline vint truncate(Doubles v) {
 #elif defined(__AVX2__)
   return (vint)_mm256_inserti128_si256(_mm256_castsi128_si256(_mm256_cvttpd_epi32((__m256d)v.low)),
                                        _mm256_cvttpd_epi32((__m256d)v.high), 1);
+#elif defined(FASTMASK_NEON)
+  const auto narrowed = [](auto low, auto high) { return vuzp1q_s32((int32x4_t)low, (int32x4_t)high); };
+  const auto fits = [](vdouble x) { return (x > -0x1p31) & (x < 0x1p31); };
+  const int32x4_t whole = narrowed(vcvtq_s64_f64((float64x2_t)v.low), vcvtq_s64_f64((float64x2_t)v.high));
+  return (vint)narrowed(fits(v.low), fits(v.high)) ? (vint)whole : splat(INT32_MIN);
 #else
   const double lanes[] = {v.low[0], v.low[1], v.high[0], v.high[1]};
   vint result;

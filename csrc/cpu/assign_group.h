@@ -14,6 +14,8 @@ static inline int32_t least_lane(vint v) {
   __m128i m = _mm_min_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
   m = _mm_min_epi32(m, _mm_shuffle_epi32(m, 0x4e));
   return _mm_cvtsi128_si32(_mm_min_epi32(m, _mm_shuffle_epi32(m, 0xb1)));
+#elif defined(FASTMASK_NEON)
+  return vminvq_s32((int32x4_t)v);
 #else
   int32_t least = v[0];
   for (int i = 1; i < kLanes; ++i) least = v[i] < least ? v[i] : least;
@@ -27,14 +29,14 @@ static inline int32_t least_lane_unsigned(vint v) { return least_lane(v ^ splat(
 static inline uint32_t equal_lanes(vint a, vint b) {
   return FASTMASK_BY_LEVEL(_mm512_cmpeq_epi32_mask((__m512i)a, (__m512i)b),
                            _mm256_movemask_ps((__m256)_mm256_cmpeq_epi32((__m256i)a, (__m256i)b)),
-                           bits_where([&](int i) { return a[i] == b[i]; }));
+                           bits_where([&](int i) { return a[i] == b[i]; }), lane_bits(a == b));
 }
 
 // The lanes where v <= limit, one bit each.
 static inline uint32_t lanes_up_to(vint v, int32_t limit) {
   return FASTMASK_BY_LEVEL(_mm512_cmple_epi32_mask((__m512i)v, (__m512i)splat(limit)),
                            0xff ^ _mm256_movemask_ps((__m256)_mm256_cmpgt_epi32((__m256i)v, (__m256i)splat(limit))),
-                           bits_where([&](int i) { return v[i] <= limit; }));
+                           bits_where([&](int i) { return v[i] <= limit; }), lane_bits(v <= limit));
 }
 
 // x < y ? a : b in each lane, and the same for other comparisons.

@@ -9,7 +9,7 @@ namespace fastmask::FASTMASK_SIMD {
 // base^gamma, the weight of the focal loss, for base in [0, 1], given -log(base) >= 0; bounded, so that 0^0 is 1.
 template <bool kSquare>
 static inline vfloat focal_power(vfloat base, vfloat minus_log, float gamma) {
-  return kSquare ? base * base : exp_neg(minimum(splat(1e30f), minus_log) * gamma);
+  return kSquare ? base * base : exp_neg(at_most(minus_log, 1e30f) * gamma);
 }
 
 // The loss of a logit as foreground and as background: F+ and F-, or softplus(-x) and softplus(x).

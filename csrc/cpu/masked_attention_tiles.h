@@ -8,8 +8,7 @@ namespace fastmask::FASTMASK_SIMD {
 
 constexpr int64_t kKeys = kAttentionKeys;
 constexpr int kParts = kKeys / kLanes;
-// Rows whose sums fit in registers, two vectors each: AVX-512 has 32 registers, the other levels 16.
-constexpr int kGroup = kLanes == 16 ? 8 : 4;
+constexpr int kGroup = kRegisters / 4;  // rows whose sums fit in registers, two vectors each
 
 static inline float largest_lane(vfloat v) {
   float largest = v[0];

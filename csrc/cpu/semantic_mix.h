@@ -8,11 +8,7 @@
 namespace fastmask::FASTMASK_SIMD {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kMixVectors = 4;  // with blocks of 6 classes, 24 of 32 registers hold sums
-#else
-constexpr int kMixVectors = 2;  // 12 of 16
-#endif
+constexpr int kMixVectors = kRegisters / 8;  // with blocks of 6 classes, 24 of 32 registers hold sums, or 12 of 16
 constexpr int kMixPixels = kMixVectors * kLanes;
 static_assert(kStrip % kMixPixels == 0);
 
@@ -66,8 +62,8 @@ inline void mix_classes(const ClassTable& table, const int32_t* queries, int64_t
 }
 
 static inline void keep_two(vfloat x, vfloat& best, vfloat& second) {
-  second = maximum(second, minimum(x, best));
-  best = maximum(best, x);
+  second = maximum_of_numbers(second, minimum_of_numbers(x, best));
+  best = maximum_of_numbers(best, x);
 }
 
 // The class of the largest score, the lowest among equals.

@@ -20,7 +20,7 @@ static inline vfloat look_up(const float* table, [[maybe_unused]] int64_t count,
 }
 
 // x clamped to +-bound; NaN stays NaN.
-static inline vfloat clamp(vfloat x, float bound) { return maximum(splat(-bound), minimum(splat(bound), x)); }
+static inline vfloat clamp(vfloat x, float bound) { return at_least(at_most(x, bound), -bound); }
 
 // sigmoid(x), NaN for NaN; constant below -87.
 static inline vfloat probability(vfloat x) {

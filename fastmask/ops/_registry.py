@@ -218,7 +218,7 @@ def auto_backend(operator: Operator, tensor: Tensor) -> str:
     return "reference"
 
 
-SIMD_LEVELS = ("portable", "avx2", "avx512")
+SIMD_LEVELS = ("portable", "neon", "avx2", "avx512")  # of all processors; the last ones are x86-64's
 
 torch.library.define(add_op_namespace_prefix("_set_simd_level"), "(int level) -> int")
 
@@ -226,7 +226,7 @@ torch.library.define(add_op_namespace_prefix("_set_simd_level"), "(int level) ->
 def set_simd_level(level: str) -> str:
     """Caps the SIMD level of the CPU kernels, for tests; "avx512" restores the processor's best.
 
-    Returns the level now in use, which is at most the processor's best.
+    Returns the level now in use: the best, up to this one, that the processor has.
     """
     number = SIMD_LEVELS.index(level)
     with suppress(ImportError):

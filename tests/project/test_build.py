@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import runpy
 import shutil
 import stat
 import subprocess
@@ -15,9 +14,7 @@ import pytest
 import torch
 
 import fastmask
-
-ROOT = Path(__file__).parents[2]
-SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="imported")
+from tests.helpers.levels import ROOT, SETUP, compile_for, tool
 
 CUDA_12_4 = ("12.4", "50 52 53 60 61 62 70 72 75 80 86 87 89 90")
 CUDA_12_8 = ("12.8", "50 52 53 60 61 62 70 72 75 80 86 87 89 90 100 101 120")
@@ -198,26 +195,42 @@ def test_a_path_with_spaces_builds(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("avx512" not in SETUP["simd_levels"](), reason="needs a compiler for x86-64")
-def test_simd_levels_share_no_function_without_optimization(tmp_path):
+@pytest.mark.parametrize("level", ["neon", "avx512"])
+def test_simd_levels_share_no_function_without_optimization(level, tmp_path):
     """The linker keeps one copy of a function that several units define (a weak symbol), and AVX-512 instructions in it
     would run on processors without them. Optimized builds hide that, as they inline most of these functions."""
     units = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
-    flags = [
-        "-std=c++20",
-        "-O0",
-        "-fPIC",
-        f"-I{ROOT / 'csrc'}",
-        *SETUP["SIMD_FLAGS"]["avx512"],
-        "-DFASTMASK_SIMD=avx512",
-    ]
-    subprocess.run([*SETUP["cxx_command"]()[1], *flags, "-c", *units], cwd=tmp_path, check=True)
+    compile_for(level, tmp_path, "-O0", "-c", *units)
     shared = set()
     for unit in units:
-        listing = subprocess.run(
-            ["nm", "-C", f"{unit.stem}.o"], cwd=tmp_path, check=True, capture_output=True, text=True
-        ).stdout
-        assert "avx512::" in listing
+        command = [tool(level, "nm"), "-C", f"{unit.stem}.o"]
+        listing = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+        assert f"{level}::" in listing
         weak = re.findall(r"^[0-9a-f]+ [WVu] (.*)$", listing, re.MULTILINE)
-        shared |= {f"{unit.name}: {name}" for name in weak if "fastmask::avx512::" not in name}
+        shared |= {f"{unit.name}: {name}" for name in weak if f"fastmask::{level}::" not in name}
     assert not shared
+
+
+@pytest.mark.parametrize(
+    ("machine", "levels"),
+    [
+        ("x86_64", "portable avx2 avx512"),
+        ("aarch64", "portable neon"),
+        ("arm64", "portable neon"),
+        ("ppc64le", "portable"),
+    ],
+)
+def test_the_machine_decides_which_levels_are_compiled(machine, levels, monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.delenv("FASTMASK_PORTABLE", raising=False)
+    assert SETUP["simd_levels"]() == levels.split()
+    text = SETUP["ninja_file"](Path("ops.so"), Path("native.so"))
+    assert re.findall(r"build cpu/assign\.(\w+)\.o", text) == levels.split()
+    monkeypatch.setenv("FASTMASK_PORTABLE", "1")
+    assert SETUP["simd_levels"]() == ["portable"]
+
+
+@pytest.mark.slow
+def test_what_levels_of_arm_share_compiles(tmp_path):
+    """With the choice between the levels, which the kernels' own files do not have."""
+    compile_for("neon", tmp_path, "-O0", "-c", *sorted((ROOT / "csrc" / "common").glob("*.cpp")))

@@ -25,7 +25,7 @@ static inline vfloat exp2_fraction(vfloat f) {
 
 // exp(-a) for a >= 0. The result is at least 2^-126; NaN gives NaN.
 static inline vfloat exp_neg(vfloat a) {
-  a = minimum(splat(87.3f), a);
+  a = at_most(a, 87.3f);
   const vfloat magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const vfloat rounded = fma(a, splat(-1.44269504f), magic);
   const vfloat f = fma(a, splat(-1.92596299e-08f), fma(a, splat(-1.44269504f), magic - rounded));
@@ -55,13 +55,16 @@ static inline Sigmoid sigmoid(vfloat x) {
   const vfloat u = s * s;
   const vfloat log1p_e =
       polynomial(u, splat(2.8178334886e-01f), 2.7960602759e-01f, 4.0024910282e-01f, 6.6666314682e-01f, 2.0f) * s;
-  return {negative ? small : large, negative ? large : small, log1p_e + maximum(vfloat{}, x),
-          log1p_e - minimum(vfloat{}, x)};
+  return {negative ? small : large, negative ? large : small, log1p_e + at_least(x, 0.0f), log1p_e - at_most(x, 0.0f)};
 }
 
 // Only sigmoid(x), for x other than NaN: 1 / (1 + 2^n y) with 2^n y = exp(-x) as in exp_neg. 0 below -87.
 static inline vfloat logistic(vfloat x) {
+#if defined(FASTMASK_NEON)
+  const vfloat clamped = at_least(at_most(x, 87.0f), -88.0f);
+#else
   const vfloat clamped = x < -88.0f ? splat(-88.0f) : (x > 87.0f ? splat(87.0f) : x);
+#endif
   const vfloat magic = splat(12582912.0f);
   const vfloat rounded = fma(clamped, splat(-1.44269504f), magic);
   const vfloat f = fma(clamped, splat(-1.92596299e-08f), fma(clamped, splat(-1.44269504f), magic - rounded));
@@ -73,7 +76,7 @@ static inline vfloat logistic(vfloat x) {
 #else
   const vfloat p = 1.0f / d;
 #endif
-  return x < -87.0f ? vfloat{} : p;
+  return FASTMASK_CHOOSE(x < -87.0f, vfloat{}, p);
 }
 
 }  // namespace fastmask::FASTMASK_SIMD

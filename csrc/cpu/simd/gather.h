@@ -18,6 +18,11 @@ static inline void gather_pairs(const float* base, vint index, vfloat& first, vf
   const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   first = (vfloat)_mm512_permutex2var_ps(low, even, high);
   second = (vfloat)_mm512_permutex2var_ps(low, _mm512_or_si512(even, _mm512_set1_epi32(1)), high);
+#elif defined(FASTMASK_NEON)
+  const float32x4_t low = vcombine_f32(vld1_f32(base + index[0]), vld1_f32(base + index[1]));
+  const float32x4_t high = vcombine_f32(vld1_f32(base + index[2]), vld1_f32(base + index[3]));
+  first = (vfloat)vuzp1q_f32(low, high);
+  second = (vfloat)vuzp2q_f32(low, high);
 #else
   for (int i = 0; i < kLanes; ++i) {
     first[i] = base[index[i]];
@@ -44,10 +49,10 @@ struct Positions {
 static inline Positions positions(vfloat coordinates, vfloat size) {
   // Relative to the first pixel, not the border, whose extra half pixel might cost one bit of precision.
   vfloat at = fma(coordinates, size, splat(-0.5f));
-  at = at > -1.0f ? at : splat(-1.0f);
-  at = at < size ? at : size;
+  at = FASTMASK_CHOOSE(at > -1.0f, at, splat(-1.0f));
+  at = FASTMASK_CHOOSE(at < size, at, size);
   vint first = __builtin_convertvector(at, vint) + 1;
-  first = at < 0.0f ? vint{} : first;
+  first = FASTMASK_CHOOSE(at < 0.0f, vint{}, first);
   const vint last = __builtin_convertvector(size, vint);
   first = first < last ? first : last;
   return {first, at - __builtin_convertvector(first - 1, vfloat)};

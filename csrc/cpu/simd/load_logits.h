@@ -20,6 +20,8 @@ static inline void load_logits(Logits logits, int64_t count, float* out) {
     for (; i + 8 <= count; i += 8) {
       _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i))));
     }
+#elif defined(FASTMASK_NEON)
+    for (; i + 4 <= count; i += 4) vst1q_f32(out + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(source + i))));
 #endif
     for (; i < count; ++i) out[i] = half_to_float(source[i]);
   }
@@ -40,6 +42,8 @@ static inline void store_logits(const float* in, int64_t count, void* logits, Dt
       const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT);
       _mm_storeu_si128(reinterpret_cast<__m128i*>(target + i), half);
     }
+#elif defined(FASTMASK_NEON)
+    for (; i + 4 <= count; i += 4) vst1_u16(target + i, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(in + i))));
 #endif
     for (; i < count; ++i) target[i] = float_to_half(in[i]);
   } else {

@@ -20,6 +20,11 @@ static inline void multiply(vuint a, uint32_t b, vuint& high, vuint& low) {
   const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)a, 32), factor);
   high = (vuint)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
   low = (vuint)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+#elif defined(FASTMASK_NEON)
+  const uint32x4_t front = vreinterpretq_u32_u64(vmull_n_u32(vget_low_u32((uint32x4_t)a), b));
+  const uint32x4_t back = vreinterpretq_u32_u64(vmull_high_n_u32((uint32x4_t)a, b));
+  high = (vuint)vuzp2q_u32(front, back);
+  low = (vuint)vuzp1q_u32(front, back);
 #else
   for (int i = 0; i < kLanes; ++i) {
     const uint64_t product = static_cast<uint64_t>(a[i]) * b;

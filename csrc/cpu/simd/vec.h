@@ -10,6 +10,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(FASTMASK_NEON)
+#include <arm_neon.h>
 #endif
 
 #if defined(__clang__)
@@ -21,18 +23,22 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
-// Selects the expression for the SIMD level.
+// Selects the expression for the SIMD level. The portable one also serves NEON, unless a fourth is given.
 #if defined(__AVX512F__)
-#define FASTMASK_BY_LEVEL(avx512, avx2, portable) (avx512)
+#define FASTMASK_BY_LEVEL(avx512, avx2, portable, ...) (avx512)
 #elif defined(__AVX2__)
-#define FASTMASK_BY_LEVEL(avx512, avx2, portable) (avx2)
+#define FASTMASK_BY_LEVEL(avx512, avx2, portable, ...) (avx2)
+#elif defined(FASTMASK_NEON)
+#define FASTMASK_FIRST(expression, ...) (expression)
+#define FASTMASK_BY_LEVEL(avx512, avx2, portable, ...) FASTMASK_FIRST(__VA_ARGS__ __VA_OPT__(, ) portable)
 #else
-#define FASTMASK_BY_LEVEL(avx512, avx2, portable) (portable)
+#define FASTMASK_BY_LEVEL(avx512, avx2, portable, ...) (portable)
 #endif
 
 namespace fastmask::FASTMASK_SIMD {
 
 constexpr int kLanes = FASTMASK_BY_LEVEL(16, 8, 4);
+constexpr int kRegisters = FASTMASK_BY_LEVEL(32, 16, 16, 32);
 
 using vfloat = float __attribute__((vector_size(4 * kLanes)));
 using vint = int32_t __attribute__((vector_size(4 * kLanes)));
@@ -70,9 +76,11 @@ static inline void store(int32_t* p, vint v) { memcpy(p, &v, sizeof v); }
 // kLanes bytes, each widened to 32 bits with its sign. GCC makes dozens of instructions of __builtin_convertvector
 // here.
 static inline vint load_bytes(const int8_t* p) {
-  return FASTMASK_BY_LEVEL((vint)_mm512_cvtepi8_epi32(load_as<__m128i>(p)),
-                           (vint)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))),
-                           __builtin_convertvector(load_as<vbyte>(p), vint));
+  return FASTMASK_BY_LEVEL(
+      (vint)_mm512_cvtepi8_epi32(load_as<__m128i>(p)),
+      (vint)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))),
+      __builtin_convertvector(load_as<vbyte>(p), vint),
+      (vint)vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(load_as<int32_t>(p)))))));
 }
 
 static inline vint bits(vfloat v) { return load_as<vint>(&v); }
@@ -132,33 +140,83 @@ static inline void transpose(V (&v)[kLanes]) {
 // a * b + c, rounded once if the level has such an instruction.
 static inline vfloat fma(vfloat a, vfloat b, vfloat c) {
   return FASTMASK_BY_LEVEL((vfloat)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c),
-                           (vfloat)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c), a * b + c);
+                           (vfloat)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c), a * b + c,
+                           (vfloat)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b));
 }
 
-// Like the instruction: b if either is NaN.
+// a in the lanes where a comparison holds, else b. For NEON, GCC turns `?:` around, and it makes six instructions of a
+// negated comparison, which holds for NaN; for x86, functions such as this hide from GCC what it can simplify.
+#if defined(FASTMASK_NEON)
+template <class V>
+static inline V choose(vint comparison, V a, V b) {
+  return (V)vbslq_u32((uint32x4_t)comparison, (uint32x4_t)a, (uint32x4_t)b);
+}
+#define FASTMASK_CHOOSE(comparison, a, b) choose(comparison, a, b)
+#else
+#define FASTMASK_CHOOSE(comparison, a, b) ((comparison) ? (a) : (b))
+#endif
+
+// Like the instruction of x86: b if either is NaN.
 static inline vfloat minimum(vfloat a, vfloat b) {
   return FASTMASK_BY_LEVEL((vfloat)_mm512_min_ps((__m512)a, (__m512)b), (vfloat)_mm256_min_ps((__m256)a, (__m256)b),
-                           a < b ? a : b);
+                           FASTMASK_CHOOSE(a < b, a, b));
 }
 
 static inline vfloat maximum(vfloat a, vfloat b) {
   return FASTMASK_BY_LEVEL((vfloat)_mm512_max_ps((__m512)a, (__m512)b), (vfloat)_mm256_max_ps((__m256)a, (__m256)b),
-                           a > b ? a : b);
+                           FASTMASK_CHOOSE(a > b, a, b));
+}
+
+// The same where neither is NaN, in one instruction of NEON.
+static inline vfloat minimum_of_numbers(vfloat a, vfloat b) {
+#if defined(FASTMASK_NEON)
+  return (vfloat)vminnmq_f32((float32x4_t)a, (float32x4_t)b);
+#else
+  return minimum(a, b);
+#endif
+}
+
+static inline vfloat maximum_of_numbers(vfloat a, vfloat b) {
+#if defined(FASTMASK_NEON)
+  return (vfloat)vmaxnmq_f32((float32x4_t)a, (float32x4_t)b);
+#else
+  return maximum(a, b);
+#endif
+}
+
+// x, but at most or at least a bound; NaN stays NaN.
+static inline vfloat at_most(vfloat x, float bound) {
+#if defined(FASTMASK_NEON)
+  return (vfloat)vminq_f32((float32x4_t)x, vdupq_n_f32(bound));
+#else
+  return minimum(splat(bound), x);
+#endif
+}
+
+static inline vfloat at_least(vfloat x, float bound) {
+#if defined(FASTMASK_NEON)
+  return (vfloat)vmaxq_f32((float32x4_t)x, vdupq_n_f32(bound));
+#else
+  return maximum(splat(bound), x);
+#endif
 }
 
 static inline vint minimum(vint a, vint b) {
   return FASTMASK_BY_LEVEL((vint)_mm512_min_epi32((__m512i)a, (__m512i)b),
-                           (vint)_mm256_min_epi32((__m256i)a, (__m256i)b), a < b ? a : b);
+                           (vint)_mm256_min_epi32((__m256i)a, (__m256i)b), a < b ? a : b,
+                           (vint)vminq_s32((int32x4_t)a, (int32x4_t)b));
 }
 
 static inline vint maximum(vint a, vint b) {
   return FASTMASK_BY_LEVEL((vint)_mm512_max_epi32((__m512i)a, (__m512i)b),
-                           (vint)_mm256_max_epi32((__m256i)a, (__m256i)b), a > b ? a : b);
+                           (vint)_mm256_max_epi32((__m256i)a, (__m256i)b), a > b ? a : b,
+                           (vint)vmaxq_s32((int32x4_t)a, (int32x4_t)b));
 }
 
 static inline vint minimum_unsigned(vint a, vint b) {
   return FASTMASK_BY_LEVEL((vint)_mm512_min_epu32((__m512i)a, (__m512i)b),
-                           (vint)_mm256_min_epu32((__m256i)a, (__m256i)b), (vuint)a < (vuint)b ? a : b);
+                           (vint)_mm256_min_epu32((__m256i)a, (__m256i)b), (vuint)a < (vuint)b ? a : b,
+                           (vint)vminq_u32((uint32x4_t)a, (uint32x4_t)b));
 }
 
 // a + b modulo 2^32. Signed sums must not overflow, not even in a lane whose result is not used.
@@ -175,6 +233,8 @@ static inline vfloat gather(const float* p, vint index) {
 static inline vfloat with_tag(vfloat value, vint tag, vint mask) {
 #if defined(__AVX512F__)
   return (vfloat)_mm512_ternarylogic_epi32((__m512i)value, (__m512i)tag, (__m512i)mask, 0xDC);
+#elif defined(FASTMASK_NEON)
+  return (vfloat)vbslq_s32((uint32x4_t)mask, (int32x4_t)tag, (int32x4_t)value);
 #else
   return from_bits((bits(value) & ~mask) | tag);
 #endif
@@ -194,7 +254,8 @@ static inline uint32_t bits_where(F holds) {
 static inline uint32_t lane_bits(vint comparison) {
   return FASTMASK_BY_LEVEL(_mm512_movepi32_mask((__m512i)comparison),
                            static_cast<uint32_t>(_mm256_movemask_ps((__m256)comparison)),
-                           bits_where([&](int i) { return comparison[i] < 0; }));
+                           bits_where([&](int i) { return comparison[i] < 0; }),
+                           vaddvq_u32((uint32x4_t)comparison & uint32x4_t{1, 2, 4, 8}));
 }
 
 // The sum over the lanes, in a fixed order.
