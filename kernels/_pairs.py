@@ -108,13 +108,13 @@ def pair_arguments(
     }
 
 
-def add_parts(arguments: dict[str, Any], parts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Adds the parts of all pairs; returns both losses (L, B, M), the sums (L, B, M, 4) and no slopes."""
+def add_parts(arguments: dict[str, Any], parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Adds the parts of all pairs; returns both losses (L, B, M) and the sums (L, B, M, 4)."""
     pairs = parts.shape[0]
     mask = parts.new_empty(arguments["assignment_ptr"].shape)
-    dice, sums, slopes = torch.empty_like(mask), mask.new_empty((*mask.shape, 4)), mask.new_empty(0)
+    dice, sums = torch.empty_like(mask), mask.new_empty((*mask.shape, 4))
     if pairs == 0:
-        return mask, dice, sums, slopes
+        return mask, dice, sums
     _mask_loss_reduce_kernel[(triton.cdiv(pairs, 32),)](
         **{name: arguments[name] for name in ("assignment_ptr", "labels_ptr", "B", "N", "M")},
         parts_ptr=parts,
@@ -127,7 +127,7 @@ def add_parts(arguments: dict[str, Any], parts: Tensor) -> tuple[Tensor, Tensor,
         num_warps=1,
         **COMPILER_OPTIONS,
     )
-    return mask, dice, sums, slopes
+    return mask, dice, sums
 
 
 def gradient_of_pairs(launch: Callable[..., None]) -> Callable[..., Tensor]:
@@ -136,8 +136,8 @@ def gradient_of_pairs(launch: Callable[..., None]) -> Callable[..., Tensor]:
 
     Args:
         launch: writes the gradient; called only if there are logits and pairs, with the gradient, the kernel arguments
-            that hold the pairs' sums and incoming gradients, the logits with contiguous planes, the assignment and the
-            operator's other inputs.
+            that hold the pairs' sums and incoming gradients, the slopes that forward kept, the logits with contiguous
+            planes, the assignment and the operator's other inputs.
     """
 
     def backward(
@@ -153,7 +153,7 @@ def gradient_of_pairs(launch: Callable[..., None]) -> Callable[..., Tensor]:
             "grad_dice_ptr": grad_dice.contiguous(),
             "sums_ptr": sums.contiguous(),
         }
-        launch(grad, of_pairs, mask_logits, assignment, *inputs)
+        launch(grad, of_pairs, slopes, mask_logits, assignment, *inputs)
         return grad
 
     return backward

@@ -1,16 +1,14 @@
 """The mask and dice losses of the matched pairs, and their gradient.
 
-Forward is one launch over the pixels and one that adds up their sums; backward is one launch that writes each logit's
-gradient once.
+Forward is one launch over the pixels and one that adds up their sums. If a gradient will be wanted, the first launch
+also stores each pair's slopes at the resolution of the logits, three maps in float32; backward scales and adds them.
 
-The output pixels of a row are divided into cells: cell c holds the outputs nearest to logit c, which are interpolated
-from the logits c - 1, c and c + 1. A thread that owns a cell needs only those three logits, whatever the ratio of the
-sizes. In backward it sums three gradients, one for each: a gather without atomics that visits each output pixel once.
+A thread owns one of the cells of ``_cells``. If the width of the targets is a whole multiple of four times that of the
+logits, it reads four targets of a byte at once.
 
-Time at B=16, L=6, M=20, 128 x 128 logits and 512 x 512 targets (503 M output pixels), on 132 SMs: two special-function
-instructions per pixel take 240 us each way; all 58 instructions of forward, in the machine code for sm_90, are 870 us
-of issue slots, and backward's 62 are 1.0 ms. The logits of all pairs are 63 MB, the segment maps 4 MB: memory is not
-the bottleneck.
+Time at B=16, L=6, M=20, 128 x 128 logits and 512 x 512 targets (503 M output pixels), on 132 SMs: three special
+functions per pixel take 361 us; benchmarks/NOTES.md counts the instructions. The logits of all pairs are 63 MB, the
+segment maps 4 MB, the slopes 377 MB.
 """
 
 from __future__ import annotations
@@ -23,14 +21,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastmask.kernels._cells import (
+    _add_each_at,
+    _between,
+    _cell_start,
+    _offset,
+    _row_logits,
+    _shared_slopes,
+    _store_slopes,
+)
 from fastmask.kernels._common import (
+    COMPILER_OPTIONS,
     _counted,
+    _exp2,
+    _log2,
     _plane,
-    _power,
-    _sigmoid_of_magnitude,
+    _reciprocal,
     check_positions,
     kernel,
     pick_config,
+    plane_arguments,
     power_of_two,
 )
 from fastmask.kernels._layout import with_contiguous_planes
@@ -44,6 +54,8 @@ from fastmask.kernels._pairs import (
     pair_arguments,
 )
 
+SLOPES = 3  # maps of a pair: of the mask loss, of all probabilities, of those in the target
+
 
 @dataclass(frozen=True)
 class MaskLossConfig:
@@ -52,411 +64,401 @@ class MaskLossConfig:
     Args:
         cells: the most cells of a row that a program owns.
         cells_per_warp: the cells that one of its warps owns.
-        outputs: the most outputs of a cell for which the loop is unrolled.
+        outputs: the most outputs of a cell in a row for which the loop is unrolled.
+        rows: the most rows of outputs of a row of cells for which it is.
         programs: the number of forward programs to reach by splitting the rows, if there are enough rows.
-        min_rows: the fewest output rows per forward program.
-        backward_rows: rows of logits per backward program.
+        min_rows: the fewest rows of logits per forward program.
+        pixels: logits that a backward program writes at a time.
+        blocks: how many times it does so.
     """
 
     cells: int = 512
-    cells_per_warp: int = 64
+    cells_per_warp: int = 32
     outputs: int = 8
-    programs: int = 8192
-    min_rows: int = 32
-    backward_rows: int = 32
+    rows: int = 4
+    programs: int = 2048
+    min_rows: int = 8
+    pixels: int = 1024
+    blocks: int = 4
 
 
 CONFIGS = {None: MaskLossConfig()}
 
 
 @triton.jit
-def _row_taps(y, h, H, half_step_y):
-    """PyTorch's bilinear rule with align_corners=False: both rows of logits of output row y, and the second's weight.
+def _other_bytes(words, value):
+    """Words of which a byte is 0 where it was the value; nowhere if that fits no byte."""
+    words ^= (value & 255).to(tl.uint32) * 0x01010101
+    return words | tl.where((value < 0) | (value > 255), 0x01010101, 0).to(tl.uint32)
 
-    The source position (y + 1/2) h / H - 1/2 is an exact integer in units of half_step_y = 1 / (2 H); the rounding
-    error of a float32 would grow with the position, and large logits would amplify it. Clamping the position at both
-    ends, instead of the rows, gives the same sum.
+
+@triton.jit
+def _four_pixels(target_ptrs, valid_ptrs, target, void_value, HAS_SEGMENTS: tl.constexpr, HAS_VOID: tl.constexpr):
+    """Two words of four pixels each: a byte of the first is 0 where a mask has no target, or where a segment is the
+    target's; one of the second is 0 where a pixel does not count."""
+    words = tl.load(target_ptrs).to(tl.uint32, bitcast=True)
+    valid = words
+    if HAS_SEGMENTS:
+        if HAS_VOID:
+            valid = _other_bytes(words, void_value)
+            target = tl.where(target == void_value, -1, target)
+        words = _other_bytes(words, target)
+    elif HAS_VOID:
+        valid = tl.load(valid_ptrs).to(tl.uint32, bitcast=True) * 255
+        words &= valid
+    return words, valid
+
+
+@triton.jit
+def _one_pixel(target_ptrs, valid_ptrs, inside, target, void_value, HAS_SEGMENTS: tl.constexpr,
+               HAS_VOID: tl.constexpr):  # fmt: skip
+    """Whether pixels belong to the target, and whether they count."""
+    counted, segment = _counted(target_ptrs, valid_ptrs, inside, void_value, HAS_SEGMENTS, HAS_VOID)
+    belongs = segment == target if HAS_SEGMENTS else tl.load(target_ptrs, mask=counted, other=0) != 0
+    return belongs & counted, counted
+
+
+@triton.jit
+def _pixel_terms(u, belongs, alpha, gamma, FOCAL: tl.constexpr, SQUARE: tl.constexpr):
+    """Of pixels whose logits, of the wrong sign if they belong to the target, are u log(2): p_t, 1 - p_t, the loss
+    divided by log(2), and its slope along the logit. The loss of pixels that belong may be negative.
+
+    With q = 1 - p_t: the loss alpha_t q^gamma (-log p_t) (RetinaNet, arXiv:1708.02002, equation 5) grows by
+    alpha_t q^gamma (gamma p_t (-log p_t) + q) with u log(2), and -log p_t by q.
+
+    The special-function unit's logarithm is off by 2^-22, which is too much of small losses: -log2 p_t = log2(1 + e)
+    is e times a polynomial for e < 3/16, with a relative error of 5e-8 before rounding.
     """
-    source = tl.minimum(tl.maximum((2 * y + 1) * h - H, 0), 2 * H * (h - 1))
-    first = source // (2 * H)
-    return first, tl.minimum(first + 1, h - 1), (source - first * (2 * H)).to(tl.float32) * half_step_y
-
-
-@triton.jit
-def _cell_start(cell, w, W):
-    """The first output of a cell: the smallest j with floor((2 j + 1) w / (2 W)) >= cell."""
-    start = (2 * cell.to(tl.int64) * W + w - 1) // (2 * w)
-    return tl.minimum(tl.maximum(start, 0), W).to(tl.int32)
-
-
-@triton.jit
-def _row_logits(row_ptr, cell, w):
-    """A row's logits before, at and after each cell; the edges repeat."""
-    last = w - 1
-    before = tl.load(row_ptr + tl.minimum(tl.maximum(cell - 1, 0), last)).to(tl.float32)
-    middle = tl.load(row_ptr + tl.minimum(tl.maximum(cell, 0), last)).to(tl.float32)
-    after = tl.load(row_ptr + tl.minimum(tl.maximum(cell + 1, 0), last)).to(tl.float32)
-    return before, middle, after
-
-
-@triton.jit
-def _between_rows(plane_ptr, first, second, weight, cell, w):
-    """The logits before, at and after each cell, interpolated between two rows. A row of weight 0 is not read, as
-    0 * inf is NaN: the other row then serves as both, with half the weight each."""
-    second = tl.where(weight == 0.0, first, second)
-    weight = tl.where(weight == 0.0, 0.5, weight)
-    before_0, middle_0, after_0 = _row_logits(plane_ptr + first.to(tl.int64) * w, cell, w)
-    before_1, middle_1, after_1 = _row_logits(plane_ptr + second.to(tl.int64) * w, cell, w)
-    before = tl.fma(before_1, weight, before_0 * (1.0 - weight))
-    middle = tl.fma(middle_1, weight, middle_0 * (1.0 - weight))
-    after = tl.fma(after_1, weight, after_0 * (1.0 - weight))
-    return before, middle, after
-
-
-@triton.jit
-def _target_row(y, start, image, target, M, H, W, target_ptr, valid_ptr, HAS_SEGMENTS: tl.constexpr,
-                HAS_VOID: tl.constexpr):  # fmt: skip
-    """Pointers to the first output of each cell, in row y of the segment map or mask, and of the valid pixels."""
-    plane = tl.cast(H, tl.int64) * W
-    row = y * W + start
-    target_ptrs = target_ptr + (image if HAS_SEGMENTS else image * M + target) * plane + row
-    valid_ptrs = target_ptrs
-    if HAS_VOID and not HAS_SEGMENTS:
-        valid_ptrs = valid_ptr + image * plane + row
-    return target_ptrs, valid_ptrs
-
-
-@triton.jit
-def _offset(start, k, cell, w, W, half_step_x):
-    """The offset of output start + k of each cell from the cell's logit, exact as in ``_row_taps``. Its magnitude is
-    the bilinear weight of the neighboring logit: the one before if the offset is negative, else the one after."""
-    output = start.to(tl.int64) + k
-    offset = (2 * output + 1) * w - (2 * cell + 1).to(tl.int64) * W
-    return offset.to(tl.float32) * half_step_x
-
-
-@triton.jit
-def _upsampled(offset, before, middle, after):
-    weight = tl.abs(offset)
-    neighbor = tl.where(offset < 0.0, before, tl.where(offset > 0.0, after, 0.0))  # 0 * inf is NaN
-    return tl.fma(neighbor, weight, middle * (1.0 - weight))
-
-
-@triton.jit
-def _pixel_terms(x, k, inside, target_ptrs, valid_ptrs, target, void_value, alpha, gamma, FOCAL: tl.constexpr,
-                 SQUARE: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_VOID: tl.constexpr):  # fmt: skip
-    """For outputs k with upsampled logit x: whether they belong to the target, whether they count, p_t, 1 - p_t, the
-    cross-entropy -log p_t, and for the focal loss alpha_t (1 - p_t)^gamma.
-
-    With z = x inside the target and -x outside, the same formulas hold for both kinds of pixel: p_t = sigmoid(z).
-    """
-    counted, segment = _counted(target_ptrs + k, valid_ptrs + k, inside, void_value, HAS_SEGMENTS, HAS_VOID)
-    belongs = segment == target if HAS_SEGMENTS else tl.load(target_ptrs + k, mask=counted, other=0) != 0
-    magnitude = tl.abs(x)
-    large, small, softplus = _sigmoid_of_magnitude(magnitude, RELATIVE=True)
-    right = (x >= 0.0) == belongs
-    p_t = tl.where(right, large, small)
-    q = tl.where(right, small, large)
-    cross_entropy = tl.where(right, 0.0, magnitude) + softplus
-    modulation = q
+    # Bounded, so that 1 + e is finite, and its reciprocal not 0.
+    e = _exp2(tl.minimum(u, 126.0, propagate_nan=tl.PropagateNan.ALL))
+    p = _reciprocal(1.0 + e)
+    q = e * p
+    y = e * 0.200081959 - 0.347344339
+    y = y * e + 0.480042279
+    y = y * e - 0.721327901
+    y = y * e + 1.44269478
+    cross_entropy = tl.where(e < 0.1875, y * e, tl.maximum(u, _log2(1.0 + e)))
     if FOCAL:
-        softplus_z = tl.where(right, magnitude, 0.0) + softplus
-        modulation = tl.where(belongs, alpha, 1.0 - alpha) * _power(q, softplus_z, gamma, SQUARE)
-    return belongs, counted, p_t, q, cross_entropy, modulation
+        # Bounded, because infinity * 0 would be NaN where gamma is 0.
+        power = q * q if SQUARE else _exp2(tl.maximum(_log2(q), -1e30) * gamma)
+        power *= tl.where(belongs, -alpha, 1.0 - alpha)
+        loss = power * cross_entropy
+        return p, q, loss, loss * p * (gamma * 0.693147181) + power * q
+    return p, q, cross_entropy, tl.where(belongs, -q, q)
+
+
+@triton.jit
+def _row_sums(
+    y_logits, target_ptrs, valid_ptrs, start, outputs, cell, target, void_value, w, W, half_step_x, chunks, alpha,
+    gamma, none, sums, FOCAL: tl.constexpr, SQUARE: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_VOID: tl.constexpr,
+    KEEP_SLOPES: tl.constexpr, COLUMNS: tl.constexpr, WORDS: tl.constexpr, ONE_CHUNK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Adds a row of outputs, given the logits before, at and after its cells, to sums over each cell: the loss divided
+    by log(2), p t, the error p (1 - t) + (1 - p) t, t, and pixels that count. Returns these and three sums of slopes,
+    by the logits of ``_add_at``: of the loss, of p, and of p t."""
+    before, middle, after = y_logits
+    loss_sum, intersection, error, target_pixels, counted_pixels = sums
+    slopes = ((none, none, none), (none, none, none), (none, none, none))
+    words, valid = outputs.to(tl.uint32), outputs.to(tl.uint32)  # of their type
+    for chunk in range(1 if ONE_CHUNK else chunks):
+        for i in tl.static_range(BLOCK_K):
+            if WORDS:
+                if i % 4 == 0:
+                    words, valid = _four_pixels(
+                        target_ptrs + i // 4, valid_ptrs + i // 4, target, void_value, HAS_SEGMENTS, HAS_VOID
+                    )
+                byte = words & (255 << i % 4 * 8)
+                belongs = byte == 0 if HAS_SEGMENTS else byte != 0
+                counted = (valid & (255 << i % 4 * 8)) != 0
+                offset = tl.cast(2.0 * i + 1.0 - COLUMNS, tl.float32)
+            else:
+                k = chunk * BLOCK_K + i
+                belongs, counted = _one_pixel(
+                    target_ptrs + k, valid_ptrs + k, k < outputs, target, void_value, HAS_SEGMENTS, HAS_VOID
+                )
+                offset = tl.cast(2.0 * i + 1.0 - COLUMNS, tl.float32) if COLUMNS > 0 else _offset(start + k, cell, w, W)
+            u = _between(offset, half_step_x, before, middle, after)
+            u = tl.where(belongs, -u, u)
+            if HAS_VOID or not WORDS:
+                u = tl.where(counted, u, -1e30)  # where the loss, its slope and 1 - p_t are 0
+            p, q, loss, slope = _pixel_terms(u, belongs, alpha, gamma, FOCAL, SQUARE)
+            t = tl.where(belongs, 1.0, 0.0)
+            loss_sum += tl.abs(loss)
+            intersection += t * p
+            error += q
+            target_pixels += t
+            if HAS_VOID:
+                counted_pixels += tl.where(counted, 1.0, 0.0)
+            if KEEP_SLOPES:
+                slopes = _add_each_at(offset, (slope, p * q, t * (p * q)), slopes)
+    return (loss_sum, intersection, error, target_pixels, counted_pixels), slopes
 
 
 @kernel
 def _mask_loss_fwd_kernel(
     logits_ptr, stride_l, stride_b, stride_n, assignment_ptr, labels_ptr,
-    target_ptr, valid_ptr, void_value, sums_ptr,
-    B, N, M, h, w, H, W, half_step_y, half_step_x, rows_per_split, chunks, alpha, gamma,
+    target_ptr, valid_ptr, void_value, sums_ptr, slopes_ptr,
+    B, N, M, h, w, H, W, rows_per_split, chunks, alpha, gamma,
     FOCAL: tl.constexpr, SQUARE: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_VOID: tl.constexpr,
-    ONE_CHUNK: tl.constexpr, UNIT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    KEEP_SLOPES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WORDS: tl.constexpr,
+    ONE_CHUNK: tl.constexpr, UNIT: tl.constexpr, HALO: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Sums over some output rows and cells of one pair, in parts that ``_mask_loss_reduce_kernel`` adds: the loss,
-    sum p t, sum p, sum t and the number of counted pixels.
+    """Sums over the outputs of some rows and columns of one pair's cells, in parts that ``_mask_loss_reduce_kernel``
+    adds: the loss, sum p t, sum p, sum t and the number of counted pixels.
 
-    The loss of a pixel is alpha_t (1-p_t)^gamma (-log p_t) (RetinaNet, arXiv:1708.02002, equation 5) or -log p_t.
+    With KEEP_SLOPES also, for each logit, three sums over the outputs in which it has a share, times this share: of the
+    loss's slope, of p (1 - p) and of t p (1 - p). For these a program also visits the cells around its own.
 
         logits      (L, B, N, h, w), strides and w in units
         assignment  (L, B, M), labels (B, M)
-        target      (B, H, W) segments or (B, M, H, W) masks;  valid  (B, H, W)
-        sums        (L * B * M, parts, 5); not written for targets without a query
+        target      (B, H, W) segments or (B, M, H, W) masks;  valid  (B, H, W); with WORDS, of four pixels each
+        sums        (L * B * M, parts, 5), slopes (L * B * M, 3, h, w); not written for targets without a query
+        ROWS        H / h if it is a small whole number, else 0; COLUMNS the same for W / w
     """
     alpha = tl.cast(alpha, tl.float32)
     gamma = tl.cast(gamma, tl.float32)
     w = w * UNIT
-    half_step_y = tl.cast(half_step_y, tl.float32)
-    half_step_x = tl.cast(half_step_x, tl.float32)
     pair = tl.program_id(0).to(tl.int64)
     image, target, query, matched = _matched_query(assignment_ptr, labels_ptr, pair, B, N, M)
     if matched:
         plane_ptr = _plane(logits_ptr, pair // M // B, image, query, stride_l, stride_b, stride_n, UNIT)
-        cell = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
-        start = _cell_start(cell, w, W)
-        outputs = tl.where(cell < w, _cell_start(cell + 1, w, W) - start, 0)
+        row_begin = tl.program_id(2) * rows_per_split
+        row_end = tl.minimum(row_begin + rows_per_split, h)
+        lane = tl.arange(0, BLOCK_C)
+        cell = tl.program_id(1) * (BLOCK_C - 2 * HALO) - HALO + lane  # [BLOCK_C]
+        owned = (lane >= HALO) & (lane < BLOCK_C - HALO) & (cell < w)
+        cell = tl.minimum(tl.maximum(cell, 0), w - 1)  # beyond the edges, others repeat what the last ones do
+        start, outputs = cell * COLUMNS, tl.zeros([BLOCK_C], dtype=tl.int32) + COLUMNS
+        if COLUMNS == 0:
+            start = _cell_start(cell, w, W)
+            outputs = _cell_start(cell + 1, w, W) - start
+        half_step_y = 0.5 / (H.to(tl.float32) if ROWS == 0 else ROWS)
+        half_step_x = 0.5 / (W.to(tl.float32) if COLUMNS == 0 else COLUMNS)
 
-        zero = tl.zeros([BLOCK_C], dtype=tl.float32)
-        losses, intersections, outsides = zero, zero, zero
+        pitch = w * (COLUMNS // 4) if WORDS else W
+        plane = tl.cast(H, tl.int64) * pitch
+        first_output = cell * (COLUMNS // 4) if WORDS else start
+        target_ptrs = target_ptr + (image if HAS_SEGMENTS else image * M + target) * plane + first_output
+        valid_ptrs = target_ptrs
+        if HAS_VOID and not HAS_SEGMENTS:
+            valid_ptrs = valid_ptr + image * plane + first_output
+
+        none = tl.zeros([BLOCK_C], dtype=tl.float32) * -1.0  # to -0.0, the compiler adds by doing nothing
+        losses, intersections, errors = none, none, none
         target_pixels = tl.zeros([BLOCK_C], dtype=tl.int32)
         counted_pixels = tl.zeros([BLOCK_C], dtype=tl.int32)
-        y_begin = tl.program_id(2) * rows_per_split
-        for y in range(y_begin, tl.minimum(y_begin + rows_per_split, H)):
-            first, second, weight = _row_taps(y, h, H, half_step_y)
-            before, middle, after = _between_rows(plane_ptr, first, second, weight, cell, w)
-            target_ptrs, valid_ptrs = _target_row(
-                y, start, image, target, M, H, W, target_ptr, valid_ptr, HAS_SEGMENTS, HAS_VOID
-            )
-            # Each row is summed separately, so that fewer roundings have the magnitude of the total.
-            row_loss, row_intersection, row_outside = zero, zero, zero
-            for chunk in range(1 if ONE_CHUNK else chunks):
-                for i in tl.static_range(BLOCK_K):
-                    k = chunk * BLOCK_K + i
-                    x = _upsampled(_offset(start, k, cell, w, W, half_step_x), before, middle, after)
-                    belongs, counted, p_t, q, cross_entropy, modulation = _pixel_terms(
-                        x, k, k < outputs, target_ptrs, valid_ptrs, target, void_value, alpha, gamma,
-                        FOCAL, SQUARE, HAS_SEGMENTS, HAS_VOID,
+        first, last = row_begin, row_end
+        no_slopes = ((none, none, none), (none, none, none), (none, none, none))
+        previous, current = no_slopes, no_slopes
+        slope_ptrs = slopes_ptr
+        if KEEP_SLOPES:
+            first, last = tl.maximum(row_begin - 1, 0), tl.minimum(row_end + 1, h)
+            slope_ptrs += pair * 3 * h * w + cell
+            to_left, to_right = tl.where(cell == 0, 0.0, half_step_x), tl.where(cell == w - 1, 0.0, half_step_x)
+
+        upper = _row_logits(plane_ptr, first - 1, cell, h, w)
+        middle = _row_logits(plane_ptr, first, cell, h, w)
+        for row in range(first, last):
+            lower = _row_logits(plane_ptr, row + 1, cell, h, w)
+            cells = (no_slopes, no_slopes, no_slopes)
+            y_begin = row * ROWS if ROWS > 0 else _cell_start(row, h, H)
+            for step in range(1 if ROWS > 0 else _cell_start(row + 1, h, H) - y_begin):
+                # Rows are summed separately, so that fewer roundings have the magnitude of the total.
+                sums = (none, none, none, none, none)
+                for j in tl.static_range(ROWS if ROWS > 0 else 1):
+                    y = y_begin + step + j
+                    offset = tl.cast(2.0 * j + 1.0 - ROWS, tl.float32) if ROWS > 0 else _offset(y, row, h, H)
+                    y_before = _between(offset, half_step_y, upper[0], middle[0], lower[0])
+                    y_middle = _between(offset, half_step_y, upper[1], middle[1], lower[1])
+                    y_after = _between(offset, half_step_y, upper[2], middle[2], lower[2])
+                    sums, slopes = _row_sums(
+                        (y_before, y_middle, y_after), target_ptrs + y * pitch, valid_ptrs + y * pitch, start, outputs,
+                        cell, target, void_value, w, W, half_step_x, chunks, alpha, gamma, none, sums,
+                        FOCAL, SQUARE, HAS_SEGMENTS, HAS_VOID, KEEP_SLOPES, COLUMNS, WORDS, ONE_CHUNK, BLOCK_K,
                     )  # fmt: skip
-                    if FOCAL:
-                        cross_entropy *= modulation
-                    row_loss += tl.where(counted, cross_entropy, 0.0)
-                    row_intersection += tl.where(counted & belongs, p_t, 0.0)
-                    row_outside += tl.where(counted & ~belongs, q, 0.0)
-                    target_pixels += (counted & belongs).to(tl.int32)
-                    if HAS_VOID:
-                        counted_pixels += counted.to(tl.int32)
-            if not HAS_VOID:
-                counted_pixels += outputs
-            losses += row_loss
-            intersections += row_intersection
-            outsides += row_outside
+                    if KEEP_SLOPES:
+                        cells = (
+                            _add_each_at(offset, slopes[0], cells[0]),
+                            _add_each_at(offset, slopes[1], cells[1]),
+                            _add_each_at(offset, slopes[2], cells[2]),
+                        )
+                own = (row >= row_begin) & (row < row_end) if KEEP_SLOPES else True
+                losses += tl.where(own, sums[0], 0.0)
+                intersections += tl.where(own, sums[1], 0.0)
+                errors += tl.where(own, sums[2], 0.0)
+                target_pixels += tl.where(own, sums[3], 0.0).to(tl.int32)
+                if HAS_VOID:
+                    counted_pixels += tl.where(own, sums[4], 0.0).to(tl.int32)
+            upper, middle = middle, lower
+            if KEEP_SLOPES:
+                to_upper = tl.where(row == 0, 0.0, half_step_y)
+                to_lower = tl.where(row == h - 1, 0.0, half_step_y)
+                complete, previous, current = _shared_slopes(cells, half_step_y, to_upper, to_lower, previous, current)
+                stored = row > tl.where(owned, row_begin, h)
+                _store_slopes(slope_ptrs + (row - 1) * w, h * w, complete, lane, to_left, to_right, stored, BLOCK_C)
+        if KEEP_SLOPES:
+            stored = tl.where(owned, row_end, 0) == h
+            _store_slopes(slope_ptrs + (h - 1) * w, h * w, previous, lane, to_left, to_right, stored, BLOCK_C)
 
         parts = tl.num_programs(1) * tl.num_programs(2)
         part_ptr = sums_ptr + (pair * parts + tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * 5
-        loss, intersection, outside = tl.sum(losses, 0), tl.sum(intersections, 0), tl.sum(outsides, 0)
-        target_area, counted_area = tl.sum(target_pixels, 0).to(tl.float32), tl.sum(counted_pixels, 0).to(tl.float32)
-        _store_part(part_ptr, loss, intersection, intersection + outside, target_area, counted_area)
+        loss = tl.sum(tl.where(owned, losses, 0.0), 0) * 0.693147181
+        intersection = tl.sum(tl.where(owned, intersections, 0.0), 0)
+        error = tl.sum(tl.where(owned, errors, 0.0), 0)  # sum p (1 - t) + (1 - p) t
+        target_area = tl.sum(tl.where(owned, target_pixels, 0), 0).to(tl.float32)
+        if not HAS_VOID:
+            own_rows = _cell_start(row_end, h, H) - _cell_start(row_begin, h, H)
+            counted_pixels = outputs * own_rows
+        counted_area = tl.sum(tl.where(owned, counted_pixels, 0), 0).to(tl.float32)
+        prediction = error - (target_area - intersection) + intersection
+        _store_part(part_ptr, loss, intersection, prediction, target_area, counted_area)
 
 
-def launch_arguments(
-    config: MaskLossConfig, mask_logits: Tensor, *inputs: Any, grad: Tensor | None = None
-) -> dict[str, Any]:
-    """The arguments that the forward and backward kernels share; ``inputs`` as in ``pair_arguments``."""
+def whole_ratio(size: int, logits: int, most: int) -> int:
+    """``size / logits`` if that is a whole number of at most ``most``, else 0."""
+    ratio, rest = divmod(size, logits)
+    return ratio if rest == 0 and ratio <= most else 0
+
+
+def launch_forward(
+    mask_logits: Tensor, assignment: Tensor, *inputs: Any, keep_slopes: bool
+) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """Returns the kernel's arguments, the parts of the sums, and the slopes, or none."""
+    config = pick_config(CONFIGS, mask_logits.device)
+    mask_logits = with_contiguous_planes(mask_logits)
     h, w = mask_logits.shape[-2:]
-    arguments = pair_arguments(mask_logits, *inputs, grad=grad, sizes=(w,))
-    check_positions(arguments, 2 * arguments["H"] * h)
+    arguments = pair_arguments(mask_logits, assignment, *inputs, sizes=(w,))
+    height, width = arguments["H"], arguments["W"]
+    check_positions(arguments, SLOPES * h * w)
+
+    rows, columns = whole_ratio(height, h, config.rows), whole_ratio(width, w, config.outputs)
+    outputs = triton.cdiv(width, w)  # the most outputs per cell
+    block_outputs = columns or power_of_two(outputs, 1, config.outputs)
+    words = False
+    if columns % 4 == 0 < columns and arguments["target_ptr"].dtype == torch.uint8:
+        planes = {name: arguments[name] for name in ("target_ptr", "valid_ptr") if arguments[name] is not None}
+        words = all(plane.data_ptr() % 4 == 0 for plane in planes.values())
+        if words:
+            arguments |= {name: plane.view(torch.int32) for name, plane in planes.items()}
     cells = power_of_two(w, 32, config.cells)
-    outputs = triton.cdiv(arguments["W"], w)  # the most outputs per cell
-    block_outputs = power_of_two(outputs, 1, config.outputs)
-    return arguments | {
-        "w": w // arguments["UNIT"],
-        "half_step_y": 0.5 / arguments["H"],
-        "half_step_x": 0.5 / arguments["W"],
-        "chunks": triton.cdiv(outputs, block_outputs),
-        "ONE_CHUNK": outputs <= block_outputs,
-        "BLOCK_C": cells,
-        "BLOCK_K": block_outputs,
-        "num_warps": max(1, cells // config.cells_per_warp),
-    }
+    halo = 1 if keep_slopes and w > cells else 0  # cells at both ends of a program's columns, which share outputs
+    column_blocks = triton.cdiv(w, cells - 2 * halo)
+    pairs = assignment.numel()
+    splits = config.programs // max(pairs * column_blocks, 1)
+    splits = max(1, min(splits, triton.cdiv(h, config.min_rows)))
+    rows_per_split = triton.cdiv(h, splits)
+    splits = triton.cdiv(h, rows_per_split)
+    parts = mask_logits.new_empty((pairs, splits * column_blocks, 5), dtype=torch.float32)
+    slopes = parts.new_empty((*assignment.shape, SLOPES, h, w) if keep_slopes else 0)
+    if pairs > 0:
+        _mask_loss_fwd_kernel[(pairs, column_blocks, splits)](
+            **arguments | {"w": w // arguments["UNIT"]},
+            sums_ptr=parts,
+            slopes_ptr=slopes if keep_slopes else None,
+            rows_per_split=rows_per_split,
+            chunks=triton.cdiv(outputs, block_outputs),
+            KEEP_SLOPES=keep_slopes,
+            ROWS=rows,
+            COLUMNS=columns,
+            WORDS=words,
+            ONE_CHUNK=outputs <= block_outputs,
+            HALO=halo,
+            BLOCK_C=cells,
+            BLOCK_K=block_outputs,
+            num_warps=max(1, cells // config.cells_per_warp),
+        )
+    return arguments, parts, slopes
 
 
 def mask_loss(mask_logits: Tensor, assignment: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``fastmask::mask_loss``: both losses (L, B, M), the sums (L, B, M, 4) for backward, and no slopes, whatever
-    ``keep_slopes`` asks for."""
-    *inputs, _ = inputs
-    config = pick_config(CONFIGS, mask_logits.device)
-    arguments = launch_arguments(config, with_contiguous_planes(mask_logits), assignment, *inputs)
-    column_blocks = triton.cdiv(mask_logits.shape[-1], arguments["BLOCK_C"])
-    height = arguments["H"]
-    pairs = assignment.numel()
-    splits = config.programs // max(pairs * column_blocks, 1)
-    splits = max(1, min(splits, triton.cdiv(height, config.min_rows)))
-    rows_per_split = triton.cdiv(height, splits)
-    splits = triton.cdiv(height, rows_per_split)
-    parts = mask_logits.new_empty((pairs, splits * column_blocks, 5), dtype=torch.float32)
-    if pairs > 0:
-        _mask_loss_fwd_kernel[(pairs, column_blocks, splits)](
-            **arguments, sums_ptr=parts, rows_per_split=rows_per_split
-        )
-    return add_parts(arguments, parts)
+    """``fastmask::mask_loss``: both losses (L, B, M), the sums (L, B, M, 4) and, if they are to be kept, the slopes
+    (L, B, M, 3, h, w) for backward."""
+    *inputs, keep_slopes = inputs
+    arguments, parts, slopes = launch_forward(mask_logits, assignment, *inputs, keep_slopes=keep_slopes)
+    return *add_parts(arguments, parts), slopes
 
 
 @triton.jit
 def _pair_slopes(pair, sums_ptr, grad_mask_ptr, grad_dice_ptr):
-    """For a pair with U = sum p + sum t + 1 and I = 2 sum p t + 1: -grad_mask / pixels, and grad_dice times the slope
-    d dice / dp = (I - 2 t U) / U^2 outside and inside the target. Float64 is cheap, once for thousands of pixels."""
+    """The factors of a pair's three maps: grad_mask / pixels, and, with U = sum p + sum t + 1 and I = 2 sum p t + 1,
+    grad_dice times the two terms of d dice / dp = I / U^2 - t 2 / U. Float64 is cheap, once for thousands of pixels."""
     intersection = tl.load(sums_ptr + pair * 4).to(tl.float64)
     prediction = tl.load(sums_ptr + pair * 4 + 1).to(tl.float64)
     target = tl.load(sums_ptr + pair * 4 + 2).to(tl.float64)
     pixels = tl.maximum(tl.load(sums_ptr + pair * 4 + 3).to(tl.float64), 1.0)
-    both = prediction + target + 1.0
-    overlap = 2.0 * intersection + 1.0
-    dice = tl.load(grad_dice_ptr + pair).to(tl.float64) / (both * both)
-    mask = -(tl.load(grad_mask_ptr + pair).to(tl.float64) / pixels)
-    return mask.to(tl.float32), (dice * overlap).to(tl.float32), (dice * (overlap - 2.0 * both)).to(tl.float32)
-
-
-@triton.jit
-def _row_gradient(
-    y, before, middle, after, mask_slope, dice_outside, dice_inside, cell, start, outputs, image, target,
-    target_ptr, valid_ptr, void_value, M, H, w, W, half_step_x, chunks, alpha, gamma,
-    FOCAL: tl.constexpr, SQUARE: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_VOID: tl.constexpr,
-    ONE_CHUNK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Sums over the outputs of each cell of row y: the gradients of the logits before, at and after the cell.
-
-    With z as in ``_pixel_terms``: d focal / dz = -alpha_t q^gamma (gamma p_t (-log p_t) + q), q = 1 - p_t,
-    d cross-entropy / dz = -q, and dp / dx = p_t q.
-    """
-    target_ptrs, valid_ptrs = _target_row(
-        y, start, image, target, M, H, W, target_ptr, valid_ptr, HAS_SEGMENTS, HAS_VOID
+    inverse = 1.0 / (prediction + target + 1.0)
+    mask = tl.load(grad_mask_ptr + pair).to(tl.float64) / pixels
+    dice = tl.load(grad_dice_ptr + pair).to(tl.float64) * inverse
+    return (
+        mask.to(tl.float32),
+        (dice * (2.0 * intersection + 1.0) * inverse).to(tl.float32),
+        (-2.0 * dice).to(tl.float32),
     )
-    to_before = tl.zeros([BLOCK_C], dtype=tl.float32)
-    to_middle = tl.zeros([BLOCK_C], dtype=tl.float32)
-    to_after = tl.zeros([BLOCK_C], dtype=tl.float32)
-    for chunk in range(1 if ONE_CHUNK else chunks):
-        for i in tl.static_range(BLOCK_K):
-            k = chunk * BLOCK_K + i
-            offset = _offset(start, k, cell, w, W, half_step_x)
-            x = _upsampled(offset, before, middle, after)
-            belongs, counted, p_t, q, cross_entropy, modulation = _pixel_terms(
-                x, k, k < outputs, target_ptrs, valid_ptrs, target, void_value, alpha, gamma,
-                FOCAL, SQUARE, HAS_SEGMENTS, HAS_VOID,
-            )  # fmt: skip
-            slope = q
-            if FOCAL:
-                slope = modulation * (gamma * p_t * cross_entropy + q)
-            slope *= tl.where(belongs, mask_slope, -mask_slope)
-            g = tl.where(counted, tl.where(belongs, dice_inside, dice_outside) * p_t * q + slope, 0.0)
-            to_middle += g * (1.0 - tl.abs(offset))
-            to_before += g * tl.maximum(-offset, 0.0)
-            to_after += g * tl.maximum(offset, 0.0)
-    # The edges repeat: the logit beyond an edge is that of the edge's cell.
-    to_middle += tl.where(cell == 0, to_before, 0.0)
-    to_middle += tl.where(cell == w - 1, to_after, 0.0)
-    return to_before, to_middle, to_after
 
 
 @kernel
 def _mask_loss_bwd_kernel(
-    logits_ptr, stride_l, stride_b, stride_n, grad_ptr, grad_stride_l, grad_stride_b, grad_stride_n,
-    grad_mask_ptr, grad_dice_ptr, sums_ptr, assignment_ptr, labels_ptr, target_ptr, valid_ptr, void_value,
-    B, N, M, h, w, H, W, half_step_y, half_step_x, rows_per_split, chunks, alpha, gamma,
-    FOCAL: tl.constexpr, SQUARE: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_VOID: tl.constexpr,
-    ONE_CHUNK: tl.constexpr, UNIT: tl.constexpr, HALO: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    grad_ptr, stride_l, stride_b, stride_n, slopes_ptr, grad_mask_ptr, grad_dice_ptr, sums_ptr, assignment_ptr,
+    labels_ptr, B, N, M, pixels,
+    UNIT: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of sum grad_mask mask + grad_dice dice with respect to some rows and columns of one query's logits.
+    """Gradient of sum grad_mask mask + grad_dice dice with respect to some logits of one query: the sum over its
+    targets, in their order, of the slopes times the factors of ``_pair_slopes``; zeros for a query without a target.
 
-    Output rows are visited in order. The gradients of the two rows of logits around an output row are kept in
-    registers, three per cell; a row that no later output reaches is gathered from its cells and written. A query
-    without a target gets zeros; one with several targets gets the sum, in their order.
-
-        logits, grad          (L, B, N, h, w), strides and w in units
-        grad_mask, grad_dice  (L, B, M);  sums  (L, B, M, 4), of forward
+        grad                  (L, B, N, pixels), strides and pixels in units
+        slopes                (L, B, M, 3, pixels), sums (L, B, M, 4), of forward
+        grad_mask, grad_dice  (L, B, M)
         assignment            (L, B, M), labels (B, M)
-        target                (B, H, W) segments or (B, M, H, W) masks;  valid  (B, H, W)
     """
-    alpha = tl.cast(alpha, tl.float32)
-    gamma = tl.cast(gamma, tl.float32)
-    half_step_y = tl.cast(half_step_y, tl.float32)
-    half_step_x = tl.cast(half_step_x, tl.float32)
-    w = w * UNIT
+    pixels = pixels * UNIT
     row = tl.program_id(0).to(tl.int64)
     query = row % N
-    image = row // N % B
-    layer = row // N // B
-    first_pair = (layer * B + image) * M
-    row_begin = tl.program_id(2) * rows_per_split
-    row_end = tl.minimum(row_begin + rows_per_split, h)
-    plane_ptr = _plane(logits_ptr, layer, image, query, stride_l, stride_b, stride_n, UNIT)
-    grad_plane_ptr = _plane(grad_ptr, layer, image, query, grad_stride_l, grad_stride_b, grad_stride_n, UNIT)
-
-    lane = tl.arange(0, BLOCK_C)
-    cell = tl.program_id(1) * (BLOCK_C - 2 * HALO) - HALO + lane  # [BLOCK_C]
-    owned = (lane >= HALO) & (lane < BLOCK_C - HALO) & (cell < w)
-
-    of_query, matches = _targets_of_query(assignment_ptr, labels_ptr, first_pair, image, query, M, BLOCK_M)
-    if matches == 0:
-        for i in range(row_begin, row_end):
-            zeros = tl.zeros([BLOCK_C], dtype=grad_ptr.dtype.element_ty)
-            tl.store(grad_plane_ptr + tl.cast(i, tl.int64) * w + cell, zeros, mask=owned)
-    else:
-        start = _cell_start(cell, w, W)
-        outputs = tl.where((cell >= 0) & (cell < w), _cell_start(cell + 1, w, W) - start, 0)
-        first_target = _next_target(of_query, -1, BLOCK_M)
-        first_mask, first_outside, first_inside = _pair_slopes(
-            first_pair + first_target, sums_ptr, grad_mask_ptr, grad_dice_ptr
-        )
-
-        # Outputs between the middles of rows row_begin - 1 and row_end, and some more for the rounding of positions.
-        y_begin = (tl.maximum(2 * row_begin - 2, 0).to(tl.int64) * H) // (2 * h)
-        y_begin = tl.maximum(y_begin - H // (2 * h) - 1, 0).to(tl.int32)
-        y_end = tl.minimum((2 * row_end + 1).to(tl.int64) * H // (2 * h) + 1, H).to(tl.int32)
-
-        zero = tl.zeros([BLOCK_C], dtype=tl.float32)
-        upper_before, upper_middle, upper_after = zero, zero, zero
-        lower_before, lower_middle, lower_after = zero, zero, zero
-        top = tl.maximum(row_begin - 1, 0)  # the row of logits to which the upper sums belong
-        for y in range(y_begin, y_end + 1):
-            first, second, weight = _row_taps(y, h, H, half_step_y)
-            first = tl.where(y == y_end, row_end, first)
-            for finished in range(top, first):
-                if (finished >= row_begin) & (finished < row_end):
-                    from_left = tl.gather(upper_after, tl.maximum(lane - 1, 0), 0)
-                    from_right = tl.gather(upper_before, tl.minimum(lane + 1, BLOCK_C - 1), 0)
-                    grad = upper_middle + tl.where(lane > 0, from_left, 0.0)
-                    grad += tl.where(lane < BLOCK_C - 1, from_right, 0.0)
-                    at = grad_plane_ptr + tl.cast(finished, tl.int64) * w + cell
-                    tl.store(at, grad.to(grad_ptr.dtype.element_ty), mask=owned)
-                upper_before, upper_middle, upper_after = lower_before, lower_middle, lower_after
-                lower_before, lower_middle, lower_after = zero, zero, zero
-            if (y < y_end) & (first >= top):
-                top = first
-                before, middle, after = _between_rows(plane_ptr, first, second, weight, cell, w)
-                to_before, to_middle, to_after = zero, zero, zero
-                target, mask_slope, dice_outside, dice_inside = first_target, first_mask, first_outside, first_inside
-                for match in range(matches):
-                    if match > 0:
-                        target = _next_target(of_query, target, BLOCK_M)
-                        mask_slope, dice_outside, dice_inside = _pair_slopes(
-                            first_pair + target, sums_ptr, grad_mask_ptr, grad_dice_ptr
-                        )
-                        # Read again; otherwise the terms of all pixels would occupy 226 registers for a second match.
-                        before, middle, after = _between_rows(plane_ptr, first, second, weight, cell, w)
-                    match_before, match_middle, match_after = _row_gradient(
-                        y, before, middle, after, mask_slope, dice_outside, dice_inside, cell, start, outputs, image,
-                        target, target_ptr, valid_ptr, void_value, M, H, w, W, half_step_x, chunks, alpha, gamma,
-                        FOCAL, SQUARE, HAS_SEGMENTS, HAS_VOID, ONE_CHUNK, BLOCK_C, BLOCK_K,
-                    )  # fmt: skip
-                    to_before += match_before
-                    to_middle += match_middle
-                    to_after += match_after
-                upper_before += to_before * (1.0 - weight)
-                upper_middle += to_middle * (1.0 - weight)
-                upper_after += to_after * (1.0 - weight)
-                lower_before += to_before * weight
-                lower_middle += to_middle * weight
-                lower_after += to_after * weight
+    layer_image = row // N
+    image = layer_image % B
+    grad_plane_ptr = _plane(grad_ptr, layer_image // B, image, query, stride_l, stride_b, stride_n, UNIT)
+    of_query, matches = _targets_of_query(assignment_ptr, labels_ptr, layer_image * M, image, query, M, BLOCK_M)
+    for block in range(BLOCKS):
+        pixel = (tl.program_id(1) * BLOCKS + block) * BLOCK_P + tl.arange(0, BLOCK_P)  # [BLOCK_P]
+        grad = tl.zeros([BLOCK_P], dtype=tl.float32)
+        target = -1
+        for _ in range(matches):
+            target = _next_target(of_query, target, BLOCK_M)
+            pair = layer_image * M + target
+            of_loss, of_all, of_target = _pair_slopes(pair, sums_ptr, grad_mask_ptr, grad_dice_ptr)
+            ptrs = slopes_ptr + pair * 3 * pixels + pixel
+            grad += of_loss * tl.load(ptrs, mask=pixel < pixels, other=0.0)
+            grad += of_all * tl.load(ptrs + pixels, mask=pixel < pixels, other=0.0)
+            grad += of_target * tl.load(ptrs + 2 * pixels, mask=pixel < pixels, other=0.0)
+        tl.store(grad_plane_ptr + pixel, grad.to(grad_ptr.dtype.element_ty), mask=pixel < pixels)
 
 
 @gradient_of_pairs
 def mask_loss_backward(
-    grad: Tensor, of_pairs: dict[str, Tensor], mask_logits: Tensor, assignment: Tensor, *inputs: Any
+    grad: Tensor, of_pairs: dict[str, Tensor], slopes: Tensor, mask_logits: Tensor, assignment: Tensor, *inputs: Any
 ) -> None:
-    """``fastmask::mask_loss_backward``."""
+    """``fastmask::mask_loss_backward``; computes slopes again that forward did not keep."""
     config = pick_config(CONFIGS, mask_logits.device)
-    arguments = launch_arguments(config, mask_logits, assignment, *inputs, grad=grad)
-    h, w, cells = *mask_logits.shape[-2:], arguments["BLOCK_C"]
-    halo = 0 if w <= cells else 1  # extra cells at both ends of a program's columns, whose outputs reach into these
-    rows_per_split = min(config.backward_rows, h)
-    _mask_loss_bwd_kernel[
-        (mask_logits[..., 0, 0].numel(), triton.cdiv(w, cells - 2 * halo), triton.cdiv(h, rows_per_split))
-    ](
-        **arguments,
+    if slopes.numel() == 0:
+        *_, slopes = launch_forward(mask_logits, assignment, *inputs, keep_slopes=True)
+    labels, *_ = inputs
+    pixels = mask_logits.shape[-2] * mask_logits.shape[-1]
+    planes = plane_arguments(grad)
+    planes["grad_ptr"] = planes.pop("logits_ptr")
+    _, batch, queries = grad.shape[:3]
+    _mask_loss_bwd_kernel[(grad[..., 0, 0].numel(), triton.cdiv(pixels, config.pixels * config.blocks))](
+        **planes,
         **of_pairs,
-        rows_per_split=rows_per_split,
-        HALO=halo,
-        BLOCK_M=power_of_two(arguments["M"], 16, 1 << 30),
-        maxnreg=255,  # otherwise ptxas takes 168, so that twelve warps fit instead of eight, and spills
+        slopes_ptr=slopes,
+        assignment_ptr=assignment.contiguous(),
+        labels_ptr=labels.contiguous(),
+        B=batch,
+        N=queries,
+        M=labels.shape[1],
+        pixels=pixels // planes["UNIT"],
+        BLOCKS=config.blocks,
+        BLOCK_P=config.pixels,
+        BLOCK_M=power_of_two(labels.shape[1], 16, 1 << 30),
+        num_warps=4,
+        **COMPILER_OPTIONS,
     )

@@ -228,12 +228,12 @@ def point_mask_loss(mask_logits: Tensor, assignment: Tensor, *inputs: Any) -> tu
         _point_mask_loss_fwd_kernel[(pairs, splits)](
             **arguments, sums_ptr=parts, points_per_split=config.points_per_split
         )
-    return add_parts(arguments, parts)
+    return *add_parts(arguments, parts), parts.new_empty(0)
 
 
 @gradient_of_pairs
 def point_mask_loss_backward(
-    grad: Tensor, of_pairs: dict[str, Tensor], mask_logits: Tensor, assignment: Tensor, *inputs: Any
+    grad: Tensor, of_pairs: dict[str, Tensor], _: Tensor, mask_logits: Tensor, assignment: Tensor, *inputs: Any
 ) -> None:
     """``fastmask::point_mask_loss_backward``."""
     config = pick_config(CONFIGS, mask_logits.device)

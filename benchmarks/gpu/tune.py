@@ -63,8 +63,8 @@ TUNINGS = {
         {"programs": 1024}, {"programs": 4096}, {"least": 512},
     )),
     "mask_loss": Tuning("mask_loss", TRAINING, ("mask_loss", "CONFIGS"), (None,), (
-        {"outputs": 4}, {"cells": 256}, {"cells_per_warp": 32}, {"cells_per_warp": 128}, {"programs": 16384},
-        {"min_rows": 16}, {"backward_rows": 16}, {"backward_rows": 64},
+        {"cells_per_warp": 64}, {"cells_per_warp": 128}, {"programs": 4096}, {"programs": 8192}, {"pixels": 512},
+        {"pixels": 2048}, {"blocks": 1}, {"blocks": 16},
     )),
     "semantic": Tuning("semantic", "B8 512x512 K150, noise", ("semantic", "CONFIGS"), (1, None), (
         {"tile_columns": 8, "num_warps": 4}, {"tile_columns": 32}, {"tile_rows": 16}, {"num_warps": 4},

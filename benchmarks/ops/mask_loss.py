@@ -68,17 +68,16 @@ def oracle(inputs: Inputs) -> ErrorBudget:
 
 
 def work(inputs: Inputs) -> Work:
-    """Matched logits and targets read; for each upsampled pixel of each pair, exp, log and reciprocal on a GPU, both
-    ways, and on a CPU 55 operations in one pass: interpolation 2, these functions 26, the loss, its slopes and their
-    sums 27. Backward writes the gradient of every logit."""
+    """Matched logits and targets read once; for each upsampled pixel of each pair, exp, log and reciprocal on a GPU and
+    55 operations on a CPU: interpolation 2, these functions 26, the loss, its slopes and their sums 27. Backward writes
+    the gradient of every logit."""
     targets, logits = inputs.targets, inputs.mask_logits
     pairs = int((inputs.assignment >= 0).sum())
     planes = targets.segments if targets.masks is None else targets.masks
     matched = pairs * logits[0, 0, 0].nbytes
     pixels = pairs * targets.size[0] * targets.size[1]
-    if logits.is_cuda:
-        return Work(bytes=2 * (matched + planes.nbytes) + logits.nbytes, specials=6 * pixels)
-    return Work(bytes=matched + planes.nbytes + logits.nbytes, operations=55 * pixels)
+    moved = matched + planes.nbytes + logits.nbytes
+    return Work(bytes=moved, specials=3 * pixels) if logits.is_cuda else Work(bytes=moved, operations=55 * pixels)
 
 
 def prepare_fastmask(inputs: Inputs, backend: str) -> Callable[[], Losses]:

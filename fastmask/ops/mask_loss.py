@@ -1,13 +1,15 @@
 """The mask and dice losses of the matched pairs, at all pixels or at points, and their gradient.
 
 ``fastmask::mask_loss`` and ``fastmask::point_mask_loss`` return, for each pair, both losses and four sums: sum p t,
-sum v p, sum t and sum v, where v is the weight of a pixel or point. On a GPU, backward evaluates the pairs again with
-these sums. On a CPU, forward also sums the slopes of both losses at the resolution of the logits if a gradient will be
-wanted (``keep_slopes``), and backward only scales and adds them.
+sum v p, sum t and sum v, where v is the weight of a pixel or point. If a gradient will be wanted (``keep_slopes``),
+forward also sums slopes at the resolution of the logits, which backward only scales and adds: on a CPU those of both
+losses; on a GPU, where the sums of a pair are complete only later, those of the mask loss, of v p and of p t. At points
+on a GPU, backward evaluates the pairs again with their sums instead.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,9 +56,10 @@ def mask_loss(
     With ``points`` both x and t are sampled bilinearly there (align_corners=False, 0 beyond the map), so that t is a
     fraction on outlines (Mask2Former, arXiv:2112.01527, section 3.3).
 
-    Neither forward nor backward stores anything of size H * W or gathers logits. On a CPU, forward stores two float32
-    maps of h x w for each target if ``mask_logits`` require a gradient. A logit whose weight in a pixel or point is 0
-    is not read. A NaN affects only the losses of its own pair; an infinite logit of the correct sign costs nothing.
+    Neither forward nor backward stores anything of size H * W or gathers logits. If ``mask_logits`` require a gradient,
+    forward stores float32 maps of h x w for each target: two on a CPU, three on a GPU, none on a GPU at points. A logit
+    whose weight in a pixel or point is 0 is not read. A NaN affects only the losses of its own pair; an infinite logit
+    of the correct sign costs nothing.
 
     Args:
         mask_logits: ``(..., B, N, h, w)`` floating point; any leading dimensions, usually L decoder layers, or none.
@@ -103,7 +106,7 @@ def mask_loss(
             valid=targets.valid_pixels() if term.ignore_void else None,
         )
     else:
-        keep_slopes = backend == "native" and mask_logits.requires_grad and torch.is_grad_enabled()
+        keep_slopes = mask_logits.requires_grad and torch.is_grad_enabled()
         pair_mask, pair_dice, _, _ = operator(
             backend,
             stack_layers(mask_logits, 4),
@@ -121,9 +124,11 @@ def mask_loss(
     return pair_mask.sum((-2, -1)) / num_masks, pair_dice.sum((-2, -1)) / num_masks
 
 
-def _fake(mask_logits: Tensor, assignment: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake(gpu_maps: int, mask_logits: Tensor, assignment: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    """``gpu_maps`` of slopes for each pair on a GPU, two on a CPU."""
     pairs = mask_logits.new_empty(assignment.shape, dtype=torch.float32)
-    slopes = pairs.new_empty((*assignment.shape, 2, *mask_logits.shape[-2:]) if inputs[-1] else (0,))
+    maps = 0 if not inputs[-1] else 2 if mask_logits.device.type == "cpu" else gpu_maps
+    slopes = pairs.new_empty((*assignment.shape, maps, *mask_logits.shape[-2:]) if maps > 0 else (0,))
     return pairs, torch.empty_like(pairs), pairs.new_empty((*assignment.shape, 4)), slopes
 
 
@@ -147,7 +152,7 @@ def _backward_arguments(ctx: Any, grad_mask: Tensor, grad_dice: Tensor, *_: Tens
     return grad_mask, grad_dice, sums, slopes, *inputs
 
 
-def _register(name: str, points: str) -> tuple[Operator, Operator]:
+def _register(name: str, points: str, gpu_maps: int) -> tuple[Operator, Operator]:
     """The operator and its gradient."""
     arguments = f"Tensor mask_logits, Tensor assignment, {TARGETS}, {points}str mask_term, float alpha, float gamma"
     backward = Operator(
@@ -160,7 +165,7 @@ def _register(name: str, points: str) -> tuple[Operator, Operator]:
     forward = Operator(
         name,
         f"({arguments}, bool keep_slopes) -> (Tensor, Tensor, Tensor, Tensor)",
-        _fake,
+        partial(_fake, gpu_maps),
         native=("cpu",),
         triton=name,
         gradient=Gradient(backward, _save, _backward_arguments),
@@ -168,5 +173,5 @@ def _register(name: str, points: str) -> tuple[Operator, Operator]:
     return forward, backward
 
 
-MASK_LOSS, MASK_LOSS_BACKWARD = _register("mask_loss", "")
-POINT_MASK_LOSS, POINT_MASK_LOSS_BACKWARD = _register("point_mask_loss", "Tensor points, ")
+MASK_LOSS, MASK_LOSS_BACKWARD = _register("mask_loss", "", gpu_maps=3)
+POINT_MASK_LOSS, POINT_MASK_LOSS_BACKWARD = _register("point_mask_loss", "Tensor points, ", gpu_maps=0)

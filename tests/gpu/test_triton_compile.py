@@ -154,6 +154,7 @@ def test_constants_are_normal_float32(path):
     ("operator", "kernels"),
     [
         ("mask_cost", {"_mask_cost_fwd_kernel"}),
+        ("mask_loss", {"_mask_loss_bwd_kernel"}),
         ("semantic_inference", {"_nan_count_kernel", "_stage_kernel", "_semantic_fwd_kernel"}),
         ("point_mask_loss", {"_point_mask_loss_grad_kernel"}),
         ("masked_attention", {"_masked_attention_fwd_kernel", "_masked_attention_bwd_kernel"}),

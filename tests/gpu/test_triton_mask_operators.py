@@ -35,7 +35,8 @@ def drawn(name: str, shape: tuple[int, ...], generator: torch.Generator, form: s
         # Several blocks of rows that cross layers, and splits that end beyond the pixels.
         ("mask_cost", (3, 2, 9, 4, 5, 17, 31, 40, 50), {"rows": 16, "least": 128}),
         # Programs that own a few rows and columns of logits each, and share the outputs between them.
-        ("mask_loss", (1, 1, 3, 2, 1, 5, 70, 9, 150), {"cells": 32, "outputs": 2, "min_rows": 4, "backward_rows": 2}),
+        ("mask_loss", (1, 1, 3, 2, 1, 5, 70, 9, 150), {"cells": 32, "outputs": 2, "min_rows": 2, "pixels": 32}),
+        ("mask_loss", (1, 1, 3, 2, 1, 5, 38, 20, 152), {"cells": 32, "min_rows": 2, "pixels": 32}),
         ("point_mask_cost", (2, 1, 4, 3, 2, 5, 7, 9, 19), {"programs": 64, "least": 32}),
         ("point_mask_loss", (2, 1, 4, 3, 2, 5, 7, 9, 19), {"points": 16, "points_per_split": 32, "cells": 16}),
     ],

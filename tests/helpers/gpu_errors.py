@@ -1,8 +1,10 @@
 """How far a GPU's own rounding may take each operator's results: ``GpuError`` counted through the kernels' formulas.
 
 With e = exp(-|x|) to one special-function error, sigmoid(|x|) = 1 / (1 + e) and sigmoid(-|x|) = e / (1 + e) have two at
-most, and softplus(-|x|) = log(1 + e), a polynomial of e, has one. A power has an error for each of its factors; as
-exp2(-gamma L), with L = -log of its base, it has gamma L from L's own. What is added up has the largest of its terms.
+most, and softplus(-|x|) = log(1 + e), a polynomial of e, has one. Where the mask loss takes the unit's logarithm, that
+has up to four for probabilities of 2/3 to 16/19, whose losses are small beside those of others, and else up to two. A
+power has an error for each of its factors; as exp2(-gamma L), with L = -log of its base, it has gamma L from L's own.
+What is added up has the largest of its terms.
 """
 
 from __future__ import annotations

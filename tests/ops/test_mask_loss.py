@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmask import MaskTerm, Targets, mask_loss
+from tests.helpers.backends import KERNELS, kernels
 from tests.helpers.inputs import SHAPES, random_assignment, random_logits, random_points, random_targets
 from tests.helpers.op_info import Arguments
 
@@ -101,6 +102,20 @@ def test_extra_memory_does_not_grow_with_the_targets(generator):
             mask_loss(**inputs | {"targets": these})
         sizes.append(sum(x.numel() for x in saved if x.data_ptr() != these.segments.data_ptr()))
     assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("term", [MaskTerm("bce"), MaskTerm(), MaskTerm(gamma=1.5)], ids=str)
+@pytest.mark.parametrize("logit", [1.7, 3.0, 14.0])
+def test_small_losses_are_right_in_relation_to_themselves(logit, term, name, generator):
+    """All pixels are on the right side: 1 + exp(-14) would hold four digits of exp(-14), of which the loss is made."""
+    targets = Targets.from_segments(torch.zeros(1, 12, 32, dtype=torch.uint8), [torch.tensor([0])])
+    mask_logits = logit + torch.randn(1, 1, 3, 8, generator=generator) / 8
+    assignment = torch.zeros(1, 1, dtype=torch.int64)
+    with kernels(name) as backend:
+        loss, _ = mask_loss(mask_logits, targets, assignment, term=term, backend=backend)
+    exact, _ = mask_loss(mask_logits.double(), targets, assignment, term=term, backend="reference")
+    torch.testing.assert_close(loss, exact.float(), rtol=5e-6, atol=0)
 
 
 @pytest.mark.slow
