@@ -102,7 +102,8 @@ class SegmentNamer(nn.Module):
         masks = targets.dense_masks().float()
         logits = []
         for level, head in zip(features, self.heads, strict=True):
-            masks = adaptive_avg_pool2d(masks, level.shape[-2:])
+            height, width = level.shape[-2:]
+            masks = adaptive_avg_pool2d(masks, (height, width))
             weights = masks / masks.sum((-2, -1), keepdim=True).clamp(min=1e-6)
             logits.append(head(torch.einsum("bmhw,bchw->bmc", weights, level.float())))
         return logits
