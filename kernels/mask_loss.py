@@ -54,6 +54,7 @@ from fastmask.kernels._pairs import (
     pair_arguments,
 )
 
+REGISTERS = 65_536  # of a multiprocessor
 SLOPES = 3  # maps of a pair: of the mask loss, of all probabilities, of those in the target
 
 
@@ -244,7 +245,7 @@ def _mask_loss_fwd_kernel(
         if HAS_VOID and not HAS_SEGMENTS:
             valid_ptrs = valid_ptr + image * plane + first_output
 
-        none = tl.zeros([BLOCK_C], dtype=tl.float32) * -1.0  # to -0.0, the compiler adds by doing nothing
+        none = tl.zeros([BLOCK_C], dtype=tl.float32) * -1.0  # -0.0 + x is x for the compiler, too; 0.0 + x is not
         losses, intersections, errors = none, none, none
         target_pixels = tl.zeros([BLOCK_C], dtype=tl.int32)
         counted_pixels = tl.zeros([BLOCK_C], dtype=tl.int32)
@@ -342,6 +343,7 @@ def launch_forward(
         if words:
             arguments |= {name: plane.view(torch.int32) for name, plane in planes.items()}
     cells = power_of_two(w, 32, config.cells)
+    warps = max(1, cells // config.cells_per_warp)
     halo = 1 if keep_slopes and w > cells else 0  # cells at both ends of a program's columns, which share outputs
     column_blocks = triton.cdiv(w, cells - 2 * halo)
     pairs = assignment.numel()
@@ -366,7 +368,9 @@ def launch_forward(
             HALO=halo,
             BLOCK_C=cells,
             BLOCK_K=block_outputs,
-            num_warps=max(1, cells // config.cells_per_warp),
+            num_warps=warps,
+            # Otherwise ptxas takes 168, so that twelve warps fit a multiprocessor, and spills if pixels may be void.
+            maxnreg=min(255, REGISTERS // (32 * warps)) if keep_slopes and arguments["HAS_VOID"] else None,
         )
     return arguments, parts, slopes
 
