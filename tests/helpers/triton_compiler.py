@@ -82,7 +82,7 @@ def launch_mask_loss(
 
     _, mask_logits, assignment, *targets = inputs(shape, dtype, form)
     arguments = (mask_logits, assignment, *targets, 255, ignore_void, *term(**options))
-    mask_loss_backward(*mask_loss(*arguments, False), *arguments)
+    mask_loss_backward(*mask_loss(*arguments, False), *arguments)  # also computes slopes
 
 
 def launch_point_mask_cost(
@@ -306,8 +306,10 @@ def assembly(call: Call, capability: int) -> list[tuple[str, str]]:
     ]
 
 
-def kernels_of(calls: Iterable[Call]) -> tuple[set[tuple[str, ...]], set[tuple[str, int | None]]]:
-    """What would be compiled for all of the calls: Triton's keys; kernels with the size of their blocks of targets."""
+def kernels_of(calls: Iterable[Call]) -> tuple[set[tuple[str, ...]], set[tuple[tuple[str, bool], int | None]]]:
+    """What would be compiled for all of the calls: Triton's keys; kernels, which may keep slopes or not, with the size
+    of their blocks of targets."""
     launches = [launch for call in calls for launch in call.launches(90)]
-    blocks = {(launch.kernel.fn.__name__, launch.arguments.get("BLOCK_M")) for launch in launches}
+    kernels = [(launch.kernel.fn.__name__, launch.arguments.get("KEEP_SLOPES", False)) for launch in launches]
+    blocks = set(zip(kernels, (launch.arguments.get("BLOCK_M") for launch in launches), strict=True))
     return {launch.specialized(90).key for launch in launches}, blocks
