@@ -130,8 +130,8 @@ def _pixel_terms(u, belongs, alpha, gamma, FOCAL: tl.constexpr, SQUARE: tl.const
     The special-function unit's logarithm is off by 2^-22, which is too much of small losses: -log2 p_t = log2(1 + e)
     is e times a polynomial for e < 3/16, with a relative error of 5e-8 before rounding.
     """
-    # Bounded, so that 1 + e is finite, and its reciprocal not 0.
-    e = _exp2(tl.minimum(u, 126.0, propagate_nan=tl.PropagateNan.ALL))
+    # Bounded, so that 1 + e is finite, and its reciprocal no number that the unit takes for 0.
+    e = _exp2(tl.minimum(u, 120.0, propagate_nan=tl.PropagateNan.ALL))
     p = _reciprocal(1.0 + e)
     q = e * p
     y = e * 0.200081959 - 0.347344339
