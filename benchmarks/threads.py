@@ -99,7 +99,7 @@ def measure(call: Callable[[], object], file: Path, threads: int) -> list[Call]:
 
 
 def main() -> None:
-    """Prints a table in Markdown: the speedup on each number of threads."""
+    """Prints a table: the speedup over one thread on each number of threads."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "times"

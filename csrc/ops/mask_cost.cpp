@@ -31,7 +31,7 @@ struct MaskCost {
 };
 
 // What all layers and queries of an image share, for each image of a batch: make(b, band, bands) makes a part, and
-// join(parts, bands, b) the whole of them. There are as many parts as threads; the whole does not depend on their
+// join(parts, bands, b) the whole of them. There are parts for all threads; the whole does not depend on their
 // number.
 template <typename Make, typename Join>
 auto prepare_images(int64_t batch, const Make& make, const Join& join) {

@@ -142,9 +142,8 @@ struct SemanticImage {
 // Adds up the counts of the bands of each image, which are separate so that no two threads add to the same number.
 void add_nans(const std::vector<int32_t>& nans, const std::vector<SemanticImage>& images) {
   const int32_t* count = nans.data();
-  const auto bands = static_cast<int64_t>(nans.size() / images.size()) / std::max<int64_t>(images[0].planes.queries, 1);
   for (const SemanticImage& image : images) {
-    for (int64_t i = 0; i < bands * image.planes.queries; ++i) image.nan_logits[i % image.planes.queries] += *count++;
+    for (size_t i = 0; i < nans.size() / images.size(); ++i) image.nan_logits[i % image.planes.queries] += *count++;
   }
 }
 

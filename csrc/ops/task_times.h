@@ -1,4 +1,4 @@
-// Only in builds with FASTMASK_TASK_TIMES, from which `python -m benchmarks.threads` reckons the time on many cores:
+// Only in builds with FASTMASK_TASK_TIMES, from which `make threads` reckons the time on many cores:
 // all tasks run on one thread, and their times go to a file.
 #pragma once
 
@@ -19,7 +19,8 @@ inline int64_t traced_threads() {
 // that the environment variable FASTMASK_TASK_TIMES names.
 template <typename Run>
 void run_and_time(int64_t begin, int64_t end, int64_t grain, const Run& run) {
-  static FILE* const file = std::fopen(std::getenv("FASTMASK_TASK_TIMES"), "a");
+  static const char* const name = std::getenv("FASTMASK_TASK_TIMES");
+  static FILE* const file = name == nullptr ? nullptr : std::fopen(name, "a");
   for (int64_t i = begin; i < end; i += grain) {
     const auto start = std::chrono::steady_clock::now();
     run(i, i + grain < end ? i + grain : end);

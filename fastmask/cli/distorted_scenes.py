@@ -19,13 +19,11 @@ class DistortedScenes:
 
     Args:
         scenes: all of them are composed at once, and kept in 64 KiB each for 128 x 128 pixels.
-        batch_size: the number of scenes in a batch.
-        seed: batch i depends on the seed and i alone.
         strength: of the distortion but for the magnification, usually up to 1.
     """
 
-    def __init__(self, scenes: ComposedScenes, batch_size: int, seed: int, strength: float) -> None:
-        self.batch_size, self.seed, self.strength = batch_size, seed, strength
+    def __init__(self, scenes: ComposedScenes, strength: float) -> None:
+        self.strength = strength
         height, width = scenes.size
         self.images = torch.empty(len(scenes), 3, height, width, dtype=torch.uint8)
         self.segments = torch.empty(len(scenes), height, width, dtype=torch.uint8)
@@ -37,10 +35,10 @@ class DistortedScenes:
             labels.append(scene.labels)
         self.labels = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=PADDING_LABEL)
 
-    def __call__(self, i: int, size: int) -> tuple[Tensor, Targets]:
-        """Batch i: images ``(B, 3, size, size)`` in 0..1, and their segments."""
-        generator = torch.Generator().manual_seed(self.seed << 32 | i)
-        chosen = torch.randint(len(self.images), (self.batch_size,), generator=generator)
+    def __call__(self, seed: int, i: int, batch_size: int, size: int) -> tuple[Tensor, Targets]:
+        """Batch i of a seed: images ``(B, 3, size, size)`` in 0..1, and their segments."""
+        generator = torch.Generator().manual_seed(seed << 32 | i)
+        chosen = torch.randint(len(self.images), (batch_size,), generator=generator)
         images = self.images[chosen].float() / 255
         return distort(images, self.segments[chosen], self.labels[chosen], size, self.strength, generator)
 

@@ -58,13 +58,9 @@ METRICS = ("mIoU", "PQ", "SQ", "RQ")
 WHOLE_SHARE = 0.5
 
 
-def make_model(backbone: str = BACKBONE, **backbone_options: Any) -> MaskFormer:
-    """The tiny preset with the decoder of Mask2Former, with random weights.
-
-    Args:
-        backbone: that of the package's network by default.
-        backbone_options: of another backbone.
-    """
+def make_model(backbone: str = BACKBONE) -> MaskFormer:
+    """The tiny preset with the decoder of Mask2Former and, by default, the backbone of the package's network, with
+    random weights."""
     config = MaskFormerConfig.preset(
         "tiny",
         len(CLASS_NAMES),
@@ -74,7 +70,7 @@ def make_model(backbone: str = BACKBONE, **backbone_options: Any) -> MaskFormer:
         class_weight=2.0,
         ignore_void=True,
         backbone=backbone,
-        backbone_options=BACKBONE_OPTIONS if backbone == BACKBONE else backbone_options,
+        backbone_options=BACKBONE_OPTIONS if backbone == BACKBONE else {},
     )
     # PyTorch's annotations miss this argument.
     return MaskFormer(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -151,11 +147,11 @@ def main(
     namer = SegmentNamer(model).train()
     warmup = min(50, naming_steps // 2)
     recipe = Recipe(**RECIPE, learning_rate=2e-3, warmup_steps=warmup, steps=naming_steps, batch_size=naming_batch)
-    batches = DistortedScenes(ComposedScenes("train", scenes, (SIZE, SIZE), SEED), naming_batch, SEED, STRENGTH)
+    batches = DistortedScenes(ComposedScenes("train", scenes, (SIZE, SIZE), SEED), STRENGTH)
     fit(
         "naming segments",
         Trainer(namer, recipe, precision=precision),
-        lambda i: batches(i, CROP),
+        lambda i: batches(SEED, i, naming_batch, CROP),
         folder / "naming",
         lambda: naming_accuracy(namer, val_scenes),
         every,
@@ -164,7 +160,6 @@ def main(
     warmup = min(100, steps // 2)
     recipe = Recipe(**RECIPE, learning_rate=1e-3, warmup_steps=warmup, ema=0.998, steps=steps, batch_size=batch_size)
     trainer = Trainer(model.train(), recipe, precision=precision)
-    batches.batch_size, batches.seed = batch_size, SEED + 1
     whole_from = steps - int(WHOLE_SHARE * steps)
 
     def report() -> str:
@@ -174,7 +169,7 @@ def main(
     fit(
         "whole network",
         trainer,
-        lambda i: batches(i, SIZE if i >= whole_from else CROP),
+        lambda i: batches(SEED + 1, i, batch_size, SIZE if i >= whole_from else CROP),
         folder / "network",
         report,
         every,

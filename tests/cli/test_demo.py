@@ -81,9 +81,9 @@ def test_the_network_of_the_package_is_small_enough_to_ship():
 
 def test_distorted_scenes_keep_their_truth():
     scenes = ComposedScenes("train", 20)
-    distorted = DistortedScenes(scenes, 40, seed=3, strength=1.0)
+    distorted = DistortedScenes(scenes, strength=1.0)
     torch.testing.assert_close(distorted.images[7] / 255, scenes[7].image, rtol=0, atol=0.5 / 255 + 1e-6)
-    images, targets = distorted(0, 96)
+    images, targets = distorted(3, 0, 40, 96)
     assert images.shape == (40, 3, 96, 96) and targets.segments.shape == (40, 96, 96)
     assert float(images.min()) >= 0 and float(images.max()) <= 1
     known = {label for i in range(20) for label in scenes[i].labels.tolist()}
@@ -97,8 +97,8 @@ def test_distorted_scenes_keep_their_truth():
 def test_a_scene_that_is_hardly_distorted_is_the_scene(monkeypatch):
     scenes = ComposedScenes("train", 1)
     monkeypatch.setattr(distorted_scenes, "ZOOMS", (0.0, 0.0))
-    distorted = DistortedScenes(scenes, 8, seed=0, strength=0.0)
-    images, targets = distorted(0, 128)
+    distorted = DistortedScenes(scenes, strength=0.0)
+    images, targets = distorted(0, 0, 8, 128)
     scene = scenes[0]
     mirrored = 0
     for image, segments, count in zip(images, targets.segments, targets.counts.tolist(), strict=True):
@@ -113,11 +113,11 @@ def test_a_scene_that_is_hardly_distorted_is_the_scene(monkeypatch):
 
 def test_batches_depend_on_their_number_alone():
     scenes = ComposedScenes("train", 5)
-    images, _ = DistortedScenes(scenes, 2, 3, 1.0)(5, 64)
-    again = DistortedScenes(scenes, 2, 3, 1.0)
-    again(4, 64)
-    torch.testing.assert_close(images, again(5, 64)[0], rtol=0, atol=0)
-    other, _ = DistortedScenes(scenes, 2, 3, 1.0)(6, 64)
+    images, _ = DistortedScenes(scenes, 1.0)(3, 5, 2, 64)
+    again = DistortedScenes(scenes, 1.0)
+    again(3, 4, 2, 64)
+    torch.testing.assert_close(images, again(3, 5, 2, 64)[0], rtol=0, atol=0)
+    other, _ = again(3, 6, 2, 64)
     assert not torch.equal(images, other)
 
 
