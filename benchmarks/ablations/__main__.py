@@ -30,7 +30,9 @@ CLIP_SECONDS = 2
 
 
 def main(
-    data: Annotated[str, typer.Option(help='"composed:scenes", or the folder of a data set.')] = SCENES,
+    data: Annotated[
+        str, typer.Option(help='"composed:scenes", "composed:icons-K", or the folder of a data set.')
+    ] = SCENES,
     only: Annotated[list[str], typer.Option(help=f"{', '.join(COMPARISONS)}; repeatable. All by default.")] = [],  # noqa: B006
     model: Annotated[
         str, typer.Option(help="Preset of MaskFormer, Mask2Former or EoMT; gives the settings not compared.")

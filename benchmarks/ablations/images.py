@@ -26,6 +26,7 @@ from fastmask.data import (
     collate,
     open_dataset,
 )
+from fastmask.data.open import number_of_icons
 from fastmask.metrics import PanopticMetrics, SemanticMetrics
 from fastmask.models import EoMTConfig, MaskFormer, PerPixelBaseline, PerPixelBaselineConfig
 from fastmask.models._mask_classification import MaskClassificationConfig, MaskClassificationModel
@@ -46,8 +47,9 @@ def open_images(settings: Settings, split: str, task: str) -> SegmentationDatase
     Raises:
         FileNotFoundError, ValueError: as :func:`fastmask.data.open_dataset`.
     """
-    if settings.data == SCENES:
-        return SceneDataset(split, size=(settings.size, settings.size), task=task)
+    if settings.composed:
+        icons = number_of_icons(settings.data)
+        return SceneDataset(split, size=(settings.size, settings.size), task=task, icons=icons)
     return open_dataset(settings.data, split, task=task)
 
 

@@ -31,7 +31,7 @@ class Settings:
     """The settings that all runs on one data set share: data, budget and optimizer.
 
     Args:
-        data: "composed:scenes", "composed:clips" or a folder.
+        data: "composed:scenes", "composed:icons-K", "composed:clips" or a folder.
         model: the preset of a MaskFormer, Mask2Former or EoMT with all settings that no comparison varies.
         pretrained: where ``transformers`` reads the backbone's weights; empty for random weights. The backbone of
             the demo's network always takes the place of one called "tiny"; sound starts from random weights.

@@ -24,7 +24,9 @@ GROUPS = {"all": "", "things": "_things", "stuff": "_stuff"}
 @with_shared_options
 def evaluate(
     model: Annotated[Path, typer.Argument(help="The folder of a model or of a training run.")],
-    data: Annotated[str, typer.Option(help="The data set: its folder, a pattern of shards, or composed:scenes.")],
+    data: Annotated[
+        str, typer.Option(help="The data set: its folder, a pattern of shards, composed:scenes or composed:icons-K.")
+    ],
     part: DataOptions,
     how: PredictionOptions,
     skip_invalid: Annotated[

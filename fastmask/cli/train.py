@@ -20,7 +20,7 @@ def train(
     data: Annotated[
         str,
         typer.Option(
-            help="The data set: its folder, a pattern of shards, or composed:scenes. Needed to begin a run.",
+            help="The data set: its folder, a pattern of shards, composed:scenes or composed:icons-K. To begin a run.",
             rich_help_panel=DATA,
         ),
     ] = "",

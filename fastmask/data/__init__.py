@@ -17,6 +17,7 @@ from fastmask.data.composed.classes import (
 )
 from fastmask.data.composed.clips import Clip, ComposedClips, collate_clips
 from fastmask.data.composed.dataset import SceneDataset
+from fastmask.data.composed.icon_classes import ICON_CLASSES
 from fastmask.data.composed.scenes import ComposedScenes, Scene, collate_scenes
 from fastmask.data.composed.sounds import EVENT_CLASSES
 from fastmask.data.open import open_dataset
@@ -39,6 +40,7 @@ from fastmask.data.transforms import (
 __all__ = [
     "CLASS_NAMES",
     "EVENT_CLASSES",
+    "ICON_CLASSES",
     "PALETTE",
     "STUFF_CLASSES",
     "STUFF_LABELS",

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from fastmask.data import ade20k, cityscapes, coco_instances, coco_panoptic, coco_stuff, folder
 from fastmask.data.composed.dataset import SceneDataset
+from fastmask.data.composed.icon_classes import ICON_CLASSES
 from fastmask.data.sample import TASKS, SegmentationDataset
 from fastmask.data.shards import ShardDataset, is_pattern
 
-COMPOSED_SCENES = "composed:scenes"
+COMPOSED = "composed:"
+COMPOSED_SCENES = f"{COMPOSED}scenes"
+_ICONS = re.compile(rf"{COMPOSED}icons-(\d+)")
 
 
 class Layout(NamedTuple):
@@ -70,7 +74,8 @@ def open_dataset(
 
     Args:
         path: the data set's folder; or a pattern of shards, as for :class:`fastmask.data.ShardDataset`; or
-            "composed:scenes" for the scenes that come with the package.
+            "composed:scenes" for the scenes that come with the package; or "composed:icons-K" for those with icons of K
+            classes, 1..150, in place of garments.
         split: "train", "val", or another split of the data set.
         kind: the layout of the folder, one of "folder", "cityscapes", "ade20k", "ade20k-panoptic", "coco-panoptic",
             "coco-instances" and "coco-stuff"; "auto" recognizes it. If a folder of ADE20K or COCO has several layouts,
@@ -87,10 +92,10 @@ def open_dataset(
     """
     if task not in (None, *TASKS):
         raise ValueError(f"task={task!r} is unknown; expected one of {', '.join(TASKS)}")
-    if str(path) == COMPOSED_SCENES:
+    if is_composed(path):
         if skip_invalid:
-            raise ValueError(f"skip_invalid: {COMPOSED_SCENES} has no polygons")
-        return SceneDataset(split, task=task)
+            raise ValueError(f"skip_invalid: {path} has no polygons")
+        return SceneDataset(split, task=task, icons=number_of_icons(str(path)))
     if is_pattern(path):
         if skip_invalid:
             raise ValueError(f"skip_invalid: shards ({path}) have no polygons")
@@ -109,6 +114,23 @@ def open_dataset(
     if len(dataset) == 0 and not dataset.set_faults():
         raise FileNotFoundError(f"{root}: nothing in split {split!r} of layout {kind}")
     return dataset
+
+
+def is_composed(path: str | Path) -> bool:
+    """Whether it names scenes that come with the package, not a folder."""
+    return str(path).startswith(COMPOSED)
+
+
+def number_of_icons(name: str) -> int:
+    """The number of classes of icons in the scenes of this name, 0 for garments."""
+    if name == COMPOSED_SCENES:
+        return 0
+    found = _ICONS.fullmatch(name)
+    if found is None or not 1 <= int(found[1]) <= len(ICON_CLASSES):
+        raise ValueError(
+            f"{name} is unknown; expected {COMPOSED_SCENES}, or {COMPOSED}icons-K with K in 1..{len(ICON_CLASSES)}"
+        )
+    return int(found[1])
 
 
 def _layout_of(root: Path, task: str | None) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmask.data import open_dataset
-from fastmask.data.open import COMPOSED_SCENES
+from fastmask.data.open import is_composed
 from fastmask.data.sample import TASKS
 from fastmask.data.shards import is_url
 from fastmask.models._configuration import ModelConfig, PlainConfig, require
@@ -32,7 +32,8 @@ class TrainingConfig(PlainConfig):
     """Everything that determines a run of :func:`fastmask.training.train`, except the machine.
 
     Args:
-        data: the data set's folder or shards, kept as an absolute path, or "composed:scenes".
+        data: the data set's folder or shards, kept as an absolute path, or "composed:scenes"
+            or "composed:icons-K".
         model: the network, with the classes of the data set; a configuration or its ``to_dict``.
         recipe: optimizer, schedule, steps, batch and augmentation; a :class:`Recipe` or its ``to_dict``.
         kind: the layout of the data set, see :func:`fastmask.data.open_dataset`.
@@ -95,7 +96,7 @@ class TrainingConfig(PlainConfig):
         super().__post_init__()
         require(self.data != "", "data", "''", 'a folder or "composed:scenes"')
         for name in ("data", "pretrained"):
-            if (path := getattr(self, name)) not in ("", COMPOSED_SCENES) and not is_url(path):
+            if (path := getattr(self, name)) and not is_composed(path) and not is_url(path):
                 object.__setattr__(self, name, os.path.abspath(path))  # a run may be resumed from another place
         require(self.train_split != "", "train_split", "''", "the name of a split")
         segments = isinstance(self.model, ModelConfig) and "semantic" in MODELS[self.model.model_type].tasks

@@ -3,18 +3,21 @@
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import ndimage
 
+from fastmask.data import ICON_CLASSES
 from fastmask.data.composed.library import (
     ASSET_DIRECTORY,
     GARMENTS_PER_CLASS,
     SPRITE_SIZE,
     load_library,
+    read_icons,
     read_sprites,
     read_textures,
 )
 from fastmask.data.composed.prepare_assets import FASHION_MNIST, MIN_DISTANCE, cut_out, prepare
 
-MAX_BYTES = 2_000_000
+MAX_BYTES = 3_000_000
 
 
 def test_assets_are_small_and_carry_their_licences():
@@ -22,11 +25,14 @@ def test_assets_are_small_and_carry_their_licences():
     assert sum(file.stat().st_size for file in files) < MAX_BYTES
     assert {file.name for file in files} == {
         "LICENSE-fashion-mnist.txt",
+        "LICENSE-icons.txt",
         "LICENSE-sounds.txt",
         "LICENSE-textures.txt",
         "README.md",
         "garments-train.png",
         "garments-val.png",
+        "icons-train.webp",
+        "icons-val.webp",
         "sounds-train.flac",
         "sounds-val.flac",
         "sounds.json",
@@ -34,6 +40,7 @@ def test_assets_are_small_and_carry_their_licences():
         "textures-val.png",
     }
     assert "Zalando" in (ASSET_DIRECTORY / "LICENSE-fashion-mnist.txt").read_text()
+    assert "Twemoji" in (ASSET_DIRECTORY / "LICENSE-icons.txt").read_text()
     assert "CC0" in (ASSET_DIRECTORY / "LICENSE-textures.txt").read_text()
     assert "CC0" in (ASSET_DIRECTORY / "LICENSE-sounds.txt").read_text()
     assert "composited real pixels" in (ASSET_DIRECTORY / "README.md").read_text()
@@ -64,7 +71,7 @@ def test_no_patch_of_a_texture_is_in_both_splits():
 
 @pytest.mark.parametrize("split", GARMENTS_PER_CLASS)
 def test_stamps_cover_their_garment_and_nothing_else(split):
-    stamps = load_library(split).stamps
+    stamps = load_library(split).stamps[:, :, 0]
     coverage = stamps & 0xFFFF
     assert coverage.max() == 255
     assert (stamps >> 16).max() == 255
@@ -75,6 +82,32 @@ def test_stamps_cover_their_garment_and_nothing_else(split):
     assert coverage[far_outside.repeat(2, 2).repeat(2, 3)].max() == 0
     core = np.all([np.roll(inside, (i, j), (2, 3)) for i in range(-2, 3) for j in range(-2, 3)], axis=0)
     assert coverage[core.repeat(2, 2).repeat(2, 3)].min() >= 240
+
+
+@pytest.mark.parametrize("split", GARMENTS_PER_CLASS)
+def test_icons_of_every_class_fill_their_sprite_and_differ(split):
+    icons = read_icons(split)
+    assert icons.shape == (len(ICON_CLASSES), {"train": 4, "val": 1}[split], 56, 56, 4)
+    coverage = icons[..., 3]
+    shares = (coverage >= 128).mean((2, 3))
+    assert shares.min() > 0.08
+    rows, columns = (coverage.any(axis).argmax(-1) for axis in (-1, -2))  # before the first that is covered
+    assert np.minimum(rows, columns).max() <= 1
+    assert len({icon.tobytes() for of_class in icons for icon in of_class}) == icons.shape[0] * icons.shape[1]
+
+
+def test_icons_stamps_hold_colors_beyond_their_edge():
+    icons = read_icons("val")
+    stamps = load_library("val", 20).stamps
+    assert stamps.shape == (20, 1, 2, 64, 64)
+    middle = stamps[:, :, :, 4:-4, 4:-4]
+    planes = middle[:, :, 1] >> 16, middle[:, :, 0] >> 16, middle[:, :, 1] & 0xFFFF, middle[:, :, 0] & 0xFFFF
+    for plane, channel in zip(planes[:3], range(3), strict=True):
+        covered = icons[:20, ..., 3] > 0
+        np.testing.assert_array_equal(plane[covered], icons[:20, ..., channel][covered])
+    np.testing.assert_array_equal(planes[3], icons[:20, ..., 3])
+    beside = ndimage.binary_dilation(icons[5, 0, ..., 3] > 0) & (icons[5, 0, ..., 3] == 0)
+    assert (stamps[5, 0, 0, 4:-4, 4:-4][beside] >> 16).min() > 0
 
 
 def test_cutting_out_fills_dark_parts_but_not_openings():

@@ -12,9 +12,9 @@ import torch
 from scipy import ndimage
 from torch.utils.data import DataLoader
 
-from fastmask.data import CLASS_NAMES, PALETTE, STUFF_LABELS, THING_LABELS, ComposedScenes, collate_scenes
+from fastmask.data import CLASS_NAMES, ICON_CLASSES, PALETTE, STUFF_LABELS, THING_LABELS, ComposedScenes, collate_scenes
 from fastmask.data.composed.library import load_library
-from fastmask.data.composed.plan import MAX_GARMENTS, Draws
+from fastmask.data.composed.plan import MAX_THINGS, Draws
 from fastmask.data.composed.render import MIN_VISIBLE_PIXELS, MIN_VISIBLE_SHARE, VOID
 
 SPLITS = ("train", "val")
@@ -22,6 +22,11 @@ SPLITS = ("train", "val")
 DIGESTS = {
     "train": "088afe58b177451dde98adab180cb69d247cc58febc57e96c7704f24b4bcb6e2",
     "val": "9a123b66715f833ec48d54e2c341093c1e38677f379b580781c40bda4efbc0a5",
+}
+
+DIGESTS_OF_ICONS = {
+    "train": "3d6535e59316e07a515d866f7d82d84e8286a053633c9ba0484f686f5ee9d718",
+    "val": "8f50629cc47d16e6945b21d9d92573b9011fa7ef657b50879ca82cc50d77087b",
 }
 
 
@@ -36,6 +41,39 @@ def digest(scenes, indices) -> str:
 @pytest.mark.parametrize("split", SPLITS)
 def test_scenes_are_the_same_on_every_machine(split):
     assert digest(ComposedScenes(split), range(32)) == DIGESTS[split]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_scenes_of_icons_are_the_same_on_every_machine(split):
+    assert digest(ComposedScenes(split, icons=150), range(32)) == DIGESTS_OF_ICONS[split]
+
+
+def test_icons_have_colors_of_their_own():
+    scenes = ComposedScenes("val", length=40, icons=13)
+    library = load_library("val", 13)
+    checked = 0
+    for i, scene in enumerate(scenes):
+        things = scenes.plan(i).things
+        for segment, label in enumerate(scene.labels.tolist()):
+            if label in scenes.stuff_labels:
+                continue
+            thing = next(t for t in things if t.label == label)
+            if sum(t.label == label for t in things) > 1:
+                continue
+            green, blue = (library.stamps[label, thing.number, plane] for plane in (0, 1))
+            covered = green & 0xFFFF == 255
+            own = np.array([(blue >> 16)[covered].mean(), (green >> 16)[covered].mean(), (blue & 255)[covered].mean()])
+            shown = scene.image.permute(1, 2, 0).numpy()[scene.segments.numpy() == segment].mean(0) * 255
+            mask = scene.segments.numpy() == segment
+            if (
+                mask[[0, -1]].any()
+                or mask[:, [0, -1]].any()
+                or mask.sum() < 0.8 * library.areas[label, 0] * thing.length**2
+            ):
+                continue
+            np.testing.assert_allclose(shown, own * thing.color, atol=40)
+            checked += 1
+    assert checked > 20
 
 
 def test_scenes_depend_on_neither_order_nor_length_nor_process():
@@ -87,7 +125,7 @@ def test_every_pixel_has_one_segment_or_is_void(split, size):
         things = [label for label in labels if label in THING_LABELS]
         stuff = [label for label in labels if label in STUFF_LABELS]
         assert labels == things + stuff
-        assert len(things) <= MAX_GARMENTS
+        assert len(things) <= MAX_THINGS
         assert len(set(stuff)) == len(stuff)
 
 
@@ -117,15 +155,16 @@ def _ground(plan):
     return ground
 
 
+@pytest.mark.parametrize("icons", [0, 50])
 @pytest.mark.parametrize("split", SPLITS)
-def test_truth_equals_an_independent_composition(split):
-    library = load_library(split)
-    scenes = ComposedScenes(split, length=60)
+def test_truth_equals_an_independent_composition(split, icons):
+    library = load_library(split, icons)
+    scenes = ComposedScenes(split, length=60, icons=icons)
     for i, scene in enumerate(scenes):
         plan = scenes.plan(i)
         covers, areas = [], []
-        for garment in plan.garments:
-            stamp = library.stamps[garment.label, garment.number] & 0xFFFF
+        for garment in plan.things:
+            stamp = library.stamps[garment.label, garment.number, 0] & 0xFFFF
             covers.append(_float_coverage(stamp, garment, plan.size))
             areas.append((stamp >= 128).sum() * (garment.length / 56) ** 2)
         shown = set(range(len(covers)))
@@ -142,12 +181,12 @@ def test_truth_equals_an_independent_composition(split):
         for cover in covers:
             uncertain |= np.abs(cover - 128) < 2.5
         segments = scene.segments.numpy()
-        expected_labels = [plan.garments[j].label for j in sorted(shown)]
+        expected_labels = [plan.things[j].label for j in sorted(shown)]
         assert scene.labels.tolist()[: len(shown)] == expected_labels
         for segment, j in enumerate(sorted(shown)):
             np.testing.assert_array_equal((segments == segment)[~uncertain], (owner == j)[~uncertain])
         for segment, label in list(enumerate(scene.labels.tolist()))[len(shown) :]:
-            expected = owner == -1 - (label - len(THING_LABELS))
+            expected = owner == -1 - (label - library.num_classes)
             np.testing.assert_array_equal((segments == segment)[~uncertain], expected[~uncertain])
         void = segments == VOID
         assert (owner[void & ~uncertain] < 0).all()
@@ -165,7 +204,7 @@ def test_segments_show_their_own_garment():
     scenes = ComposedScenes("val", length=60)
     checked = 0
     for i, scene in enumerate(scenes):
-        garments = scenes.plan(i).garments
+        garments = scenes.plan(i).things
         pixels = scene.image.permute(1, 2, 0).numpy() * 255
         for segment, label in enumerate(scene.labels.tolist()):
             if label in STUFF_LABELS:
@@ -224,7 +263,7 @@ def test_loader_workers_give_the_scenes_of_this_process():
 
 
 def test_pickling_leaves_the_pictures_behind():
-    scenes = ComposedScenes("val", length=3, seed=5)
+    scenes = ComposedScenes("val", length=3, seed=5, icons=150)
     dump = pickle.dumps(scenes)
     assert len(dump) < 2000
     assert digest(pickle.loads(dump), range(3)) == digest(scenes, range(3))
@@ -238,6 +277,14 @@ def test_draws_are_uniform_and_their_own():
     assert abs(values.mean() - 0.5) < 0.02
     assert sorted(Draws(1, 0, 7).permutation(5)) == list(range(5))
     assert len({Draws(seed, split, 0).word() for seed in range(3) for split in range(2)}) == 6
+
+
+def test_classes_of_icons():
+    assert len(ICON_CLASSES) == len(set(ICON_CLASSES)) == 150
+    scenes = ComposedScenes("train", length=200, icons=13)
+    assert scenes.class_names == (*ICON_CLASSES[:13], "brick", "grass", "gravel")
+    assert scenes.stuff_labels == (13, 14, 15)
+    assert {label for scene in scenes for label in scene.labels.tolist()} == set(range(16))
 
 
 def test_classes_have_names_and_distinct_colors():
@@ -256,6 +303,8 @@ def test_classes_have_names_and_distinct_colors():
         ({"split": "train", "size": (128, 128, 3)}, ValueError, "size must be"),
         ({"split": "train", "seed": -1}, ValueError, "seed must be in 0"),
         ({"split": "train", "seed": 0.5}, TypeError, "seed must be an integer"),
+        ({"split": "train", "icons": 151}, ValueError, "icons must be in 0..150, got 151"),
+        ({"split": "train", "icons": 2.5}, TypeError, "icons must be an integer, got 2.5"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, error, message):

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import torch
 
-from fastmask.data.composed.classes import CLASS_NAMES, PALETTE, STUFF_LABELS
+from fastmask.data.composed.classes import CLASS_NAMES, PALETTE
 from fastmask.data.composed.render import VOID as SCENE_VOID
 from fastmask.data.composed.scenes import ComposedScenes
 from fastmask.data.derived_truth import task_view
+from fastmask.data.palette import distinct_colors
 from fastmask.data.sample import VOID, DatasetInfo, Sample, SegmentationDataset
 
 
 class SceneDataset(SegmentationDataset):
-    """:class:`ComposedScenes` as samples, which ``open_dataset("composed:scenes", split)`` opens.
+    """:class:`ComposedScenes` as samples.
+
+    ``open_dataset("composed:scenes", split)`` opens those with garments, ``open_dataset("composed:icons-50", split)``
+    those with 50 classes of icons.
 
     Args:
-        split, length, size, seed: as for :class:`ComposedScenes`.
-        task: "panoptic" by default, "semantic" or "instance" (garments only).
+        split, length, size, seed, icons: as for :class:`ComposedScenes`.
+        task: "panoptic" by default, "semantic" or "instance" (things only).
     """
 
     def __init__(
@@ -26,10 +30,14 @@ class SceneDataset(SegmentationDataset):
         size: tuple[int, int] = (128, 128),
         seed: int = 0,
         task: str | None = None,
+        *,
+        icons: int = 0,
     ):
         self.split = split
-        self.scenes = ComposedScenes(split, length, size, seed)
-        self.info, self._as_task = task_view(DatasetInfo(CLASS_NAMES, "panoptic", STUFF_LABELS, PALETTE), task)
+        self.scenes = ComposedScenes(split, length, size, seed, icons=icons)
+        names = self.scenes.class_names
+        palette = PALETTE if names == CLASS_NAMES else distinct_colors(len(names))
+        self.info, self._as_task = task_view(DatasetInfo(names, "panoptic", self.scenes.stuff_labels, palette), task)
 
     def __len__(self) -> int:
         return len(self.scenes)

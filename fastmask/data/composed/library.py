@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from fastmask.data.composed.classes import STUFF_CLASSES, THING_CLASSES
+from fastmask.data.composed.icon_classes import ICON_CLASSES
 
 ASSET_DIRECTORY = Path(__file__).parents[1] / "assets"
 SPLITS = ("train", "val")
@@ -21,6 +22,9 @@ SPRITE_MARGIN = 2
 OVERSAMPLING = 2
 # The side of a sprite prepared for sampling, in its own pixels.
 STAMP_SIZE = (SPRITE_SIZE + 2 * SPRITE_MARGIN) * OVERSAMPLING
+ICON_SIZE = SPRITE_SIZE * OVERSAMPLING
+GARMENT_SATURATIONS = (0.10, 0.75)
+ICON_SATURATIONS = (0.0, 0.25)
 OPAQUE = 128
 # 256 times the weights of cubic convolution (Keys 1981, a = -1/2) at distances 1.75, 0.75, 0.25, 1.25.
 CUBIC = (-6, 58, 222, -18)
@@ -34,42 +38,58 @@ def texture_file(split: str) -> str:
     return f"textures-{split}.png"
 
 
+def icon_file(split: str) -> str:
+    return f"icons-{split}.webp"
+
+
 @dataclass(frozen=True)
 class Library:
-    """Garments and textures of one split.
+    """Things, which are garments or icons, and textures of one split.
 
     Attributes:
-        stamps: ``(10, n, 64, 64)`` uint32, garments of each class; brightness in the high and coverage in the low half
-            of each value, both 0..255, so that one interpolation serves both.
-        areas: ``(10, n)`` float64, the area of each garment as a share of its ``28 x 28`` sprite.
+        stamps: ``(K, n, P, 64, 64)`` uint32, n pictures of each class of things. Each value holds two numbers in
+            0..255, one in each half, so that one interpolation serves both. Garments have one plane, of brightness and
+            coverage; icons have two, of green and coverage, and of red and blue.
+        areas: ``(K, n)`` float64, the area of each picture as a share of its sprite.
+        saturations: the least and the greatest saturation of the color that tints a thing.
         textures: ``(3, 384, 192)`` uint8: brick, grass and gravel.
         means: the mean brightness of each texture.
     """
 
     stamps: np.ndarray
     areas: np.ndarray
+    saturations: tuple[float, float]
     textures: np.ndarray
     means: tuple[float, ...]
 
     @property
-    def garments_per_class(self) -> int:
+    def num_classes(self) -> int:
+        """The number of classes of things."""
+        return self.stamps.shape[0]
+
+    @property
+    def pictures_per_class(self) -> int:
         return self.stamps.shape[1]
 
 
 @functools.cache
-def load_library(split: str) -> Library:
-    """Reads the pictures of ``"train"`` or ``"val"``.
+def load_library(split: str, icons: int = 0) -> Library:
+    """Reads the pictures of ``"train"`` or ``"val"``: garments, or icons of the first so many classes.
 
     Raises:
         FileNotFoundError: the package was installed without its pictures.
     """
-    sprites = read_sprites(split)
-    stamps = np.stack([_make_stamps(of_class) for of_class in sprites])
-    areas = ((stamps & 0xFFFF) >= OPAQUE).mean((2, 3)) * (STAMP_SIZE / OVERSAMPLING / SPRITE_SIZE) ** 2
+    if icons:
+        stamps, saturations = _make_icon_stamps(read_icons(split)[:icons]), ICON_SATURATIONS
+    else:
+        stamps = np.stack([_make_stamps(of_class) for of_class in read_sprites(split)])[:, :, None]
+        saturations = GARMENT_SATURATIONS
+    areas = ((stamps[:, :, 0] & 0xFFFF) >= OPAQUE).mean((2, 3)) * (STAMP_SIZE / OVERSAMPLING / SPRITE_SIZE) ** 2
     textures = read_textures(split)
     return Library(
         stamps=stamps,
         areas=areas,
+        saturations=saturations,
         textures=textures,
         means=tuple(float(texture.mean()) for texture in textures),
     )
@@ -80,6 +100,13 @@ def read_sprites(split: str) -> np.ndarray:
     sheet = _read(garment_file(split))
     grid = sheet.reshape(-1, SPRITE_SIZE, SHEET_COLUMNS, SPRITE_SIZE).transpose(0, 2, 1, 3)
     return np.ascontiguousarray(grid).reshape(len(THING_CLASSES), -1, SPRITE_SIZE, SPRITE_SIZE)
+
+
+def read_icons(split: str) -> np.ndarray:
+    """``(150, n, 56, 56, 4)`` uint8: red, green, blue and coverage of each class's icons, one of each artist."""
+    sheet = _read(icon_file(split))
+    grid = sheet.reshape(-1, ICON_SIZE, SHEET_COLUMNS, ICON_SIZE, 4).transpose(0, 2, 1, 3, 4)
+    return np.ascontiguousarray(grid).reshape(-1, len(ICON_CLASSES), ICON_SIZE, ICON_SIZE, 4).swapaxes(0, 1)
 
 
 def read_textures(split: str) -> np.ndarray:
@@ -114,6 +141,24 @@ def _make_stamps(sprites: np.ndarray) -> np.ndarray:
     for _ in range(SPRITE_MARGIN):
         brightness = np.where(brightness > 0, brightness, _neighborhood_mean(brightness, brightness > 0))
     return (_enlarge(brightness) << 16 | _enlarge(coverage)).astype(np.uint32)
+
+
+def _make_icon_stamps(icons: np.ndarray) -> np.ndarray:
+    """``(K, n, 56, 56, 4)`` uint8 icons to ``(K, n, 2, 64, 64)`` uint32 stamps.
+
+    The color of pixels without coverage is the mean of those beside them, so that interpolation mixes no other.
+    """
+    margin = (STAMP_SIZE - ICON_SIZE) // 2
+    padded = np.pad(icons, ((0, 0), (0, 0), (margin, margin), (margin, margin), (0, 0)))
+    pixels = padded.reshape(-1, STAMP_SIZE, STAMP_SIZE, 4).astype(np.int16)
+    red, green, blue, coverage = pixels.transpose(3, 0, 1, 2)
+    known = coverage > 0
+    for _ in range(margin):
+        beside = (_neighborhood_sum(known) > 0) & ~known
+        red, green, blue = (np.where(beside, _neighborhood_mean(c, known), c) for c in (red, green, blue))
+        known |= beside
+    planes = np.stack([green, red], 1).astype(np.uint32) << 16 | np.stack([coverage, blue], 1).astype(np.uint32)
+    return planes.reshape(*icons.shape[:2], 2, STAMP_SIZE, STAMP_SIZE)
 
 
 def _neighborhood_sum(planes: np.ndarray) -> np.ndarray:

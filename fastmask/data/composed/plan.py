@@ -1,4 +1,4 @@
-"""Draws the plan of a scene: textures and garments as plain numbers, which tests can read."""
+"""Draws the plan of a scene: textures and things as plain numbers, which tests can read."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastmask.data.composed.classes import STUFF_CLASSES, THING_CLASSES
+from fastmask.data.composed.classes import STUFF_CLASSES
 from fastmask.data.composed.library import Library
 
-MAX_GARMENTS = 6
+MAX_THINGS = 6
 EMPTY_SHARE = 0.04
 # How often a scene has one texture, and how often at most two.
 TEXTURE_SHARES = (0.40, 0.85)
@@ -20,7 +20,7 @@ STRAIGHT_SHARE = 0.4
 TEXTURE_HUES = {"brick": 0.04, "grass": 0.24, "gravel": 0.10}
 HUE_SPREAD = 0.16
 # Lengths are shares of the scene's shorter side.
-GARMENT_LENGTHS = (0.26, 0.66)
+THING_LENGTHS = (0.26, 0.66)
 SHADOW_LENGTHS = (0.015, 0.035)
 SHADOW_DEPTHS = (40, 120)
 MAX_HALF_TURN = 0.16
@@ -87,8 +87,8 @@ class Region:
 
 
 @dataclass(frozen=True)
-class Garment:
-    """One garment: its class and number, its center, the length of its 28-pixel sprite in pixels, and its look.
+class Thing:
+    """One garment or icon: its class and number, its center, the length of its sprite in pixels, and its look.
 
     ``half_turn`` is the tangent of half the angle by which it is turned.
     """
@@ -105,9 +105,9 @@ class Garment:
 
 @dataclass(frozen=True)
 class ScenePlan:
-    """The content of a scene of (height, width) pixels: textures in painting order, then garments from back to front.
+    """The content of a scene of (height, width) pixels: textures in painting order, then things from back to front.
 
-    A garment's shadow is offset by ``shadow`` = (rows, columns) and takes ``shadow_depth`` 256ths of the light. It does
+    A thing's shadow is offset by ``shadow`` = (rows, columns) and takes ``shadow_depth`` 256ths of the light. It does
     not change the truth.
     """
 
@@ -115,21 +115,21 @@ class ScenePlan:
     shadow: tuple[int, int]
     shadow_depth: int
     regions: tuple[Region, ...]
-    garments: tuple[Garment, ...]
+    things: tuple[Thing, ...]
 
 
 def plan_scene(library: Library, draws: Draws, size: tuple[int, int]) -> ScenePlan:
-    """Draws one to three textures, and up to six garments of any class, position, size, rotation and color."""
+    """Draws one to three textures, and up to six things of any class, position, size, rotation and color."""
     share = draws.uniform()
     num_regions = 1 + sum(share >= limit for limit in TEXTURE_SHARES)
     stuff = draws.permutation(len(STUFF_CLASSES))[:num_regions]
     regions = tuple(_draw_region(library, draws, size, texture, i > 0) for i, texture in enumerate(stuff))
-    num_garments = 0 if draws.uniform() < EMPTY_SHARE else 1 + draws.below(MAX_GARMENTS)
-    garments = tuple(_draw_garment(library, draws, size) for _ in range(num_garments))
+    num_things = 0 if draws.uniform() < EMPTY_SHARE else 1 + draws.below(MAX_THINGS)
+    things = tuple(_draw_thing(library, draws, size) for _ in range(num_things))
     cosine, sine = draws.direction()
     distance = min(size) * draws.uniform(*SHADOW_LENGTHS)
     shadow = (round(distance * sine), round(distance * cosine))
-    return ScenePlan(size, shadow, round(draws.uniform(*SHADOW_DEPTHS)), regions, garments)
+    return ScenePlan(size, shadow, round(draws.uniform(*SHADOW_DEPTHS)), regions, things)
 
 
 def _draw_region(library: Library, draws: Draws, size: tuple[int, int], stuff: int, has_boundary: bool) -> Region:
@@ -164,17 +164,17 @@ def _draw_region(library: Library, draws: Draws, size: tuple[int, int], stuff: i
     )
 
 
-def _draw_garment(library: Library, draws: Draws, size: tuple[int, int]) -> Garment:
+def _draw_thing(library: Library, draws: Draws, size: tuple[int, int]) -> Thing:
     height, width = size
-    return Garment(
-        label=draws.below(len(THING_CLASSES)),
-        number=draws.below(library.garments_per_class),
+    return Thing(
+        label=draws.below(library.num_classes),
+        number=draws.below(library.pictures_per_class),
         x=width * draws.uniform(0.03, 0.97),
         y=height * draws.uniform(0.03, 0.97),
-        length=min(size) * draws.uniform(*GARMENT_LENGTHS),
+        length=min(size) * draws.uniform(*THING_LENGTHS),
         half_turn=draws.uniform(-MAX_HALF_TURN, MAX_HALF_TURN),
         is_mirrored=draws.below(2) == 1,
-        color=_color(draws.uniform(), draws.uniform(0.10, 0.75), draws.uniform(0.75, 1.0)),
+        color=_color(draws.uniform(), draws.uniform(*library.saturations), draws.uniform(0.75, 1.0)),
     )
 
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastmask.data.composed.classes import THING_CLASSES
 from fastmask.data.composed.library import OPAQUE, OVERSAMPLING, SPRITE_MARGIN, SPRITE_SIZE, STAMP_SIZE, Library
-from fastmask.data.composed.plan import Boundary, Garment, Region, ScenePlan
+from fastmask.data.composed.plan import Boundary, Region, ScenePlan, Thing
 
 VOID = 255
-# A garment with a smaller visible part is left out of the scene; a texture with a smaller visible part becomes void.
+# A thing with a smaller visible part is left out of the scene; a texture with a smaller visible part becomes void.
 MIN_VISIBLE_PIXELS = 24
 MIN_VISIBLE_SHARE = 0.25
 # The gray levels, before tinting, of a texture's mean and of a garment's black.
@@ -27,15 +26,15 @@ Window = tuple[slice, slice]
 def render_scene(library: Library, plan: ScenePlan) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """The pixels and the truth of a plan.
 
-    A garment owns the pixels of which it covers at least half; where two garments do, the front one owns them. A pixel
-    without a garment belongs to its texture. Garments whose visible part is too small are not painted.
+    A thing owns the pixels of which it covers at least half; where two things do, the front one owns them. A pixel
+    without a thing belongs to its texture. Things whose visible part is too small are not painted.
 
     Returns:
         image: ``(H, W, 3)`` uint8.
         segments: ``(H, W)`` uint8, the index of the segment that owns each pixel; 255 is void.
-        labels: the class of each segment: garments back to front, then textures.
+        labels: the class of each segment: things back to front, then textures.
     """
-    covers = [_cover(library, plan.size, garment) for garment in plan.garments]
+    covers = [_cover(library, plan.size, thing) for thing in plan.things]
     image, ground = _background(library, plan)
     num_regions = len(plan.regions)
     shown = list(range(len(covers)))
@@ -45,28 +44,28 @@ def render_scene(library: Library, plan: ScenePlan) -> tuple[np.ndarray, np.ndar
             window, _, coverage = covers[i]
             owner[window][coverage >= OPAQUE] = num_regions + i
         visible = np.bincount(owner.ravel(), minlength=num_regions + len(covers))
-        hidden = [i for i in shown if visible[num_regions + i] < _least_visible(library, plan.garments[i])]
+        hidden = [i for i in shown if visible[num_regions + i] < _least_visible(library, plan.things[i])]
         if not hidden:
             break
         shown = [i for i in shown if i not in hidden]
     for i in shown:
         _shade(image, plan, *covers[i])
-        _paint(image, plan.garments[i], *covers[i])
+        _paint(image, plan.things[i], *covers[i])
 
     lookup = np.full(num_regions + len(covers), VOID, np.uint8)
     labels: list[int] = []
     for i in shown:
         lookup[num_regions + i] = len(labels)
-        labels.append(plan.garments[i].label)
+        labels.append(plan.things[i].label)
     for r, region in enumerate(plan.regions):
         if visible[r] >= MIN_VISIBLE_PIXELS:
             lookup[r] = len(labels)
-            labels.append(len(THING_CLASSES) + region.stuff)
+            labels.append(library.num_classes + region.stuff)
     return image, lookup[owner], labels
 
 
-def _least_visible(library: Library, garment: Garment) -> float:
-    area = library.areas[garment.label, garment.number] * garment.length**2
+def _least_visible(library: Library, thing: Thing) -> float:
+    area = library.areas[thing.label, thing.number] * thing.length**2
     return max(MIN_VISIBLE_PIXELS, MIN_VISIBLE_SHARE * area)
 
 
@@ -130,22 +129,22 @@ def _tint(levels: np.ndarray, color: tuple[float, float, float]) -> np.ndarray:
     return np.clip(np.rint(levels[:, None] * np.array(color)), 0, 255).astype(np.int32)
 
 
-def _cover(library: Library, size: tuple[int, int], garment: Garment) -> tuple[Window, np.ndarray, np.ndarray]:
-    """The window of the scene that a garment can reach, and its ``(h, w)`` int32 brightness and coverage there."""
-    scale = garment.length / SPRITE_SIZE
-    half = garment.half_turn
+def _cover(library: Library, size: tuple[int, int], thing: Thing) -> tuple[Window, np.ndarray, np.ndarray]:
+    """The window of the scene that a thing can reach, its ``(P, h, w)`` int32 samples there, and their coverage."""
+    scale = thing.length / SPRITE_SIZE
+    half = thing.half_turn
     cosine, sine = (1 - half * half) / (1 + half * half), 2 * half / (1 + half * half)
     reach = (0.5 * SPRITE_SIZE + SPRITE_MARGIN / 2) * scale * (cosine + abs(sine))
     rows, columns = (
         slice(max(int(np.floor(center - reach)), 0), max(min(int(np.ceil(center + reach)), limit), 0))
-        for center, limit in ((garment.y, size[0]), (garment.x, size[1]))
+        for center, limit in ((thing.y, size[0]), (thing.x, size[1]))
     )
     one = 1 << FIXED_POINT
     step = OVERSAMPLING / scale * one
     along, across = round(step * cosine), round(step * sine)
-    sign = -1 if garment.is_mirrored else 1
+    sign = -1 if thing.is_mirrored else 1
     center = round((STAMP_SIZE / 2 - 0.5) * one)
-    start_x, start_y = columns.start + 0.5 - garment.x, rows.start + 0.5 - garment.y
+    start_x, start_y = columns.start + 0.5 - thing.x, rows.start + 0.5 - thing.y
     origin_x = center + sign * round(start_x * along + start_y * across)
     origin_y = center + round(start_y * along - start_x * across)
     i = np.arange(rows.stop - rows.start, dtype=np.int32)[:, None]
@@ -153,8 +152,8 @@ def _cover(library: Library, size: tuple[int, int], garment: Garment) -> tuple[W
     last = (STAMP_SIZE - 1) * one - 1
     x = np.clip(origin_x + sign * (j * along + i * across), 0, last)
     y = np.clip(origin_y + (i * along - j * across), 0, last)
-    mixed = _interpolate(library.stamps[garment.label, garment.number], x, y)
-    return (rows, columns), mixed >> 16, mixed & 0xFFFF
+    samples = np.stack([_interpolate(plane, x, y) for plane in library.stamps[thing.label, thing.number]])
+    return (rows, columns), samples, samples[0] & 0xFFFF
 
 
 def _interpolate(stamp: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -188,9 +187,14 @@ def _shift(span: slice, offset: int, limit: int) -> tuple[slice, slice]:
     return slice(start, stop), slice(start - offset - span.start, stop - offset - span.start)
 
 
-def _paint(image: np.ndarray, garment: Garment, window: Window, brightness: np.ndarray, coverage: np.ndarray) -> None:
-    levels = GARMENT_BLACK + np.arange(256) * ((255 - GARMENT_BLACK) / 255)
-    pixels = _tint(levels, garment.color).take(brightness, 0)
+def _paint(image: np.ndarray, thing: Thing, window: Window, samples: np.ndarray, coverage: np.ndarray) -> None:
+    if len(samples) == 1:
+        levels = GARMENT_BLACK + np.arange(256) * ((255 - GARMENT_BLACK) / 255)
+        pixels = _tint(levels, thing.color).take(samples[0] >> 16, 0)
+    else:
+        levels = _tint(np.arange(256), thing.color)
+        channels = samples[1] >> 16, samples[0] >> 16, samples[1] & 0xFFFF
+        pixels = np.stack([levels[:, c].take(channel) for c, channel in enumerate(channels)], 2)
     weight = (coverage + (coverage >> 7))[:, :, None]
     below = image[window].astype(np.int32)
     image[window] = below + ((pixels - below) * weight + 128 >> 8)
