@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated
@@ -20,7 +20,18 @@ from tqdm import tqdm
 from benchmarks.ablations.images import SCENES
 from benchmarks.ablations.sounds import CLIPS
 from benchmarks.ablations.training import Bench
-from benchmarks.ablations.variants import COMPARISONS, LAYERS, QUERIES, Run, Settings, plan
+from benchmarks.ablations.variants import (
+    COMPARISONS,
+    LAYERS,
+    QUERIES,
+    SOUND,
+    TUNING_SEED,
+    Choice,
+    Run,
+    Settings,
+    plan,
+    tuning_plan,
+)
 from benchmarks.harness.machine import ROOT, commit, default_name, describe_machine, use_device
 from benchmarks.harness.results import read_results, write_results
 
@@ -43,7 +54,13 @@ def main(
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds; more may be added later.")] = 3,
     size: Annotated[int, typer.Option(min=32, help="Side of scenes and crops, short side of images, in pixels.")] = 64,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per step.")] = 8,
-    learning_rate: Annotated[float, typer.Option(help="The peak learning rate.")] = 1e-3,
+    learning_rate: Annotated[
+        list[float],
+        typer.Option(help="Peak learning rate; repeatable: each structure takes its best, on a seed apart."),
+    ] = [1e-3],  # noqa: B006
+    class_weight: Annotated[
+        list[float], typer.Option(help="Weight of the classes' loss in mask classification; repeatable likewise.")
+    ] = [2.0],  # noqa: B006
     val_samples: Annotated[int, typer.Option(min=1, help="The most validation samples to use.")] = 256,
     queries: Annotated[list[int], typer.Option(help="Numbers to compare; repeatable.")] = list(QUERIES),  # noqa: B006
     layers: Annotated[
@@ -61,11 +78,14 @@ def main(
     Each run is saved when it ends. After an interruption, the same command continues. More seeds or comparisons are
     added to the existing runs, with the same number of steps.
     """
-    images = Settings(data, model, pretrained, size, val_samples, batch_size, steps or 1, learning_rate, precision)
+    rates, weights = tuple(learning_rate), tuple(class_weight)
+    images = Settings(data, model, pretrained, size, val_samples, batch_size, steps or 1, rates, weights, precision)
     sound = replace(images, data=CLIPS, model=SOUND_MODEL, pretrained="", size=CLIP_SECONDS)
     try:
         bench = Bench(images, sound, use_device(device, threads), workers)
-        runs = plan(bench.comparisons(queries, layers), only, seeds)
+        variants = bench.comparisons(queries, layers)
+        runs = plan(variants, only, seeds)
+        runs = tuning_plan(variants, runs, bench.choices) + runs
     except (ValueError, FileNotFoundError) as error:
         raise typer.BadParameter(str(error)) from error
     path = output or RESULTS / f"ablation-{default_name(describe_machine(bench.device))}.json"
@@ -85,9 +105,7 @@ def main(
 def pending(bench: Bench, runs: Sequence[Run], path: Path) -> list[Run]:
     """The runs with these settings on this kind of device that the result file lacks."""
     done = [(row["op"], row["case"], row["device"], row["settings"]) for row in read_results(path)["rows"]]
-    wanted = [
-        (operation(bench.settings_of(run)), run.name, bench.device.type, asdict(bench.settings_of(run))) for run in runs
-    ]
+    wanted = [(operation(bench, run), run.name, bench.device.type, bench.settings_of(run).as_row()) for run in runs]
     return [run for run, key in zip(runs, wanted, strict=True) if key not in done]
 
 
@@ -95,7 +113,7 @@ def earlier_steps(bench: Bench, path: Path, minutes: float) -> int | None:
     """The number of steps that was first derived from a budget, if the result file has runs of this budget."""
     for row in read_results(path)["rows"]:
         for settings in (bench.image_settings, bench.sound_settings):
-            same = row["settings"] | {"steps": 0} == asdict(settings) | {"steps": 0}
+            same = row["settings"] | {"steps": 0} == settings.as_row() | {"steps": 0}
             if same and row["minutes"] == minutes and row["device"] == bench.device.type:
                 return row["settings"]["steps"]
     return None
@@ -119,9 +137,11 @@ def train(
         bar.update(len(runs) - len(todo))
         for run in todo:
             bar.set_description(run.name)
+            if not run.tunes:
+                run = replace(run, choice=best_choice(bench, run, path))
             row = bench.train(run, lambda step, loss: bar.set_postfix(step=step, loss=f"{loss:.2f}"))
             settings = bench.settings_of(run)
-            key = {"op": operation(settings), "case": run.name, "dtype": settings.precision}
+            key = {"op": operation(bench, run), "case": run.name, "dtype": settings.precision}
             info = {
                 "machine": describe_machine(bench.device),
                 "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -149,9 +169,26 @@ def report(path: Path) -> None:
     print(f"results: {path}\ntables: {path.with_suffix('.md')}")
 
 
-def operation(settings: Settings) -> str:
-    """The name under which the rows of a data set are stored: its name, not its path."""
-    return f"ablation on {settings.data if settings.composed else Path(settings.data).resolve().name}"
+def best_choice(bench: Bench, run: Run, path: Path) -> Choice:
+    """The choice with which the structure of a run was best on the tuning seed, by mIoU, or F1 for sound."""
+    settings, structure = bench.settings_of(run), run.variant.structure
+    choices = settings.choices(structure)
+    if len(choices) == 1:
+        return choices[0]
+    found = {
+        Choice(**row["choice"]): row["metrics"]["F1" if structure in SOUND else "mIoU"] or 0.0
+        for row in read_results(path)["rows"]
+        if row["op"] == operation(bench, replace(run, seed=TUNING_SEED))
+        and (row["variant"]["structure"], row["settings"]) == (structure, settings.as_row())
+    }
+    return max(choices, key=found.__getitem__)
+
+
+def operation(bench: Bench, run: Run) -> str:
+    """The name under which a run's row is stored, with the name of its data set, not its path."""
+    settings = bench.settings_of(run)
+    data = settings.data if settings.composed else Path(settings.data).resolve().name
+    return f"{'tuning' if run.tunes else 'ablation'} on {data}"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.ablations.findings import Finding, Judgement, image_findings, judge, sound_findings, values_by_seed
-from benchmarks.ablations.variants import BIPARTITE, SOUND, Settings, Variant, comparisons
+from benchmarks.ablations.variants import BIPARTITE, SOUND, TUNING_SEED, Settings, Variant, comparisons
 
 Row = Mapping[str, Any]
 
@@ -98,9 +98,11 @@ class Group:
 
 
 def groups_of(rows: Sequence[Row]) -> list[Group]:
-    """Rows by operation, device and settings, in the order of their first appearance."""
+    """Rows by operation, device and settings, in the order of their first appearance; without those of tuning."""
     found: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
+        if row["seed"] == TUNING_SEED:
+            continue
         key = f"{row['op']}, {row['device']}", json.dumps(row["settings"], sort_keys=True)
         found.setdefault(key, []).append(row)
     return [Group(title, Settings(**json.loads(settings)), tuple(own)) for (title, settings), own in found.items()]

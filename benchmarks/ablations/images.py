@@ -36,7 +36,6 @@ from fastmask.training.sampler import StepSampler
 
 SCENES = "composed:scenes"
 TINY = "tiny"  # the backbone that that of the demo's network replaces
-CLASS_WEIGHT = 2.0  # as in the demo
 # The class probability of a segment in panoptic results; low, since short training gives few confident classes.
 PANOPTIC_THRESHOLD = 0.2
 
@@ -71,7 +70,7 @@ def has_panoptic_truth(settings: Settings) -> bool:
 def training_batches(settings: Settings, run: Run, workers: int) -> Iterator[Any]:
     """The batches of a run, which depend only on the seed: all variants get the same batches in the same order."""
     dataset = open_images(settings, "train", run.variant.task)
-    augmented = Augmented(dataset, settings.recipe.transform() or Compose(()), run.seed)
+    augmented = Augmented(dataset, settings.recipe(settings.choices(BIPARTITE)[0]).transform() or Compose(()), run.seed)
     sampler = StepSampler(len(augmented), settings.batch_size, run.seed, 0, settings.steps)
     return iter(DataLoader(augmented, batch_sampler=sampler, collate_fn=collate, num_workers=workers))
 
@@ -117,7 +116,13 @@ def most_layers(config: MaskClassificationConfig) -> float:
     return config.encoder_layers if isinstance(config, EoMTConfig) else math.inf
 
 
-def make_network(settings: Settings, variant: Variant, class_names: tuple[str, ...], stuff: tuple[int, ...]) -> Any:
+def make_network(
+    settings: Settings,
+    variant: Variant,
+    class_names: tuple[str, ...],
+    stuff: tuple[int, ...],
+    class_weight: float = 2.0,
+) -> Any:
     """A network of the preset with the variant's settings; structures are equal in everything that they share."""
     config = network_config(
         settings,
@@ -125,7 +130,7 @@ def make_network(settings: Settings, variant: Variant, class_names: tuple[str, .
         variant.layers,
         class_names=class_names,
         stuff_classes=stuff,
-        class_weight=CLASS_WEIGHT,
+        class_weight=class_weight,
         num_queries=variant.queries or len(class_names),
         **({"matching": "fixed"} if variant.structure == FIXED else {}),
     )

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.ablations.groups import Group, groups_of
+from benchmarks.ablations.growth import Growth, growths
 from benchmarks.ablations.query_classes import classes_per_query, histogram, shared_pairs
 from benchmarks.ablations.tables import METRICS
 from benchmarks.ablations.variants import TITLES, Variant
@@ -44,7 +45,31 @@ def write_plots(rows: Sequence[dict[str, Any]], folder: Path, name: str) -> list
             paths.append(_plot_comparisons(group, panels, Path(f"{start}.png")))
         if answering := group.answering():
             paths.append(_plot_queries(group, answering, Path(f"{start}-query-classes.png")))
+    for number, found in enumerate(growths(groups)):
+        paths.append(_plot_growth(found, folder / f"{name}-growth{f'-{number + 1}' if number else ''}.png"))
     return paths
+
+
+def _plot_growth(found: Growth, path: Path) -> Path:
+    """(d) - (b) against the number of classes: the mean with its 95% interval, and each seed as a point."""
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    for number, gain in zip(found.classes, found.gains, strict=True):
+        width = gain.half_width if len(gain.differences) > 1 else 0
+        axis.errorbar([number], [gain.mean], [width], fmt="o", color=COLORS[0], capsize=3)
+        axis.plot([number * 1.04] * len(gain.differences), gain.differences, ".", color=COLORS[0], alpha=0.5)
+    axis.plot(found.classes, [gain.mean for gain in found.gains], color=COLORS[0], alpha=0.4)
+    axis.axhline(0, color="gray", linewidth=0.8)
+    axis.set_xscale("log")
+    axis.set_xticks(found.classes, [str(number) for number in found.classes])
+    axis.minorticks_off()
+    axis.set_xlabel("classes of things")
+    axis.set_ylabel("(d) - (b), points of mIoU")
+    axis.set_title(found.title, fontsize=10)
+    axis.grid(axis="y", alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    return _save(figure, path)
 
 
 def _plot_comparisons(group: Group, panels: Mapping[str, Sequence[Variant]], path: Path) -> Path:

@@ -9,8 +9,9 @@ from typing import Any
 
 from benchmarks.ablations.findings import CONFIDENCE, GENERAL, Judgement
 from benchmarks.ablations.groups import Group, groups_of
+from benchmarks.ablations.growth import Growth, growths
 from benchmarks.ablations.query_classes import THRESHOLD, classes_per_query, histogram, shared_pairs
-from benchmarks.ablations.variants import BIPARTITE, TITLES, Variant
+from benchmarks.ablations.variants import BIPARTITE, TITLES, UNWEIGHTED, Variant
 from benchmarks.harness.tables import markdown_lines
 
 METRICS = {
@@ -28,7 +29,9 @@ MOST_PAIRS = 5
 def render(results: Mapping[str, Any]) -> str:
     """All groups of a result file, each with its tables."""
     machine = results["machine"]["gpu"] or results["machine"]["cpu"]
-    return "\n\n".join(render_group(group, machine) for group in groups_of(results["rows"]))
+    groups = groups_of(results["rows"])
+    sections = [render_group(group, machine) for group in groups] + [render_growth(found) for found in growths(groups)]
+    return "\n\n".join(sections)
 
 
 def render_group(group: Group, machine: str) -> str:
@@ -45,6 +48,21 @@ def render_group(group: Group, machine: str) -> str:
     return "\n\n".join(sections)
 
 
+def render_growth(found: Growth) -> str:
+    """The gain of (d) over (b) for each number of classes, and by how much it grows."""
+    rows = [
+        [str(number), difference(gain), str(len(gain.differences)), gain.verdict]
+        for number, gain in zip(found.classes, found.gains, strict=True)
+    ]
+    growth = found.growth
+    span = f"{found.classes[0]} to {found.classes[-1]}"
+    return (
+        f"#### {found.title}\n\n{markdown(['classes of things', '(d) - (b), mIoU', 'seeds', 'reading'], rows)}\n\n"
+        f"From {span} classes of things it grows by {difference(growth)} points ({len(growth.differences)} seeds): "
+        f"{growth.verdict}. The paper: {growth.finding.paper}."
+    )
+
+
 def conditions(group: Group, machine: str) -> str:
     """The settings that all runs of the group share, and when they ran."""
     settings = group.settings
@@ -54,11 +72,28 @@ def conditions(group: Group, machine: str) -> str:
     days = sorted({row["date"].split()[0] for row in group.rows})
     return (
         f"{machine}. Preset `{settings.model}`; {settings.steps} optimizer steps of {settings.batch_size} samples of "
-        f"{settings.size} {unit}, learning rate {settings.learning_rate:g}, {settings.precision}; at most "
+        f"{settings.size} {unit}, {tuned(group)}, {settings.precision}; at most "
         f"{settings.val_samples} validation samples. Mean ± standard deviation over seeds, in %. All variants take the "
         f"same steps on the same samples. Trained {' to '.join(dict.fromkeys([days[0], days[-1]]))} at "
         f"{', '.join(sorted(stamps))}.{f' Diverged: {diverged}.' if diverged else ''}"
     )
+
+
+def tuned(group: Group) -> str:
+    """The learning rate, or what was best for each structure."""
+    rates = group.settings.learning_rates
+    if len(rates) * len(group.settings.class_weights) == 1:
+        return f"learning rate {rates[0]:g}"
+    chosen = {row["variant"]["structure"]: row["choice"] for row in group.rows}
+    each = "; ".join(
+        f"{TITLES[structure]} {choice['learning_rate']:g}"
+        + ("" if structure in UNWEIGHTED else f" and {choice['class_weight']:g}")
+        for structure, choice in chosen.items()
+    )
+    tried = (
+        f"{', '.join(f'{rate:g}' for rate in rates)} and {', '.join(f'{w:g}' for w in group.settings.class_weights)}"
+    )
+    return f"learning rates and weights of classes that were best on another seed, of {tried} ({each})"
 
 
 def table(group: Group, name: str, variants: Sequence[Variant]) -> str:

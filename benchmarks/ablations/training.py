@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.ablations import images, sounds
-from benchmarks.ablations.variants import SOUND, Run, Settings, Variant, comparisons
+from benchmarks.ablations.variants import SOUND, Choice, Run, Settings, Variant, comparisons
 from fastmask.files import finite
 from fastmask.models import MaskFormerConfig
 from fastmask.training import Trainer
@@ -65,15 +65,23 @@ class Bench:
     def settings_of(self, run: Run) -> Settings:
         return self.sound_settings if run.variant.structure in SOUND else self.image_settings
 
+    def choices(self, structure: str) -> list[Choice]:
+        """Those among which a structure's best is found."""
+        return (self.sound_settings if structure in SOUND else self.image_settings).choices(structure)
+
+    def choice_of(self, run: Run) -> Choice:
+        return run.choice or self.settings_of(run).choices(run.variant.structure)[0]
+
     def trainer(self, run: Run) -> Trainer:
         """A network with its first weights, ready for training."""
-        settings = self.settings_of(run)
+        settings, choice = self.settings_of(run), self.choice_of(run)
         torch.manual_seed(run.seed)
         if run.variant.structure in SOUND:
             network = sounds.make_detector(settings, run.variant)
         else:
-            network = images.make_network(settings, run.variant, self.info.class_names, self.stuff)
-        return Trainer(network.to(self.device).train(), settings.recipe, precision=settings.precision)
+            weight = choice.class_weight
+            network = images.make_network(settings, run.variant, self.info.class_names, self.stuff, weight)
+        return Trainer(network.to(self.device).train(), settings.recipe(choice), precision=settings.precision)
 
     def batches(self, run: Run, workers: int) -> Any:
         is_sound = run.variant.structure in SOUND
@@ -87,10 +95,10 @@ class Bench:
             progress: called occasionally with the step and its loss.
 
         Returns:
-            A row of the results: "variant", "seed", "settings", "class_names", "base_layers" (of variants that do not
-            vary them), "parameters" (their number), "loss" (of the last steps), "metrics", and for mask classification
-            "query_classes", the ``(N, K)`` counts of :class:`QueryClasses`, and "evaluated", of how many images. A loss
-            or metric that is no number is None.
+            A row of the results: "variant", "seed", "settings", "choice", "class_names", "base_layers" (of variants
+            that do not vary them), "parameters" (their number), "loss" (of the last steps), "metrics", and for mask
+            classification "query_classes", the ``(N, K)`` counts of :class:`QueryClasses`, and "evaluated", of how many
+            images. A loss or metric that is no number is None.
         """
         settings, is_sound = self.settings_of(run), run.variant.structure in SOUND
         trainer = self.trainer(run)
@@ -106,7 +114,8 @@ class Bench:
         row = {
             "variant": asdict(run.variant),
             "seed": run.seed,
-            "settings": asdict(settings),
+            "settings": settings.as_row(),
+            "choice": asdict(self.choice_of(run)),
             "class_names": list(self.sound.class_names if is_sound else self.info.class_names),
             "base_layers": self.sound.decoder_layers if is_sound else images.num_layers(self.preset),
             "parameters": sum(parameter.numel() for parameter in network.parameters()),

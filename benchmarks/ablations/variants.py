@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Any
 
 from fastmask.training import Recipe
 
@@ -24,6 +25,18 @@ TITLES = {
     NO_MASK_LOSSES: "(e) without mask losses",
 }
 SOUND = (FRAMES, PRESENCE, NO_MASK_LOSSES)
+# Structures without mask classification, whose losses have no weight of classes.
+UNWEIGHTED = (PER_PIXEL, PER_PIXEL_PLUS, *SOUND)
+# Of the runs that find the best choice for a structure; no comparison uses it.
+TUNING_SEED = 1000
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is tuned for each structure: the peak learning rate, and the weight of the classes' loss."""
+
+    learning_rate: float
+    class_weight: float
 
 
 @dataclass(frozen=True)
@@ -40,7 +53,8 @@ class Settings:
         val_samples: the most samples of the validation split to evaluate, from the first on.
         batch_size: samples per step.
         steps: the number of optimizer steps.
-        learning_rate: the peak learning rate.
+        learning_rates: the peak learning rates from which each structure takes its best.
+        class_weights: the weights of the classes' loss, likewise.
         precision: as for :class:`fastmask.training.Trainer`.
     """
 
@@ -51,19 +65,32 @@ class Settings:
     val_samples: int
     batch_size: int
     steps: int
-    learning_rate: float
+    learning_rates: tuple[float, ...]
+    class_weights: tuple[float, ...] = (2.0,)
     precision: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rates", "class_weights"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    def choices(self, structure: str) -> list[Choice]:
+        """What to try for a structure: one choice if nothing is tuned."""
+        weights = self.class_weights[:1] if structure in UNWEIGHTED else self.class_weights
+        return [Choice(*values) for values in product(self.learning_rates, weights)]
 
     @property
     def composed(self) -> bool:
         """Whether samples are composed at random, so that they need no augmentation."""
         return self.data.startswith("composed:")
 
-    @cached_property
-    def recipe(self) -> Recipe:
+    def as_row(self) -> dict[str, Any]:
+        """As a result file holds them."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    def recipe(self, choice: Choice) -> Recipe:
         """The demo's recipe (its backbone multiplier, weight decay, clipping and warm-up) with a poly schedule."""
         return Recipe(
-            learning_rate=self.learning_rate,
+            learning_rate=choice.learning_rate,
             weight_decay=0.05,
             backbone_multiplier=0.3,
             warmup_steps=self.steps // 30,
@@ -100,13 +127,27 @@ class Variant:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run of a variant. The seed determines initial weights, sample order and augmentation."""
+    """One training run of a variant. The seed determines initial weights, sample order and augmentation.
+
+    Args:
+        variant: what to train.
+        seed: ``TUNING_SEED`` if the run tries a choice.
+        choice: None until the best one is known.
+    """
 
     variant: Variant
     seed: int
+    choice: Choice | None = None
+
+    @property
+    def tunes(self) -> bool:
+        return self.seed == TUNING_SEED
 
     @property
     def name(self) -> str:
+        if self.tunes and self.choice is not None:
+            rate, weight = self.choice.learning_rate, self.choice.class_weight
+            return f"{self.variant.name}, learning rate {rate:g}, class weight {weight:g}"
         return f"{self.variant.name}, seed {self.seed}"
 
 
@@ -179,3 +220,24 @@ def plan(variants: dict[str, list[Variant]], only: Sequence[str], seeds: int) ->
         for variant in variants[name]
     ]
     return list(dict.fromkeys(runs))
+
+
+def tuning_plan(
+    variants: dict[str, list[Variant]], runs: Sequence[Run], choices: Callable[[str], list[Choice]]
+) -> list[Run]:
+    """The runs that try the choices for each structure of other runs, with the settings that no comparison varies.
+
+    Args:
+        variants: of each comparison.
+        runs: the other runs.
+        choices: those of a structure; one that has only one is not tuned.
+    """
+    bases = [v for name in ("structures", "inference", "sound") for v in variants.get(name, ())]
+    base = {variant.structure: variant for variant in reversed(bases)}
+    structures = dict.fromkeys(run.variant.structure for run in runs)
+    return [
+        Run(base[structure], TUNING_SEED, choice)
+        for structure in structures
+        for choice in choices(structure)
+        if len(choices(structure)) > 1
+    ]

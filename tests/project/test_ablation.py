@@ -6,7 +6,7 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +19,8 @@ from benchmarks.ablations import __main__ as ablation
 from benchmarks.ablations import images, sounds
 from benchmarks.ablations.findings import Finding, Judgement, image_findings, judge
 from benchmarks.ablations.groups import groups_of
+from benchmarks.ablations.growth import growths
+from benchmarks.ablations.plots import write_plots
 from benchmarks.ablations.query_classes import QueryClasses, SharedPair, classes_per_query, histogram, shared_pairs
 from benchmarks.ablations.tables import difference, render, spread, summary
 from benchmarks.ablations.training import Bench
@@ -30,6 +32,8 @@ from benchmarks.ablations.variants import (
     PER_PIXEL,
     PER_PIXEL_PLUS,
     PRESENCE,
+    TUNING_SEED,
+    Choice,
     Run,
     Settings,
     Variant,
@@ -42,8 +46,8 @@ from tests.helpers.dataset_trees import blocks, write_image, write_json, write_l
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
-SCENES = Settings("composed:scenes", "tiny", "", 32, 4, 2, 2, 1e-3)
-CLIPS = Settings("composed:clips", "tiny", "", 1, 4, 2, 2, 1e-3)
+SCENES = Settings("composed:scenes", "tiny", "", 32, 4, 2, 2, (1e-3,))
+CLIPS = Settings("composed:clips", "tiny", "", 1, 4, 2, 2, (1e-3,))
 SHORT = {"steps": 1, "size": 32, "batch_size": 2, "val_samples": 3, "queries": [5, 13], "layers": [1, 3]}
 D13 = Variant(BIPARTITE, 13, 3)
 
@@ -83,7 +87,7 @@ def make_rows(variant, values, metric="mIoU", **other):
     shared = {
         "op": "ablation on composed:scenes",
         "device": "cpu",
-        "settings": asdict(SCENES),
+        "settings": SCENES.as_row(),
         "base_layers": 3,
         "class_names": [f"class {i}" for i in range(13)],
         "parameters": 1_234_567,
@@ -343,6 +347,59 @@ def test_a_budget_keeps_the_steps_that_it_was_first_given(tmp_path, monkeypatch)
     other = run_main(path, only=["inference"], seeds=1, steps=None, minutes=4)
     assert [row["settings"]["steps"] for row in other] == [1, 2], "rows of other settings are replaced run by run"
     assert len(groups_of(other)) == 2, "and never compared with each other"
+
+
+def test_each_structure_takes_what_was_best_on_the_tuning_seed(tmp_path, monkeypatch):
+    path = tmp_path / "ablation-here.json"
+    trained = []
+
+    def pretended(self, run, progress):
+        trained.append(run)
+        choice = self.choice_of(run)
+        score = {PER_PIXEL: 1, PER_PIXEL_PLUS: -1}.get(run.variant.structure, 0) * choice.learning_rate
+        score += 0.1 * choice.class_weight * (run.variant.structure == BIPARTITE)
+        return make_rows(run.variant, [0.5 + score])[0] | {
+            "seed": run.seed, "settings": self.settings_of(run).as_row(), "choice": asdict(choice)
+        }  # fmt: skip
+
+    monkeypatch.setattr(Bench, "train", pretended)
+    settings = {"only": ["structures"], "seeds": 2, "learning_rate": [0.01, 0.03], "class_weight": [1.0, 2.0]}
+    rows = run_main(path, **settings)
+    assert [run.seed for run in trained] == [TUNING_SEED] * (2 + 2 + 4 + 4) + [0] * 4 + [1] * 4
+    best = {run.variant.structure: run.choice for run in trained if not run.tunes}
+    assert best[PER_PIXEL] == Choice(0.03, 1.0)
+    assert best[PER_PIXEL_PLUS] == Choice(0.01, 1.0)
+    assert best[FIXED] == Choice(0.01, 1.0), "the first of equals"
+    assert best[BIPARTITE] == Choice(0.01, 2.0)
+    assert len(rows) == 12 + 8
+    (group,) = groups_of(rows)
+    assert {row["seed"] for row in group.rows} == {0, 1}
+    text = path.with_suffix(".md").read_text()
+    assert (
+        "of 0.01, 0.03 and 1, 2 ((a) per-pixel 0.03; (b) per-pixel+ 0.01; (c) masks, fixed matching 0.01 and 1" in text
+    )
+    trained.clear()
+    run_main(path, **settings)
+    assert not trained
+
+
+def rows_of_icons(number, gains):
+    settings = {"settings": replace(SCENES, data=f"composed:icons-{number}").as_row()}
+    settings |= {"op": f"ablation on composed:icons-{number}"}
+    base, plus = Variant(BIPARTITE, 13, 3), Variant(PER_PIXEL_PLUS, 13, 3)
+    return make_rows(base, [0.5 + gain for gain in gains], **settings) + make_rows(plus, [0.5] * len(gains), **settings)
+
+
+def test_the_growth_with_classes_is_paired_by_seed(tmp_path):
+    rows = rows_of_icons(13, [0.01, 0.03, 0.02]) + rows_of_icons(150, [0.06, 0.09, 0.07]) + make_rows(D13, [0.1])
+    (found,) = growths(groups_of(rows))
+    assert found.classes == (13, 150)
+    assert found.growth.differences == pytest.approx((5, 6, 5))
+    assert found.growth.verdict == "holds here"
+    text = render({"machine": {"gpu": None, "cpu": "Some Processor"}, "rows": rows})
+    assert "From 13 to 150 classes of things it grows by +5.3 ± 1.4 points (3 seeds): holds here." in text
+    assert not list(growths(groups_of(rows_of_icons(13, [0.01]))))
+    assert "x-growth.png" in {path.name for path in write_plots(rows, tmp_path, "x")}
 
 
 def folder(root):
