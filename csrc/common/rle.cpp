@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "common/carver.h"
+#include "common/taps.h"
 
 namespace fastmask {
 namespace {
@@ -45,6 +46,9 @@ class RunWriter {
 
 }  // namespace
 
+RunLengthEncoder::RunLengthEncoder(int64_t h, int64_t w, int64_t height, int64_t width)
+    : rows_(nearest_taps(h, height)), columns_(nearest_taps(w, width)) {}
+
 void RunLengthEncoder::load_row(const BinaryMask& mask, int64_t y, std::vector<uint64_t>& words) const {
   const uint8_t* row = mask.data + y * mask.row_bytes;
   words.back() = 0;
@@ -68,11 +72,12 @@ void RunLengthEncoder::find_changes(const BinaryMask& mask) {
   above_.resize(words);
   change_column_.clear();
   change_row_.clear();
-  load_row(mask, 0, above_);
+  load_row(mask, rows_[0], above_);
   first_row_ = above_;
   column_end_.assign(mask.width + 1, 0);
-  for (int64_t y = 1; y < mask.height; ++y) {
-    load_row(mask, y, row_);
+  for (size_t y = 1; y < rows_.size(); ++y) {
+    if (rows_[y] == rows_[y - 1]) continue;
+    load_row(mask, rows_[y], row_);
     for (int64_t i = 0; i < words; ++i) {
       for (uint64_t changed = row_[i] ^ above_[i]; changed != 0; changed &= changed - 1) {
         const int64_t column = 64 * i + __builtin_ctzll(changed);
@@ -95,13 +100,18 @@ void RunLengthEncoder::encode(const BinaryMask& mask, std::string& out) {
 
   RunWriter runs(out);
   bool last = false;
-  for (int64_t j = 0, i = 0; j < mask.width; ++j) {
-    const bool top = bit(first_row_, j);
-    if (top != last) runs.end_run(j * mask.height);
-    for (; i < column_end_[j]; ++i) runs.end_run(j * mask.height + sorted_rows_[i]);
-    last = bit(above_, j);
+  const int64_t height = static_cast<int64_t>(rows_.size());
+  int64_t begin = 0;  // of the column, among all pixels
+  for (const int64_t column : columns_) {
+    const bool top = bit(first_row_, column);
+    if (top != last) runs.end_run(begin);
+    for (int64_t i = column > 0 ? column_end_[column - 1] : 0; i < column_end_[column]; ++i) {
+      runs.end_run(begin + sorted_rows_[i]);
+    }
+    last = bit(above_, column);
+    begin += height;
   }
-  runs.end_run(mask.width * mask.height);
+  runs.end_run(begin);
 }
 
 }  // namespace fastmask

@@ -106,7 +106,7 @@ std::vector<int64_t> nearest_taps(int64_t in, int64_t out) {
   const float scale = static_cast<float>(in) / static_cast<float>(out);
   std::vector<int64_t> indices(out);
   for (int64_t i = 0; i < out; ++i) {
-    indices[i] = std::min(static_cast<int64_t>(std::floor(static_cast<float>(i) * scale)), in - 1);
+    indices[i] = in == out ? i : std::min(static_cast<int64_t>(std::floor(static_cast<float>(i) * scale)), in - 1);
   }
   return indices;
 }

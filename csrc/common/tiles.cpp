@@ -75,6 +75,12 @@ TilePlan TilePlans::plan(int64_t band, int64_t column) const {
   return plan;
 }
 
+std::vector<TilePlan> TilePlans::band(int64_t band) const {
+  std::vector<TilePlan> tiles;
+  for (int64_t column = 0; column < columns(); ++column) tiles.push_back(plan(band, column));
+  return tiles;
+}
+
 void TileWorkspace::lay_out(Carver& carver, const TilePlans& plans) {
   int64_t longest = plans.columns_.most_inputs(), inner_size = 0;
   if (plans.inner_rows_.has_value()) {

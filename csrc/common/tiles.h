@@ -72,6 +72,16 @@ struct TileWorkspace {
   void lay_out(Carver& carver, const TilePlans& plans);
 };
 
+// The lowest and the highest logit of each of a map's w columns, in the rows that a band of tiles reads.
+struct BandBounds {
+  float *low, *high;
+  float* row;  // for a row of logits
+
+  void lay_out(Carver& carver, int64_t w) {
+    for (float** values : {&low, &high, &row}) carver.take(*values, to_full_vectors(w));
+  }
+};
+
 // All tiles of a result.
 class TilePlans {
  public:
@@ -85,6 +95,9 @@ class TilePlans {
   int64_t bands() const { return rows_.size(); }
   int64_t columns() const { return columns_.size(); }
   TilePlan plan(int64_t band, int64_t column) const;
+
+  // Those of a band's tiles, from left to right.
+  std::vector<TilePlan> band(int64_t band) const;
 
  private:
   friend struct TileWorkspace;

@@ -24,16 +24,10 @@ void write_row(uint64_t word, int64_t count, bool packed, uint8_t* out) {
   }
 }
 
-}  // namespace
-
 void instance_tile(const Plane& plane, const TilePlan& plan, const TileWorkspace& work, const MaskRows& mask,
                    InstanceSums& sums) {
   const int64_t columns = plan.columns.count, left = plan.columns.begin, top = plan.rows.begin;
   uint8_t* out = mask.data + top * mask.row_bytes + (mask.packed ? left / 8 : left);
-  if (!(bounds(plane, plan, work.piece).high > 0)) {
-    for (int64_t i = 0; i < plan.rows.count; ++i) write_row(0, columns, mask.packed, out + i * mask.row_bytes);
-    return;
-  }
   resample_tile(plane, plan, work);
   uint64_t any = 0;
   for (int64_t i = 0; i < plan.rows.count; ++i) {
@@ -47,8 +41,8 @@ void instance_tile(const Plane& plane, const TilePlan& plan, const TileWorkspace
       word |= static_cast<uint64_t>(bits) << j;
       foreground += inside ? probability(x) : vfloat{};
     }
-    write_row(word, columns, mask.packed, out + i * mask.row_bytes);
     if (word == 0) continue;
+    write_row(word, columns, mask.packed, out + i * mask.row_bytes);
     any |= word;
     sums.foreground += sum_lanes(foreground);
     sums.area += __builtin_popcountll(word);
@@ -59,6 +53,19 @@ void instance_tile(const Plane& plane, const TilePlan& plan, const TileWorkspace
   const int64_t first = left + __builtin_ctzll(any), end = left + 64 - __builtin_clzll(any);
   sums.left = first < sums.left ? first : sums.left;
   sums.right = end > sums.right ? end : sums.right;
+}
+
+}  // namespace
+
+void instance_band(const Plane& plane, const TilePlan* plans, int64_t columns, const InstanceWorkspace& work,
+                   const MaskRows& mask, InstanceSums& sums) {
+  find_band_bounds(plane, plans[0], work.bounds);
+  memset(mask.data + plans[0].rows.begin * mask.row_bytes, 0, plans[0].rows.count * mask.row_bytes);
+  for (int64_t column = 0; column < columns; ++column) {
+    if (range_of_tile(plans[column], work.bounds).high > 0) {
+      instance_tile(plane, plans[column], work.tile, mask, sums);
+    }
+  }
 }
 
 }  // namespace fastmask::FASTMASK_SIMD

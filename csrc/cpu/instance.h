@@ -23,8 +23,19 @@ struct InstanceSums {
   int64_t left = INT64_MAX, top = INT64_MAX, right = 0, bottom = 0;  // right and bottom exclusive
 };
 
-// Writes one tile of `mask`, which begins at the first pixel of the result, and adds to `sums`.
-FASTMASK_KERNEL(void instance_tile(const Plane& plane, const TilePlan& plan, const TileWorkspace& work,
-                                   const MaskRows& mask, InstanceSums& sums))
+struct InstanceWorkspace {
+  TileWorkspace tile;
+  BandBounds bounds;
+
+  void lay_out(Carver& carver, const TilePlans& plans, int64_t w) {
+    tile.lay_out(carver, plans);
+    bounds.lay_out(carver, w);
+  }
+};
+
+// Writes one band of `mask`, which begins at the first pixel of the result and adds to `sums`.
+// `plans` are those of the band's tiles.
+FASTMASK_KERNEL(void instance_band(const Plane& plane, const TilePlan* plans, int64_t columns,
+                                   const InstanceWorkspace& work, const MaskRows& mask, InstanceSums& sums))
 
 }  // namespace fastmask

@@ -61,37 +61,42 @@ void count_won(const int32_t* winner, int64_t pixels, int32_t marker, PanopticAr
   areas.visible += sum_lanes<int64_t>(kept);
 }
 
-void look_ahead(const KeptQueries& kept, const TilePlan& plan, float* buffer, const PanopticOutlook& outlook) {
-  for (int64_t i = 0; i < kept.count; ++i) {
-    const Bounds b = bounds(kept.planes[i], plan, buffer);
-    const float largest = -b.low > b.high ? -b.low : b.high;
-    outlook.low[i] = b.low - kLogitSlack * largest;
-    outlook.high[i] = b.high + kLogitSlack * largest;
-    outlook.lower[i] = b.nan ? 0.0f : kept.scores[i];
-    outlook.upper[i] = kept.scores[i];
-  }
-  for (int64_t i = kept.count; i < to_full_vectors(kept.count); ++i) {
-    outlook.low[i] = outlook.high[i] = outlook.lower[i] = outlook.upper[i] = 0.0f;
+// Finds the bounds of all tiles of a band.
+void look_ahead(const KeptQueries& kept, const TilePlan* plans, int64_t columns, const PanopticWorkspace& work) {
+  const PanopticOutlook& outlook = work.outlook;
+  const int64_t stride = to_full_vectors(kept.count);
+  for (int64_t i = 0; i < stride; ++i) {
+    if (i < kept.count) find_band_bounds(kept.planes[i], plans[0], work.bounds);
+    for (int64_t column = 0; column < columns; ++column) {
+      const Range range = i < kept.count ? range_of_tile(plans[column], work.bounds) : Range{0.0f, 0.0f};
+      const float slack = kLogitSlack * (-range.low > range.high ? -range.low : range.high);
+      outlook.low[column * stride + i] = range.low - slack;
+      outlook.high[column * stride + i] = range.high + slack;
+    }
   }
   for (int64_t i = 0; i < kept.count; i += kLanes) {
-    const vfloat low = probability(load(outlook.low + i)) * (1.0f - kProbabilitySlack);
-    const vfloat high = probability(load(outlook.high + i)) * (1.0f + kProbabilitySlack);
-    store(outlook.lower + i, load(outlook.lower + i) * low);
-    store(outlook.upper + i, load(outlook.upper + i) * high);
+    const vfloat upper_score =
+        by_lane<vfloat>([&](int lane) { return i + lane < kept.count ? kept.scores[i + lane] : 0.0f; });
+    const vfloat lower_score = by_lane<vfloat>(
+        [&](int lane) { return i + lane < kept.count && kept.nans[i + lane] == 0 ? kept.scores[i + lane] : 0.0f; });
+    for (int64_t at = i; at < columns * stride; at += stride) {
+      const vfloat low = probability(load(outlook.low + at)) * (1.0f - kProbabilitySlack);
+      const vfloat high = probability(load(outlook.high + at)) * (1.0f + kProbabilitySlack);
+      store(outlook.lower + at, lower_score * low);
+      store(outlook.upper + at, upper_score * high);
+      if (plans[0].probabilities) {
+        store(outlook.low + at, low);
+        store(outlook.high + at, high);
+      }
+    }
   }
 }
 
 // How much of a tile is inside a query's mask, as far as the bounds tell.
-Coverage coverage(const PanopticOutlook& outlook, int64_t i, const TilePlan& plan, const PanopticRule& rule) {
+Coverage coverage(const PanopticOutlook& outlook, int64_t i, float threshold) {
+  if (outlook.high[i] < threshold) return Coverage::kNone;
   const bool nan = outlook.lower[i] == 0.0f;
-  if (!plan.probabilities) {
-    if (outlook.high[i] < rule.logit_threshold) return Coverage::kNone;
-    return !nan && outlook.low[i] >= rule.logit_threshold ? Coverage::kAll : Coverage::kSome;
-  }
-  const float low = probability(splat(outlook.low[i]))[0] * (1.0f - kProbabilitySlack);
-  const float high = probability(splat(outlook.high[i]))[0] * (1.0f + kProbabilitySlack);
-  if (high < rule.mask_threshold) return Coverage::kNone;
-  return !nan && low >= rule.mask_threshold ? Coverage::kAll : Coverage::kSome;
+  return !nan && outlook.low[i] >= threshold ? Coverage::kAll : Coverage::kSome;
 }
 
 void fill(int32_t* winner, int64_t width, const TilePlan& plan, int32_t value) {
@@ -100,15 +105,13 @@ void fill(int32_t* winner, int64_t width, const TilePlan& plan, int32_t value) {
   }
 }
 
-}  // namespace
-
 void panoptic_tile(const KeptQueries& kept, const TilePlan& plan, const PanopticRule& rule,
-                   const PanopticWorkspace& work, int32_t* winner, int64_t width, PanopticAreas* areas) {
+                   const PanopticWorkspace& work, const PanopticOutlook& outlook, int32_t* winner, int64_t width,
+                   PanopticAreas* areas) {
   const PanopticWinners& winners = work.winners;
-  const PanopticOutlook& outlook = work.outlook;
   const float* const values = work.tile.values;
+  const float threshold = plan.probabilities ? rule.mask_threshold : rule.logit_threshold;
 
-  look_ahead(kept, plan, work.tile.piece, outlook);
   float least = 0;  // a lower bound for the winner of every pixel
   for (int64_t i = 0; i < kept.count; ++i) least = outlook.lower[i] > least ? outlook.lower[i] : least;
   int64_t candidates = 0, only = -1;
@@ -121,10 +124,9 @@ void panoptic_tile(const KeptQueries& kept, const TilePlan& plan, const Panoptic
   const bool decided = candidates == 1 && outlook.lower[only] > 0;
   const int64_t pixels = plan.rows.count * plan.columns.stride;
   const int64_t visible_pixels = plan.rows.count * plan.columns.count;
-  const float threshold = plan.probabilities ? rule.mask_threshold : rule.logit_threshold;
   bool constant = kept.count == 0 || decided;
   if (decided) {
-    const Coverage own = coverage(outlook, only, plan, rule);
+    const Coverage own = coverage(outlook, only, threshold);
     if (rule.clip_to_mask && own == Coverage::kSome) {
       constant = false;
     } else {
@@ -147,27 +149,39 @@ void panoptic_tile(const KeptQueries& kept, const TilePlan& plan, const Panoptic
                                       : (rule.clip_to_mask ? compete<false, true> : compete<false, false>);
   for (int64_t i = 0; i < kept.count; ++i) {
     const bool competes = !constant && outlook.upper[i] >= least;
-    const Coverage own = coverage(outlook, i, plan, rule);
+    const Coverage own = coverage(outlook, i, threshold);
     if (!competes && own != Coverage::kSome) {
       areas[i].mask += own == Coverage::kAll ? visible_pixels : 0;
       continue;
     }
     resample_tile(kept.planes[i], plan, work.tile);
     if (competes) {
-      areas[i].mask += run(values, pixels, kept.scores[i], static_cast<int32_t>(2 * i), threshold, winners);
+      areas[i].mask += run(values, pixels, kept.scores[i], 2 * kept.queries[i], threshold, winners);
     } else {
       areas[i].mask += count_inside(values, pixels, threshold);
     }
   }
   if (constant) return;
   for (int64_t i = 0; i < kept.count; ++i) {
-    if (outlook.upper[i] >= least) count_won(winners.winner, pixels, static_cast<int32_t>(2 * i), areas[i]);
+    if (outlook.upper[i] >= least) count_won(winners.winner, pixels, 2 * kept.queries[i], areas[i]);
   }
   for (int64_t i = 0; i < plan.rows.count; ++i) {
-    for (int64_t j = 0; j < plan.columns.count; ++j) {
-      const int32_t mark = winners.winner[i * plan.columns.stride + j];
-      winner[i * width + j] = (mark & 1) != 0 ? kept.queries[mark >> 1] : -1;
-    }
+    const int32_t* marks = winners.winner + i * plan.columns.stride;
+    // -1 for even marks.
+    for (int64_t j = 0; j < plan.columns.count; ++j) winner[i * width + j] = marks[j] >> 1 | ((marks[j] & 1) - 1);
+  }
+}
+
+}  // namespace
+
+void panoptic_band(const KeptQueries& kept, const TilePlan* plans, int64_t columns, const PanopticRule& rule,
+                   const PanopticWorkspace& work, int32_t* winner, int64_t width, PanopticAreas* areas) {
+  look_ahead(kept, plans, columns, work);
+  for (int64_t column = 0; column < columns; ++column) {
+    const int64_t first = column * to_full_vectors(kept.count);
+    const PanopticOutlook outlook{work.outlook.low + first, work.outlook.high + first, work.outlook.lower + first,
+                                  work.outlook.upper + first};
+    panoptic_tile(kept, plans[column], rule, work, outlook, winner + plans[column].columns.begin, width, areas);
   }
 }
 

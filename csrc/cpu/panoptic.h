@@ -22,6 +22,7 @@ struct KeptQueries {
   const Plane* planes;     // [count]
   const float* scores;     // [count], above 0
   const int32_t* queries;  // [count]
+  const int32_t* nans;     // [count], how many of its logits are NaN
 };
 
 struct PanopticRule {
@@ -30,7 +31,7 @@ struct PanopticRule {
   float logit_threshold;  // the same as a logit
 };
 
-// The winner of each pixel of a tile so far: 2 * i + 1 if kept query i keeps the pixel, 2 * i if it does not; and the
+// The winner of each pixel of a tile so far: 2 * n + 1 if query n keeps the pixel, 2 * n if it does not; and the
 // winner's score * probability as a fraction.
 struct PanopticWinners {
   float *numerator, *denominator;  // [kTileRows * kTileColumns]
@@ -39,27 +40,30 @@ struct PanopticWinners {
 
 // Bounds for each kept query in a tile.
 struct PanopticOutlook {
-  float *low, *high;     // of its logits
-  float *lower, *upper;  // of score * probability; lower is 0 where a NaN is read
+  float *low, *high;     // of its logits, or of its probabilities if there are two steps
+  float *lower, *upper;  // of score * probability; lower is 0 if a logit of the query is NaN
 };
 
 struct PanopticWorkspace {
   TileWorkspace tile;
   PanopticWinners winners;
-  PanopticOutlook outlook;
+  BandBounds bounds;
+  PanopticOutlook outlook;  // [columns of tiles, kept, rounded up]
 
-  void lay_out(Carver& carver, const TilePlans& plans, int64_t kept) {
+  void lay_out(Carver& carver, const TilePlans& plans, int64_t kept, int64_t w) {
     tile.lay_out(carver, plans);
+    bounds.lay_out(carver, w);
     for (float** values : {&winners.numerator, &winners.denominator}) carver.take(*values, kTileRows * kTileColumns);
     carver.take(winners.winner, kTileRows * kTileColumns);
-    for (float** bounds : {&outlook.low, &outlook.high, &outlook.lower, &outlook.upper}) {
-      carver.take(*bounds, to_full_vectors(kept));
+    for (float** values : {&outlook.low, &outlook.high, &outlook.lower, &outlook.upper}) {
+      carver.take(*values, plans.columns() * to_full_vectors(kept));
     }
   }
 };
 
-// Writes winner [rows.count, columns.count] of one tile, rows `width` apart, and adds to areas [kept.count].
-FASTMASK_KERNEL(void panoptic_tile(const KeptQueries& kept, const TilePlan& plan, const PanopticRule& rule,
-                                   const PanopticWorkspace& work, int32_t* winner, int64_t width, PanopticAreas* areas))
+// Writes winner [rows.count, W] of one band, whose tiles have the `plans`, and adds to areas [kept.count].
+FASTMASK_KERNEL(void panoptic_band(const KeptQueries& kept, const TilePlan* plans, int64_t columns,
+                                   const PanopticRule& rule, const PanopticWorkspace& work, int32_t* winner,
+                                   int64_t width, PanopticAreas* areas))
 
 }  // namespace fastmask

@@ -28,44 +28,54 @@ static inline vfloat probability(vfloat x) {
   return 1.0f / (1.0f + exp_neg(x));
 }
 
-// The lowest and the highest logit that a tile reads, clamped; NaN counts as neither, but is noted.
-struct Bounds {
-  float low, high;
-  bool nan;
-};
-
-static inline Bounds bounds(const Plane& plane, const TilePlan& plan, float* buffer) {
+// Writes the lowest and the highest logit of each of a plane's columns in the rows that a band of tiles reads; NaN
+// counts as neither. Whole rows are read in order: tile by tile, most of the time would go to waiting for memory.
+static inline void find_band_bounds(const Plane& plane, const TilePlan& plan, const BandBounds& bounds) {
   const AxisTile& rows = plan.probabilities ? plan.inner_rows : plan.rows;
-  const AxisTile& columns = plan.probabilities ? plan.inner_columns : plan.columns;
-  vfloat low = splat(kLogitBound), high = splat(-kLogitBound);
-  vint nan = {};
-  const int64_t count = columns.inputs;
+  const int64_t w = plane.w, last = w > kLanes ? w - kLanes : 0;
   for (int64_t i = 0; i < rows.inputs; ++i) {
-    const Logits row = after(row_of(plane, rows.input[i]), columns.input[0]);
-    const float* x = buffer;
-    if (row.dtype == Dtype::kFloat32 && count >= kLanes) {
+    const Logits row = row_of(plane, rows.input[i]);
+    const float* x = bounds.row;
+    if (row.dtype == Dtype::kFloat32 && w >= kLanes) {
       x = static_cast<const float*>(row.data) + row.offset;
     } else {
-      load_logits(row, count, buffer);
-      for (int64_t j = count; j < kLanes; ++j) buffer[j] = buffer[0];
+      load_logits(row, w, bounds.row);
     }
-    for (int64_t j = 0; j < count; j += kLanes) {
-      const int64_t last = count - kLanes;
-      const vfloat v = load(x + (j <= last || last < 0 ? j : last));
-      low = minimum(v, low);
-      high = maximum(v, high);
-      nan |= v != v;
+    for (int64_t j = 0; j < w; j += kLanes) {
+      const int64_t at = j < last ? j : last;
+      const vfloat v = load(x + at);
+      store(bounds.low + at, minimum(v, i == 0 ? splat(kLogitBound) : load(bounds.low + at)));
+      store(bounds.high + at, maximum(v, i == 0 ? splat(-kLogitBound) : load(bounds.high + at)));
     }
   }
-  Bounds result{low[0], high[0], false};
-  for (int i = 0; i < kLanes; ++i) {
-    result.low = low[i] < result.low ? low[i] : result.low;
-    result.high = high[i] > result.high ? high[i] : result.high;
-    result.nan |= nan[i] != 0;
+}
+
+struct Range {
+  float low, high;
+};
+
+// The range of the logits that a tile of the band reads, clamped.
+static inline Range range_of_tile(const TilePlan& plan, const BandBounds& bounds) {
+  const AxisTile& columns = plan.probabilities ? plan.inner_columns : plan.columns;
+  const float *lows = bounds.low + columns.input[0], *highs = bounds.high + columns.input[0];
+  const int64_t count = columns.inputs;
+  Range range{kLogitBound, -kLogitBound};
+  if (count >= kLanes) {
+    vfloat low = load(lows), high = load(highs);
+    for (int64_t j = kLanes; j < count; j += kLanes) {
+      const int64_t at = j < count - kLanes ? j : count - kLanes;
+      low = minimum(low, load(lows + at));
+      high = maximum(high, load(highs + at));
+    }
+    range = {combine_lanes(low, [](vfloat a, vfloat b) { return minimum(a, b); }),
+             combine_lanes(high, [](vfloat a, vfloat b) { return maximum(a, b); })};
+  } else {
+    for (int64_t j = 0; j < count; ++j) {
+      range.low = lows[j] < range.low ? lows[j] : range.low;
+      range.high = highs[j] > range.high ? highs[j] : range.high;
+    }
   }
-  result.low = result.low < -kLogitBound ? -kLogitBound : result.low;
-  result.high = result.high > kLogitBound ? kLogitBound : result.high;
-  return result;
+  return {range.low > -kLogitBound ? range.low : -kLogitBound, range.high < kLogitBound ? range.high : kLogitBound};
 }
 
 // out[i] for one row of inputs, up to a full vector.

@@ -14,6 +14,14 @@ namespace fastmask {
 using Sizes = std::vector<int64_t>;
 using OptionalSizes = std::optional<std::vector<int64_t>>;
 
+inline const Sizes& checked(const Sizes& size, const char* name) {
+  STD_TORCH_CHECK(size.size() == 2 && size[0] >= 1 && size[1] >= 1, name, " must be two sizes of at least 1, got ",
+                  in_parentheses(size));
+  STD_TORCH_CHECK(size[0] < INT32_MAX && size[1] < INT32_MAX, name, " must be less than 2^31, got ",
+                  in_parentheses(size));
+  return size;
+}
+
 class Geometry {
  public:
   // `rows` and `w` are those of the mask logits that the operator was given.
@@ -70,14 +78,6 @@ class Geometry {
   int64_t valid_width() const { return valid_[1]; }
 
  private:
-  static const Sizes& checked(const Sizes& size, const char* name) {
-    STD_TORCH_CHECK(size.size() == 2 && size[0] >= 1 && size[1] >= 1, name, " must be two sizes of at least 1, got ",
-                    in_parentheses(size));
-    STD_TORCH_CHECK(size[0] < INT32_MAX && size[1] < INT32_MAX, name, " must be less than 2^31, got ",
-                    in_parentheses(size));
-    return size;
-  }
-
   // Both steps at once: rows [begin, begin + count) of the result from the rows of the grid.
   TapTable rows_at(int64_t begin, int64_t count) const {
     return {grid_[0], padded_[0], valid_[0], size_[0], begin, count};

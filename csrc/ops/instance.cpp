@@ -4,6 +4,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/huge_pages.h"
 #include "common/rle.h"
 #include "cpu/count_nan.h"
 #include "ops/geometry.h"
@@ -45,16 +46,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> instance_masks(Tensor mask_lo
   Tensor boxes = empty_result(queries, {batch, picks, 4}, ScalarType::Int);
   Tensor nan_logits = empty_result(queries, {batch, picks}, ScalarType::Int);
   uint8_t* mask_data = data_of<uint8_t>(masks);
+  advise_huge_pages(mask_data, masks.numel());
   float* foreground_data = data_of<float>(foreground);
   int32_t* area_data = data_of<int32_t>(area);
   int32_t* box_data = data_of<int32_t>(boxes);
   int32_t* nan_data = data_of<int32_t>(nan_logits);
 
   const TilePlans plans = tile_plans(geometry, false);
-  const auto tile_kernel = FASTMASK_SELECT(instance_tile);
+  std::vector<std::vector<TilePlan>> bands;
+  for (int64_t band = 0; band < plans.bands(); ++band) bands.push_back(plans.band(band));
+  const auto band_kernel = FASTMASK_SELECT(instance_band);
   const auto nan_kernel = FASTMASK_SELECT(count_nan);
   parallel_for(0, batch * picks, 1, [&](int64_t begin, int64_t end, Scratch& scratch) {
-    const auto work = scratch.lay_out<TileWorkspace>(plans);
+    const auto work = scratch.lay_out<InstanceWorkspace>(plans, planes.w());
     for (int64_t i = begin; i < end; ++i) {
       const MaskRows mask{mask_data + i * mask_bytes, row_bytes, packed};
       if (first[i] < 0) memset(mask.data, 0, mask_bytes);
@@ -64,10 +68,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> instance_masks(Tensor mask_lo
       if (first[i] == i) {
         const Plane plane = planes.plane(i / picks, query[i]);
         nans = nan_kernel(plane);
-        for (int64_t band = 0; band < plans.bands(); ++band) {
-          for (int64_t column = 0; column < plans.columns(); ++column) {
-            tile_kernel(plane, plans.plan(band, column), work, mask, sums);
-          }
+        for (const std::vector<TilePlan>& band : bands) {
+          band_kernel(plane, band.data(), plans.columns(), work, mask, sums);
         }
       }
       foreground_data[i] = static_cast<float>(sums.foreground);
@@ -93,7 +95,36 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> instance_masks(Tensor mask_lo
   return {masks, foreground, area, boxes, nan_logits};
 }
 
-std::tuple<Tensor, Tensor> rle_encode(Tensor masks, int64_t width) {
+Tensor resize_masks(Tensor masks, Sizes size) {
+  masks = torch::stable::contiguous(masks);
+  check_tensor(masks.dim() == 3 && masks.scalar_type() == ScalarType::Bool && masks.size(1) > 0 && masks.size(2) > 0,
+               masks, "masks", "(R, H, W) bool with at least one pixel");
+  const int64_t count = masks.size(0), h = masks.size(1), w = masks.size(2);
+  STD_TORCH_CHECK(std::max(h, w) < INT32_MAX, "masks must have sides of less than 2^31");
+  const std::vector<int64_t> rows = nearest_taps(h, checked(size, "size")[0]), columns = nearest_taps(w, size[1]);
+  Tensor result = empty_result(masks, {count, size[0], size[1]}, ScalarType::Bool);
+  advise_huge_pages(result.data_ptr(), result.numel());
+  const uint8_t* data = data_of<const uint8_t>(masks);
+  uint8_t* out = data_of<uint8_t>(result);
+  parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      for (int64_t y = 0; y < size[0]; ++y) {
+        const uint8_t* from = data + (r * h + rows[y]) * w;
+        uint8_t* to = out + (r * size[0] + y) * size[1];
+        if (y > 0 && rows[y] == rows[y - 1]) {
+          memcpy(to, to - size[1], size[1]);
+        } else if (memchr(from, 1, w) == nullptr) {
+          memset(to, 0, size[1]);
+        } else {
+          for (int64_t x = 0; x < size[1]; ++x) to[x] = from[columns[x]];
+        }
+      }
+    }
+  });
+  return result;
+}
+
+std::tuple<Tensor, Tensor> rle_encode(Tensor masks, int64_t width, OptionalSizes size) {
   masks = torch::stable::contiguous(masks);
   const bool packed = masks.scalar_type() == ScalarType::Byte;
   check_tensor(masks.dim() == 3 && (packed || masks.scalar_type() == ScalarType::Bool), masks, "masks",
@@ -103,10 +134,11 @@ std::tuple<Tensor, Tensor> rle_encode(Tensor masks, int64_t width) {
                   "masks must have sides of 1 to 2^31 - 1, got ", height, " x ", width);
   STD_TORCH_CHECK(row_bytes == (packed ? ceil_div(width, 8) : width), "masks has rows of ", row_bytes,
                   " bytes, which does not fit the width ", width);
+  const Sizes out = size.has_value() ? checked(*size, "size") : Sizes{height, width};
   const uint8_t* data = data_of<const uint8_t>(masks);
   std::vector<std::string> encoded(count);
   parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    RunLengthEncoder encoder;
+    RunLengthEncoder encoder(height, width, out[0], out[1]);
     for (int64_t r = begin; r < end; ++r) {
       encoder.encode({data + r * height * row_bytes, height, width, row_bytes, packed}, encoded[r]);
     }
@@ -116,8 +148,8 @@ std::tuple<Tensor, Tensor> rle_encode(Tensor masks, int64_t width) {
   offset[0] = 0;
   for (int64_t r = 0; r < count; ++r) offset[r + 1] = offset[r] + static_cast<int64_t>(encoded[r].size());
   Tensor counts = empty_result(masks, {offset[count]}, ScalarType::Byte);
-  char* out = data_of<char>(counts);
-  for (int64_t r = 0; r < count; ++r) memcpy(out + offset[r], encoded[r].data(), encoded[r].size());
+  char* characters = data_of<char>(counts);
+  for (int64_t r = 0; r < count; ++r) memcpy(characters + offset[r], encoded[r].data(), encoded[r].size());
   return {counts, offsets};
 }
 
@@ -126,5 +158,6 @@ std::tuple<Tensor, Tensor> rle_encode(Tensor masks, int64_t width) {
 
 FASTMASK_LIBRARY_IMPL(CPU, library) {
   library.impl("instance_masks", TORCH_BOX(&fastmask::instance_masks));
+  library.impl("resize_masks", TORCH_BOX(&fastmask::resize_masks));
   library.impl("rle_encode", TORCH_BOX(&fastmask::rle_encode));
 }

@@ -1,5 +1,6 @@
 #include "cpu/panoptic.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <tuple>
@@ -16,10 +17,10 @@ namespace {
 struct ImageQueries {
   std::vector<Plane> planes;
   std::vector<float> scores;
-  std::vector<int32_t> queries;
+  std::vector<int32_t> queries, nans;
 
   KeptQueries view() const {
-    return {static_cast<int64_t>(planes.size()), planes.data(), scores.data(), queries.data()};
+    return {static_cast<int64_t>(planes.size()), planes.data(), scores.data(), queries.data(), nans.data()};
   }
 };
 
@@ -63,25 +64,24 @@ std::tuple<Tensor, Tensor, Tensor> panoptic_winners(Tensor scores, Tensor mask_l
     image.planes.push_back(planes.plane(i / queries, i % queries));
     image.scores.push_back(score_data[i]);
     image.queries.push_back(static_cast<int32_t>(i % queries));
+    image.nans.push_back(nan_data[i]);
     most_kept = std::max(most_kept, static_cast<int64_t>(image.planes.size()));
   }
 
   const TilePlans plans = tile_plans(geometry, resize_probabilities);
   const PanopticRule rule{clip_to_mask, static_cast<float>(mask_threshold),
                           static_cast<float>(std::log(mask_threshold / (1.0 - mask_threshold)))};
-  const auto tile_kernel = FASTMASK_SELECT(panoptic_tile);
+  const auto band_kernel = FASTMASK_SELECT(panoptic_band);
   parallel_for(0, batch * plans.bands(), 1, [&](int64_t begin, int64_t end, Scratch& scratch) {
-    const auto work = scratch.lay_out<PanopticWorkspace>(plans, most_kept);
+    const auto work = scratch.lay_out<PanopticWorkspace>(plans, most_kept, planes.w());
     std::vector<PanopticAreas> tile_areas;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / plans.bands(), band = i % plans.bands();
       const ImageQueries& image = images[b];
       tile_areas.assign(image.planes.size(), {});
-      for (int64_t column = 0; column < plans.columns(); ++column) {
-        const TilePlan plan = plans.plan(band, column);
-        int32_t* out = winner_data + (b * out_rows + plan.rows.begin) * width + plan.columns.begin;
-        tile_kernel(image.view(), plan, rule, work, out, width, tile_areas.data());
-      }
+      const std::vector<TilePlan> tiles = plans.band(band);
+      int32_t* out = winner_data + (b * out_rows + tiles[0].rows.begin) * width;
+      band_kernel(image.view(), tiles.data(), plans.columns(), rule, work, out, width, tile_areas.data());
       // Integer sums are the same in any order.
       for (size_t k = 0; k < tile_areas.size(); ++k) {
         int32_t* sums = area_data + 3 * (b * queries + image.queries[k]);
@@ -95,7 +95,33 @@ std::tuple<Tensor, Tensor, Tensor> panoptic_winners(Tensor scores, Tensor mask_l
   return {winner, areas, nan_logits};
 }
 
+Tensor relabel_winners(Tensor winner, Tensor table) {
+  winner = torch::stable::contiguous(winner);
+  check_tensor(winner.dim() == 3 && winner.scalar_type() == ScalarType::Int, winner, "winner", "(B, H, W) int32");
+  table = torch::stable::contiguous(table);
+  check_tensor(table.dim() == 2 && table.scalar_type() == ScalarType::Int && table.size(0) == winner.size(0) &&
+                   table.size(1) >= 1,
+               table, "table", "(B, 1 + N) int32 for the B of winner");
+  const int64_t rows = winner.size(1), width = winner.size(2), entries = table.size(1);
+  const auto last = static_cast<uint32_t>(std::min<int64_t>(entries - 1, INT32_MAX));
+  Tensor labels = empty_result(winner, {winner.size(0), rows, width}, ScalarType::Int);
+  const auto* pixels = data_of<const int32_t>(winner);
+  int32_t* out = data_of<int32_t>(labels);
+  parallel_for(0, winner.size(0) * rows, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int32_t* ids = data_of<const int32_t>(table) + row / rows * entries;
+      for (int64_t x = row * width; x < (row + 1) * width; ++x) {
+        out[x] = ids[std::min(static_cast<uint32_t>(pixels[x]) + 1, last)];
+      }
+    }
+  });
+  return labels;
+}
+
 }  // namespace
 }  // namespace fastmask
 
-FASTMASK_LIBRARY_IMPL(CPU, library) { library.impl("panoptic_winners", TORCH_BOX(&fastmask::panoptic_winners)); }
+FASTMASK_LIBRARY_IMPL(CPU, library) {
+  library.impl("panoptic_winners", TORCH_BOX(&fastmask::panoptic_winners));
+  library.impl("relabel_winners", TORCH_BOX(&fastmask::relabel_winners));
+}

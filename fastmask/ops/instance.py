@@ -18,8 +18,10 @@ Returns of ``instance_masks``:
         exclusive; zeros for an empty mask.
     nan_logits: ``(B, R)`` int32, how many of the given logits of the query are NaN.
 
-``rle_encode`` runs on the CPU only, since the host uses the run lengths. It takes ``(R, H, W)`` bool or packed
-``(R, H, ceil(W / 8))`` uint8 masks, and the width W. It returns ``(T,)`` uint8, the compressed counts of pycocotools
+``resize_masks`` and ``rle_encode`` run on the CPU only, the latter since the host uses the run lengths. Given
+``(R, h, w)`` bool masks and a size (H, W), ``resize_masks`` returns ``(R, H, W)`` bool by PyTorch's "nearest" rule.
+``rle_encode`` takes ``(R, h, w)`` bool or packed ``(R, h, ceil(w / 8))`` uint8 masks, the width w, and optionally the
+size to which they are resized by that rule first. It returns ``(T,)`` uint8, the compressed counts of pycocotools
 (column by column) of all masks in turn, and ``(R + 1,)`` int64, where each mask's counts begin and the last ones end.
 """
 
@@ -36,7 +38,7 @@ from torch.nn import functional as F
 
 from fastmask.ops._checks import check_choice
 from fastmask.ops._extension import EXTENSION_ERROR, ops
-from fastmask.ops._geometry import GEOMETRY, GeometryArguments, result_size
+from fastmask.ops._geometry import GEOMETRY, GeometryArguments, Size, result_size
 from fastmask.ops._mask_source import MaskSource, belong_to, prepare
 from fastmask.ops._registry import Operator
 
@@ -138,7 +140,7 @@ def _results(backend: str, class_logits: Tensor, masks: MaskSource, options: _Op
     if nearest:
         grid = masks.geometry.valid_size or masks.geometry.padded_size or masks.geometry.grid
         masks = replace(masks, geometry=replace(masks.geometry, size=grid))
-    packed = output == "rle" and not nearest
+    packed = output == "rle" and not (nearest and boxes)
     chunks = (queries,)
     if output == "rle":
         height, width = masks.geometry.size
@@ -152,10 +154,12 @@ def _results(backend: str, class_logits: Tensor, masks: MaskSource, options: _Op
         sums.append(sums_of_chunk)
         for own, count, results in zip(maps, counts, made, strict=True):
             own = own[: max(0, count - first)]
-            if nearest:
-                results.append(_resize(own, size, output, boxes))
+            if output == "rle":
+                results.append({"rle": _encode(own, masks.geometry.size[1], size)})
             else:
-                results.append({output: _encode(own, size) if packed else own})
+                results.append({"masks": _resize(own, size) if nearest else own})
+            if nearest and boxes:
+                results[-1]["boxes"] = _bounding_boxes(own, size)
         first += chunk.shape[1]
     foreground, area, extents, nan_logits = (_joined(columns, 1) for columns in zip(*sums, strict=True))
     scores = values if rule == "rf_detr" else values * (foreground / (area + 1e-6))
@@ -235,16 +239,12 @@ def _run_bands(
     )
 
 
-def _resize(maps: Tensor, size: tuple[int, int], output: str, boxes: bool) -> dict[str, Any]:
-    """Resizes masks ``(R, h, w)`` bool by PyTorch's "nearest" rule; gives the output and, with ``boxes``, boxes."""
-    step = len(maps) if output == "masks" else _most_bytes(maps.device) // (size[0] * size[1])
-    results: list[dict[str, Any]] = []
-    for chunk in maps.split(max(step, 1)):
-        resized = F.interpolate(chunk.view(torch.uint8)[:, None], size, mode="nearest")[:, 0].view(torch.bool)
-        results.append({output: resized if output == "masks" else _encode(resized, size)})
-        if boxes:
-            results[-1]["boxes"] = _bounding_boxes(resized)
-    return {name: _joined([result[name] for result in results]) for name in results[0]}
+def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resizes masks ``(R, h, w)`` bool by PyTorch's "nearest" rule."""
+    if EXTENSION_ERROR is None and maps.device.type == "cpu":
+        resized: Tensor = ops.resize_masks(maps, size)
+        return resized
+    return F.interpolate(maps.view(torch.uint8)[:, None], size, mode="nearest")[:, 0].view(torch.bool)
 
 
 def run_lengths(masks: Tensor) -> list[dict[str, Any]]:
@@ -260,25 +260,34 @@ def run_lengths(masks: Tensor) -> list[dict[str, Any]]:
         from fastmask import reference
 
         return reference.rle_encode(masks)
-    return _encode(masks, (masks.shape[1], masks.shape[2]))
+    return _encode(masks, masks.shape[2], (masks.shape[1], masks.shape[2]))
 
 
-def _encode(maps: Tensor, size: tuple[int, int]) -> list[dict[str, Any]]:
-    """Run lengths of masks: ``(R, H, W)`` bool or packed ``(R, H, ceil(W / 8))`` uint8."""
-    counts, offsets = ops.rle_encode(maps.cpu(), size[1])
+def _encode(maps: Tensor, width: int, size: tuple[int, int]) -> list[dict[str, Any]]:
+    """Run lengths of masks ``(R, h, w)`` bool, or packed ``(R, h, ceil(w / 8))`` uint8, resized to ``size``."""
+    counts, offsets = ops.rle_encode(maps.cpu(), width, size)
     characters, ends = counts.numpy().tobytes(), offsets.tolist()
     return [{"size": list(size), "counts": characters[begin:end]} for begin, end in pairwise(ends)]
 
 
-def _bounding_boxes(maps: Tensor) -> Tensor:
-    """The bounding boxes ``(R, 4)`` int32 of masks ``(R, H, W)`` bool."""
+def _bounding_boxes(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """The bounding boxes ``(R, 4)`` int32 of masks ``(R, h, w)`` bool, resized to ``size`` by the "nearest" rule."""
+    rows, columns = (
+        _nearest(inputs, outputs, maps.device) for inputs, outputs in zip(maps.shape[1:], size, strict=True)
+    )
     sides = []
-    for occupied in (maps.any(1), maps.any(2)):  # columns, rows
+    for occupied in (maps[:, rows.unique()].any(1)[:, columns], maps[:, :, columns.unique()].any(2)[:, rows]):
         occupied = occupied.to(torch.uint8)
         first, last = occupied.argmax(1), occupied.shape[1] - occupied.flip(1).argmax(1)
         sides.append(torch.stack([first, last], 1) * occupied.amax(1, keepdim=True))
     (left, right), (top, bottom) = (side.unbind(1) for side in sides)
     return torch.stack([left, top, right, bottom], 1).to(torch.int32)
+
+
+def _nearest(inputs: int, outputs: int, device: torch.device) -> Tensor:
+    """``(outputs,)`` int64, the input of each output by PyTorch's "nearest" rule."""
+    index = torch.arange(inputs, dtype=torch.float64, device=device)
+    return F.interpolate(index[None, None], outputs, mode="nearest")[0, 0].long()
 
 
 def _reference(class_logits: Tensor, masks: MaskSource, dtype: torch.dtype, options: _Options) -> list[dict[str, Any]]:
@@ -299,7 +308,7 @@ def _reference(class_logits: Tensor, masks: MaskSource, dtype: torch.dtype, opti
         nan_logits = mask_logits[b].isnan().sum((-2, -1), dtype=torch.int32)
         result["nan_logits"] = nan_logits[result["queries"]]
         if options.boxes:
-            result["boxes"] = _bounding_boxes(result["masks"])
+            result["boxes"] = _bounding_boxes(result["masks"], geometry.size)
         if options.output == "rle":
             result["rle"] = reference.rle_encode(result["masks"])
     return results
@@ -327,7 +336,11 @@ def _fake(
     )
 
 
-def _fake_rle(masks: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def _fake_resize(masks: Tensor, size: Size) -> Tensor:
+    return masks.new_empty((masks.shape[0], *size))
+
+
+def _fake_rle(masks: Tensor, width: int, size: Size | None = None) -> tuple[Tensor, Tensor]:
     length = torch.library.get_ctx().new_dynamic_size()
     return masks.new_empty(length, dtype=torch.uint8), masks.new_empty(masks.shape[0] + 1, dtype=torch.int64)
 
@@ -339,9 +352,12 @@ INSTANCE_MASKS = Operator(
     native=("cpu",),
     triton="instance",
 )
+RESIZE_MASKS = Operator(
+    "resize_masks", "(Tensor masks, SymInt[] size) -> Tensor", _fake_resize, native=("cpu",), dtypes=(torch.bool,)
+)
 RLE_ENCODE = Operator(
     "rle_encode",
-    "(Tensor masks, int width) -> (Tensor, Tensor)",
+    "(Tensor masks, int width, SymInt[]? size=None) -> (Tensor, Tensor)",
     _fake_rle,
     native=("cpu",),
     dtypes=(torch.bool, torch.uint8),

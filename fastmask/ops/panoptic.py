@@ -15,6 +15,9 @@ Returns of the operator:
         -1 where no query was kept, all kept queries are NaN, or ``clip_to_mask`` took the pixel away.
     areas: ``(B, N, 3)`` int32, pixels that the query wins, pixels of its mask, and pixels where ``winner`` names it.
     nan_logits: ``(B, N)`` int32, how many of the given logits of a kept query are NaN; 0 for dropped queries.
+
+``relabel_winners``, on the CPU only, returns entry n + 1 of an image's row of ``table (B, 1 + N)`` int32 for each pixel
+n of ``winner (B, H, W)`` int32.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ import torch
 from torch import Tensor
 
 from fastmask.ops._checks import check_choice
+from fastmask.ops._extension import EXTENSION_ERROR, ops
 from fastmask.ops._geometry import GEOMETRY, GeometryArguments, result_size
 from fastmask.ops._mask_source import MaskSource, belong_to, prepare
 from fastmask.ops._registry import Operator
@@ -222,9 +226,12 @@ def _segments(
 
     # Pixels without a winner have index -1; an extra first entry of each image serves them.
     table = torch.nn.functional.pad(ids, (1, 0)).to(torch.int32)
-    starts = torch.arange(batch_size, dtype=torch.int32, device=winner.device) * (num_queries + 1) + 1
-    index = winner.add_(starts[:, None, None])
-    segmentation = table.flatten().index_select(0, index.flatten()).view_as(winner)
+    if EXTENSION_ERROR is None and winner.device.type == "cpu":
+        segmentation = ops.relabel_winners(winner, table)
+    else:
+        starts = torch.arange(batch_size, dtype=torch.int32, device=winner.device) * (num_queries + 1) + 1
+        index = winner.add_(starts[:, None, None])
+        segmentation = table.flatten().index_select(0, index.flatten()).view_as(winner)
 
     columns = (ids, classes, ~stuff, scores, areas_of_segments, listed)
     rows = torch.stack([column.double() for column in columns], -1).tolist()
@@ -257,6 +264,13 @@ def _fake(
     )
 
 
+RELABEL_WINNERS = Operator(
+    "relabel_winners",
+    "(Tensor winner, Tensor table) -> Tensor",
+    lambda winner, table: winner.new_empty(winner.shape),
+    native=("cpu",),
+    dtypes=(torch.int32,),
+)
 PANOPTIC_WINNERS = Operator(
     "panoptic_winners",
     "(Tensor scores, Tensor mask_logits, bool resize_probabilities, bool clip_to_mask, float mask_threshold, "

@@ -201,7 +201,8 @@ def panoptic(draw: Draw) -> Calls:
     grid, geometry = draw.geometry()
     scores = draw.uniform(batch, queries) * (draw.uniform(batch, queries) < 0.6)
     options = draw.chance(0.5), draw.chance(0.5), draw.choice([0.0, 0.5, 0.8, 1.0])
-    yield "panoptic_winners", (scores, draw.logits(batch, queries, *grid), *options, *geometry)
+    winner, *_ = yield "panoptic_winners", (scores, draw.logits(batch, queries, *grid), *options, *geometry)
+    yield "relabel_winners", (winner, draw.integers(0, 9, batch, queries + 1).to(torch.int32))
 
 
 def instance(draw: Draw) -> Calls:
@@ -210,7 +211,10 @@ def instance(draw: Draw) -> Calls:
     chosen = draw.integers(-1, queries - 1, batch, draw.randint(0, 10))
     for packed in (False, True):
         masks, *_ = yield "instance_masks", (draw.logits(batch, queries, *grid), chosen, packed, *geometry)
-        yield "rle_encode", (masks.flatten(0, 1), geometry[3][1])
+        size = (draw.length(70), draw.length(70)) if draw.chance(0.5) else None
+        yield "rle_encode", (masks.flatten(0, 1), geometry[3][1], size)
+        if not packed:
+            yield "resize_masks", (masks.flatten(0, 1), (draw.length(70), draw.length(70)))
 
 
 def attention(draw: Draw) -> Calls:

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastmask import instance_inference, reference
 from fastmask.measure import peak_memory
 from fastmask.ops import _mask_source
 from fastmask.ops import instance as instance_module
 from fastmask.ops._geometry import Geometry
-from fastmask.ops.instance import INSTANCE_MASKS
+from fastmask.ops.instance import INSTANCE_MASKS, _bounding_boxes, _encode
 from fastmask.testing import assert_within_budget
 from tests.helpers.inference_inputs import (
     BAD_LOGITS_AND_SIZES,
@@ -295,6 +296,35 @@ BAD_ARGUMENTS = {
 @pytest.mark.parametrize(("change", "error", "message"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
 def test_bad_arguments(change, error, message, generator):
     check_refused(instance_inference, generator, change, error, message)
+
+
+@pytest.mark.parametrize("size", [(5, 11), (10, 22), (23, 40), (16, 33), (3, 7), (1, 1), (64, 5)])
+def test_resized_masks(size, generator):
+    """Larger, smaller and equal, by whole ratios and others: as PyTorch does; run lengths and boxes fit the masks."""
+    masks = torch.rand(4, 5, 11, generator=generator) < torch.tensor([0.0, 0.1, 0.5, 1.0])[:, None, None]
+    expected = F.interpolate(masks.to(torch.uint8)[:, None], size, mode="nearest")[:, 0].bool()
+    assert torch.ops.fastmask.resize_masks(masks, size).equal(expected)
+    packed = torch.from_numpy(np.packbits(masks.numpy(), axis=-1, bitorder="little"))
+    for form in (masks, packed):
+        assert _encode(form, 11, size) == reference.rle_encode(expected)
+    assert _bounding_boxes(masks, size).equal(_bounding_boxes(expected, size))
+
+
+def test_opcheck_of_resized_masks(generator):
+    masks = torch.rand(3, 5, 11, generator=generator) < 0.5
+    torch.library.opcheck(torch.ops.fastmask.resize_masks.default, (masks, (7, 30)))
+    torch.library.opcheck(torch.ops.fastmask.rle_encode.default, (masks, 11, (7, 30)))
+
+
+@pytest.mark.parametrize("size", [(0, 3), (3,), (3, -1), (3, 1 << 40)])
+def test_sizes_of_no_mask(size):
+    masks = torch.zeros(2, 4, 9, dtype=torch.bool)
+    for run in (
+        lambda: torch.ops.fastmask.resize_masks(masks, size),
+        lambda: torch.ops.fastmask.rle_encode(masks, 9, size),
+    ):
+        with pytest.raises(RuntimeError, match="size must be"):
+            run()
 
 
 def test_opcheck_of_run_lengths(generator):

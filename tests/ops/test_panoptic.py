@@ -266,6 +266,17 @@ def test_memory_does_not_grow_with_the_queries(rule, generator):
     assert memory["allocator"] < 2e6
 
 
+def test_winners_are_relabeled_by_image(generator):
+    winner = torch.randint(-1, 6, (2, 5, 70), dtype=torch.int32, generator=generator)
+    table = torch.randint(0, 99, (2, 7), dtype=torch.int32, generator=generator)
+    expected = table.gather(1, winner.flatten(1).long() + 1).view_as(winner)
+    assert torch.ops.fastmask.relabel_winners(winner, table).equal(expected)
+    torch.library.opcheck(torch.ops.fastmask.relabel_winners.default, (winner, table))
+    for bad in ((winner[:1], table), (winner, table[0]), (winner.long(), table), (winner, table[:, :0])):
+        with pytest.raises(RuntimeError, match="winner|table"):
+            torch.ops.fastmask.relabel_winners(*bad)
+
+
 BAD_ARGUMENTS = {
     "threshold above 1": ({"threshold": 1.5}, ValueError, r"threshold must lie in 0\.\.1, got 1\.5"),
     "negative": ({"overlap_threshold": -0.1}, ValueError, r"overlap_threshold must lie in 0\.\.1"),

@@ -266,6 +266,18 @@ static inline Sum sum_lanes(V v) {
   return total;
 }
 
+// f(f(v[0], v[1]), ...) for an f whose result depends on no order, such as the minimum.
+template <int kStep = kLanes / 2, class V, class F>
+static inline auto combine_lanes(V v, F f) {
+  if constexpr (kStep == 0) {
+    return v[0];
+  } else {
+    return [&]<int... kLane>(std::integer_sequence<int, kLane...>) {
+      return combine_lanes<kStep / 2>(f(v, shuffle<((kLane + kStep) % kLanes)...>(v, v)), f);
+    }(std::make_integer_sequence<int, kLanes>{});
+  }
+}
+
 // All ones in the lanes whose bits are set in `lanes`, for vector number `part` of a chunk.
 static inline vint select(uint32_t lanes, int part) {
   const vint lane_bit = by_lane([](int i) { return 1 << i; });
