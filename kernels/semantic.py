@@ -83,8 +83,8 @@ class SemanticConfig:
     negligible: float = 0.1
 
 
-# By the number of fp16 parts of each factor; of one part, whether fours of rows share what they read. The sums of 128
-# pixels in 4 warps leave registers for few taps.
+# By the number of fp16 parts of each factor; of one part, whether fours of rows share what they read, without details.
+# The sums of 128 pixels in 4 warps leave registers for few taps, and none for details.
 CONFIGS = {
     "one part, fours": {None: SemanticConfig(tile_rows=4, tile_columns=32, num_warps=4)},
     "one part": {None: SemanticConfig(tile_rows=8, tile_columns=16, num_warps=8)},
@@ -452,7 +452,8 @@ def semantic_inference(
     batch, queries, classes = probabilities.shape
     resampling = Resampling(*geometry)
     parts = 1 if mask_logits.dtype == torch.bfloat16 else 2
-    kind = "two parts" if parts == 2 else "one part, fours" if resampling.alike(order == "scores") == 4 else "one part"
+    fours = resampling.alike(order == "scores") == 4 and not details
+    kind = "two parts" if parts == 2 else "one part, fours" if fours else "one part"
     config = pick_config(CONFIGS[kind], mask_logits.device)
     scores = output == "scores"
     shape = (batch, resampling.out_rows, resampling.size[1])

@@ -82,11 +82,13 @@ def test_labels_by_half_precision_logits(dtype, name, generator):
     check_labels(**SEMANTIC_INFERENCE.cast(SEMANTIC_INFERENCE.triton[name](generator), dtype))
 
 
-@pytest.mark.parametrize("classes", [1, 3, 40, 200])
-def test_details(classes, generator):
-    class_logits, mask_logits = inputs(USUAL, generator, classes=classes)
+@pytest.mark.parametrize(
+    ("classes", "dtype"), [*((classes, torch.float32) for classes in (1, 3, 40, 200)), (40, torch.bfloat16)]
+)
+def test_details(classes, dtype, generator):
+    class_logits, mask_logits = inputs(USUAL, generator, classes=classes, dtype=dtype)
     exact = reference_scores(class_logits, mask_logits, USUAL, torch.float64, "masks")
-    same_dtype = reference_scores(class_logits, mask_logits, USUAL, torch.float32, "masks")
+    same_dtype = reference_scores(class_logits, mask_logits, USUAL, dtype, "masks")
     details = semantic_inference(class_logits, mask_logits, USUAL.size, details=True, backend="triton")
     assert_labels(details.labels, same_dtype, exact, 18)
     best = exact.topk(min(2, classes), dim=1).values
