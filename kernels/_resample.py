@@ -44,6 +44,16 @@ class Axis:
         steps = (self.grid != self.padded) + (self.valid != self.size)
         return (1, 2, 3 if self.padded >= self.grid else 4)[steps]
 
+    def alike(self) -> tuple[int, int]:
+        """How many neighboring outputs read the same two inputs, 4 or 1, and the first output that begins such a group.
+
+        One step up by a multiple of 4 has groups of 4, as its outputs lie between the centers of the inputs.
+        """
+        inputs, outputs = (self.valid, self.size) if self.grid == self.padded else (self.grid, self.padded)
+        if self.taps != 2 or outputs % (4 * inputs):
+            return 1, 0
+        return 4, outputs // inputs // 2 % 4
+
     def arguments(self, axis: str) -> dict[str, int]:
         """The arguments of ``_taps_kernel`` for the axis "y" or "x"."""
         return {f"{name}_{axis}": size for name, size in asdict(self).items()}
@@ -86,6 +96,15 @@ class Resampling(NamedTuple):
         padded = self.padded_size or self.grid
         rows, columns = zip(self.grid, padded, self.valid_size or padded, self.size, strict=True)
         return Axis(*rows), Axis(*columns)
+
+    def staged_axes(self, probabilities: bool) -> tuple[Axis, Axis]:
+        """Those of the steps from the stage on: of probabilities, the second one."""
+        rows, columns = self.axes()
+        return (rows.second_step(), columns.second_step()) if probabilities else (rows, columns)
+
+    def alike(self, probabilities: bool) -> int:
+        """How many neighboring rows read the same rows of the stage."""
+        return self.staged_axes(probabilities)[0].alike()[0]
 
 
 @triton.jit
@@ -259,8 +278,51 @@ def _tile_taps(
 
 
 @triton.jit
-def _interpolate(z, stage_ptr, n, offsets, weights, TAPS: tl.constexpr):
-    """z ``[pixels, queries]`` plus the weighted staged values of queries n at each pixel's taps."""
+def _group_taps(
+    row_index_ptr, row_weight_ptr, column_index_ptr, column_weight_ptr, columns, top, count, lead, H, W, tiles_x,
+    TAPS_X: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr,
+):  # fmt: skip
+    """As ``_tile_taps``, where groups of 4 rows read the same two rows of the stage; the first group of the band begins
+    ``lead`` rows before it. Pixels are in the order of the rows of a group, rows of groups, and columns.
+
+    Returns the tuples of cells in the upper and in the lower row of the stage, the weights of these columns, and the
+    weights of the lower row for each row of a group.
+    """
+    top_y = tl.program_id(0) // tiles_x * TILE_Y - lead
+    left = tl.program_id(0) % tiles_x * TILE_X
+    pixel = tl.arange(0, TILE_Y * TILE_X)  # [PIXELS]
+    y = top_y + pixel % (TILE_Y * TILE_X // 4) // TILE_X * 4 + pixel // (TILE_Y * TILE_X // 4)
+    x = left + pixel % TILE_X
+    inside = (y >= 0) & (y < count) & (x < W)
+    at = tl.program_id(1).to(tl.int64) * H * W + (top + y).to(tl.int64) * W + x
+
+    group = tl.arange(0, TILE_Y * TILE_X // 4)  # [GROUPS]
+    y = top_y + group // TILE_X * 4
+    x = tl.minimum(left + group % TILE_X, W - 1)
+    pitch = _table_pitch(count)
+    some = tl.minimum(tl.maximum(y, 0), count - 1)
+    upper_row = tl.load(row_index_ptr + some) * columns
+    lower_row = tl.load(row_index_ptr + pitch + some) * columns
+    upper = ()
+    lower = ()
+    weights = ()
+    for tx in tl.static_range(TAPS_X):
+        column = tl.load(column_index_ptr + tx * _table_pitch(W) + x)
+        upper = upper + (upper_row + column,)  # noqa: RUF005 (Triton has no stars)
+        lower = lower + (lower_row + column,)  # noqa: RUF005
+        weights = weights + (tl.load(column_weight_ptr + tx * _table_pitch(W) + x),)  # noqa: RUF005
+    shares = ()
+    for row in tl.static_range(4):
+        row_at = tl.minimum(tl.maximum(y + row, 0), count - 1)
+        shares = shares + (tl.load(row_weight_ptr + pitch + row_at),)  # noqa: RUF005
+    return inside, at, upper, lower, weights, shares
+
+
+@triton.jit
+def _interpolate(z, stage_ptr, offsets, weights, TAPS: tl.constexpr):
+    """z ``[pixels, queries]`` plus the weighted staged values at each pixel's taps, of a block of queries, the first of
+    which is that of ``stage_ptr``."""
+    n = tl.arange(0, BLOCK_N)
     for tap in tl.static_range(TAPS):
         value = tl.load(stage_ptr + (offsets[tap][:, None] + n[None, :]))
         z = tl.fma(_widen(value), weights[tap][:, None], z)
@@ -279,10 +341,12 @@ def _nan_count_kernel(logits_ptr, stride_b, stride_n, count_ptr, N, pixels, UNIT
         tl.atomic_add(count_ptr + plane, count)
 
 
-def count_nans(mask_logits: Tensor) -> Tensor:
-    """How many logits of each query are NaN, ``(B, N)`` int32, for ``(B, N, rows, w)`` with contiguous planes."""
+def count_nans(mask_logits: Tensor, count: Tensor | None = None) -> Tensor:
+    """How many logits of each query are NaN, ``(B, N)`` int32, for ``(B, N, rows, w)`` with contiguous planes; added to
+    ``count``."""
     batch, queries, rows, w = mask_logits.shape
-    count = torch.zeros((batch, queries), dtype=torch.int32, device=mask_logits.device)
+    if count is None:
+        count = torch.zeros((batch, queries), dtype=torch.int32, device=mask_logits.device)
     if mask_logits.numel():
         strides = strides_in_units(mask_logits, rows * w)
         _nan_count_kernel[(batch * queries, triton.cdiv(rows * w, 4096))](
@@ -308,10 +372,10 @@ def strides_in_units(mask_logits: Tensor, *sizes: int) -> dict[str, int]:
 @kernel
 def _stage_kernel(
     logits_ptr, stride_b, stride_n, order_ptr, weight_ptr,
-    row_index_ptr, row_weight_ptr, column_index_ptr, column_weight_ptr, stage_ptr, peak_ptr,
-    N, blocks, w, first, rows, columns,
+    row_index_ptr, row_weight_ptr, column_index_ptr, column_weight_ptr, stage_ptr, peak_ptr, count_ptr,
+    N, blocks, w, first, counted, rows, columns,
     TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, PROBABILITIES: tl.constexpr, PEAKS: tl.constexpr,
-    KEEP_NAN: tl.constexpr, UNIT: tl.constexpr, BLOCK_C: tl.constexpr,
+    COUNTS: tl.constexpr, KEEP_NAN: tl.constexpr, UNIT: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Copies the logits to the stage, clamped, with the queries innermost in the given order. With PROBABILITIES it
     stages the sigmoids of logits after the first bilinear step, which the given taps describe.
@@ -320,6 +384,7 @@ def _stage_kernel(
         order   (B, N), the query at each place; weight (B, padded_n), its factor, padded_n = blocks * BLOCK_N
         stage   (B, rows * columns, padded_n); places beyond N hold arbitrary queries
         peak    (B, rows * columns), an upper bound of log2(weight * sigmoid(x)) over the queries
+        count   (B, N), to which the numbers of NaN in the rows from ``counted`` on are added
     """
     image = tl.program_id(1).to(tl.int64)
     padded_n = blocks * BLOCK_N
@@ -328,6 +393,7 @@ def _stage_kernel(
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
     inside = c < cells
     peak = tl.full([BLOCK_N, BLOCK_C], float("-inf"), dtype=tl.float32)
+    broken = tl.zeros([BLOCK_N, BLOCK_C], dtype=tl.int1)
     for block in range(0, padded_n, BLOCK_N):
         n = block + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         query = tl.load(order_ptr + image * N + n, mask=n < N, other=0)
@@ -350,7 +416,10 @@ def _stage_kernel(
             level = tl.log2(tl.maximum(x, MIN_NORMAL))
         else:
             at = tl.cast(first, tl.int64) * columns + c
-            x = _within_bounds(tl.load(query_ptrs + at[None, :], mask=inside[None, :], other=0.0), KEEP_NAN)
+            x = tl.load(query_ptrs + at[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
+            if COUNTS:
+                broken = broken | (x != x)
+            x = _within_bounds(x, KEEP_NAN)
             level = tl.minimum(x * 1.44269504, 0.0)  # sigmoid(x) <= exp(min(x, 0))
         if PEAKS:
             weight = tl.load(weight_ptr + image * padded_n + n)  # 0 where there is no query
@@ -359,6 +428,17 @@ def _stage_kernel(
         tl.store(stage_ptrs, tl.trans(x).to(stage_ptr.dtype.element_ty), mask=inside[:, None])
     if PEAKS:
         tl.store(peak_ptr + image * cells + c, tl.max(peak, 0), mask=inside)
+    if COUNTS:  # noqa: SIM102 (a constant, unlike what follows)
+        if tl.max(broken.to(tl.int32)) > 0:
+            at = tl.cast(first, tl.int64) * columns + c
+            inside = inside & (c >= counted * columns)
+            for block in range(0, padded_n, BLOCK_N):
+                n = block + tl.arange(0, BLOCK_N)
+                query = tl.load(order_ptr + image * N + n, mask=n < N, other=0)
+                query_ptrs = (logits_ptr + (image * stride_b + query * stride_n) * UNIT)[:, None]
+                x = tl.load(query_ptrs + at[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
+                count = tl.sum((x != x).to(tl.int32), 1)
+                tl.atomic_add(count_ptr + image * N + query, count, mask=(n < N) & (count > 0), sem="relaxed")
 
 
 @dataclass(frozen=True)
@@ -371,6 +451,8 @@ class StagedBand:
         taps: the taps in the stage for the result's rows and columns.
         cells, columns, padded_n: the size of the stage: all cells, cells per row, and places of queries per cell.
         top, count: the first row of the result in this band, relative to ``out_top``, and the number of rows.
+        alike: how many neighboring rows of the result read the same rows of the stage; see ``Axis.alike``.
+        lead: how many rows before the band the first group of them begins.
     """
 
     stage: Tensor
@@ -381,12 +463,17 @@ class StagedBand:
     padded_n: int
     top: int
     count: int
+    alike: int
+    lead: int
 
-    def launch(self, result: Tensor, tile_rows: int, tile_columns: int) -> tuple[tuple[int, int], dict[str, Any]]:
-        """The grid of programs, one for each tile of the ``result (B, ..., H, W)``, and arguments for its kernel."""
+    def launch(
+        self, result: Tensor, tile_rows: int, tile_columns: int, lead: int = 0
+    ) -> tuple[tuple[int, int], dict[str, Any]]:
+        """The grid of programs, one for each tile of the ``result (B, ..., H, W)``, and arguments for its kernel. The
+        first tiles begin ``lead`` rows before the band."""
         height, width = result.shape[-2:]
         tiles_x = triton.cdiv(width, tile_columns)
-        return (triton.cdiv(self.count, tile_rows) * tiles_x, result.shape[0]), {
+        return (triton.cdiv(self.count + lead, tile_rows) * tiles_x, result.shape[0]), {
             "stage_ptr": self.stage,
             **self.taps.arguments(),
             "blocks": self.padded_n // BLOCK_N.value,
@@ -408,6 +495,16 @@ def padded_queries(count: int) -> int:
     return triton.cdiv(count, BLOCK_N.value) * BLOCK_N.value
 
 
+def unread_rows(reads: Sequence[tuple[int, int]], begin: int, end: int) -> Iterator[tuple[int, int]]:
+    """The ranges of the rows from ``begin`` to ``end`` that none of the ranges ``reads``, in order, holds."""
+    for first, last in reads:
+        if first > begin:
+            yield begin, first
+        begin = max(begin, last)
+    if begin < end:
+        yield begin, end
+
+
 def staged_bands(
     mask_logits: Tensor,
     order: Tensor,
@@ -416,6 +513,7 @@ def staged_bands(
     keep_nan: bool,
     resampling: Resampling,
     tile_rows: int,
+    nan_logits: Tensor | None = None,
 ) -> Iterator[StagedBand]:
     """Yields the result in bands of whole rows of tiles, enough of them to keep each stage within ``STAGE_BYTES``.
 
@@ -428,6 +526,7 @@ def staged_bands(
         probabilities: stage the sigmoid of the valid grid, so that the taps cover the second step only.
         keep_nan: stage NaN as NaN, rather than as a logit that never wins.
         tile_rows: the rows of a tile of the result; bands hold a multiple of them.
+        nan_logits: ``(B, N)`` int32, to which the number of NaN logits of each query is added.
     """
     batch, queries, in_rows, in_width = mask_logits.shape
     device = mask_logits.device
@@ -435,7 +534,7 @@ def staged_bands(
     *_, in_top, out_top, out_rows = resampling
     padded_n = padded_queries(queries)
     dtype = torch.bfloat16 if mask_logits.dtype == torch.bfloat16 and not probabilities else torch.float32
-    source, source_columns = (rows.second_step(), columns.second_step()) if probabilities else (rows, columns)
+    source, source_columns = resampling.staged_axes(probabilities)
     width = source_columns.grid
     bounds = (0, source.grid) if probabilities else (in_top, in_top + in_rows)
     first, end = source.reads(out_top, out_top + out_rows)
@@ -450,6 +549,11 @@ def staged_bands(
     # Taps are read one at a time, so with probabilities the width of the stage need not be a multiple of the unit.
     strides = strides_in_units(mask_logits, 1 if probabilities else width)
     peaks = None if weight is None else torch.empty(batch * most * width, dtype=torch.float32, device=device)
+    counts = nan_logits is not None and not probabilities
+    if nan_logits is not None:
+        for begin, end in unread_rows(reads if counts else [], in_top, in_top + in_rows):
+            count_nans(mask_logits[:, :, begin - in_top : end - in_top], nan_logits)
+    read = in_top
     for (top, below), (first, end) in zip(pairwise(cuts), reads, strict=True):
         inner = NO_TAPS
         if probabilities:
@@ -463,21 +567,27 @@ def staged_bands(
             **inner,
             stage_ptr=stage,
             peak_ptr=peaks,
+            count_ptr=nan_logits if counts else None,
             N=queries,
             blocks=padded_n // BLOCK_N.value,
             w=in_width,
             first=first - in_top,
+            counted=max(read - first, 0),
             rows=end - first,
             columns=width // strides["UNIT"],
             PROBABILITIES=probabilities,
             PEAKS=weight is not None,
+            COUNTS=counts,
             KEEP_NAN=keep_nan,
             BLOCK_C=64,
             num_warps=4,
             **COMPILER_OPTIONS,
         )
+        read = max(read, end)
         cells = (end - first) * width
         taps = make_taps(
             source, source_columns, out_top + top, below - top, first, end - first, source_columns.size, device
         )
-        yield StagedBand(stage, peaks, taps, cells, width, padded_n, top, below - top)
+        alike, begin = source.alike()
+        lead = (out_top + top - begin) % alike
+        yield StagedBand(stage, peaks, taps, cells, width, padded_n, top, below - top, alike, lead)

@@ -1,9 +1,9 @@
 """The keys that each query of masked attention attends to, one bit per key, computed once for all heads.
 
-At B=16, N=100, 128 x 128 bf16 logits and a 64 x 64 grid the logits are 52 MB, 12 us at 4.2 TB/s, and the bits 0.8 MB;
-52 instructions per key and query, in the machine code for sm_90, are 11 us of issue slots on 132 SMs. Grids of 32 x 32
-and 16 x 16 read a half and a quarter of the rows of logits. Backward computes the bits again, because forward returns
-no tensor that could hold them.
+At B=16, N=100, 128 x 128 bf16 logits and a 64 x 64 grid the logits are 52 MB, 12.5 us at 4.2 TB/s, and the bits 0.8 MB;
+27 instructions per key and query, in the machine code for sm_90, are 5.4 us of issue slots on 132 SMs, if the sizes
+have a whole ratio (53 if not). Grids of 32 x 32 and 16 x 16 read a half and a quarter of the rows of logits. Backward
+computes the bits again, because forward returns no tensor that could hold them.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmask.kernels._common import COMPILER_OPTIONS, kernel, power_of_two, with_contiguous_rows
+from fastmask.kernels._common import COMPILER_OPTIONS, kernel, power_of_two, unit, with_contiguous_rows
+from fastmask.kernels._taps import _to_float
 
 QUERIES = tl.constexpr(4)  # queries per program; each owns one byte of the 32-bit words in which it gathers bits
-STEP_KEYS = 512  # the most keys that a program resamples at a time
+STEP_KEYS = 1024  # the most keys that a program resamples at a time
 
 
 @triton.jit
@@ -35,6 +36,17 @@ def _key_taps(i, inputs, outputs, half_step):
     rest = position - first * (2 * outputs)
     whole = (rest == 0) | (first == inputs - 1)
     return first, tl.where(whole, first, first + 1), tl.where(whole, 0.5, rest.to(tl.float32) * half_step)
+
+
+@triton.jit
+def _middle(ptrs, there, RATIO: tl.constexpr):
+    """Halves of the two logits in the middle of each RATIO, of which there are eight to a key's byte, as a sum
+    ``[bytes, 8]``. All of a row are read, 16 bytes at a time."""
+    column = tl.arange(0, 8 * RATIO)
+    x = _to_float(tl.load(ptrs[:, None] + column[None, :], mask=there[:, None], other=0.0)) * 0.5
+    if RATIO > 2:
+        x = tl.where(((column % RATIO == RATIO // 2 - 1) | (column % RATIO == RATIO // 2))[None, :], x, 0.0)
+    return tl.sum(tl.reshape(x, [x.shape[0], 8, RATIO]), 2)
 
 
 @triton.jit
@@ -69,18 +81,24 @@ def _store_queries(packed, begin, queries, byte_ptr, occupied_ptr, N, words, blo
 def _attended_keys_kernel(
     logits_ptr, stride_b, stride_n, stride_y, padding_ptr, bits_ptr, occupied_ptr,
     N, S, h, w, grid_height, grid_width, half_step_y, half_step_x, groups, words, blocks,
-    HAS_LOGITS: tl.constexpr, HAS_PADDING: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    RATIO: tl.constexpr, UNIT: tl.constexpr, HAS_LOGITS: tl.constexpr, HAS_PADDING: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Bits and occupied blocks of four queries of one image. A query attends to the keys that are not padding and where
     its logits, resampled to the grid, are >= 0; if there are none, to all keys that are not padding.
 
-        logits    (B, N, h, w), rows contiguous
+        logits    (B, N, h, w), rows contiguous, strides in units
         padding   (B, S) uint8
         bits      (B, words, N) int64; the words cover whole blocks
         occupied  (B, groups, blocks) uint8, blocks of BLOCK_S keys
+
+    RATIO is 2, 4 or 8 if rows of logits are so many times as long as those of keys, which are a multiple of 8, and h is
+    an even multiple of grid_height. A key then has the mean of the four logits around its center, and eight keys, which
+    are one byte, lie in one row. Otherwise it is 0.
     """
     half_step_y = tl.cast(half_step_y, tl.float32)
     half_step_x = tl.cast(half_step_x, tl.float32)
+    stride_y *= UNIT
     image = (tl.program_id(0) // groups).to(tl.int64)
     query = (tl.program_id(0) % groups) * QUERIES
     byte_ptr = bits_ptr.to(tl.pointer_type(tl.uint8)) + (image * words * N + query) * 8
@@ -95,7 +113,20 @@ def _attended_keys_kernel(
         s = begin + tl.arange(0, BLOCK_C // 8)[:, None] * 8 + bit  # [BLOCK_C / 8, 8]
         present = _readable(padding_ptrs, s, S, HAS_PADDING)
         packed = tl.zeros([BLOCK_C // 8, 8], dtype=tl.int32)
-        if HAS_LOGITS:
+        if HAS_LOGITS and RATIO:
+            byte = begin // 8 + tl.arange(0, BLOCK_C // 8)
+            there = byte * 8 < S
+            y = byte // (grid_width // 8)
+            x = byte - y * (grid_width // 8)
+            at = (y * (h // grid_height) + h // grid_height // 2 - 1) * stride_y + x * (8 * RATIO)
+            for i in tl.static_range(QUERIES):
+                n = tl.minimum(query + i, N - 1).to(tl.int64)
+                plane_ptr = logits_ptr + (image * stride_b + n * stride_n) * UNIT
+                value = 0.5 * _middle(plane_ptr + at, there, RATIO)
+                value += 0.5 * _middle(plane_ptr + at + stride_y, there, RATIO)
+                packed |= tl.where(value >= 0.0, 1 << (bit + 8 * i), 0)
+            packed = tl.where(present, packed, 0)
+        elif HAS_LOGITS:
             y = s // grid_width
             y_first, y_second, y_weight = _key_taps(y, h, grid_height, half_step_y)
             x_first, x_second, x_weight = _key_taps(s - y * grid_width, w, grid_width, half_step_x)
@@ -105,7 +136,7 @@ def _attended_keys_kernel(
             bottom_right = y_second * stride_y + x_second
             for i in tl.static_range(QUERIES):
                 n = tl.minimum(query + i, N - 1).to(tl.int64)
-                plane_ptr = logits_ptr + image * stride_b + n * stride_n
+                plane_ptr = logits_ptr + (image * stride_b + n * stride_n) * UNIT
                 top = (1.0 - x_weight) * tl.load(plane_ptr + top_left, mask=present, other=0.0).to(tl.float32)
                 top += x_weight * tl.load(plane_ptr + top_right, mask=present, other=0.0).to(tl.float32)
                 bottom = (1.0 - x_weight) * tl.load(plane_ptr + bottom_left, mask=present, other=0.0).to(tl.float32)
@@ -184,6 +215,13 @@ def _attends(
     return attended
 
 
+def whole_ratio(size: tuple[int, int], grid: tuple[int, int]) -> int:
+    """RATIO of ``_attended_keys_kernel``."""
+    (h, w), (height, width) = size, grid
+    whole = h % (2 * height) == 0 and w % width == 0 and width % 8 == 0
+    return w // width if whole and w // width in (2, 4, 8) else 0
+
+
 def attended_keys(
     mask_logits: Tensor | None, key_padding_mask: Tensor | None, like: Tensor, grid: tuple[int, int], block: int
 ) -> dict[str, Any]:
@@ -215,11 +253,13 @@ def attended_keys(
     if mask_logits is not None:
         mask_logits = with_contiguous_rows(mask_logits)
     strides = (0, 0, 0) if mask_logits is None else mask_logits.stride()
+    size = unit(*strides[:3])
+    step = power_of_two(keys, 128, STEP_KEYS)
     _attended_keys_kernel[(batch * groups,)](
         logits_ptr=mask_logits,
-        stride_b=strides[0],
-        stride_n=strides[1],
-        stride_y=strides[2],
+        stride_b=strides[0] // size,
+        stride_n=strides[1] // size,
+        stride_y=strides[2] // size,
         padding_ptr=None if key_padding_mask is None else key_padding_mask.contiguous().view(torch.uint8),
         bits_ptr=bits,
         occupied_ptr=occupied,
@@ -234,11 +274,13 @@ def attended_keys(
         groups=groups,
         words=words,
         blocks=blocks,
+        RATIO=0 if mask_logits is None else whole_ratio((h, w), grid),
+        UNIT=size,
         HAS_LOGITS=mask_logits is not None,
         HAS_PADDING=key_padding_mask is not None,
         BLOCK_S=block,
-        BLOCK_C=power_of_two(keys, 128, STEP_KEYS),
-        num_warps=4,
+        BLOCK_C=step,
+        num_warps=max(4, step // 128),
         **COMPILER_OPTIONS,
     )
     own = mask_logits is not None

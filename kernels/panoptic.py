@@ -88,7 +88,7 @@ def _panoptic_fwd_kernel(
         n = block * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         score = tl.load(scores_ptr + n, mask=n < kept, other=float("-inf"))  # wins nothing
         z = tl.zeros([PIXELS, BLOCK_N], dtype=tl.float32)
-        z = _interpolate(z, stage_ptr, n, offsets, weights, TAPS_Y * TAPS_X)
+        z = _interpolate(z, stage_ptr + block * BLOCK_N, offsets, weights, TAPS_Y * TAPS_X)
         if PROBABILITIES:
             inside = z >= threshold
             product = score[None, :] * z

@@ -16,16 +16,18 @@ float32 and truncate, one or three times per 16 queries, by half a unit in the l
 Order "scores" resamples a mixture of sigmoids. As that is linear in the sigmoids, these are staged, once for each
 logit, and resampled; scores exist only for a program's tile.
 
-Time at B=8, N=100, K=150, 512 x 512 from 128 x 128, on 132 SMs at 1.75 GHz (210 M pairs of a pixel and a query, 235 M
-as N is padded to 112), for bfloat16 / float32 logits, calculated and not measured:
+If the result has 4 times as many rows as the logits, or 8 times, and so on, fours of its rows lie between the same two
+rows of logits. A thread then interpolates these two at a column once, and between them for four pixels.
 
-- special functions, an exponential and a reciprocal per pair: 127 us at 16 lanes per clock (113 us without padding);
+Time at B=8, N=100, K=150, 512 x 512 from 128 x 128, on 132 SMs at 1.98 GHz (210 M pairs of a pixel and a query, 237 M
+with the padding of N to 112 and of rows to 516), for bfloat16 / float32 logits, calculated and not measured:
+
+- special functions, an exponential and a reciprocal per pair: 113 us at 16 lanes per clock (100 us without padding);
 - tensor cores, with K padded to 160: 75 GFLOP, 95 us / 285 us at 790 TFLOP/s;
-- instructions of the machine code for sm_90, at 128 lanes per clock: 21 / 26 per pair in the loop, of which 8 are the
-  interpolation, 0.17 / 0.21 ms; and 1500 / 1650 per pixel around it, of which zeroing the sums and finding the best of
-  160 classes are two thirds, 0.11 / 0.12 ms. The bottleneck for bfloat16 is issue slots, 0.27 ms; for float32 the
-  tensor cores need nearly as long;
-- before that: counting NaN logits (26 MB, 7 us), staging (13 us), sorting queries and computing class tables.
+- instructions of the machine code for sm_90, at 128 lanes per clock: 12.1 / 25 per pair in the loop, of which 3.3 are
+  the interpolation, 85 / 177 us; and 832 / 1,184 per pixel around it, of which finding the best of 160 classes is two
+  thirds, 52 / 75 us. The bottleneck for bfloat16 is issue slots, 138 us; for float32 the tensor cores;
+- before that: staging, which also counts NaN logits (56 MB, 13 us), sorting queries and computing class tables.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastmask.kernels._best_class import _best_class
 from fastmask.kernels._common import (
     COMPILER_OPTIONS,
     INTERPRETED,
@@ -52,9 +55,9 @@ from fastmask.kernels._resample import (
     BLOCK_N,
     MIN_NORMAL,
     Resampling,
+    _group_taps,
     _interpolate,
     _tile_taps,
-    count_nans,
     padded_queries,
     staged_bands,
 )
@@ -66,22 +69,27 @@ class SemanticConfig:
     """Tuning of the main kernel.
 
     Args:
-        tile_rows, tile_columns: the size of the tile of pixels that a program owns.
+        tile_rows, tile_columns: the size of the tile of pixels that a program owns; a multiple of 4 rows.
         classes: the most classes whose scores a program holds at a time; more take more passes over the queries.
         min_skipped: a tile checks whether the remaining queries matter only if they are at least so many blocks,
         negligible: and if they add at most so much to any class.
     """
 
-    tile_rows: int = 8
-    tile_columns: int = 16
+    tile_rows: int
+    tile_columns: int
+    num_warps: int
     classes: int = 192
     min_skipped: int = 4
     negligible: float = 0.1
-    num_warps: int = 8
 
 
-# By the number of fp16 parts that each factor has.
-CONFIGS = {1: {None: SemanticConfig()}, 2: {None: SemanticConfig(tile_columns=8, num_warps=4)}}
+# By the number of fp16 parts of each factor; of one part, whether fours of rows share what they read, without details.
+# The sums of 128 pixels in 4 warps leave registers for few taps, and none for details.
+CONFIGS = {
+    "one part, fours": {None: SemanticConfig(tile_rows=4, tile_columns=32, num_warps=4)},
+    "one part": {None: SemanticConfig(tile_rows=8, tile_columns=16, num_warps=8)},
+    "two parts": {None: SemanticConfig(tile_rows=4, tile_columns=16, num_warps=4)},
+}
 
 
 @triton.jit
@@ -97,6 +105,58 @@ def _to_half(x):
     return result
 
 
+@triton.jit
+def _once(x):
+    """x, opaquely to the compiler, which would otherwise compute it again in each layout that needs it."""
+    if INTERPRETED:
+        result = x
+    else:
+        result = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=False, pack=1)
+    return result
+
+
+@triton.jit
+def _factors(z, weight, scale, unit, PROBABILITIES: tl.constexpr, PARTS: tl.constexpr):
+    """The high and low parts of weight * sigmoid * 2^exponent, of interpolated probabilities or of -log2(e) x."""
+    s = z * scale[:, None] if PROBABILITIES else _reciprocal(_exp2(z) + unit[:, None])
+    s *= weight
+    high = _to_half(s)
+    low = high
+    if PARTS == 2:
+        low = _to_half(s - high.to(tl.float32))
+    return high, low
+
+
+@triton.jit
+def _between(above, below, share, PARTS: tl.constexpr):
+    """Interpolates two rows. Their difference is subtracted once for all rows between them, and rounded; where it is
+    much larger than the result, that is more than float32 logits' products may lose."""
+    if PARTS == 1:
+        return tl.fma(below - above, share, above)
+    return tl.fma(below, share, tl.fma(above, -share, above))
+
+
+@triton.jit
+def _stack(rows):
+    """Four tensors ``[GROUPS, BLOCK_N]``, one after another."""
+    x = tl.join(tl.join(rows[0], rows[2]), tl.join(rows[1], rows[3]))  # [GROUPS, BLOCK_N, 2, 2]
+    return tl.reshape(tl.permute(x, (2, 3, 0, 1)), [4 * x.shape[0], x.shape[1]])
+
+
+@triton.jit
+def _of_pixels(x, ALIKE: tl.constexpr):
+    """``[GROUPS]`` as ``[PIXELS]``."""
+    return tl.reshape(tl.broadcast_to(x[None, :], [ALIKE, x.shape[0]]), [ALIKE * x.shape[0]])
+
+
+@triton.jit
+def _placed_rows(probabilities_ptr, order_ptr, n, classes, held, N, K):
+    """The probabilities ``[BLOCK_N, BLOCK_K]`` of the queries at places ``n``."""
+    query = tl.load(order_ptr + n, mask=n < N, other=0)
+    p_ptrs = probabilities_ptr + query[:, None] * K + classes[None, :]
+    return tl.load(p_ptrs, mask=(n < N)[:, None] & held[None, :], other=0.0)
+
+
 @kernel
 def _semantic_classes_kernel(
     probabilities_ptr, order_ptr, largest_ptr, weight_ptr, high_ptr, low_ptr, stop_ptr, rest_ptr,
@@ -110,49 +170,53 @@ def _semantic_classes_kernel(
     high, low      (B, class blocks, blocks * BLOCK_N, WIDTH) fp16; their sum is the quotient to 22 bits
     stop           (B), after how many blocks of queries to check whether the rest matters; all blocks means never
     rest           (B), the most that the rest adds to any class
+
+    There is a program for each block of queries, and a last one for stop and rest.
     """
     image = tl.program_id(0).to(tl.int64)
     class_block = tl.program_id(1)
+    block = tl.program_id(2)
     negligible = tl.cast(negligible, tl.float32)
     k = tl.arange(0, BLOCK_K)  # [BLOCK_K]
     classes = class_block * WIDTH + k
     held = (k < WIDTH) & (classes < K)
-    suffix = tl.zeros([BLOCK_K], dtype=tl.float32)
-    stop = blocks
-    rest = 0.0
-    table = (image * tl.num_programs(1) + class_block) * blocks * BLOCK_N * WIDTH
-    for done in range(0, blocks):
-        block = blocks - 1 - done
+    probabilities_ptr += image * N * K
+    order_ptr += image * N
+    if block < blocks:
         n = block * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        query = tl.load(order_ptr + image * N + n, mask=n < N, other=0)
         largest = tl.load(largest_ptr + image * N + n, mask=n < N, other=0.0)
-        p_ptrs = probabilities_ptr + (image * N + query)[:, None] * K + classes[None, :]
-        p = tl.load(p_ptrs, mask=(n < N)[:, None] & held[None, :], other=0.0)  # [BLOCK_N, BLOCK_K]
+        p = _placed_rows(probabilities_ptr, order_ptr, n, classes, held, N, K)
         share = tl.where((largest > 0.0)[:, None], tl.div_rn(p, tl.maximum(largest, MIN_NORMAL)[:, None]), 0.0)
         high = share.to(tl.float16)
-        at = table + n[:, None] * WIDTH + k[None, :]
+        at = ((image * tl.num_programs(1) + class_block) * blocks * BLOCK_N + n)[:, None] * WIDTH + k[None, :]
         tl.store(high_ptr + at, high, mask=(k < WIDTH)[None, :])
         if PARTS == 2:
             tl.store(low_ptr + at, (share - high.to(tl.float32)).to(tl.float16), mask=(k < WIDTH)[None, :])
         if class_block == 0:
             tl.store(weight_ptr + image * blocks * BLOCK_N + n, largest)
+    else:
+        stop = blocks
+        rest = 0.0
         if SKIP:
-            suffix += tl.sum(p, 0)
-            bound = tl.max(suffix, 0)
-            small = (block > 0) & (done + 1 >= min_skipped) & (bound <= negligible)
-            stop = tl.where(small, block, stop)
-            rest = tl.where(small, bound * (1.0 + 2.0**-9), rest)  # the factors are rounded
-    if class_block == 0:
-        tl.store(stop_ptr + image, stop)
-        tl.store(rest_ptr + image, rest)
+            suffix = tl.zeros([BLOCK_K], dtype=tl.float32)
+            for done in range(1, blocks):
+                n = (blocks - done) * BLOCK_N + tl.arange(0, BLOCK_N)
+                suffix += tl.sum(_placed_rows(probabilities_ptr, order_ptr, n, classes, held, N, K), 0)
+                bound = tl.max(suffix, 0)
+                small = (done >= min_skipped) & (bound <= negligible)
+                stop = tl.where(small, blocks - done, stop)
+                rest = tl.where(small, bound * (1.0 + 2.0**-9), rest)  # the factors are rounded
+        if class_block == 0:
+            tl.store(stop_ptr + image, stop)
+            tl.store(rest_ptr + image, rest)
 
 
 @kernel
 def _semantic_fwd_kernel(
     stage_ptr, peak_ptr, row_index_ptr, row_weight_ptr, column_index_ptr, column_weight_ptr,
     weight_ptr, high_ptr, low_ptr, stop_ptr, rest_ptr, result_ptr, score_ptr, margin_ptr,
-    K, blocks, cells, columns, top, count, H, W, tiles_x, slack,
-    TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, PROBABILITIES: tl.constexpr, PARTS: tl.constexpr,
+    K, blocks, cells, columns, top, count, lead, H, W, tiles_x, slack,
+    TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, ALIKE: tl.constexpr, PROBABILITIES: tl.constexpr, PARTS: tl.constexpr,
     SCORES: tl.constexpr, DETAILS: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr,
     CLASS_BLOCKS: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
@@ -175,27 +239,41 @@ def _semantic_fwd_kernel(
     PIXELS: tl.constexpr = TILE_Y * TILE_X
     WIDTH: tl.constexpr = BLOCK_A + BLOCK_B
     padded_n = blocks * BLOCK_N
-    inside, at, taps, shares = _tile_taps(
-        row_index_ptr, row_weight_ptr, column_index_ptr, column_weight_ptr, columns, top, count, H, W, tiles_x,
-        TAPS_Y, TAPS_X, TILE_Y, TILE_X,
-    )  # fmt: skip
+    if ALIKE == 1:
+        inside, at, cells_of_taps, weights = _tile_taps(
+            row_index_ptr, row_weight_ptr, column_index_ptr, column_weight_ptr, columns, top, count, H, W, tiles_x,
+            TAPS_Y, TAPS_X, TILE_Y, TILE_X,
+        )  # fmt: skip
+    else:
+        inside, at, upper, lower, weights, shares = _group_taps(
+            row_index_ptr, row_weight_ptr, column_index_ptr, column_weight_ptr, columns, top, count, lead, H, W,
+            tiles_x, TAPS_X, TILE_Y, TILE_X,
+        )  # fmt: skip
+        cells_of_taps = upper + lower
     offsets = ()
-    weights = ()
-    peak = tl.full([PIXELS], float("-inf"), dtype=tl.float32)
+    factors = ()
+    peak = tl.full([PIXELS // ALIKE], float("-inf"), dtype=tl.float32)
     for tap in tl.static_range(TAPS_Y * TAPS_X):
-        offsets = offsets + (taps[tap] * padded_n,)  # noqa: RUF005 (Triton has no stars)
-        weights = weights + (shares[tap] * (1.0 if PROBABILITIES else -1.44269504),)  # noqa: RUF005
-        peak = tl.maximum(peak, tl.load(peak_ptr + image * cells + taps[tap]))
+        offsets = offsets + (cells_of_taps[tap] * padded_n,)  # noqa: RUF005 (Triton has no stars)
+        peak = tl.maximum(peak, tl.load(peak_ptr + image * cells + cells_of_taps[tap]))
+    for tap in tl.static_range(TAPS_Y * TAPS_X if ALIKE == 1 else TAPS_X):
+        factors = factors + (weights[tap] * (1.0 if PROBABILITIES else -1.44269504),)  # noqa: RUF005
+    peak = _once(peak)
     # weight * sigmoid(x) * 2^exponent is at most one, for every query.
     exponent = tl.minimum(-tl.ceil(peak), 100.0)
     unit = _exp2(-exponent)
     scale = _exp2(exponent)
+    bias = exponent * 0.0 if PROBABILITIES else -exponent
+    if ALIKE == 1:
+        pixel_unit, pixel_scale = unit, scale
+    else:
+        pixel_unit, pixel_scale = _of_pixels(unit, ALIKE), _of_pixels(scale, ALIKE)
 
     a = tl.arange(0, BLOCK_A)  # [BLOCK_A]
     b = BLOCK_A + tl.arange(0, BLOCK_B if BLOCK_B else 1)  # [BLOCK_B]
     stage_ptr += image * cells * padded_n
     weight_ptr += image * padded_n
-    stop = tl.load(stop_ptr + image)
+    stop = tl.maximum(tl.load(stop_ptr + image), 1)  # at least 1, which the compiler does not know: it would zero twice
     best = tl.full([PIXELS], -1.0, dtype=tl.float32)
     second = tl.full([PIXELS], 0.0, dtype=tl.float32)
     label = tl.zeros([PIXELS], dtype=tl.int32)
@@ -218,15 +296,25 @@ def _semantic_fwd_kernel(
                     low_b = tl.load(low_ptr + table + (table_row + b[None, :]))
             weight = tl.load(weight_ptr + n)[None, :]
 
-            z = tl.zeros([PIXELS, BLOCK_N], dtype=tl.float32)
-            if not PROBABILITIES:
-                z -= exponent[:, None]
-            z = _interpolate(z, stage_ptr, n, offsets, weights, TAPS_Y * TAPS_X)
-            s = z * scale[:, None] if PROBABILITIES else _reciprocal(_exp2(z) + unit[:, None])
-            s *= weight
-            high = _to_half(s)  # [PIXELS, BLOCK_N]
+            block_ptr = stage_ptr + block * BLOCK_N
+            start = tl.broadcast_to(bias[:, None], [PIXELS // ALIKE, BLOCK_N])
+            if ALIKE == 1:
+                z = _interpolate(start, block_ptr, offsets, factors, TAPS_Y * TAPS_X)
+                high, low = _factors(z, weight, scale, unit, PROBABILITIES, PARTS)
+            else:
+                above = _interpolate(start, block_ptr, offsets[:TAPS_X], factors, TAPS_X)
+                below = _interpolate(start, block_ptr, offsets[TAPS_X:], factors, TAPS_X)
+                high_rows = ()
+                low_rows = ()
+                for row in tl.static_range(4):
+                    z = _between(above, below, shares[row][:, None], PARTS)
+                    high, low = _factors(z, weight, scale, unit, PROBABILITIES, PARTS)
+                    high_rows = high_rows + (high,)  # noqa: RUF005
+                    low_rows = low_rows + (low,)  # noqa: RUF005
+                high = _stack(high_rows)
+                if PARTS == 2:
+                    low = _stack(low_rows)
             if PARTS == 2:
-                low = _to_half(s - high.to(tl.float32))
                 scores_a = tl.dot(low, high_a, scores_a)
                 scores_a = tl.dot(high, low_a, scores_a)
                 if BLOCK_B:
@@ -241,8 +329,8 @@ def _semantic_fwd_kernel(
                 winner = tl.max(scores_a, 1)
                 if BLOCK_B:
                     winner = tl.maximum(winner, tl.max(scores_b, 1))
-                lead = tl.load(rest_ptr + image) * scale + winner * slack + padded_n * 2.0**-24
-                near = winner - lead
+                margin = tl.load(rest_ptr + image) * pixel_scale + winner * slack + padded_n * 2.0**-24
+                near = winner - margin
                 rivals = tl.sum((scores_a >= near[:, None]).to(tl.int32), 1)
                 if BLOCK_B:
                     rivals += tl.sum((scores_b >= near[:, None]).to(tl.int32), 1)
@@ -256,21 +344,16 @@ def _semantic_fwd_kernel(
             score_ptrs = result_ptr + (image * K * H * W + (at - image * H * W))[:, None]
             plane = tl.cast(H, tl.int64) * W
             tl.store(
-                score_ptrs + (first + a)[None, :] * plane, scores_a * unit[:, None],
+                score_ptrs + (first + a)[None, :] * plane, scores_a * pixel_unit[:, None],
                 mask=inside[:, None] & (first + a < K)[None, :],
             )  # fmt: skip
             if BLOCK_B:
                 tl.store(
-                    score_ptrs + (first + b)[None, :] * plane, scores_b * unit[:, None],
+                    score_ptrs + (first + b)[None, :] * plane, scores_b * pixel_unit[:, None],
                     mask=inside[:, None] & (first + b < K)[None, :],
                 )  # fmt: skip
         else:
-            winner = tl.max(scores_a, 1)
-            if BLOCK_B:
-                winner = tl.maximum(winner, tl.max(scores_b, 1))
-            winning = tl.min(tl.where(scores_a == winner[:, None], a[None, :], WIDTH), 1)
-            if BLOCK_B:
-                winning = tl.minimum(winning, tl.min(tl.where(scores_b == winner[:, None], b[None, :], WIDTH), 1))
+            winner, winning = _best_class(scores_a, scores_b, BLOCK_A, BLOCK_B)
             if DETAILS:
                 runner_up = tl.max(tl.where(a[None, :] == winning[:, None], 0.0, scores_a), 1)
                 if BLOCK_B:
@@ -283,8 +366,8 @@ def _semantic_fwd_kernel(
     if not SCORES:
         tl.store(result_ptr + at, label.to(result_ptr.dtype.element_ty), mask=inside)
         if DETAILS:
-            tl.store(score_ptr + at, best * unit, mask=inside)
-            tl.store(margin_ptr + at, (best - second) * unit, mask=inside)
+            tl.store(score_ptr + at, best * pixel_unit, mask=inside)
+            tl.store(margin_ptr + at, (best - second) * pixel_unit, mask=inside)
 
 
 def class_blocks(count: int, most: int) -> tuple[int, int, int]:
@@ -330,7 +413,7 @@ def class_tables(probabilities: Tensor, parts: int, skip: bool, config: Semantic
         torch.empty(batch, dtype=torch.int32, device=probabilities.device),
         torch.empty(batch, dtype=torch.float32, device=probabilities.device),
     )
-    _semantic_classes_kernel[(batch, blocks)](
+    _semantic_classes_kernel[(batch, blocks, padded_n // BLOCK_N.value + 1)](
         probabilities_ptr=probabilities,
         order_ptr=order,
         largest_ptr=largest,
@@ -369,7 +452,9 @@ def semantic_inference(
     batch, queries, classes = probabilities.shape
     resampling = Resampling(*geometry)
     parts = 1 if mask_logits.dtype == torch.bfloat16 else 2
-    config = pick_config(CONFIGS[parts], mask_logits.device)
+    fours = resampling.alike(order == "scores") == 4 and not details
+    kind = "two parts" if parts == 2 else "one part, fours" if fours else "one part"
+    config = pick_config(CONFIGS[kind], mask_logits.device)
     scores = output == "scores"
     shape = (batch, resampling.out_rows, resampling.size[1])
     if scores:
@@ -379,18 +464,20 @@ def semantic_inference(
     score = probabilities.new_empty(shape if details else 0)
     margin = torch.empty_like(score)
     mask_logits = with_contiguous_planes(mask_logits)
-    nan_logits = count_nans(mask_logits)
+    nan_logits = torch.zeros((batch, queries), dtype=torch.int32, device=mask_logits.device)
     if queries == 0 or batch == 0:
         return result.zero_(), score.zero_(), margin.zero_(), nan_logits
     tables = class_tables(probabilities, parts, skip and not (scores or details), config)
     bands = staged_bands(
-        mask_logits, tables.order, tables.weight, order == "scores", False, resampling, config.tile_rows
+        mask_logits, tables.order, tables.weight, order == "scores", False, resampling, config.tile_rows, nan_logits
     )
     count, block_a, block_b = class_blocks(classes, config.classes)
     for band in bands:
-        programs, tiles = band.launch(result, config.tile_rows, config.tile_columns)
+        programs, tiles = band.launch(result, config.tile_rows, config.tile_columns, band.lead)
         _semantic_fwd_kernel[programs](
             **tiles,
+            lead=band.lead,
+            ALIKE=band.alike,
             peak_ptr=band.peaks,
             **tables.arguments(),
             result_ptr=result,

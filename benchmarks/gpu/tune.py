@@ -66,8 +66,9 @@ TUNINGS = {
         {"cells_per_warp": 64}, {"cells_per_warp": 128}, {"programs": 4096}, {"programs": 8192}, {"pixels": 512},
         {"pixels": 2048}, {"blocks": 1}, {"blocks": 16},
     )),
-    "semantic": Tuning("semantic", "B8 512x512 K150, noise", ("semantic", "CONFIGS"), (1, None), (
-        {"tile_columns": 8, "num_warps": 4}, {"tile_columns": 32}, {"tile_rows": 16}, {"num_warps": 4},
+    "semantic": Tuning("semantic", "B8 512x512 K150, noise", ("semantic", "CONFIGS"), ("one part, fours", None), (
+        {"tile_columns": 16}, {"tile_rows": 8, "tile_columns": 16}, {"tile_columns": 64, "num_warps": 8},
+        {"num_warps": 8},
     )),
     "masked_attention": Tuning("masked_attention", "B16 64x64, blobs", ("masked_attention", "FORWARD_CONFIGS"),
         ("half", 9, 32), ({"keys": 64}, {"queries": 128}, {"num_stages": 2}, {"num_stages": 4}, {"warp_queries": 32},

@@ -132,6 +132,7 @@ def test_targets_of_ten_times_the_logits_size(compiling):
         ("point_mask_cost", NO_POWERS_OF_TWO, torch.float32, "masks"),
         ("point_mask_loss", TRAINING, torch.bfloat16, "segments"),
         ("semantic_inference", TRAINING, torch.bfloat16, "segments"),
+        ("semantic_inference", TRAINING, torch.bfloat16, "masks"),
         ("semantic_inference", TRAINING, torch.float32, "masks"),
         ("masked_attention", NO_POWERS_OF_TWO, torch.float32, "masks"),
     ],
@@ -155,7 +156,8 @@ def test_constants_are_normal_float32(path):
     [
         ("mask_cost", {"_mask_cost_fwd_kernel"}),
         ("mask_loss", {"_mask_loss_bwd_kernel"}),
-        ("semantic_inference", {"_nan_count_kernel", "_stage_kernel", "_semantic_fwd_kernel"}),
+        ("semantic_inference", {"_stage_kernel", "_semantic_fwd_kernel"}),
+        ("panoptic_inference", {"_nan_count_kernel"}),
         ("point_mask_loss", {"_point_mask_loss_grad_kernel"}),
         ("masked_attention", {"_masked_attention_fwd_kernel", "_masked_attention_bwd_kernel"}),
     ],
@@ -176,7 +178,8 @@ def test_masks_are_stored_8_bytes_at_a_time(width, compiling):
 
 @pytest.mark.slow
 def test_image_sizes_compile_few_kernels(compiling):
-    """What depends on the size are the width of instances' blocks and whether logits can be read 16 bytes at a time."""
+    """What depends on the size are the width of instances' blocks, whether logits can be read 16 bytes at a time, and
+    whether fours of rows of a label map lie between the same two rows of logits."""
     sizes = torch.randint(200, 641, (300, 2), generator=torch.Generator().manual_seed(0)).tolist()
     calls = [
         call(operator, (1, 1, 100, 134, 1, -(-height // 4), -(-width // 4), height, width), torch.bfloat16, "segments")
@@ -184,7 +187,7 @@ def test_image_sizes_compile_few_kernels(compiling):
         for operator in ("semantic_inference", "panoptic_inference", "instance_inference")
     ]
     found, _ = compiling(kernels_of, calls)
-    assert len(found) <= 12, sorted(name for name, *_ in found)
+    assert len(found) <= 13, sorted(name for name, *_ in found)
 
 
 @pytest.mark.slow
@@ -202,7 +205,7 @@ def test_numbers_of_targets_compile_a_kernel_for_each_block(operator, form, comp
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_sizes_are_no_constants(operator, compiling):
     """A new image size or number of images compiles nothing, as long as block shapes stay the same powers of two, and
-    logits can be read 16 bytes at a time."""
-    other = (6, 1, 200, 134, 31, 64, 120, 256, 480)
+    logits, of attended keys those of eight keys, can be read 16 bytes at a time."""
+    other = (6, 1, 200, 134, 31, 64, 112, 256, 448)
     kinds = [compiling(kernels_of, [call(operator, shape, torch.bfloat16, "segments")]) for shape in (TRAINING, other)]
     assert kinds[0] == kinds[1]

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fastmask import reference, semantic_inference
+from fastmask.ops._geometry import Geometry
 from fastmask.ops.semantic import label_dtype
 from fastmask.testing import error_budget
 from tests.helpers import gpu_errors
@@ -81,11 +82,13 @@ def test_labels_by_half_precision_logits(dtype, name, generator):
     check_labels(**SEMANTIC_INFERENCE.cast(SEMANTIC_INFERENCE.triton[name](generator), dtype))
 
 
-@pytest.mark.parametrize("classes", [1, 3, 40, 200])
-def test_details(classes, generator):
-    class_logits, mask_logits = inputs(USUAL, generator, classes=classes)
+@pytest.mark.parametrize(
+    ("classes", "dtype"), [*((classes, torch.float32) for classes in (1, 3, 40, 200)), (40, torch.bfloat16)]
+)
+def test_details(classes, dtype, generator):
+    class_logits, mask_logits = inputs(USUAL, generator, classes=classes, dtype=dtype)
     exact = reference_scores(class_logits, mask_logits, USUAL, torch.float64, "masks")
-    same_dtype = reference_scores(class_logits, mask_logits, USUAL, torch.float32, "masks")
+    same_dtype = reference_scores(class_logits, mask_logits, USUAL, dtype, "masks")
     details = semantic_inference(class_logits, mask_logits, USUAL.size, details=True, backend="triton")
     assert_labels(details.labels, same_dtype, exact, 18)
     best = exact.topk(min(2, classes), dim=1).values
@@ -168,6 +171,57 @@ def test_bands_of_staged_logits(name, order, generator, monkeypatch):
     expected = semantic_inference(class_logits, mask_logits, sizes.size, **options)
     monkeypatch.setattr(sys.modules["fastmask.kernels._resample"], "STAGE_BYTES", 1)
     assert torch.equal(semantic_inference(class_logits, mask_logits, sizes.size, **options), expected)
+
+
+@pytest.mark.parametrize("name", ["stride 4", "cropped", "downsampling", "crop alone"])
+@pytest.mark.parametrize("order", ["masks", "scores"])
+def test_nan_logits_are_counted_once(order, name, generator, monkeypatch):
+    """Whether one, two or no band of rows reads them."""
+    sizes = SMALL_GEOMETRIES[name]
+    class_logits, mask_logits = inputs(sizes, generator, 2)
+    mask_logits[torch.rand(mask_logits.shape, generator=generator) < 0.05] = float("nan")
+    expected = mask_logits.isnan().sum((-2, -1))
+    options = {"order": order, "details": True, "backend": "triton", **steps(sizes)}
+    for stage_bytes in (1 << 20, 1):
+        monkeypatch.setattr(sys.modules["fastmask.kernels._resample"], "STAGE_BYTES", stage_bytes)
+        assert torch.equal(semantic_inference(class_logits, mask_logits, sizes.size, **options).nan_logits, expected)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        Geometry((3, 5), None, None, (12, 20)),  # fours of rows begin two rows before the image
+        Geometry((2, 3), None, None, (16, 11)),  # ... with it, and the columns have no ratio
+        Geometry((4, 3), (16, 12), (15, 9), (15, 9)),  # the last four are cut off
+        Geometry((3, 3), None, None, (36, 36)),  # three fours read the same rows
+        Geometry((4, 6), (8, 24), None, (8, 24)),  # only columns have the ratio
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("order", ["masks", "scores"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_read_the_same_logits(dtype, order, sizes, generator, monkeypatch):
+    class_logits, mask_logits = inputs(sizes, generator, 2, dtype=dtype)
+    arguments = {"class_logits": class_logits, "mask_logits": mask_logits, "size": sizes.size, "order": order}
+    SEMANTIC_INFERENCE.check(arguments | steps(sizes), dtype, "triton")
+    check_labels(**arguments, **steps(sizes))
+    options = {"order": order, "output": "scores", "backend": "triton", **steps(sizes)}
+    whole = semantic_inference(class_logits, mask_logits, sizes.size, **options)
+    monkeypatch.setattr(sys.modules["fastmask.kernels._resample"], "STAGE_BYTES", 1)
+    assert torch.equal(semantic_inference(class_logits, mask_logits, sizes.size, **options), whole)
+
+
+@pytest.mark.parametrize("classes", [17, 48, 150, 400])
+def test_the_lowest_of_classes_that_tie(classes, generator):
+    """Any two classes, and the last one: the first of them wins wherever one of them does."""
+    sizes = SMALL_GEOMETRIES["one dimension"]
+    _, mask_logits = inputs(sizes, generator, queries=2)
+    for pair in torch.randint(classes, (6, 2), generator=generator).tolist():
+        class_logits = torch.zeros(1, 2, classes + 1)
+        class_logits[..., [*pair, classes - 1]] = 5.0
+        details = semantic_inference(class_logits, mask_logits, sizes.size, details=True, backend="triton")
+        assert (details.labels == min(pair)).all()
+        assert not details.margin.any()
 
 
 @pytest.mark.parametrize("name", ["stride 4", "both steps"])

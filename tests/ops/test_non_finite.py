@@ -99,7 +99,17 @@ def test_an_attended_key_leaves_its_neighbor_alone(logits, expected, dtype, name
 @pytest.mark.parametrize("name", ["reference", *KERNELS])
 @pytest.mark.parametrize(
     ("grid", "size"),
-    [((9, 9), (9, 9)), ((3, 5), (9, 15)), ((6, 10), (3, 5)), ((9, 6), (3, 2)), ((5, 4), (20, 16)), ((7, 9), (3, 5))],
+    [
+        ((9, 9), (9, 9)),
+        ((3, 5), (9, 15)),
+        ((6, 10), (3, 5)),
+        ((9, 6), (3, 2)),
+        ((5, 4), (20, 16)),
+        ((7, 9), (3, 5)),
+        ((5, 8), (10, 16)),
+        ((3, 8), (6, 32)),
+        ((2, 8), (16, 64)),
+    ],
 )
 def test_attended_keys_read_what_has_weight(grid, size, name, generator):
     for dtype in DTYPES:
