@@ -21,7 +21,7 @@ from torch import Tensor
 from fastmask.kernels._common import COMPILER_OPTIONS, _plane, kernel, pick_config, plane_arguments
 from fastmask.kernels._layout import with_contiguous_planes
 from fastmask.kernels._points import _philox, _uniform
-from fastmask.kernels._taps import _pair
+from fastmask.kernels._taps import _halves, _pair
 
 # Keys are the bits of |x|, and of -1 for NaN.
 OF_NAN = tl.constexpr(-0x40800000)
@@ -60,8 +60,7 @@ CONFIGS = {8: replace(_CONFIG, programs=216), 10: replace(_CONFIG, programs=296)
 
 @triton.jit
 def _copy_plane(plane_ptr, columns_ptr, h, w, LANES: tl.constexpr):
-    """Writes each pixel and the one below as one word, ``(h + 1, w + 2)``, of the map with a border of zeros, but that
-    the lower border is in the words of the last row only."""
+    """Writes words of a pixel and the one below, ``(h + 1, w + 2)``, of the map with a border of zeros."""
     lane = tl.arange(0, LANES)
     width = w + 2
     row, column = lane // width, lane % width
@@ -86,8 +85,7 @@ def _copy_plane(plane_ptr, columns_ptr, h, w, LANES: tl.constexpr):
 def _two_logits(word, TYPE: tl.constexpr):
     """The pixel and the one below."""
     if TYPE.primitive_bitwidth == 32:
-        upper, lower = word.to(tl.int32), (word >> 32).to(tl.int32)
-        return upper.to(tl.float32, bitcast=True), lower.to(tl.float32, bitcast=True)
+        return _halves(word)
     if TYPE.is_bf16():
         return (word << 16).to(tl.float32, bitcast=True), (word & -0x10000).to(tl.float32, bitcast=True)
     upper, lower = word.to(tl.int16), (word >> 16).to(tl.int16)
@@ -120,41 +118,45 @@ def _key(columns_ptr, x, y, h, w, TYPE: tl.constexpr):
 @triton.jit
 def _draw(columns_ptr, seed, pair, start, candidates, h, w, TYPE: tl.constexpr, LANES: tl.constexpr,
           DRAWS: tl.constexpr):  # fmt: skip
-    """Keys and positions, as two words, of 2 * DRAWS candidates of each lane; those that do not exist have no key
-    below MOST."""
-    lane = tl.arange(0, LANES)  # [LANES]
-    keys, xs, ys = (), (), ()
-    for draw in tl.static_range(DRAWS):
-        counter = start // 2 + draw * LANES + lane
-        first = counter + counter // 16 * 16
-        x_0, y_0, x_1, y_1 = _philox(seed, counter, pair)
-        key_0 = _key(columns_ptr, x_0, y_0, h, w, TYPE)
-        key_1 = _key(columns_ptr, x_1, y_1, h, w, TYPE)
-        key_0 = tl.where(first < candidates, key_0, MOST)
-        key_1 = tl.where(first + 16 < candidates, key_1, MOST)
-        keys += (key_0, key_1)
-        xs += (x_0, x_1)
-        ys += (y_0, y_1)
-    return keys, xs, ys
+    """Positions, as words, and keys ``[DRAWS, LANES]`` of candidates from ``start`` on, of both that each counter of
+    the stream gives; those that do not exist have no key below MOST. A thread has one lane's."""
+    counter = start // 2 + tl.arange(0, DRAWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    first = counter + counter // 16 * 16
+    x_0, y_0, x_1, y_1 = _philox(seed, counter, pair)
+    key_0 = tl.where(first < candidates, _key(columns_ptr, x_0, y_0, h, w, TYPE), MOST)
+    key_1 = tl.where(first + 16 < candidates, _key(columns_ptr, x_1, y_1, h, w, TYPE), MOST)
+    return x_0, y_0, key_0, x_1, y_1, key_1
 
 
 @triton.jit
-def _bounds(keys, least, most, KEYS: tl.constexpr):
+def _sum(counts):
+    return tl.sum(tl.sum(counts, 0), 0)
+
+
+@triton.jit
+def _bounds(key_0, key_1, least, most):
     """The largest bounds, in steps, that at most ``least`` and ``most`` of the keys are below."""
-    counts = keys[0] * 0
-    for k in tl.static_range(KEYS):
-        counts += tl.where(keys[k] < 0, 1, 0)
-    low = tl.where(tl.sum(counts, 0) <= least, 0, LEAST)
+    low = tl.where(_sum(tl.where(key_0 < 0, 1, 0) + tl.where(key_1 < 0, 1, 0)) <= least, 0, LEAST)
     high = 0
     for step in range(31 - UNSEARCHED):
         bit = 0x40000000 >> step
-        counts = keys[0] * 0
-        for k in tl.static_range(KEYS):
-            counts += tl.where(keys[k] < (low | bit), 1, 0) + tl.where(keys[k] < (high | bit), 65536, 0)
-        below = tl.sum(counts, 0)
+        below_low = tl.where(key_0 < (low | bit), 1, 0) + tl.where(key_1 < (low | bit), 1, 0)
+        below_high = tl.where(key_0 < (high | bit), 65536, 0) + tl.where(key_1 < (high | bit), 65536, 0)
+        below = _sum(below_low + below_high)
         low = tl.where((low >= 0) & ((below & 0xFFFF) <= least), low | bit, low)
         high = tl.where((below >> 16) <= most, high | bit, high)
     return low, high
+
+
+@triton.jit
+def _store(x, y, key, before, low, high, chosen, kept, uncertain, points_ptr, kept_keys_ptr, kept_points_ptr):
+    """Stores the points that are chosen, and those that are kept with their keys."""
+    point = _pair(_uniform(x), _uniform(y))
+    chosen_at, kept_at = chosen + (before & 0xFFFF), kept + (before >> 16)
+    is_kept = (key >= low) & (key < high)
+    tl.store(points_ptr + chosen_at, point, mask=(key < low) & (chosen_at < uncertain))
+    tl.store(kept_keys_ptr + kept_at, key, mask=is_kept)
+    tl.store(kept_points_ptr + kept_at, point, mask=is_kept)
 
 
 @triton.jit
@@ -163,22 +165,17 @@ def _collect(columns_ptr, seed, pair, candidates, uncertain, h, w, low, high, po
     """Draws all candidates, chooses those with keys below ``low``, and keeps those below ``high``; returns how many."""
     chosen, kept = 0, 0
     for start in range(0, candidates, 2 * DRAWS * LANES):
-        keys, xs, ys = _draw(columns_ptr, seed, pair, start, candidates, h, w, TYPE, LANES, DRAWS)
-        counts = keys[0] * 0  # of chosen ones, and of kept ones in the upper 16 bits
-        for k in tl.static_range(2 * DRAWS):
-            counts += tl.where(keys[k] < high, tl.where(keys[k] < low, 1, 65536), 0)
-        before = tl.cumsum(counts, 0) - counts
-        chosen_at, kept_at = chosen + (before & 0xFFFF), kept + (before >> 16)
-        for k in tl.static_range(2 * DRAWS):
-            point = _pair(_uniform(xs[k]), _uniform(ys[k]))
-            is_chosen = keys[k] < low
-            is_kept = (keys[k] >= low) & (keys[k] < high)
-            tl.store(points_ptr + chosen_at, point, mask=is_chosen & (chosen_at < uncertain))
-            tl.store(kept_keys_ptr + kept_at, keys[k], mask=is_kept)
-            tl.store(kept_points_ptr + kept_at, point, mask=is_kept)
-            chosen_at += tl.where(is_chosen, 1, 0)
-            kept_at += tl.where(is_kept, 1, 0)
-        total = tl.sum(counts, 0)
+        x_0, y_0, key_0, x_1, y_1, key_1 = _draw(columns_ptr, seed, pair, start, candidates, h, w, TYPE, LANES, DRAWS)
+        # Of chosen ones, and of kept ones in the upper 16 bits.
+        count_0 = tl.where(key_0 < high, tl.where(key_0 < low, 1, 65536), 0)
+        count_1 = tl.where(key_1 < high, tl.where(key_1 < low, 1, 65536), 0)
+        counts = count_0 + count_1
+        of_lane = tl.sum(counts, 0)
+        before = (tl.cumsum(of_lane, 0) - of_lane)[None, :] + tl.cumsum(counts, 0) - counts
+        _store(x_0, y_0, key_0, before, low, high, chosen, kept, uncertain, points_ptr, kept_keys_ptr, kept_points_ptr)
+        before += count_0
+        _store(x_1, y_1, key_1, before, low, high, chosen, kept, uncertain, points_ptr, kept_keys_ptr, kept_points_ptr)
+        total = tl.sum(of_lane, 0)
         chosen += total & 0xFFFF
         kept += total >> 16
     return chosen, kept
@@ -266,8 +263,8 @@ def _uncertain_points_kernel(
                 tl.debug_barrier()
                 _copy_plane(plane_ptr, columns_ptr, h, w, LANES)
                 tl.debug_barrier()
-                keys, _, _ = _draw(columns_ptr, seed, pair, 0, candidates, h, w, TYPE, LANES, DRAWS)
-                low, high = _bounds(keys, least, most, 2 * DRAWS)
+                _, _, key_0, _, _, key_1 = _draw(columns_ptr, seed, pair, 0, candidates, h, w, TYPE, LANES, DRAWS)
+                low, high = _bounds(key_0, key_1, least, most)
                 searching = True
                 chosen, kept = 0, 0
                 while searching:
