@@ -132,17 +132,14 @@ def _philox(seed, counter, row):
     word_3 = word_2
     key_0 = (seed & 0xFFFFFFFF).to(tl.uint32)
     key_1 = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    multiplier_0 = word_2 + tl.full([], 0xD2511F53, tl.uint32)
-    multiplier_1 = word_2 + tl.full([], 0xCD9E8D57, tl.uint32)
     for _ in tl.static_range(10):
-        high_0 = tl.umulhi(multiplier_0, word_0)
-        high_1 = tl.umulhi(multiplier_1, word_2)
-        low_0 = multiplier_0 * word_0
-        low_1 = multiplier_1 * word_2
-        word_0 = high_1 ^ word_1 ^ key_0
-        word_1 = low_1
-        word_2 = high_0 ^ word_3 ^ key_1
-        word_3 = low_0
+        # One instruction makes both halves of a product; the high one alone would take another.
+        product_0 = word_0.to(tl.uint64) * tl.full([], 0xD2511F53, tl.uint64)
+        product_1 = word_2.to(tl.uint64) * tl.full([], 0xCD9E8D57, tl.uint64)
+        word_0 = (product_1 >> 32).to(tl.uint32) ^ word_1 ^ key_0
+        word_1 = product_1.to(tl.uint32)
+        word_2 = (product_0 >> 32).to(tl.uint32) ^ word_3 ^ key_1
+        word_3 = product_0.to(tl.uint32)
         key_0 += tl.full([], 0x9E3779B9, tl.uint32)
         key_1 += tl.full([], 0xBB67AE85, tl.uint32)
     return word_0, word_1, word_2, word_3
@@ -151,4 +148,4 @@ def _philox(seed, counter, row):
 @triton.jit
 def _uniform(word):
     """Uniform in [0, 1): the upper 24 bits of a word."""
-    return (word >> 8).to(tl.int32).to(tl.float32) * 5.960464477539063e-08
+    return (word & 0xFFFFFF00).to(tl.float32) * 2.3283064365386963e-10

@@ -1,73 +1,297 @@
 """Random points of each matched pair, most of them where its query's mask is least certain.
 
-Candidates are never stored: one launch stores their uncertainties as keys; PyTorch's top-k chooses; and a second launch
-draws the chosen points again. At B=16, L=10, M=20 and 37,632 candidates per pair (120 M of them, four logits each) the
-keys take 482 MB; the candidates themselves would take twice as much.
+A program draws all candidates of a pair at once, and stores few of them. The first of them, a random sample, bound the
+largest uncertainty that is chosen from both sides; candidates below the bounds are chosen as they are drawn, and those
+between, one in eleven, are kept until all are drawn. Then bisection finds which of them are chosen. At B=16, L=10,
+M=20 and 37,632 candidates per pair there are 120 M candidates; their keys would take 482 MB, and a general top-k more.
+
+Logits are read from a copy of the plane that holds each pixel beside the one below, with a border of zeros: two loads
+per candidate instead of four, without masks.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmask.kernels._common import COMPILER_OPTIONS, _plane, kernel, plane_arguments
+from fastmask.kernels._common import COMPILER_OPTIONS, _plane, kernel, pick_config, plane_arguments
 from fastmask.kernels._layout import with_contiguous_planes
-from fastmask.kernels._points import _philox, _sample, _uniform
+from fastmask.kernels._points import _philox, _uniform
+from fastmask.kernels._taps import _halves, _pair
 
-BLOCK = 256
+# Keys are the bits of |x|, and of -1 for NaN.
+OF_NAN = tl.constexpr(-0x40800000)
+LEAST = tl.constexpr(-0x80000000)
+MOST = tl.constexpr(0x7FFFFFFF)
+# Bits of a sampled bound that are not searched for: a relative distance of 2^-8.
+UNSEARCHED = tl.constexpr(15)
 
 
-@kernel
-def _uncertain_points_keys_kernel(
-    logits_ptr, stride_l, stride_b, stride_n, assignment_ptr, seed_ptr, keys_ptr,
-    B, N, M, h, w, CANDIDATES: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """-abs(x) of each candidate of a pair, where x is the sampled logit; 1 if x is NaN.
+@dataclass(frozen=True)
+class UncertainPointsConfig:
+    """Tuning.
 
-    logits (L, B, N, h, w), assignment (L, B, M), keys (L * B * M, CANDIDATES); 0 for targets without a query
+    Args:
+        lanes: counters of the random stream, two candidates each, of one draw.
+        draws: draws between which a program stores nothing.
+        programs: the number of programs, each of which takes several pairs in turn, and has memory of its own: two for
+            each multiprocessor, whose first-level cache then holds both of their planes.
+        chunk: kept candidates that a program holds in registers; more are read again at each step.
+        deviations: how many standard deviations the bounds are apart from what is expected.
+        registers: at most so many for each thread.
     """
-    pair = tl.program_id(0).to(tl.int64)
-    counter = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    first = counter // 16 * 32 + counter % 16
-    query = tl.load(assignment_ptr + pair)
-    sampled = tl.where((query >= 0) & (query < N), CANDIDATES, 0)
-    seed = tl.load(seed_ptr)
-    layer_image = pair // M
-    plane_ptr = _plane(logits_ptr, layer_image // B, layer_image % B, query, stride_l, stride_b, stride_n, UNIT)
+
+    lanes: int = 256
+    draws: int = 4
+    programs: int = 264
+    chunk: int = 4096
+    deviations: float = 4.5
+    num_warps: int = 8
+    registers: int = 128
+
+
+_CONFIG = UncertainPointsConfig()
+CONFIGS = {8: replace(_CONFIG, programs=216), 10: replace(_CONFIG, programs=296), None: _CONFIG}
+
+
+@triton.jit
+def _copy_plane(plane_ptr, columns_ptr, h, w, LANES: tl.constexpr):
+    """Writes words of a pixel and the one below, ``(h + 1, w + 2)``, of the map with a border of zeros."""
+    lane = tl.arange(0, LANES)
+    width = w + 2
+    row, column = lane // width, lane % width
+    rows, columns = LANES // width, LANES % width
+    for start in range(0, (h + 1) * width, LANES):
+        inside = (column > 0) & (column <= w) & (row <= h)
+        at = (row - 1) * w + column - 1
+        upper = tl.load(plane_ptr + at, mask=inside & (row > 0), other=0.0)
+        lower = tl.load(plane_ptr + at + w, mask=inside & (row < h), other=0.0)
+        if plane_ptr.dtype.element_ty.primitive_bitwidth == 32:
+            word = _pair(upper, lower)
+        else:
+            upper, lower = upper.to(tl.uint16, bitcast=True), lower.to(tl.uint16, bitcast=True)
+            word = (upper.to(tl.uint32) | (lower.to(tl.uint32) << 16)).to(tl.int32, bitcast=True)
+        tl.store(columns_ptr + start + lane, word, mask=row <= h)
+        column += columns
+        row += rows + tl.where(column >= width, 1, 0)
+        column = tl.where(column >= width, column - width, column)
+
+
+@triton.jit
+def _two_logits(word, TYPE: tl.constexpr):
+    """The pixel and the one below."""
+    if TYPE.primitive_bitwidth == 32:
+        return _halves(word)
+    if TYPE.is_bf16():
+        return (word << 16).to(tl.float32, bitcast=True), (word & -0x10000).to(tl.float32, bitcast=True)
+    upper, lower = word.to(tl.int16), (word >> 16).to(tl.int16)
+    return upper.to(tl.float16, bitcast=True).to(tl.float32), lower.to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _cell(word, size):
+    """The first of the two pixels around a random position, counted from the border, and the weight of the second."""
+    at = (word & 0xFFFFFF00).to(tl.uint64) * tl.cast(size, tl.uint64) + 0x80000000
+    weight = ((at.to(tl.uint32) >> 9) + 0x3F800000).to(tl.float32, bitcast=True) - 1.0
+    return (at >> 32).to(tl.int32), weight
+
+
+@triton.jit
+def _key(columns_ptr, x, y, h, w, TYPE: tl.constexpr):
+    """The key of the logit at the random position of two words."""
+    column, right = _cell(x, w)
+    row, lower = _cell(y, h)
+    at = row * (w + 2) + column
+    a, c = _two_logits(tl.load(columns_ptr + at), TYPE)
+    b, d = _two_logits(tl.load(columns_ptr + at + 1), TYPE)
+    b, d = tl.where(right > 0.0, b, 0.0), tl.where(right > 0.0, d, 0.0)  # 0 * inf is NaN
+    upper_row = tl.fma(b, right, a * (1.0 - right))
+    lower_row = tl.where(lower > 0.0, tl.fma(d, right, c * (1.0 - right)), 0.0)
+    logit = tl.fma(lower_row, lower, upper_row * (1.0 - lower))
+    return tl.maximum(tl.abs(logit), -1.0).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _draw(columns_ptr, seed, pair, start, candidates, h, w, TYPE: tl.constexpr, LANES: tl.constexpr,
+          DRAWS: tl.constexpr):  # fmt: skip
+    """Positions, as words, and keys ``[DRAWS, LANES]`` of candidates from ``start`` on, of both that each counter of
+    the stream gives; those that do not exist have no key below MOST. A thread has one lane's."""
+    counter = start // 2 + tl.arange(0, DRAWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    first = counter + counter // 16 * 16
     x_0, y_0, x_1, y_1 = _philox(seed, counter, pair)
-    for half in tl.static_range(2):
-        i = first + 16 * half
-        px = _uniform(x_1 if half else x_0)
-        py = _uniform(y_1 if half else y_0)
-        x = _sample(plane_ptr, px, py, h, w, i < sampled)
-        key = tl.where(x == x, -tl.abs(x), 1.0)
-        tl.store(keys_ptr + pair * CANDIDATES + i, key, mask=i < CANDIDATES)
+    key_0 = tl.where(first < candidates, _key(columns_ptr, x_0, y_0, h, w, TYPE), MOST)
+    key_1 = tl.where(first + 16 < candidates, _key(columns_ptr, x_1, y_1, h, w, TYPE), MOST)
+    return x_0, y_0, key_0, x_1, y_1, key_1
+
+
+@triton.jit
+def _sum(counts):
+    return tl.sum(tl.sum(counts, 0), 0)
+
+
+@triton.jit
+def _bounds(key_0, key_1, least, most):
+    """The largest bounds, in steps, that at most ``least`` and ``most`` of the keys are below."""
+    low = tl.where(_sum(tl.where(key_0 < 0, 1, 0) + tl.where(key_1 < 0, 1, 0)) <= least, 0, LEAST)
+    high = 0
+    for step in range(31 - UNSEARCHED):
+        bit = 0x40000000 >> step
+        below_low = tl.where(key_0 < (low | bit), 1, 0) + tl.where(key_1 < (low | bit), 1, 0)
+        below_high = tl.where(key_0 < (high | bit), 65536, 0) + tl.where(key_1 < (high | bit), 65536, 0)
+        below = _sum(below_low + below_high)
+        low = tl.where((low >= 0) & ((below & 0xFFFF) <= least), low | bit, low)
+        high = tl.where((below >> 16) <= most, high | bit, high)
+    return low, high
+
+
+@triton.jit
+def _store(x, y, key, before, low, high, chosen, kept, uncertain, points_ptr, kept_keys_ptr, kept_points_ptr):
+    """Stores the points that are chosen, and those that are kept with their keys."""
+    point = _pair(_uniform(x), _uniform(y))
+    chosen_at, kept_at = chosen + (before & 0xFFFF), kept + (before >> 16)
+    is_kept = (key >= low) & (key < high)
+    tl.store(points_ptr + chosen_at, point, mask=(key < low) & (chosen_at < uncertain))
+    tl.store(kept_keys_ptr + kept_at, key, mask=is_kept)
+    tl.store(kept_points_ptr + kept_at, point, mask=is_kept)
+
+
+@triton.jit
+def _collect(columns_ptr, seed, pair, candidates, uncertain, h, w, low, high, points_ptr, kept_keys_ptr,
+             kept_points_ptr, TYPE: tl.constexpr, LANES: tl.constexpr, DRAWS: tl.constexpr):  # fmt: skip
+    """Draws all candidates, chooses those with keys below ``low``, and keeps those below ``high``; returns how many."""
+    chosen, kept = 0, 0
+    for start in range(0, candidates, 2 * DRAWS * LANES):
+        x_0, y_0, key_0, x_1, y_1, key_1 = _draw(columns_ptr, seed, pair, start, candidates, h, w, TYPE, LANES, DRAWS)
+        # Of chosen ones, and of kept ones in the upper 16 bits.
+        count_0 = tl.where(key_0 < high, tl.where(key_0 < low, 1, 65536), 0)
+        count_1 = tl.where(key_1 < high, tl.where(key_1 < low, 1, 65536), 0)
+        counts = count_0 + count_1
+        of_lane = tl.sum(counts, 0)
+        before = (tl.cumsum(of_lane, 0) - of_lane)[None, :] + tl.cumsum(counts, 0) - counts
+        _store(x_0, y_0, key_0, before, low, high, chosen, kept, uncertain, points_ptr, kept_keys_ptr, kept_points_ptr)
+        before += count_0
+        _store(x_1, y_1, key_1, before, low, high, chosen, kept, uncertain, points_ptr, kept_keys_ptr, kept_points_ptr)
+        total = tl.sum(of_lane, 0)
+        chosen += total & 0xFFFF
+        kept += total >> 16
+    return chosen, kept
+
+
+@triton.jit
+def _below(first_keys, keys_ptr, count, bound, CHUNK: tl.constexpr):
+    """How many keys are below a bound, of the first CHUNK and of the rest in memory."""
+    counts = tl.where(first_keys < bound, 1, 0)
+    for start in range(CHUNK, count, CHUNK):
+        i = start + tl.arange(0, CHUNK)
+        counts += tl.where(tl.load(keys_ptr + i, mask=i < count, other=MOST) < bound, 1, 0)
+    return tl.sum(counts, 0)
+
+
+@triton.jit
+def _choose(points_ptr, keys_ptr, kept_points_ptr, count, wanted, low, high, CHUNK: tl.constexpr):
+    """Chooses the ``wanted`` kept candidates with the smallest keys, and of equals the earlier. Keys are at least
+    ``low``, and below ``high``."""
+    lane = tl.arange(0, CHUNK)
+    keys = tl.load(keys_ptr + lane, mask=lane < count, other=MOST)
+    below = _below(keys, keys_ptr, count, 0, CHUNK)  # how many keys are below the bound
+    bound = tl.where(below < wanted, 0, OF_NAN)
+    below = tl.where(below < wanted, below, 0)
+    for step in range(31):
+        higher = bound | (0x40000000 >> step)
+        if (bound >= 0) & (higher < high):
+            found = 0
+            if higher > low:
+                found = _below(keys, keys_ptr, count, higher, CHUNK)
+            if found < wanted:
+                bound, below = higher, found
+    STEP: tl.constexpr = CHUNK // 2  # fewer registers
+    less, equal = 0, 0
+    for start in range(0, count, STEP):
+        i = start + tl.arange(0, STEP)
+        key = tl.load(keys_ptr + i, mask=i < count, other=MOST)
+        counts = tl.where(key < bound, 1, tl.where(key == bound, 65536, 0))
+        before = tl.cumsum(counts, 0) - counts
+        at = tl.where(key < bound, less + (before & 0xFFFF), below + equal + (before >> 16))
+        is_chosen = (key <= bound) & (at < wanted)
+        tl.store(points_ptr + at, tl.load(kept_points_ptr + i, mask=is_chosen, other=0), mask=is_chosen)
+        total = tl.sum(counts, 0)
+        less += total & 0xFFFF
+        equal += total >> 16
 
 
 @kernel
-def _uncertain_points_gather_kernel(
-    assignment_ptr, seed_ptr, chosen_ptr, points_ptr, N, P,
-    CANDIDATES: tl.constexpr, UNCERTAIN: tl.constexpr, BLOCK: tl.constexpr,
+def _uncertain_points_kernel(
+    logits_ptr, stride_l, stride_b, stride_n, assignment_ptr, seed_ptr,
+    columns_ptr, kept_keys_ptr, kept_points_ptr, points_ptr,
+    pairs, B, N, M, P, h, w, candidates, uncertain, deviations,
+    UNIT: tl.constexpr, LANES: tl.constexpr, DRAWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """The chosen candidates of each pair, followed by points of the random stream after the candidates.
+    """The uncertain candidates of each pair, followed by points of the random stream after the candidates.
 
-    chosen (L * B * M, UNCERTAIN), points (L * B * M, P, 2); 0 for targets without a query
+        logits       (L, B, N, h, w), assignment (L, B, M)
+        points       (L * B * M, P), pairs of float32 as words of 64 bits; 0 for targets without a query
+        columns      (programs, h + 1, w + 2), see ``_copy_plane``
+        kept_keys, kept_points  (programs, candidates)
+
+    Let n of C candidates be chosen. Of S sampled ones, S n / C are expected to be, with a standard deviation of
+    s = sqrt(S n / C (1 - n / C)); the bounds are ``deviations`` s and a candidate apart from that. If they prove wrong,
+    for 4.5 s in one of 10^5 pairs, all candidates are drawn again without the bound that did not hold.
     """
-    pair = tl.program_id(0).to(tl.int64)
-    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    chosen = tl.load(chosen_ptr + pair * UNCERTAIN + j, mask=j < UNCERTAIN, other=0).to(tl.int32)
-    i = tl.where(j < UNCERTAIN, chosen, CANDIDATES + j - UNCERTAIN)
-    query = tl.load(assignment_ptr + pair)
-    matched = (query >= 0) & (query < N)
-    x_0, y_0, x_1, y_1 = _philox(tl.load(seed_ptr), i // 32 * 16 + i % 16, pair)
-    second = i // 16 % 2 != 0
-    x = tl.where(matched, _uniform(tl.where(second, x_1, x_0)), 0.0)
-    y = tl.where(matched, _uniform(tl.where(second, y_1, y_0)), 0.0)
-    at = points_ptr + (pair * P + j) * 2
-    tl.store(at, x, mask=j < P)
-    tl.store(at + 1, y, mask=j < P)
+    program = tl.program_id(0).to(tl.int64)
+    columns_ptr += program * (h + 1) * (w + 2)
+    kept_keys_ptr += program * candidates
+    kept_points_ptr += program * candidates
+    lane = tl.arange(0, LANES)  # [LANES]
+    TYPE: tl.constexpr = logits_ptr.dtype.element_ty
+    sampled = tl.minimum(tl.cast(candidates, tl.float32), 2.0 * DRAWS * LANES)
+    share = tl.cast(uncertain, tl.float32) / tl.maximum(tl.cast(candidates, tl.float32), 1.0)
+    apart = tl.cast(deviations, tl.float32) * tl.sqrt(sampled * share * (1.0 - share)) + 1.0
+    least = tl.floor(sampled * share - apart).to(tl.int32)
+    most = tl.ceil(sampled * share + apart).to(tl.int32)
+    for pair_number in range(tl.program_id(0), pairs, tl.num_programs(0)):
+        pair = tl.cast(pair_number, tl.int64)
+        of_pair_ptr = points_ptr + pair * P
+        query = tl.load(assignment_ptr + pair)
+        seed = tl.load(seed_ptr)
+        if (query >= 0) & (query < N):
+            if uncertain > 0:
+                plane_ptr = _plane(logits_ptr, pair // M // B, pair // M % B, query, stride_l, stride_b, stride_n, UNIT)
+                tl.debug_barrier()
+                _copy_plane(plane_ptr, columns_ptr, h, w, LANES)
+                tl.debug_barrier()
+                _, _, key_0, _, _, key_1 = _draw(columns_ptr, seed, pair, 0, candidates, h, w, TYPE, LANES, DRAWS)
+                low, high = _bounds(key_0, key_1, least, most)
+                searching = True
+                chosen, kept = 0, 0
+                while searching:
+                    chosen, kept = _collect(
+                        columns_ptr, seed, pair, candidates, uncertain, h, w, low, high, of_pair_ptr, kept_keys_ptr,
+                        kept_points_ptr, TYPE, LANES, DRAWS,
+                    )  # fmt: skip
+                    tl.debug_barrier()
+                    searching = (chosen > uncertain) | (chosen + kept < uncertain)
+                    low = tl.where(chosen > uncertain, LEAST, low)
+                    high = tl.where(chosen + kept < uncertain, MOST, high)
+                if chosen < uncertain:
+                    _choose(of_pair_ptr + chosen, kept_keys_ptr, kept_points_ptr, kept, uncertain - chosen, low, high,
+                            CHUNK)  # fmt: skip
+            counters = candidates // 32 * 16
+            for start in range(0, (P - uncertain) // 2 + 32, LANES):
+                counter = counters + start + lane
+                x_0, y_0, x_1, y_1 = _philox(seed, counter, pair)
+                j = counter + counter // 16 * 16 - candidates
+                others_ptr = of_pair_ptr + uncertain + j
+                tl.store(others_ptr, _pair(_uniform(x_0), _uniform(y_0)), mask=(j >= 0) & (j < P - uncertain))
+                j += 16
+                tl.store(others_ptr + 16, _pair(_uniform(x_1), _uniform(y_1)), mask=(j >= 0) & (j < P - uncertain))
+        else:
+            for start in range(0, P, LANES):
+                zero = tl.zeros([LANES], dtype=tl.int64)
+                tl.store(of_pair_ptr + start + lane, zero, mask=start + lane < P)
 
 
 def uncertain_points(
@@ -76,41 +300,37 @@ def uncertain_points(
     """``fastmask::uncertain_points``, (L, B, M, P, 2) float32; launches only, so it can be captured in a CUDA graph."""
     points = mask_logits.new_empty((*assignment.shape, num_points, 2), dtype=torch.float32)
     pairs = assignment.numel()
-    if pairs == 0:
+    if points.numel() == 0:
         return points
+    config = pick_config(CONFIGS, mask_logits.device)
     mask_logits = with_contiguous_planes(mask_logits)
-    assignment, seed = assignment.contiguous(), seed.contiguous()
     _, batch, queries, h, w = mask_logits.shape
-    chosen = assignment.new_empty((pairs, 0))
-    if num_uncertain > 0:
-        keys = points.new_empty((pairs, num_candidates))
-        _uncertain_points_keys_kernel[(pairs, triton.cdiv(triton.cdiv(num_candidates, 32) * 16, BLOCK))](
-            **plane_arguments(mask_logits),
-            assignment_ptr=assignment,
-            seed_ptr=seed,
-            keys_ptr=keys,
-            B=batch,
-            N=queries,
-            M=assignment.shape[2],
-            h=h,
-            w=w,
-            CANDIDATES=num_candidates,
-            BLOCK=BLOCK,
-            num_warps=4,
-            **COMPILER_OPTIONS,
-        )
-        chosen = keys.topk(num_uncertain, dim=1, sorted=False).indices
-    _uncertain_points_gather_kernel[(pairs, triton.cdiv(num_points, BLOCK))](
-        assignment_ptr=assignment,
-        seed_ptr=seed,
-        chosen_ptr=chosen,
-        points_ptr=points,
+    programs = min(pairs, config.programs)
+    word = torch.int64 if mask_logits.dtype == torch.float32 else torch.int32
+    kept = (programs, num_candidates if num_uncertain > 0 else 0)
+    _uncertain_points_kernel[(programs,)](
+        **plane_arguments(mask_logits),
+        assignment_ptr=assignment.contiguous(),
+        seed_ptr=seed.contiguous(),
+        columns_ptr=points.new_empty((programs, h + 1, w + 2), dtype=word),
+        kept_keys_ptr=points.new_empty(kept, dtype=torch.int32),
+        kept_points_ptr=points.new_empty(kept, dtype=torch.int64),
+        points_ptr=points.view(torch.int64),
+        pairs=pairs,
+        B=batch,
         N=queries,
+        M=assignment.shape[2],
         P=num_points,
-        CANDIDATES=num_candidates,
-        UNCERTAIN=num_uncertain,
-        BLOCK=BLOCK,
-        num_warps=4,
+        h=h,
+        w=w,
+        candidates=num_candidates,
+        uncertain=num_uncertain,
+        deviations=config.deviations,
+        LANES=config.lanes,
+        DRAWS=config.draws,
+        CHUNK=config.chunk,
+        num_warps=config.num_warps,
+        maxnreg=config.registers,
         **COMPILER_OPTIONS,
     )
     return points

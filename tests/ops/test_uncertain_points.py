@@ -7,6 +7,7 @@ import torch
 
 import fastmask
 from fastmask import reference, uncertain_points
+from fastmask.reference.points import matched_logits
 from fastmask.testing import simd_level, simd_levels
 from tests.helpers.inputs import SHAPES, random_assignment, random_logits, random_targets
 
@@ -53,6 +54,29 @@ def test_nan_is_most_uncertain(backend):
         mask_logits, torch.zeros(1, 1, 1, dtype=torch.int64), 100, importance_sample_ratio=1.0, backend=backend
     )
     assert (points[..., 1] > 7 / 16).all()
+
+
+@pytest.mark.parametrize("value", [None, 2.5, float("nan")])
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_bounds_that_fail_and_programs_of_several_pairs(value, backend, generator, monkeypatch):
+    """Bounds without a margin seldom hold. Without them, a program keeps more candidates than its registers hold; so it
+    does where most logits are equal."""
+    from fastmask.kernels import uncertain_points as kernels
+
+    config = kernels.UncertainPointsConfig(lanes=32, draws=1, programs=2, chunk=64, deviations=0.0, num_warps=1)
+    monkeypatch.setattr(kernels, "CONFIGS", {None: config})
+    mask_logits = random_logits((1, 2, 3, 3, 3, 8, 8, 8, 8), generator)[1]
+    if value is not None:
+        mask_logits[..., 1:-1, 1:-1] = value
+    assignment = torch.tensor([[[0, -1, 2], [1, 0, 2]]])
+    points = draw(mask_logits, assignment, 101, backend=backend)
+    expected = draw(mask_logits, assignment, 101, backend="reference")
+    if value is None:
+        assert torch.equal(points.sort(-2).values, expected.sort(-2).values)
+    assert torch.equal(points[..., 75:, :], expected[..., 75:, :])
+    maps = matched_logits(mask_logits, assignment)
+    samples = [reference.sample_points(maps, x).abs().sort(-1).values for x in (points, expected)]
+    torch.testing.assert_close(*samples, equal_nan=True)
 
 
 def test_the_generator_decides(generator):
