@@ -59,7 +59,7 @@ def demo(
     network = MaskFormer.from_pretrained(MODEL)
     print(
         f"MaskFormer with {sum(p.numel() for p in network.parameters()) / 1e6:.2f} million parameters, "
-        f"{torch.get_num_threads()} threads; scenes of {size} x {size} pixels, {len(CLASS_NAMES)} classes"
+        f"threads: {torch.get_num_threads()}; scenes of {size} x {size} pixels, {len(CLASS_NAMES)} classes"
     )
     held_out = SceneDataset("val", val_scenes, (size, size))
     predictions: list[Prediction] = []

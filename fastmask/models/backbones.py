@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastmask.extras import extra
 from fastmask.models import efficientnet, resnet_c
+from fastmask.models.weight_files import pretrained_config
 from fastmask.modules.resize import resize_bilinear
 from fastmask.ops._tracing import ceil_div, same_size
 
@@ -114,7 +115,7 @@ def build_backbone(name: str, options: Mapping[str, Any] | None = None, *, pretr
     if pretrained is None:
         config = config_class(**fields)
     else:
-        config = transformers.AutoConfig.from_pretrained(pretrained, **(options or {}))
+        config = pretrained_config(pretrained, **(options or {}))
         if config.model_type != model_type:
             raise ValueError(
                 f"pretrained {pretrained!r} is of model type {config.model_type!r}; backbone {name!r} is {model_type!r}"

@@ -22,7 +22,7 @@ from fastmask.models._mask_classification import (
     make_criterion,
 )
 from fastmask.models._views import ShortSideWindows
-from fastmask.models.weight_files import check_keys
+from fastmask.models.weight_files import check_keys, pretrained_config
 from fastmask.modules.dino import DinoTransformer
 from fastmask.modules.mlp import MLP
 from fastmask.modules.predictor import MASK_EMBED_LAYERS
@@ -385,7 +385,7 @@ def pretrained_encoder(folder: str, encoder: DinoTransformer, config: EoMTConfig
     with extra("models"):
         import transformers
 
-    theirs = transformers.AutoConfig.from_pretrained(folder)
+    theirs = pretrained_config(folder)
     expected = MODEL_TYPES[config.encoder]
     if theirs.model_type not in expected:
         raise ValueError(

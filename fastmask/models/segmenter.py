@@ -18,7 +18,7 @@ from fastmask.models._images import ImageBatch, ImagePreprocessor, Images, Size,
 from fastmask.models._inference import check_sizes
 from fastmask.models._pixels import PixelTargets, check_output, fit_class_map, per_pixel_loss, pixel_results
 from fastmask.models._views import windowed_batch, windowed_logits
-from fastmask.models.weight_files import check_keys
+from fastmask.models.weight_files import check_keys, pretrained_config
 from fastmask.modules.patch_decoders import LinearDecoder, MaskTransformer
 from fastmask.modules.resize import resize_bilinear
 from fastmask.modules.vit import VisionTransformer, resize_positions
@@ -208,7 +208,7 @@ def pretrained_vit(folder: str, encoder: VisionTransformer, grid_size: tuple[int
     with extra("models"):
         import transformers
 
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = pretrained_config(folder)
     if config.model_type not in ("vit", "deit"):
         raise ValueError(f"pretrained_backbone {folder!r} is of model type {config.model_type!r}; expected vit or deit")
     model = transformers.AutoModel.from_pretrained(folder, add_pooling_layer=False, dtype=torch.float32)

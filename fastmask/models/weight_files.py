@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -14,6 +15,22 @@ from fastmask.extras import extra
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 SHOWN_NAMES = 5
+
+
+def pretrained_config(source: str, **fields: Any) -> Any:
+    """The configuration that ``transformers`` reads from a folder or a hub id.
+
+    Raises:
+        OSError: neither can be read; the message names the source.
+    """
+    with extra("models"):
+        import transformers
+
+    try:
+        return transformers.AutoConfig.from_pretrained(source, **fields)
+    except OSError as error:
+        where = "folder" if Path(source).is_dir() else "hub id (there is no folder of this name)"
+        raise OSError(f"pretrained_backbone {source!r} cannot be read as a {where}: {error}") from error
 
 
 def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:

@@ -150,6 +150,17 @@ def test_another_number_of_classes_is_refused_unless_asked_for(saved):
     assert MaskFormer.from_pretrained(folder, num_classes=4).config == model.config
 
 
+def test_a_pretrained_backbone_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    config = MaskFormerConfig.preset("tiny", 4, backbone="resnet50")
+    with pytest.raises(OSError, match="pretrained_backbone 'no-such' cannot be read as a hub id .there is no folder"):
+        MaskFormer(config, pretrained_backbone="no-such")
+    (tmp_path / "config.json").write_text("no JSON")
+    with pytest.raises(OSError, match="pretrained_backbone '.*' cannot be read as a folder: "):
+        MaskFormer(config, pretrained_backbone=str(tmp_path))
+
+
 def test_a_pretrained_backbone_survives_saving(tmp_path):
     source = tiny().backbone
     source.save_pretrained(tmp_path / "backbone")
