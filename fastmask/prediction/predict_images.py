@@ -172,7 +172,7 @@ def predict(
     existing = [] if overwrite else outputs.existing(files)
     if existing:
         what = f"{existing[0]} exists" if len(existing) == 1 else f"{existing[0]} and {len(existing) - 1} more exist"
-        raise FileExistsError(f"{what} already; overwrite replaces them")
+        raise FileExistsError(f"{what} already; overwrite=True (--overwrite) replaces them")
     if device is not None:
         network.to(usable_device(device))
     start = time.perf_counter()

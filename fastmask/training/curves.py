@@ -61,7 +61,7 @@ def draw_race(runs: Mapping[str, Sequence[tuple[float, float]]], path: Path) -> 
         _plot(axes, points, name, i)
         seconds, loss = points[-1]
         axes.plot(seconds, loss, "o", color=COLORS[i])
-        axes.annotate(f"{seconds:.0f} s", (seconds, loss), (0, 9), textcoords="offset points", ha="center")
+        axes.annotate(f"{seconds:.0f} s", (seconds, loss), (0, -14), textcoords="offset points", ha="center")
     axes.set_title("training loss", loc="left", fontweight="bold")
     _finish(axes, "seconds of training")
     _save(figure, path)
