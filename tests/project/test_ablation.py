@@ -358,9 +358,8 @@ def test_each_structure_takes_what_was_best_on_the_tuning_seed(tmp_path, monkeyp
         choice = self.choice_of(run)
         score = {PER_PIXEL: 1, PER_PIXEL_PLUS: -1}.get(run.variant.structure, 0) * choice.learning_rate
         score += 0.1 * choice.class_weight * (run.variant.structure == BIPARTITE)
-        return make_rows(run.variant, [0.5 + score])[0] | {
-            "seed": run.seed, "settings": self.settings_of(run).as_row(), "choice": asdict(choice)
-        }  # fmt: skip
+        (row,) = make_rows(run.variant, [0.5 + score], settings=self.settings_of(run).as_row(), choice=asdict(choice))
+        return {name: value for name, value in row.items() if name != "op"} | {"seed": run.seed}
 
     monkeypatch.setattr(Bench, "train", pretended)
     settings = {"only": ["structures"], "seeds": 2, "learning_rate": [0.01, 0.03], "class_weight": [1.0, 2.0]}
