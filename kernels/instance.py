@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fastmask.kernels._common import COMPILER_OPTIONS, _exp2, _reciprocal, kernel, pick_config
 from fastmask.kernels._layout import with_contiguous_planes
-from fastmask.kernels._resample import Resampling, _table_pitch, _within_bounds, count_nans, make_taps
+from fastmask.kernels._resample import Resampling, _table_pitch, _within_bounds, make_taps
+from fastmask.kernels._stage import count_nans
 
 
 @dataclass(frozen=True)

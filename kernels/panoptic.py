@@ -18,7 +18,8 @@ from torch import Tensor
 
 from fastmask.kernels._common import _exp2, _reciprocal, kernel, pick_config
 from fastmask.kernels._layout import with_contiguous_planes
-from fastmask.kernels._resample import BLOCK_N, Resampling, _interpolate, _tile_taps, count_nans, staged_bands
+from fastmask.kernels._resample import BLOCK_N, Resampling, _interpolate, _tile_taps
+from fastmask.kernels._stage import count_nans, staged_bands
 
 
 @dataclass(frozen=True)

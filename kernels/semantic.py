@@ -58,9 +58,8 @@ from fastmask.kernels._resample import (
     _group_taps,
     _interpolate,
     _tile_taps,
-    padded_queries,
-    staged_bands,
 )
+from fastmask.kernels._stage import padded_queries, staged_bands
 from fastmask.targets import label_dtype
 
 

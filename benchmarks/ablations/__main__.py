@@ -17,10 +17,10 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
-from benchmarks.ablations.images import SCENES
 from benchmarks.ablations.sounds import CLIPS
 from benchmarks.ablations.training import Bench
 from benchmarks.ablations.variants import (
+    CLASS_WEIGHT,
     COMPARISONS,
     LAYERS,
     QUERIES,
@@ -34,6 +34,7 @@ from benchmarks.ablations.variants import (
 )
 from benchmarks.harness.machine import ROOT, commit, default_name, describe_machine, use_device
 from benchmarks.harness.results import read_results, write_results
+from fastmask.data.open import COMPOSED_SCENES
 
 RESULTS = ROOT / "benchmarks" / "results"
 SOUND_MODEL = "tiny"
@@ -43,7 +44,7 @@ CLIP_SECONDS = 2
 def main(
     data: Annotated[
         str, typer.Option(help='"composed:scenes", "composed:icons-K", or the folder of a data set.')
-    ] = SCENES,
+    ] = COMPOSED_SCENES,
     only: Annotated[list[str], typer.Option(help=f"{', '.join(COMPARISONS)}; repeatable. All by default.")] = [],  # noqa: B006
     model: Annotated[
         str, typer.Option(help="Preset of MaskFormer, Mask2Former or EoMT; gives the settings not compared.")
@@ -60,7 +61,7 @@ def main(
     ] = [1e-3],  # noqa: B006
     class_weight: Annotated[
         list[float], typer.Option(help="Weight of the classes' loss in mask classification; repeatable likewise.")
-    ] = [2.0],  # noqa: B006
+    ] = [CLASS_WEIGHT],  # noqa: B006
     val_samples: Annotated[int, typer.Option(min=1, help="The most validation samples to use.")] = 256,
     queries: Annotated[list[int], typer.Option(help="Numbers to compare; repeatable.")] = list(QUERIES),  # noqa: B006
     layers: Annotated[

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from benchmarks.ablations.findings import Finding, Judgement, judge
 from benchmarks.ablations.groups import Group
 from benchmarks.ablations.variants import PER_PIXEL_PLUS, Settings, Variant
+from fastmask.data.open import COMPOSED_ICONS, number_of_icons
 
-_ICONS = re.compile(r"composed:icons-(\d+)")
 CLAIM = Finding(
     "structures",
     "(d) above (b), by more with more classes",
@@ -46,14 +45,15 @@ def growths(groups: Sequence[Group]) -> Iterator[Growth]:
     """Those that the groups of a result file show."""
     found: dict[tuple[str, Settings], dict[int, Judgement]] = {}
     for group in groups:
-        icons = _ICONS.fullmatch(group.settings.data)
-        if icons is None:
+        if not group.settings.data.startswith(COMPOSED_ICONS):
             continue
         base = group.base
         gain = judge(replace(CLAIM, better=base, worse=Variant(PER_PIXEL_PLUS, base.queries, base.layers)), group.rows)
         if gain.differences:
             device = group.rows[0]["device"]
-            found.setdefault((device, replace(group.settings, data="")), {})[int(icons[1])] = gain
+            found.setdefault((device, replace(group.settings, data="")), {})[number_of_icons(group.settings.data)] = (
+                gain
+            )
     for (device, settings), gains in found.items():
         if len(gains) > 1:
             classes = tuple(sorted(gains))

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Subset
 
 from benchmarks.ablations.findings import GENERAL
 from benchmarks.ablations.query_classes import QueryClasses
-from benchmarks.ablations.variants import BIPARTITE, FIXED, PER_PIXEL, Run, Settings, Variant
+from benchmarks.ablations.variants import BIPARTITE, CLASS_WEIGHT, FIXED, PER_PIXEL, Run, Settings, Variant
 from fastmask.cli.pretrain import MODEL
 from fastmask.data import (
     Augmented,
@@ -34,7 +34,6 @@ from fastmask.models._registry import MODELS, make_config
 from fastmask.targets import Targets
 from fastmask.training.sampler import StepSampler
 
-SCENES = "composed:scenes"
 TINY = "tiny"  # the backbone that that of the demo's network replaces
 # The class probability of a segment in panoptic results; low, since short training gives few confident classes.
 PANOPTIC_THRESHOLD = 0.2
@@ -121,7 +120,7 @@ def make_network(
     variant: Variant,
     class_names: tuple[str, ...],
     stuff: tuple[int, ...],
-    class_weight: float = 2.0,
+    class_weight: float = CLASS_WEIGHT,
 ) -> Any:
     """A network of the preset with the variant's settings; structures are equal in everything that they share."""
     config = network_config(

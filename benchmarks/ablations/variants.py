@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
 
+from fastmask.data.open import is_composed
 from fastmask.training import Recipe
 
 COMPARISONS = ("structures", "queries", "layers", "inference", "sound")
@@ -27,6 +28,7 @@ TITLES = {
 SOUND = (FRAMES, PRESENCE, NO_MASK_LOSSES)
 # Structures without mask classification, whose losses have no weight of classes.
 UNWEIGHTED = (PER_PIXEL, PER_PIXEL_PLUS, *SOUND)
+CLASS_WEIGHT = 2.0  # as in the demo, unless tuned
 # Of the runs that find the best choice for a structure; no comparison uses it.
 TUNING_SEED = 1000
 
@@ -66,7 +68,7 @@ class Settings:
     batch_size: int
     steps: int
     learning_rates: tuple[float, ...]
-    class_weights: tuple[float, ...] = (2.0,)
+    class_weights: tuple[float, ...] = (CLASS_WEIGHT,)
     precision: str = "float32"
 
     def __post_init__(self) -> None:
@@ -81,7 +83,7 @@ class Settings:
     @property
     def composed(self) -> bool:
         """Whether samples are composed at random, so that they need no augmentation."""
-        return self.data.startswith("composed:")
+        return is_composed(self.data)
 
     def as_row(self) -> dict[str, Any]:
         """As a result file holds them."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +14,7 @@ from fastmask.data.shards import ShardDataset, is_pattern
 
 COMPOSED = "composed:"
 COMPOSED_SCENES = f"{COMPOSED}scenes"
-_ICONS = re.compile(rf"{COMPOSED}icons-(\d+)")
+COMPOSED_ICONS = f"{COMPOSED}icons-"  # followed by the number of classes
 
 
 class Layout(NamedTuple):
@@ -125,12 +124,12 @@ def number_of_icons(name: str) -> int:
     """The number of classes of icons in the scenes of this name, 0 for garments."""
     if name == COMPOSED_SCENES:
         return 0
-    found = _ICONS.fullmatch(name)
-    if found is None or not 1 <= int(found[1]) <= len(ICON_CLASSES):
+    number = name.removeprefix(COMPOSED_ICONS)
+    if not number.isdecimal() or not 1 <= int(number) <= len(ICON_CLASSES):
         raise ValueError(
-            f"{name} is unknown; expected {COMPOSED_SCENES}, or {COMPOSED}icons-K with K in 1..{len(ICON_CLASSES)}"
+            f"{name} is unknown; expected {COMPOSED_SCENES}, or {COMPOSED_ICONS}K with K in 1..{len(ICON_CLASSES)}"
         )
-    return int(found[1])
+    return int(number)
 
 
 def _layout_of(root: Path, task: str | None) -> str:

@@ -169,7 +169,7 @@ def test_bands_of_staged_logits(name, order, generator, monkeypatch):
     class_logits, mask_logits = inputs(sizes, generator)
     options = {"order": order, "output": "scores", "backend": "triton", **steps(sizes)}
     expected = semantic_inference(class_logits, mask_logits, sizes.size, **options)
-    monkeypatch.setattr(sys.modules["fastmask.kernels._resample"], "STAGE_BYTES", 1)
+    monkeypatch.setattr(sys.modules["fastmask.kernels._stage"], "STAGE_BYTES", 1)
     assert torch.equal(semantic_inference(class_logits, mask_logits, sizes.size, **options), expected)
 
 
@@ -183,7 +183,7 @@ def test_nan_logits_are_counted_once(order, name, generator, monkeypatch):
     expected = mask_logits.isnan().sum((-2, -1))
     options = {"order": order, "details": True, "backend": "triton", **steps(sizes)}
     for stage_bytes in (1 << 20, 1):
-        monkeypatch.setattr(sys.modules["fastmask.kernels._resample"], "STAGE_BYTES", stage_bytes)
+        monkeypatch.setattr(sys.modules["fastmask.kernels._stage"], "STAGE_BYTES", stage_bytes)
         assert torch.equal(semantic_inference(class_logits, mask_logits, sizes.size, **options).nan_logits, expected)
 
 
@@ -207,7 +207,7 @@ def test_rows_that_read_the_same_logits(dtype, order, sizes, generator, monkeypa
     check_labels(**arguments, **steps(sizes))
     options = {"order": order, "output": "scores", "backend": "triton", **steps(sizes)}
     whole = semantic_inference(class_logits, mask_logits, sizes.size, **options)
-    monkeypatch.setattr(sys.modules["fastmask.kernels._resample"], "STAGE_BYTES", 1)
+    monkeypatch.setattr(sys.modules["fastmask.kernels._stage"], "STAGE_BYTES", 1)
     assert torch.equal(semantic_inference(class_logits, mask_logits, sizes.size, **options), whole)
 
 

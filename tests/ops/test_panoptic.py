@@ -81,7 +81,7 @@ def test_bands_of_staged_logits_change_nothing(generator, monkeypatch):
     geometry = SMALL_GEOMETRIES["both steps"]
     arguments = (make_scores(generator), random_masks(2, 9, geometry.grid, generator), OPTIONS["mask2former"], geometry)
     expected = winners(*arguments, "triton")
-    monkeypatch.setattr(sys.modules["fastmask.kernels._resample"], "STAGE_BYTES", 1)
+    monkeypatch.setattr(sys.modules["fastmask.kernels._stage"], "STAGE_BYTES", 1)
     assert all(map(torch.equal, winners(*arguments, "triton"), expected))
 
 

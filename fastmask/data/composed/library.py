@@ -97,16 +97,14 @@ def load_library(split: str, icons: int = 0) -> Library:
 
 def read_sprites(split: str) -> np.ndarray:
     """``(10, n, 28, 28)`` uint8: the garments of each class, 0 outside the garment."""
-    sheet = _read(garment_file(split))
-    grid = sheet.reshape(-1, SPRITE_SIZE, SHEET_COLUMNS, SPRITE_SIZE).transpose(0, 2, 1, 3)
-    return np.ascontiguousarray(grid).reshape(len(THING_CLASSES), -1, SPRITE_SIZE, SPRITE_SIZE)
+    sprites = _cut(_read(garment_file(split)), SPRITE_SIZE)
+    return sprites.reshape(len(THING_CLASSES), -1, SPRITE_SIZE, SPRITE_SIZE)
 
 
 def read_icons(split: str) -> np.ndarray:
     """``(150, n, 56, 56, 4)`` uint8: red, green, blue and coverage of each class's icons, one of each artist."""
-    sheet = _read(icon_file(split))
-    grid = sheet.reshape(-1, ICON_SIZE, SHEET_COLUMNS, ICON_SIZE, 4).transpose(0, 2, 1, 3, 4)
-    return np.ascontiguousarray(grid).reshape(-1, len(ICON_CLASSES), ICON_SIZE, ICON_SIZE, 4).swapaxes(0, 1)
+    icons = _cut(_read(icon_file(split)), ICON_SIZE)
+    return icons.reshape(-1, len(ICON_CLASSES), ICON_SIZE, ICON_SIZE, 4).swapaxes(0, 1)
 
 
 def read_textures(split: str) -> np.ndarray:
@@ -120,6 +118,19 @@ def _read(name: str) -> np.ndarray:
         raise FileNotFoundError(f"{path} is missing; fastmask was installed without its package data")
     with Image.open(path) as picture:
         return np.asarray(picture)
+
+
+def make_sheet(pictures: np.ndarray) -> np.ndarray:
+    """Lays ``(n, h, h, ...)`` pictures out in rows of 50."""
+    size = pictures.shape[1]
+    grid = pictures.reshape(-1, SHEET_COLUMNS, size, size, *pictures.shape[3:]).swapaxes(1, 2)
+    return np.ascontiguousarray(grid).reshape(-1, SHEET_COLUMNS * size, *pictures.shape[3:])
+
+
+def _cut(sheet: np.ndarray, size: int) -> np.ndarray:
+    """The pictures ``(n, size, size, ...)`` of a sheet."""
+    grid = sheet.reshape(-1, size, SHEET_COLUMNS, size, *sheet.shape[2:]).swapaxes(1, 2)
+    return np.ascontiguousarray(grid).reshape(-1, size, size, *sheet.shape[2:])
 
 
 def _make_stamps(sprites: np.ndarray) -> np.ndarray:

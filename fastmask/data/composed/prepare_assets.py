@@ -22,10 +22,10 @@ from fastmask.data.composed.classes import STUFF_CLASSES, THING_CLASSES
 from fastmask.data.composed.library import (
     ASSET_DIRECTORY,
     GARMENTS_PER_CLASS,
-    SHEET_COLUMNS,
     SPRITE_SIZE,
     TEXTURE_SIZE,
     garment_file,
+    make_sheet,
     texture_file,
 )
 
@@ -124,12 +124,6 @@ def select_garments(pictures: np.ndarray, labels: np.ndarray, per_class: int, ot
     return np.stack(chosen)
 
 
-def garment_sheet(garments: np.ndarray) -> np.ndarray:
-    """Lays ``(10, n, 28, 28)`` sprites out in rows of 50, class after class."""
-    grid = garments.reshape(-1, SHEET_COLUMNS, SPRITE_SIZE, SPRITE_SIZE)
-    return np.ascontiguousarray(grid.transpose(0, 2, 1, 3).reshape(-1, SHEET_COLUMNS * SPRITE_SIZE))
-
-
 def texture_halves() -> dict[str, np.ndarray]:
     """Each split's halves of brick, grass and gravel, one above the other: ``(3 * 384, 192)`` uint8."""
     import skimage.data
@@ -150,7 +144,7 @@ def prepare(source: Path = FASHION_MNIST) -> dict[str, np.ndarray]:
     for split in ("train", "val"):
         pictures, labels = read_fashion_mnist(source, split)
         garments = select_garments(pictures, labels, GARMENTS_PER_CLASS[split], others)
-        assets[garment_file(split)] = garment_sheet(garments)
+        assets[garment_file(split)] = make_sheet(garments.reshape(-1, SPRITE_SIZE, SPRITE_SIZE))
         others = garments
     for split, pixels in texture_halves().items():
         assets[texture_file(split)] = pixels

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from fastmask.data.composed.icon_classes import NAMES
-from fastmask.data.composed.library import ASSET_DIRECTORY, ICON_SIZE, SHEET_COLUMNS, icon_file
+from fastmask.data.composed.library import ASSET_DIRECTORY, ICON_SIZE, icon_file, make_sheet
 from fastmask.files import read_json
 
 ARTISTS = {"train": ("noto", "noto-v1", "fluent-emoji-flat", "emojione"), "val": ("twemoji",)}
@@ -80,9 +80,7 @@ def icon_sheet(packages: Path, artists: Sequence[str]) -> np.ndarray:
         FileNotFoundError: a set of icons is not in ``packages``.
     """
     sets = [read_json(packages / "@iconify-json" / artist / "icons.json") for artist in artists]
-    tiles = np.stack([draw(icons, name) for icons in sets for name in NAMES.split()])
-    grid = tiles.reshape(-1, SHEET_COLUMNS, ICON_SIZE, ICON_SIZE, 4).transpose(0, 2, 1, 3, 4)
-    return np.ascontiguousarray(grid).reshape(-1, SHEET_COLUMNS * ICON_SIZE, 4)
+    return make_sheet(np.stack([draw(icons, name) for icons in sets for name in NAMES.split()]))
 
 
 def main() -> None:
