@@ -24,11 +24,11 @@ from benchmarks.ablations.variants import (
     COMPARISONS,
     LAYERS,
     QUERIES,
-    SOUND,
     TUNING_SEED,
     Choice,
     Run,
     Settings,
+    main_metric,
     plan,
     tuning_plan,
 )
@@ -177,7 +177,7 @@ def best_choice(bench: Bench, run: Run, path: Path) -> Choice:
     if len(choices) == 1:
         return choices[0]
     found = {
-        Choice(**row["choice"]): row["metrics"]["F1" if structure in SOUND else "mIoU"] or 0.0
+        Choice(**row["choice"]): row["metrics"][main_metric(run)] or 0.0
         for row in read_results(path)["rows"]
         if row["op"] == operation(bench, replace(run, seed=TUNING_SEED))
         and (row["variant"]["structure"], row["settings"]) == (structure, settings.as_row())

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from benchmarks.ablations import images, sounds
-from benchmarks.ablations.variants import SOUND, Choice, Run, Settings, Variant, comparisons
+from benchmarks.ablations.query_classes import QueryClasses
+from benchmarks.ablations.variants import SOUND, Choice, Run, Settings, Variant, comparisons, main_metric
 from fastmask.files import finite
 from fastmask.models import MaskFormerConfig
 from fastmask.training import Trainer
@@ -19,6 +20,7 @@ from fastmask.training import Trainer
 MEASURED_STEPS = 4
 EVALUATION_SHARE = 0.15  # of a time budget
 TAIL = 0.1  # the share of steps, at the end, over which the loss is averaged
+EVALUATIONS = 5  # of each run, at equal distances, the last at its end
 
 
 class Bench:
@@ -96,21 +98,27 @@ class Bench:
 
         Returns:
             A row of the results: "variant", "seed", "settings", "choice", "class_names", "base_layers" (of variants
-            that do not vary them), "parameters" (their number), "loss" (of the last steps), "metrics", and for mask
-            classification "query_classes", the ``(N, K)`` counts of :class:`QueryClasses`, and "evaluated", of how many
-            images. A loss or metric that is no number is None.
+            that do not vary them), "parameters" (their number), "seconds", "loss" (of the last steps), "metrics",
+            "curve" (pairs of a step and the main metric after it), and for mask classification "query_classes", the
+            ``(N, K)`` counts of :class:`QueryClasses`, and "evaluated", of how many images. A loss or metric that is no
+            number is None.
         """
         settings, is_sound = self.settings_of(run), run.variant.structure in SOUND
+        start = time.perf_counter()
         trainer = self.trainer(run)
-        every = max(1, settings.steps // 50)
-        tail = []
+        every, between = max(1, settings.steps // 50), max(1, settings.steps // EVALUATIONS)
+        tail, curve = [], []
         for step, batch in enumerate(self.batches(run, self.workers), 1):
             loss = trainer.step([batch])["loss"]
             if step > settings.steps * (1 - TAIL) or step == settings.steps:
                 tail.append(loss)
             if step % every == 0:
                 progress(step, loss.item())
+            if step % between == 0 and step < settings.steps:
+                curve.append([step, finite(self.evaluate(run, trainer.model)[0][main_metric(run)])])
+                trainer.model.train()
         network = trainer.model
+        metrics, queries = self.evaluate(run, network)
         row = {
             "variant": asdict(run.variant),
             "seed": run.seed,
@@ -119,18 +127,24 @@ class Bench:
             "class_names": list(self.sound.class_names if is_sound else self.info.class_names),
             "base_layers": self.sound.decoder_layers if is_sound else images.num_layers(self.preset),
             "parameters": sum(parameter.numel() for parameter in network.parameters()),
+            "seconds": round(time.perf_counter() - start),
             "loss": finite(torch.stack(tail).mean().item()),
+            "metrics": finite(metrics),
+            "curve": [*curve, [settings.steps, finite(metrics[main_metric(run)])]],
         }
-        if is_sound:
-            clips = sounds.validation_clips(settings, self.workers)
-            metrics, queries = sounds.evaluate_clips(network, clips, self.device), None
-        else:
-            held_out = images.validation_batches(settings, run.variant.task, self.workers)
-            metrics, queries = images.evaluate_images(network, held_out, run.variant, self.stuff)
-        row["metrics"] = finite(metrics)
         if queries is not None:
             row |= {"query_classes": queries.counts.tolist(), "evaluated": queries.images}
         return row
+
+    def evaluate(self, run: Run, network: Any) -> tuple[dict[str, float], QueryClasses | None]:
+        """The metrics on held-out samples, and for mask classification the classes of its queries. Leaves the network
+        in evaluation mode."""
+        settings = self.settings_of(run)
+        if run.variant.structure in SOUND:
+            clips = sounds.validation_clips(settings, self.workers)
+            return sounds.evaluate_clips(network, clips, self.device), None
+        held_out = images.validation_batches(settings, run.variant.task, self.workers)
+        return images.evaluate_images(network, held_out, run.variant, self.stuff)
 
     def step_seconds(self, run: Run) -> float:
         """The seconds of one training step, including reading its samples, without the first step."""

@@ -153,6 +153,11 @@ class Run:
         return f"{self.variant.name}, seed {self.seed}"
 
 
+def main_metric(run: Run) -> str:
+    """The metric by which a structure's best choice is found."""
+    return "F1" if run.variant.structure in SOUND else "mIoU"
+
+
 def comparisons(
     num_classes: int,
     base_layers: int,
