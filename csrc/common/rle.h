@@ -1,4 +1,8 @@
 // Run-length encoding of binary masks, in the compressed format of the COCO tools.
+//
+// Lengths of runs of equal pixels, column by column, starting with background. From the fourth on, a run is stored as
+// its difference from the run two before it. Numbers are stored in 5-bit digits, lowest first; a sixth bit says that
+// more follow. Digits are characters from '0' on.
 #pragma once
 
 #include <cstdint>
@@ -21,20 +25,18 @@ class RunLengthEncoder {
  public:
   RunLengthEncoder(int64_t h, int64_t w, int64_t height, int64_t width);
 
-  // Lengths of runs of equal pixels, column by column, starting with background. From the fourth on, a run is stored as
-  // its difference from the run two before it. Numbers are stored in 5-bit digits, lowest first; a sixth bit says that
-  // more follow. Digits are characters from '0' on.
-  void encode(const BinaryMask& mask, std::string& out);
+  // Returns the number of foreground pixels of the result.
+  int64_t encode(const BinaryMask& mask, std::string& out);
 
  private:
-  void find_changes(const BinaryMask& mask);
-  void load_row(const BinaryMask& mask, int64_t y, std::vector<uint64_t>& words) const;
+  void turn_columns(const BinaryMask& mask, int64_t left, int64_t count);
 
-  const std::vector<int64_t> rows_, columns_;  // of the mask, for each row and column of the result
-  std::vector<uint64_t> row_, above_, first_row_;
-  std::vector<int32_t> change_column_, change_row_;  // in order of rows
-  std::vector<int32_t> sorted_rows_;                 // in order of columns
-  std::vector<int64_t> column_end_;
+  std::vector<int64_t> inputs_;      // the rows of the mask that the result has
+  std::vector<int64_t> starts_;      // the first row of the result with each of them
+  const std::vector<int64_t> columns_;  // of the mask, for each column of the result
+  const int64_t height_;
+  std::vector<uint64_t> turned_;  // [words, 64]: bits of 64 rows in each of 64 columns
+  std::vector<char> digits_;
 };
 
 }  // namespace fastmask

@@ -124,7 +124,7 @@ Tensor resize_masks(Tensor masks, Sizes size) {
   return result;
 }
 
-std::tuple<Tensor, Tensor> rle_encode(Tensor masks, int64_t width, OptionalSizes size) {
+std::tuple<Tensor, Tensor, Tensor> rle_encode(Tensor masks, int64_t width, OptionalSizes size) {
   masks = torch::stable::contiguous(masks);
   const bool packed = masks.scalar_type() == ScalarType::Byte;
   check_tensor(masks.dim() == 3 && (packed || masks.scalar_type() == ScalarType::Bool), masks, "masks",
@@ -137,10 +137,12 @@ std::tuple<Tensor, Tensor> rle_encode(Tensor masks, int64_t width, OptionalSizes
   const Sizes out = size.has_value() ? checked(*size, "size") : Sizes{height, width};
   const uint8_t* data = data_of<const uint8_t>(masks);
   std::vector<std::string> encoded(count);
+  Tensor areas = empty_result(masks, {count}, ScalarType::Long);
+  int64_t* area = data_of<int64_t>(areas);
   parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     RunLengthEncoder encoder(height, width, out[0], out[1]);
     for (int64_t r = begin; r < end; ++r) {
-      encoder.encode({data + r * height * row_bytes, height, width, row_bytes, packed}, encoded[r]);
+      area[r] = encoder.encode({data + r * height * row_bytes, height, width, row_bytes, packed}, encoded[r]);
     }
   });
   Tensor offsets = empty_result(masks, {count + 1}, ScalarType::Long);
@@ -150,7 +152,7 @@ std::tuple<Tensor, Tensor> rle_encode(Tensor masks, int64_t width, OptionalSizes
   Tensor counts = empty_result(masks, {offset[count]}, ScalarType::Byte);
   char* characters = data_of<char>(counts);
   for (int64_t r = 0; r < count; ++r) memcpy(characters + offset[r], encoded[r].data(), encoded[r].size());
-  return {counts, offsets};
+  return {counts, offsets, areas};
 }
 
 }  // namespace

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -94,7 +94,8 @@ class InstanceMetrics(Metrics):
             found_sizes = {tuple(prediction["masks"].shape[-2:])}
         if found_sizes != {size}:
             raise ValueError(f"{name}: prediction is {', '.join(map(str, found_sizes))} pixels, masks {size}")
-        self._add_image(name, size, true, (runs, prediction["labels"], prediction["scores"]))
+        pixels = _mask_coder().area(runs)
+        self._add_image(name, size, true, (runs, prediction["labels"], prediction["scores"], pixels))
 
     def update_from_logits(
         self,
@@ -139,7 +140,7 @@ class InstanceMetrics(Metrics):
         for b, truth in enumerate(every):
             name = f"{rank:06d}-{next(_unnamed):09d}" if names is None else names[b]
             (found,) = predictions.of_image(b).instances(
-                truth.size, top_k=top_k, stuff_classes=stuff_classes, output="rle"
+                truth.size, top_k=top_k, stuff_classes=stuff_classes, output="rle", details=True
             )
             kept = found["labels"] < self.num_classes
             runs = [rle for rle, keep in zip(found["rle"], kept.tolist(), strict=True) if keep]
@@ -151,25 +152,27 @@ class InstanceMetrics(Metrics):
                 name,
                 truth.size,
                 (true_runs, truth.labels[index], crowd, areas),
-                (runs, found["labels"][kept], found["scores"][kept]),
+                (runs, found["labels"][kept], found["scores"][kept], found["areas"][kept].tolist()),
             )
 
     def _add_image(self, name: str, size: tuple[int, int], true: tuple[Any, ...], predicted: tuple[Any, ...]) -> None:
-        """Adds the run lengths of an image, with labels, crowd flags and areas, or with labels and scores."""
+        """Adds the run lengths of an image, with labels, crowd flags and areas, or with labels, scores and pixels."""
         runs, labels, crowd, areas = true
-        truth = self._records(f"{name}: masks", runs, labels)
+        truth = self._records(f"{name}: masks", runs, labels, _mask_coder().area(runs))
         for record, is_crowd in zip(truth, [0] * len(truth) if crowd is None else crowd.tolist(), strict=True):
             record["iscrowd"] = int(is_crowd)
         if areas is not None:
             for record, area in zip(truth, areas.tolist(), strict=True):
                 record["area"] = area
-        runs, labels, scores = predicted
-        found = self._records(f"{name}: prediction", runs, labels)
+        runs, labels, scores, pixels = predicted
+        found = self._records(f"{name}: prediction", runs, labels, pixels)
         for record, score in zip(found, scores.tolist(), strict=True):
             record.update(score=score, iscrowd=0)
         self._keep(name, {"truth": truth, "found": found, "size": size})
 
-    def _records(self, name: str, runs: list[dict[str, Any]], labels: Tensor) -> list[dict[str, Any]]:
+    def _records(
+        self, name: str, runs: list[dict[str, Any]], labels: Tensor, areas: Iterable[int]
+    ) -> list[dict[str, Any]]:
         """An annotation for each of the masks; errors call them ``name``."""
         if labels.shape != (len(runs),):
             raise ValueError(
@@ -179,7 +182,7 @@ class InstanceMetrics(Metrics):
             raise ValueError(f"{name} has labels outside 0..{self.num_classes - 1}")
         return [
             {"segmentation": rle, "area": float(area), "category_id": label}
-            for rle, area, label in zip(runs, _mask_coder().area(runs), labels.tolist(), strict=True)
+            for rle, area, label in zip(runs, areas, labels.tolist(), strict=True)
         ]
 
     def compute(self) -> dict[str, float]:

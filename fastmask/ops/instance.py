@@ -22,7 +22,8 @@ Returns of ``instance_masks``:
 ``(R, h, w)`` bool masks and a size (H, W), ``resize_masks`` returns ``(R, H, W)`` bool by PyTorch's "nearest" rule.
 ``rle_encode`` takes ``(R, h, w)`` bool or packed ``(R, h, ceil(w / 8))`` uint8 masks, the width w, and optionally the
 size to which they are resized by that rule first. It returns ``(T,)`` uint8, the compressed counts of pycocotools
-(column by column) of all masks in turn, and ``(R + 1,)`` int64, where each mask's counts begin and the last ones end.
+(column by column) of all masks in turn; ``(R + 1,)`` int64, where each mask's counts begin and the last ones end; and
+``(R,)`` int64, the foreground pixels of each result.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def instance_inference(
         stuff_classes: classes that give no instances.
         output: "masks", or "rle" for run lengths in the format of ``pycocotools.mask``.
         boxes: also return the masks' bounding boxes.
-        details: also return the query of each mask, and how many of its logits are NaN.
+        details: also return the query of each mask, how many of its logits are NaN, and how many pixels it has.
         padded_size, valid_size: as in ``semantic_inference``.
         backend: "auto", "reference", "native" or "triton". Run lengths are encoded on the host.
 
@@ -96,7 +97,7 @@ def instance_inference(
         "masks": ``(R, H, W)`` bool, or "rle": a list of R dicts {"size": [H, W], "counts": bytes};
         "boxes" with ``boxes``: ``(R, 4)`` int32, (left, top, right, bottom) in pixels, right and bottom exclusive;
         zeros for an empty mask;
-        "queries" ``(R,)`` int64 and "nan_logits" ``(R,)`` int32 with ``details``.
+        "queries" ``(R,)`` int64, "nan_logits" ``(R,)`` int32 and "areas" ``(R,)`` int64 with ``details``.
 
     Raises:
         ValueError: shapes, devices or options that do not fit.
@@ -111,14 +112,14 @@ def instance_inference(
     masks, backend, dtype = prepare(INSTANCE_MASKS, with_no_object, mask_logits, size, padded_size, valid_size, backend)
     if output == "rle" and backend != "reference" and EXTENSION_ERROR is not None:
         raise RuntimeError(f"the C++ encoder of run lengths is missing: {EXTENSION_ERROR}")
-    options = _Options(top_k, rule, stuff_classes, output, boxes)
+    options = _Options(top_k, rule, stuff_classes, output, boxes, details)
     if backend == "reference":
         results = _reference(class_logits.to(dtype), masks, dtype, options)
     else:
         results = _results(backend, class_logits, masks, options)
     wanted = {"scores", "labels", output}
     wanted |= {"boxes"} if boxes else set()
-    wanted |= {"queries", "nan_logits"} if details else set()
+    wanted |= {"queries", "nan_logits", "areas"} if details else set()
     return [{name: value for name, value in result.items() if name in wanted} for result in results]
 
 
@@ -130,10 +131,11 @@ class _Options(NamedTuple):
     stuff_classes: Collection[int]
     output: str
     boxes: bool
+    details: bool
 
 
 def _results(backend: str, class_logits: Tensor, masks: MaskSource, options: _Options) -> list[dict[str, Any]]:
-    top_k, rule, stuff_classes, output, boxes = options
+    top_k, rule, stuff_classes, output, boxes, details = options
     values, labels, queries, counts = _pick(class_logits, top_k, rule, stuff_classes)
     size = masks.geometry.size
     nearest = rule == "huggingface"
@@ -154,16 +156,23 @@ def _results(backend: str, class_logits: Tensor, masks: MaskSource, options: _Op
         sums.append(sums_of_chunk)
         for own, count, results in zip(maps, counts, made, strict=True):
             own = own[: max(0, count - first)]
+            result: dict[str, Any] = {}
             if output == "rle":
-                results.append({"rle": _encode(own, masks.geometry.size[1], size)})
+                result["rle"], result["areas"] = _encode(own, masks.geometry.size[1], size)
+            elif nearest:
+                result["masks"] = _resize(own, size)
+                if details:
+                    result["areas"] = result["masks"].sum((1, 2))
             else:
-                results.append({"masks": _resize(own, size) if nearest else own})
+                result["masks"] = own
             if nearest and boxes:
-                results[-1]["boxes"] = _bounding_boxes(own, size)
+                result["boxes"] = _bounding_boxes(own, size)
+            results.append(result)
         first += chunk.shape[1]
     foreground, area, extents, nan_logits = (_joined(columns, 1) for columns in zip(*sums, strict=True))
     scores = values if rule == "rf_detr" else values * (foreground / (area + 1e-6))
     columns = {"scores": scores, "labels": labels, "queries": queries, "nan_logits": nan_logits, "boxes": extents}
+    columns["areas"] = area.long()
     return [
         {name: column[b, :count] for name, column in columns.items()}
         | {name: _joined([of_chunk[name] for of_chunk in made[b]]) for name in made[b][0]}
@@ -260,14 +269,19 @@ def run_lengths(masks: Tensor) -> list[dict[str, Any]]:
         from fastmask import reference
 
         return reference.rle_encode(masks)
-    return _encode(masks, masks.shape[2], (masks.shape[1], masks.shape[2]))
+    return _encode(masks, masks.shape[2], (masks.shape[1], masks.shape[2]))[0]
 
 
-def _encode(maps: Tensor, width: int, size: tuple[int, int]) -> list[dict[str, Any]]:
-    """Run lengths of masks ``(R, h, w)`` bool, or packed ``(R, h, ceil(w / 8))`` uint8, resized to ``size``."""
-    counts, offsets = ops.rle_encode(maps.cpu(), width, size)
+def _encode(maps: Tensor, width: int, size: tuple[int, int]) -> tuple[list[dict[str, Any]], Tensor]:
+    """Run lengths and areas of masks ``(R, h, w)`` bool, or packed ``(R, h, ceil(w / 8))`` uint8, resized to ``size``.
+
+    Returns:
+        R run lengths; ``(R,)`` int64 on the masks' device.
+    """
+    counts, offsets, areas = ops.rle_encode(maps.cpu(), width, size)
     characters, ends = counts.numpy().tobytes(), offsets.tolist()
-    return [{"size": list(size), "counts": characters[begin:end]} for begin, end in pairwise(ends)]
+    runs = [{"size": list(size), "counts": characters[begin:end]} for begin, end in pairwise(ends)]
+    return runs, areas.to(maps.device)
 
 
 def _bounding_boxes(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -309,6 +323,7 @@ def _reference(class_logits: Tensor, masks: MaskSource, dtype: torch.dtype, opti
         result["nan_logits"] = nan_logits[result["queries"]]
         if options.boxes:
             result["boxes"] = _bounding_boxes(result["masks"], geometry.size)
+        result["areas"] = result["masks"].sum((1, 2))
         if options.output == "rle":
             result["rle"] = reference.rle_encode(result["masks"])
     return results
@@ -340,9 +355,10 @@ def _fake_resize(masks: Tensor, size: Size) -> Tensor:
     return masks.new_empty((masks.shape[0], *size))
 
 
-def _fake_rle(masks: Tensor, width: int, size: Size | None = None) -> tuple[Tensor, Tensor]:
-    length = torch.library.get_ctx().new_dynamic_size()
-    return masks.new_empty(length, dtype=torch.uint8), masks.new_empty(masks.shape[0] + 1, dtype=torch.int64)
+def _fake_rle(masks: Tensor, width: int, size: Size | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    length, number = torch.library.get_ctx().new_dynamic_size(), masks.shape[0]
+    lengths = (masks.new_empty(count, dtype=torch.int64) for count in (number + 1, number))
+    return masks.new_empty(length, dtype=torch.uint8), *lengths
 
 
 INSTANCE_MASKS = Operator(
@@ -357,7 +373,7 @@ RESIZE_MASKS = Operator(
 )
 RLE_ENCODE = Operator(
     "rle_encode",
-    "(Tensor masks, int width, SymInt[]? size=None) -> (Tensor, Tensor)",
+    "(Tensor masks, int width, SymInt[]? size=None) -> (Tensor, Tensor, Tensor)",
     _fake_rle,
     native=("cpu",),
     dtypes=(torch.bool, torch.uint8),

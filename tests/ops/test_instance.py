@@ -128,8 +128,11 @@ def test_public_results_equal_the_reference(geometry, rule, stuff_classes, gener
         for dtype in (torch.float32, torch.float64)
     )
     for result, single, double in zip(results, expected, exact, strict=True):
-        assert result.keys() == single.keys() == {"scores", "labels", "masks", "boxes", "queries", "nan_logits"}
-        for name in ("labels", "queries", "nan_logits"):
+        assert (
+            result.keys() == single.keys() == {"scores", "labels", "masks", "boxes", "queries", "nan_logits", "areas"}
+        )
+        assert torch.equal(result["areas"], result["masks"].sum((1, 2)))
+        for name in ("labels", "queries", "nan_logits", "areas"):
             assert result[name].dtype == single[name].dtype
             assert result[name].equal(single[name])
         assert (result["masks"] != double["masks"]).float().mean() < 1e-3
@@ -140,9 +143,10 @@ def test_public_results_equal_the_reference(geometry, rule, stuff_classes, gener
 
     packed = instance_inference(class_logits, mask_logits, geometry.size, **options, output="rle")
     for result, dense in zip(packed, results, strict=True):
-        assert result.keys() == {"scores", "labels", "rle", "boxes", "queries", "nan_logits"}
+        assert result.keys() == {"scores", "labels", "rle", "boxes", "queries", "nan_logits", "areas"}
         assert all(result[name].equal(dense[name]) for name in ("scores", "labels", "boxes"))
         assert result["rle"] == reference.rle_encode(dense["masks"])
+        assert torch.equal(result["areas"], dense["masks"].sum((1, 2)))
 
 
 def test_only_what_is_asked_for_is_returned(generator):
@@ -226,7 +230,8 @@ def encodings(masks: Tensor) -> list[list[bytes]]:
     packed = torch.from_numpy(np.packbits(masks.numpy(), axis=-1, bitorder="little"))
     results = [[rle["counts"] for rle in reference.rle_encode(masks)]]
     for form in (masks, packed):
-        counts, offsets = torch.ops.fastmask.rle_encode(form, masks.shape[2])
+        counts, offsets, areas = torch.ops.fastmask.rle_encode(form, masks.shape[2])
+        assert torch.equal(areas, masks.sum((1, 2)))
         data = counts.numpy().tobytes()
         results.append([data[begin:end] for begin, end in pairwise(offsets.tolist())])
     return results
@@ -306,7 +311,9 @@ def test_resized_masks(size, generator):
     assert torch.ops.fastmask.resize_masks(masks, size).equal(expected)
     packed = torch.from_numpy(np.packbits(masks.numpy(), axis=-1, bitorder="little"))
     for form in (masks, packed):
-        assert _encode(form, 11, size) == reference.rle_encode(expected)
+        runs, areas = _encode(form, 11, size)
+        assert runs == reference.rle_encode(expected)
+        assert torch.equal(areas, expected.sum((1, 2)))
     assert _bounding_boxes(masks, size).equal(_bounding_boxes(expected, size))
 
 

@@ -141,7 +141,7 @@ def infer(masks, class_logits, size):
 def test_run_lengths_come_back_as_masks(count, height, width, share, seed):
     coco = pytest.importorskip("pycocotools.mask")
     masks = torch.rand(count, height, width, generator=torch.Generator().manual_seed(seed)) < share
-    encoded = _encode(masks, width, (height, width))
+    encoded, _ = _encode(masks, width, (height, width))
     assert encoded == reference.rle_encode(masks)
     assert torch.equal(torch.from_numpy(coco.decode(encoded)).permute(2, 0, 1).bool(), masks)
 
