@@ -49,7 +49,12 @@ def main(
     model: Annotated[
         str, typer.Option(help="Preset of MaskFormer, Mask2Former or EoMT; gives the settings not compared.")
     ] = "tiny",
-    pretrained: Annotated[str, typer.Option(help="Backbone weights that transformers reads; not for tiny ones.")] = "",
+    pretrained: Annotated[
+        str,
+        typer.Option(
+            help="Backbone weights that transformers reads; for tiny, a file of benchmarks.ablations.backbone."
+        ),
+    ] = "",
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps of each run.")] = None,
     minutes: Annotated[float, typer.Option(help="Without --steps: time for all runs, by the slowest variant.")] = 40,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds; more may be added later.")] = 3,

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
@@ -34,7 +35,7 @@ from fastmask.models._registry import MODELS, make_config
 from fastmask.targets import Targets
 from fastmask.training.sampler import StepSampler
 
-TINY = "tiny"  # the backbone that that of the demo's network replaces
+TINY = "tiny"  # the backbone in whose place structures have that of the demo's network
 # The class probability of a segment in panoptic results; low, since short training gives few confident classes.
 PANOPTIC_THRESHOLD = 0.2
 
@@ -147,7 +148,8 @@ def make_network(
         shared |= {"transformer_decoder": plus, "ignore_index": void_class(config.num_classes)}
         network = PerPixelBaseline(PerPixelBaselineConfig(**shared), **modules)
     if from_demo:
-        network.backbone.load_state_dict(demo.backbone.state_dict())
+        weights = load_file(settings.pretrained) if settings.pretrained else demo.backbone.state_dict()
+        network.backbone.load_state_dict(weights)
     return network.to(memory_format=torch.channels_last)
 
 

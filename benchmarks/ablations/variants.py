@@ -49,7 +49,8 @@ class Settings:
         data: "composed:scenes", "composed:icons-K", "composed:clips" or a folder.
         model: the preset of a MaskFormer, Mask2Former or EoMT with all settings that no comparison varies.
         pretrained: where ``transformers`` reads the backbone's weights; empty for random weights. The backbone of
-            the demo's network always takes the place of one called "tiny"; sound starts from random weights.
+            the demo's network always takes the place of one called "tiny", with its weights or with those of this
+            file of :mod:`benchmarks.ablations.backbone`. Sound starts from random weights.
         size: for images, the side of a scene or crop, and the short side of other images, in pixels; for clips, their
             length in seconds.
         val_samples: the most samples of the validation split to evaluate, from the first on.
