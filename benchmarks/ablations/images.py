@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,10 @@ def open_images(settings: Settings, split: str, task: str) -> SegmentationDatase
 
 
 def check_images(settings: Settings) -> None:
-    """Raises one ValueError that names every broken file of both splits; only headers are read."""
+    """Raises one ValueError that names every broken file of both splits; only headers are read. A FileNotFoundError
+    names a missing file of weights."""
+    if settings.model == TINY and settings.pretrained and not Path(settings.pretrained).is_file():
+        raise FileNotFoundError(f"{settings.pretrained} is missing; benchmarks.ablations.backbone makes such a file")
     if not settings.composed:
         check_datasets((open_images(settings, split, "semantic") for split in ("train", "val")), full=False)
 

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 import typer
+from safetensors.torch import load_file
 
 from benchmarks.ablations import __main__ as ablation
-from benchmarks.ablations import images, sounds
+from benchmarks.ablations import backbone, images, sounds
 from benchmarks.ablations.findings import Finding, Judgement, image_findings, judge
 from benchmarks.ablations.groups import groups_of
 from benchmarks.ablations.growth import growths
@@ -401,6 +402,31 @@ def test_the_growth_with_classes_is_paired_by_seed(tmp_path):
     assert "x-growth.png" in {path.name for path in write_plots(rows, tmp_path, "x")}
 
 
+def test_curves_tell_what_still_rises(tmp_path):
+    rows = make_rows(Variant(PER_PIXEL, 0, 0), [0.2, 0.3]) + make_rows(D13, [0.4, 0.5])
+    for row in rows:
+        final = row["metrics"]["mIoU"]
+        row["curve"] = [[100, final / 2], [200, final - 0.01], [300, final]]
+    (group,) = groups_of(rows)
+    assert group.curve(D13) == [(100, pytest.approx(22.5)), (200, pytest.approx(44)), (300, pytest.approx(45))]
+    assert "From step 200 on, mIoU rose by: (a) per-pixel +1.0; (d) masks, bipartite matching +1.0." in render(
+        {"machine": {"gpu": None, "cpu": "Some Processor"}, "rows": rows}
+    )
+    assert any(path.name.endswith("-curves.png") for path in write_plots(rows, tmp_path, "x"))
+
+
+def test_structures_start_from_a_backbone_that_names_icons(tmp_path):
+    weights = tmp_path / "backbone.safetensors"
+    backbone.main(
+        icons=3, scenes=4, size=32, steps=1, batch_size=2, val_scenes=2, output=weights, folder=tmp_path / "naming",
+        precision="float32",
+    )  # fmt: skip
+    settings = replace(SCENES, data="composed:icons-3", pretrained=str(weights))
+    network = Bench(settings, CLIPS, CPU).trainer(Run(Variant(PER_PIXEL, 0, 0), 0)).model
+    for name, weight in load_file(weights).items():
+        assert torch.equal(network.backbone.state_dict()[name], weight)
+
+
 def folder(root):
     for split in ("train", "val"):
         for i, size in enumerate(((40, 60), (48, 36))):
@@ -430,6 +456,7 @@ def test_options_that_fit_nothing_are_named(tmp_path):
         ),
         ({"model": "eomt-tiny", "size": 36}, "image_size is 36; expected a multiple of patch_size 8"),
         ({"device": "tpu"}, "device must be cpu or cuda, got 'tpu'"),
+        ({"pretrained": str(tmp_path / "weights")}, "weights is missing; benchmarks.ablations.backbone makes such"),
     ):
         with pytest.raises(typer.BadParameter, match=message):
             run_main(tmp_path / "x.json", **options)
