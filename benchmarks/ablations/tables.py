@@ -95,7 +95,8 @@ def tuned(group: Group) -> str:
     tried = (
         f"{', '.join(f'{rate:g}' for rate in rates)} and {', '.join(f'{w:g}' for w in group.settings.class_weights)}"
     )
-    return f"learning rates and weights of classes that were best on another seed, of {tried} ({each})"
+    steps = f" after {group.settings.tuning_steps} steps" if group.settings.tuning_steps else ""
+    return f"learning rates and weights of classes that were best{steps} on another seed, of {tried} ({each})"
 
 
 def table(group: Group, name: str, variants: Sequence[Variant]) -> str:

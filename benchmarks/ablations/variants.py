@@ -25,6 +25,7 @@ TITLES = {
     PRESENCE: "(e) presence × mask",
     NO_MASK_LOSSES: "(e) without mask losses",
 }
+STRUCTURES = (PER_PIXEL, PER_PIXEL_PLUS, FIXED, BIPARTITE)
 SOUND = (FRAMES, PRESENCE, NO_MASK_LOSSES)
 # Structures without mask classification, whose losses have no weight of classes.
 UNWEIGHTED = (PER_PIXEL, PER_PIXEL_PLUS, *SOUND)
@@ -59,6 +60,7 @@ class Settings:
         learning_rates: the peak learning rates from which each structure takes its best.
         class_weights: the weights of the classes' loss, likewise.
         precision: as for :class:`fastmask.training.Trainer`.
+        tuning_steps: optimizer steps of the runs that try rates and weights; 0 for as many as in the others.
     """
 
     data: str
@@ -71,6 +73,7 @@ class Settings:
     learning_rates: tuple[float, ...]
     class_weights: tuple[float, ...] = (CLASS_WEIGHT,)
     precision: str = "float32"
+    tuning_steps: int = 0
 
     def __post_init__(self) -> None:
         for name in ("learning_rates", "class_weights"):
