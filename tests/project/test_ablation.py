@@ -383,8 +383,9 @@ def test_each_structure_takes_what_was_best_on_the_tuning_seed(tmp_path, monkeyp
     assert not trained
     settings |= {"steps": 7, "tuning_steps": 3, "structure": [BIPARTITE]}
     rows = run_main(path, **settings)
-    assert [row["settings"]["steps"] for row in rows[-6:]] == [3] * 4 + [7] * 2
-    assert rows[-1]["choice"] == asdict(Choice(0.01, 2.0))
+    assert [run.seed for run in trained] == [TUNING_SEED] * 4 + [0, 1]
+    assert sorted(row["settings"]["steps"] for row in rows if row["settings"]["tuning_steps"]) == [3] * 4 + [7] * 2
+    assert trained[-1].choice == Choice(0.01, 2.0)
     assert "best after 3 steps on another seed" in path.with_suffix(".md").read_text()
 
 
