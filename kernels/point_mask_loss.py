@@ -40,6 +40,7 @@ from fastmask.kernels._pairs import (
     pair_arguments,
 )
 from fastmask.kernels._points import _point_taps, _point_terms, _sample, _target_at
+from fastmask.kernels._quads import _target_of_quads, with_quads
 from fastmask.kernels._shared_memory import (
     COUNTERS,
     SUMS,
@@ -89,7 +90,7 @@ def _point_mask_loss_fwd_kernel(
     target_ptr, valid_ptr, void_value, sums_ptr,
     B, N, M, P, h, w, H, W, points_per_split, alpha, gamma,
     FOCAL: tl.constexpr, SQUARE: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_VOID: tl.constexpr,
-    UNIT: tl.constexpr, BLOCK_P: tl.constexpr,
+    QUADS: tl.constexpr, UNIT: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Sums over some points of one pair, in parts that ``_mask_loss_reduce_kernel`` adds: the loss t F+ + (v - t) F-,
     p t, v p, t and v (Mask2Former, arXiv:2112.01527, section 3.3).
@@ -112,9 +113,12 @@ def _point_mask_loss_fwd_kernel(
             i = block + tl.arange(0, BLOCK_P)  # [BLOCK_P]
             inside = i < P
             px, py = _halves(tl.load(points_ptr + pair * P + i, mask=inside, other=0))
-            t, v = _target_at(
-                px, py, inside, image, target, target_ptr, valid_ptr, void_value, M, H, W, HAS_SEGMENTS, HAS_VOID
-            )
+            if QUADS:
+                t, v = _target_of_quads(px, py, inside, image, target, target_ptr, H, W, HAS_VOID)
+            else:
+                t, v = _target_at(
+                    px, py, inside, image, target, target_ptr, valid_ptr, void_value, M, H, W, HAS_SEGMENTS, HAS_VOID
+                )
             x = _sample(plane_ptr, px, py, h, w, inside)
             x = tl.where(v > 0.0, x, 0.0)  # a logit at a void point may be NaN
             p, _, foreground, background, _, _ = _point_terms(x, alpha, gamma, FOCAL, SQUARE)
@@ -207,8 +211,9 @@ def _point_mask_loss_bwd_kernel(
     assignment_ptr, labels_ptr, points_ptr, target_ptr, valid_ptr, void_value, grad_mask_ptr, grad_dice_ptr, sums_ptr,
     sorted_ptr, partial_ptr, counters_ptr, units_ptr,
     pairs, rows, B, N, M, P, h, w, H, W, cells, strip, band, bin_shift, alpha, gamma,
-    FOCAL: tl.constexpr, SQUARE: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_VOID: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_Z: tl.constexpr, BLOCK_M: tl.constexpr,
+    FOCAL: tl.constexpr, SQUARE: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_VOID: tl.constexpr, QUADS: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_Z: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the logits, of a query's pairs in order. The points of a pair are sorted by rows. Bands of rows,
     of strips of columns if the map is wide, are added up one after another in shared memory, in units of 2^-40 of the
@@ -268,10 +273,13 @@ def _point_mask_loss_bwd_kernel(
                     for start in range(begin, end, BLOCK_P):
                         inside = start + lane < end
                         px, py = _halves(tl.load(sorted_ptr + start + lane, mask=inside, other=0))
-                        t, v = _target_at(
-                            px, py, inside, image, target, target_ptr, valid_ptr, void_value, M, H, W, HAS_SEGMENTS,
-                            HAS_VOID,
-                        )  # fmt: skip
+                        if QUADS:
+                            t, v = _target_of_quads(px, py, inside, image, target, target_ptr, H, W, HAS_VOID)
+                        else:
+                            t, v = _target_at(
+                                px, py, inside, image, target, target_ptr, valid_ptr, void_value, M, H, W, HAS_SEGMENTS,
+                                HAS_VOID,
+                            )  # fmt: skip
                         x = _sample(plane_ptr, px, py, h, w, inside)
                         x = tl.where(v > 0.0, x, 0.0)
                         p, q, _, _, foreground_slope, background_slope = _point_terms(x, alpha, gamma, FOCAL, SQUARE)
@@ -321,10 +329,10 @@ def launch_arguments(
     before the mask term."""
     *targets, points, mask_term, alpha, gamma = inputs
     arguments = pair_arguments(mask_logits, assignment, *targets, mask_term, alpha, gamma)
-    check_positions(arguments, arguments["h"] * arguments["w"])
+    check_positions(arguments, arguments["h"] * arguments["w"], (arguments["H"] + 1) * (arguments["W"] + 1))
     if points.shape[3] > MAX_POINTS:
         raise ValueError(f"points has {points.shape[3]} points per pair; at most {MAX_POINTS} are supported")
-    return arguments | {
+    return with_quads(arguments) | {
         "points_ptr": words(points),
         "P": points.shape[3],
         "BLOCK_P": config.points,
