@@ -1,7 +1,7 @@
 """Segment maps with the four pixels around a point in one word, so that each point reads targets once.
 
-There is a word for each four neighboring pixels, and for those at the border, which lack some: (B, H + 1, W + 1). A byte
-is a pixel's target, or one of two numbers beyond them.
+There is a word for each four neighboring pixels, and for those at the border, which lack some: (B, H + 1, W + 1). A
+byte is a pixel's target, or one of two numbers beyond them.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """The mask and dice losses of the matched pairs at each pair's points, forward and backward.
 
 Each point reads four logits and four pixels of the targets, scattered in memory; at B=16, L=10, M=20 with 12,544 points
-per pair there are 40 M points. From a segment map, four values suffice for target and void.
+per pair there are 40 M points. From a segment map, four values suffice for target and void, which are one word.
 
 Backward adds every point's gradient to four logits, and points are unordered. Floating-point atomics would add in a
-different order each time. Instead each pair's gradients are added as 64-bit integers, in units of 2^-40 of a bound
-on the gradients of all its points, which is exact in any order; a last launch converts them to the logits' dtype. They
-take 8 bytes per pair and logit: 419 MB at these sizes with 128 x 128 logits, whose gradient takes 524 MB.
+different order each time. Instead the gradients are added as 64-bit integers, in units of 2^-40 of a bound on the
+gradients of all of a pair's points, which is exact in any order. In global memory this would be 160 M atomics; shared
+memory holds some rows of logits, and so a program sorts the points of a pair by rows first.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmask.kernels._common import (
-    COMPILER_OPTIONS,
     INTERPRETED,
     _plane,
     check_positions,
@@ -72,7 +71,7 @@ class PointMaskLossConfig:
     """
 
     points: int = 256
-    points_per_split: int = 2048
+    points_per_split: int = 1792
     sums: int = SUMS.value
     programs: int = 264
     num_warps: int = 4
@@ -264,7 +263,6 @@ def _point_mask_loss_bwd_kernel(
             of_unit = tl.where(bound < float("inf"), bound * 9.094947017729282e-13, float("nan"))
             _sort_by_rows(points_ptr + pair * P, sorted_ptr, P, h, bin_shift, counters, BLOCK_P)
             for left_most in range(0, w, strip):
-                width = tl.minimum(strip, w - left_most)
                 begin = 0
                 for first in range(0, h + 1, band):
                     # Points between the rows of logits first - 1 to first + band - 1.
@@ -284,12 +282,13 @@ def _point_mask_loss_bwd_kernel(
                         x = tl.where(v > 0.0, x, 0.0)
                         p, q, _, _, foreground_slope, background_slope = _point_terms(x, alpha, gamma, FOCAL, SQUARE)
                         slope = (v - t) * background_slope - t * foreground_slope
-                        slope = tl.fma(mask_slope, slope, (v * of_v + t * of_t) * p * q) * in_units
+                        slope = tl.fma(mask_slope, slope, (v * of_v + t * of_t) * p * q)
                         column, right = _point_taps(px, w)
                         row, lower = _point_taps(py, h)
                         column = column - left_most + 1
-                        there = inside & (column >= 0) & (column <= width)
+                        there = inside & (column >= 0) & (column <= strip)
                         at = tl.where(there, (row + 1 - first) * step + column, 0)
+                        slope = tl.where(there, slope * in_units, 0.0)
                         upper, lower = slope * (1.0 - lower), slope * lower
                         _add(units, at, (upper * (1.0 - right)).to(tl.int64))
                         _add(units, at + 1, (upper * right).to(tl.int64))
@@ -301,11 +300,11 @@ def _point_mask_loss_bwd_kernel(
                     for some in range(0, band, BLOCK_R):
                         i = some + tl.arange(0, BLOCK_R)[:, None]
                         row = first - 1 + i
-                        for columns in range(0, width, BLOCK_C):
+                        for columns in range(0, strip, BLOCK_C):
                             column = columns + tl.arange(0, BLOCK_C)[None, :]
-                            there = (i < band) & (column < width)
+                            there = (i < band) & (column < strip)
                             grad = _take(units, i * step + column + 1, there).to(tl.float32) * of_unit
-                            there &= (row >= 0) & (row < h)
+                            there &= (row >= 0) & (row < h) & (left_most + column < w)
                             cell = row * w + left_most + column
                             if match > 0:
                                 grad += tl.load(partial_ptr + cell, mask=there, other=0.0)
@@ -314,8 +313,8 @@ def _point_mask_loss_bwd_kernel(
                             else:
                                 tl.store(grad_plane_ptr + cell, grad.to(grad_ptr.dtype.element_ty), mask=there)
                     tl.debug_barrier()
-                    for columns in range(0, width, BLOCK_P):
-                        there = columns + lane < width
+                    for columns in range(0, strip, BLOCK_P):
+                        there = columns + lane < strip
                         last_row = _take(units, band * step + columns + lane + 1, there)
                         last_row = tl.where(first + band < h + 1, last_row, 0)
                         _add(units, tl.where(there, columns + lane + 1, 0), last_row)
