@@ -35,7 +35,8 @@ def _quads_kernel(
         word = tl.zeros([BLOCK], dtype=tl.int32)
         for corner in tl.static_range(4):
             of_row, of_column = row + corner // 2, column + corner % 2
-            on = (of_row >= 0) & (of_row < H) & (of_column >= 0) & (of_column < W)
+            pixels = tl.where((of_row >= 0) & (of_row < H), W, 0)
+            on = (of_column >= 0) & (of_column < pixels)
             value = tl.load(row_ptr + corner // 2 * W + of_column, mask=on, other=0).to(tl.int32)
             code = tl.where(on & (value >= 0) & (value < M), value, OTHER)
             if HAS_VOID:
