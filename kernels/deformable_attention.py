@@ -34,6 +34,7 @@ from fastmask.kernels._common import (
     unit,
     with_contiguous_rows,
 )
+from fastmask.kernels._layout import words
 from fastmask.kernels._taps import _halves, _load_row, _pair, _tap, _taps
 
 MAX_LEVELS = 8  # that the kernels have arguments for; `fastmask.ops` refuses more, and more than 256 channels
@@ -365,13 +366,6 @@ def value_arguments(value: Tensor) -> dict[str, Any]:
     return {"value_ptr": value, "WIDE": wide, "UNIT": size} | {k: stride // size for k, stride in strides.items()}
 
 
-def pairs(locations: Tensor) -> Tensor:
-    """(x, y) of each location as one integer, which a thread reads at once."""
-    locations = locations.contiguous()
-    aligned = locations if locations.data_ptr() % 8 == 0 else locations.clone()
-    return aligned.view(torch.int64)
-
-
 def deformable_attention(value: Tensor, locations: Tensor, weights: Tensor, shapes: list[int]) -> Tensor:
     """``fastmask::deformable_attention``."""
     batch_size, _, heads, dim = value.shape
@@ -387,7 +381,7 @@ def deformable_attention(value: Tensor, locations: Tensor, weights: Tensor, shap
         **value_arguments(with_contiguous_rows(value)),
         **arguments,
         zeros_ptr=value.new_zeros(dim),
-        locations_ptr=pairs(locations),
+        locations_ptr=words(locations),
         weights_ptr=weights.contiguous(),
         out_ptr=out,
         Q=num_queries,
@@ -425,7 +419,7 @@ def deformable_attention_backward(
             "less than 2^30 points and 2^31 counters"
         )
     arguments |= {
-        "locations_ptr": pairs(locations),
+        "locations_ptr": words(locations),
         "cells": cells,
         "chunks": chunks,
         "points_per_chunk": 32 * triton.cdiv(of_plane, 32 * chunks),
@@ -445,7 +439,7 @@ def deformable_attention_backward(
         zeros_ptr=value.new_zeros(value.shape[3]),
         weights_ptr=weights.contiguous(),
         ranks_ptr=ranks,
-        grad_locations_ptr=pairs(grad_locations),
+        grad_locations_ptr=words(grad_locations),
         grad_weights_ptr=grad_weights,
         BLOCK_K=block,
         num_warps=1,
