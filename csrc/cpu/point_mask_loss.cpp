@@ -3,6 +3,7 @@
 #include "cpu/mask_loss_sums.h"
 #include "cpu/mask_terms.h"
 #include "cpu/simd/gather.h"
+#include "cpu/simd/pairs.h"
 
 namespace fastmask::FASTMASK_SIMD {
 namespace {
@@ -11,20 +12,13 @@ constexpr int64_t kBlock = 128;  // points whose terms are summed in float
 
 // The x and y coordinates of the first `count` points, kLanes at most; the others are off the map.
 inline void load_points(const float* points, int64_t count, vfloat& x, vfloat& y) {
-  vfloat first, second;
   if (count >= kLanes) {
-    first = load(points);
-    second = load(points + kLanes);
-  } else {
-    float some[2 * kLanes];
-    for (int64_t i = 0; i < 2 * kLanes; ++i) some[i] = i < 2 * count ? points[i] : -1.0f;
-    first = load(some);
-    second = load(some + kLanes);
+    load_pairs(points, x, y);
+    return;
   }
-  [&]<int... kLane>(std::integer_sequence<int, kLane...>) {
-    x = shuffle<(2 * kLane)...>(first, second);
-    y = shuffle<(2 * kLane + 1)...>(first, second);
-  }(std::make_integer_sequence<int, kLanes>{});
+  float some[2 * kLanes];
+  for (int64_t i = 0; i < 2 * kLanes; ++i) some[i] = i < 2 * count ? points[i] : -1.0f;
+  load_pairs(some, x, y);
 }
 
 // Gathers pixels of an H x W map as words of four bytes that begin at a pixel, or at the last possible byte.
@@ -150,7 +144,7 @@ class Reader {
     return fits(value) ? static_cast<int32_t>(value) & ((1 << (8 * sizeof(T) % 32)) - 1) : -1;
   }
 
-  const ImageTargets& targets_;
+  ImageTargets targets_;  // a copy, so that the compiler knows that no store changes it
   bool segments_, has_void_;
   Pixels<T> plane_;
   Pixels<uint8_t> valid_;
@@ -202,7 +196,7 @@ inline void add_quad(float* sum, const float* quad) {
 }
 
 // Adds the slopes of both losses to the four logits of each point, one point after the other: map [cells][2].
-void scatter(const PointMaskLossWorkspace& work, int64_t num_points, int32_t stride, float mask, DiceSlopes dice,
+void scatter(const PointMaskLossWorkspace work, int64_t num_points, int32_t stride, float mask, DiceSlopes dice,
              float* map) {
   for (int64_t i = 0; i < num_points; i += kLanes) {
     const vfloat of_mask = mask * load(work.mask_slopes + i);
@@ -233,7 +227,7 @@ void separate(const float* map, const Plane& plane, float* slopes) {
     int64_t column = 0;
     for (; column + kLanes <= w; column += kLanes) {
       vfloat of_mask, of_dice;
-      load_points(row + 2 * column, kLanes, of_mask, of_dice);
+      load_pairs(row + 2 * column, of_mask, of_dice);
       store(mask + column, of_mask);
       store(dice + column, of_dice);
     }
@@ -246,9 +240,10 @@ void separate(const float* map, const Plane& plane, float* slopes) {
 
 // With U = sum v p + sum t + 1 and I = 2 sum p t + 1:
 //   d mask / dx = (t dF+/dx + (v - t) dF-/dx) / sum v,   d dice / dx = (I v - 2 t U) / U^2 p (1 - p).
+// The arguments are copies, so that the compiler knows that no store changes them.
 template <bool kFocal, bool kSquare, bool kSlopes, typename T>
-MaskLossPair losses(const Plane& plane, const ImageTargets& targets, int64_t target, const float* points,
-                    int64_t num_points, MaskTerm term, const PointMaskLossWorkspace& work, float* pair_slopes) {
+MaskLossPair losses(const Plane plane, const ImageTargets& targets, int64_t target, const float* points,
+                    int64_t num_points, MaskTerm term, const PointMaskLossWorkspace work, float* pair_slopes) {
   const Reader<T> reader(targets, target);
   const int32_t stride = static_cast<int32_t>(plane.w) + 2;
   double loss = 0, intersection = 0, prediction = 0, of_target = 0, weight = 0;

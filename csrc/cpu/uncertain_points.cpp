@@ -2,6 +2,7 @@
 
 #include "cpu/simd/gather.h"
 #include "cpu/simd/pack.h"
+#include "cpu/simd/pairs.h"
 #include "cpu/simd/philox.h"
 
 namespace fastmask::FASTMASK_SIMD {
@@ -14,14 +15,6 @@ constexpr int64_t kSurplus = 113;
 struct Point {
   float x, y;
 };
-
-template <int... kLane>
-inline void store_points(Point* out, vfloat x, vfloat y, std::integer_sequence<int, kLane...>) {
-  const vfloat low = shuffle<(kLane / 2 + kLane % 2 * kLanes)...>(x, y);
-  const vfloat high = shuffle<(kLanes / 2 + kLane / 2 + kLane % 2 * kLanes)...>(x, y);
-  memcpy(out, &low, sizeof low);
-  memcpy(out + kLanes / 2, &high, sizeof high);
-}
 
 // Points first..first + 31 of the stream, kLanes at a time: see fastmask.reference.random_points.
 template <typename Consumer>
@@ -97,16 +90,16 @@ struct Candidates {
   }
 };
 
-// Draws the candidates. If `estimate` holds, those with keys above `bound` are left out, once it is estimated from
-// some; otherwise `bound` is the largest number.
+// Draws the candidates. Once a bound is estimated from some, those with larger keys are left out. There is none, and
+// `bound` is the largest number, if it would include all of these.
 Candidates draw_candidates(const Plane& plane, uint64_t seed, uint32_t row, PointCounts counts,
-                           const UncertainPointsWorkspace& work, bool estimate, int32_t& bound) {
+                           const UncertainPointsWorkspace& work, int64_t surplus, int32_t& bound) {
   const int32_t stride = static_cast<int32_t>(plane.w) + 2;
-  const int64_t rank = counts.uncertain * kProbe / counts.candidates + kSurplus;
+  const int64_t rank = counts.uncertain * kProbe / counts.candidates + surplus;
   Candidates kept{work.x, work.y, work.keys};
   bound = INT32_MAX;
   for (int64_t first = 0; first < counts.candidates; first += kPointBatch) {
-    if (first == kProbe && estimate && rank < kProbe) {
+    if (first == kProbe && rank < kProbe) {
       constexpr int kLast = 16;  // lower bits are set, which makes the bound a little larger
       bound = find_bits(work.keys, kProbe, rank, 0, 30, kLast) | ((1 << kLast) - 1);
     }
@@ -132,7 +125,7 @@ void write_least(Candidates candidates, int32_t key, int64_t wanted, Point* poin
   }
   int64_t i = 0;
   for (; i + kLanes <= wanted; i += kLanes) {
-    store_points(points + i, load(chosen.x + i), load(chosen.y + i), std::make_integer_sequence<int, kLanes>{});
+    store_pairs(&points[i].x, load(chosen.x + i), load(chosen.y + i));
   }
   for (; i < wanted; ++i) points[i] = {chosen.x[i], chosen.y[i]};
 }
@@ -141,12 +134,23 @@ void write_least(Candidates candidates, int32_t key, int64_t wanted, Point* poin
 void draw_others(uint64_t seed, uint32_t row, int64_t begin, int64_t end, Point* points) {
   for (int64_t first = begin / kPointBatch * kPointBatch; first < end; first += kPointBatch) {
     Point batch[kPointBatch];
-    draw(seed, row, first, [&](int64_t at, vfloat x, vfloat y) {
-      store_points(batch + at - first, x, y, std::make_integer_sequence<int, kLanes>{});
-    });
+    draw(seed, row, first, [&](int64_t at, vfloat x, vfloat y) { store_pairs(&batch[at - first].x, x, y); });
     const int64_t from = first < begin ? begin : first, to = end < first + kPointBatch ? end : first + kPointBatch;
     memcpy(points + from - begin, batch + from - first, sizeof(Point) * (to - from));
   }
+}
+
+void write_uncertain(const Plane& plane, uint64_t seed, uint32_t row, PointCounts counts,
+                     const UncertainPointsWorkspace& work, int64_t surplus, Point* points) {
+  load_bordered(plane, work.map);
+  int32_t bound;
+  Candidates candidates = draw_candidates(plane, seed, row, counts, work, surplus, bound);
+  int32_t key = find_key(candidates.keys, candidates.count, counts.uncertain, work.passed);
+  if (key > bound) {  // too few are left: once in millions of pairs
+    candidates = draw_candidates(plane, seed, row, counts, work, kProbe, bound);
+    key = find_key(candidates.keys, candidates.count, counts.uncertain, work.passed);
+  }
+  write_least(candidates, key, counts.uncertain, points);
 }
 
 }  // namespace
@@ -154,18 +158,9 @@ void draw_others(uint64_t seed, uint32_t row, int64_t begin, int64_t end, Point*
 void uncertain_points_pair(const Plane& plane, uint64_t seed, uint32_t row, PointCounts counts,
                            const UncertainPointsWorkspace& work, float* points) {
   Point* const out = reinterpret_cast<Point*>(points);
+  if (counts.uncertain > 0) write_uncertain(plane, seed, row, counts, work, kSurplus, out);
   draw_others(seed, row, counts.candidates, counts.candidates + counts.points - counts.uncertain,
               out + counts.uncertain);
-  if (counts.uncertain == 0) return;
-  load_bordered(plane, work.map);
-  int32_t bound;
-  Candidates candidates = draw_candidates(plane, seed, row, counts, work, true, bound);
-  int32_t key = find_key(candidates.keys, candidates.count, counts.uncertain, work.passed);
-  if (key > bound) {  // too few are left: once in millions of pairs
-    candidates = draw_candidates(plane, seed, row, counts, work, false, bound);
-    key = find_key(candidates.keys, candidates.count, counts.uncertain, work.passed);
-  }
-  write_least(candidates, key, counts.uncertain, out);
 }
 
 }  // namespace fastmask::FASTMASK_SIMD

@@ -26,7 +26,7 @@ static inline void gather_pairs(const float* base, vint index, vfloat& first, vf
 }
 #elif defined(__AVX2__)
 // The same for the indices at[0..7]. A load for each pair takes less time than AVX2's gathers.
-static inline void gather_pairs(const float* base, const int32_t* at, vfloat& first, vfloat& second) {
+static inline void gather_pairs(const float* base, const uint32_t* at, vfloat& first, vfloat& second) {
   const auto two_pairs = [&](int i) {
     const __m128i pair = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(base + at[i]));
     return _mm_loadh_pi((__m128)pair, reinterpret_cast<const __m64*>(base + at[i + 1]));
@@ -43,8 +43,8 @@ static inline Corners gather_corners(const float* base, int32_t stride, vint ind
   gather_pairs(base, index, corners.upper_left, corners.upper_right);
   gather_pairs(base + stride, index, corners.lower_left, corners.lower_right);
 #elif defined(__AVX2__)
-  int32_t at[kLanes];
-  store(at, index);
+  uint32_t at[kLanes];  // unsigned indices need no extension to 64 bits
+  memcpy(at, &index, sizeof at);
   gather_pairs(base, at, corners.upper_left, corners.upper_right);
   gather_pairs(base + stride, at, corners.lower_left, corners.lower_right);
 #elif defined(FASTMASK_NEON)
