@@ -155,7 +155,7 @@ def targets_of_masks(
         mask_labels = [masks.masked_fill(marked, 0) for masks, marked in zip(mask_labels, marks, strict=True)]
     for b, masks in enumerate(mask_labels):
         check_binary(names.format(b), masks)
-    pairs = zip(class_labels, mask_labels, strict=True)
+    pairs = zip(class_labels, (masks != 0 for masks in mask_labels), strict=True)
     targets = Targets.from_list(
         [{"labels": labels, "masks": masks} for labels, masks in pairs], num_classes=num_classes, device=device
     )

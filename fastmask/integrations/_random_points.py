@@ -132,4 +132,4 @@ def most_uncertain(mask_logits: Tensor, candidates: Tensor, count: int) -> Tenso
 def sample(planes: Tensor, points: Tensor) -> Tensor:
     """``(T, C, h, w)`` at ``(T, P, 2)``, bilinearly: ``(T, C, P)`` float32, or float64 of such planes."""
     planes = planes.to(torch.promote_types(planes.dtype, torch.float32))
-    return grid_sample(planes, (2 * points - 1)[:, None].to(planes.dtype), align_corners=False)[:, :, 0]
+    return grid_sample(planes, (2 * points).sub_(1)[:, None].to(planes.dtype), align_corners=False)[:, :, 0]

@@ -179,9 +179,18 @@ def sampling_locations(reference_points: Tensor, offsets: Tensor, spatial_shapes
         raise ValueError(
             f"reference_points has shape {shape}; expected (B, Q, L, 2) or (B, Q, L, 4) for L = {len(spatial_shapes)}"
         )
-    reference_points = reference_points[:, :, None, :, None]
+    levels, points = offsets.shape[3:5]
+
+    def of_each_point(of_levels: Tensor) -> Tensor:
+        """``(..., L or 1, 2)`` as ``(..., L * P * 2)``: a loop over the two coordinates alone would take long."""
+        return of_levels[..., None, :].expand(*of_levels.shape[:-2], levels, points, 2).flatten(-3)
+
+    origins, offsets = of_each_point(reference_points[..., :2])[:, :, None], offsets.flatten(3)
     if shape[-1] == 4:
-        return reference_points[..., :2] + offsets / offsets.shape[-2] * reference_points[..., 2:] * 0.5
-    # Filled on the device: a copy from the host could not be part of a CUDA graph.
-    sides = [reference_points.new_full((), side) for height, width in spatial_shapes for side in (width, height)]
-    return reference_points + offsets / torch.stack(sides).view(-1, 1, 2)
+        units = of_each_point(reference_points[..., 2:] * (0.5 / points))[:, :, None]
+        locations = torch.addcmul(origins, offsets, units)
+    else:
+        # Filled on the device: a copy from the host could not be part of a CUDA graph.
+        sides = [reference_points.new_full((), side) for height, width in spatial_shapes for side in (width, height)]
+        locations = torch.addcdiv(origins, offsets, of_each_point(torch.stack(sides).view(-1, 2)))
+    return locations.unflatten(-1, (levels, points, 2))
