@@ -12,7 +12,7 @@ take 8 bytes per pair and logit: 419 MB at these sizes with 128 x 128 logits, wh
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,21 +22,24 @@ from torch import Tensor
 from fastmask.kernels._common import (
     COMPILER_OPTIONS,
     _plane,
+    ceil_div,
     check_positions,
-    kernel,
     pick_config,
-    plane_arguments,
+    plane_sizes,
     power_of_two,
 )
+from fastmask.kernels._launch import Launch, cached_plan, kernel
 from fastmask.kernels._layout import with_contiguous_planes
 from fastmask.kernels._pairs import (
+    PairSizes,
     _matched_query,
     _next_target,
     _store_part,
     _targets_of_query,
     add_parts,
     gradient_of_pairs,
-    pair_arguments,
+    pairs_of,
+    plan_reduction,
 )
 from fastmask.kernels._points import _four_pixels, _load_points, _point_terms, _sample, _target_at
 
@@ -198,37 +201,74 @@ def _point_mask_loss_grad_kernel(
     tl.store(grad_plane_ptr + cell, grad.to(grad_ptr.dtype.element_ty), mask=cell < cells)
 
 
-def launch_arguments(
-    config: PointMaskLossConfig, mask_logits: Tensor, assignment: Tensor, *inputs: Any
-) -> dict[str, Any]:
-    """The arguments that the forward and backward kernels share; ``inputs`` as in ``pair_arguments``, with the points
-    before the mask term."""
+class PointMaskLossPlan(NamedTuple):
+    """The launches for some sizes, and the shape of the memory for parts of the sums."""
+
+    parts: tuple[int, ...]
+    forward: Launch
+    reduction: Launch
+    backward: Launch
+
+
+@cached_plan
+def plan(device: torch.device, config: PointMaskLossConfig, sizes: PairSizes, points: int) -> PointMaskLossPlan:
+    check_positions(sizes.targets, sizes.shape[-2] * sizes.shape[-1])
+    if points > MAX_POINTS:
+        raise ValueError(f"points has {points} points per pair; at most {MAX_POINTS} are supported")
+    arguments = sizes.arguments() | {"P": points, "BLOCK_P": config.points, "num_warps": config.num_warps}
+    pairs, splits, per_split = sizes.pairs, ceil_div(points, config.points_per_split), config.points_per_split
+    return PointMaskLossPlan(
+        (pairs, splits, 5),
+        _point_mask_loss_fwd_kernel.plan((pairs, splits), **arguments, points_per_split=per_split),
+        plan_reduction(sizes, splits),
+        _point_mask_loss_bwd_kernel.plan((pairs, ceil_div(points, config.points)), **arguments),
+    )
+
+
+@cached_plan
+def plan_gradient(
+    device: torch.device, config: PointMaskLossConfig, sizes: PairSizes, strides: tuple[int, ...]
+) -> Launch:
+    """The launch that writes the gradient, which has these strides."""
+    layers, batch, queries, h, w = sizes.shape
+    planes = plane_sizes(sizes.shape, strides)
+    term = sizes.term.arguments()
+    return _point_mask_loss_grad_kernel.plan(
+        (layers * batch * queries, ceil_div(h * w, config.cells)),
+        **planes,
+        **sizes.counts(),
+        gamma=term["gamma"],
+        FOCAL=term["FOCAL"],
+        cells=h * w // planes["UNIT"],
+        BLOCK_C=config.cells,
+        BLOCK_M=power_of_two(sizes.num_targets, 16, 1 << 30),
+        num_warps=config.num_warps,
+        **COMPILER_OPTIONS,
+    )
+
+
+def planned(
+    mask_logits: Tensor, assignment: Tensor, *inputs: Any
+) -> tuple[PointMaskLossConfig, PairSizes, PointMaskLossPlan, dict[str, Tensor | None]]:
+    """The configuration, the sizes, their plan, and the tensors that forward and backward share; ``inputs`` as in
+    ``pairs_of``, with the points before the mask term."""
     *targets, points, mask_term, alpha, gamma = inputs
-    arguments = pair_arguments(mask_logits, assignment, *targets, mask_term, alpha, gamma)
-    check_positions(arguments, arguments["h"] * arguments["w"])
-    if points.shape[3] > MAX_POINTS:
-        raise ValueError(f"points has {points.shape[3]} points per pair; at most {MAX_POINTS} are supported")
-    return arguments | {
-        "points_ptr": points.contiguous(),
-        "P": points.shape[3],
-        "BLOCK_P": config.points,
-        "num_warps": config.num_warps,
-    }
+    config = pick_config(CONFIGS, mask_logits.device)
+    tensors, sizes = pairs_of(mask_logits, assignment, *targets, mask_term, alpha, gamma)
+    tensors["points_ptr"] = points.contiguous()
+    return config, sizes, plan(mask_logits.device, config, sizes, points.shape[3]), tensors
 
 
 def point_mask_loss(mask_logits: Tensor, assignment: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``fastmask::point_mask_loss``: both losses (L, B, M), the sums (L, B, M, 4) for backward, and no slopes, whatever
     ``keep_slopes`` asks for."""
     *inputs, _ = inputs
-    config = pick_config(CONFIGS, mask_logits.device)
-    arguments = launch_arguments(config, with_contiguous_planes(mask_logits), assignment, *inputs)
-    pairs, splits = assignment.numel(), triton.cdiv(arguments["P"], config.points_per_split)
-    parts = mask_logits.new_empty((pairs, splits, 5), dtype=torch.float32)
-    if pairs > 0:
-        _point_mask_loss_fwd_kernel[(pairs, splits)](
-            **arguments, sums_ptr=parts, points_per_split=config.points_per_split
-        )
-    return *add_parts(arguments, parts), parts.new_empty(0)
+    _, _, steps, tensors = planned(with_contiguous_planes(mask_logits), assignment, *inputs)
+    parts = torch.empty(steps.parts, dtype=torch.float32, device=mask_logits.device)
+    if steps.parts[0] > 0:
+        steps.forward(**tensors, sums_ptr=parts)
+    sums = add_parts(steps.reduction, tensors["assignment_ptr"], tensors["labels_ptr"], parts)
+    return *sums, parts.new_empty(0)
 
 
 @gradient_of_pairs
@@ -236,22 +276,10 @@ def point_mask_loss_backward(
     grad: Tensor, of_pairs: dict[str, Tensor], _: Tensor, mask_logits: Tensor, assignment: Tensor, *inputs: Any
 ) -> None:
     """``fastmask::point_mask_loss_backward``."""
-    config = pick_config(CONFIGS, mask_logits.device)
-    arguments = launch_arguments(config, mask_logits, assignment, *inputs)
-    cells = arguments["h"] * arguments["w"]
-    planes = plane_arguments(grad)
-    planes["grad_ptr"] = planes.pop("logits_ptr")
-    of_pairs["units_ptr"] = mask_logits.new_zeros((assignment.numel(), cells), dtype=torch.int64)
-    _point_mask_loss_bwd_kernel[(assignment.numel(), triton.cdiv(arguments["P"], config.points))](
-        **arguments, **of_pairs
-    )
-    _point_mask_loss_grad_kernel[(mask_logits[..., 0, 0].numel(), triton.cdiv(cells, config.cells))](
-        **planes,
-        **{name: arguments[name] for name in ("assignment_ptr", "labels_ptr", "B", "N", "M", "gamma", "FOCAL")},
-        **of_pairs,
-        cells=cells // planes["UNIT"],
-        BLOCK_C=config.cells,
-        BLOCK_M=power_of_two(arguments["M"], 16, 1 << 30),
-        num_warps=config.num_warps,
-        **COMPILER_OPTIONS,
-    )
+    config, sizes, steps, tensors = planned(mask_logits, assignment, *inputs)
+    *_, h, w = sizes.shape
+    of_pairs["units_ptr"] = torch.zeros((sizes.pairs, h * w), dtype=torch.int64, device=grad.device)
+    steps.backward(**tensors, **of_pairs)
+    launch = plan_gradient(grad.device, config, sizes, grad.stride())
+    matches = {name: tensors[name] for name in ("assignment_ptr", "labels_ptr")}
+    launch(grad_ptr=grad, **matches, **of_pairs)

@@ -126,6 +126,7 @@ def recorded_launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[RecordingDriv
 
     for name in ("_exchange_device", "_maybe_exchange_device"):
         monkeypatch.setattr(torch.cuda, name, driver.exchange_device)
+    monkeypatch.setattr(torch.cuda, "current_device", driver.get_current_device)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     for kind in (JITFunction, InterpretedFunction):
         monkeypatch.setattr(kind, "run", run)
