@@ -122,7 +122,7 @@ def check_positions(targets: TargetSizes, *sizes: int) -> None:
 
 @triton.jit
 def _plane(ptr, layer, image, query, stride_l, stride_b, stride_n, UNIT: tl.constexpr):
-    """The addresses of planes, from ``plane_arguments``."""
+    """The addresses of planes, from ``plane_sizes``."""
     at = layer.to(tl.int64) * stride_l + image.to(tl.int64) * stride_b + query.to(tl.int64) * stride_n
     return ptr + at * UNIT
 

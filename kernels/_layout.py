@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -23,3 +24,9 @@ def empty_gradient(mask_logits: Tensor) -> Tensor:
         strides[d] = step
         step *= max(mask_logits.shape[d], 1)
     return mask_logits.new_empty_strided(mask_logits.shape, strides)
+
+
+def words(points: Tensor) -> Tensor:
+    """(x, y) of each point, float32, as one integer, which a thread reads at once."""
+    points = points.contiguous()
+    return (points if points.data_ptr() % 8 == 0 else points.clone()).view(torch.int64)

@@ -35,6 +35,7 @@ from fastmask.kernels._common import (
     with_contiguous_rows,
 )
 from fastmask.kernels._launch import Launch, cached_plan, kernel
+from fastmask.kernels._layout import words
 from fastmask.kernels._taps import _halves, _load_row, _pair, _tap, _taps
 
 MAX_LEVELS = 8  # that the kernels have arguments for; `fastmask.ops` refuses more, and more than 256 channels
@@ -384,13 +385,6 @@ def sizes_of(value: Tensor, locations: Tensor, shapes: list[int]) -> AttentionSi
     )  # fmt: skip
 
 
-def pairs(locations: Tensor) -> Tensor:
-    """(x, y) of each location as one integer, which a thread reads at once."""
-    locations = locations.contiguous()
-    aligned = locations if locations.data_ptr() % 8 == 0 else locations.clone()
-    return aligned.view(torch.int64)
-
-
 @cached_plan
 def plan_forward(config: DeformableConfig, sizes: AttentionSizes) -> Launch:
     batch_size, _, heads, dim = sizes.shape
@@ -421,7 +415,7 @@ def deformable_attention(value: Tensor, locations: Tensor, weights: Tensor, shap
     plan_forward(pick_config(CONFIGS, value.device), sizes_of(value, locations, shapes))(
         value_ptr=value,
         zeros_ptr=torch.zeros(dim, dtype=value.dtype, device=value.device),
-        locations_ptr=pairs(locations),
+        locations_ptr=words(locations),
         weights_ptr=weights.contiguous(),
         out_ptr=out,
     )
@@ -497,7 +491,7 @@ def deformable_attention_backward(
         return grad_value.zero_(), grad_locations.zero_(), grad_weights.zero_()
     value = with_contiguous_rows(value)
     steps = plan_backward(pick_config(CONFIGS, device), sizes_of(value, locations, shapes))
-    locations, grad_out = pairs(locations), grad_out.contiguous()
+    locations, grad_out = words(locations), grad_out.contiguous()
     counts = torch.zeros(steps.counters + 1, dtype=torch.int32, device=device)
     ranks = counts.new_empty(weights.shape)
     steps.ranks(locations_ptr=locations, counts_ptr=counts[1:], ranks_ptr=ranks)
@@ -511,7 +505,7 @@ def deformable_attention_backward(
         locations_ptr=locations,
         weights_ptr=weights.contiguous(),
         ranks_ptr=ranks,
-        grad_locations_ptr=pairs(grad_locations),
+        grad_locations_ptr=words(grad_locations),
         grad_weights_ptr=grad_weights,
     )
     steps.grad(**of_points, grad_ptr=grad_value)

@@ -24,10 +24,12 @@ from benchmarks.ablations.variants import (
     COMPARISONS,
     LAYERS,
     QUERIES,
+    STRUCTURES,
     TUNING_SEED,
     Choice,
     Run,
     Settings,
+    Variant,
     main_metric,
     plan,
     tuning_plan,
@@ -46,11 +48,20 @@ def main(
         str, typer.Option(help='"composed:scenes", "composed:icons-K", or the folder of a data set.')
     ] = COMPOSED_SCENES,
     only: Annotated[list[str], typer.Option(help=f"{', '.join(COMPARISONS)}; repeatable. All by default.")] = [],  # noqa: B006
+    structure: Annotated[
+        list[str], typer.Option(help=f"Of those to compare: {', '.join(STRUCTURES)}; repeatable. All by default.")
+    ] = [],  # noqa: B006
     model: Annotated[
         str, typer.Option(help="Preset of MaskFormer, Mask2Former or EoMT; gives the settings not compared.")
     ] = "tiny",
-    pretrained: Annotated[str, typer.Option(help="Backbone weights that transformers reads; not for tiny ones.")] = "",
+    pretrained: Annotated[
+        str,
+        typer.Option(
+            help="Backbone weights that transformers reads; for tiny, a file of benchmarks.ablations.backbone."
+        ),
+    ] = "",
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps of each run.")] = None,
+    tuning_steps: Annotated[int, typer.Option(min=0, help="The same of runs that tune; by default as many.")] = 0,
     minutes: Annotated[float, typer.Option(help="Without --steps: time for all runs, by the slowest variant.")] = 40,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds; more may be added later.")] = 3,
     size: Annotated[int, typer.Option(min=32, help="Side of scenes and crops, short side of images, in pixels.")] = 64,
@@ -81,10 +92,11 @@ def main(
     """
     rates, weights = tuple(learning_rate), tuple(class_weight)
     images = Settings(data, model, pretrained, size, val_samples, batch_size, steps or 1, rates, weights, precision)
+    images = replace(images, tuning_steps=tuning_steps)
     sound = replace(images, data=CLIPS, model=SOUND_MODEL, pretrained="", size=CLIP_SECONDS)
     try:
         bench = Bench(images, sound, use_device(device, threads), workers)
-        variants = bench.comparisons(queries, layers)
+        variants = choose_structures(bench.comparisons(queries, layers), structure)
         runs = plan(variants, only, seeds)
         runs = tuning_plan(variants, runs, bench.choices) + runs
     except (ValueError, FileNotFoundError) as error:
@@ -101,6 +113,18 @@ def main(
             report(path)
         raise typer.Exit(130) from None
     report(path)
+
+
+def choose_structures(variants: dict[str, list[Variant]], wanted: Sequence[str]) -> dict[str, list[Variant]]:
+    """The variants of each comparison, but of that of structures only the wanted ones, or all.
+
+    Raises:
+        ValueError: an unknown structure.
+    """
+    if unknown := [name for name in wanted if name not in STRUCTURES]:
+        raise ValueError(f"no structure {', '.join(unknown)}; there are {', '.join(STRUCTURES)}")
+    chosen = [variant for variant in variants.get("structures", ()) if variant.structure in (wanted or STRUCTURES)]
+    return variants | ({"structures": chosen} if chosen else {})
 
 
 def pending(bench: Bench, runs: Sequence[Run], path: Path) -> list[Run]:
@@ -172,14 +196,15 @@ def report(path: Path) -> None:
 
 def best_choice(bench: Bench, run: Run, path: Path) -> Choice:
     """The choice with which the structure of a run was best on the tuning seed, by mIoU, or F1 for sound."""
-    settings, structure = bench.settings_of(run), run.variant.structure
+    tuning = replace(run, seed=TUNING_SEED)
+    settings, structure = bench.settings_of(tuning), run.variant.structure
     choices = settings.choices(structure)
     if len(choices) == 1:
         return choices[0]
     found = {
         Choice(**row["choice"]): row["metrics"][main_metric(run)] or 0.0
         for row in read_results(path)["rows"]
-        if row["op"] == operation(bench, replace(run, seed=TUNING_SEED))
+        if row["op"] == operation(bench, tuning)
         and (row["variant"]["structure"], row["settings"]) == (structure, settings.as_row())
     }
     return max(choices, key=found.__getitem__)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
 from benchmarks.ablations.findings import Finding, Judgement, image_findings, judge, sound_findings, values_by_seed
@@ -87,6 +88,14 @@ class Group:
         """The counts ``(queries of all seeds, K)`` of a variant, and how many images each seed saw."""
         rows = [row for row in self.rows if Variant(**row["variant"]) == variant and "query_classes" in row]
         return [counts for row in rows for counts in row["query_classes"]], rows[0]["evaluated"] if rows else 0
+
+    def curve(self, variant: Variant) -> list[tuple[int, float]]:
+        """Steps and the variant's mean main metric after them, in points, over the seeds that have as many; empty if
+        none was evaluated while it trained."""
+        rows = [row["curve"] for row in self.rows if Variant(**row["variant"]) == variant and "curve" in row]
+        whole = [curve for curve in rows if all(value is not None for _, value in curve)]
+        columns = zip(*whole, strict=True) if whole else ()
+        return [(points[0][0], 100 * mean(value for _, value in points)) for points in columns]
 
     def _queries(self) -> list[int]:
         found = {v.queries for v in self.variants if v == Variant(BIPARTITE, v.queries, self.base.layers)}

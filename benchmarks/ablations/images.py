@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
@@ -34,7 +36,7 @@ from fastmask.models._registry import MODELS, make_config
 from fastmask.targets import Targets
 from fastmask.training.sampler import StepSampler
 
-TINY = "tiny"  # the backbone that that of the demo's network replaces
+TINY = "tiny"  # the backbone in whose place structures have that of the demo's network
 # The class probability of a segment in panoptic results; low, since short training gives few confident classes.
 PANOPTIC_THRESHOLD = 0.2
 
@@ -52,7 +54,10 @@ def open_images(settings: Settings, split: str, task: str) -> SegmentationDatase
 
 
 def check_images(settings: Settings) -> None:
-    """Raises one ValueError that names every broken file of both splits; only headers are read."""
+    """Raises one ValueError that names every broken file of both splits; only headers are read. A FileNotFoundError
+    names a missing file of weights."""
+    if settings.model == TINY and settings.pretrained and not Path(settings.pretrained).is_file():
+        raise FileNotFoundError(f"{settings.pretrained} is missing; benchmarks.ablations.backbone makes such a file")
     if not settings.composed:
         check_datasets((open_images(settings, split, "semantic") for split in ("train", "val")), full=False)
 
@@ -147,7 +152,8 @@ def make_network(
         shared |= {"transformer_decoder": plus, "ignore_index": void_class(config.num_classes)}
         network = PerPixelBaseline(PerPixelBaselineConfig(**shared), **modules)
     if from_demo:
-        network.backbone.load_state_dict(demo.backbone.state_dict())
+        weights = load_file(settings.pretrained) if settings.pretrained else demo.backbone.state_dict()
+        network.backbone.load_state_dict(weights)
     return network.to(memory_format=torch.channels_last)
 
 

@@ -43,6 +43,8 @@ def write_plots(rows: Sequence[dict[str, Any]], folder: Path, name: str) -> list
         start = folder / f"{name}-{re.sub(r'[^a-z0-9]+', '-', slug.lower())}"
         if panels := {name: variants for name, variants in group.comparisons().items() if name in METRICS}:
             paths.append(_plot_comparisons(group, panels, Path(f"{start}.png")))
+        if curves := {v: c for v in group.comparisons().get("structures", ()) if len(c := group.curve(v)) > 1}:
+            paths.append(_plot_curves(group, curves, Path(f"{start}-curves.png")))
         if answering := group.answering():
             paths.append(_plot_queries(group, answering, Path(f"{start}-query-classes.png")))
     for number, found in enumerate(growths(groups)):
@@ -68,6 +70,22 @@ def _plot_growth(found: Growth, path: Path) -> Path:
     axis.set_ylabel("(d) - (b), points of mIoU")
     axis.set_title(found.title, fontsize=10)
     axis.grid(axis="y", alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    return _save(figure, path)
+
+
+def _plot_curves(group: Group, curves: Mapping[Variant, Sequence[tuple[int, float]]], path: Path) -> Path:
+    """The mean mIoU of each structure while it trained."""
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    for (variant, curve), style in zip(curves.items(), (":", "-.", "--", "-"), strict=False):
+        axis.plot(*zip(*curve, strict=True), style, marker="o", markersize=4, label=TITLES[variant.structure])
+    axis.set_xlabel("optimizer steps")
+    axis.set_ylabel("mIoU on held-out images, %")
+    axis.set_title(group.title, fontsize=10)
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     return _save(figure, path)
 

@@ -40,6 +40,8 @@ def render_group(group: Group, machine: str) -> str:
     for name, variants in group.comparisons().items():
         title = f"**{name}**"
         sections.append(f"{title}\n\n{inference_table(group) if name == 'inference' else table(group, name, variants)}")
+        if note := flattening(group, variants):
+            sections.append(note)
     judgements = group.judgements()
     if judgements:
         sections += [findings_table(judgements), summary(judgements)]
@@ -93,7 +95,8 @@ def tuned(group: Group) -> str:
     tried = (
         f"{', '.join(f'{rate:g}' for rate in rates)} and {', '.join(f'{w:g}' for w in group.settings.class_weights)}"
     )
-    return f"learning rates and weights of classes that were best on another seed, of {tried} ({each})"
+    steps = f" after {group.settings.tuning_steps} steps" if group.settings.tuning_steps else ""
+    return f"learning rates and weights of classes that were best{steps} on another seed, of {tried} ({each})"
 
 
 def table(group: Group, name: str, variants: Sequence[Variant]) -> str:
@@ -115,6 +118,20 @@ def table(group: Group, name: str, variants: Sequence[Variant]) -> str:
             ]
         )
     return markdown([*header, *(HEADERS.get(metric, metric) for metric in metrics)], rows)
+
+
+def flattening(group: Group, variants: Sequence[Variant]) -> str:
+    """How much each variant still gained in the last part of training, during which the learning rate goes to 0."""
+    gains = []
+    for variant in variants:
+        curve = group.curve(variant)
+        if len(curve) > 1 and len(variants) > 1:
+            (before, low), (_, high) = curve[-2:]
+            name = TITLES[variant.structure] if len({v.structure for v in variants}) > 1 else variant.name
+            gains.append(f"{name} {high - low:+.1f}")
+    if not gains:
+        return ""
+    return f"From step {before} on, {'F1' if group.is_sound else 'mIoU'} rose by: {'; '.join(gains)}."
 
 
 def inference_table(group: Group) -> str:

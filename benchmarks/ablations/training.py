@@ -65,7 +65,8 @@ class Bench:
         )
 
     def settings_of(self, run: Run) -> Settings:
-        return self.sound_settings if run.variant.structure in SOUND else self.image_settings
+        settings = self.sound_settings if run.variant.structure in SOUND else self.image_settings
+        return replace(settings, steps=settings.tuning_steps) if run.tunes and settings.tuning_steps else settings
 
     def choices(self, structure: str) -> list[Choice]:
         """Those among which a structure's best is found."""

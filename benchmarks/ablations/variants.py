@@ -25,6 +25,7 @@ TITLES = {
     PRESENCE: "(e) presence × mask",
     NO_MASK_LOSSES: "(e) without mask losses",
 }
+STRUCTURES = (PER_PIXEL, PER_PIXEL_PLUS, FIXED, BIPARTITE)
 SOUND = (FRAMES, PRESENCE, NO_MASK_LOSSES)
 # Structures without mask classification, whose losses have no weight of classes.
 UNWEIGHTED = (PER_PIXEL, PER_PIXEL_PLUS, *SOUND)
@@ -49,7 +50,8 @@ class Settings:
         data: "composed:scenes", "composed:icons-K", "composed:clips" or a folder.
         model: the preset of a MaskFormer, Mask2Former or EoMT with all settings that no comparison varies.
         pretrained: where ``transformers`` reads the backbone's weights; empty for random weights. The backbone of
-            the demo's network always takes the place of one called "tiny"; sound starts from random weights.
+            the demo's network always takes the place of one called "tiny", with its weights or with those of this
+            file of :mod:`benchmarks.ablations.backbone`. Sound starts from random weights.
         size: for images, the side of a scene or crop, and the short side of other images, in pixels; for clips, their
             length in seconds.
         val_samples: the most samples of the validation split to evaluate, from the first on.
@@ -58,6 +60,7 @@ class Settings:
         learning_rates: the peak learning rates from which each structure takes its best.
         class_weights: the weights of the classes' loss, likewise.
         precision: as for :class:`fastmask.training.Trainer`.
+        tuning_steps: optimizer steps of the runs that try rates and weights; 0 for as many as in the others.
     """
 
     data: str
@@ -70,6 +73,7 @@ class Settings:
     learning_rates: tuple[float, ...]
     class_weights: tuple[float, ...] = (CLASS_WEIGHT,)
     precision: str = "float32"
+    tuning_steps: int = 0
 
     def __post_init__(self) -> None:
         for name in ("learning_rates", "class_weights"):

@@ -17,7 +17,8 @@ import typer
 from tqdm import trange
 
 from fastmask.cli._tables import aligned
-from fastmask.cli.pretrain import METRICS, MODEL, RECIPE, THRESHOLD, make_model
+from fastmask.cli.pretrain import METRICS, MODEL, THRESHOLD, make_model
+from fastmask.cli.segment_namer import RECIPE
 from fastmask.data import CLASS_NAMES, PALETTE, ComposedScenes, Sample, SceneDataset, collate_scenes
 from fastmask.models import MaskFormer
 from fastmask.prediction import contact_sheet, page, side_by_side

@@ -16,7 +16,6 @@ from fastmask.data.json_rules import Rule, field_faults, is_integer, is_number, 
 from fastmask.data.palette import distinct_colors
 from fastmask.data.sample import DatasetInfo
 from fastmask.extras import extra
-from fastmask.reference.rle import decompress
 
 GREATEST_AREA = 2.0**63
 MAX_COORDINATE = 10**6  # of a polygon, in pixels; drawing takes memory in proportion to it
@@ -203,13 +202,29 @@ def draw(segmentation: Any, size: Size) -> np.ndarray:
 
 
 def run_lengths(counts: list[int] | str) -> list[int]:
-    """Run lengths as a list; COCO also writes them as a string. One that is none gives the impossible length -1."""
+    """Run lengths as a list; COCO also writes them as a string.
+
+    A character's code minus 48 holds five bits of a number, lowest first; bit 32 says that more follow, and bit 16 of
+    the last character is the sign. From the fourth on, a number is the difference from the length two before. A string
+    that ends within a number, or has other characters, gives the impossible length -1.
+    """
     if isinstance(counts, list):
         return counts
-    try:
-        return decompress(counts.encode())
-    except ValueError:
-        return [-1]
+    lengths: list[int] = []
+    number = shift = 0
+    for character in counts:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64:
+            return [-1]
+        number |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            number -= 1 << shift
+        lengths.append(number + (lengths[-2] if len(lengths) > 2 else 0))
+        number = shift = 0
+    return lengths if shift == 0 else [-1]
 
 
 def _mask_coder() -> Any:

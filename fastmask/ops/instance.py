@@ -356,9 +356,9 @@ def _fake_resize(masks: Tensor, size: Size) -> Tensor:
 
 
 def _fake_rle(masks: Tensor, width: int, size: Size | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    length, number = torch.library.get_ctx().new_dynamic_size(), masks.shape[0]
-    lengths = (masks.new_empty(count, dtype=torch.int64) for count in (number + 1, number))
-    return masks.new_empty(length, dtype=torch.uint8), *lengths
+    counts = masks.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
+    offsets = masks.new_empty(masks.shape[0] + 1, dtype=torch.int64)
+    return counts, offsets, masks.new_empty(masks.shape[0], dtype=torch.int64)
 
 
 INSTANCE_MASKS = Operator(

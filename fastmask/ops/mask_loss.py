@@ -56,10 +56,10 @@ def mask_loss(
     With ``points`` both x and t are sampled bilinearly there (align_corners=False, 0 beyond the map), so that t is a
     fraction on outlines (Mask2Former, arXiv:2112.01527, section 3.3).
 
-    Neither forward nor backward stores anything of size H * W or gathers logits. If ``mask_logits`` require a gradient,
-    forward stores float32 maps of h x w for each target: two on a CPU, three on a GPU, none on a GPU at points. A logit
-    whose weight in a pixel or point is 0 is not read. A NaN affects only the losses of its own pair; an infinite logit
-    of the correct sign costs nothing.
+    Neither forward nor backward gathers logits, or stores anything of size H * W, except for 4 bytes per pixel of a
+    segment map on a GPU at points. If ``mask_logits`` require a gradient, forward stores float32 maps of h x w for each
+    target: two on a CPU, three on a GPU, none on a GPU at points. A logit whose weight in a pixel or point is 0 is not
+    read. A NaN affects only the losses of its own pair; an infinite logit of the correct sign costs nothing.
 
     Args:
         mask_logits: ``(..., B, N, h, w)`` floating point; any leading dimensions, usually L decoder layers, or none.

@@ -41,22 +41,3 @@ def compress(lengths: list[int]) -> bytes:
             if not more:
                 break
     return bytes(characters)
-
-
-def decompress(counts: bytes) -> list[int]:
-    """The run lengths whose digits ``counts`` holds."""
-    lengths: list[int] = []
-    number = shift = 0
-    for character in counts:
-        digit = character - 48
-        if not 0 <= digit < 64:
-            raise ValueError(f"counts hold the character {character}")
-        number |= (digit & 31) << shift
-        shift += 5
-        if not digit & 32:
-            number -= (digit & 16) << (shift - 4)
-            lengths.append(number + (lengths[-2] if len(lengths) > 2 else 0))
-            number = shift = 0
-    if shift:
-        raise ValueError("counts end within a number")
-    return lengths

@@ -3,7 +3,6 @@ a libcuda that does nothing."""
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import os
 import re
@@ -19,6 +18,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import launch_time
+from tests.helpers.launches import forget_compiled_kernels
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="takes the place of a GPU's driver")
 OPERATORS = [name for name in launch_time.MAKERS if not name.startswith("criterion")]
@@ -59,16 +59,11 @@ def launches_of(call: Callable[[], Any]) -> list[tuple[Any, ...]]:
 def first_and_later_launches(name: str) -> list[tuple[str, list[Any], list[Any]]]:
     from triton.runtime.jit import JITFunction
 
-    from fastmask.kernels._launch import Launch
-
     found = []
     with launch_time.without_gpu() as device:
         for way, call in launch_time.MAKERS[name](launch_time.Inputs(device, launch_time.SMALL)).items():
             call()
-            for launch in gc.get_objects():
-                if isinstance(launch, Launch):
-                    launch.launchers.clear()
-                    launch.kernel.compiled.clear()
+            forget_compiled_kernels()
             first = launches_of(call)
             with mock.patch.object(JITFunction, "run", side_effect=AssertionError("not planned")):
                 found.append((way, first, launches_of(call)))
@@ -79,6 +74,20 @@ def first_and_later_launches(name: str) -> list[tuple[str, list[Any], list[Any]]
 def test_later_calls_launch_what_the_first_call_does_through_triton(name, launching):
     for way, first, later in launching(first_and_later_launches, name):
         assert first and first == later, way
+
+
+def streams_of_a_later_call() -> list[int]:
+    import triton
+
+    with launch_time.without_gpu() as device:
+        call = launch_time.make_mask_cost(launch_time.Inputs(device, launch_time.SMALL))[""]
+        call()
+        with mock.patch.object(triton.runtime.driver.active, "get_current_stream", lambda _: 7):
+            return [stream for _, _, _, _, stream, *_ in launches_of(call)]
+
+
+def test_later_calls_launch_on_the_current_stream(launching):
+    assert launching(streams_of_a_later_call) == [7, 7, 7]
 
 
 def compiled_again(sizes: launch_time.Sizes) -> list[str]:

@@ -158,7 +158,6 @@ def test_constants_are_normal_float32(path):
         ("mask_loss", {"_mask_loss_bwd_kernel"}),
         ("semantic_inference", {"_stage_kernel", "_semantic_fwd_kernel"}),
         ("panoptic_inference", {"_nan_count_kernel"}),
-        ("point_mask_loss", {"_point_mask_loss_grad_kernel"}),
         ("masked_attention", {"_masked_attention_fwd_kernel", "_masked_attention_bwd_kernel"}),
     ],
 )

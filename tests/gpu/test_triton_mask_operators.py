@@ -17,6 +17,8 @@ from tests.helpers.op_info import Arguments, OpInfo, assert_same_bits
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
 
+SMALL_BANDS = {"sums": 16, "backward_points": 32, "backward_warps": 1, "programs": 2}
+
 OPERATORS = {op.operator: op for op in MASK_OPERATORS}
 
 
@@ -38,7 +40,9 @@ def drawn(name: str, shape: tuple[int, ...], generator: torch.Generator, form: s
         ("mask_loss", (1, 1, 3, 2, 1, 5, 70, 9, 150), {"cells": 32, "outputs": 2, "min_rows": 2, "pixels": 32}),
         ("mask_loss", (1, 1, 3, 2, 1, 5, 38, 20, 152), {"cells": 32, "min_rows": 2, "pixels": 32}),
         ("point_mask_cost", (2, 1, 4, 3, 2, 5, 7, 9, 19), {"programs": 64, "least": 32}),
-        ("point_mask_loss", (2, 1, 4, 3, 2, 5, 7, 9, 19), {"points": 16, "points_per_split": 32, "cells": 16}),
+        # Backward in bands of one row of two strips; and in bins of two rows, as there are more than counters.
+        ("point_mask_loss", (2, 1, 4, 3, 2, 5, 7, 9, 19), {"points": 16, "points_per_split": 32} | SMALL_BANDS),
+        ("point_mask_loss", (1, 1, 2, 3, 1, 1100, 3, 40, 5), SMALL_BANDS | {"sums": 64}),
     ],
     ids=lambda param: param[0],
 )

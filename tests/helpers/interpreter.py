@@ -9,7 +9,8 @@ long as the operation itself. Here each is done once.
 
 The interpreter leaves ``tl.dot`` to NumPy's BLAS, which sums in an order that depends on the processor, and on where in
 a tile a row or column lies. As on a GPU, an element of a product depends here on its own row and column alone, so that
-tests may ask for equal bits of what two tilings compute.
+tests may ask for equal bits of what two tilings compute. Before Triton 3.8 it also lets NaN pass through ``tl.maximum``
+and ``tl.minimum``, which on a GPU give the number.
 """
 
 from __future__ import annotations
@@ -151,6 +152,8 @@ def improve() -> None:
     interpreter._get_np_dtype = functools.cache(interpreter._get_np_dtype)
     TritonSemantic.computation_type_impl = functools.cache(TritonSemantic.computation_type_impl)
     InterpreterBuilder.create_dot = _dot
+    InterpreterBuilder.create_maxnumf = lambda self, one, other: self.binary_op(one, other, np.fmax)
+    InterpreterBuilder.create_minnumf = lambda self, one, other: self.binary_op(one, other, np.fmin)
     _intern_block_types()
     _make_tensors_by_type()
     _leave_equal_shapes()
