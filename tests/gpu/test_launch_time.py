@@ -82,7 +82,7 @@ def streams_of_a_later_call() -> list[int]:
     with launch_time.without_gpu() as device:
         call = launch_time.make_mask_cost(launch_time.Inputs(device, launch_time.SMALL))[""]
         call()
-        with mock.patch.object(triton.runtime.driver.active, "get_current_stream", lambda _: 7):
+        with mock.patch.object(triton.runtime.driver.active, "get_current_stream", return_value=7):
             return [stream for _, _, _, _, stream, *_ in launches_of(call)]
 
 
