@@ -3,24 +3,23 @@
 #include "cpu/mask_loss_sums.h"
 #include "cpu/mask_terms.h"
 #include "cpu/simd/gather.h"
+#include "cpu/simd/pairs.h"
 
 namespace fastmask::FASTMASK_SIMD {
 namespace {
 
-constexpr int64_t kBlock = 128;  // points whose x and y are separated, and whose terms are summed in float
+constexpr int64_t kBlock = 128;  // points whose terms are summed in float
 
-// The x and y coordinates of some points, in separate arrays; entries beyond the last point are off the map.
-struct Coordinates {
-  float x[kBlock], y[kBlock];
-
-  Coordinates(const float* points, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) {
-      x[i] = points[2 * i];
-      y[i] = points[2 * i + 1];
-    }
-    for (int64_t i = count; i < kBlock && i % kMostLanes != 0; ++i) x[i] = y[i] = -1.0f;
+// The x and y coordinates of the first `count` points, kLanes at most; the others are off the map.
+inline void load_points(const float* points, int64_t count, vfloat& x, vfloat& y) {
+  if (count >= kLanes) {
+    load_pairs(points, x, y);
+    return;
   }
-};
+  float some[2 * kLanes];
+  for (int64_t i = 0; i < 2 * kLanes; ++i) some[i] = i < 2 * count ? points[i] : -1.0f;
+  load_pairs(some, x, y);
+}
 
 // Gathers pixels of an H x W map as words of four bytes that begin at a pixel, or at the last possible byte.
 template <typename T>
@@ -41,18 +40,16 @@ struct Pixels {
 
   // Pixels `at` and at + 1 of a row; beyond the map's end, the second is arbitrary.
   void pair(vint at, vint& first, vint& second) const {
-    const vint from = at < last_word ? at : splat(last_word);
+    const vint from = minimum(at, splat(last_word));
     if constexpr (sizeof(T) == 4) {
       first = gather_words(data, from * 4);
       second = gather_words(data, (from < last_word ? from + 1 : from) * 4);
     } else {
       constexpr int kBits = 8 * sizeof(T);
       constexpr int32_t kMask = (1 << kBits) - 1;
-      const vint late = at - from;
-      const vint word = gather_words(data, from * static_cast<int32_t>(sizeof(T)));
-      first = (word >> (late * kBits)) & kMask;
-      const vint next = late + 1;
-      second = (word >> ((next < 4 / static_cast<int>(sizeof(T)) ? next : late) * kBits)) & kMask;
+      const vint word = gather_words(data, from * static_cast<int32_t>(sizeof(T))) >> ((at - from) * kBits);
+      first = word & kMask;
+      second = (word >> kBits) & kMask;
     }
   }
 };
@@ -65,19 +62,13 @@ struct PixelTaps {
 
 // The first of two neighboring pixels of the map around each position, and the weights of both.
 inline vint pixel_axis(vfloat coordinates, int64_t size, vfloat (&weight)[2]) {
-  const Positions at = positions(coordinates, size);  // counts the border: 0 is the pixel before the map
+  const vfloat at = axis_positions(coordinates, splat(static_cast<float>(size)));
   const int32_t last = static_cast<int32_t>(size > 1 ? size - 2 : 0);
-  vint first = at.first - 1;
-  // A pair before the map is shifted by one, so that its second pixel is read as the first; after the map, vice versa.
-  const vint before = first < 0;
-  const vint after = first > last;
-  first = before ? vint{} : first;
-  first = after ? splat(last) : first;
-  const vfloat opposite = 1.0f - at.weight;
-  weight[0] = before ? at.weight : opposite;
-  weight[0] = after ? vfloat{} : weight[0];
-  weight[1] = before ? vfloat{} : at.weight;
-  weight[1] = after ? opposite : weight[1];
+  const vint first = minimum(maximum(__builtin_convertvector(at, vint), vint{}), splat(last));
+  // A position before the map is less than 0 pixels behind the first of the pair, one after the map more than 1.
+  const vfloat behind = at - __builtin_convertvector(first, vfloat);
+  weight[0] = maximum_of_numbers(minimum_of_numbers(1.0f - behind, 1.0f + behind), vfloat{});
+  weight[1] = maximum_of_numbers(minimum_of_numbers(behind, 2.0f - behind), vfloat{});
   if (size == 1) weight[1] = vfloat{};
   return first;
 }
@@ -153,7 +144,7 @@ class Reader {
     return fits(value) ? static_cast<int32_t>(value) & ((1 << (8 * sizeof(T) % 32)) - 1) : -1;
   }
 
-  const ImageTargets& targets_;
+  ImageTargets targets_;  // a copy, so that the compiler knows that no store changes it
   bool segments_, has_void_;
   Pixels<T> plane_;
   Pixels<uint8_t> valid_;
@@ -168,49 +159,105 @@ inline PixelTerms point_terms(vfloat x, const Shares& shares, MaskTerm term) {
 
 using Quad = float __attribute__((vector_size(16)));
 
-// The slopes of some points, and where their four logits are.
-struct PointSlopes {
-  int32_t cells[kBlock];  // of the upper left logit
-  float weights[4][kBlock];
-  float slopes[kMaskLossSlopes][kBlock];
-
-  // Adds them to the four logits of each point, one point after the other.
-  void scatter(int64_t count, int32_t stride, float* map) const {
-    const int32_t corners[4] = {0, 1, stride, stride + 1};
-    for (int64_t i = 0; i < count; ++i) {
-      const Quad slope{slopes[0][i], slopes[1][i], slopes[2][i], 0.0f};
-      for (int k = 0; k < 4; ++k) {
-        float* const cell = map + 4 * static_cast<int64_t>(cells[i] + corners[k]);
-        Quad sum;
-        memcpy(&sum, cell, sizeof sum);
-        sum += slope * weights[k][i];
-        memcpy(cell, &sum, sizeof sum);
+// quads[kLanes][4]: a, b, c and d of each lane.
+inline void store_quads(vfloat a, vfloat b, vfloat c, vfloat d, float* quads) {
+  [&]<int... kLane>(std::integer_sequence<int, kLane...>) {
+    // In each half or quarter of a vector, lanes 0 and 1, or 2 and 3, of both.
+    const auto low = [](vfloat u, vfloat v) {
+      return shuffle<(kLane / 4 * 4 + kLane % 4 / 2 + kLane % 2 * kLanes)...>(u, v);
+    };
+    const auto high = [](vfloat u, vfloat v) {
+      return shuffle<(kLane / 4 * 4 + 2 + kLane % 4 / 2 + kLane % 2 * kLanes)...>(u, v);
+    };
+    const auto first = [](vfloat u, vfloat v) {
+      return shuffle<(kLane / 4 * 4 + kLane % 2 + kLane % 4 / 2 * kLanes)...>(u, v);
+    };
+    const auto second = [](vfloat u, vfloat v) {
+      return shuffle<(kLane / 4 * 4 + 2 + kLane % 2 + kLane % 4 / 2 * kLanes)...>(u, v);
+    };
+    const vfloat ab[2] = {low(a, b), high(a, b)}, cd[2] = {low(c, d), high(c, d)};
+    for (int i = 0; i < 2; ++i) {
+      const vfloat pairs[2] = {first(ab[i], cd[i]), second(ab[i], cd[i])};
+      for (int k = 0; k < 2; ++k) {
+        for (int part = 0; part < kLanes / 4; ++part) {
+          memcpy(quads + 4 * (4 * part + 2 * i + k), reinterpret_cast<const char*>(&pairs[k]) + 16 * part, 16);
+        }
       }
     }
+  }(std::make_integer_sequence<int, kLanes>{});
+}
+
+inline void add_quad(float* sum, const float* quad) {
+  Quad a, b;
+  memcpy(&a, sum, sizeof a);
+  memcpy(&b, quad, sizeof b);
+  a += b;
+  memcpy(sum, &a, sizeof a);
+}
+
+// Adds the slopes of both losses to the four logits of each point, one point after the other: map [cells][2].
+void scatter(const PointMaskLossWorkspace work, int64_t num_points, int32_t stride, float mask, DiceSlopes dice,
+             float* map) {
+  for (int64_t i = 0; i < num_points; i += kLanes) {
+    const vfloat of_mask = mask * load(work.mask_slopes + i);
+    const vfloat of_dice = fma(splat(dice.inside), load(work.inside + i), dice.outside * load(work.outside + i));
+    const vfloat right = load(work.right + i), lower = load(work.lower + i);
+    const vfloat left = 1.0f - right, upper = 1.0f - lower;
+    const vfloat weights[4] = {upper * left, upper * right, lower * left, lower * right};
+    float quads[2][4 * kLanes];
+    for (int k = 0; k < 2; ++k) {
+      const vfloat first = weights[2 * k], second = weights[2 * k + 1];
+      store_quads(first * of_mask, first * of_dice, second * of_mask, second * of_dice, quads[k]);
+    }
+    const int64_t count = num_points - i < kLanes ? num_points - i : kLanes;
+    for (int64_t k = 0; k < count; ++k) {
+      float* const cell = map + 2 * static_cast<int64_t>(work.cells[i + k]);
+      add_quad(cell, quads[0] + 4 * k);
+      add_quad(cell + 2 * stride, quads[1] + 4 * k);
+    }
   }
-};
+}
+
+// slopes [2, h, w] from the map with its border.
+void separate(const float* map, const Plane& plane, float* slopes) {
+  const int64_t h = plane.h, w = plane.w;
+  for (int64_t y = 0; y < h; ++y) {
+    const float* row = map + 2 * ((y + 1) * (w + 2) + 1);
+    float *const mask = slopes + y * w, *const dice = mask + h * w;
+    int64_t column = 0;
+    for (; column + kLanes <= w; column += kLanes) {
+      vfloat of_mask, of_dice;
+      load_pairs(row + 2 * column, of_mask, of_dice);
+      store(mask + column, of_mask);
+      store(dice + column, of_dice);
+    }
+    for (; column < w; ++column) {
+      mask[column] = row[2 * column];
+      dice[column] = row[2 * column + 1];
+    }
+  }
+}
 
 // With U = sum v p + sum t + 1 and I = 2 sum p t + 1:
 //   d mask / dx = (t dF+/dx + (v - t) dF-/dx) / sum v,   d dice / dx = (I v - 2 t U) / U^2 p (1 - p).
+// The arguments are copies, so that the compiler knows that no store changes them.
 template <bool kFocal, bool kSquare, bool kSlopes, typename T>
-MaskLossPair losses(const Plane& plane, const ImageTargets& targets, int64_t target, const float* points,
-                    int64_t num_points, MaskTerm term, const PointMaskLossWorkspace& work, float* pair_slopes) {
+MaskLossPair losses(const Plane plane, const ImageTargets& targets, int64_t target, const float* points,
+                    int64_t num_points, MaskTerm term, const PointMaskLossWorkspace work, float* pair_slopes) {
   const Reader<T> reader(targets, target);
   const int32_t stride = static_cast<int32_t>(plane.w) + 2;
-  if (kSlopes) memset(work.slopes, 0, 4 * sizeof(float) * bordered_size(plane.h, plane.w));
   double loss = 0, intersection = 0, prediction = 0, of_target = 0, weight = 0;
   for (int64_t begin = 0; begin < num_points; begin += kBlock) {
-    const int64_t count = num_points - begin < kBlock ? num_points - begin : kBlock;
-    const Coordinates at(points + 2 * begin, count);
-    [[maybe_unused]] PointSlopes slopes;
+    const int64_t end = num_points - begin < kBlock ? num_points : begin + kBlock;
     vfloat losses = {}, intersections = {}, predictions = {}, targets_sum = {}, weights = {};
-    for (int64_t i = 0; i < count; i += kLanes) {
-      const vfloat x = load(at.x + i), y = load(at.y + i);
+    for (int64_t i = begin; i < end; i += kLanes) {
+      vfloat x, y;
+      load_points(points + 2 * i, end - i, x, y);
       const Positions columns = positions(x, plane.w), rows = positions(y, plane.h);
       const vfloat logit = sample(work.map, stride, columns, rows);
       Shares shares = reader.at(x, y);
-      if (i + kLanes > count) {
-        for (int64_t k = count - i; k < kLanes; ++k) shares.target[k] = shares.weight[k] = 0.0f;
+      if (i + kLanes > end) {
+        for (int64_t k = end - i; k < kLanes; ++k) shares.target[k] = shares.weight[k] = 0.0f;
       }
       const vfloat t = shares.target, v = shares.weight;
       const PixelTerms terms = point_terms<kFocal, kSquare, kSlopes>(logit, shares, term);
@@ -221,18 +268,15 @@ MaskLossPair losses(const Plane& plane, const ImageTargets& targets, int64_t tar
       weights += v;
       if (kSlopes) {
         const vfloat steepness = terms.p * terms.q;
-        const vfloat slope[kMaskLossSlopes] = {(v - t) * terms.background_slope - t * terms.foreground_slope,
-                                               t * steepness, (v - t) * steepness};
-        for (int k = 0; k < kMaskLossSlopes; ++k) store(slopes.slopes[k] + i, masked(v > 0.0f, slope[k]));
-        const vfloat upper = 1.0f - rows.weight, left = 1.0f - columns.weight;
-        store(slopes.weights[0] + i, upper * left);
-        store(slopes.weights[1] + i, upper * columns.weight);
-        store(slopes.weights[2] + i, rows.weight * left);
-        store(slopes.weights[3] + i, rows.weight * columns.weight);
-        store(slopes.cells + i, rows.first * stride + columns.first);
+        const vint counts = v > 0.0f;
+        store(work.mask_slopes + i, masked(counts, (v - t) * terms.background_slope - t * terms.foreground_slope));
+        store(work.inside + i, masked(counts, t * steepness));
+        store(work.outside + i, masked(counts, (v - t) * steepness));
+        store(work.right + i, columns.weight);
+        store(work.lower + i, rows.weight);
+        store(work.cells + i, rows.first * stride + columns.first);
       }
     }
-    if (kSlopes) slopes.scatter(count, stride, work.slopes);
     loss += sum_lanes(losses);
     intersection += sum_lanes(intersections);
     prediction += sum_lanes(predictions);
@@ -241,15 +285,10 @@ MaskLossPair losses(const Plane& plane, const ImageTargets& targets, int64_t tar
   }
   const MaskLossPair pair = losses_of(loss, intersection, prediction, of_target, weight);
   if (!kSlopes) return pair;
-  const DiceSlopes dice = dice_slopes(pair.sums);
+  memset(work.slopes, 0, 2 * sizeof(float) * bordered_size(plane.h, plane.w));
   const float mask = 1.0f / (pair.sums.pixels > 1.0f ? pair.sums.pixels : 1.0f);
-  for (int64_t y = 0; y < plane.h; ++y) {
-    const float* row = work.slopes + 4 * ((y + 1) * stride + 1);
-    for (int64_t column = 0; column < plane.w; ++column, row += 4) {
-      pair_slopes[y * plane.w + column] = mask * row[0];
-      pair_slopes[(plane.h + y) * plane.w + column] = dice.inside * row[1] + dice.outside * row[2];
-    }
-  }
+  scatter(work, num_points, stride, mask, dice_slopes(pair.sums), work.slopes);
+  separate(work.slopes, plane, pair_slopes);
   return pair;
 }
 

@@ -11,12 +11,20 @@
 namespace fastmask {
 
 struct PointMaskLossWorkspace {
-  float* map;     // the logits with a border
-  float* slopes;  // [4] for each of its pixels: kMaskLossSlopes slopes and a zero
+  float* map;  // the logits with a border
+  // If slopes are wanted, of each point: the slope of its mask loss before normalization, p (1 - p) times its share
+  // inside and outside the target, and where it is between the four logits, of which the upper left one is at `cells`.
+  float *mask_slopes, *inside, *outside, *right, *lower;
+  int32_t* cells;
+  float* slopes;  // [2] of each logit, with a border: of the mask loss and of the dice loss
 
-  void lay_out(Carver& carver, int64_t h, int64_t w, bool with_slopes) {
+  void lay_out(Carver& carver, int64_t h, int64_t w, int64_t num_points, bool with_slopes) {
     carver.take(map, bordered_size(h, w));
-    if (with_slopes) carver.take(slopes, 4 * bordered_size(h, w));
+    if (!with_slopes) return;
+    const int64_t padded = to_full_vectors(num_points);
+    for (float** array : {&mask_slopes, &inside, &outside, &right, &lower}) carver.take(*array, padded);
+    carver.take(cells, padded);
+    carver.take(slopes, 2 * bordered_size(h, w));
   }
 };
 

@@ -1,32 +1,34 @@
 #include "cpu/uncertain_points.h"
 
 #include "cpu/simd/gather.h"
+#include "cpu/simd/pack.h"
+#include "cpu/simd/pairs.h"
 #include "cpu/simd/philox.h"
 
 namespace fastmask::FASTMASK_SIMD {
 namespace {
 
-constexpr int kBins = 1 << 11;  // values of a digit of a key; each pass counts the values of one digit
+constexpr int64_t kProbe = 2048;  // the first candidates, from which a bound of the wanted keys is estimated
+// The bound includes more keys than expected, by five standard deviations of their number among kProbe at most.
+constexpr int64_t kSurplus = 113;
 
 struct Point {
   float x, y;
 };
 
-template <int... kLane>
-inline void store_points(Point* out, vfloat x, vfloat y, std::integer_sequence<int, kLane...>) {
-  const vfloat low = shuffle<(kLane / 2 + kLane % 2 * kLanes)...>(x, y);
-  const vfloat high = shuffle<(kLanes / 2 + kLane / 2 + kLane % 2 * kLanes)...>(x, y);
-  memcpy(out, &low, sizeof low);
-  memcpy(out + kLanes / 2, &high, sizeof high);
-}
-
-// Points first..first + 31 of the stream: see fastmask.reference.random_points.
+// Points first..first + 31 of the stream, kLanes at a time: see fastmask.reference.random_points.
 template <typename Consumer>
 inline void draw(uint64_t seed, uint32_t row, int64_t first, Consumer consume) {
-  for (int lane = 0; lane < 16; lane += kLanes) {
-    const Words words = philox(seed, (vuint)lane_numbers() + static_cast<uint32_t>(first / 2 + lane), vuint{} + row);
-    consume(first + lane, uniform(words.word[0]), uniform(words.word[1]));
-    consume(first + 16 + lane, uniform(words.word[2]), uniform(words.word[3]));
+  constexpr int kVectors = 16 / kLanes;
+  Words words[kVectors];
+  for (int i = 0; i < kVectors; ++i) {
+    words[i] = philox(seed, (vuint)lane_numbers() + static_cast<uint32_t>(first / 2 + i * kLanes), vuint{} + row);
+  }
+  for (int half = 0; half < 2; ++half) {
+    for (int i = 0; i < kVectors; ++i) {
+      const vuint* const word = words[i].word + 2 * half;
+      consume(first + half * 16 + i * kLanes, uniform(word[0]), uniform(word[1]));
+    }
   }
 }
 
@@ -36,103 +38,129 @@ inline vint certainty(vfloat x) {
   return magnitude > splat(0x7f800000) ? vint{} : wrapping_sum(magnitude, splat(1));
 }
 
-// Writes the values whose keys are in low..high to `out`, in order; returns their number. `out` may be `values` or
-// `keys`, and has room for all values.
-template <typename Value>
-int64_t keep_between(const int32_t* keys, const Value* values, int64_t count, int32_t low, int32_t high, Value* out) {
-  int64_t kept = 0, i = 0;
-#if defined(__AVX512F__)
-  constexpr int kVector = 64 / sizeof(Value);
-  for (; i + kVector <= count; i += kVector) {
-    const __mmask16 lanes = (1u << kVector) - 1;
-    const __m512i key = _mm512_maskz_loadu_epi32(lanes, keys + i);
-    const __mmask16 chosen =
-        _mm512_mask_cmp_epi32_mask(_mm512_mask_cmp_epi32_mask(lanes, key, _mm512_set1_epi32(low), _MM_CMPINT_NLT), key,
-                                   _mm512_set1_epi32(high), _MM_CMPINT_LE);
-    const __m512i value = _mm512_loadu_si512(values + i);
-    if constexpr (kVector == 16) {
-      _mm512_storeu_si512(out + kept, _mm512_maskz_compress_epi32(chosen, value));
-    } else {
-      _mm512_storeu_si512(out + kept, _mm512_maskz_compress_epi64(static_cast<__mmask8>(chosen), value));
-    }
-    kept += __builtin_popcount(chosen);
+// The bits of the first `count` lanes; none if it is negative, all if it is large.
+inline uint32_t first_lanes(int64_t count) {
+  return count >= kLanes ? kAllLanes : count > 0 ? (uint32_t{1} << count) - 1 : 0;
+}
+
+// The keys have room for a vector after them, here and below.
+int64_t count_below(const int32_t* keys, int64_t count, int32_t bound) {
+  const int64_t whole = count / kLanes * kLanes;
+  vint below = {};
+  for (int64_t i = 0; i < whole; i += kLanes) below -= load(keys + i) < bound;
+  const uint32_t last = lane_bits(load(keys + whole) < bound) & first_lanes(count - whole);
+  return sum_lanes<int64_t>(below) + __builtin_popcount(last);
+}
+
+// The largest key below 2^(bit + 1), with the bits of `key`, such that fewer than `wanted` keys are smaller. The bits
+// from `bit` down to `last` are found, the others are those of `key`.
+int32_t find_bits(const int32_t* keys, int64_t count, int64_t wanted, int32_t key, int bit, int last) {
+  for (; bit >= last; --bit) {
+    if (count_below(keys, count, key | 1 << bit) < wanted) key |= 1 << bit;
   }
-#endif
-  for (; i < count; ++i) {
-    const bool chosen = keys[i] >= low && keys[i] <= high;
-    out[kept] = values[i];
-    kept += chosen;
+  return key;
+}
+
+// The `wanted`-th smallest key; `rest` has room for all keys.
+int32_t find_key(const int32_t* keys, int64_t count, int64_t wanted, int32_t* rest) {
+  constexpr int kLow = 20;
+  const int32_t key = find_bits(keys, count, wanted, 0, 30, kLow);
+  int64_t kept = 0;
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const vint of_points = load(keys + i);
+    const Packing packing(lane_bits(of_points >> kLow == key >> kLow) & first_lanes(count - i));
+    store(rest + kept, packing(of_points));
+    kept += packing.count();
+  }
+  return find_bits(rest, kept, wanted - count_below(keys, count, key), key, kLow - 1, 0);
+}
+
+// Candidates that may be among the wanted ones.
+struct Candidates {
+  float *x, *y;
+  int32_t* keys;
+  int64_t count = 0;
+
+  void add(vfloat new_x, vfloat new_y, vint new_keys, uint32_t lanes) {
+    const Packing packing(lanes);
+    store(x + count, packing(new_x));
+    store(y + count, packing(new_y));
+    store(keys + count, packing(new_keys));
+    count += packing.count();
+  }
+};
+
+// Draws the candidates. Once a bound is estimated from some, those with larger keys are left out. There is none, and
+// `bound` is the largest number, if it would include all of these.
+Candidates draw_candidates(const Plane& plane, uint64_t seed, uint32_t row, PointCounts counts,
+                           const UncertainPointsWorkspace& work, int64_t surplus, int32_t& bound) {
+  const int32_t stride = static_cast<int32_t>(plane.w) + 2;
+  const int64_t rank = counts.uncertain * kProbe / counts.candidates + surplus;
+  Candidates kept{work.x, work.y, work.keys};
+  bound = INT32_MAX;
+  for (int64_t first = 0; first < counts.candidates; first += kPointBatch) {
+    if (first == kProbe && rank < kProbe) {
+      constexpr int kLast = 16;  // lower bits are set, which makes the bound a little larger
+      bound = find_bits(work.keys, kProbe, rank, 0, 30, kLast) | ((1 << kLast) - 1);
+    }
+    draw(seed, row, first, [&](int64_t at, vfloat x, vfloat y) {
+      const vint keys = certainty(sample(work.map, stride, positions(x, plane.w), positions(y, plane.h)));
+      kept.add(x, y, keys, lane_bits(keys <= bound) & first_lanes(counts.candidates - at));
+    });
   }
   return kept;
 }
 
-// Finds the digit of the `wanted`-th smallest key; `wanted` becomes its rank among the keys with that digit.
-int32_t find_digit(const int32_t* keys, int64_t count, int shift, int64_t& wanted) {
-  // Four counts per bin: neighbors often fall into one bin, and would wait for each other's addition.
-  int32_t bins[4][kBins] = {};
-  for (int64_t i = 0; i < count; ++i) ++bins[i % 4][(keys[i] >> shift) & (kBins - 1)];
-  int32_t digit = 0;
-  for (;; ++digit) {
-    const int64_t found = bins[0][digit] + bins[1][digit] + bins[2][digit] + bins[3][digit];
-    if (wanted <= found) return digit;
-    wanted -= found;
+// Writes the `wanted` candidates with the smallest keys to `points`, in order; of equal keys, the first.
+void write_least(Candidates candidates, int32_t key, int64_t wanted, Point* points) {
+  int64_t equal = wanted - count_below(candidates.keys, candidates.count, key);
+  Candidates chosen{candidates.x, candidates.y, candidates.keys};
+  for (int64_t i = 0; i < candidates.count; i += kLanes) {
+    const vint keys = load(candidates.keys + i);
+    const uint32_t inside = first_lanes(candidates.count - i);
+    uint32_t ties = lane_bits(keys == key) & inside;
+    while (__builtin_popcount(ties) > equal) ties ^= uint32_t{1} << (31 - __builtin_clz(ties));
+    equal -= __builtin_popcount(ties);
+    chosen.add(load(candidates.x + i), load(candidates.y + i), keys, (lane_bits(keys < key) & inside) | ties);
+  }
+  int64_t i = 0;
+  for (; i + kLanes <= wanted; i += kLanes) {
+    store_pairs(&points[i].x, load(chosen.x + i), load(chosen.y + i));
+  }
+  for (; i < wanted; ++i) points[i] = {chosen.x[i], chosen.y[i]};
+}
+
+// Writes the points of the stream after the candidates.
+void draw_others(uint64_t seed, uint32_t row, int64_t begin, int64_t end, Point* points) {
+  for (int64_t first = begin / kPointBatch * kPointBatch; first < end; first += kPointBatch) {
+    Point batch[kPointBatch];
+    draw(seed, row, first, [&](int64_t at, vfloat x, vfloat y) { store_pairs(&batch[at - first].x, x, y); });
+    const int64_t from = first < begin ? begin : first, to = end < first + kPointBatch ? end : first + kPointBatch;
+    memcpy(points + from - begin, batch + from - first, sizeof(Point) * (to - from));
   }
 }
 
-// The largest of the `wanted` smallest keys; how many keys equal it, and how many of those are wanted.
-struct Threshold {
-  int32_t key;
-  int64_t equal, wanted;
-};
-
-// Finds the threshold digit by digit, the highest first; `rest` has room for all keys.
-Threshold least(const int32_t* keys, int64_t count, int64_t wanted, int32_t* rest) {
-  int32_t key = find_digit(keys, count, 20, wanted) << 20;
-  count = keep_between(keys, keys, count, key, key + ((1 << 20) - 1), rest);
-  for (int shift = 10; shift >= 0; shift -= 10) {
-    const int32_t digit = find_digit(rest, count, shift, wanted) & ((1 << 10) - 1);
-    key |= digit << shift;
-    count = keep_between(rest, rest, count, key, key + ((1 << shift) - 1), rest);
+void write_uncertain(const Plane& plane, uint64_t seed, uint32_t row, PointCounts counts,
+                     const UncertainPointsWorkspace& work, int64_t surplus, Point* points) {
+  load_bordered(plane, work.map);
+  int32_t bound;
+  Candidates candidates = draw_candidates(plane, seed, row, counts, work, surplus, bound);
+  int32_t key = find_key(candidates.keys, candidates.count, counts.uncertain, work.passed);
+  if (key > bound) {  // too few are left: once in millions of pairs
+    candidates = draw_candidates(plane, seed, row, counts, work, kProbe, bound);
+    key = find_key(candidates.keys, candidates.count, counts.uncertain, work.passed);
   }
-  return {key, count, wanted};
-}
-
-// Moves the `wanted` points with the smallest keys to the front, in order.
-void keep_least(Point* points, const int32_t* keys, int64_t count, int64_t wanted, int32_t* rest) {
-  const Threshold threshold = least(keys, count, wanted, rest);
-  if (threshold.equal == threshold.wanted) {
-    keep_between(keys, points, count, 0, threshold.key, points);
-    return;
-  }
-  int64_t kept = 0, equal = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    points[kept] = points[i];
-    const bool tie = keys[i] == threshold.key;
-    kept += keys[i] < threshold.key || (tie && equal < threshold.wanted);
-    equal += tie;
-  }
+  write_least(candidates, key, counts.uncertain, points);
 }
 
 }  // namespace
 
 void uncertain_points_pair(const Plane& plane, uint64_t seed, uint32_t row, PointCounts counts,
                            const UncertainPointsWorkspace& work, float* points) {
-  const int64_t drawn = counts.candidates + counts.points - counts.uncertain;
-  Point* const stream = reinterpret_cast<Point*>(work.stream);
-  load_bordered(plane, work.map);
-  const int32_t stride = static_cast<int32_t>(plane.w) + 2;
-  for (int64_t first = 0; first < drawn; first += kPointBatch) {
-    const bool sampled = first < counts.candidates && counts.uncertain > 0;
-    draw(seed, row, first, [&](int64_t at, vfloat x, vfloat y) {
-      store_points(stream + at, x, y, std::make_integer_sequence<int, kLanes>{});
-      if (!sampled) return;
-      store(work.keys + at, certainty(sample(work.map, stride, positions(x, plane.w), positions(y, plane.h))));
-    });
-  }
-  memcpy(points + 2 * counts.uncertain, stream + counts.candidates, sizeof(Point) * (drawn - counts.candidates));
-  if (counts.uncertain == 0) return;
-  keep_least(stream, work.keys, counts.candidates, counts.uncertain, work.passed);
-  memcpy(points, stream, sizeof(Point) * counts.uncertain);
+  Point* const out = reinterpret_cast<Point*>(points);
+  if (counts.uncertain > 0) write_uncertain(plane, seed, row, counts, work, kSurplus, out);
+  draw_others(seed, row, counts.candidates, counts.candidates + counts.points - counts.uncertain,
+              out + counts.uncertain);
 }
 
 }  // namespace fastmask::FASTMASK_SIMD

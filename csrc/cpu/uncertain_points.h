@@ -18,16 +18,17 @@ constexpr int64_t kPointBatch = 32;  // points drawn at a time, from 16 counters
 
 struct UncertainPointsWorkspace {
   float* map;       // of logits, with a border
-  float* stream;    // [drawn, 2] points
-  int32_t* keys;    // [drawn]
-  int32_t* passed;  // [drawn] the keys that a pass keeps
+  float *x, *y;     // [candidates], of those that are kept, and room for a vector
+  int32_t* keys;    // the same
+  int32_t* passed;  // the same, of the keys that a pass keeps
 
   void lay_out(Carver& carver, int64_t h, int64_t w, PointCounts counts) {
-    const int64_t drawn = round_up(counts.candidates + counts.points - counts.uncertain, kPointBatch);
+    const int64_t candidates = counts.candidates + kMostLanes;
     carver.take(map, bordered_size(h, w));
-    carver.take(stream, 2 * drawn);
-    carver.take(keys, drawn);
-    carver.take(passed, drawn);
+    carver.take(x, candidates);
+    carver.take(y, candidates);
+    carver.take(keys, candidates);
+    carver.take(passed, candidates);
   }
 };
 

@@ -45,7 +45,7 @@ struct PointPairs : MatchedPairs {
   }
 
   Workspace workspace(Scratch& scratch, bool with_slopes) const {
-    return scratch.lay_out<Workspace>(logits.h(), logits.w(), with_slopes);
+    return scratch.lay_out<Workspace>(logits.h(), logits.w(), num_points, with_slopes);
   }
 
   MaskLossPair losses(const MatchedPair& pair, const Workspace& work, float* slopes) const {

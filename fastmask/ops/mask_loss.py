@@ -142,15 +142,19 @@ def _fake_backward(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     kept = output[2:]
     ctx.mark_non_differentiable(*kept)
+    ctx.set_materialize_grads(False)  # zeros as large as the slopes would be made and passed to backward
     tensors = [x if isinstance(x, Tensor) else None for x in inputs[:-1]]
     ctx.save_for_backward(*kept, *tensors)
     ctx.others = [None if isinstance(x, Tensor) else x for x in inputs[:-1]]
 
 
-def _backward_arguments(ctx: Any, grad_mask: Tensor, grad_dice: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
+def _backward_arguments(
+    ctx: Any, grad_mask: Tensor | None, grad_dice: Tensor | None, *_: Tensor | None
+) -> tuple[Any, ...]:
     sums, slopes, *tensors = ctx.saved_tensors
+    grads = (sums.new_zeros(sums.shape[:-1]) if grad is None else grad for grad in (grad_mask, grad_dice))
     inputs = (x if tensor is None else tensor for tensor, x in zip(tensors, ctx.others, strict=True))
-    return grad_mask, grad_dice, sums, slopes, *inputs
+    return *grads, sums, slopes, *inputs
 
 
 def _register(name: str, points: str, gpu_maps: int) -> tuple[Operator, Operator]:

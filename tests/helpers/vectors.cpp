@@ -11,6 +11,7 @@
 #include "cpu/simd/functions.h"
 #include "cpu/simd/gather.h"
 #include "cpu/simd/load_logits.h"
+#include "cpu/simd/pack.h"
 #include "cpu/simd/philox.h"
 
 namespace fastmask::FASTMASK_SIMD {
@@ -131,10 +132,26 @@ void memory() {
     const vint index = by_lane([](int) { return static_cast<int32_t>(random_bits() % 250); });
     lanes("load_bytes", load_bytes(bytes + at), [&](int i) { return int32_t{bytes[at + i]}; });
     lanes("gather", gather(table, index), [&](int i) { return table[index[i]]; });
-    vfloat first, second;
-    gather_pairs(table, index, first, second);
-    lanes("gather_pairs, first", first, [&](int i) { return table[index[i]]; });
-    lanes("gather_pairs, second", second, [&](int i) { return table[index[i] + 1]; });
+    const int32_t stride = index[0];
+    const auto [upper_left, upper_right, lower_left, lower_right] =
+        gather_corners(table, stride, (index - stride) < 0 ? vint{} : index - stride);
+    const auto corner = [&](int i) { return index[i] < stride ? 0 : index[i] - stride; };
+    lanes("gather_corners, upper left", upper_left, [&](int i) { return table[corner(i)]; });
+    lanes("gather_corners, upper right", upper_right, [&](int i) { return table[corner(i) + 1]; });
+    lanes("gather_corners, lower left", lower_left, [&](int i) { return table[corner(i) + stride]; });
+    lanes("gather_corners, lower right", lower_right, [&](int i) { return table[corner(i) + stride + 1]; });
+    const uint32_t chosen = random_bits() & kAllLanes;
+    const Packing packing(chosen);
+    equal("number of chosen lanes", packing.count(), std::popcount(chosen));
+    const vfloat any = any_floats(), packed = packing(any);
+    const vint packed_bits = packing(bits(any));
+    for (int i = 0, to = 0; i < kLanes; ++i) {
+      if ((chosen >> i & 1) == 0) continue;
+      same("packed float", i, packed[to], any[i]);
+      same("packed integer", i, packed_bits[to++], bits(any)[i]);
+    }
+    const vfloat whole = by_lane<vfloat>([](int) { return static_cast<float>(any_int() >> 8) * 0.25f; });
+    lanes("floor_to_int", floor_to_int(whole), [&](int i) { return static_cast<int32_t>(std::floor(whole[i])); });
     const vint words = gather_words(reinterpret_cast<const uint8_t*>(bytes), index);
     lanes("gather_words", words, [&](int i) { return load_as<int32_t>(bytes + index[i]); });
     const int count = round % kLanes;

@@ -10,6 +10,7 @@ from fastmask import reference, uncertain_points
 from fastmask.reference.points import matched_logits
 from fastmask.testing import simd_level, simd_levels
 from tests.helpers.inputs import SHAPES, random_assignment, random_logits, random_targets
+from tests.helpers.levels import ROOT, compile_for, is_foreign, run_for
 
 
 def inputs_of(shape, generator):
@@ -37,6 +38,16 @@ def test_every_simd_level_and_dtype_gives_the_points_of_the_reference(level, dty
         points = draw(mask_logits, assignment, 200, backend="native")
     # Positions on a grid of powers of two are exact, so that no near tie is decided otherwise.
     assert torch.equal(points, draw(mask_logits.float(), assignment, 200, backend="reference"))
+
+
+@pytest.mark.parametrize("level", sorted({"neon", *simd_levels()}))
+def test_bound_that_leaves_out_too_many_candidates_changes_nothing(level, tmp_path):
+    static = ["-static"] if is_foreign(level) else []
+    flags = ["-O1", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
+    source = ROOT / "tests" / "helpers" / "candidate_bound.cpp"
+    compile_for(level, tmp_path, *flags, *static, source, "-o", "candidate_bound")
+    result = run_for(level, [tmp_path / "candidate_bound"])
+    assert result.stdout == "0 other points, 2 bounds too low\n"
 
 
 def test_ties_go_to_the_earlier_candidates():

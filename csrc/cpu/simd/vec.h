@@ -201,6 +201,20 @@ static inline vfloat at_least(vfloat x, float bound) {
 #endif
 }
 
+// The largest integer up to x, which must be in the range of integers.
+static inline vint floor_to_int(vfloat x) {
+#if defined(__AVX512F__)
+  return (vint)_mm512_cvt_roundps_epi32((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__)
+  return (vint)_mm256_cvttps_epi32(_mm256_floor_ps((__m256)x));
+#elif defined(FASTMASK_NEON)
+  return (vint)vcvtmq_s32_f32((float32x4_t)x);
+#else
+  const vint truncated = __builtin_convertvector(x, vint);
+  return truncated + (x < __builtin_convertvector(truncated, vfloat));
+#endif
+}
+
 static inline vint minimum(vint a, vint b) {
   return FASTMASK_BY_LEVEL((vint)_mm512_min_epi32((__m512i)a, (__m512i)b),
                            (vint)_mm256_min_epi32((__m256i)a, (__m256i)b), a < b ? a : b,
