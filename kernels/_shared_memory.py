@@ -11,7 +11,9 @@ import triton.language as tl
 
 from fastmask.kernels._common import INTERPRETED
 
-# Counters of 32 bits, and sums of 64: with what reductions need, less than the 48 KiB that every kernel may have.
+# Counters of 32 bits, and sums of 64: with what reductions need, less than the 48 KiB that every kernel may have. The
+# assembly below has their sizes as numbers: 4096 bytes of counters, and twice 18432 bytes, of the sums' lower and upper
+# halves, 40960 in all.
 COUNTERS = tl.constexpr(1024)
 SUMS = tl.constexpr(4608)
 

@@ -38,15 +38,14 @@ def main(
     """Train a backbone to name icons."""
     torch.manual_seed(SEED)
     model = make_model()
-    composed = ComposedScenes("train", scenes, (size, size), SEED, icons=icons)
-    batches = DistortedScenes(composed, STRENGTH)
+    batches = DistortedScenes(ComposedScenes("train", scenes, (size, size), SEED, icons=icons), STRENGTH)
     held_out = ComposedScenes("val", val_scenes, (size, size), icons=icons)
     learn_names(
         model,
-        len(composed.class_names),
         lambda i: batches(SEED, i, batch_size, size),
         held_out,
         steps,
+        batch_size,
         precision,
         folder,
         every=400,

@@ -54,10 +54,7 @@ def open_images(settings: Settings, split: str, task: str) -> SegmentationDatase
 
 
 def check_images(settings: Settings) -> None:
-    """Raises one ValueError that names every broken file of both splits; only headers are read. A FileNotFoundError
-    names a missing file of weights."""
-    if settings.model == TINY and settings.pretrained and not Path(settings.pretrained).is_file():
-        raise FileNotFoundError(f"{settings.pretrained} is missing; benchmarks.ablations.backbone makes such a file")
+    """Raises one ValueError that names every broken file of both splits; only headers are read."""
     if not settings.composed:
         check_datasets((open_images(settings, split, "semantic") for split in ("train", "val")), full=False)
 
@@ -120,6 +117,17 @@ def most_layers(config: MaskClassificationConfig) -> float:
     return config.encoder_layers if isinstance(config, EoMTConfig) else math.inf
 
 
+def has_demo_backbone(config: MaskClassificationConfig) -> bool:
+    """Whether networks have the backbone of the demo's network in place of the preset's."""
+    return getattr(config, "backbone", "") == TINY
+
+
+def check_weights(settings: Settings, config: MaskClassificationConfig) -> None:
+    """Raises a FileNotFoundError that names a missing file of weights for the demo's backbone."""
+    if has_demo_backbone(config) and settings.pretrained and not Path(settings.pretrained).is_file():
+        raise FileNotFoundError(f"{settings.pretrained} is missing; benchmarks.ablations.backbone makes such a file")
+
+
 def make_network(
     settings: Settings,
     variant: Variant,
@@ -138,7 +146,7 @@ def make_network(
         num_queries=variant.queries or len(class_names),
         **({"matching": "fixed"} if variant.structure == FIXED else {}),
     )
-    from_demo = getattr(config, "backbone", "") == TINY
+    from_demo = has_demo_backbone(config)
     if from_demo:
         demo = MaskFormer.from_pretrained(MODEL)
         config = replace(config, backbone=demo.config.backbone, backbone_options=demo.config.backbone_options)

@@ -20,7 +20,8 @@ from fastmask.training import Trainer
 MEASURED_STEPS = 4
 EVALUATION_SHARE = 0.15  # of a time budget
 TAIL = 0.1  # the share of steps, at the end, over which the loss is averaged
-EVALUATIONS = 5  # of each run, at equal distances, the last at its end
+# Evaluations of a run, at equal distances, the last at its end; fewer where they would take a large share of the time.
+EVALUATIONS, STEPS_BETWEEN = 5, 500
 
 
 class Bench:
@@ -41,6 +42,7 @@ class Bench:
         self.info = images.open_images(image_settings, "train", "semantic").info
         self.panoptic = images.has_panoptic_truth(image_settings)
         self.preset = images.network_config(image_settings, self.info.num_classes)
+        images.check_weights(image_settings, self.preset)
         self.sound = sounds.sound_config(sound_settings.model)
         self.stuff: tuple[int, ...] = ()
         if self.panoptic:
@@ -107,7 +109,7 @@ class Bench:
         settings, is_sound = self.settings_of(run), run.variant.structure in SOUND
         start = time.perf_counter()
         trainer = self.trainer(run)
-        every, between = max(1, settings.steps // 50), max(1, settings.steps // EVALUATIONS)
+        every, between = max(1, settings.steps // 50), max(STEPS_BETWEEN, settings.steps // EVALUATIONS)
         tail, curve = [], []
         for step, batch in enumerate(self.batches(run, self.workers), 1):
             loss = trainer.step([batch])["loss"]

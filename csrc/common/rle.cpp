@@ -133,8 +133,8 @@ void RunLengthEncoder::turn_columns(const BinaryMask& mask, int64_t left, int64_
 int64_t RunLengthEncoder::encode(const BinaryMask& mask, std::string& out) {
   const int64_t rows = static_cast<int64_t>(inputs_.size());
   RunWriter runs(digits_);
-  uint64_t last = 0;  // the pixel before
-  int64_t begin = 0;  // of the column, among all pixels
+  uint64_t last = 0;      // the pixel before
+  int64_t begin = 0;      // of the column, among all pixels
   int64_t left = -kWord;  // of the turned columns
   for (const int64_t column : columns_) {
     if (column - left >= kWord) {

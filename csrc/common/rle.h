@@ -31,8 +31,8 @@ class RunLengthEncoder {
  private:
   void turn_columns(const BinaryMask& mask, int64_t left, int64_t count);
 
-  std::vector<int64_t> inputs_;      // the rows of the mask that the result has
-  std::vector<int64_t> starts_;      // the first row of the result with each of them
+  std::vector<int64_t> inputs_;         // the rows of the mask that the result has
+  std::vector<int64_t> starts_;         // the first row of the result with each of them
   const std::vector<int64_t> columns_;  // of the mask, for each column of the result
   const int64_t height_;
   std::vector<uint64_t> turned_;  // [words, 64]: bits of 64 rows in each of 64 columns

@@ -88,10 +88,10 @@ def main(
     held_out = ComposedScenes("val", val_scenes, (SIZE, SIZE))
     learn_names(
         model,
-        len(CLASS_NAMES),
         lambda i: batches(SEED, i, naming_batch, CROP),
         held_out,
         naming_steps,
+        naming_batch,
         precision,
         folder / "naming",
         every,

@@ -53,10 +53,10 @@ class SegmentNamer(nn.Module):
 
 def learn_names(
     model: MaskFormer,
-    num_classes: int,
     make_batch: Callable[[int], tuple[Tensor, Targets]],
     held_out: ComposedScenes,
     steps: int,
+    batch_size: int,
     precision: str,
     folder: Path,
     every: int,
@@ -65,16 +65,15 @@ def learn_names(
 
     Args:
         model: its other parts stay as they are.
-        num_classes: K.
         make_batch: the batch of a step.
         held_out: scenes whose segments to name now and then.
         steps: of training.
+        batch_size: scenes in a batch.
         precision: as for :class:`fastmask.training.Trainer`.
         folder: of checkpoints; training continues from the newest.
         every: steps between checkpoints.
     """
-    namer = SegmentNamer(model, num_classes).train()
-    batch_size = len(make_batch(0)[0])
+    namer = SegmentNamer(model, len(held_out.class_names)).train()
     recipe = Recipe(**RECIPE, learning_rate=2e-3, warmup_steps=min(50, steps // 2), steps=steps, batch_size=batch_size)
     trainer = Trainer(namer, recipe, precision=precision)
     fit("naming segments", trainer, make_batch, folder, lambda: naming_accuracy(namer, held_out), every)

@@ -93,7 +93,7 @@ def per_pixel_losses(layers: Iterable[Tensor], classes: Tensor, ignore_index: in
     flat_classes = classes.flatten()
     losses = []
     for logits in layers:
-        # With the classes of a pixel side by side, a CPU resizes and normalizes two to three times as fast.
+        # With the classes of a pixel side by side, a CPU resizes and normalizes twice as fast.
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32), memory_format=torch.channels_last)
         rows = resize_bilinear(logits, classes.shape[1:]).permute(0, 2, 3, 1).flatten(0, 2)
         losses.append(cross_entropy(rows, flat_classes, ignore_index=ignore_index, reduction="sum") / num_pixels)

@@ -52,7 +52,7 @@ class PostNormLayer(nn.Module):
 
 def query_attentions(dim: int, num_heads: int, dropout: float, *names: str) -> dict[str, nn.Module]:
     """Attentions of a decoder layer; ``dropout`` is also that of their weights. Among a few hundred queries, too, our
-    operator is up to four times as fast in training on a CPU as that of ``nn.MultiheadAttention``, most in bfloat16."""
+    operator is up to three times as fast in training on a CPU as ``nn.MultiheadAttention``, most in bfloat16."""
     return {name: MaskedCrossAttention(dim, num_heads, dropout) for name in names}
 
 

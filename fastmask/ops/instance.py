@@ -158,7 +158,9 @@ def _results(backend: str, class_logits: Tensor, masks: MaskSource, options: _Op
             own = own[: max(0, count - first)]
             result: dict[str, Any] = {}
             if output == "rle":
-                result["rle"], result["areas"] = _encode(own, masks.geometry.size[1], size)
+                result["rle"], areas = _encode(own, masks.geometry.size[1], size)
+                if details:
+                    result["areas"] = areas.to(own.device)
             elif nearest:
                 result["masks"] = _resize(own, size)
                 if details:
@@ -172,7 +174,8 @@ def _results(backend: str, class_logits: Tensor, masks: MaskSource, options: _Op
     foreground, area, extents, nan_logits = (_joined(columns, 1) for columns in zip(*sums, strict=True))
     scores = values if rule == "rf_detr" else values * (foreground / (area + 1e-6))
     columns = {"scores": scores, "labels": labels, "queries": queries, "nan_logits": nan_logits, "boxes": extents}
-    columns["areas"] = area.long()
+    if details and output == "masks" and not nearest:
+        columns["areas"] = area.long()
     return [
         {name: column[b, :count] for name, column in columns.items()}
         | {name: _joined([of_chunk[name] for of_chunk in made[b]]) for name in made[b][0]}
@@ -276,12 +279,12 @@ def _encode(maps: Tensor, width: int, size: tuple[int, int]) -> tuple[list[dict[
     """Run lengths and areas of masks ``(R, h, w)`` bool, or packed ``(R, h, ceil(w / 8))`` uint8, resized to ``size``.
 
     Returns:
-        R run lengths; ``(R,)`` int64 on the masks' device.
+        R run lengths; ``(R,)`` int64 on the host.
     """
     counts, offsets, areas = ops.rle_encode(maps.cpu(), width, size)
     characters, ends = counts.numpy().tobytes(), offsets.tolist()
     runs = [{"size": list(size), "counts": characters[begin:end]} for begin, end in pairwise(ends)]
-    return runs, areas.to(maps.device)
+    return runs, areas
 
 
 def _bounding_boxes(maps: Tensor, size: tuple[int, int]) -> Tensor:

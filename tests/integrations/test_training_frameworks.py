@@ -27,11 +27,13 @@ def loader():
     return DataLoader(open_dataset("composed:scenes", "train"), BATCH, collate_fn=collate)
 
 
-def changed(model, make):
-    """Whether each weight of the model is another than it was at first."""
+def unchanged(model, make):
+    """The weights of the model that are the same as at first, but for one whose gradient is 0: MaskFormer's queries
+    start at zero, so that the first attention among them mixes equal values."""
     torch.manual_seed(0)
     at_first = make().state_dict()
-    return {name: not value.equal(at_first[name]) for name, value in model.named_parameters()}
+    same = {name for name, value in model.named_parameters() if value.equal(at_first[name])}
+    return same - {"predictor.decoder.layers.0.self_attn.in_proj_weight"}
 
 
 @every_model
@@ -67,7 +69,7 @@ def test_lightning(make, tmp_path):
     trainer.fit(module, loader())
     assert len(module.seen) == STEPS
     assert all(map(math.isfinite, module.seen))
-    assert all(changed(module.model, make).values())
+    assert not unchanged(module.model, make)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     restored = Segmentation.load_from_checkpoint(tmp_path / "last.ckpt")
     images, _ = next(iter(loader()))
@@ -115,7 +117,7 @@ def test_transformers_trainer(make, tmp_path):
     curve = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(curve) == STEPS
     assert all(map(math.isfinite, curve))
-    assert all(changed(model, make).values())
+    assert not unchanged(model, make)
     restored = WithLoss(make())
     restored.load_state_dict(load_file(tmp_path / f"checkpoint-{STEPS}" / "model.safetensors"))
     images, _ = next(iter(loader()))
