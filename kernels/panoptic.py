@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmask.kernels import _stage
-from fastmask.kernels._common import COMPILER_OPTIONS, _exp2, _reciprocal, pick_config, power_of_two
+from fastmask.kernels._common import COMPILER_OPTIONS, _exp2, _reciprocal, pick_config
 from fastmask.kernels._launch import Launch, cached_plan, kernel
 from fastmask.kernels._layout import with_contiguous_planes
 from fastmask.kernels._resample import BLOCK_N, Resampling, _interpolate, _tile_taps
@@ -34,6 +34,7 @@ class PanopticConfig:
 
 
 CONFIGS = {None: PanopticConfig()}
+QUERIES_AT_ONCE = 256  # of a program that orders them, which is compiled once for any number
 
 
 @triton.jit
@@ -204,7 +205,7 @@ def plan(config: PanopticConfig, sizes: PanopticSizes, stage_bytes: int) -> Pano
             )
         )
     order = _panoptic_order_kernel.plan(
-        (batch,), N=queries, BLOCK=power_of_two(queries, 32, 1024), num_warps=1, **COMPILER_OPTIONS
+        (batch,), N=queries, BLOCK=QUERIES_AT_ONCE, num_warps=1, **COMPILER_OPTIONS
     )
     return PanopticPlan(order, bands, tuple(forward))
 
