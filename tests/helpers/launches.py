@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import gc
+import sys
 
 
 def forget_compiled_kernels() -> None:
-    """The next call of each launch goes through Triton, as the first one does."""
-    from fastmask.kernels._launch import Kernel, Launch
+    """The next call of each operator plans its launches and goes through Triton, as the first one does."""
+    from fastmask.kernels._launch import Kernel
 
-    for each in gc.get_objects():
-        if type(each) is Launch:  # isinstance would ask what weak references refer to
-            each.launchers.clear()
-        elif type(each) is Kernel:
-            each.compiled.clear()
+    for module in [each for name, each in sys.modules.items() if name.startswith("fastmask.kernels.")]:
+        for value in vars(module).values():
+            if isinstance(value, Kernel):
+                value.compiled.clear()
+            elif hasattr(value, "cache_clear"):
+                value.cache_clear()
