@@ -1,13 +1,12 @@
-"""Code that several operators' kernels share: functions of a logit, arguments for targets and planes, launching.
+"""Code that several operators' kernels share: functions of a logit, arguments for targets and planes, tuning.
 
 Arithmetic is float32 whatever the type of the logits.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from typing import Any, TypeVar
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -25,22 +24,6 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 UNIT = 8
 
 
-def kernel(function: Callable[..., None]) -> Any:
-    """A Triton kernel that is compiled once for all sizes.
-
-    By default Triton turns an integer argument that is 1 into a constant, and compiles separate kernels for multiples
-    of 16 and for other numbers: dozens of kernels over the images of a data set. What the compiler must know of a size
-    is a constexpr instead; see ``unit``. Sizes and strides are not passed as tuples, as Triton always specializes the
-    integers in those.
-    """
-    sizes = [
-        name
-        for name, parameter in inspect.signature(function).parameters.items()
-        if not name.endswith("_ptr") and "constexpr" not in str(parameter.annotation)
-    ]
-    return triton.jit(function, do_not_specialize=sizes)
-
-
 def unit(*sizes: int) -> int:
     """UNIT if all sizes are multiples of it, else 1.
 
@@ -50,6 +33,12 @@ def unit(*sizes: int) -> int:
     return UNIT if all(size % UNIT == 0 for size in sizes) else 1
 
 
+def ceil_div(length: int, divisor: int) -> int:
+    """``length / divisor`` rounded up. ``triton.cdiv`` takes 4 us, a fifth of a launch."""
+    return -(-length // divisor)
+
+
+@lru_cache
 def generation(device: torch.device) -> int | None:
     """The major version of a GPU's compute capability; None in the interpreter."""
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else None
@@ -74,52 +63,66 @@ def with_contiguous_rows(x: Tensor) -> Tensor:
     return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
 
 
-def plane_arguments(logits: Tensor, grad: Tensor | None = None, *sizes: int) -> dict[str, Any]:
+def plane_sizes(
+    shape: tuple[int, ...], strides: tuple[int, ...], grad_strides: tuple[int, ...] = (), *sizes: int
+) -> dict[str, int]:
     """The kernel arguments that locate the planes of logits ``(L, B, N, h, w)`` and of their gradient; see ``_plane``.
     The caller passes the ``sizes`` in the same units."""
-    strides = dict(zip(("stride_l", "stride_b", "stride_n"), logits.stride(), strict=False))
-    if grad is not None:
-        strides |= zip(("grad_stride_l", "grad_stride_b", "grad_stride_n"), grad.stride(), strict=False)
-    size = unit(logits.shape[-2] * logits.shape[-1], *strides.values(), *sizes)
-    pointers = {"logits_ptr": logits} if grad is None else {"logits_ptr": logits, "grad_ptr": grad}
-    return pointers | {name: stride // size for name, stride in strides.items()} | {"UNIT": size}
+    in_units = dict(zip(("stride_l", "stride_b", "stride_n"), strides, strict=False))
+    in_units |= zip(("grad_stride_l", "grad_stride_b", "grad_stride_n"), grad_strides, strict=False)
+    size = unit(shape[-2] * shape[-1], *in_units.values(), *sizes)
+    return {name: stride // size for name, stride in in_units.items()} | {"UNIT": size}
 
 
-def target_arguments(
+class TargetSizes(NamedTuple):
+    """What kernels must know of targets but the tensors, by the names of their arguments; see ``_counted``."""
+
+    H: int
+    W: int
+    void_value: int
+    HAS_SEGMENTS: bool
+    HAS_VOID: bool
+
+
+def target_planes(
     masks: Tensor | None, segments: Tensor | None, valid: Tensor | None, void_value: int, ignore_void: bool
-) -> dict[str, Any]:
-    """The kernel arguments that hold the targets of B images; see ``_counted``."""
-    plane = masks if segments is None else segments
-    has_void = ignore_void and (segments is not None or valid is not None)
-    plane = plane.contiguous()
+) -> tuple[Tensor, Tensor | None, TargetSizes]:
+    """The segments or masks of B images as integers, which of their pixels are valid unless that is not asked for, and
+    their sizes."""
+    plane = (masks if segments is None else segments).contiguous()
     if plane.dtype == torch.bool:
         plane = plane.view(torch.uint8)
-    return {
-        "target_ptr": plane,
-        "valid_ptr": valid.contiguous().view(torch.uint8) if has_void and valid is not None else None,
-        "void_value": void_value,
-        "H": plane.shape[-2],
-        "W": plane.shape[-1],
-        "HAS_SEGMENTS": segments is not None,
-        "HAS_VOID": has_void,
-    }
+    has_void = ignore_void and (segments is not None or valid is not None)
+    counted = valid.contiguous().view(torch.uint8) if has_void and valid is not None else None
+    return plane, counted, TargetSizes(*plane.shape[-2:], void_value, segments is not None, has_void)
 
 
-def term_arguments(mask_term: str, alpha: float, gamma: float) -> dict[str, Any]:
-    """The kernel arguments of the mask term."""
-    return {"alpha": alpha, "gamma": gamma, "FOCAL": mask_term == "focal", "SQUARE": gamma == 2.0}
+class Term(NamedTuple):
+    """The mask term, by the names of an operator's arguments."""
+
+    mask_term: str
+    alpha: float
+    gamma: float
+
+    def arguments(self) -> dict[str, Any]:
+        """Those of a kernel."""
+        return {
+            "alpha": self.alpha,
+            "gamma": self.gamma,
+            "FOCAL": self.mask_term == "focal",
+            "SQUARE": self.gamma == 2.0,
+        }
 
 
-def check_positions(targets: dict[str, Any], *sizes: int) -> None:
+def check_positions(targets: TargetSizes, *sizes: int) -> None:
     """Raises unless positions among the targets' pixels, and all ``sizes``, fit in 32 bits."""
-    height, width = targets["H"], targets["W"]
-    if max(height * width, *sizes) >= 1 << 31:
-        raise ValueError(f"targets of {height} x {width} pixels are too large for 32-bit positions")
+    if max(targets.H * targets.W, *sizes) >= 1 << 31:
+        raise ValueError(f"targets of {targets.H} x {targets.W} pixels are too large for 32-bit positions")
 
 
 @triton.jit
 def _plane(ptr, layer, image, query, stride_l, stride_b, stride_n, UNIT: tl.constexpr):
-    """The addresses of planes, from ``plane_arguments``."""
+    """The addresses of planes, from ``plane_sizes``."""
     at = layer.to(tl.int64) * stride_l + image.to(tl.int64) * stride_b + query.to(tl.int64) * stride_n
     return ptr + at * UNIT
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from fastmask.kernels._common import (
     COMPILER_OPTIONS,
     _focal_of_logit,
     _sigmoid_of_magnitude,
-    kernel,
+    ceil_div,
     power_of_two,
-    with_contiguous_rows,
 )
+from fastmask.kernels._launch import Launch, kernel
 
 REDUCED_ROWS = 16  # the rows of one program that adds up the splits
 
@@ -43,9 +43,17 @@ class CostConfig:
     num_stages: int = 3
 
 
+class CostWeights(NamedTuple):
+    """The weights of the three terms."""
+
+    cost_class: float
+    cost_mask: float
+    cost_dice: float
+
+
 @dataclass(frozen=True)
 class CostSums:
-    """Memory for the sums over the pixels or points of each image, which are split over programs.
+    """Sizes of the sums over the pixels or points of each image, which are split over programs.
 
     Targets come in blocks of ``block_targets`` - 1; the last column of a block stands for all pixels that count.
 
@@ -57,40 +65,40 @@ class CostSums:
         row_blocks: programs that share the rows of an image.
     """
 
-    sums: Tensor
-    areas: Tensor
+    sums: tuple[int, ...]
+    areas: tuple[int, ...]
     per_split: int
     per_target_split: int
     row_blocks: int
 
     @property
     def block_targets(self) -> int:
-        return self.areas.shape[-1]
+        return self.areas[-1]
 
     @property
     def target_programs(self) -> tuple[int, int, int]:
         """The grid of the kernel that reads the targets."""
-        splits, batch, blocks, _ = self.areas.shape
+        splits, batch, blocks, _ = self.areas
         return batch, blocks, splits
 
     @property
     def programs(self) -> tuple[int, int, int]:
         """The grid of the kernel that reads the logits."""
-        splits, _, batch, blocks, _, _ = self.sums.shape
+        splits, _, batch, blocks, _, _ = self.sums
         return batch * self.row_blocks, blocks, splits
 
     @staticmethod
-    def empty(cost: Tensor, size: int, config: CostConfig) -> CostSums:
-        """Allocates the sums for a ``cost`` (L, B, N, M) over ``size`` pixels or points."""
-        layers, batch, queries, num_targets = cost.shape
+    def of(cost: tuple[int, ...], size: int, config: CostConfig) -> CostSums:
+        """The sums for a cost of shape (L, B, N, M) over ``size`` pixels or points."""
+        layers, batch, queries, num_targets = cost
         block_targets = power_of_two(num_targets + 1, 16, 64)
-        blocks, row_blocks = triton.cdiv(num_targets, block_targets - 1), triton.cdiv(layers * queries, config.rows)
-        splits = max(1, min(config.programs // (batch * row_blocks * blocks), triton.cdiv(size, config.least)))
-        per_split = triton.cdiv(triton.cdiv(size, splits), config.least) * config.least
-        splits = triton.cdiv(size, per_split)
+        blocks, row_blocks = ceil_div(num_targets, block_targets - 1), ceil_div(layers * queries, config.rows)
+        splits = max(1, min(config.programs // (batch * row_blocks * blocks), ceil_div(size, config.least)))
+        per_split = ceil_div(ceil_div(size, splits), config.least) * config.least
+        splits = ceil_div(size, per_split)
         return CostSums(
-            cost.new_empty((splits, 2, batch, blocks, layers * queries, block_targets)),
-            cost.new_empty((triton.cdiv(size, config.target_split), batch, blocks, block_targets)),
+            (splits, 2, batch, blocks, layers * queries, block_targets),
+            (ceil_div(size, config.target_split), batch, blocks, block_targets),
             per_split,
             config.target_split,
             row_blocks,
@@ -225,37 +233,29 @@ def _mask_cost_reduce_kernel(
     tl.store(cost_ptr + row[:, None] * M + m[None, :], cost, mask=wanted)
 
 
-def add_up(
-    sums: CostSums, class_logits: Tensor, labels: Tensor, cost: Tensor,
-    cost_class: float, cost_mask: float, cost_dice: float,
-) -> None:  # fmt: skip
-    """Writes ``cost`` (L, B, N, M) from the class logits and the sums of all splits."""
-    _, batch, queries, num_targets = cost.shape
-    splits, _, _, blocks, rows, block_targets = sums.sums.shape
-    row_blocks = triton.cdiv(rows, REDUCED_ROWS)
-    class_logits = with_contiguous_rows(class_logits)
-    _mask_cost_reduce_kernel[(batch * row_blocks, blocks)](
-        class_ptr=class_logits,
-        **dict(zip(("stride_l", "stride_b", "stride_n"), class_logits.stride(), strict=False)),
-        labels_ptr=labels.contiguous(),
-        sums_ptr=sums.sums,
-        areas_ptr=sums.areas,
-        cost_ptr=cost,
+def plan_reduction(
+    sums: CostSums, cost: tuple[int, ...], classes: int, class_strides: tuple[int, ...], weights: CostWeights
+) -> Launch:
+    """The launch that writes the cost of shape (L, B, N, M) from the class logits and the sums of all splits."""
+    _, batch, queries, num_targets = cost
+    splits, _, _, blocks, rows, block_targets = sums.sums
+    row_blocks = ceil_div(rows, REDUCED_ROWS)
+    return _mask_cost_reduce_kernel.plan(
+        (batch * row_blocks, blocks),
+        **dict(zip(("stride_l", "stride_b", "stride_n"), class_strides, strict=False)),
         B=batch,
         N=queries,
         M=num_targets,
         R=rows,
-        K=class_logits.shape[-1],
+        K=classes,
         splits=splits,
-        target_splits=sums.areas.shape[0],
+        target_splits=sums.areas[0],
         blocks=blocks,
         row_blocks=row_blocks,
-        cost_class=cost_class,
-        cost_mask=cost_mask,
-        cost_dice=cost_dice,
+        **weights._asdict(),
         BLOCK_R=REDUCED_ROWS,
         BLOCK_M=block_targets,
-        BLOCK_K=power_of_two(class_logits.shape[-1], 16, 32),
+        BLOCK_K=power_of_two(classes, 16, 32),
         num_warps=4,
         **COMPILER_OPTIONS,
     )

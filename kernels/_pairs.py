@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmask.kernels._common import COMPILER_OPTIONS, kernel, plane_arguments, target_arguments, term_arguments
+from fastmask.kernels._common import (
+    COMPILER_OPTIONS,
+    TargetSizes,
+    Term,
+    ceil_div,
+    plane_sizes,
+    target_planes,
+)
+from fastmask.kernels._launch import Launch, kernel
 from fastmask.kernels._layout import empty_gradient, with_contiguous_planes
 
 
@@ -85,48 +93,75 @@ def _mask_loss_reduce_kernel(
     tl.store(sums_ptr + pair * 4 + 3, pixels.to(tl.float32), mask=present)
 
 
-def pair_arguments(
+class PairSizes(NamedTuple):
+    """The sizes of a call: of mask logits (L, B, N, h, w) with contiguous planes, and of M targets of each image."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    num_targets: int
+    targets: TargetSizes
+    term: Term
+
+    @property
+    def pairs(self) -> int:
+        return self.shape[0] * self.shape[1] * self.num_targets
+
+    def counts(self) -> dict[str, int]:
+        """The arguments of all kernels."""
+        return {"B": self.shape[1], "N": self.shape[2], "M": self.num_targets}
+
+    def arguments(self, *sizes: int) -> dict[str, Any]:
+        """Those of kernels that read logits; for the ``sizes`` see ``plane_sizes``."""
+        return {
+            **plane_sizes(self.shape, self.strides, (), *sizes),
+            **self.targets._asdict(),
+            **self.counts(),
+            "h": self.shape[-2],
+            "w": self.shape[-1],
+            **self.term.arguments(),
+            **COMPILER_OPTIONS,
+        }
+
+
+def pairs_of(
     mask_logits: Tensor, assignment: Tensor, labels: Tensor, masks: Tensor | None, segments: Tensor | None,
     valid: Tensor | None, void_value: int, ignore_void: bool, mask_term: str, alpha: float, gamma: float,
-    grad: Tensor | None = None, sizes: tuple[int, ...] = (),
-) -> dict[str, Any]:  # fmt: skip
-    """The arguments that the forward and backward kernels share. ``mask_logits`` and ``grad`` have contiguous planes;
-    for ``sizes`` see ``plane_arguments``."""
-    _, batch, queries, h, w = mask_logits.shape
-    return {
-        **plane_arguments(mask_logits, grad, *sizes),
+) -> tuple[dict[str, Tensor | None], PairSizes]:  # fmt: skip
+    """The tensors that the forward and backward kernels share, by the names of their arguments, and the sizes.
+    ``mask_logits`` have contiguous planes."""
+    target, counted, sizes = target_planes(masks, segments, valid, void_value, ignore_void)
+    tensors = {
+        "logits_ptr": mask_logits,
         "assignment_ptr": assignment.contiguous(),
         "labels_ptr": labels.contiguous(),
-        **target_arguments(masks, segments, valid, void_value, ignore_void),
-        "B": batch,
-        "N": queries,
-        "M": labels.shape[1],
-        "h": h,
-        "w": w,
-        **term_arguments(mask_term, alpha, gamma),
-        **COMPILER_OPTIONS,
+        "target_ptr": target,
+        "valid_ptr": counted,
     }
+    term = Term(mask_term, alpha, gamma)
+    return tensors, PairSizes(mask_logits.shape, mask_logits.stride(), labels.shape[1], sizes, term)
 
 
-def add_parts(arguments: dict[str, Any], parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Adds the parts of all pairs; returns both losses (L, B, M) and the sums (L, B, M, 4)."""
-    pairs = parts.shape[0]
-    mask = parts.new_empty(arguments["assignment_ptr"].shape)
-    dice, sums = torch.empty_like(mask), mask.new_empty((*mask.shape, 4))
-    if pairs == 0:
-        return mask, dice, sums
-    _mask_loss_reduce_kernel[(triton.cdiv(pairs, 32),)](
-        **{name: arguments[name] for name in ("assignment_ptr", "labels_ptr", "B", "N", "M")},
-        parts_ptr=parts,
-        mask_ptr=mask,
-        dice_ptr=dice,
-        sums_ptr=sums,
-        pairs=pairs,
-        parts=parts.shape[1],
+def plan_reduction(sizes: PairSizes, parts: int) -> Launch:
+    """The launch of ``add_parts``."""
+    return _mask_loss_reduce_kernel.plan(
+        (ceil_div(sizes.pairs, 32),),
+        **sizes.counts(),
+        pairs=sizes.pairs,
+        parts=parts,
         BLOCK_P=32,
         num_warps=1,
         **COMPILER_OPTIONS,
     )
+
+
+def add_parts(reduction: Launch, assignment: Tensor, labels: Tensor, parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Adds the parts of all pairs; returns both losses (L, B, M) and the sums (L, B, M, 4)."""
+    mask = parts.new_empty(assignment.shape)
+    dice, sums = torch.empty_like(mask), parts.new_empty((*assignment.shape, 4))
+    if parts.shape[0] > 0:
+        reduction(
+            assignment_ptr=assignment, labels_ptr=labels, parts_ptr=parts, mask_ptr=mask, dice_ptr=dice, sums_ptr=sums
+        )
     return mask, dice, sums
 
 
@@ -135,9 +170,9 @@ def gradient_of_pairs(launch: Callable[..., None]) -> Callable[..., Tensor]:
     layout.
 
     Args:
-        launch: writes the gradient; called only if there are logits and pairs, with the gradient, the kernel arguments
-            that hold the pairs' sums and incoming gradients, the slopes that forward kept, the logits with contiguous
-            planes, the assignment and the operator's other inputs.
+        launch: writes the gradient; called only if there are logits and pairs, with the gradient, the tensors of the
+            pairs' sums and incoming gradients by the names of the kernels' arguments, the slopes that forward kept, the
+            logits with contiguous planes, the assignment and the operator's other inputs.
     """
 
     def backward(

@@ -6,13 +6,13 @@ byte is a pixel's target, or one of two numbers beyond them.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from fastmask.kernels._common import COMPILER_OPTIONS, kernel
+from fastmask.kernels._common import COMPILER_OPTIONS, TargetSizes
+from fastmask.kernels._launch import Launch, kernel
 from fastmask.kernels._points import _between, _point_taps, _weight
 
 OTHER = tl.constexpr(254)  # of no target, or beyond the border
@@ -72,20 +72,30 @@ def _target_of_quads(x, y, inside, image, target, quads_ptr, H, W, HAS_VOID: tl.
     return tl.where(v > 0.0, t, 0.0), v
 
 
-def with_quads(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a kernel whose targets may be quads: those of segment maps are, unless there are too many
-    targets."""
-    segments, height, width = arguments["target_ptr"], arguments["H"], arguments["W"]
-    if not arguments["HAS_SEGMENTS"] or arguments["M"] > OTHER.value:
-        return arguments | {"QUADS": False}
-    quads = torch.empty((len(segments), height + 1, width + 1), dtype=torch.int32, device=segments.device)
-    if len(segments) > 0:
-        _quads_kernel[(len(segments) * (height + 1),)](
-            segments_ptr=segments,
-            quads_ptr=quads,
-            **{name: arguments[name] for name in ("void_value", "M", "H", "W", "HAS_VOID")},
-            BLOCK=128,
-            num_warps=4,
-            **COMPILER_OPTIONS,
-        )
-    return arguments | {"target_ptr": quads, "QUADS": True}
+def plan_quads(batch: int, targets: TargetSizes, num_targets: int) -> Launch | None:
+    """The launch of ``with_quads``; None unless the targets are segment maps, and few enough for a byte."""
+    if not targets.HAS_SEGMENTS or num_targets > OTHER.value:
+        return None
+    return _quads_kernel.plan(
+        (batch * (targets.H + 1),),
+        void_value=targets.void_value,
+        M=num_targets,
+        H=targets.H,
+        W=targets.W,
+        HAS_VOID=targets.HAS_VOID,
+        BLOCK=128,
+        num_warps=4,
+        **COMPILER_OPTIONS,
+    )
+
+
+def with_quads(launch: Launch | None, tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """The tensors of a kernel, with quads in the place of segments if there is a launch that makes them."""
+    segments = tensors["target_ptr"]
+    if launch is None or segments is None:
+        return tensors
+    batch, height, width = segments.shape
+    quads = torch.empty((batch, height + 1, width + 1), dtype=torch.int32, device=segments.device)
+    if batch > 0:
+        launch(segments_ptr=segments, quads_ptr=quads)
+    return tensors | {"target_ptr": quads}

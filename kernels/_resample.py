@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmask.kernels._common import INTERPRETED, kernel
+from fastmask.kernels._common import INTERPRETED, ceil_div
+from fastmask.kernels._launch import Launch, kernel
 
 # Queries that a program processes at a time; staged queries are padded to a multiple of it.
 BLOCK_N = tl.constexpr(16)
@@ -77,13 +78,23 @@ class Resampling(NamedTuple):
     ``out_top`` on.
     """
 
-    grid: Sequence[int]
-    padded_size: Sequence[int] | None
-    valid_size: Sequence[int] | None
-    size: Sequence[int]
+    grid: tuple[int, ...]
+    padded_size: tuple[int, ...] | None
+    valid_size: tuple[int, ...] | None
+    size: tuple[int, ...]
     in_top: int
     out_top: int
     out_rows: int
+
+    @staticmethod
+    def of(
+        grid: Sequence[int], padded_size: Sequence[int] | None, valid_size: Sequence[int] | None, size: Sequence[int],
+        in_top: int, out_top: int, out_rows: int,
+    ) -> Resampling:  # fmt: skip
+        """Of the operators' arguments, in which sizes are lists."""
+        padded = None if padded_size is None else tuple(padded_size)
+        valid = None if valid_size is None else tuple(valid_size)
+        return Resampling(tuple(grid), padded, valid, tuple(size), in_top, out_top, out_rows)
 
     def axes(self) -> tuple[Axis, Axis]:
         """The axes of rows and of columns."""
@@ -166,48 +177,45 @@ def _store_axis_taps(
         tl.store(weight_ptr + tap * pitch + i, share.to(tl.float32), mask=i < pitch)
 
 
-@dataclass(frozen=True)
-class Taps:
-    """Tables of taps on the device; see ``_taps_kernel``."""
+class TapsPlan(NamedTuple):
+    """The launch that writes tables of taps, the shapes of the tables, and the arguments of the kernels that read them;
+    see ``_taps_kernel``.
 
-    row_index: Tensor
-    row_weight: Tensor
-    column_index: Tensor
-    column_weight: Tensor
+    The tables themselves are not kept from call to call: tensors that are made while a CUDA graph is captured belong to
+    the graph, and those that are made on one stream are not ready on another.
+    """
 
-    def arguments(self) -> dict[str, Tensor | int]:
-        return {
-            "row_index_ptr": self.row_index,
-            "row_weight_ptr": self.row_weight,
-            "column_index_ptr": self.column_index,
-            "column_weight_ptr": self.column_weight,
-            "TAPS_Y": self.row_index.shape[0],
-            "TAPS_X": self.column_index.shape[0],
+    launch: Launch
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+
+    @property
+    def arguments(self) -> dict[str, int]:
+        return {"TAPS_Y": self.rows[0], "TAPS_X": self.columns[0]}
+
+    def tables(self, device: torch.device) -> dict[str, Tensor]:
+        """The tables, by the names of the arguments of the kernels that read them."""
+        tables = {
+            "row_index_ptr": torch.empty(self.rows, dtype=torch.int32, device=device),
+            "row_weight_ptr": torch.empty(self.rows, dtype=torch.float32, device=device),
+            "column_index_ptr": torch.empty(self.columns, dtype=torch.int32, device=device),
+            "column_weight_ptr": torch.empty(self.columns, dtype=torch.float32, device=device),
         }
+        self.launch(**tables)
+        return tables
 
 
-NO_TAPS = {
-    "row_index_ptr": None, "row_weight_ptr": None, "column_index_ptr": None, "column_weight_ptr": None, "TAPS_Y": 0,
-    "TAPS_X": 0,
-}  # fmt: skip
+NO_TABLES = dict.fromkeys(("row_index_ptr", "row_weight_ptr", "column_index_ptr", "column_weight_ptr"))
 
 
-def make_taps(
-    rows: Axis, columns: Axis, begin: int, count: int, base: int, limit: int, width: int, device: torch.device
-) -> Taps:
-    """Taps of the rows [begin, begin + count), with indices relative to ``base`` and below ``limit``, and of the
-    columns [0, width)."""
-    pitches = triton.cdiv(count, 8) * 8, triton.cdiv(width, 8) * 8
-    row_index = torch.empty((rows.taps, pitches[0]), dtype=torch.int32, device=device)
-    column_index = torch.empty((columns.taps, pitches[1]), dtype=torch.int32, device=device)
-    taps = Taps(
-        row_index,
-        torch.empty_like(row_index, dtype=torch.float32),
-        column_index,
-        torch.empty_like(column_index, dtype=torch.float32),
-    )
-    _taps_kernel[(triton.cdiv(max(pitches), 128), 2)](
-        **taps.arguments(),
+def plan_taps(rows: Axis, columns: Axis, begin: int, count: int, base: int, limit: int, width: int) -> TapsPlan:
+    """For the rows [begin, begin + count), with indices relative to ``base`` and below ``limit``, and the columns
+    [0, width)."""
+    pitches = ceil_div(count, 8) * 8, ceil_div(width, 8) * 8
+    launch = _taps_kernel.plan(
+        (ceil_div(max(pitches), 128), 2),
+        TAPS_Y=rows.taps,
+        TAPS_X=columns.taps,
         **rows.arguments("y"),
         begin_y=begin,
         count_y=count,
@@ -219,7 +227,7 @@ def make_taps(
         num_warps=4,
         enable_fp_fusion=False,  # for the same coordinates as in other backends
     )
-    return taps
+    return TapsPlan(launch, (rows.taps, pitches[0]), (columns.taps, pitches[1]))
 
 
 @triton.jit

@@ -10,23 +10,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmask.kernels._common import COMPILER_OPTIONS, _exp2, _reciprocal, kernel, unit
+from fastmask.kernels._common import COMPILER_OPTIONS, _exp2, _reciprocal, ceil_div, unit
+from fastmask.kernels._launch import Launch, cached_plan, kernel
 from fastmask.kernels._resample import (
     BLOCK_N,
     MIN_NORMAL,
-    NO_TAPS,
+    NO_TABLES,
     Resampling,
-    Taps,
+    TapsPlan,
     _table_pitch,
     _within_bounds,
-    make_taps,
+    plan_taps,
 )
 
 # The bytes of a band's staged logits, most of which are still in the L2 cache (50 MB on Hopper) when they are read.
@@ -45,30 +45,35 @@ def _nan_count_kernel(logits_ptr, stride_b, stride_n, count_ptr, N, pixels, UNIT
         tl.atomic_add(count_ptr + plane, count)
 
 
+@cached_plan
+def plan_nan_count(device: torch.device, shape: tuple[int, ...], strides: tuple[int, ...]) -> Launch:
+    batch, queries, rows, w = shape
+    in_units = strides_in_units(strides, rows * w)
+    return _nan_count_kernel.plan(
+        (batch * queries, ceil_div(rows * w, 4096)),
+        **in_units,
+        N=queries,
+        pixels=rows * w // in_units["UNIT"],
+        BLOCK=4096,
+        num_warps=4,
+        **COMPILER_OPTIONS,
+    )
+
+
 def count_nans(mask_logits: Tensor, count: Tensor | None = None) -> Tensor:
     """How many logits of each query are NaN, ``(B, N)`` int32, for ``(B, N, rows, w)`` with contiguous planes; added to
     ``count``."""
-    batch, queries, rows, w = mask_logits.shape
+    device, shape = mask_logits.device, mask_logits.shape
     if count is None:
-        count = torch.zeros((batch, queries), dtype=torch.int32, device=mask_logits.device)
+        count = torch.zeros(shape[:2], dtype=torch.int32, device=device)
     if mask_logits.numel():
-        strides = strides_in_units(mask_logits, rows * w)
-        _nan_count_kernel[(batch * queries, triton.cdiv(rows * w, 4096))](
-            logits_ptr=mask_logits,
-            **strides,
-            count_ptr=count,
-            N=queries,
-            pixels=rows * w // strides["UNIT"],
-            BLOCK=4096,
-            num_warps=4,
-            **COMPILER_OPTIONS,
-        )
+        plan_nan_count(device, shape, mask_logits.stride())(logits_ptr=mask_logits, count_ptr=count)
     return count
 
 
-def strides_in_units(mask_logits: Tensor, *sizes: int) -> dict[str, int]:
+def strides_in_units(strides: tuple[int, ...], *sizes: int) -> dict[str, int]:
     """The strides of images and queries, in units; see ``unit``."""
-    stride_b, stride_n = mask_logits.stride()[:2]
+    stride_b, stride_n, *_ = strides
     size = unit(stride_b, stride_n, *sizes)
     return {"stride_b": stride_b // size, "stride_n": stride_n // size, "UNIT": size}
 
@@ -146,22 +151,25 @@ def _stage_kernel(
 
 
 @dataclass(frozen=True)
-class StagedBand:
-    """Staged logits or probabilities, and the rows of the result that are computed from them.
+class Band:
+    """A band of the result's rows: how its logits or probabilities are staged, and what kernels must know that read the
+    stage.
 
     Args:
-        stage: memory that begins with the stage ``(B, cells, padded_n)``; its cells form rows of ``columns``.
-        peaks: memory that begins with ``(B, cells)`` float32 upper bounds; see ``_stage_kernel``.
-        taps: the taps in the stage for the result's rows and columns.
+        uncounted: ranges of the rows of logits whose NaN the launch of the stage does not count.
+        inner: the taps of the first step, with which probabilities are staged.
+        stage: the launch that writes the stage ``(B, cells, padded_n)``, whose cells form rows of ``columns``.
+        taps: those in the stage for the result's rows and columns.
         cells, columns, padded_n: the size of the stage: all cells, cells per row, and places of queries per cell.
         top, count: the first row of the result in this band, relative to ``out_top``, and the number of rows.
         alike: how many neighboring rows of the result read the same rows of the stage; see ``Axis.alike``.
         lead: how many rows before the band the first group of them begins.
     """
 
-    stage: Tensor
-    peaks: Tensor | None
-    taps: Taps
+    uncounted: tuple[tuple[int, int], ...]
+    inner: TapsPlan | None
+    stage: Launch
+    taps: TapsPlan
     cells: int
     columns: int
     padded_n: int
@@ -170,16 +178,15 @@ class StagedBand:
     alike: int
     lead: int
 
-    def launch(
-        self, result: Tensor, tile_rows: int, tile_columns: int, lead: int = 0
+    def reader(
+        self, batch: int, size: tuple[int, int], tile_rows: int, tile_columns: int, lead: int = 0
     ) -> tuple[tuple[int, int], dict[str, Any]]:
-        """The grid of programs, one for each tile of the ``result (B, ..., H, W)``, and arguments for its kernel. The
-        first tiles begin ``lead`` rows before the band."""
-        height, width = result.shape[-2:]
-        tiles_x = triton.cdiv(width, tile_columns)
-        return (triton.cdiv(self.count + lead, tile_rows) * tiles_x, result.shape[0]), {
-            "stage_ptr": self.stage,
-            **self.taps.arguments(),
+        """The grid of programs, one for each tile of a result of this (height, width), and arguments for its kernel.
+        The first tiles begin ``lead`` rows before the band."""
+        height, width = size
+        tiles_x = ceil_div(width, tile_columns)
+        return (ceil_div(self.count + lead, tile_rows) * tiles_x, batch), {
+            **self.taps.arguments,
             "blocks": self.padded_n // BLOCK_N.value,
             "cells": self.cells,
             "columns": self.columns,
@@ -195,8 +202,17 @@ class StagedBand:
         }
 
 
+class Bands(NamedTuple):
+    """The bands of a result, which share their memory, and the sizes of the memory for stage and peaks."""
+
+    bands: tuple[Band, ...]
+    stage: int
+    stage_dtype: torch.dtype
+    peaks: int
+
+
 def padded_queries(count: int) -> int:
-    return triton.cdiv(count, BLOCK_N.value) * BLOCK_N.value
+    return ceil_div(count, BLOCK_N.value) * BLOCK_N.value
 
 
 def unread_rows(reads: Sequence[tuple[int, int]], begin: int, end: int) -> Iterator[tuple[int, int]]:
@@ -209,17 +225,81 @@ def unread_rows(reads: Sequence[tuple[int, int]], begin: int, end: int) -> Itera
         yield begin, end
 
 
+def plan_bands(
+    device: torch.device, stage_bytes: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype,
+    probabilities: bool, keep_nan: bool, peaks: bool, counts: bool, resampling: Resampling, tile_rows: int,
+) -> Bands:  # fmt: skip
+    """The result in bands of whole rows of tiles, enough of them to keep each stage within ``stage_bytes``.
+
+    Args:
+        shape, strides, dtype: those of the mask logits ``(B, N, rows, w)``, planes contiguous.
+        probabilities: stage the sigmoid of the valid grid, so that the taps cover the second step only.
+        keep_nan: stage NaN as NaN, rather than as a logit that never wins.
+        peaks: compute the peaks.
+        counts: count the NaN logits of each query.
+        tile_rows: the rows of a tile of the result; bands hold a multiple of them.
+    """
+    batch, queries, in_rows, in_width = shape
+    rows, columns = resampling.axes()
+    *_, in_top, out_top, out_rows = resampling
+    padded_n = padded_queries(queries)
+    stage_dtype = torch.bfloat16 if dtype == torch.bfloat16 and not probabilities else torch.float32
+    source, source_columns = resampling.staged_axes(probabilities)
+    width = source_columns.grid
+    bounds = (0, source.grid) if probabilities else (in_top, in_top + in_rows)
+    first, end = source.reads(out_top, out_top + out_rows)
+    tiles = ceil_div(out_rows, tile_rows)
+    whole = (end - first) * batch * width * padded_n * stage_dtype.itemsize
+    count = max(1, min(tiles, ceil_div(whole, stage_bytes)))
+    cuts = [min(tiles * band // count * tile_rows, out_rows) for band in range(count)] + [out_rows]
+    reads = [source.reads(out_top + top, out_top + below) for top, below in pairwise(cuts)]
+    reads = [(max(first, bounds[0]), min(end, bounds[1])) for first, end in reads]
+    most = max(end - first for first, end in reads)
+    # Taps are read one at a time, so with probabilities the width of the stage need not be a multiple of the unit.
+    in_units = strides_in_units(strides, 1 if probabilities else width)
+    counted = counts and not probabilities
+    uncounted = tuple(unread_rows(reads if counted else [], in_top, in_top + in_rows)) if counts else ()
+    bands = []
+    read = in_top
+    for (top, below), (first, end) in zip(pairwise(cuts), reads, strict=True):
+        inner = None
+        if probabilities:
+            steps = rows.first_step(), columns.first_step()
+            inner = plan_taps(*steps, first, end - first, in_top, in_rows, width)
+        stage = _stage_kernel.plan(
+            (ceil_div((end - first) * width, 64), batch),
+            **in_units,
+            **({"TAPS_Y": 0, "TAPS_X": 0} if inner is None else inner.arguments),
+            N=queries,
+            blocks=padded_n // BLOCK_N.value,
+            w=in_width,
+            first=first - in_top,
+            counted=max(read - first, 0),
+            rows=end - first,
+            columns=width // in_units["UNIT"],
+            PROBABILITIES=probabilities,
+            PEAKS=peaks,
+            COUNTS=counted,
+            KEEP_NAN=keep_nan,
+            BLOCK_C=64,
+            num_warps=4,
+            **COMPILER_OPTIONS,
+        )
+        read = max(read, end)
+        taps = plan_taps(source, source_columns, out_top + top, below - top, first, end - first, source_columns.size)
+        alike, begin = source.alike()
+        lead = (out_top + top - begin) % alike
+        cells = (end - first) * width
+        own = tuple((begin - in_top, end - in_top) for begin, end in uncounted) if not bands else ()
+        bands.append(Band(own, inner, stage, taps, cells, width, padded_n, top, below - top, alike, lead))
+    return Bands(tuple(bands), batch * most * width * padded_n, stage_dtype, batch * most * width if peaks else 0)
+
+
 def staged_bands(
-    mask_logits: Tensor,
-    order: Tensor,
-    weight: Tensor | None,
-    probabilities: bool,
-    keep_nan: bool,
-    resampling: Resampling,
-    tile_rows: int,
-    nan_logits: Tensor | None = None,
-) -> Iterator[StagedBand]:
-    """Yields the result in bands of whole rows of tiles, enough of them to keep each stage within ``STAGE_BYTES``.
+    plan: Bands, mask_logits: Tensor, order: Tensor, weight: Tensor | None = None, nan_logits: Tensor | None = None
+) -> Iterator[dict[str, Tensor | None]]:
+    """Stages one band after another, and yields the tensors of each by the names of the arguments of the kernels that
+    read them.
 
     All bands share their memory: launch the kernels that read a band, on the same stream, before taking the next band.
 
@@ -227,71 +307,22 @@ def staged_bands(
         mask_logits: ``(B, N, rows, w)``, planes contiguous.
         order: ``(B, N)`` int64, the query at each place of the stage.
         weight: ``(B, padded_n)`` float32, the queries' weights in the peaks; None computes no peaks.
-        probabilities: stage the sigmoid of the valid grid, so that the taps cover the second step only.
-        keep_nan: stage NaN as NaN, rather than as a logit that never wins.
-        tile_rows: the rows of a tile of the result; bands hold a multiple of them.
         nan_logits: ``(B, N)`` int32, to which the number of NaN logits of each query is added.
     """
-    batch, queries, in_rows, in_width = mask_logits.shape
     device = mask_logits.device
-    rows, columns = resampling.axes()
-    *_, in_top, out_top, out_rows = resampling
-    padded_n = padded_queries(queries)
-    dtype = torch.bfloat16 if mask_logits.dtype == torch.bfloat16 and not probabilities else torch.float32
-    source, source_columns = resampling.staged_axes(probabilities)
-    width = source_columns.grid
-    bounds = (0, source.grid) if probabilities else (in_top, in_top + in_rows)
-    first, end = source.reads(out_top, out_top + out_rows)
-    tiles = triton.cdiv(out_rows, tile_rows)
-    whole = (end - first) * batch * width * padded_n * dtype.itemsize
-    count = max(1, min(tiles, triton.cdiv(whole, STAGE_BYTES)))
-    cuts = [min(tiles * band // count * tile_rows, out_rows) for band in range(count)] + [out_rows]
-    reads = [source.reads(out_top + top, out_top + below) for top, below in pairwise(cuts)]
-    reads = [(max(first, bounds[0]), min(end, bounds[1])) for first, end in reads]
-    most = max(end - first for first, end in reads)
-    stage = torch.empty(batch * most * width * padded_n, dtype=dtype, device=device)
-    # Taps are read one at a time, so with probabilities the width of the stage need not be a multiple of the unit.
-    strides = strides_in_units(mask_logits, 1 if probabilities else width)
-    peaks = None if weight is None else torch.empty(batch * most * width, dtype=torch.float32, device=device)
-    counts = nan_logits is not None and not probabilities
-    if nan_logits is not None:
-        for begin, end in unread_rows(reads if counts else [], in_top, in_top + in_rows):
-            count_nans(mask_logits[:, :, begin - in_top : end - in_top], nan_logits)
-    read = in_top
-    for (top, below), (first, end) in zip(pairwise(cuts), reads, strict=True):
-        inner = NO_TAPS
-        if probabilities:
-            steps = rows.first_step(), columns.first_step()
-            inner = make_taps(*steps, first, end - first, in_top, in_rows, width, device).arguments()
-        _stage_kernel[(triton.cdiv((end - first) * width, 64), batch)](
+    stage = torch.empty(plan.stage, dtype=plan.stage_dtype, device=device)
+    peaks = None if weight is None else torch.empty(plan.peaks, dtype=torch.float32, device=device)
+    for band in plan.bands:
+        for begin, end in band.uncounted:
+            count_nans(mask_logits[:, :, begin:end], nan_logits)
+        band.stage(
             logits_ptr=mask_logits,
-            **strides,
             order_ptr=order,
             weight_ptr=weight,
-            **inner,
+            **(NO_TABLES if band.inner is None else band.inner.tables(device)),
             stage_ptr=stage,
             peak_ptr=peaks,
-            count_ptr=nan_logits if counts else None,
-            N=queries,
-            blocks=padded_n // BLOCK_N.value,
-            w=in_width,
-            first=first - in_top,
-            counted=max(read - first, 0),
-            rows=end - first,
-            columns=width // strides["UNIT"],
-            PROBABILITIES=probabilities,
-            PEAKS=weight is not None,
-            COUNTS=counts,
-            KEEP_NAN=keep_nan,
-            BLOCK_C=64,
-            num_warps=4,
-            **COMPILER_OPTIONS,
+            count_ptr=nan_logits if band.stage.arguments["COUNTS"] else None,
         )
-        read = max(read, end)
-        cells = (end - first) * width
-        taps = make_taps(
-            source, source_columns, out_top + top, below - top, first, end - first, source_columns.size, device
-        )
-        alike, begin = source.alike()
-        lead = (out_top + top - begin) % alike
-        yield StagedBand(stage, peaks, taps, cells, width, padded_n, top, below - top, alike, lead)
+        tensors = {"stage_ptr": stage, **band.taps.tables(device)}
+        yield tensors if peaks is None else tensors | {"peak_ptr": peaks}

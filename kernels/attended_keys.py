@@ -8,14 +8,15 @@ computes the bits again, because forward returns no tensor that could hold them.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmask.kernels._common import COMPILER_OPTIONS, kernel, power_of_two, unit, with_contiguous_rows
+from fastmask.kernels._common import COMPILER_OPTIONS, ceil_div, power_of_two, unit
+from fastmask.kernels._launch import Launch, kernel
 from fastmask.kernels._taps import _to_float
 
 QUERIES = tl.constexpr(4)  # queries per program; each owns one byte of the 32-bit words in which it gathers bits
@@ -222,47 +223,40 @@ def whole_ratio(size: tuple[int, int], grid: tuple[int, int]) -> int:
     return w // width if whole and w // width in (2, 4, 8) else 0
 
 
-def attended_keys(
-    mask_logits: Tensor | None, key_padding_mask: Tensor | None, like: Tensor, grid: tuple[int, int], block: int
-) -> dict[str, Any]:
-    """The kernel arguments that hold the attended keys; see ``_occupied_blocks`` and ``_attends``.
+class AttendedKeysPlan(NamedTuple):
+    """The launch for some sizes; the shapes of the results, and the arguments of the kernels that read them."""
 
-    bits ``(B, words, N)`` int64: bit i of word j is key 64 j + i. occupied ``(B, ceil(N / 4), blocks)`` uint8: whether
-    any of four queries attends to any key of a block. If all queries attend to the same keys, both have one row, and
-    OWN_BITS is False; if all attend to all keys, there are no bits.
+    launch: Launch
+    bits: tuple[int, ...]
+    occupied: tuple[int, ...]
+    arguments: dict[str, Any]
 
-    Args:
-        mask_logits: ``(B, N, h, w)``, any strides.
-        key_padding_mask: ``(B, S)`` bool, True at padding.
-        like: ``(B, N, E)``, whose device the results get.
-        grid: (height, width) of the keys.
-        block: keys per block, a power of two from 16 to 128.
-    """
-    if mask_logits is None and key_padding_mask is None:
-        names = ("bits_ptr", "stride_bits_b", "stride_bits_w", "occupied_ptr", "stride_occupied_b", "stride_occupied_n")
-        return dict.fromkeys(names) | {"HAS_BITS": False, "OWN_BITS": False}
-    batch, rows = like.shape[0], 1 if mask_logits is None else like.shape[1]
+
+NO_BITS = dict.fromkeys(("stride_bits_b", "stride_bits_w", "stride_occupied_b", "stride_occupied_n")) | {
+    "HAS_BITS": False, "OWN_BITS": False,
+}  # fmt: skip
+
+
+def plan_attended_keys(
+    device: torch.device, batch: int, queries: int, shape: tuple[int, ...] | None, strides: tuple[int, ...],
+    has_padding: bool, grid: tuple[int, int], block: int,
+) -> AttendedKeysPlan:  # fmt: skip
+    """For mask logits of this shape and strides, or without any for None."""
+    own = shape is not None
+    rows = queries if own else 1
     keys = grid[0] * grid[1]
-    blocks, groups = triton.cdiv(keys, block), triton.cdiv(rows, QUERIES.value)
-    words = triton.cdiv(blocks * block, 64)
-    bits = like.new_empty((batch, words, rows), dtype=torch.int64)
-    occupied = like.new_empty((batch, groups, blocks), dtype=torch.uint8)
-    h, w = (1, 1) if mask_logits is None else mask_logits.shape[-2:]
+    blocks, groups = ceil_div(keys, block), ceil_div(rows, QUERIES.value)
+    words = ceil_div(blocks * block, 64)
+    h, w = shape[-2:] if shape is not None else (1, 1)
     if 2 * max(grid[0] * h, grid[1] * w) >= 1 << 31:
         raise ValueError(f"mask_logits of {h} x {w} are too large for 32-bit positions on a grid of {tuple(grid)}")
-    if mask_logits is not None:
-        mask_logits = with_contiguous_rows(mask_logits)
-    strides = (0, 0, 0) if mask_logits is None else mask_logits.stride()
     size = unit(*strides[:3])
     step = power_of_two(keys, 128, STEP_KEYS)
-    _attended_keys_kernel[(batch * groups,)](
-        logits_ptr=mask_logits,
+    launch = _attended_keys_kernel.plan(
+        (batch * groups,),
         stride_b=strides[0] // size,
         stride_n=strides[1] // size,
         stride_y=strides[2] // size,
-        padding_ptr=None if key_padding_mask is None else key_padding_mask.contiguous().view(torch.uint8),
-        bits_ptr=bits,
-        occupied_ptr=occupied,
         N=rows,
         S=keys,
         h=h,
@@ -274,23 +268,44 @@ def attended_keys(
         groups=groups,
         words=words,
         blocks=blocks,
-        RATIO=0 if mask_logits is None else whole_ratio((h, w), grid),
+        RATIO=whole_ratio((h, w), grid) if own else 0,
         UNIT=size,
-        HAS_LOGITS=mask_logits is not None,
-        HAS_PADDING=key_padding_mask is not None,
+        HAS_LOGITS=own,
+        HAS_PADDING=has_padding,
         BLOCK_S=block,
         BLOCK_C=step,
         num_warps=max(4, step // 128),
         **COMPILER_OPTIONS,
     )
-    own = mask_logits is not None
-    return {
-        "bits_ptr": bits,
+    arguments = {
         "stride_bits_b": words * rows,
         "stride_bits_w": rows,
-        "occupied_ptr": occupied,
         "stride_occupied_b": groups * blocks,
         "stride_occupied_n": blocks if own else 0,
         "HAS_BITS": True,
         "OWN_BITS": own,
     }
+    return AttendedKeysPlan(launch, (batch, words, rows), (batch, groups, blocks), arguments)
+
+
+def attended_keys(plan: AttendedKeysPlan | None, mask_logits: Tensor | None, padding: Tensor | None) -> dict[str, Any]:
+    """Launches; the tensors of the attended keys, by the names of the arguments of ``_occupied_blocks`` and
+    ``_attends``.
+
+    bits ``(B, words, N)`` int64: bit i of word j is key 64 j + i. occupied ``(B, ceil(N / 4), blocks)`` uint8: whether
+    any of four queries attends to any key of a block. If all queries attend to the same keys, both have one row, and
+    OWN_BITS is False; if all attend to all keys, there are no bits.
+
+    Args:
+        plan: of ``plan_attended_keys``, for a grid (height, width) of keys and 16 to 128 keys per block, a power of
+            two; None without mask logits and padding.
+        mask_logits: ``(B, N, h, w)``, rows contiguous.
+        padding: ``(B, S)`` uint8, 1 at padding.
+    """
+    if plan is None:
+        return {"bits_ptr": None, "occupied_ptr": None}
+    device = (padding if mask_logits is None else mask_logits).device
+    bits = torch.empty(plan.bits, dtype=torch.int64, device=device)
+    occupied = torch.empty(plan.occupied, dtype=torch.uint8, device=device)
+    plan.launch(logits_ptr=mask_logits, padding_ptr=padding, bits_ptr=bits, occupied_ptr=occupied)
+    return {"bits_ptr": bits, "occupied_ptr": occupied}

@@ -18,7 +18,7 @@ chunk: 211 MB at these sizes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
@@ -28,12 +28,13 @@ from torch import Tensor
 from fastmask.kernels._common import (
     COMPILER_OPTIONS,
     INTERPRETED,
-    kernel,
+    ceil_div,
     pick_config,
     power_of_two,
     unit,
     with_contiguous_rows,
 )
+from fastmask.kernels._launch import Launch, cached_plan, kernel
 from fastmask.kernels._layout import words
 from fastmask.kernels._taps import _halves, _load_row, _pair, _tap, _taps
 
@@ -340,122 +341,172 @@ def _deformable_attention_grad_kernel(
     tl.store(grad_ptr + row * HEAD_DIM + channel + part, grad.to(grad_ptr.dtype.element_ty), mask=there & of_head)
 
 
-def launch_arguments(value: Tensor, shapes: list[int], num_points: int) -> dict[str, Any]:
-    """The arguments that most kernels share."""
-    dim, levels = value.shape[3], len(shapes) // 2
-    sizes = {
-        f"{side}_{level}": shapes[2 * level + first] if level < levels else 1
-        for first, side in enumerate("hw")
-        for level in range(MAX_LEVELS)
-    }
-    return sizes | {"HEAD_DIM": dim, "heads": value.shape[2], "P": num_points, "LEVELS": levels}
+class AttentionSizes(NamedTuple):
+    """The sizes of a call: of values (B, S, heads, dim) with contiguous rows, and of Q queries with P points per level.
+    ``levels`` are heights and widths by turns."""
+
+    device: torch.device
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    itemsize: int
+    aligned: bool
+    levels: tuple[int, ...]
+    queries: int
+    points: int
+
+    def arguments(self) -> dict[str, int]:
+        """The arguments that most kernels share."""
+        count = len(self.levels) // 2
+        sides = {
+            f"{side}_{level}": self.levels[2 * level + first] if level < count else 1
+            for first, side in enumerate("hw")
+            for level in range(MAX_LEVELS)
+        }
+        return sides | {"heads": self.shape[2], "Q": self.queries, "LEVELS": count}
+
+    def value_arguments(self) -> dict[str, int]:
+        """Those that locate the rows of the values."""
+        strides = dict(zip(("stride_b", "stride_s", "stride_h"), self.strides, strict=False))
+        size = unit(self.shape[3], *strides.values()) if self.aligned else 1
+        wide = self.shape[1] * self.strides[1] >= 1 << 31
+        return {"WIDE": wide, "UNIT": size} | {name: stride // size for name, stride in strides.items()}
+
+    def tiles(self, lanes: int) -> dict[str, int]:
+        """The shape in which threads read rows, 16 bytes at a time: ``lanes`` threads a row, or one for 32 channels."""
+        block = power_of_two(self.shape[3], 16, 256)
+        tile = min(max(lanes, block // 32) * 16 // self.itemsize, block)
+        return {"TILES": block // tile, "TILE_D": tile}
 
 
-def tiles(value: Tensor, lanes: int) -> dict[str, int]:
-    """The shape in which threads read rows, 16 bytes at a time: ``lanes`` threads per row, or one for 32 channels."""
-    block = power_of_two(value.shape[3], 16, 256)
-    tile = min(max(lanes, block // 32) * 16 // value.element_size(), block)
-    return {"TILES": block // tile, "TILE_D": tile}
+def sizes_of(value: Tensor, locations: Tensor, shapes: list[int]) -> AttentionSizes:
+    return AttentionSizes(
+        value.device, value.shape, value.stride(), value.element_size(), value.data_ptr() % 16 == 0, tuple(shapes),
+        locations.shape[1], locations.shape[4],
+    )  # fmt: skip
 
 
-def value_arguments(value: Tensor) -> dict[str, Any]:
-    """The arguments that locate the rows of the values."""
-    strides = dict(zip(("stride_b", "stride_s", "stride_h"), value.stride(), strict=False))
-    size = unit(value.shape[3], *strides.values()) if value.data_ptr() % 16 == 0 else 1
-    wide = value.shape[1] * value.stride(1) >= 1 << 31
-    return {"value_ptr": value, "WIDE": wide, "UNIT": size} | {k: stride // size for k, stride in strides.items()}
+@cached_plan
+def plan_forward(config: DeformableConfig, sizes: AttentionSizes) -> Launch:
+    batch_size, _, heads, dim = sizes.shape
+    tiles = sizes.tiles(2)
+    block = min(config.queries, config.row_elements // (tiles["TILES"] * tiles["TILE_D"]))
+    return _deformable_attention_fwd_kernel.plan(
+        (batch_size * heads * ceil_div(sizes.queries, block),),
+        **sizes.value_arguments(),
+        **sizes.arguments(),
+        **tiles,
+        P=sizes.points,
+        HEAD_DIM=dim,
+        BLOCK_Q=block,
+        num_warps=config.num_warps,
+        # Otherwise ptxas computes all addresses first, in 243 registers; in float32, that of Triton 3.6 spills.
+        maxnreg=168 if sizes.itemsize == 2 else 255,
+        **COMPILER_OPTIONS,
+    )
 
 
 def deformable_attention(value: Tensor, locations: Tensor, weights: Tensor, shapes: list[int]) -> Tensor:
     """``fastmask::deformable_attention``."""
     batch_size, _, heads, dim = value.shape
-    num_queries, num_points = locations.shape[1], locations.shape[4]
-    arguments = launch_arguments(value, shapes, num_points)
-    out = value.new_empty((batch_size, num_queries, heads * dim))
+    out = torch.empty((batch_size, locations.shape[1], heads * dim), dtype=value.dtype, device=value.device)
     if out.numel() == 0:
         return out
-    config = pick_config(CONFIGS, value.device)
-    arguments |= tiles(value, 2)
-    block = min(config.queries, config.row_elements // (arguments["TILES"] * arguments["TILE_D"]))
-    _deformable_attention_fwd_kernel[(batch_size * heads * triton.cdiv(num_queries, block),)](
-        **value_arguments(with_contiguous_rows(value)),
-        **arguments,
-        zeros_ptr=value.new_zeros(dim),
+    value = with_contiguous_rows(value)
+    plan_forward(pick_config(CONFIGS, value.device), sizes_of(value, locations, shapes))(
+        value_ptr=value,
+        zeros_ptr=torch.zeros(dim, dtype=value.dtype, device=value.device),
         locations_ptr=words(locations),
         weights_ptr=weights.contiguous(),
         out_ptr=out,
-        Q=num_queries,
-        BLOCK_Q=block,
-        num_warps=config.num_warps,
-        # Otherwise ptxas computes all addresses first, in 243 registers; in float32, that of Triton 3.6 spills.
-        maxnreg=168 if value.element_size() == 2 else 255,
-        **COMPILER_OPTIONS,
     )
     return out
+
+
+class BackwardPlan(NamedTuple):
+    """The launches for some sizes, and the number of counters."""
+
+    counters: int
+    ranks: Launch
+    points: Launch
+    grad: Launch
+
+
+@cached_plan
+def plan_backward(config: DeformableConfig, sizes: AttentionSizes) -> BackwardPlan:
+    batch_size, num_pixels, heads, dim = sizes.shape
+    arguments = sizes.arguments() | COMPILER_OPTIONS
+    of_rows = sizes.tiles(1) | {"HEAD_DIM": dim}
+    block = 32 * 16 // (of_rows["TILE_D"] * sizes.itemsize)  # rows that a warp reads at a time
+    planes, count = batch_size * heads, len(sizes.levels) // 2
+    levels = tuple(zip(sizes.levels[::2], sizes.levels[1::2], strict=True))
+    cells = sum((height + 1) * (width + 1) for height, width in levels)
+    pairs_of_cells = sum((height + 1) * width for height, width in levels)
+    of_plane = sizes.queries * sizes.points
+    chunks = min(max(of_plane // config.chunk, 1), config.chunks)
+    counters = planes * cells * chunks
+    if counters >= 1 << 31 or of_plane >= 1 << 30:
+        raise ValueError(
+            f"value of shape {tuple(sizes.shape)} with {of_plane} points of a level has {counters} counters; expected "
+            "less than 2^30 points and 2^31 counters"
+        )
+    arguments |= {"cells": cells, "chunks": chunks}
+    of_points = {"P": sizes.points, "points_per_chunk": 32 * ceil_div(of_plane, 32 * chunks)}
+    return BackwardPlan(
+        counters,
+        _deformable_attention_ranks_kernel.plan(
+            (planes * chunks, count), **arguments, **of_points, BLOCK=32, num_warps=1
+        ),
+        _deformable_attention_bwd_kernel.plan(
+            (planes * ceil_div(of_plane, block),),
+            **sizes.value_arguments(),
+            **arguments,
+            **of_points,
+            **of_rows,
+            BLOCK_K=block,
+            num_warps=1,
+            maxnreg=255,  # otherwise ptxas spills: that of Triton 3.7 in 96, and that of 3.6 in 168
+        ),
+        _deformable_attention_grad_kernel.plan(
+            (planes * ceil_div(pairs_of_cells, block - 1),),
+            **arguments,
+            **of_rows,
+            S=num_pixels,
+            pairs=pairs_of_cells,
+            BLOCK_S=block,
+            num_warps=1,
+            maxnreg=255,
+        ),
+    )
 
 
 def deformable_attention_backward(
     grad_out: Tensor, value: Tensor, locations: Tensor, weights: Tensor, shapes: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``fastmask::deformable_attention_backward``: the gradients of the values, the locations and the weights."""
-    batch_size, num_pixels, heads, _ = value.shape
-    num_queries, num_points = locations.shape[1], locations.shape[4]
-    grad_locations, grad_weights = locations.new_empty(locations.shape), weights.new_empty(weights.shape)
-    grad_value = value.new_empty(value.shape)
+    device = value.device
+    grad_locations, grad_weights, grad_value = (
+        torch.empty(x.shape, dtype=x.dtype, device=device) for x in (locations, weights, value)
+    )
     if weights.numel() == 0 or value.numel() == 0:
         return grad_value.zero_(), grad_locations.zero_(), grad_weights.zero_()
-    arguments = launch_arguments(value, shapes, num_points) | {"Q": num_queries} | COMPILER_OPTIONS
-    of_rows = tiles(value, 1) | {"HEAD_DIM": arguments.pop("HEAD_DIM")}
-    block = 32 * 16 // (of_rows["TILE_D"] * value.element_size())  # rows that a warp reads at a time
-    config = pick_config(CONFIGS, value.device)
-    planes, levels = batch_size * heads, len(shapes) // 2
-    cells = sum((height + 1) * (width + 1) for height, width in zip(shapes[::2], shapes[1::2], strict=True))
-    of_plane = num_queries * num_points
-    chunks = min(max(of_plane // config.chunk, 1), config.chunks)
-    counters = planes * cells * chunks
-    if counters >= 1 << 31 or of_plane >= 1 << 30:
-        raise ValueError(
-            f"value of shape {tuple(value.shape)} with {of_plane} points of a level has {counters} counters; expected "
-            "less than 2^30 points and 2^31 counters"
-        )
-    arguments |= {
-        "locations_ptr": words(locations),
-        "cells": cells,
-        "chunks": chunks,
-        "points_per_chunk": 32 * triton.cdiv(of_plane, 32 * chunks),
-    }
-    counts = torch.zeros(counters + 1, dtype=torch.int32, device=value.device)
+    value = with_contiguous_rows(value)
+    steps = plan_backward(pick_config(CONFIGS, device), sizes_of(value, locations, shapes))
+    locations, grad_out = words(locations), grad_out.contiguous()
+    counts = torch.zeros(steps.counters + 1, dtype=torch.int32, device=device)
     ranks = counts.new_empty(weights.shape)
-    _deformable_attention_ranks_kernel[(planes * chunks, levels)](
-        **arguments, counts_ptr=counts[1:], ranks_ptr=ranks, BLOCK=32, num_warps=1
-    )
+    steps.ranks(locations_ptr=locations, counts_ptr=counts[1:], ranks_ptr=ranks)
     starts = counts.cumsum(0, dtype=torch.int32 if weights.numel() < 1 << 31 else torch.int64)
-    points = torch.empty((weights.numel(), 2), dtype=torch.int64, device=value.device)
-    of_points = {"grad_out_ptr": grad_out.contiguous(), "starts_ptr": starts, "points_ptr": points} | of_rows
-    _deformable_attention_bwd_kernel[(planes * triton.cdiv(of_plane, block),)](
-        **value_arguments(with_contiguous_rows(value)),
-        **arguments,
+    points = torch.empty((weights.numel(), 2), dtype=torch.int64, device=device)
+    of_points = {"grad_out_ptr": grad_out, "starts_ptr": starts, "points_ptr": points}
+    steps.points(
         **of_points,
-        zeros_ptr=value.new_zeros(value.shape[3]),
+        value_ptr=value,
+        zeros_ptr=torch.zeros(value.shape[3], dtype=value.dtype, device=device),
+        locations_ptr=locations,
         weights_ptr=weights.contiguous(),
         ranks_ptr=ranks,
         grad_locations_ptr=words(grad_locations),
         grad_weights_ptr=grad_weights,
-        BLOCK_K=block,
-        num_warps=1,
-        maxnreg=255,  # otherwise ptxas spills: that of Triton 3.7 in 96, and that of 3.6 in 168
     )
-    for name in ("locations_ptr", "P", "points_per_chunk"):
-        del arguments[name]
-    pairs_of_cells = sum((height + 1) * width for height, width in zip(shapes[::2], shapes[1::2], strict=True))
-    _deformable_attention_grad_kernel[(planes * triton.cdiv(pairs_of_cells, block - 1),)](
-        **arguments,
-        **of_points,
-        grad_ptr=grad_value,
-        S=num_pixels,
-        pairs=pairs_of_cells,
-        BLOCK_S=block,
-        num_warps=1,
-        maxnreg=255,
-    )
+    steps.grad(**of_points, grad_ptr=grad_value)
     return grad_value, grad_locations, grad_weights

@@ -8,16 +8,17 @@ kernel combines the programs' sums and bounds in order.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmask.kernels._common import COMPILER_OPTIONS, _exp2, _reciprocal, kernel, pick_config
+from fastmask.kernels._common import COMPILER_OPTIONS, _exp2, _reciprocal, ceil_div, pick_config
+from fastmask.kernels._launch import Launch, cached_plan, kernel
 from fastmask.kernels._layout import with_contiguous_planes
-from fastmask.kernels._resample import Resampling, _table_pitch, _within_bounds, make_taps
+from fastmask.kernels._resample import Resampling, TapsPlan, _table_pitch, _within_bounds, plan_taps
 from fastmask.kernels._stage import count_nans
 
 
@@ -158,9 +159,16 @@ def _instance_fwd_kernel(
 
 
 @kernel
-def _instance_reduce_kernel(sums_ptr, bounds_ptr, sum_ptr, area_ptr, box_ptr, parts, BLOCK_P: tl.constexpr):
-    """Combines the parts of one mask: foreground sum, area, and box; zeros for an empty mask."""
+def _instance_reduce_kernel(
+    sums_ptr, bounds_ptr, queries_ptr, count_ptr, sum_ptr, area_ptr, box_ptr, nan_ptr, N, R, parts,
+    BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Combines the parts of one mask: foreground sum, area, and box; zeros for an empty mask. The mask's number of NaN
+    logits is that of its query in count (B, N); 0 for padding."""
     pair = tl.program_id(0).to(tl.int64)
+    query = tl.load(queries_ptr + pair)
+    real = (query >= 0) & (query < N)
+    tl.store(nan_ptr + pair, tl.load(count_ptr + pair // R * N + query, mask=real, other=0))
     total = tl.zeros([BLOCK_P], dtype=tl.float64)
     area = tl.zeros([BLOCK_P], dtype=tl.int32)
     left = tl.full([BLOCK_P], 1 << 30, dtype=tl.int32)
@@ -186,52 +194,34 @@ def _instance_reduce_kernel(sums_ptr, bounds_ptr, sum_ptr, area_ptr, box_ptr, pa
     tl.store(box_ptr + pair * 4 + 3, tl.max(bottom, 0))
 
 
-def instance_masks(
-    mask_logits: Tensor,
-    queries: Tensor,
-    packed: bool,
-    *geometry: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``fastmask::instance_masks``: masks (B, R, out_rows, W) bool or packed (B, R, out_rows, ceil(W / 8)) uint8, the
-    foreground sum, area, box (left, top, right, bottom) and number of NaN logits of each. ``geometry``: see
-    ``Resampling``."""
-    device = mask_logits.device
-    resampling = Resampling(*geometry)
+class InstancePlan(NamedTuple):
+    """The launches for some sizes, and the number of parts of each mask."""
+
+    parts: int
+    taps: TapsPlan
+    forward: Launch
+    reduction: Launch
+
+
+@cached_plan
+def plan(
+    device: torch.device, config: InstanceConfig, shape: tuple[int, ...], strides: tuple[int, ...],
+    queries: tuple[int, ...], packed: bool, resampling: Resampling,
+) -> InstancePlan:  # fmt: skip
+    """For mask logits of this shape and these strides, and queries (B, R)."""
     height, width, out_top = resampling.out_rows, resampling.size[1], resampling.out_top
-    mask_logits = with_contiguous_planes(mask_logits)
-    count = mask_logits.shape[1]
-    groups_x = triton.cdiv(width, 8)
-    # Rows of bytes are padded to whole groups, so that each group is stored at once.
-    shape = (*queries.shape, height, groups_x if packed else 8 * groups_x)
-    rows_of_masks = torch.empty(shape, dtype=torch.uint8 if packed else torch.bool, device=device)
-    masks = rows_of_masks if packed else rows_of_masks[..., :width]
-    foreground_sum = torch.empty(queries.shape, dtype=torch.float32, device=device)
-    area = torch.empty(queries.shape, dtype=torch.int32, device=device)
-    boxes = torch.empty((*queries.shape, 4), dtype=torch.int32, device=device)
-    pairs = queries.numel()
-    if pairs == 0 or count == 0:
-        return masks.zero_(), foreground_sum.zero_(), area.zero_(), boxes.zero_(), torch.zeros_like(area)
-    real = (queries >= 0) & (queries < count)
-    nan_logits = torch.where(real, count_nans(mask_logits).gather(1, queries.clamp(0, count - 1)), 0)
-    config = pick_config(CONFIGS, device)
-    stride_b, stride_n = mask_logits.stride()[:2]
-    column_blocks = triton.cdiv(groups_x, config.groups)
-    parts = column_blocks * triton.cdiv(height, config.rows)
-    sums = torch.empty((pairs, parts), dtype=torch.float32, device=device)
-    bounds = torch.empty((pairs, parts, 5), dtype=torch.int32, device=device)
-    taps = make_taps(*resampling.axes(), out_top, height, resampling.in_top, mask_logits.shape[2], width, device)
-    _instance_fwd_kernel[(pairs, parts)](
-        logits_ptr=mask_logits,
-        stride_b=stride_b,
-        stride_n=stride_n,
-        queries_ptr=queries.contiguous(),
-        **taps.arguments(),
-        masks_ptr=rows_of_masks.view(torch.uint8),
-        sums_ptr=sums,
-        bounds_ptr=bounds,
-        N=count,
-        R=queries.shape[1],
-        w=mask_logits.shape[3],
+    groups_x = ceil_div(width, 8)
+    column_blocks = ceil_div(groups_x, config.groups)
+    pairs, parts = queries[0] * queries[1], column_blocks * ceil_div(height, config.rows)
+    taps = plan_taps(*resampling.axes(), out_top, height, resampling.in_top, shape[2], width)
+    forward = _instance_fwd_kernel.plan(
+        (pairs, parts),
+        stride_b=strides[0],
+        stride_n=strides[1],
+        **taps.arguments,
+        N=shape[1],
+        R=queries[1],
+        w=shape[3],
         H=height,
         groups_x=groups_x,
         column_blocks=column_blocks,
@@ -242,15 +232,58 @@ def instance_masks(
         num_warps=config.groups // 32,
         **COMPILER_OPTIONS,
     )
-    _instance_reduce_kernel[(pairs,)](
+    reduction = _instance_reduce_kernel.plan(
+        (pairs,), N=shape[1], R=queries[1], parts=parts, BLOCK_P=256, num_warps=1, **COMPILER_OPTIONS
+    )
+    return InstancePlan(parts, taps, forward, reduction)
+
+
+def instance_masks(
+    mask_logits: Tensor,
+    queries: Tensor,
+    packed: bool,
+    *geometry: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``fastmask::instance_masks``: masks (B, R, out_rows, W) bool or packed (B, R, out_rows, ceil(W / 8)) uint8, the
+    foreground sum, area, box (left, top, right, bottom) and number of NaN logits of each. ``geometry``: see
+    ``Resampling``."""
+    device = mask_logits.device
+    resampling = Resampling.of(*geometry)
+    height, width = resampling.out_rows, resampling.size[1]
+    mask_logits = with_contiguous_planes(mask_logits)
+    count = mask_logits.shape[1]
+    groups_x = ceil_div(width, 8)
+    # Rows of bytes are padded to whole groups, so that each group is stored at once.
+    shape = (*queries.shape, height, groups_x if packed else 8 * groups_x)
+    rows_of_masks = torch.empty(shape, dtype=torch.uint8 if packed else torch.bool, device=device)
+    masks = rows_of_masks if packed else rows_of_masks[..., :width]
+    foreground_sum = torch.empty(queries.shape, dtype=torch.float32, device=device)
+    area = torch.empty(queries.shape, dtype=torch.int32, device=device)
+    boxes = torch.empty((*queries.shape, 4), dtype=torch.int32, device=device)
+    pairs = queries.numel()
+    if pairs == 0 or count == 0:
+        return masks.zero_(), foreground_sum.zero_(), area.zero_(), boxes.zero_(), torch.zeros_like(area)
+    config, queries = pick_config(CONFIGS, device), queries.contiguous()
+    steps = plan(device, config, mask_logits.shape, mask_logits.stride(), queries.shape, packed, resampling)
+    sums = torch.empty((pairs, steps.parts), dtype=torch.float32, device=device)
+    bounds = torch.empty((pairs, steps.parts, 5), dtype=torch.int32, device=device)
+    steps.forward(
+        logits_ptr=mask_logits,
+        queries_ptr=queries,
+        **steps.taps.tables(device),
+        masks_ptr=rows_of_masks.view(torch.uint8),
         sums_ptr=sums,
         bounds_ptr=bounds,
+    )
+    nan_logits = torch.empty_like(area)
+    steps.reduction(
+        sums_ptr=sums,
+        bounds_ptr=bounds,
+        queries_ptr=queries,
+        count_ptr=count_nans(mask_logits),
         sum_ptr=foreground_sum,
         area_ptr=area,
         box_ptr=boxes,
-        parts=parts,
-        BLOCK_P=256,
-        num_warps=1,
-        **COMPILER_OPTIONS,
+        nan_ptr=nan_logits,
     )
     return masks, foreground_sum, area, boxes, nan_logits

@@ -15,21 +15,25 @@ the third adds the splits of the pixels in order. The second takes most of the t
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from fastmask.kernels._common import (
     COMPILER_OPTIONS,
+    TargetSizes,
+    Term,
     _counted,
     _plane,
-    kernel,
     pick_config,
-    plane_arguments,
-    target_arguments,
-    term_arguments,
+    plane_sizes,
+    target_planes,
+    with_contiguous_rows,
 )
-from fastmask.kernels._costs import CostConfig, CostSums, _add_block, _store_sums, add_up
+from fastmask.kernels._costs import CostConfig, CostSums, CostWeights, _add_block, _store_sums, plan_reduction
+from fastmask.kernels._launch import Launch, cached_plan, kernel
 from fastmask.kernels._layout import with_contiguous_planes
 
 # With more stages, Triton 3.6's kernel for sm_100 hangs in an emulator (no GPU has run it); on sm_120, three spill.
@@ -140,59 +144,93 @@ def _mask_cost_fwd_kernel(
     _store_sums(sums_ptr, probability, loss, image_block, rows, B, R, BLOCK_M)
 
 
+class MaskCostPlan(NamedTuple):
+    """The launches for some sizes, and the shapes and the dtype of the memory between them."""
+
+    sums: CostSums
+    words: tuple[int, ...]
+    words_dtype: torch.dtype
+    targets: Launch
+    forward: Launch
+    reduction: Launch
+
+
+@cached_plan
+def plan(
+    device: torch.device, config: CostConfig, cost: tuple[int, ...], grid: tuple[int, int], strides: tuple[int, ...],
+    classes: int, class_strides: tuple[int, ...], targets: TargetSizes, weights: CostWeights, term: Term,
+) -> MaskCostPlan:  # fmt: skip
+    layers, batch, queries, num_targets = cost
+    h, w = grid
+    sums = CostSums.of(cost, h * w, config)
+    wide = sums.block_targets == 64
+    block_pixels = config.block // 2 if wide else config.block  # the sums take twice the registers
+    _, blocks, _ = sums.target_programs
+    planes = plane_sizes(grid, strides)
+    return MaskCostPlan(
+        sums,
+        (batch, blocks, h * w),
+        torch.int64 if wide else torch.int32,
+        _mask_cost_targets_kernel.plan(
+            sums.target_programs,
+            **targets._asdict(),
+            B=batch,
+            M=num_targets,
+            h=h,
+            w=w,
+            scale_y=targets.H / h,
+            scale_x=targets.W / w,
+            pixels_per_split=sums.per_target_split,
+            BLOCK_C=config.target_block // (1 if targets.HAS_SEGMENTS else 16 if wide else 4),
+            BLOCK_M=sums.block_targets,
+            num_warps=4,
+            **COMPILER_OPTIONS,
+        ),
+        _mask_cost_fwd_kernel.plan(
+            sums.programs,
+            **planes,
+            B=batch,
+            N=queries,
+            R=layers * queries,
+            P=h * w // planes["UNIT"],
+            blocks_per_split=sums.per_split // block_pixels,
+            row_blocks=sums.row_blocks,
+            **term.arguments(),
+            HAS_VOID=targets.HAS_VOID,
+            BLOCK_R=config.rows,
+            BLOCK_C=block_pixels,
+            BLOCK_M=sums.block_targets,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            **COMPILER_OPTIONS,
+        ),
+        plan_reduction(sums, cost, classes, class_strides, weights),
+    )
+
+
 def mask_cost(
     class_logits: Tensor, mask_logits: Tensor, labels: Tensor, masks: Tensor | None, segments: Tensor | None,
     valid: Tensor | None, void_value: int, ignore_void: bool, cost_class: float, cost_mask: float, cost_dice: float,
     mask_term: str, alpha: float, gamma: float,
 ) -> Tensor:  # fmt: skip
     """``fastmask::mask_cost``, (L, B, N, M) float32; launches only, so it can be captured in a CUDA graph."""
-    layers, batch, queries, h, w = mask_logits.shape
-    num_targets = labels.shape[1]
-    cost = mask_logits.new_empty((layers, batch, queries, num_targets), dtype=torch.float32)
-    if cost.numel() == 0:
+    *rows, h, w = mask_logits.shape
+    device = mask_logits.device
+    shape = (*rows, labels.shape[1])
+    cost = torch.empty(shape, dtype=torch.float32, device=device)
+    if 0 in shape:
         return cost
-    config = pick_config(CONFIGS, mask_logits.device)
-    planes = plane_arguments(with_contiguous_planes(mask_logits))
-    targets = target_arguments(masks, segments, valid, void_value, ignore_void)
-    sums = CostSums.empty(cost, h * w, config)
-    wide = sums.block_targets == 64
-    block_pixels = config.block // 2 if wide else config.block  # the sums take twice the registers
-    _, blocks, _ = sums.target_programs
-    words = labels.new_empty((batch, blocks, h * w), dtype=torch.int64 if wide else torch.int32)
-    _mask_cost_targets_kernel[sums.target_programs](
-        **targets,
-        words_ptr=words,
-        areas_ptr=sums.areas,
-        B=batch,
-        M=num_targets,
-        h=h,
-        w=w,
-        scale_y=targets["H"] / h,
-        scale_x=targets["W"] / w,
-        pixels_per_split=sums.per_target_split,
-        BLOCK_C=config.target_block // (1 if segments is not None else 16 if wide else 4),
-        BLOCK_M=sums.block_targets,
-        num_warps=4,
-        **COMPILER_OPTIONS,
+    mask_logits, class_logits = with_contiguous_planes(mask_logits), with_contiguous_rows(class_logits)
+    target, counted, sizes = target_planes(masks, segments, valid, void_value, ignore_void)
+    weights, term = CostWeights(cost_class, cost_mask, cost_dice), Term(mask_term, alpha, gamma)
+    config = pick_config(CONFIGS, device)
+    classes, class_strides = class_logits.shape[-1], class_logits.stride()
+    steps = plan(device, config, shape, (h, w), mask_logits.stride(), classes, class_strides, sizes, weights, term)
+    words = torch.empty(steps.words, dtype=steps.words_dtype, device=device)
+    sums, areas = cost.new_empty(steps.sums.sums), cost.new_empty(steps.sums.areas)
+    steps.targets(target_ptr=target, valid_ptr=counted, words_ptr=words, areas_ptr=areas)
+    steps.forward(logits_ptr=mask_logits, words_ptr=words, sums_ptr=sums)
+    steps.reduction(
+        class_ptr=class_logits, labels_ptr=labels.contiguous(), sums_ptr=sums, areas_ptr=areas, cost_ptr=cost
     )
-    _mask_cost_fwd_kernel[sums.programs](
-        **planes,
-        words_ptr=words,
-        sums_ptr=sums.sums,
-        B=batch,
-        N=queries,
-        R=layers * queries,
-        P=h * w // planes["UNIT"],
-        blocks_per_split=sums.per_split // block_pixels,
-        row_blocks=sums.row_blocks,
-        **term_arguments(mask_term, alpha, gamma),
-        HAS_VOID=targets["HAS_VOID"],
-        BLOCK_R=config.rows,
-        BLOCK_C=block_pixels,
-        BLOCK_M=sums.block_targets,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        **COMPILER_OPTIONS,
-    )
-    add_up(sums, class_logits, labels, cost, cost_class, cost_mask, cost_dice)
     return cost

@@ -14,7 +14,7 @@ segment maps 4 MB, the slopes 377 MB.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -37,21 +37,24 @@ from fastmask.kernels._common import (
     _log2,
     _plane,
     _reciprocal,
+    ceil_div,
     check_positions,
-    kernel,
     pick_config,
-    plane_arguments,
+    plane_sizes,
     power_of_two,
 )
+from fastmask.kernels._launch import Launch, cached_plan, kernel
 from fastmask.kernels._layout import with_contiguous_planes
 from fastmask.kernels._pairs import (
+    PairSizes,
     _matched_query,
     _next_target,
     _store_part,
     _targets_of_query,
     add_parts,
     gradient_of_pairs,
-    pair_arguments,
+    pairs_of,
+    plan_reduction,
 )
 
 REGISTERS = 65_536  # of a multiprocessor
@@ -322,65 +325,89 @@ def whole_ratio(size: int, logits: int, most: int) -> int:
     return ratio if rest == 0 and ratio <= most else 0
 
 
-def launch_forward(
-    mask_logits: Tensor, assignment: Tensor, *inputs: Any, keep_slopes: bool
-) -> tuple[dict[str, Any], Tensor, Tensor]:
-    """Returns the kernel's arguments, the parts of the sums, and the slopes, or none."""
-    config = pick_config(CONFIGS, mask_logits.device)
-    mask_logits = with_contiguous_planes(mask_logits)
-    h, w = mask_logits.shape[-2:]
-    arguments = pair_arguments(mask_logits, assignment, *inputs, sizes=(w,))
-    height, width = arguments["H"], arguments["W"]
-    check_positions(arguments, SLOPES * h * w)
+class ForwardPlan(NamedTuple):
+    """The launches for some sizes, and the shapes of the memory for parts of the sums and for slopes."""
 
-    rows, columns = whole_ratio(height, h, config.rows), whole_ratio(width, w, config.outputs)
-    outputs = triton.cdiv(width, w)  # the most outputs per cell
+    parts: tuple[int, ...]
+    slopes: tuple[int, ...]
+    forward: Launch
+    reduction: Launch
+
+
+@cached_plan
+def plan_forward(
+    device: torch.device, config: MaskLossConfig, sizes: PairSizes, words: bool, keep_slopes: bool
+) -> ForwardPlan:
+    """With ``words``, four targets are read at once."""
+    layers, batch, _, h, w = sizes.shape
+    targets, pairs = sizes.targets, sizes.pairs
+    check_positions(targets, SLOPES * h * w)
+    arguments = sizes.arguments(w)
+    rows, columns = whole_ratio(targets.H, h, config.rows), whole_ratio(targets.W, w, config.outputs)
+    outputs = ceil_div(targets.W, w)  # the most outputs per cell
     block_outputs = columns or power_of_two(outputs, 1, config.outputs)
-    words = False
-    if columns % 4 == 0 < columns and arguments["target_ptr"].dtype == torch.uint8:
-        planes = {name: arguments[name] for name in ("target_ptr", "valid_ptr") if arguments[name] is not None}
-        words = all(plane.data_ptr() % 4 == 0 for plane in planes.values())
-        if words:
-            arguments |= {name: plane.view(torch.int32) for name, plane in planes.items()}
     cells = power_of_two(w, 32, config.cells)
     warps = max(1, cells // config.cells_per_warp)
     halo = 1 if keep_slopes and w > cells else 0  # cells at both ends of a program's columns, which share outputs
-    column_blocks = triton.cdiv(w, cells - 2 * halo)
-    pairs = assignment.numel()
+    column_blocks = ceil_div(w, cells - 2 * halo)
     splits = config.programs // max(pairs * column_blocks, 1)
-    splits = max(1, min(splits, triton.cdiv(h, config.min_rows)))
-    rows_per_split = triton.cdiv(h, splits)
-    splits = triton.cdiv(h, rows_per_split)
-    parts = mask_logits.new_empty((pairs, splits * column_blocks, 5), dtype=torch.float32)
-    slopes = parts.new_empty((*assignment.shape, SLOPES, h, w) if keep_slopes else 0)
-    if pairs > 0:
-        _mask_loss_fwd_kernel[(pairs, column_blocks, splits)](
-            **arguments | {"w": w // arguments["UNIT"]},
-            sums_ptr=parts,
-            slopes_ptr=slopes if keep_slopes else None,
-            rows_per_split=rows_per_split,
-            chunks=triton.cdiv(outputs, block_outputs),
-            KEEP_SLOPES=keep_slopes,
-            ROWS=rows,
-            COLUMNS=columns,
-            WORDS=words,
-            ONE_CHUNK=outputs <= block_outputs,
-            HALO=halo,
-            BLOCK_C=cells,
-            BLOCK_K=block_outputs,
-            num_warps=warps,
-            # Otherwise ptxas takes 168, so that twelve warps fit a multiprocessor, and spills if pixels may be void.
-            maxnreg=min(255, REGISTERS // (32 * warps)) if keep_slopes and arguments["HAS_VOID"] else None,
-        )
-    return arguments, parts, slopes
+    splits = max(1, min(splits, ceil_div(h, config.min_rows)))
+    rows_per_split = ceil_div(h, splits)
+    splits = ceil_div(h, rows_per_split)
+    parts = splits * column_blocks
+    forward = _mask_loss_fwd_kernel.plan(
+        (pairs, column_blocks, splits),
+        **arguments | {"w": w // arguments["UNIT"]},
+        rows_per_split=rows_per_split,
+        chunks=ceil_div(outputs, block_outputs),
+        KEEP_SLOPES=keep_slopes,
+        ROWS=rows,
+        COLUMNS=columns,
+        WORDS=words,
+        ONE_CHUNK=outputs <= block_outputs,
+        HALO=halo,
+        BLOCK_C=cells,
+        BLOCK_K=block_outputs,
+        num_warps=warps,
+        # Otherwise ptxas takes 168, so that twelve warps fit a multiprocessor, and spills if pixels may be void.
+        maxnreg=min(255, REGISTERS // (32 * warps)) if keep_slopes and targets.HAS_VOID else None,
+    )
+    slopes = (layers, batch, sizes.num_targets, SLOPES, h, w) if keep_slopes else (0,)
+    return ForwardPlan((pairs, parts, 5), slopes, forward, plan_reduction(sizes, parts))
+
+
+def reads_words(tensors: dict[str, Tensor | None], config: MaskLossConfig, sizes: PairSizes) -> bool:
+    """Whether the targets are bytes that can be read four at a time; views them so."""
+    columns = whole_ratio(sizes.targets.W, sizes.shape[-1], config.outputs)
+    planes = {name: tensors[name] for name in ("target_ptr", "valid_ptr") if tensors[name] is not None}
+    words = columns % 4 == 0 < columns and planes["target_ptr"].dtype == torch.uint8
+    if words := words and all(plane.data_ptr() % 4 == 0 for plane in planes.values()):
+        tensors |= {name: plane.view(torch.int32) for name, plane in planes.items()}
+    return words
+
+
+def launch_forward(
+    mask_logits: Tensor, assignment: Tensor, *inputs: Any, keep_slopes: bool
+) -> tuple[ForwardPlan, dict[str, Tensor | None], Tensor, Tensor]:
+    """Returns the plan, the tensors that it read, the parts of the sums, and the slopes, or none."""
+    device = mask_logits.device
+    config = pick_config(CONFIGS, device)
+    tensors, sizes = pairs_of(with_contiguous_planes(mask_logits), assignment, *inputs)
+    words = reads_words(tensors, config, sizes)
+    steps = plan_forward(device, config, sizes, words, keep_slopes)
+    parts = torch.empty(steps.parts, dtype=torch.float32, device=device)
+    slopes = parts.new_empty(steps.slopes)
+    if steps.parts[0] > 0:
+        steps.forward(**tensors, sums_ptr=parts, slopes_ptr=slopes if keep_slopes else None)
+    return steps, tensors, parts, slopes
 
 
 def mask_loss(mask_logits: Tensor, assignment: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``fastmask::mask_loss``: both losses (L, B, M), the sums (L, B, M, 4) and, if they are to be kept, the slopes
     (L, B, M, 3, h, w) for backward."""
     *inputs, keep_slopes = inputs
-    arguments, parts, slopes = launch_forward(mask_logits, assignment, *inputs, keep_slopes=keep_slopes)
-    return *add_parts(arguments, parts), slopes
+    steps, tensors, parts, slopes = launch_forward(mask_logits, assignment, *inputs, keep_slopes=keep_slopes)
+    return *add_parts(steps.reduction, tensors["assignment_ptr"], tensors["labels_ptr"], parts), slopes
 
 
 @triton.jit
@@ -437,32 +464,41 @@ def _mask_loss_bwd_kernel(
         tl.store(grad_plane_ptr + pixel, grad.to(grad_ptr.dtype.element_ty), mask=pixel < pixels)
 
 
+@cached_plan
+def plan_backward(
+    device: torch.device, config: MaskLossConfig, grad: tuple[int, ...], strides: tuple[int, ...], num_targets: int
+) -> Launch:
+    layers, batch, queries, h, w = grad
+    planes = plane_sizes(grad, strides)
+    return _mask_loss_bwd_kernel.plan(
+        (layers * batch * queries, ceil_div(h * w, config.pixels * config.blocks)),
+        **planes,
+        B=batch,
+        N=queries,
+        M=num_targets,
+        pixels=h * w // planes["UNIT"],
+        BLOCKS=config.blocks,
+        BLOCK_P=config.pixels,
+        BLOCK_M=power_of_two(num_targets, 16, 1 << 30),
+        num_warps=4,
+        **COMPILER_OPTIONS,
+    )
+
+
 @gradient_of_pairs
 def mask_loss_backward(
     grad: Tensor, of_pairs: dict[str, Tensor], slopes: Tensor, mask_logits: Tensor, assignment: Tensor, *inputs: Any
 ) -> None:
     """``fastmask::mask_loss_backward``; computes slopes again that forward did not keep."""
-    config = pick_config(CONFIGS, mask_logits.device)
     if slopes.numel() == 0:
         *_, slopes = launch_forward(mask_logits, assignment, *inputs, keep_slopes=True)
     labels, *_ = inputs
-    pixels = mask_logits.shape[-2] * mask_logits.shape[-1]
-    planes = plane_arguments(grad)
-    planes["grad_ptr"] = planes.pop("logits_ptr")
-    _, batch, queries = grad.shape[:3]
-    _mask_loss_bwd_kernel[(grad[..., 0, 0].numel(), triton.cdiv(pixels, config.pixels * config.blocks))](
-        **planes,
+    config = pick_config(CONFIGS, grad.device)
+    launch = plan_backward(grad.device, config, grad.shape, grad.stride(), labels.shape[1])
+    launch(
+        grad_ptr=grad,
         **of_pairs,
         slopes_ptr=slopes,
         assignment_ptr=assignment.contiguous(),
         labels_ptr=labels.contiguous(),
-        B=batch,
-        N=queries,
-        M=labels.shape[1],
-        pixels=pixels // planes["UNIT"],
-        BLOCKS=config.blocks,
-        BLOCK_P=config.pixels,
-        BLOCK_M=power_of_two(labels.shape[1], 16, 1 << 30),
-        num_warps=4,
-        **COMPILER_OPTIONS,
     )

@@ -24,16 +24,38 @@ cores 28 us. The time is proportional to the number of keys.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmask.kernels._attention_configs import BACKWARD_CONFIGS, FORWARD_CONFIGS, Configs, config_of_heads
-from fastmask.kernels._common import COMPILER_OPTIONS, kernel, power_of_two, unit, with_contiguous_rows
-from fastmask.kernels.attended_keys import _attends, _lowest_block, _occupied_blocks, _readable, attended_keys
+from fastmask.kernels._attention_configs import (
+    BACKWARD_CONFIGS,
+    FORWARD_CONFIGS,
+    Configs,
+    MaskedAttentionConfig,
+    config_of_heads,
+)
+from fastmask.kernels._common import (
+    COMPILER_OPTIONS,
+    ceil_div,
+    power_of_two,
+    unit,
+    with_contiguous_rows,
+)
+from fastmask.kernels._launch import Launch, cached_plan, kernel
+from fastmask.kernels.attended_keys import (
+    NO_BITS,
+    AttendedKeysPlan,
+    _attends,
+    _lowest_block,
+    _occupied_blocks,
+    _readable,
+    attended_keys,
+    plan_attended_keys,
+)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -190,22 +212,134 @@ def _masked_attention_reduce_kernel(
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=there)
 
 
-def add_splits(parts: Tensor, lse_parts: Tensor | None, out: Tensor, lse: Tensor | None, num_heads: int) -> None:
-    """Writes ``out`` (B, N, E) and ``lse`` (B, heads, N) from the splits' parts; without ``lse``, ``out`` is a sum."""
-    splits, batch, queries, channels = parts.shape
-    head_dim = channels // num_heads
-    query_blocks = triton.cdiv(queries, 16)
-    _masked_attention_reduce_kernel[(batch * num_heads * query_blocks,)](
-        parts_ptr=parts,
-        lse_parts_ptr=lse_parts,
-        out_ptr=out,
-        lse_ptr=lse,
+def with_near_rows(x: Tensor) -> Tensor:
+    """``x (B, N or S, E)``, copied unless rows are contiguous and close enough for 32-bit positions within a block."""
+    return with_contiguous_rows(x if x.stride(1) < 1 << 22 else x.contiguous())
+
+
+# By the names of the arguments: images and rows of q, k, v and the gradient of the output.
+AXES = (("qb", "qn"), ("kb", "ks"), ("vb", "vs"), ("gb", "gn"))
+
+
+class AttentionSizes(NamedTuple):
+    """The sizes and options of a call.
+
+    Args:
+        shape: (B, N, E), of the queries.
+        strides: of images and rows of q, k, v and, in backward, of the gradient of the output.
+        grid: (height, width) of the keys.
+        mask_shape, mask_strides: those of the mask logits, or None.
+    """
+
+    device: torch.device
+    shape: tuple[int, ...]
+    strides: tuple[tuple[int, ...], ...]
+    grid: tuple[int, int]
+    mask_shape: tuple[int, ...] | None
+    mask_strides: tuple[int, ...]
+    has_padding: bool
+    heads: int
+    scale: float
+    dropout_p: float
+
+
+class AttentionPlan(NamedTuple):
+    """The launches for some sizes, the number of splits of the keys, and the number of blocks of queries."""
+
+    keys: AttendedKeysPlan | None
+    splits: int
+    query_blocks: int
+    launches: tuple[Launch, ...]
+    reduction: Launch | None
+
+
+def read_by_both(
+    configs: Configs, q: Tensor, k: Tensor, v: Tensor, mask_logits: Tensor | None, key_padding_mask: Tensor | None,
+    grid_height: int, grid_width: int, num_heads: int, scale: float, dropout_p: float, seed: Tensor | None,
+    grad_out: Tensor | None = None,
+) -> tuple[dict[str, Tensor | None], Tensor | None, AttentionSizes, MaskedAttentionConfig]:  # fmt: skip
+    """The tensors that the forward and backward kernels read, by the names of their arguments; the mask logits with
+    contiguous rows; the sizes and the configuration."""
+    rows = tuple(with_near_rows(x) for x in ((q, k, v) if grad_out is None else (q, k, v, grad_out)))
+    tensors: dict[str, Tensor | None] = dict(zip(("q_ptr", "k_ptr", "v_ptr", "grad_out_ptr"), rows, strict=False))
+    tensors["padding_ptr"] = None if key_padding_mask is None else key_padding_mask.contiguous().view(torch.uint8)
+    tensors["seed_ptr"] = seed if dropout_p > 0.0 else None
+    mask_shape, mask_strides = None, (0, 0, 0, 0)
+    if mask_logits is not None:
+        mask_logits = with_contiguous_rows(mask_logits)
+        mask_shape, mask_strides = mask_logits.shape, mask_logits.stride()
+    sizes = AttentionSizes(
+        q.device, q.shape, tuple(x.stride()[:2] for x in rows), (grid_height, grid_width), mask_shape, mask_strides,
+        key_padding_mask is not None, num_heads, scale, dropout_p,
+    )  # fmt: skip
+    return tensors, mask_logits, sizes, config_of_heads(configs, q, q.shape[2] // num_heads, dropout_p)
+
+
+def shared_arguments(
+    config: MaskedAttentionConfig, sizes: AttentionSizes
+) -> tuple[dict[str, Any], AttendedKeysPlan | None, int, int]:
+    """The arguments that the forward and backward kernels share, the plan of the attended keys, the number of blocks of
+    queries, and the number of splits of the keys."""
+    batch, queries, channels = sizes.shape
+    keys, head_dim = sizes.grid[0] * sizes.grid[1], channels // sizes.heads
+    block_queries = power_of_two(queries, min(64, config.queries), config.queries)
+    query_blocks = ceil_div(queries, block_queries)
+    forward = len(sizes.strides) == 3
+    programs = batch * sizes.heads * (query_blocks if forward else 1)  # backward: one after another
+    blocks = ceil_div(keys, config.keys)
+    splits = max(1, min(config.programs // programs, ceil_div(keys, config.min_keys)))
+    blocks_per_split = ceil_div(blocks, splits)
+    size = unit(*(stride for of_tensor in sizes.strides for stride in of_tensor))
+    plan = None
+    if sizes.mask_shape is not None or sizes.has_padding:
+        plan = plan_attended_keys(
+            sizes.device, batch, queries, sizes.mask_shape, sizes.mask_strides, sizes.has_padding, sizes.grid,
+            config.keys,
+        )  # fmt: skip
+    arguments = {
+        **{
+            f"stride_{axis}": stride // size
+            for axes, of_tensor in zip(AXES, sizes.strides, strict=False)
+            for axis, stride in zip(axes, of_tensor, strict=True)
+        },
+        **(NO_BITS if plan is None else plan.arguments),
+        "B": batch,
+        "N": queries,
+        "S": keys,
+        "heads": sizes.heads,
+        "blocks_per_split": blocks_per_split,
+        "scale": sizes.scale,
+        "dropout_p": sizes.dropout_p,
+        "HAS_PADDING": sizes.has_padding,
+        "HAS_DROPOUT": sizes.dropout_p > 0.0,
+        "UNIT": size,
+        "HEAD_DIM": head_dim,
+        "BLOCK_N": block_queries,
+        "BLOCK_S": config.keys,
+        "BLOCK_D": power_of_two(head_dim, 16, 128),
+        "num_warps": max(config.min_warps, block_queries // config.warp_queries),
+        "num_stages": config.num_stages,
+        "maxnreg": config.registers,
+        **COMPILER_OPTIONS,
+    }
+    return arguments, plan, query_blocks, ceil_div(blocks, blocks_per_split)
+
+
+def plan_reduction(sizes: AttentionSizes, splits: int, weighted: bool) -> Launch | None:
+    """The launch that adds the splits of the keys, if there are several; see ``_masked_attention_reduce_kernel``."""
+    if splits == 1:
+        return None
+    batch, queries, channels = sizes.shape
+    head_dim = channels // sizes.heads
+    query_blocks = ceil_div(queries, 16)
+    return _masked_attention_reduce_kernel.plan(
+        (batch * sizes.heads * query_blocks,),
         B=batch,
         N=queries,
-        heads=num_heads,
+        heads=sizes.heads,
         query_blocks=query_blocks,
         splits=splits,
-        WEIGHTED=lse_parts is not None,
+        WEIGHTED=weighted,
         HEAD_DIM=head_dim,
         BLOCK_N=16,
         BLOCK_D=power_of_two(head_dim, 16, 128),
@@ -214,65 +348,13 @@ def add_splits(parts: Tensor, lse_parts: Tensor | None, out: Tensor, lse: Tensor
     )
 
 
-def with_near_rows(x: Tensor) -> Tensor:
-    """``x (B, N or S, E)``, copied unless rows are contiguous and close enough for 32-bit positions within a block."""
-    return with_contiguous_rows(x if x.stride(1) < 1 << 22 else x.contiguous())
-
-
-def launch_arguments(
-    configs: Configs, q: Tensor, k: Tensor, v: Tensor, mask_logits: Tensor | None, key_padding_mask: Tensor | None,
-    grid_height: int, grid_width: int, num_heads: int, scale: float, dropout_p: float, seed: Tensor | None,
-    grad_out: Tensor | None = None,
-) -> tuple[dict[str, Any], int, int]:  # fmt: skip
-    """The arguments that the forward and backward kernels share, the number of blocks of queries, and the number of
-    splits of the keys."""
-    batch, queries, channels = q.shape
-    keys, head_dim = k.shape[1], channels // num_heads
-    config = config_of_heads(configs, q, head_dim, dropout_p)
-    block_queries = power_of_two(queries, min(64, config.queries), config.queries)
-    query_blocks = triton.cdiv(queries, block_queries)
-    programs = batch * num_heads * (query_blocks if grad_out is None else 1)  # backward: one after another
-    blocks = triton.cdiv(keys, config.keys)
-    splits = max(1, min(config.programs // programs, triton.cdiv(keys, config.min_keys)))
-    blocks_per_split = triton.cdiv(blocks, splits)
-    tensors = {"q": with_near_rows(q), "k": with_near_rows(k), "v": with_near_rows(v)}
-    if grad_out is not None:
-        tensors["grad_out"] = with_near_rows(grad_out)
-    size = unit(*(stride for x in tensors.values() for stride in x.stride()[:2]))
-    strides = {"q": ("qb", "qn"), "k": ("kb", "ks"), "v": ("vb", "vs"), "grad_out": ("gb", "gn")}
-    return (
-        {
-            **{f"{name}_ptr": x for name, x in tensors.items()},
-            **{
-                f"stride_{axis}": x.stride(i) // size
-                for name, x in tensors.items()
-                for i, axis in enumerate(strides[name])
-            },
-            "padding_ptr": None if key_padding_mask is None else key_padding_mask.contiguous().view(torch.uint8),
-            **attended_keys(mask_logits, key_padding_mask, q, (grid_height, grid_width), config.keys),
-            "seed_ptr": seed if dropout_p > 0.0 else None,
-            "B": batch,
-            "N": queries,
-            "S": keys,
-            "heads": num_heads,
-            "blocks_per_split": blocks_per_split,
-            "scale": scale,
-            "dropout_p": dropout_p,
-            "HAS_PADDING": key_padding_mask is not None,
-            "HAS_DROPOUT": dropout_p > 0.0,
-            "UNIT": size,
-            "HEAD_DIM": head_dim,
-            "BLOCK_N": block_queries,
-            "BLOCK_S": config.keys,
-            "BLOCK_D": power_of_two(head_dim, 16, 128),
-            "num_warps": max(config.min_warps, block_queries // config.warp_queries),
-            "num_stages": config.num_stages,
-            "maxnreg": config.registers,
-            **COMPILER_OPTIONS,
-        },
-        query_blocks,
-        triton.cdiv(blocks, blocks_per_split),
+@cached_plan
+def plan_forward(config: MaskedAttentionConfig, sizes: AttentionSizes) -> AttentionPlan:
+    arguments, keys, query_blocks, splits = shared_arguments(config, sizes)
+    launch = _masked_attention_fwd_kernel.plan(
+        (sizes.shape[0] * sizes.heads * query_blocks, splits), **arguments, query_blocks=query_blocks
     )
+    return AttentionPlan(keys, splits, query_blocks, (launch,), plan_reduction(sizes, splits, weighted=True))
 
 
 def masked_attention(
@@ -280,26 +362,27 @@ def masked_attention(
     grid_width: int, num_heads: int, scale: float, dropout_p: float, seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``fastmask::masked_attention``: out (B, N, E) and logsumexp (B, heads, N)."""
-    batch, queries, _ = q.shape
-    out = q.new_empty(q.shape)
-    lse = q.new_empty((batch, num_heads, queries), dtype=torch.float32)
+    batch, queries, _ = shape = q.shape
+    out = torch.empty(shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((batch, num_heads, queries), dtype=torch.float32, device=q.device)
     if k.numel() == 0:
         return out.zero_(), lse.fill_(float("inf"))
     if q.numel() == 0:
         return out, lse
-    arguments, query_blocks, splits = launch_arguments(
+    tensors, mask_logits, sizes, config = read_by_both(
         FORWARD_CONFIGS, q, k, v, mask_logits, key_padding_mask, grid_height, grid_width, num_heads, scale, dropout_p,
         seed,
     )  # fmt: skip
+    steps = plan_forward(config, sizes)
     parts, lse_parts = out, lse
-    if splits > 1:
-        parts = out.new_empty((splits, *out.shape), dtype=torch.float32)
-        lse_parts = lse.new_empty((splits, *lse.shape))
-    _masked_attention_fwd_kernel[(batch * num_heads * query_blocks, splits)](
-        **arguments, out_ptr=parts, lse_ptr=lse_parts, query_blocks=query_blocks
-    )
-    if splits > 1:
-        add_splits(parts, lse_parts, out, lse, num_heads)
+    if steps.reduction is not None:
+        parts = lse.new_empty((steps.splits, *shape))
+        lse_parts = lse.new_empty((steps.splits, *lse.shape))
+    attended = attended_keys(steps.keys, mask_logits, tensors["padding_ptr"])
+    for launch in steps.launches:
+        launch(**tensors, **attended, out_ptr=parts, lse_ptr=lse_parts)
+    if steps.reduction is not None:
+        steps.reduction(parts_ptr=parts, lse_parts_ptr=lse_parts, out_ptr=out, lse_ptr=lse)
     return out, lse
 
 
@@ -448,35 +531,55 @@ def _masked_attention_bwd_kernel(
         tl.store(grad_q_ptrs, (grad_q * scale).to(grad_q_ptr.dtype.element_ty), mask=there)
 
 
+@cached_plan
+def plan_backward(config: MaskedAttentionConfig, sizes: AttentionSizes, steps: tuple[str, ...]) -> AttentionPlan:
+    """Launches with these values of DELTA for each block of queries."""
+    arguments, keys, query_blocks, splits = shared_arguments(config, sizes)
+    launches = tuple(
+        _masked_attention_bwd_kernel.plan(
+            (sizes.shape[0] * sizes.heads, splits),
+            **arguments,
+            first_query=first_query,
+            DELTA=step,
+            ADDS=first_query > 0,
+        )
+        for first_query in range(0, sizes.shape[1], arguments["BLOCK_N"])
+        for step in steps
+    )
+    return AttentionPlan(keys, splits, query_blocks, launches, plan_reduction(sizes, splits, weighted=False))
+
+
 def masked_attention_backward(
     grad_out: Tensor, out: Tensor, logsumexp: Tensor, q: Tensor, k: Tensor, v: Tensor, *inputs: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``fastmask::masked_attention_backward``: the gradients of q, k and v, contiguous; ``inputs`` as in forward."""
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    arguments, query_blocks, splits = launch_arguments(BACKWARD_CONFIGS, q, k, v, *inputs, grad_out=grad_out)
-    pairs = arguments["B"] * arguments["heads"]
-    grad_q = q.new_empty(q.shape)
-    parts = grad_q if splits == 1 else grad_q.new_empty((splits, *q.shape), dtype=torch.float32)
-    # Sums over several blocks of queries accumulate in memory, in float32.
-    grad_dtype = k.dtype if query_blocks == 1 else torch.float32
-    grad_k, grad_v = (k.new_empty(k.shape, dtype=grad_dtype) for _ in range(2))
+    tensors, mask_logits, sizes, config = read_by_both(BACKWARD_CONFIGS, q, k, v, *inputs, grad_out=grad_out)
     single = q.dtype == torch.float32
-    delta = logsumexp.new_empty((splits, 2, *logsumexp.shape)) if single else None
-    for first_query in range(0, q.shape[1], arguments["BLOCK_N"]):
-        for step in ("summed", "known") if single else ("out",):
-            _masked_attention_bwd_kernel[(pairs, splits)](
-                **arguments,
-                out_ptr=out.contiguous(),
-                lse_ptr=logsumexp.contiguous(),
-                delta_ptr=delta,
-                grad_q_ptr=parts,
-                grad_k_ptr=grad_k,
-                grad_v_ptr=grad_v,
-                first_query=first_query,
-                DELTA=step,
-                ADDS=first_query > 0,
-            )
-    if splits > 1:
-        add_splits(parts, None, grad_q, None, arguments["heads"])
-    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
+    steps = plan_backward(config, sizes, ("summed", "known") if single else ("out",))
+    dtype, device = q.dtype, q.device
+    grad_q = torch.empty(q.shape, dtype=dtype, device=device)
+    parts = grad_q
+    if steps.reduction is not None:
+        parts = torch.empty((steps.splits, *q.shape), dtype=torch.float32, device=device)
+    # Sums over several blocks of queries accumulate in memory, in float32.
+    grad_dtype = dtype if steps.query_blocks == 1 else torch.float32
+    grad_k, grad_v = (torch.empty(k.shape, dtype=grad_dtype, device=device) for _ in range(2))
+    delta = logsumexp.new_empty((steps.splits, 2, *logsumexp.shape)) if single else None
+    attended = attended_keys(steps.keys, mask_logits, tensors["padding_ptr"])
+    out, logsumexp = out.contiguous(), logsumexp.contiguous()
+    for launch in steps.launches:
+        launch(
+            **tensors,
+            **attended,
+            out_ptr=out,
+            lse_ptr=logsumexp,
+            delta_ptr=delta,
+            grad_q_ptr=parts,
+            grad_k_ptr=grad_k,
+            grad_v_ptr=grad_v,
+        )
+    if steps.reduction is not None:
+        steps.reduction(parts_ptr=parts, lse_parts_ptr=None, out_ptr=grad_q, lse_ptr=None)
+    return grad_q, grad_k.to(dtype), grad_v.to(dtype)

@@ -10,6 +10,7 @@ functions each, from planes that fit in the caches. The machine code for sm_90 h
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,16 +19,18 @@ from torch import Tensor
 
 from fastmask.kernels._common import (
     COMPILER_OPTIONS,
+    TargetSizes,
+    Term,
     _counted,
     _plane,
     check_positions,
-    kernel,
     pick_config,
-    plane_arguments,
-    target_arguments,
-    term_arguments,
+    plane_sizes,
+    target_planes,
+    with_contiguous_rows,
 )
-from fastmask.kernels._costs import CostConfig, CostSums, _add_block, _store_sums, add_up
+from fastmask.kernels._costs import CostConfig, CostSums, CostWeights, _add_block, _store_sums, plan_reduction
+from fastmask.kernels._launch import Launch, cached_plan, kernel
 from fastmask.kernels._layout import with_contiguous_planes
 from fastmask.kernels._points import _between, _four_pixels, _load_points, _weight
 
@@ -166,56 +169,86 @@ def sorted_by_cell(points: Tensor, h: int, w: int) -> Tensor:
     return points.gather(1, order[..., None].expand_as(points))
 
 
+class PointMaskCostPlan(NamedTuple):
+    """The launches for some sizes, and the shapes of the memory between them."""
+
+    sums: CostSums
+    shares: tuple[int, ...]
+    targets: Launch
+    forward: Launch
+    reduction: Launch
+
+
+@cached_plan
+def plan(
+    device: torch.device, config: CostConfig, cost: tuple[int, ...], grid: tuple[int, int], strides: tuple[int, ...],
+    points: int, classes: int, class_strides: tuple[int, ...], targets: TargetSizes, weights: CostWeights, term: Term,
+) -> PointMaskCostPlan:  # fmt: skip
+    layers, batch, queries, num_targets = cost
+    h, w = grid
+    check_positions(targets, h * w)
+    sums = CostSums.of(cost, points, config)
+    _, blocks, _ = sums.target_programs
+    of_points = {"B": batch, "P": points, "BLOCK_M": sums.block_targets, **COMPILER_OPTIONS}
+    return PointMaskCostPlan(
+        sums,
+        (batch, blocks, sums.block_targets, points),
+        _point_mask_cost_targets_kernel.plan(
+            sums.target_programs,
+            **of_points,
+            **targets._asdict(),
+            M=num_targets,
+            points_per_split=sums.per_target_split,
+            BLOCK_C=config.target_block // (1 if sums.block_targets < 64 else 2),
+            num_warps=4,
+        ),
+        _point_mask_cost_fwd_kernel.plan(
+            sums.programs,
+            **of_points,
+            **plane_sizes(grid, strides),
+            N=queries,
+            R=layers * queries,
+            h=h,
+            w=w,
+            points_per_split=sums.per_split,
+            row_blocks=sums.row_blocks,
+            **term.arguments(),
+            BLOCK_R=config.rows,
+            BLOCK_C=config.block,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        ),
+        plan_reduction(sums, cost, classes, class_strides, weights),
+    )
+
+
 def point_mask_cost(
     class_logits: Tensor, mask_logits: Tensor, labels: Tensor, masks: Tensor | None, segments: Tensor | None,
     valid: Tensor | None, void_value: int, ignore_void: bool, points: Tensor,
     cost_class: float, cost_mask: float, cost_dice: float, mask_term: str, alpha: float, gamma: float,
 ) -> Tensor:  # fmt: skip
     """``fastmask::point_mask_cost``, (L, B, N, M) float32; launches only, so it can be captured in a CUDA graph."""
-    layers, batch, queries, h, w = mask_logits.shape
-    num_targets, num_points = labels.shape[1], points.shape[1]
-    cost = mask_logits.new_empty((layers, batch, queries, num_targets), dtype=torch.float32)
-    if cost.numel() == 0:
+    *rows, h, w = mask_logits.shape
+    device = mask_logits.device
+    shape = (*rows, labels.shape[1])
+    cost = torch.empty(shape, dtype=torch.float32, device=device)
+    if 0 in shape:
         return cost
-    config = pick_config(CONFIGS, mask_logits.device)
-    targets = target_arguments(masks, segments, valid, void_value, ignore_void)
-    check_positions(targets, h * w)
+    mask_logits, class_logits = with_contiguous_planes(mask_logits), with_contiguous_rows(class_logits)
+    target, counted, sizes = target_planes(masks, segments, valid, void_value, ignore_void)
+    weights, term = CostWeights(cost_class, cost_mask, cost_dice), Term(mask_term, alpha, gamma)
+    config = pick_config(CONFIGS, device)
+    classes, class_strides = class_logits.shape[-1], class_logits.stride()
+    steps = plan(
+        device, config, shape, (h, w), mask_logits.stride(), points.shape[1], classes, class_strides, sizes, weights,
+        term,
+    )  # fmt: skip
     points = sorted_by_cell(points, h, w)
-    sums = CostSums.empty(cost, num_points, config)
-    _, blocks, _ = sums.target_programs
-    shares = cost.new_empty((batch, blocks, sums.block_targets, num_points))
-    of_points = {
-        "points_ptr": points,
-        "shares_ptr": shares,
-        "B": batch,
-        "P": num_points,
-        "BLOCK_M": sums.block_targets,
-        **COMPILER_OPTIONS,
-    }
-    _point_mask_cost_targets_kernel[sums.target_programs](
-        **of_points,
-        **targets,
-        areas_ptr=sums.areas,
-        M=num_targets,
-        points_per_split=sums.per_target_split,
-        BLOCK_C=config.target_block // (1 if sums.block_targets < 64 else 2),
-        num_warps=4,
+    shares = cost.new_empty(steps.shares)
+    sums, areas = cost.new_empty(steps.sums.sums), cost.new_empty(steps.sums.areas)
+    steps.targets(target_ptr=target, valid_ptr=counted, points_ptr=points, shares_ptr=shares, areas_ptr=areas)
+    steps.forward(logits_ptr=mask_logits, points_ptr=points, shares_ptr=shares, sums_ptr=sums)
+    steps.reduction(
+        class_ptr=class_logits, labels_ptr=labels.contiguous(), sums_ptr=sums, areas_ptr=areas, cost_ptr=cost
     )
-    _point_mask_cost_fwd_kernel[sums.programs](
-        **of_points,
-        **plane_arguments(with_contiguous_planes(mask_logits)),
-        sums_ptr=sums.sums,
-        N=queries,
-        R=layers * queries,
-        h=h,
-        w=w,
-        points_per_split=sums.per_split,
-        row_blocks=sums.row_blocks,
-        **term_arguments(mask_term, alpha, gamma),
-        BLOCK_R=config.rows,
-        BLOCK_C=config.block,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
-    add_up(sums, class_logits, labels, cost, cost_class, cost_mask, cost_dice)
     return cost

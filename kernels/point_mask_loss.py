@@ -12,7 +12,7 @@ memory holds some rows of logits, and so a program sorts the points of a pair by
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,24 +22,27 @@ from torch import Tensor
 from fastmask.kernels._common import (
     INTERPRETED,
     _plane,
+    ceil_div,
     check_positions,
-    kernel,
     pick_config,
-    plane_arguments,
+    plane_sizes,
     power_of_two,
 )
+from fastmask.kernels._launch import Launch, cached_plan, kernel
 from fastmask.kernels._layout import with_contiguous_planes, words
 from fastmask.kernels._pairs import (
+    PairSizes,
     _matched_query,
     _next_target,
     _store_part,
     _targets_of_query,
     add_parts,
     gradient_of_pairs,
-    pair_arguments,
+    pairs_of,
+    plan_reduction,
 )
 from fastmask.kernels._points import _point_taps, _point_terms, _sample, _target_at
-from fastmask.kernels._quads import _target_of_quads, with_quads
+from fastmask.kernels._quads import _target_of_quads, plan_quads, with_quads
 from fastmask.kernels._shared_memory import (
     COUNTERS,
     SUMS,
@@ -321,37 +324,99 @@ def _point_mask_loss_bwd_kernel(
                     tl.debug_barrier()
 
 
-def launch_arguments(
-    config: PointMaskLossConfig, mask_logits: Tensor, assignment: Tensor, *inputs: Any
-) -> dict[str, Any]:
-    """The arguments that the forward and backward kernels share; ``inputs`` as in ``pair_arguments``, with the points
+class ForwardPlan(NamedTuple):
+    """The launches for some sizes, and the shape of the memory for parts of the sums."""
+
+    parts: tuple[int, ...]
+    quads: Launch | None
+    forward: Launch
+    reduction: Launch
+
+
+class BackwardPlan(NamedTuple):
+    quads: Launch | None
+    backward: Launch
+
+
+def shared_plan(sizes: PairSizes, points: int) -> tuple[Launch | None, dict[str, Any]]:
+    """What forward and backward share: the launch that makes quads, and the arguments of their kernels."""
+    targets, (h, w) = sizes.targets, sizes.shape[-2:]
+    check_positions(targets, h * w, (targets.H + 1) * (targets.W + 1))
+    if points > MAX_POINTS:
+        raise ValueError(f"points has {points} points per pair; at most {MAX_POINTS} are supported")
+    quads = plan_quads(sizes.shape[1], targets, sizes.num_targets)
+    return quads, sizes.arguments() | {"P": points, "QUADS": quads is not None}
+
+
+@cached_plan
+def plan_forward(device: torch.device, config: PointMaskLossConfig, sizes: PairSizes, points: int) -> ForwardPlan:
+    quads, arguments = shared_plan(sizes, points)
+    pairs, splits = sizes.pairs, ceil_div(points, config.points_per_split)
+    forward = _point_mask_loss_fwd_kernel.plan(
+        (pairs, splits),
+        **arguments,
+        points_per_split=config.points_per_split,
+        BLOCK_P=config.points,
+        num_warps=config.num_warps,
+    )
+    return ForwardPlan((pairs, splits, 5), quads, forward, plan_reduction(sizes, splits))
+
+
+@cached_plan
+def plan_backward(
+    device: torch.device, config: PointMaskLossConfig, sizes: PairSizes, points: int, grad_strides: tuple[int, ...]
+) -> BackwardPlan:
+    quads, arguments = shared_plan(sizes, points)
+    layers, batch, queries, h, w = sizes.shape
+    arguments |= plane_sizes(sizes.shape, sizes.strides, grad_strides)
+    # One counter is for no points; a strip has two more columns, and a band one more row.
+    bin_shift = (h // (COUNTERS.value - 1)).bit_length()
+    strip = min(w, (config.sums >> (bin_shift + 1)) - 2)
+    band = (config.sums // (strip + 2) - 1) >> bin_shift << bin_shift
+    columns = power_of_two(strip, 1, 256)
+    backward = _point_mask_loss_bwd_kernel.plan(
+        (min(sizes.pairs, config.programs),),
+        **arguments,
+        pairs=sizes.pairs,
+        rows=layers * batch * queries,
+        cells=h * w // arguments["UNIT"],
+        strip=strip,
+        band=band,
+        bin_shift=bin_shift,
+        BLOCK_P=config.backward_points,
+        BLOCK_R=max(config.backward_points // columns, 1),
+        BLOCK_C=columns,
+        BLOCK_Z=8 * config.backward_points,
+        BLOCK_M=power_of_two(sizes.num_targets, 16, 1 << 30),
+        num_warps=config.backward_warps,
+        maxnreg=config.registers,
+    )
+    return BackwardPlan(quads, backward)
+
+
+def point_pairs_of(
+    mask_logits: Tensor, assignment: Tensor, *inputs: Any
+) -> tuple[dict[str, Tensor | None], PairSizes, int]:
+    """As ``pairs_of``, with the points among the tensors, and how many there are of each pair; in ``inputs`` they are
     before the mask term."""
     *targets, points, mask_term, alpha, gamma = inputs
-    arguments = pair_arguments(mask_logits, assignment, *targets, mask_term, alpha, gamma)
-    check_positions(arguments, arguments["h"] * arguments["w"], (arguments["H"] + 1) * (arguments["W"] + 1))
-    if points.shape[3] > MAX_POINTS:
-        raise ValueError(f"points has {points.shape[3]} points per pair; at most {MAX_POINTS} are supported")
-    return with_quads(arguments) | {
-        "points_ptr": words(points),
-        "P": points.shape[3],
-        "BLOCK_P": config.points,
-        "num_warps": config.num_warps,
-    }
+    tensors, sizes = pairs_of(mask_logits, assignment, *targets, mask_term, alpha, gamma)
+    return tensors | {"points_ptr": words(points)}, sizes, points.shape[3]
 
 
 def point_mask_loss(mask_logits: Tensor, assignment: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``fastmask::point_mask_loss``: both losses (L, B, M), the sums (L, B, M, 4) for backward, and no slopes, whatever
     ``keep_slopes`` asks for."""
     *inputs, _ = inputs
-    config = pick_config(CONFIGS, mask_logits.device)
-    arguments = launch_arguments(config, with_contiguous_planes(mask_logits), assignment, *inputs)
-    pairs, splits = assignment.numel(), triton.cdiv(arguments["P"], config.points_per_split)
-    parts = mask_logits.new_empty((pairs, splits, 5), dtype=torch.float32)
-    if pairs > 0:
-        _point_mask_loss_fwd_kernel[(pairs, splits)](
-            **arguments, sums_ptr=parts, points_per_split=config.points_per_split
-        )
-    return *add_parts(arguments, parts), parts.new_empty(0)
+    device = mask_logits.device
+    tensors, sizes, points = point_pairs_of(with_contiguous_planes(mask_logits), assignment, *inputs)
+    steps = plan_forward(device, pick_config(CONFIGS, device), sizes, points)
+    tensors = with_quads(steps.quads, tensors)
+    parts = torch.empty(steps.parts, dtype=torch.float32, device=device)
+    if steps.parts[0] > 0:
+        steps.forward(**tensors, sums_ptr=parts)
+    sums = add_parts(steps.reduction, tensors["assignment_ptr"], tensors["labels_ptr"], parts)
+    return *sums, parts.new_empty(0)
 
 
 @gradient_of_pairs
@@ -359,35 +424,19 @@ def point_mask_loss_backward(
     grad: Tensor, of_pairs: dict[str, Tensor], _: Tensor, mask_logits: Tensor, assignment: Tensor, *inputs: Any
 ) -> None:
     """``fastmask::point_mask_loss_backward``."""
-    config = pick_config(CONFIGS, mask_logits.device)
-    arguments = launch_arguments(config, mask_logits, assignment, *inputs)
-    h, w, pairs, num_points = arguments["h"], arguments["w"], assignment.numel(), arguments["P"]
-    # One counter is for no points; a strip has two more columns, and a band one more row.
-    bin_shift = (h // (COUNTERS.value - 1)).bit_length()
-    strip = min(w, (config.sums >> (bin_shift + 1)) - 2)
-    band = (config.sums // (strip + 2) - 1) >> bin_shift << bin_shift
-    programs = min(pairs, config.programs)
+    device = grad.device
+    tensors, sizes, points = point_pairs_of(mask_logits, assignment, *inputs)
+    steps = plan_backward(device, pick_config(CONFIGS, device), sizes, points, grad.stride())
+    programs = steps.backward.grid[0]
     tables = {"counters_ptr": None, "units_ptr": None}
     if INTERPRETED.value:
-        tables["counters_ptr"] = mask_logits.new_empty((programs, COUNTERS.value), dtype=torch.int32)
-        tables["units_ptr"] = mask_logits.new_empty((programs, SUMS.value), dtype=torch.int64)
-    columns = power_of_two(strip, 1, 256)
-    arguments |= plane_arguments(mask_logits, grad)
-    _point_mask_loss_bwd_kernel[(programs,)](
-        **arguments | {"BLOCK_P": config.backward_points, "num_warps": config.backward_warps},
+        tables["counters_ptr"] = torch.empty((programs, COUNTERS.value), dtype=torch.int32, device=device)
+        tables["units_ptr"] = torch.empty((programs, SUMS.value), dtype=torch.int64, device=device)
+    steps.backward(
+        **with_quads(steps.quads, tensors),
         **of_pairs,
         **tables,
-        sorted_ptr=mask_logits.new_empty((programs, num_points), dtype=torch.int64),
-        partial_ptr=mask_logits.new_empty((programs, h, w), dtype=torch.float32),
-        pairs=pairs,
-        rows=mask_logits[..., 0, 0].numel(),
-        cells=h * w // arguments["UNIT"],
-        strip=strip,
-        band=band,
-        bin_shift=bin_shift,
-        BLOCK_R=max(config.backward_points // columns, 1),
-        BLOCK_C=columns,
-        BLOCK_Z=8 * config.backward_points,
-        BLOCK_M=power_of_two(arguments["M"], 16, 1 << 30),
-        maxnreg=config.registers,
+        grad_ptr=grad,
+        sorted_ptr=torch.empty((programs, points), dtype=torch.int64, device=device),
+        partial_ptr=torch.empty((programs, *sizes.shape[-2:]), dtype=torch.float32, device=device),
     )

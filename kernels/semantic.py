@@ -33,23 +33,25 @@ with the padding of N to 112 and of rows to 516), for bfloat16 / float32 logits,
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastmask.kernels import _stage
 from fastmask.kernels._best_class import _best_class
 from fastmask.kernels._common import (
     COMPILER_OPTIONS,
     INTERPRETED,
     _exp2,
     _reciprocal,
-    kernel,
+    ceil_div,
     pick_config,
     power_of_two,
 )
+from fastmask.kernels._launch import Launch, cached_plan, kernel
 from fastmask.kernels._layout import with_contiguous_planes
 from fastmask.kernels._resample import (
     BLOCK_N,
@@ -59,7 +61,7 @@ from fastmask.kernels._resample import (
     _interpolate,
     _tile_taps,
 )
-from fastmask.kernels._stage import padded_queries, staged_bands
+from fastmask.kernels._stage import Bands, padded_queries, plan_bands, staged_bands
 from fastmask.targets import label_dtype
 
 
@@ -372,64 +374,105 @@ def _semantic_fwd_kernel(
 def class_blocks(count: int, most: int) -> tuple[int, int, int]:
     """The number of blocks of classes, and the two widths into which a block is split: powers of two, at least 16; the
     second may be 0."""
-    blocks = triton.cdiv(count, most)
-    size = triton.cdiv(count, blocks)
+    blocks = ceil_div(count, most)
+    size = ceil_div(count, blocks)
     large = power_of_two(size, 16, 1 << 30)
     if size <= large - large // 4 and large >= 64:
         return blocks, large // 2, power_of_two(size - large // 2, 16, large // 2)
     return blocks, large, 0
 
 
-@dataclass(frozen=True)
-class ClassTables:
-    """The class probabilities in the form that the main kernel reads; see ``_semantic_classes_kernel``."""
+class SemanticSizes(NamedTuple):
+    """The sizes and options of a call: probabilities (B, N, K) and mask logits of these strides and dtype."""
 
-    order: Tensor
-    weight: Tensor
-    high: Tensor
-    low: Tensor | None
-    stop: Tensor
-    rest: Tensor
+    device: torch.device
+    classes: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    probabilities: bool
+    scores: bool
+    details: bool
+    skip: bool
+    resampling: Resampling
 
-    def arguments(self) -> dict[str, Tensor | None]:
-        """The kernel arguments of the tables, without the order."""
-        return {f"{name}_ptr": getattr(self, name) for name in ("weight", "high", "low", "stop", "rest")}
+
+class SemanticPlan(NamedTuple):
+    """The launches for some sizes: of the class tables, whose factors have the shape ``high`` in ``parts``; of the
+    stages; and for each band that of the result."""
+
+    classes: Launch
+    high: tuple[int, ...]
+    parts: int
+    bands: Bands
+    forward: tuple[Launch, ...]
 
 
-def class_tables(probabilities: Tensor, parts: int, skip: bool, config: SemanticConfig) -> ClassTables:
-    probabilities = probabilities.contiguous()
-    batch, queries, classes = probabilities.shape
+@cached_plan
+def plan(config: SemanticConfig, sizes: SemanticSizes, stage_bytes: int) -> SemanticPlan:
+    batch, queries = sizes.shape[:2]
     padded_n = padded_queries(queries)
-    blocks, block_a, block_b = class_blocks(classes, config.classes)
+    parts = 1 if sizes.dtype == torch.bfloat16 else 2
+    count, block_a, block_b = class_blocks(sizes.classes, config.classes)
     width = block_a + block_b
-    largest, order = probabilities.amax(-1).sort(dim=-1, descending=True, stable=True)
-    high = torch.empty((batch, blocks, padded_n, width), dtype=torch.float16, device=probabilities.device)
-    tables = ClassTables(
-        order,
-        torch.empty((batch, padded_n), dtype=torch.float32, device=probabilities.device),
-        high,
-        torch.empty_like(high) if parts == 2 else None,
-        torch.empty(batch, dtype=torch.int32, device=probabilities.device),
-        torch.empty(batch, dtype=torch.float32, device=probabilities.device),
-    )
-    _semantic_classes_kernel[(batch, blocks, padded_n // BLOCK_N.value + 1)](
-        probabilities_ptr=probabilities,
-        order_ptr=order,
-        largest_ptr=largest,
-        **tables.arguments(),
+    classes = _semantic_classes_kernel.plan(
+        (batch, count, padded_n // BLOCK_N.value + 1),
         N=queries,
-        K=classes,
+        K=sizes.classes,
         blocks=padded_n // BLOCK_N.value,
         min_skipped=config.min_skipped,
         negligible=config.negligible,
-        SKIP=skip and blocks == 1,
+        SKIP=sizes.skip and not (sizes.scores or sizes.details) and count == 1,
         PARTS=parts,
         WIDTH=width,
         BLOCK_K=power_of_two(width, 16, 1 << 30),
         num_warps=4,
         **COMPILER_OPTIONS,
     )
-    return tables
+    bands = plan_bands(
+        sizes.device, stage_bytes, sizes.shape, sizes.strides, sizes.dtype, sizes.probabilities, False, True, True,
+        sizes.resampling, config.tile_rows,
+    )  # fmt: skip
+    forward = []
+    for band in bands.bands:
+        size = sizes.resampling.out_rows, sizes.resampling.size[1]
+        programs, tiles = band.reader(batch, size, config.tile_rows, config.tile_columns, band.lead)
+        forward.append(
+            _semantic_fwd_kernel.plan(
+                programs,
+                **tiles,
+                lead=band.lead,
+                ALIKE=band.alike,
+                K=sizes.classes,
+                slack=tiles["blocks"] * 3 * 2.0**-21,  # bounds the rounding error of the sums of three products
+                PROBABILITIES=sizes.probabilities,
+                PARTS=parts,
+                SCORES=sizes.scores,
+                DETAILS=sizes.details,
+                CLASS_BLOCKS=count,
+                BLOCK_A=block_a,
+                BLOCK_B=block_b,
+                num_warps=config.num_warps,
+            )
+        )
+    return SemanticPlan(classes, (batch, count, padded_n, width), parts, bands, tuple(forward))
+
+
+def class_tables(steps: SemanticPlan, probabilities: Tensor) -> tuple[Tensor, dict[str, Tensor | None]]:
+    """The order of the queries, and the class probabilities in the form that the main kernel reads, by the names of its
+    arguments; see ``_semantic_classes_kernel``."""
+    probabilities, device = probabilities.contiguous(), probabilities.device
+    batch, _, padded_n, _ = steps.high
+    largest, order = probabilities.amax(-1).sort(dim=-1, descending=True, stable=True)
+    tables = {
+        "weight_ptr": torch.empty((batch, padded_n), dtype=torch.float32, device=device),
+        "high_ptr": torch.empty(steps.high, dtype=torch.float16, device=device),
+        "low_ptr": torch.empty(steps.high, dtype=torch.float16, device=device) if steps.parts == 2 else None,
+        "stop_ptr": torch.empty(batch, dtype=torch.int32, device=device),
+        "rest_ptr": torch.empty(batch, dtype=torch.float32, device=device),
+    }
+    steps.classes(probabilities_ptr=probabilities, order_ptr=order, largest_ptr=largest, **tables)
+    return order, tables
 
 
 def semantic_inference(
@@ -449,10 +492,9 @@ def semantic_inference(
         skip: check whether the least probable queries matter before computing them; the result is the same.
     """
     batch, queries, classes = probabilities.shape
-    resampling = Resampling(*geometry)
-    parts = 1 if mask_logits.dtype == torch.bfloat16 else 2
+    resampling = Resampling.of(*geometry)
     fours = resampling.alike(order == "scores") == 4 and not details
-    kind = "two parts" if parts == 2 else "one part, fours" if fours else "one part"
+    kind = "two parts" if mask_logits.dtype != torch.bfloat16 else "one part, fours" if fours else "one part"
     config = pick_config(CONFIGS[kind], mask_logits.device)
     scores = output == "scores"
     shape = (batch, resampling.out_rows, resampling.size[1])
@@ -466,31 +508,19 @@ def semantic_inference(
     nan_logits = torch.zeros((batch, queries), dtype=torch.int32, device=mask_logits.device)
     if queries == 0 or batch == 0:
         return result.zero_(), score.zero_(), margin.zero_(), nan_logits
-    tables = class_tables(probabilities, parts, skip and not (scores or details), config)
-    bands = staged_bands(
-        mask_logits, tables.order, tables.weight, order == "scores", False, resampling, config.tile_rows, nan_logits
-    )
-    count, block_a, block_b = class_blocks(classes, config.classes)
-    for band in bands:
-        programs, tiles = band.launch(result, config.tile_rows, config.tile_columns, band.lead)
-        _semantic_fwd_kernel[programs](
-            **tiles,
-            lead=band.lead,
-            ALIKE=band.alike,
-            peak_ptr=band.peaks,
-            **tables.arguments(),
+    sizes = SemanticSizes(
+        mask_logits.device, classes, mask_logits.shape, mask_logits.stride(), mask_logits.dtype, order == "scores",
+        scores, details, skip, resampling,
+    )  # fmt: skip
+    steps = plan(config, sizes, _stage.STAGE_BYTES)
+    query_order, tables = class_tables(steps, probabilities)
+    bands = staged_bands(steps.bands, mask_logits, query_order, tables["weight_ptr"], nan_logits)
+    for launch, staged in zip(steps.forward, bands, strict=True):
+        launch(
+            **staged,
+            **tables,
             result_ptr=result,
             score_ptr=score if details else None,
             margin_ptr=margin if details else None,
-            K=classes,
-            slack=tiles["blocks"] * 3 * 2.0**-21,  # bounds the rounding error of the sums of three products
-            PROBABILITIES=order == "scores",
-            PARTS=parts,
-            SCORES=scores,
-            DETAILS=details,
-            CLASS_BLOCKS=count,
-            BLOCK_A=block_a,
-            BLOCK_B=block_b,
-            num_warps=config.num_warps,
         )
     return result, score, margin, nan_logits

@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmask.kernels._common import COMPILER_OPTIONS, _plane, kernel, pick_config, plane_arguments
+from fastmask.kernels._common import COMPILER_OPTIONS, _plane, pick_config, plane_sizes
+from fastmask.kernels._launch import Launch, cached_plan, kernel
 from fastmask.kernels._layout import with_contiguous_planes
 from fastmask.kernels._points import _philox, _uniform
 from fastmask.kernels._taps import _halves, _pair
@@ -294,32 +295,20 @@ def _uncertain_points_kernel(
                 tl.store(of_pair_ptr + start + lane, zero, mask=start + lane < P)
 
 
-def uncertain_points(
-    mask_logits: Tensor, assignment: Tensor, seed: Tensor, num_points: int, num_candidates: int, num_uncertain: int
-) -> Tensor:
-    """``fastmask::uncertain_points``, (L, B, M, P, 2) float32; launches only, so it can be captured in a CUDA graph."""
-    points = mask_logits.new_empty((*assignment.shape, num_points, 2), dtype=torch.float32)
-    pairs = assignment.numel()
-    if points.numel() == 0:
-        return points
-    config = pick_config(CONFIGS, mask_logits.device)
-    mask_logits = with_contiguous_planes(mask_logits)
-    _, batch, queries, h, w = mask_logits.shape
-    programs = min(pairs, config.programs)
-    word = torch.int64 if mask_logits.dtype == torch.float32 else torch.int32
-    kept = (programs, num_candidates if num_uncertain > 0 else 0)
-    _uncertain_points_kernel[(programs,)](
-        **plane_arguments(mask_logits),
-        assignment_ptr=assignment.contiguous(),
-        seed_ptr=seed.contiguous(),
-        columns_ptr=points.new_empty((programs, h + 1, w + 2), dtype=word),
-        kept_keys_ptr=points.new_empty(kept, dtype=torch.int32),
-        kept_points_ptr=points.new_empty(kept, dtype=torch.int64),
-        points_ptr=points.view(torch.int64),
+@cached_plan
+def plan(
+    device: torch.device, config: UncertainPointsConfig, shape: tuple[int, ...], strides: tuple[int, ...],
+    num_targets: int, num_points: int, num_candidates: int, num_uncertain: int,
+) -> Launch:  # fmt: skip
+    layers, batch, queries, h, w = shape
+    pairs = layers * batch * num_targets
+    return _uncertain_points_kernel.plan(
+        (min(pairs, config.programs),),
+        **plane_sizes(shape, strides),
         pairs=pairs,
         B=batch,
         N=queries,
-        M=assignment.shape[2],
+        M=num_targets,
         P=num_points,
         h=h,
         w=w,
@@ -332,5 +321,33 @@ def uncertain_points(
         num_warps=config.num_warps,
         maxnreg=config.registers,
         **COMPILER_OPTIONS,
+    )
+
+
+def uncertain_points(
+    mask_logits: Tensor, assignment: Tensor, seed: Tensor, num_points: int, num_candidates: int, num_uncertain: int
+) -> Tensor:
+    """``fastmask::uncertain_points``, (L, B, M, P, 2) float32; launches only, so it can be captured in a CUDA graph."""
+    device = mask_logits.device
+    points = torch.empty((*assignment.shape, num_points, 2), dtype=torch.float32, device=device)
+    if points.numel() == 0:
+        return points
+    config = pick_config(CONFIGS, device)
+    mask_logits = with_contiguous_planes(mask_logits)
+    shape = mask_logits.shape
+    launch = plan(
+        device, config, shape, mask_logits.stride(), assignment.shape[2], num_points, num_candidates, num_uncertain
+    )
+    programs = launch.grid[0]
+    word = torch.int64 if mask_logits.dtype == torch.float32 else torch.int32
+    kept = (programs, num_candidates if num_uncertain > 0 else 0)
+    launch(
+        logits_ptr=mask_logits,
+        assignment_ptr=assignment.contiguous(),
+        seed_ptr=seed.contiguous(),
+        columns_ptr=torch.empty((programs, shape[3] + 1, shape[4] + 2), dtype=word, device=device),
+        kept_keys_ptr=torch.empty(kept, dtype=torch.int32, device=device),
+        kept_points_ptr=torch.empty(kept, dtype=torch.int64, device=device),
+        points_ptr=points.view(torch.int64),
     )
     return points

@@ -128,6 +128,8 @@ def check_point_sampling(num_points: int, oversample_ratio: float, importance_sa
 
 def stack_layers(tensor: Tensor, dim: int) -> Tensor:
     """Flattens all but the last ``dim`` dimensions into one, L, as the operators expect."""
+    if tensor.dim() == dim + 1:
+        return tensor
     return tensor.reshape(math.prod(tensor.shape[:-dim]), *tensor.shape[-dim:])
 
 

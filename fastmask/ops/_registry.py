@@ -7,7 +7,8 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, cached_property, partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from fastmask.ops._extension import EXTENSION, EXTENSION_ERROR, add_op_namespace
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 BACKENDS = ("auto", "reference", "native", "triton")
+_LIBRARY = torch.library.Library(add_op_namespace_prefix("").rstrip(":"), "FRAGMENT")
 MIN_CAPABILITY = (8, 0)  # tensor cores for bfloat16, asynchronous copies, warp reductions
 
 
@@ -62,10 +64,15 @@ class Operator:
         torch.library.define(name, self.schema)
         torch.library.register_fake(name, self.fake)
         if self.gradient is not None:
-            backward = partial(self._backward, self.gradient)
-            torch.library.register_autograd(name, backward, setup_context=self.gradient.save)
+            dispatch = partial(self._dispatch_with_gradient, self.gradient)
+            _LIBRARY.impl(self.name, dispatch, "Autograd", with_keyset=True)
         if self.triton is not None:
             torch.library.impl(name, "cuda", self.launch_on_tensor_device)
+
+    @cached_property
+    def overload(self) -> torch._ops.OpOverload:
+        """What the dispatcher runs."""
+        return getattr(ops, self.name).default
 
     def __call__(self, backend: str, *arguments: Any) -> Any:
         """Runs the operator on ``backend``, any but the reference.
@@ -75,44 +82,59 @@ class Operator:
         """
         if backend != "triton" or arguments[0].device.type != "cpu":
             return getattr(ops, self.name)(*arguments)
-        return self.launch(*arguments) if self.gradient is None else _DirectLaunch.apply(self, *arguments)
+        if self.gradient is None:
+            return self.launch(*arguments)
+        return _Differentiated.apply(self.gradient, self.launch, self.gradient.operator.launch, *arguments)
 
     def launch(self, *arguments: Any) -> Any:
         """Launches the Triton kernels on the current device."""
-        return getattr(importlib.import_module(f"..kernels.{self.triton}", __package__), self.name)(*arguments)
+        return getattr(_kernels(self.triton), self.name)(*arguments)
 
     def launch_on_tensor_device(self, *arguments: Any) -> Any:
         """Launches the Triton kernels on the tensors' device, which PyTorch's dispatcher does not make current."""
-        with torch.cuda.device(next(x.device for x in arguments if isinstance(x, Tensor))):
+        device = next(x.device for x in arguments if isinstance(x, Tensor))
+        if device.index == torch.cuda.current_device():
+            return self.launch(*arguments)
+        with torch.cuda.device(device):
             return self.launch(*arguments)
 
-    def _backward(self, gradient: Gradient, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        run = getattr(ops, gradient.operator.name)
-        return self.padded(run(*gradient.arguments(ctx, *grads)))
+    def _dispatch_with_gradient(self, gradient: Gradient, keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
+        """The dispatcher's kernel for autograd. That of ``torch.library.register_autograd`` does the same, but builds
+        Python objects of the whole schema in each call, which takes as long as several launches."""
 
-    def padded(self, gradients: Tensor | tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-        """The gradients of the first arguments, followed by None for each of the others."""
-        first = (gradients,) if isinstance(gradients, Tensor) else gradients
-        inputs = len(getattr(ops, self.name).default._schema.arguments)
-        return *first, *[None] * (inputs - len(first))
+        def forward(*arguments: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return self.overload.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
+
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+            return _Differentiated.apply(gradient, forward, gradient.operator.overload, *arguments)
+        return forward(*arguments)
 
 
-class _DirectLaunch(torch.autograd.Function):
-    """Launches an operator's Triton kernels, forward and backward, on CPU tensors without the dispatcher."""
-
-    @staticmethod
-    def forward(operator: Operator, *arguments: Any) -> Any:
-        return operator.launch(*arguments)
+class _Differentiated(torch.autograd.Function):
+    """Runs an operator and, in backward, its gradient's operator, each by a function of its arguments."""
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.operator, *arguments = inputs
-        ctx.operator.gradient.save(ctx, tuple(arguments), output)
+    def forward(
+        ctx: Any, gradient: Gradient, forward: Callable[..., Any], backward: Callable[..., Any], *arguments: Any
+    ) -> Any:
+        output = forward(*arguments)
+        ctx.gradient, ctx.run_backward = gradient, backward
+        gradient.save(ctx, arguments, output)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        gradient = ctx.operator.gradient
-        return None, *ctx.operator.padded(gradient.operator.launch(*gradient.arguments(ctx, *grads)))
+        """The gradients of the first arguments, followed by None for each of the others."""
+        gradients = ctx.run_backward(*ctx.gradient.arguments(ctx, *grads))
+        first = (gradients,) if isinstance(gradients, Tensor) else gradients
+        return None, None, None, *first, *[None] * (len(ctx.needs_input_grad) - 3 - len(first))
+
+
+@cache
+def _kernels(module: str | None) -> ModuleType:
+    """A module of Triton kernels, imported on first use."""
+    return importlib.import_module(f"..kernels.{module}", __package__)
 
 
 def triton_interpreted() -> bool:

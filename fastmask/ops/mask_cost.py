@@ -110,7 +110,7 @@ def mask_cost(
         cost_dice,
         *(term.kind, term.alpha, term.gamma),
     )
-    return cost.view(*mask_logits.shape[:-2], targets.num_targets)
+    return cost if mask_logits.dim() == 5 else cost.view(*mask_logits.shape[:-2], targets.num_targets)
 
 
 def _fake(class_logits: Tensor, mask_logits: Tensor, labels: Tensor, *_: object) -> Tensor:

@@ -116,7 +116,8 @@ def mask_loss(
             *(term.kind, term.alpha, term.gamma),
             keep_slopes,
         )
-        pair_mask, pair_dice = pair_mask.view(assignment.shape), pair_dice.view(assignment.shape)
+        if assignment.dim() != 3:
+            pair_mask, pair_dice = pair_mask.view(assignment.shape), pair_dice.view(assignment.shape)
     if reduction == "none":
         return pair_mask, pair_dice
     if num_masks is None:

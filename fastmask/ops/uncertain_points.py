@@ -79,7 +79,7 @@ def uncertain_points(
         num_candidates,
         num_uncertain,
     )
-    return points.view(*assignment.shape, num_points, 2)
+    return points if assignment.dim() == 3 else points.view(*assignment.shape, num_points, 2)
 
 
 def _fake(mask_logits: Tensor, assignment: Tensor, seed: Tensor, num_points: int, *_: object) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from triton.compiler import CompiledKernel
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
@@ -19,6 +20,7 @@ from fastmask.ops import OPERATORS, _registry
 from fastmask.ops.deformable_attention import DEFORMABLE_ATTENTION_BACKWARD
 from fastmask.ops.mask_loss import MASK_LOSS_BACKWARD, POINT_MASK_LOSS_BACKWARD
 from fastmask.ops.masked_attention import MASKED_ATTENTION_BACKWARD
+from tests.helpers.launches import forget_compiled_kernels
 
 TRITON = [
     *(operator for operator in OPERATORS.values() if operator.triton is not None),
@@ -92,6 +94,7 @@ class RecordingDriver:
     def __init__(self) -> None:
         self.current = 0
         self.launched_on: list[tuple[str, int]] = []
+        self.through_triton: list[str] = []
 
     def exchange_device(self, device: int) -> int:
         before, self.current = self.current, device if device >= 0 else self.current
@@ -99,6 +102,20 @@ class RecordingDriver:
 
     def get_current_device(self) -> int:
         return self.current
+
+
+class Loaded(CompiledKernel):
+    """A kernel that lies on one device, and records where it is launched."""
+
+    def __init__(self, name: str, driver: RecordingDriver) -> None:
+        self.name, self.driver, self.device, self.module = name, driver, driver.current, None
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*_: Any) -> None:
+            assert self.driver.current == self.device, f"{self.name} lies on device {self.device}"
+            self.driver.launched_on.append((self.name, self.device))
+
+        return launch
 
 
 class IndexingByShape(TorchFunctionMode):
@@ -121,33 +138,39 @@ class IndexingByShape(TorchFunctionMode):
 def recorded_launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[RecordingDriver]:
     driver = RecordingDriver()
 
-    def run(kernel: JITFunction | InterpretedFunction, **_: Any) -> None:
-        driver.launched_on.append((kernel.fn.__name__, triton.runtime.driver.active.get_current_device()))
+    def run(kernel: JITFunction | InterpretedFunction, **_: Any) -> Loaded:
+        device = triton.runtime.driver.active.get_current_device()
+        driver.launched_on.append((kernel.fn.__name__, device))
+        driver.through_triton.append(kernel.fn.__name__)
+        return Loaded(kernel.fn.__name__, driver)
 
     for name in ("_exchange_device", "_maybe_exchange_device"):
         monkeypatch.setattr(torch.cuda, name, driver.exchange_device)
+    monkeypatch.setattr(torch.cuda, "current_device", driver.get_current_device)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     for kind in (JITFunction, InterpretedFunction):
         monkeypatch.setattr(kind, "run", run)
     active = triton.runtime.driver._active
     triton.runtime.driver.set_active(driver)
+    forget_compiled_kernels()
     try:
         with IndexingByShape():
             yield driver
     finally:
         triton.runtime.driver._active = active
+        forget_compiled_kernels()
 
 
-def cuda_arguments(operator: _registry.Operator) -> tuple[Any, ...]:
-    """Arguments on cuda:1, under FakeTensorMode."""
-    float32, int64 = ({"dtype": dtype, "device": "cuda:1"} for dtype in (torch.float32, torch.int64))
+def cuda_arguments(operator: _registry.Operator, device: str = "cuda:1") -> tuple[Any, ...]:
+    """Arguments on a GPU, under FakeTensorMode."""
+    float32, int64 = ({"dtype": dtype, "device": device} for dtype in (torch.float32, torch.int64))
     pairs = torch.empty(1, 2, 3, **float32)
     sums = torch.empty(1, 2, 3, 4, **float32)
     mask_logits = torch.empty(1, 2, 5, 8, 12, **float32)
     planes = mask_logits.squeeze(0)
     class_logits = torch.empty(1, 2, 5, 7, **float32)
     assignment = torch.empty(1, 2, 3, **int64)
-    segments = torch.empty(2, 32, 48, dtype=torch.uint8, device="cuda:1")
+    segments = torch.empty(2, 32, 48, dtype=torch.uint8, device=device)
     targets = (torch.empty(2, 3, **int64), None, segments, None, 255, True)
     term = ("focal", 0.25, 2.0)
     q, k = torch.empty(2, 5, 32, **float32), torch.empty(2, 96, 32, **float32)
@@ -187,6 +210,19 @@ def test_kernels_run_on_the_device_of_their_tensors(operator, monkeypatch):
         assert driver.launched_on
         assert {device for _, device in driver.launched_on} == {1}
         assert driver.current == 0
+
+
+@pytest.mark.parametrize("operator", TRITON, ids=lambda operator: operator.name)
+def test_a_device_launches_only_kernels_that_lie_on_it(operator, monkeypatch):
+    """Though the sizes are the same on both; and only the first call on each device goes through Triton."""
+    with FakeTensorMode(), recorded_launches(monkeypatch) as driver:
+        arguments = [cuda_arguments(operator, f"cuda:{device}") for device in (0, 1)]
+        for device, first in ((1, True), (0, True), (1, False), (0, False)):
+            driver.launched_on.clear()
+            driver.through_triton.clear()
+            operator.launch_on_tensor_device(*arguments[device])
+            assert {on for _, on in driver.launched_on} == {device}
+            assert bool(driver.through_triton) == first
 
 
 @pytest.mark.parametrize("operator", TRITON, ids=lambda operator: operator.name)

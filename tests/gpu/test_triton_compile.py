@@ -171,7 +171,7 @@ def test_16_bytes_are_read_at_a_time(operator, kernels, compiling):
 @pytest.mark.parametrize("width", [512, 511])
 def test_masks_are_stored_8_bytes_at_a_time(width, compiling):
     instance = call("instance_inference", (*TRAINING[:8], width), torch.bfloat16, "segments")
-    *_, (_, main), _ = compiling(assembly, instance, 90)
+    main = dict(compiling(assembly, instance, 90))["_instance_fwd_kernel"]
     assert re.search(r"st\.global\.(v2\.b32|b64|v8\.b8|v4\.b16)", main)
 
 
@@ -186,7 +186,7 @@ def test_image_sizes_compile_few_kernels(compiling):
         for operator in ("semantic_inference", "panoptic_inference", "instance_inference")
     ]
     found, _ = compiling(kernels_of, calls)
-    assert len(found) <= 13, sorted(name for name, *_ in found)
+    assert len(found) <= 14, sorted(name for name, *_ in found)
 
 
 @pytest.mark.slow

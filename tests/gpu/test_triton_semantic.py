@@ -122,10 +122,11 @@ def test_unlikely_queries_are_skipped_and_labels_stay_the_same(generator, monkey
     assert torch.equal(semantic.semantic_inference(*arguments)[0], dense)
 
     def poisoned(*options):
-        tables = class_tables(*options)
-        assert (tables.stop < 7).all() and (tables.stop > 0).all()
-        tables.high[:, :, 16 * tables.stop.max() :, 0] = 1000.0
-        return tables
+        query_order, tables = class_tables(*options)
+        stop, high = tables["stop_ptr"], tables["high_ptr"]
+        assert (stop < 7).all() and (stop > 0).all()
+        high[:, :, 16 * stop.max() :, 0] = 1000.0
+        return query_order, tables
 
     class_tables = semantic.class_tables
     monkeypatch.setattr(semantic, "class_tables", poisoned)

@@ -195,10 +195,12 @@ def attended_keys(
     mask_logits: Tensor, padding: Tensor | None, grid: tuple[int, int], block: int
 ) -> tuple[Tensor, Tensor]:
     """The bits as ``(B, N, S)`` bool and the occupied blocks ``(B, ceil(N / 4), blocks)``, by the kernel."""
-    from fastmask.kernels.attended_keys import attended_keys
+    from fastmask.kernels import attended_keys as kernels
 
-    batch_size, num_queries = mask_logits.shape[:2]
-    arguments = attended_keys(mask_logits, padding, torch.empty(batch_size, num_queries, 1), grid, block)
+    shape, strides = mask_logits.shape, mask_logits.stride()
+    has_padding = padding is not None
+    plan = kernels.plan_attended_keys(mask_logits.device, shape[0], shape[1], shape, strides, has_padding, grid, block)
+    arguments = kernels.attended_keys(plan, mask_logits, padding.view(torch.uint8) if has_padding else None)
     bits = (arguments["bits_ptr"].mT[..., None] >> torch.arange(64)) & 1  # [B, N, words, 64]
     keys = grid[0] * grid[1]
     assert not bits.flatten(2)[..., keys:].any()

@@ -110,6 +110,8 @@ TRITON_CASES: dict[str, Case] = {
     for options in (list(OPTIONS)[i % 2], list(OPTIONS)[2 + i % 2])
 }
 TRITON_CASES["40 queries, clipped"] = Inputs(SMALL_GEOMETRIES["both steps"], "mask2former", queries=40)
+# More than are put in order at once.
+TRITON_CASES["300 queries"] = Inputs(SMALL_GEOMETRIES["both steps"], "mask2former", queries=300)
 TRITON_CASES |= {
     f"threshold {end}": Inputs(SMALL_GEOMETRIES["stride 4"], f"threshold {end}", batch=1) for end in (0, 1)
 }
