@@ -204,9 +204,7 @@ def plan(config: PanopticConfig, sizes: PanopticSizes, stage_bytes: int) -> Pano
                 num_warps=config.num_warps,
             )
         )
-    order = _panoptic_order_kernel.plan(
-        (batch,), N=queries, BLOCK=QUERIES_AT_ONCE, num_warps=1, **COMPILER_OPTIONS
-    )
+    order = _panoptic_order_kernel.plan((batch,), N=queries, BLOCK=QUERIES_AT_ONCE, num_warps=1, **COMPILER_OPTIONS)
     return PanopticPlan(order, bands, tuple(forward))
 
 

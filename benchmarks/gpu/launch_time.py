@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -251,17 +252,21 @@ def microseconds(call: Call, seconds: float, wait: Callable[[], None]) -> list[f
     return times
 
 
-def load_idle_libcuda(folder: Path) -> None:
-    """Loads a libcuda.so.1 whose functions all return success, so that Triton finds it loaded."""
+@cache
+def load_idle_libcuda() -> tempfile.TemporaryDirectory[str]:
+    """Loads a libcuda.so.1 whose functions all return success. It lies in the folder that is returned as long as this
+    process lives: Triton 3.6 links each launcher against it, in the folder where it first found it."""
+    folder = tempfile.TemporaryDirectory()
     backend = Path(triton.__file__).parent / "backends" / "nvidia"
     sources = "".join((backend / name).read_text() for name in ("driver.c", "driver.py"))
     names = sorted(set(re.findall(r"\bcu[A-Z]\w+", sources)))
-    library = folder / "libcuda.so.1"
+    library = Path(folder.name) / "libcuda.so.1"
     code = "\n".join(f"int {name}() {{ return 0; }}" for name in names)
     command = ["cc", "-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1", "-x", "c", "-", "-o", str(library)]
     subprocess.run(command, input=code, text=True, check=True)
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-    triton.knobs.nvidia.libcuda_path = str(folder)
+    triton.knobs.nvidia.libcuda_path = folder.name
+    return folder
 
 
 class _Device:
@@ -310,7 +315,7 @@ def without_gpu() -> Iterator[torch.device]:
         return "native"
 
     with ExitStack() as stack:
-        load_idle_libcuda(Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        load_idle_libcuda()
         patch = lambda *args: stack.enter_context(mock.patch.object(*args))  # noqa: E731
         patch(_registry, "auto_backend", auto_backend)
         patch(JITFunction, "_do_compile", launchable)
