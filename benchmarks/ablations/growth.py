@@ -22,10 +22,11 @@ CLAIM = Finding(
 
 @dataclass(frozen=True)
 class Growth:
-    """(d) minus (b) in mIoU for several numbers of classes of icons, with settings that are otherwise the same.
+    """(d) minus (b) in mIoU for several numbers of classes of icons, with settings that are otherwise the same: as many
+    steps, or as many steps for each class of things, so that a class is seen as often.
 
     Args:
-        title: the device and the settings in words.
+        title: the device and the steps in words.
         classes: ascending numbers of classes, at least two.
         gains: the judgement for each of them.
     """
@@ -43,19 +44,19 @@ class Growth:
 
 def growths(groups: Sequence[Group]) -> Iterator[Growth]:
     """Those that the groups of a result file show."""
-    found: dict[tuple[str, Settings], dict[int, Judgement]] = {}
+    found: dict[tuple[str, Settings, float, str], dict[int, Judgement]] = {}
     for group in groups:
-        if not group.settings.data.startswith(COMPOSED_ICONS):
+        settings = group.settings
+        if not settings.data.startswith(COMPOSED_ICONS):
             continue
-        base = group.base
+        base, classes = group.base, number_of_icons(settings.data)
         gain = judge(replace(CLAIM, better=base, worse=Variant(PER_PIXEL_PLUS, base.queries, base.layers)), group.rows)
         if gain.differences:
-            device = group.rows[0]["device"]
-            found.setdefault((device, replace(group.settings, data="")), {})[number_of_icons(group.settings.data)] = (
-                gain
-            )
-    for (device, settings), gains in found.items():
+            others = replace(settings, data="", steps=0, tuning_steps=0)
+            for steps, unit in ((settings.steps, "steps"), (settings.steps / classes, "steps per class of things")):
+                found.setdefault((group.rows[0]["device"], others, steps, unit), {})[classes] = gain
+    for (device, _, steps, unit), gains in found.items():
         if len(gains) > 1:
             classes = tuple(sorted(gains))
-            title = f"growth with the number of classes, {device}, {settings.steps} steps"
+            title = f"growth with the number of classes, {device}, {steps:g} {unit}"
             yield Growth(title, classes, tuple(gains[number] for number in classes))

@@ -98,6 +98,17 @@ def test_the_growth_with_classes_is_paired_by_seed(tmp_path):
     assert "x-growth.png" in {path.name for path in write_plots(rows, tmp_path, "x")}
 
 
+def test_the_growth_is_also_that_of_runs_that_see_each_class_as_often():
+    rows = rows_of_icons(13, [0.01, 0.03]) + rows_of_icons(50, [0.02, 0.02]) + rows_of_icons(150, [0.06, 0.09])
+    steps = {"composed:icons-13": 780, "composed:icons-50": 3000, "composed:icons-150": 3000}
+    for row in rows:
+        row["settings"] = row["settings"] | {"steps": steps[row["settings"]["data"]]}
+    same_steps, same_share = sorted(growths(groups_of(rows)), key=lambda found: found.classes, reverse=True)
+    assert (same_steps.classes, same_share.classes) == ((50, 150), (13, 50))
+    assert same_steps.title.endswith("cpu, 3000 steps")
+    assert same_share.title.endswith("cpu, 60 steps per class of things")
+
+
 def test_curves_tell_what_still_rises(tmp_path):
     rows = make_rows(Variant(PER_PIXEL, 0, 0), [0.2, 0.3]) + make_rows(D13, [0.4, 0.5])
     for row in rows:
