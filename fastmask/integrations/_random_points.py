@@ -70,20 +70,26 @@ class PointLoss(Replacement, nn.Module):
             with_masks: whether mask and dice losses are wanted; without them, no points are drawn for them.
         """
         assignments: list[Tensor] = []
-        masks: list[Tensor] = []
-        dices: list[Tensor] = []
+        drawn: list[Tensor] = []
         term = mask_term(self, "bce")
         for layer in layers:
             assignment = self.matcher.match(layer, targets, sizes)
             assignments.append(assignment)
-            if not with_masks:
-                continue
-            points = self.draw_points(layer.detached_mask_logits()[0], assignment[0], counts)
-            points = onto_void(points, targets, term)[None]
-            mask_logits, rows = layer.matched(targets, assignment)
-            loss_mask, loss_dice = mask_loss(mask_logits, targets, rows, points, num_masks=1.0, term=term)
-            masks += loss_mask
-            dices += loss_dice
+            if with_masks:
+                points = self.draw_points(layer.detached_mask_logits()[0], assignment[0], counts)
+                drawn.append(onto_void(points, targets, term))
+        masks: list[Tensor] = []
+        dices: list[Tensor] = []
+        if with_masks:
+            first = 0
+            for group in Predictions.joined(layers):
+                of_group = slice(first, first + group.num_layers)
+                mask_logits, rows = group.matched(targets, torch.cat(assignments[of_group]))
+                points = torch.stack(drawn[of_group])
+                loss_mask, loss_dice = mask_loss(mask_logits, targets, rows, points, num_masks=1.0, term=term)
+                masks += loss_mask
+                dices += loss_dice
+                first = of_group.stop
         class_logits = torch.cat([layer.class_logits for layer in layers])
         loss_ce = class_loss(class_logits, targets, torch.cat(assignments), class_weights=self.empty_weight)
         return masks, dices, loss_ce

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastmask.functional import mask_products, matched_mask_logits
@@ -47,6 +49,19 @@ class Predictions:
             return [Predictions(outputs["class_logits"], outputs.get("mask_logits"), embeddings)]
         layers = (*outputs.get("aux_outputs", ()), outputs)
         return [Predictions(layer["pred_logits"][None], layer["pred_masks"][None]) for layer in layers]
+
+    @staticmethod
+    def joined(layers: Sequence[Predictions]) -> Iterator[Predictions]:
+        """The same layers in the same order, neighbors with the same pixel embeddings stacked, for which backward then
+        computes one gradient. Without the mask logits where there are embeddings."""
+        for key, group in groupby(layers, lambda layer: None if layer.embeddings is None else id(layer.embeddings[1])):
+            members = list(group)
+            if key is None:
+                yield from members
+                continue
+            mask_embeds, pixel_embeds = zip(*(layer.embeddings for layer in members if layer.embeddings), strict=True)
+            class_logits = torch.cat([layer.class_logits for layer in members])
+            yield Predictions(class_logits, None, (torch.cat(mask_embeds), pixel_embeds[0]))
 
     @property
     def num_layers(self) -> int:
