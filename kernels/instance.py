@@ -1,8 +1,8 @@
 """Instance inference: binary masks of chosen queries, sums for their scores, and boxes, in two launches per batch.
 
 A program computes some rows and columns of one mask directly from its plane of logits: at the usual stride of 4 it
-writes 16 times as many pixels as it reads logits, and keeps the rows of logits between which it interpolates. A second
-kernel combines the programs' sums and bounds in order.
+writes 16 times as many pixels as it reads logits, and interpolates in columns once for the four rows that lie between
+the same two rows of logits. A second kernel combines the programs' sums and bounds in order.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmask.kernels._common import COMPILER_OPTIONS, _exp2, _reciprocal, ceil_div, pick_config
+from fastmask.kernels._common import COMPILER_OPTIONS, INTERPRETED, _exp2, _reciprocal, ceil_div, pick_config
 from fastmask.kernels._launch import Launch, cached_plan, kernel
 from fastmask.kernels._layout import with_contiguous_planes
 from fastmask.kernels._resample import Resampling, TapsPlan, _table_pitch, _within_bounds, plan_taps
@@ -28,7 +28,7 @@ class InstanceConfig:
 
     Args:
         groups: groups of eight pixels in a row that a program owns; a thread owns one group.
-        rows: rows of the result that a program owns; at most 127, whose areas fit in 8 bits.
+        rows: rows of the result that a program owns, a multiple of 4; at most 127, whose areas fit in 8 bits.
     """
 
     groups: int = 32
@@ -51,11 +51,25 @@ def _stretched(row_ptr, columns, column_weights, TAPS_X: tl.constexpr):
     return line
 
 
+@triton.jit
+def _count_pixel(z, of_row, bytes_of_row, PLACE: tl.constexpr):
+    """If z > 0, adds its sigmoid to of_row and sets byte PLACE of bytes_of_row. Both are instructions with a predicate;
+    what Triton makes of a selection takes two each."""
+    p = _reciprocal(1.0 + _exp2(z * -1.44269504))
+    BYTE: tl.constexpr = 1 << (8 * PLACE)
+    if INTERPRETED:
+        return of_row + tl.where(z > 0.0, p, 0.0), bytes_of_row | tl.where(z > 0.0, BYTE, 0)
+    return tl.inline_asm_elementwise(
+        "{.reg .pred q; setp.gt.f32 q, $2, 0f00000000; @q add.f32 $0, $0, $3; @q or.b32 $1, $1, $6;}",
+        "=f,=r,f,f,0,1,r", [z, p, of_row, bytes_of_row, BYTE], (tl.float32, tl.int32), is_pure=True, pack=1,
+    )  # fmt: skip
+
+
 @kernel
 def _instance_fwd_kernel(
     logits_ptr, stride_b, stride_n, queries_ptr,
     row_index_ptr, row_weight_ptr, column_index_ptr, column_weight_ptr, masks_ptr, sums_ptr, bounds_ptr,
-    N, R, w, H, groups_x, column_blocks, out_top, rows_per_program,
+    N, R, w, H, groups_x, column_blocks, out_top, lead, alike, rows_per_program,
     TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, PACKED: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """mask = x > 0 for some rows and columns of one query, with x interpolated from its logits; NaN is not above 0.
@@ -64,6 +78,8 @@ def _instance_fwd_kernel(
     masks    (B, R, H, groups_x, 8) bytes, or bits (B, R, H, groups_x) with PACKED; zero beyond the result's width
     sums     (B * R, parts), the sum of sigmoid(x) over the mask
     bounds   (B * R, parts, 5) int32: pixels of the mask, then its left, top, right and bottom
+
+    Groups of ``alike`` rows of the result read the same rows of logits; the first begins ``lead`` rows before it.
     """
     pair = tl.program_id(0).to(tl.int64)
     query = tl.load(queries_ptr + pair)
@@ -83,7 +99,7 @@ def _instance_fwd_kernel(
             weight = tl.load(column_weight_ptr + at, mask=inside & real, other=0.0)
             column_weights = column_weights + (weight,)  # noqa: RUF005
 
-    # The rows of logits that the last row of the result read, stretched; upsampled by 4, three of 4 read the same ones.
+    # The rows of logits that the last group of rows read, stretched; the next one may read all but the first again.
     zero = tl.zeros([BLOCK_G], dtype=tl.float32)
     lines = ()
     held = ()
@@ -94,15 +110,21 @@ def _instance_fwd_kernel(
     areas = tl.zeros([BLOCK_G], dtype=tl.int32)  # four sums of 8 bits
     met_first = tl.zeros([BLOCK_G], dtype=tl.int32)
     met_second = tl.zeros([BLOCK_G], dtype=tl.int32)
-    top = tl.full([BLOCK_G], 1 << 30, dtype=tl.int32)
+    group_end = tl.program_id(1) // column_blocks * rows_per_program - lead
+    end = tl.minimum(group_end + rows_per_program, H)
+    y = tl.maximum(group_end, 0)
+    top = tl.zeros([BLOCK_G], dtype=tl.int32) + y  # the number of rows before the first with a pixel of the mask
     bottom = tl.zeros([BLOCK_G], dtype=tl.int32)
-    begin = tl.program_id(1) // column_blocks * rows_per_program
-    for y in range(begin, tl.minimum(begin + rows_per_program, H)):
+    # These pointers move with y: an address that is computed from it takes more instructions.
+    row_index_ptr += y
+    row_weight_ptr += y
+    store_ptrs = masks_ptr.to(tl.pointer_type(tl.uint8 if PACKED else tl.int64)) + (pair * H + y) * groups_x + group
+    while y < end:
+        group_end = tl.minimum(group_end + alike, end)
         new_lines = ()
         new_held = ()
-        row_weights = ()
         for ty in tl.static_range(TAPS_Y):
-            row = tl.load(row_index_ptr + ty * _table_pitch(H) + y)
+            row = tl.load(row_index_ptr + ty * _table_pitch(H))
             line = lines[ty]
             if row != held[ty]:
                 line = lines[min(ty + 1, TAPS_Y - 1)]
@@ -110,37 +132,45 @@ def _instance_fwd_kernel(
                     line = _stretched(plane_ptr + row.to(tl.int64) * w, columns, column_weights, TAPS_X)
             new_lines = new_lines + (line,)  # noqa: RUF005
             new_held = new_held + (row,)  # noqa: RUF005
-            row_weights = row_weights + (tl.load(row_weight_ptr + ty * _table_pitch(H) + y),)  # noqa: RUF005
         lines = new_lines
         held = new_held
-        # The mask's eight bytes.
-        first = tl.zeros([BLOCK_G], dtype=tl.int32)
-        second = tl.zeros([BLOCK_G], dtype=tl.int32)
-        of_row = zero  # a sum of its own, as one of all pixels would round more
-        for place in tl.static_range(8):
-            z = zero
+        row_index_ptr += group_end - y
+        while y < group_end:
+            row_weights = ()
             for ty in tl.static_range(TAPS_Y):
-                z = tl.fma(lines[ty][place], row_weights[ty], z)
-            of_row += tl.where(z > 0.0, _reciprocal(1.0 + _exp2(z * -1.44269504)), 0.0)
-            if place < 4:
-                first |= tl.where(z > 0.0, 1 << (8 * place), 0)
+                row_weights = row_weights + (tl.load(row_weight_ptr + ty * _table_pitch(H)),)  # noqa: RUF005
+            # The mask's eight bytes.
+            first = tl.zeros([BLOCK_G], dtype=tl.int32)
+            second = tl.zeros([BLOCK_G], dtype=tl.int32)
+            of_row = zero  # a sum of its own, as one of all pixels would round more
+            for place in tl.static_range(8):
+                z = zero
+                for ty in tl.static_range(TAPS_Y):
+                    z = tl.fma(lines[ty][place], row_weights[ty], z)
+                if place < 4:
+                    of_row, first = _count_pixel(z, of_row, first, place)
+                else:
+                    of_row, second = _count_pixel(z, of_row, second, place - 4)
+            total += of_row
+            if PACKED:
+                # A product that moves the bits of four bytes to bits 24 to 27.
+                bits = ((first * 0x01020408 >> 24) & 15) | ((second * 0x01020408 >> 20) & 240)
+                tl.store(store_ptrs, bits.to(tl.uint8), mask=inside)
             else:
-                second |= tl.where(z > 0.0, 1 << (8 * (place - 4)), 0)
-        total += of_row
-        row_ptr = masks_ptr + (pair * H + y) * groups_x * (1 if PACKED else 8)
-        if PACKED:
-            # A product that moves the bits of four bytes to bits 24 to 27.
-            bits = ((first * 0x01020408 >> 24) & 15) | ((second * 0x01020408 >> 20) & 240)
-            tl.store(row_ptr + group, bits.to(tl.uint8), mask=inside)
-        else:
-            pixels = first.to(tl.int64) | (second.to(tl.int64) << 32)
-            tl.store(row_ptr.to(tl.pointer_type(tl.int64)) + group, pixels, mask=inside)
-        areas += first + second
-        met_first |= first
-        met_second |= second
-        top = tl.minimum(top, tl.where((first | second) != 0, out_top + y, 1 << 30))
-        bottom = tl.where((first | second) != 0, out_top + y + 1, bottom)
+                pixels = first.to(tl.uint32, bitcast=True).to(tl.int64) | (second.to(tl.int64) << 32)
+                tl.store(store_ptrs, pixels, mask=inside)
+            y += 1
+            row_weight_ptr += 1
+            store_ptrs += groups_x
+            areas += first + second
+            met_first |= first
+            met_second |= second
+            top = tl.where((met_first | met_second) != 0, top, y)
+            bottom = tl.where((first | second) != 0, y, bottom)
 
+    empty = (met_first | met_second) == 0
+    top = tl.where(empty, 1 << 30, out_top + top)
+    bottom = tl.where(empty, 0, out_top + bottom)
     part = pair * tl.num_programs(1) + tl.program_id(1)
     bound_ptr = bounds_ptr + part * 5
     left = tl.full([BLOCK_G], 1 << 30, dtype=tl.int32)
@@ -212,8 +242,11 @@ def plan(
     height, width, out_top = resampling.out_rows, resampling.size[1], resampling.out_top
     groups_x = ceil_div(width, 8)
     column_blocks = ceil_div(groups_x, config.groups)
-    pairs, parts = queries[0] * queries[1], column_blocks * ceil_div(height, config.rows)
-    taps = plan_taps(*resampling.axes(), out_top, height, resampling.in_top, shape[2], width)
+    rows, columns = resampling.axes()
+    alike, phase = rows.alike()
+    lead = (out_top - phase) % alike
+    pairs, parts = queries[0] * queries[1], column_blocks * ceil_div(height + lead, config.rows)
+    taps = plan_taps(rows, columns, out_top, height, resampling.in_top, shape[2], width)
     forward = _instance_fwd_kernel.plan(
         (pairs, parts),
         stride_b=strides[0],
@@ -226,6 +259,8 @@ def plan(
         groups_x=groups_x,
         column_blocks=column_blocks,
         out_top=out_top,
+        lead=lead,
+        alike=alike,
         rows_per_program=config.rows,
         PACKED=packed,
         BLOCK_G=config.groups,

@@ -72,6 +72,30 @@ def test_bits_are_the_bytes(geometry, backend, generator):
     assert all(map(torch.equal, same, others))
 
 
+@pytest.mark.parametrize("backend", ["native", "triton"], indirect=True)
+@pytest.mark.parametrize(
+    "geometry",
+    [Geometry((12, 5), None, None, (48, 20)), Geometry((12, 5), (48, 20), (47, 19), (53, 21))],
+    ids=["stride 4", "both steps"],
+)
+def test_bands_of_rows_make_the_whole(geometry, backend, generator):
+    """Bands that begin at each of the four rows that read the same logits; the fourth takes more than one program."""
+    height = geometry.size[0]
+    mask_logits, queries = make_logits(generator, geometry.grid, batch=1, queries=4), torch.tensor([[2, -1, 0, 3]])
+    whole, foreground, area, _, _ = masks_of(mask_logits, queries, geometry, backend=backend)
+    foregrounds, areas, bands = 0, 0, []
+    for top, rows in ((0, 5), (5, 1), (6, 1), (7, height - 8), (height - 1, 1)):
+        first, end = geometry.input_rows(top, rows)
+        arguments = (mask_logits[:, :, first:end], queries, False, *geometry.arguments(first, top, rows))
+        masks, band_foreground, band_area, boxes, _ = INSTANCE_MASKS(backend, *arguments)
+        on_whole = F.pad(masks, (0, 0, top, height - top - rows))
+        assert boxes[0].tolist() == [box_of(mask) for mask in on_whole[0].numpy()]
+        foregrounds, areas = foregrounds + band_foreground, areas + band_area
+        bands.append(masks)
+    assert torch.cat(bands, 2).equal(whole) and areas.equal(area)
+    torch.testing.assert_close(foregrounds, foreground, rtol=1e-6, atol=0)
+
+
 @pytest.mark.usefixtures("triton_kernels")
 def test_a_query_beyond_the_last_reads_nothing(generator):
     geometry = SMALL_GEOMETRIES["stride 4"]
