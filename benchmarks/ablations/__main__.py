@@ -7,9 +7,12 @@ rules of semantic inference; and tells, by an interval over the seeds, which of 
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated
@@ -87,8 +90,8 @@ def main(
 ) -> None:
     """Trains the runs that the result file lacks, and writes the file, its tables (.md) and its plots.
 
-    Each run is saved when it ends. After an interruption, the same command continues. More seeds or comparisons are
-    added to the existing runs, with the same number of steps.
+    Each run is saved when it ends, and has checkpoints until then, in a folder beside the file. After an interruption,
+    the same command continues. More seeds or comparisons are added to the existing runs, with the same number of steps.
     """
     rates, weights = tuple(learning_rate), tuple(class_weight)
     images = Settings(data, model, pretrained, size, val_samples, batch_size, steps or 1, rates, weights, precision)
@@ -164,7 +167,8 @@ def train(
             bar.set_description(run.name)
             if not run.tunes:
                 run = replace(run, choice=best_choice(bench, run, path))
-            row = bench.train(run, lambda step, loss: bar.set_postfix(step=step, loss=f"{loss:.2f}"))
+            checkpoints = checkpoint_folder(bench, run, path)
+            row = bench.train(run, lambda step, loss: bar.set_postfix(step=step, loss=f"{loss:.2f}"), checkpoints)
             settings = bench.settings_of(run)
             key = {"op": operation(bench, run), "case": run.name, "dtype": settings.precision}
             info = {
@@ -175,9 +179,17 @@ def train(
                 "argv": sys.argv[1:],
             }
             write_results(path, info, [key | {"device": bench.device.type, "minutes": minutes} | row])
+            shutil.rmtree(checkpoints, ignore_errors=True)
             bar.update()
             if finished:
                 finished(run)
+
+
+def checkpoint_folder(bench: Bench, run: Run, path: Path) -> Path:
+    """Where a run has its checkpoints until it ends: its name hashes all that the run depends on."""
+    settings = bench.settings_of(run).as_row() | asdict(bench.choice_of(run))
+    key = json.dumps([operation(bench, run), run.name, bench.device.type, settings], sort_keys=True)
+    return path.with_suffix(".unfinished") / hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
 def report(path: Path) -> None:

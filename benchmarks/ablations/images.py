@@ -68,11 +68,12 @@ def has_panoptic_truth(settings: Settings) -> bool:
     return True
 
 
-def training_batches(settings: Settings, run: Run, workers: int) -> Iterator[Any]:
-    """The batches of a run, which depend only on the seed: all variants get the same batches in the same order."""
+def training_batches(settings: Settings, run: Run, workers: int, start: int = 0) -> Iterator[Any]:
+    """The batches of a run from step ``start`` on. They depend only on the seed: all variants get the same ones in the
+    same order."""
     dataset = open_images(settings, "train", run.variant.task)
     augmented = Augmented(dataset, settings.recipe(settings.choices(BIPARTITE)[0]).transform() or Compose(()), run.seed)
-    sampler = StepSampler(len(augmented), settings.batch_size, run.seed, 0, settings.steps)
+    sampler = StepSampler(len(augmented), settings.batch_size, run.seed, start, settings.steps)
     return iter(DataLoader(augmented, batch_sampler=sampler, collate_fn=collate, num_workers=workers))
 
 

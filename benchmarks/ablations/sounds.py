@@ -78,10 +78,10 @@ def make_detector(settings: Settings, variant: Variant) -> nn.Module:
     return SoundEventDetector(config.replace(decoder_layers=variant.layers))
 
 
-def training_clips(settings: Settings, run: Run, workers: int) -> Iterator[Any]:
-    """The batches of a run, which depend only on the seed."""
+def training_clips(settings: Settings, run: Run, workers: int, start: int = 0) -> Iterator[Any]:
+    """The batches of a run from step ``start`` on, which depend only on the seed."""
     clips = ComposedClips("train", duration=settings.size)
-    sampler = StepSampler(len(clips), settings.batch_size, run.seed, 0, settings.steps)
+    sampler = StepSampler(len(clips), settings.batch_size, run.seed, start, settings.steps)
     return iter(DataLoader(_Indexed(clips), batch_sampler=sampler, collate_fn=collate_clips, num_workers=workers))
 
 

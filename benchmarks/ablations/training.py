@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +17,15 @@ from benchmarks.ablations.variants import SOUND, Choice, Run, Settings, Variant,
 from fastmask.files import finite
 from fastmask.models import MaskFormerConfig
 from fastmask.training import Trainer
+from fastmask.training.random_state import random_state, set_random_state
+from fastmask.training.step_checkpoints import load_newest, save_checkpoint
 
 MEASURED_STEPS = 4
 EVALUATION_SHARE = 0.15  # of a time budget
 TAIL = 0.1  # the share of steps, at the end, over which the loss is averaged
 # Evaluations of a run, at equal distances, the last at its end; fewer where they would take a large share of the time.
 EVALUATIONS, STEPS_BETWEEN = 5, 500
+CHECKPOINT_EVERY = 250  # steps
 
 
 class Bench:
@@ -88,16 +92,24 @@ class Bench:
             network = images.make_network(settings, run.variant, self.info.class_names, self.stuff, weight)
         return Trainer(network.to(self.device).train(), settings.recipe(choice), precision=settings.precision)
 
-    def batches(self, run: Run, workers: int) -> Any:
-        is_sound = run.variant.structure in SOUND
-        return (sounds.training_clips if is_sound else images.training_batches)(self.settings_of(run), run, workers)
+    def batches(self, run: Run, workers: int, start: int = 0) -> Any:
+        """Those of the steps from ``start`` on."""
+        make = sounds.training_clips if run.variant.structure in SOUND else images.training_batches
+        return make(self.settings_of(run), run, workers, start)
 
-    def train(self, run: Run, progress: Callable[[int, float], None] = lambda step, loss: None) -> dict[str, Any]:
+    def train(
+        self,
+        run: Run,
+        progress: Callable[[int, float], None] = lambda step, loss: None,
+        checkpoints: Path | None = None,
+    ) -> dict[str, Any]:
         """Trains and evaluates.
 
         Args:
             run: what to train.
             progress: called occasionally with the step and its loss.
+            checkpoints: a folder for the run's checkpoints. An interrupted run continues from the newest one there, and
+                gives the numbers that it would have given.
 
         Returns:
             A row of the results: "variant", "seed", "settings", "choice", "class_names", "base_layers" (of variants
@@ -107,11 +119,16 @@ class Bench:
             number is None.
         """
         settings, is_sound = self.settings_of(run), run.variant.structure in SOUND
-        start = time.perf_counter()
-        trainer = self.trainer(run)
+        trainer, tail, curve, start = self.trainer(run), [], [], time.perf_counter()
+        found = load_newest(checkpoints) if checkpoints else None
+        if found is not None:
+            trainer.load_state_dict(found[1]["trainer"])
+            tail, curve, start = found[1]["tail"], found[1]["curve"], start - found[1]["seconds"]
+        batches = self.batches(run, self.workers, trainer.steps)
+        if found is not None:
+            set_random_state(found[1]["random"])
         every, between = max(1, settings.steps // 50), max(STEPS_BETWEEN, settings.steps // EVALUATIONS)
-        tail, curve = [], []
-        for step, batch in enumerate(self.batches(run, self.workers), 1):
+        for step, batch in enumerate(batches, trainer.steps + 1):
             loss = trainer.step([batch])["loss"]
             if step > settings.steps * (1 - TAIL) or step == settings.steps:
                 tail.append(loss)
@@ -120,6 +137,9 @@ class Bench:
             if step % between == 0 and step < settings.steps:
                 curve.append([step, finite(self.evaluate(run, trainer.model)[0][main_metric(run)])])
                 trainer.model.train()
+            if checkpoints and step % CHECKPOINT_EVERY == 0:
+                state = {"trainer": trainer.state_dict(), "random": random_state(), "tail": tail, "curve": curve}
+                save_checkpoint(checkpoints, step, state | {"seconds": time.perf_counter() - start})
         network = trainer.model
         metrics, queries = self.evaluate(run, network)
         row = {

@@ -16,7 +16,7 @@ import typer
 from safetensors.torch import load_file
 
 from benchmarks.ablations import __main__ as ablation
-from benchmarks.ablations import backbone, images, sounds
+from benchmarks.ablations import backbone, images, sounds, training
 from benchmarks.ablations.findings import image_findings
 from benchmarks.ablations.groups import groups_of
 from benchmarks.ablations.tables import render
@@ -104,6 +104,21 @@ def test_a_run_is_the_same_each_time(bench):
     first, second = (bench.train(Run(Variant(BIPARTITE, 5, 1), 3)) for _ in range(2))
     assert first | {"seconds": 0} == second | {"seconds": 0}
     assert np.array(first["query_classes"]).shape == (5, 13)
+
+
+@pytest.mark.parametrize("run", [Run(Variant(BIPARTITE, 5, 1), 3), Run(Variant(PRESENCE, 10, 1, "events"), 3)])
+def test_a_run_continues_from_its_checkpoint_with_the_same_result(run, bench, tmp_path, monkeypatch):
+    def interrupt(step, loss):
+        if step == 2:
+            raise KeyboardInterrupt
+
+    whole, steps = bench.train(run), []
+    monkeypatch.setattr(training, "CHECKPOINT_EVERY", 1)
+    with pytest.raises(KeyboardInterrupt):
+        bench.train(run, interrupt, tmp_path)
+    continued = bench.train(run, lambda step, loss: steps.append(step), tmp_path)
+    assert steps == list(range(2, bench.settings_of(run).steps + 1))
+    assert continued | {"seconds": 0} == whole | {"seconds": 0}
 
 
 def test_a_network_that_knows_the_truth_scores_one(bench):
@@ -232,11 +247,11 @@ def test_an_interrupted_run_continues(tmp_path, monkeypatch, capsys):
     train = Bench.train
     trained = []
 
-    def stopped(self, run, progress):
+    def stopped(self, run, *options):
         if len(trained) == 1:
             raise KeyboardInterrupt
         trained.append(run.name)
-        return train(self, run, progress)
+        return train(self, run, *options)
 
     monkeypatch.setattr(Bench, "train", stopped)
     with pytest.raises(typer.Exit) as ended:
@@ -245,9 +260,9 @@ def test_an_interrupted_run_continues(tmp_path, monkeypatch, capsys):
     assert "continues" in capsys.readouterr().out
     assert [row["case"] for row in read_results(path)["rows"]] == trained
 
-    def continued(self, run, progress):
+    def continued(self, run, *options):
         trained.append(run.name)
-        return train(self, run, progress)
+        return train(self, run, *options)
 
     monkeypatch.setattr(Bench, "train", continued)
     assert [row["case"] for row in run_main(path, only=["structures"], seeds=1)] == trained
