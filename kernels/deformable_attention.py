@@ -31,13 +31,13 @@ from fastmask.kernels._common import (
     ceil_div,
     pick_config,
     power_of_two,
-    unit,
     with_contiguous_rows,
 )
 from fastmask.kernels._launch import Launch, cached_plan, kernel
 from fastmask.kernels._layout import words
-from fastmask.kernels._taps import _halves, _load_row, _pair, _tap, _taps
+from fastmask.kernels._taps import _halves, _load_row, _pair, _row_at, _tap, _taps
 
+MAX_GRID = 65535  # of the grid's second and third dimension, which are the heads and images of forward
 MAX_LEVELS = 8  # that the kernels have arguments for; `fastmask.ops` refuses more, and more than 256 channels
 
 
@@ -65,48 +65,48 @@ CONFIGS = {None: DeformableConfig()}
 def _deformable_attention_fwd_kernel(
     value_ptr, stride_b, stride_s, stride_h, zeros_ptr, locations_ptr, weights_ptr, out_ptr,
     h_0, h_1, h_2, h_3, h_4, h_5, h_6, h_7, w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7,
-    Q, heads, P: tl.constexpr, LEVELS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK_Q: tl.constexpr, TILES: tl.constexpr, TILE_D: tl.constexpr,
+    Q, heads, P: tl.constexpr, LEVELS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDE: tl.constexpr,
+    ALIGNMENT: tl.constexpr, BLOCK_Q: tl.constexpr, TILES: tl.constexpr, TILE_D: tl.constexpr,
 ):  # fmt: skip
     """sum_l sum_p A_lp V_l(x_lp, y_lp) for BLOCK_Q queries of one head (Deformable DETR, arXiv:2010.04159, equation 3).
 
     A row is read in TILES parts, which the same threads read one after another: the coordinates of a point are computed
     by two of them (up to 64 channels of 2 bytes), and not once for every 16 bytes of its row.
 
-        value  (B, S, heads, HEAD_DIM), strides in units;  zeros  (HEAD_DIM)
+        value  (B, S, heads, HEAD_DIM), strides in bytes;  zeros  (HEAD_DIM)
         locations  (B, Q, heads, LEVELS, P), x and y of each as 64 bits;  weights  (B, Q, heads, LEVELS, P)
         out  (B, Q, heads * HEAD_DIM)
     """
-    blocks = tl.cdiv(Q, BLOCK_Q)
-    plane = tl.program_id(0) // blocks
-    image, head = (plane // heads).to(tl.int64), plane % heads
-    q = (tl.program_id(0) % blocks * BLOCK_Q + tl.arange(0, BLOCK_Q))[None, :, None]  # [1, BLOCK_Q, 1]
+    image, head = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    q = (tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q))[None, :, None]  # [1, BLOCK_Q, 1]
     part = tl.arange(0, TILES)[:, None, None] * TILE_D  # [TILES, 1, 1]
     channel = tl.arange(0, TILE_D)[None, None, :]  # [1, 1, TILE_D]
     of_head = part + channel < HEAD_DIM
     there = q < Q
     row = (image * Q + tl.minimum(q, Q - 1)) * heads + head
-    plane_ptr = value_ptr + (image * stride_b + head * stride_h) * UNIT
+    base = (value_ptr + channel).to(tl.int64) + (image * stride_b + head.to(tl.int64) * stride_h)
+    zeros = (zeros_ptr + channel).to(tl.int64)
+    first_pixel = 0
     point = row * (LEVELS * P)
     out = tl.zeros([TILES, BLOCK_Q, TILE_D], dtype=tl.float32)
+    DTYPE: tl.constexpr = value_ptr.dtype.element_ty
     WHOLE: tl.constexpr = HEAD_DIM == TILES * TILE_D
     heights, widths = (h_0, h_1, h_2, h_3, h_4, h_5, h_6, h_7), (w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7)
     for level in tl.static_range(LEVELS):
         h, w = heights[level], widths[level]
+        level_start = base + tl.cast(first_pixel, tl.int64) * stride_s
         for p in tl.range(P, loop_unroll_factor=4):
             i = point + (level * P + p)
             x, y = _halves(tl.load(locations_ptr + i))
             weight = tl.load(weights_ptr + i)
-            inside, _, _, a, b, c, d, left, right, upper, lower = _taps(
-                plane_ptr, zeros_ptr, stride_s, x, y, h, w, WIDE, UNIT
-            )
+            inside, _, _, a, b, c, d, left, right, upper, lower = _taps(level_start, zeros, stride_s, x, y, h, w, WIDE)
             weight = tl.where(inside, weight, 0.0)  # outside it may be NaN
             of_upper, of_lower = weight * upper, weight * lower
-            out = tl.fma(_load_row(a + channel + part, of_head, WHOLE), of_upper * left, out)
-            out = tl.fma(_load_row(b + channel + part, of_head, WHOLE), of_upper * right, out)
-            out = tl.fma(_load_row(c + channel + part, of_head, WHOLE), of_lower * left, out)
-            out = tl.fma(_load_row(d + channel + part, of_head, WHOLE), of_lower * right, out)
-        plane_ptr += tl.cast(h * w, tl.int64) * stride_s * UNIT
+            out = tl.fma(_row_at(a, part, of_head, DTYPE, TILE_D, ALIGNMENT, WHOLE), of_upper * left, out)
+            out = tl.fma(_row_at(b, part, of_head, DTYPE, TILE_D, ALIGNMENT, WHOLE), of_upper * right, out)
+            out = tl.fma(_row_at(c, part, of_head, DTYPE, TILE_D, ALIGNMENT, WHOLE), of_lower * left, out)
+            out = tl.fma(_row_at(d, part, of_head, DTYPE, TILE_D, ALIGNMENT, WHOLE), of_lower * right, out)
+        first_pixel += h * w
     out_ptrs = out_ptr + row * HEAD_DIM + part + channel
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=there & of_head)
 
@@ -199,7 +199,7 @@ def _deformable_attention_bwd_kernel(
     grad_locations_ptr, grad_weights_ptr, points_ptr,
     h_0, h_1, h_2, h_3, h_4, h_5, h_6, h_7, w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7,
     Q, heads, P: tl.constexpr, cells, chunks, points_per_chunk, LEVELS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    WIDE: tl.constexpr, UNIT: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr, TILE_D: tl.constexpr,
+    WIDE: tl.constexpr, ALIGNMENT: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr, TILE_D: tl.constexpr,
 ):  # fmt: skip
     """The gradients of locations and weights, and the points sorted by cell. With g = grad_out and the products d of g
     with the four pixels: d weight is their bilinear sample; d x = weight w (upper (d_1 - d_0) + lower (d_3 - d_2));
@@ -222,22 +222,25 @@ def _deformable_attention_bwd_kernel(
     of_head = part + channel < HEAD_DIM
     WHOLE: tl.constexpr = HEAD_DIM == TILES * TILE_D
     g = _load_row(grad_out_ptr + row * HEAD_DIM + channel + part, of_head, WHOLE)
-    plane_ptr = value_ptr + (image * stride_b + head * stride_h) * UNIT
+    DTYPE: tl.constexpr = value_ptr.dtype.element_ty
+    base = (value_ptr + channel).to(tl.int64) + (image * stride_b + head.to(tl.int64) * stride_h)
+    zeros = (zeros_ptr + channel).to(tl.int64)
     starts_ptr += plane.to(tl.int64) * cells * chunks
     chunk = k // points_per_chunk
     point = row * (LEVELS * P) + p
     location_ptrs, weight_ptrs, rank_ptrs = locations_ptr + point, weights_ptr + point, ranks_ptr + point
     grad_location_ptrs, grad_weight_ptrs = grad_locations_ptr + point, grad_weights_ptr + point
-    first_cell = 0
+    first_cell, first_pixel = 0, 0
     heights, widths = (h_0, h_1, h_2, h_3, h_4, h_5, h_6, h_7), (w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7)
     for level in tl.static_range(LEVELS):
         h, w = heights[level], widths[level]
+        level_start = base + tl.cast(first_pixel, tl.int64) * stride_s
         x, y = _halves(tl.load(location_ptrs + level * P))
         weight = tl.load(weight_ptrs + level * P)
         at_x, column, _, beyond, _ = _tap(x, w)
         at_y, y_first, _, below, _ = _tap(y, h)
         inside, second, second_row, a, b, c, d, left, right, upper, lower = _taps(
-            plane_ptr, zeros_ptr, stride_s, x, y, h, w, WIDE, UNIT
+            level_start, zeros, stride_s, x, y, h, w, WIDE
         )
         inside &= there
         weight = tl.where(inside, weight, 0.0)
@@ -248,10 +251,10 @@ def _deformable_attention_bwd_kernel(
         record_ptrs = points_ptr + at.to(tl.int64) * 2
         tl.store(record_ptrs, _pair(at_x, at_y), mask=inside)
         tl.store(record_ptrs + 1, _pair(weight, q.to(tl.float32, bitcast=True)), mask=inside)
-        of_a = _dot(g, _load_row(a + channel + part, of_head, WHOLE))
-        of_b = _dot(g, _load_row(b + channel + part, of_head, WHOLE))
-        of_c = _dot(g, _load_row(c + channel + part, of_head, WHOLE))
-        of_d = _dot(g, _load_row(d + channel + part, of_head, WHOLE))
+        of_a = _dot(g, _row_at(a, part, of_head, DTYPE, TILE_D, ALIGNMENT, WHOLE))
+        of_b = _dot(g, _row_at(b, part, of_head, DTYPE, TILE_D, ALIGNMENT, WHOLE))
+        of_c = _dot(g, _row_at(c, part, of_head, DTYPE, TILE_D, ALIGNMENT, WHOLE))
+        of_d = _dot(g, _row_at(d, part, of_head, DTYPE, TILE_D, ALIGNMENT, WHOLE))
         # The derivatives of the shares of the second and the first pixel by the position.
         second, first = tl.where(second, 1.0, 0.0), tl.where(beyond < 0.0, 1.0, -1.0)
         second_row, first_row = tl.where(second_row, 1.0, 0.0), tl.where(below < 0.0, 1.0, -1.0)
@@ -264,7 +267,7 @@ def _deformable_attention_bwd_kernel(
         tl.store(grad_weight_ptrs + level * P, tl.where(inside, grad_weight, 0.0), mask=there)
         tl.store(grad_location_ptrs + level * P, _pair(grad_x, grad_y), mask=there)
         first_cell += (h + 1) * (w + 1)
-        plane_ptr += tl.cast(h * w, tl.int64) * stride_s * UNIT
+        first_pixel += h * w
 
 
 @kernel
@@ -365,11 +368,13 @@ class AttentionSizes(NamedTuple):
         return sides | {"heads": self.shape[2], "Q": self.queries, "LEVELS": count}
 
     def value_arguments(self) -> dict[str, int]:
-        """Those that locate the rows of the values."""
-        strides = dict(zip(("stride_b", "stride_s", "stride_h"), self.strides, strict=False))
-        size = unit(self.shape[3], *strides.values()) if self.aligned else 1
-        wide = self.shape[1] * self.strides[1] >= 1 << 31
-        return {"WIDE": wide, "UNIT": size} | {name: stride // size for name, stride in strides.items()}
+        """Those that locate the rows of the values: strides and alignment in bytes."""
+        strides = [stride * self.itemsize for stride in self.strides[:3]]
+        aligned = self.aligned and all(size % 16 == 0 for size in (*strides, self.shape[3] * self.itemsize))
+        return dict(zip(("stride_b", "stride_s", "stride_h"), strides, strict=True)) | {
+            "WIDE": self.shape[1] * strides[1] >= 1 << 31,
+            "ALIGNMENT": 16 if aligned else self.itemsize,
+        }
 
     def tiles(self, lanes: int) -> dict[str, int]:
         """The shape in which threads read rows, 16 bytes at a time: ``lanes`` threads a row, or one for 32 channels."""
@@ -391,7 +396,7 @@ def plan_forward(config: DeformableConfig, sizes: AttentionSizes) -> Launch:
     tiles = sizes.tiles(2)
     block = min(config.queries, config.row_elements // (tiles["TILES"] * tiles["TILE_D"]))
     return _deformable_attention_fwd_kernel.plan(
-        (batch_size * heads * ceil_div(sizes.queries, block),),
+        (ceil_div(sizes.queries, block), heads, batch_size),
         **sizes.value_arguments(),
         **sizes.arguments(),
         **tiles,
@@ -411,6 +416,10 @@ def deformable_attention(value: Tensor, locations: Tensor, weights: Tensor, shap
     out = torch.empty((batch_size, locations.shape[1], heads * dim), dtype=value.dtype, device=value.device)
     if out.numel() == 0:
         return out
+    for axis in (0, 2):
+        if value.shape[axis] > MAX_GRID:
+            parts = zip(*(x.split(MAX_GRID, axis) for x in (value, locations, weights)), strict=True)
+            return torch.cat([deformable_attention(*part, shapes) for part in parts], axis)
     value = with_contiguous_rows(value)
     plan_forward(pick_config(CONFIGS, value.device), sizes_of(value, locations, shapes))(
         value_ptr=value,

@@ -118,6 +118,14 @@ def test_offsets_beyond_32_bits(backend, generator):
     assert_same_bits(DEFORMABLE_ATTENTION.run(arguments, backend), near)
 
 
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_more_images_and_heads_than_a_grid_has_take_several_launches(backend, generator, monkeypatch):
+    arguments = Inputs((3, 4, 3, 8, [(2, 3)], 2))(generator)
+    expected = deformable_attention(**arguments, backend=backend)
+    monkeypatch.setattr("fastmask.kernels.deformable_attention.MAX_GRID", 2)
+    assert_same_bits({"out": deformable_attention(**arguments, backend=backend)}, {"out": expected})
+
+
 def test_memory_does_not_grow_with_points(generator):
     """What autograd saves are the arguments; backward stores rows of the values, not of the points."""
     arguments = Inputs((1, 1000, 2, 32, [(16, 16), (8, 8)], 16))(generator)
