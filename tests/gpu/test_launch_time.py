@@ -3,13 +3,11 @@ a libcuda that does nothing."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -22,17 +20,6 @@ from tests.helpers.launches import forget_compiled_kernels
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="takes the place of a GPU's driver")
 OPERATORS = [name for name in launch_time.MAKERS if not name.startswith("criterion")]
-
-
-@pytest.fixture(scope="module")
-def launching() -> Iterator[Callable[..., Any]]:
-    """Calls a function in that process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("TRITON_INTERPRET", raising=False)
-        pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-        pool.submit(int).result()  # starts the process
-    with pool:
-        yield lambda function, *arguments: pool.submit(function, *arguments).result()
 
 
 def described(value: Any) -> Any:
@@ -71,8 +58,8 @@ def first_and_later_launches(name: str) -> list[tuple[str, list[Any], list[Any]]
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_later_calls_launch_what_the_first_call_does_through_triton(name, launching):
-    for way, first, later in launching(first_and_later_launches, name):
+def test_later_calls_launch_what_the_first_call_does_through_triton(name, elsewhere):
+    for way, first, later in elsewhere(first_and_later_launches, name):
         assert first and first == later, way
 
 
@@ -86,8 +73,8 @@ def streams_of_a_later_call() -> list[int]:
             return [stream for _, _, _, _, stream, *_ in launches_of(call)]
 
 
-def test_later_calls_launch_on_the_current_stream(launching):
-    assert launching(streams_of_a_later_call) == [7, 7, 7]
+def test_later_calls_launch_on_the_current_stream(elsewhere):
+    assert elsewhere(streams_of_a_later_call) == [7, 7, 7]
 
 
 def compiled_again(sizes: launch_time.Sizes) -> list[str]:
@@ -107,11 +94,11 @@ def compiled_again(sizes: launch_time.Sizes) -> list[str]:
     return through_triton
 
 
-def test_other_sizes_launch_the_same_kernels(launching):
+def test_other_sizes_launch_the_same_kernels(elsewhere):
     """Unless a constant is another one, such as the unit of sizes."""
     small = launch_time.SMALL
-    assert launching(compiled_again, replace(small, images=3, queries=31, targets=4, size=(65, 63))) == []
-    assert launching(compiled_again, replace(small, grid=(15, 17))) == ["_mask_cost_fwd_kernel"]
+    assert elsewhere(compiled_again, replace(small, images=3, queries=31, targets=4, size=(65, 63))) == []
+    assert elsewhere(compiled_again, replace(small, grid=(15, 17))) == ["_mask_cost_fwd_kernel"]
 
 
 def test_sizes_differ_by_the_type_that_triton_gives_them():
