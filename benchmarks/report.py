@@ -27,7 +27,7 @@ from benchmarks.harness.tables import Row, case_words, markdown_lines, markdown_
 
 MACHINE = "cpu-intel-xeon-processor"  # whose numbers the README and the operators' pages show
 CHART = {
-    "hf_training_step": "Training step, Hugging Face MaskFormer",
+    "hf_training_step": "Training step, Hugging Face models",
     "criterion": "Criterion: matching and losses, all layers",
     "mask_head": "Mask head and criterion",
     "point_criterion": "Criterion at points (Mask2Former)",

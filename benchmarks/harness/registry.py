@@ -62,6 +62,8 @@ class Provider:
             that evaluate the same formula less carefully state a larger one.
         compiles: whether its first call compiles, so that neither its time nor its memory says anything.
         keeps_memory: whether its first call takes the memory that later ones use, so that it alone shows how much.
+        partial: whether it does a part alone of what fastmask does, to show how a gain divides: charts and claims leave
+            it out.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Provider:
     error_factor: float = 2.0
     compiles: bool = False
     keeps_memory: bool = False
+    partial: bool = False
 
 
 @dataclass(frozen=True)

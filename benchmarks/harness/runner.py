@@ -38,10 +38,10 @@ def measure_case(
         progress: told what happens now, in a few words.
 
     Returns:
-        Rows with "op", "case", "dtype", "device", "allocator", "provider" and "status"; "reason" unless ok; else
-        median_ms, p20_ms, p80_ms, rounds; memory_bytes by kind; floor_ms, floor_of, floors_ms by resource and
-        times_floor; and, where the baseline ran, baseline, speedup, speedup_p20, speedup_p80 and speedup_rounds. A
-        provider that is not "ok" was never timed.
+        Rows with "op", "case", "dtype", "device", "allocator", "provider", "status", and "partial" if it is so;
+        "reason" unless ok; else median_ms, p20_ms, p80_ms, rounds; memory_bytes by kind; floor_ms, floor_of, floors_ms
+        by resource and times_floor; and, where the baseline ran, baseline, speedup, speedup_p20, speedup_p80 and
+        speedup_rounds. A provider that is not "ok" was never timed.
     """
     timer = timer or Timer(device)
     progress("inputs")
@@ -58,7 +58,7 @@ def measure_case(
     calls, estimates = {}, {}
     for provider in operation.providers if providers is None else providers:
         progress(f"checks {provider.name}")
-        rows[provider.name] = about | {"provider": provider.name}
+        rows[provider.name] = about | {"provider": provider.name} | ({"partial": True} if provider.partial else {})
         try:
             call = provider.prepare(inputs)
             seconds, memory, reason = _first_calls(call, provider, inputs, oracle, device)

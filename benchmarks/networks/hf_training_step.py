@@ -203,7 +203,9 @@ OPERATION = Operation(
     providers=(
         Provider("fastmask.patch", prepare_patched, error_factor=1.0),
         *(
-            Provider(f"fastmask.patch, {name} only", partial(prepare_patched, part=part), error_factor=1.0)
+            Provider(
+                f"fastmask.patch, {name} only", partial(prepare_patched, part=part), error_factor=1.0, partial=True
+            )
             for name, part in PARTS.items()
         ),
         Provider("transformers", prepare_plain, error_factor=1.0),

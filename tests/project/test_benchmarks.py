@@ -158,8 +158,8 @@ def test_providers_that_disagree_break_or_are_missing_are_never_timed():
     def unprepared(inputs):
         return inputs.no_such
 
-    providers = [Provider(f.__name__, f) for f in (double, wrong, nan, other_shape, missing, breaks, unprepared)]
-    operation = make_operation(*providers)
+    prepares = (double, wrong, nan, other_shape, missing, breaks, unprepared)
+    operation = make_operation(*(Provider(f.__name__, f, partial=f is wrong) for f in prepares))
     rows = measure_case(operation, operation.cases[0], "float32", CPU, RATES, TimeBudget(rounds=2))
     by_name = {row["provider"]: row for row in rows}
     assert {name: row["status"] for name, row in by_name.items()} == {
@@ -179,6 +179,7 @@ def test_providers_that_disagree_break_or_are_missing_are_never_timed():
     assert by_name["breaks"]["reason"] == "RuntimeError: out of"
     assert by_name["unprepared"]["reason"].startswith("AttributeError: ")
     assert [name for name, row in by_name.items() if "median_ms" in row] == ["double"]
+    assert [name for name, row in by_name.items() if row.get("partial")] == ["wrong"]
     row = by_name["double"]
     assert row["rounds"] == 2
     assert row["speedup"] == 1
@@ -309,6 +310,9 @@ def test_tables_show_both_allocators_and_headlines_the_smaller_ratio():
     assert text.endswith("\nNot run: c (not installed) on small, float32.")
     assert "| small, float32, retaining | – | 1.50 ms | 3.00× (b) |" in report.operator_table(rows, "page.md")
     assert speedups(rows) == [3.0]
+    part = make_row(provider="fastmask, a part of it", speedup=0.5, partial=True)
+    assert speedups([*rows, part]) == [3.0]
+    assert "| small, float32 | fastmask, a part of it |" in markdown_table([part])
     assert ">3.00×</text>" in speedup_chart(rows, {"double": "Twice"}, "a machine")
 
 
