@@ -286,7 +286,7 @@ def test_each_structure_takes_what_was_best_on_the_tuning_seed(tmp_path, monkeyp
     path = tmp_path / "ablation-here.json"
     trained = []
 
-    def pretended(self, run, progress):
+    def pretended(self, run, *options):
         trained.append(run)
         choice = self.choice_of(run)
         score = {PER_PIXEL: 1, PER_PIXEL_PLUS: -1}.get(run.variant.structure, 0) * choice.learning_rate
