@@ -154,7 +154,7 @@ def train_step(model: nn.Module, batch: dict, **options: object) -> tuple[object
 
 def rounded_steps(model: nn.Module, batch: dict, **options: object) -> list[tuple[object, dict[str, Tensor]]]:
     """``train_step``, and again with images whose last bits are changed at random. How far rounding carries the
-    gradient of an ill-conditioned parameter is a matter of chance; the worst of these steps shows how far it can be."""
+    gradient of an ill-conditioned parameter is a matter of chance, so that the worst of several steps is compared."""
     steps, images = [train_step(model, batch, **options)], batch["pixel_values"]
     for seed in range(4):
         bits = torch.randint(-1, 2, images.shape, generator=torch.Generator().manual_seed(seed))
@@ -182,17 +182,18 @@ def exact_step(model: nn.Module, batch: dict, **options: object) -> tuple[object
         return train_step(fastmask.unpatch(copy.deepcopy(model)).double(), batch, **options)
 
 
-def assert_same_step(actual: tuple, expected: Sequence[tuple], exact: tuple) -> None:
-    """``actual`` is equal to the first step ``expected`` but for rounding: losses within 1e-5, and gradients at most
-    twice as far from the ``exact`` ones as in the worst of these steps. Errors are relative to the parameter's largest
-    gradient, or to 1e-6 of the largest of all where that is more; the worst parameter counts. Gradients that are zero
-    in float64, such as those of the keys' bias, are nothing but rounding, whose size is a matter of chance: they stay
-    below 1e-6 of the largest."""
-    torch.testing.assert_close(actual[0].loss, expected[0][0].loss, rtol=1e-5, atol=0)
-    assert actual[1].keys() == expected[0][1].keys()
+def assert_same_step(actual: Sequence[tuple], expected: Sequence[tuple], exact: tuple) -> None:
+    """``rounded_steps`` that are equal but for rounding: losses within 1e-5, and gradients, in the worst step, at most
+    twice as far from the ``exact`` ones as those expected in their worst. Errors are relative to the parameter's
+    largest gradient, or to 1e-6 of the largest of all where that is more; the worst parameter counts. Gradients that
+    are zero in float64, such as those of the keys' bias, are nothing but rounding, whose size is a matter of chance:
+    they stay below 1e-6 of the largest."""
+    for (outputs, gradients), (their_outputs, their_gradients) in zip(actual, expected, strict=True):
+        torch.testing.assert_close(outputs.loss, their_outputs.loss, rtol=1e-5, atol=0)
+        assert gradients.keys() == their_gradients.keys()
     largest = max(gradient.abs().max().item() for gradient in exact[1].values())
     zero = {name for name, gradient in exact[1].items() if gradient.abs().max().item() < 1e-12 * largest}
-    assert all(actual[1][name].abs().max().item() < 1e-6 * largest for name in zero)
+    assert all(gradients[name].abs().max().item() < 1e-6 * largest for _, gradients in actual for name in zero)
 
     def error(gradients: Mapping[str, Tensor]) -> tuple[float, str]:
         return max(
@@ -201,7 +202,7 @@ def assert_same_step(actual: tuple, expected: Sequence[tuple], exact: tuple) -> 
             if name not in zero
         )
 
-    own, theirs = error(actual[1]), max(error(gradients) for _, gradients in expected)
+    own, theirs = (max(error(gradients) for _, gradients in steps) for steps in (actual, expected))
     assert own[0] <= 2 * theirs[0] + 1e-6, (own, theirs)
 
 
