@@ -30,10 +30,14 @@ void find_present(const AttentionImage& image, uint32_t* present) {
   }
 }
 
-// Resamples a query's mask logits to the centers of the key grid's cells.
+// Resamples a query's mask logits to the centers of the key grid's cells. Logits of the grid's size are copied.
 void resample(const AttentionMask& mask, int64_t query, const Workspace& work) {
   const Taps &rows = mask.resampling.rows, &columns = mask.resampling.columns;
   const int64_t w = mask.first.w;
+  if (rows.out == mask.first.h && columns.out == w && mask.first.row_stride == w) {
+    load_logits(after(mask.first.logits, query * mask.stride), rows.out * w, work.samples);
+    return;
+  }
   for (int64_t y = 0; y < rows.out; ++y) {
     for (int t = 0; t < 2; ++t) {
       const Logits row = after(row_of(mask.first, rows.index[t * rows.stride + y]), query * mask.stride);
