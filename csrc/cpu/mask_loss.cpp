@@ -100,7 +100,7 @@ class StretchedSlopes {
     });
   }
 
-  // slopes[0] = mask maps[0], slopes[1] = dice.inside maps[1] + dice.outside maps[2]
+  // slopes[0] = mask maps[0], slopes[1] = dice.of_all maps[1] + dice.of_target maps[2]
   void write(const Plane& plane, float mask, DiceSlopes dice, float* slopes) {
     rows_.each([&](int64_t index, const float* row) { contract(index, row); });
     float* of_dice = slopes + plane.h * plane.w;
@@ -108,7 +108,7 @@ class StretchedSlopes {
       const float* row = maps_ + y * map_row_;
       for (int64_t x = 0; x < plane.w; ++x) {
         slopes[y * plane.w + x] = mask * row[x];
-        of_dice[y * plane.w + x] = dice.inside * row[map_ + x] + dice.outside * row[2 * map_ + x];
+        of_dice[y * plane.w + x] = dice.of_all * row[map_ + x] + dice.of_target * row[2 * map_ + x];
       }
     }
   }
@@ -125,24 +125,31 @@ class StretchedSlopes {
   HeldRows rows_;
 };
 
-// A pair's sums over the counted pixels.
+// A pair's sums over the counted pixels, in lanes. With p_t = p in the target and 1 - p outside, `errors` sums 1 - p_t.
 struct PairSums {
-  double loss = 0, intersection = 0, prediction = 0;
+  vdouble loss{}, intersection{}, errors{};
   int64_t target_pixels = 0, counted_pixels = 0;
+
+  // sum p is the intersection I and the errors outside the target; those inside are sum t - I.
+  MaskLossPair losses() const {
+    const double overlap = sum_lanes(intersection), target = static_cast<double>(target_pixels);
+    return losses_of(sum_lanes(loss), overlap, 2.0 * overlap + sum_lanes(errors) - target, target,
+                     static_cast<double>(counted_pixels));
+  }
 };
 
-// The same of some pixels in each lane. Float sums run over kMostTerms vectors, as the rounding of longer ones would
-// exceed the reference's.
+// The same of some pixels. Float sums run over kMostTerms vectors, as the rounding of longer ones would exceed the
+// reference's.
 struct LaneSums {
   static constexpr int64_t kMostTerms = 64;
 
-  vfloat loss{}, intersection{}, prediction{};
+  vfloat loss{}, intersection{}, errors{};
   vint target{};
 
   void add_to(PairSums& sums) const {
-    sums.loss += sum_lanes(loss);
-    sums.intersection += sum_lanes(intersection);
-    sums.prediction += sum_lanes(prediction);
+    sums.loss += in_double(loss);
+    sums.intersection += in_double(intersection);
+    sums.errors += in_double(errors);
     sums.target_pixels += sum_lanes<int64_t>(target);
   }
 };
@@ -180,13 +187,13 @@ inline void add_pixel(const int8_t* codes, vfloat x, MaskTerm term, vfloat upper
   const vint counted_target = kAllCount ? target : target & counted;
   sums.loss += of_counted(loss);
   sums.intersection += masked(counted_target, s.p);
-  sums.prediction += of_counted(target ? s.p : s.q);
+  sums.errors += of_counted(s.q);
   sums.target -= counted_target;
   if (kSlopes) {
     const vfloat steepness = of_counted(s.p * s.q);
     slopes.add(0, of_counted(from_bits(bits(slope) ^ flip)), upper_weight, lower_weight);
-    slopes.add(1, masked(target, steepness), upper_weight, lower_weight);
-    slopes.add(2, target ? vfloat{} : steepness, upper_weight, lower_weight);
+    slopes.add(1, steepness, upper_weight, lower_weight);
+    slopes.add(2, masked(target, steepness), upper_weight, lower_weight);
   }
 }
 
@@ -220,9 +227,7 @@ class Pair {
       add_rows(y, end, upper_row, lower_row, upper_slopes, gradients.row(lower));
       y = end;
     }
-    const MaskLossPair pair =
-        losses_of(sums_.loss, sums_.intersection, sums_.prediction, static_cast<double>(sums_.target_pixels),
-                  static_cast<double>(sums_.counted_pixels));
+    const MaskLossPair pair = sums_.losses();
     if constexpr (kSlopes) {
       gradients.write(plane, -1.0f / (pair.sums.pixels > 0 ? pair.sums.pixels : 1.0f), dice_slopes(pair.sums), slopes);
     }

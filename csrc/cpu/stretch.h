@@ -53,14 +53,18 @@ class Stretch {
       }
       return;
     }
-    for (int64_t c = 0; c < w_; c += kLanes) {
-      vfloat sum = {};
-      for (int k = 0; k < phases_.ratio; ++k) {
-        const float* at = stretched + k * phases_.stride + c;
-        sum = fma(load(at - phases_.first[k]), splat(phases_.first_weight[k]), sum);
-        sum = fma(load(at - phases_.second[k]), splat(phases_.second_weight[k]), sum);
-      }
-      store(grad + c, sum);
+    switch (phases_.ratio) {
+      case 2:
+        contract_columns<2>(stretched, grad);
+        break;
+      case 4:
+        contract_columns<4>(stretched, grad);
+        break;
+      case 8:
+        contract_columns<8>(stretched, grad);
+        break;
+      default:
+        contract_columns<0>(stretched, grad);
     }
     // The border pixels also stand for those beyond them.
     for (int k = 0; k < phases_.ratio; ++k) {
@@ -91,15 +95,37 @@ class Stretch {
   }
 
  private:
-  // With kPhases phases; 0: phases_.count. Of a constant number, the compiler makes vectors.
+  // With a ratio of kRatio; 0: phases_.ratio. A constant number of weights and addresses stays in registers.
+  template <int kRatio>
+  void contract_columns(const float* stretched, float* grad) const {
+    const int ratio = kRatio > 0 ? kRatio : phases_.ratio;
+    constexpr int kMost = kRatio > 0 ? kRatio : Phases::kMaxRatio;
+    const float* taps[2 * kMost];
+    float weights[2 * kMost];
+    for (int k = 0; k < ratio; ++k) {
+      taps[2 * k] = stretched + k * phases_.stride - phases_.first[k];
+      taps[2 * k + 1] = stretched + k * phases_.stride - phases_.second[k];
+      weights[2 * k] = phases_.first_weight[k];
+      weights[2 * k + 1] = phases_.second_weight[k];
+    }
+    for (int64_t c = 0; c < w_; c += kLanes) {
+      vfloat sum = {};
+#pragma GCC unroll 16
+      for (int k = 0; k < 2 * ratio; ++k) sum = fma(load(taps[k] + c), splat(weights[k]), sum);
+      store(grad + c, sum);
+    }
+  }
+
+  // With kPhases phases; 0: phases_.count. Of a constant number, the compiler makes vectors, if all bytes of a column are
+  // read together: it would read others one at a time near the row's end.
   template <int kPhases>
-  void split(const int8_t* in, int8_t* out) const {
+  void split(const int8_t* __restrict in, int8_t* __restrict out) const {
     const int64_t phases = kPhases > 0 ? kPhases : phases_.count;
     const int64_t columns = phases_.columns, stride = phases_.stride;
-    for (int64_t k = 0; k < phases; ++k) {
-      const int8_t* __restrict from = in + k;
-      int8_t* __restrict to = out + k * stride;
-      for (int64_t c = 0; c < columns; ++c) to[c] = from[c * phases];
+#pragma GCC ivdep
+    for (int64_t c = 0; c < columns; ++c) {
+#pragma GCC unroll 8
+      for (int64_t k = 0; k < phases; ++k) out[k * stride + c] = in[c * phases + k];
     }
   }
 

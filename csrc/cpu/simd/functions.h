@@ -28,8 +28,13 @@ static inline vfloat exp_neg(vfloat a) {
   a = at_most(a, 87.3f);
   const vfloat magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const vfloat rounded = fma(a, splat(-1.44269504f), magic);
-  const vfloat f = fma(a, splat(-1.92596299e-08f), fma(a, splat(-1.44269504f), magic - rounded));
+  const vfloat n = rounded - magic;
+  const vfloat f = fma(a, splat(-1.92596299e-08f), fma(a, splat(-1.44269504f), -n));
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_scalef_ps((__m512)exp2_fraction(f), (__m512)n);
+#else
   return exp2_fraction(f) * power_of_two(rounded);
+#endif
 }
 
 // The functions of a logit x that mask terms need, from one exponential and one division.

@@ -44,6 +44,7 @@ using vfloat = float __attribute__((vector_size(4 * kLanes)));
 using vint = int32_t __attribute__((vector_size(4 * kLanes)));
 using vuint = uint32_t __attribute__((vector_size(4 * kLanes)));
 using vbyte = int8_t __attribute__((vector_size(kLanes)));
+using vdouble = double __attribute__((vector_size(4 * kLanes)));  // of half as many lanes
 
 // Subtracting 0 changes no x, not even -0, so the compiler emits a plain broadcast.
 static inline vfloat splat(float x) { return x - vfloat{}; }
@@ -278,6 +279,28 @@ static inline Sum sum_lanes(V v) {
   Sum total = 0;
   for (int i = 0; i < kLanes; ++i) total += v[i];
   return total;
+}
+
+static inline double sum_lanes(vdouble v) {
+  double total = 0;
+  for (int i = 0; i < kLanes / 2; ++i) total += v[i];
+  return total;
+}
+
+// The sum of both halves of the lanes.
+static inline vdouble in_double(vfloat v) {
+#if defined(__AVX512F__)
+  const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v));
+  const __m512d high = _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd((__m512d)v, 1)));
+  return (vdouble)low + (vdouble)high;
+#elif defined(__AVX2__)
+  const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v));
+  return (vdouble)low + (vdouble)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1));
+#elif defined(FASTMASK_NEON)
+  return (vdouble)vcvt_f64_f32(vget_low_f32((float32x4_t)v)) + (vdouble)vcvt_high_f64_f32((float32x4_t)v);
+#else
+  return vdouble{v[0], v[1]} + vdouble{v[2], v[3]};
+#endif
 }
 
 // f(f(v[0], v[1]), ...) for an f whose result depends on no order, such as the minimum.
