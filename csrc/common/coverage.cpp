@@ -9,54 +9,53 @@
 namespace fastmask {
 
 Coverage make_coverage(const ImageTargets& targets, int64_t h, int64_t w, int64_t band, int64_t bands) {
+  constexpr int64_t kBlock = kCoverageChunks * kChunk;
   const int64_t pixels = h * w;
-  const int64_t chunks = ceil_div(pixels, kChunk);
-  const int64_t first_chunk = chunks * band / bands, last_chunk = chunks * (band + 1) / bands;
+  const int64_t blocks = ceil_div(pixels, kBlock);
   const std::vector<int64_t> rows = nearest_taps(targets.height, h);
   const std::vector<int64_t> columns = nearest_taps(targets.width, w);
 
   Coverage coverage;
-  coverage.valid.resize(last_chunk - first_chunk);
   coverage.areas.assign(targets.count, 0.0f);
-  std::vector<int32_t> lanes_of(targets.count, 0);
-  for (int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
-    int64_t sources[kChunk];
-    const int64_t begin = chunk * kChunk;
-    const int lanes = static_cast<int>(std::min(kChunk, pixels - begin));
-    int32_t valid = 0;
-    for (int i = 0; i < lanes; ++i) {
-      const int64_t pixel = begin + i;
-      sources[i] = rows[pixel / w] * targets.width + columns[pixel % w];
-      valid |= static_cast<int32_t>(counts_pixel(targets, sources[i])) << i;
+  std::vector<int64_t> sources(kBlock);
+  std::vector<int32_t> lanes(targets.count * kCoverageChunks);  // of each target in the chunks of a block
+  for (int64_t block = blocks * band / bands; block < blocks * (band + 1) / bands; ++block) {
+    const int64_t begin = block * kBlock, count = std::min(kBlock, pixels - begin), chunks = ceil_div(count, kChunk);
+    for (int64_t i = 0, y = begin / w, x = begin % w; i < count; ++i) {
+      sources[i] = rows[y] * targets.width + columns[x];
+      if (++x == w) x = 0, ++y;
     }
-    coverage.valid[chunk - first_chunk] = valid;
-    coverage.pixels += std::popcount(static_cast<uint32_t>(valid));
+    int32_t valid[kCoverageChunks] = {};
+    for (int64_t i = 0; i < count; ++i) {
+      valid[i / kChunk] |= static_cast<int32_t>(counts_pixel(targets, sources[i])) << i % kChunk;
+    }
+    coverage.valid.insert(coverage.valid.end(), valid, valid + chunks);
+    for (int64_t c = 0; c < chunks; ++c) coverage.pixels += std::popcount(static_cast<uint32_t>(valid[c]));
 
-    const auto add = [&](int64_t target, int32_t covered) {
-      if (covered == 0) return;
-      coverage.areas[target] += static_cast<float>(std::popcount(static_cast<uint32_t>(covered)));
-      coverage.entries.push_back({static_cast<int32_t>(chunk), static_cast<int32_t>(target), covered});
-    };
+    std::fill(lanes.begin(), lanes.end(), 0);
     if (targets.segments != nullptr) {
-      int64_t found[kChunk];
-      int num_found = 0;
-      for (int i = 0; i < lanes; ++i) {
-        const int64_t target = segment_at(targets, sources[i]);
-        if (target < 0 || target >= targets.count) continue;
-        if (lanes_of[target] == 0) found[num_found++] = target;
-        lanes_of[target] |= 1 << i;
-      }
-      std::sort(found, found + num_found);
-      for (int k = 0; k < num_found; ++k) {
-        add(found[k], lanes_of[found[k]] & valid);
-        lanes_of[found[k]] = 0;
-      }
+      with_segments(targets, [&](const auto* segments) {
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t target = segments[sources[i]];
+          if (target >= 0 && target < targets.count) lanes[target * kCoverageChunks + i / kChunk] |= 1 << i % kChunk;
+        }
+      });
     } else {
       for (int64_t target = 0; target < targets.count; ++target) {
         const uint8_t* mask = targets.masks + target * targets.height * targets.width;
-        int32_t covered = 0;
-        for (int i = 0; i < lanes; ++i) covered |= static_cast<int32_t>(mask[sources[i]] != 0) << i;
-        add(target, covered & valid);
+        int32_t* of_target = &lanes[target * kCoverageChunks];
+        for (int64_t i = 0; i < count; ++i) {
+          of_target[i / kChunk] |= static_cast<int32_t>(mask[sources[i]] != 0) << i % kChunk;
+        }
+      }
+    }
+    for (int64_t target = 0; target < targets.count; ++target) {
+      for (int64_t c = 0; c < chunks; ++c) {
+        const int32_t covered = lanes[target * kCoverageChunks + c] & valid[c];
+        if (covered == 0) continue;
+        coverage.areas[target] += static_cast<float>(std::popcount(static_cast<uint32_t>(covered)));
+        const int64_t chunk = block * kCoverageChunks + c;
+        coverage.entries.push_back({static_cast<int32_t>(chunk), static_cast<int32_t>(target), covered});
       }
     }
   }

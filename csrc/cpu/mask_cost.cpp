@@ -13,7 +13,7 @@ constexpr int kParts = kChunk / kLanes;
 template <bool kFocal, bool kSquare>
 CostTotals accumulate(Logits logits, int64_t pixels, const CoverageView& coverage, MaskTerm term, float* x_block,
                       float* sums) {
-  CostTotals totals{0, 0, static_cast<double>(coverage.pixels)};
+  vdouble probabilities{}, negatives{};
   const CoverageEntry* entry = coverage.entries;
   const CoverageEntry* const last_entry = entry + coverage.num_entries;
 
@@ -21,7 +21,12 @@ CostTotals accumulate(Logits logits, int64_t pixels, const CoverageView& coverag
     const int64_t count = pixels - begin < kBlock ? pixels - begin : kBlock;
     const int64_t first_chunk = begin / kChunk;
     const int64_t last_chunk = first_chunk + ceil_div(count, kChunk);
-    load_logits(after(logits, begin), count, x_block);
+    const float* x = x_block;
+    if (logits.dtype == Dtype::kFloat32 && count % kChunk == 0) {
+      x = static_cast<const float*>(logits.data) + logits.offset + begin;
+    } else {
+      load_logits(after(logits, begin), count, x_block);
+    }
     // Float sums run over one block: over all pixels of a large map, their rounding would exceed the reference's.
     vfloat probability[kParts] = {};
     vfloat negative[kParts] = {};
@@ -29,34 +34,40 @@ CostTotals accumulate(Logits logits, int64_t pixels, const CoverageView& coverag
     for (int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
       const int32_t valid = coverage.valid[chunk];
       for (int part = 0; part < kParts; ++part) {
-        float* at = x_block + (chunk - first_chunk) * kChunk + part * kLanes;
-        const PixelTerms terms = pixel_terms<kFocal, kSquare>(load(at), term);
+        const int64_t i = (chunk - first_chunk) * kChunk + part * kLanes;
+        const PixelTerms terms = pixel_terms<kFocal, kSquare>(load(x + i), term);
+        float* at = x_block + i;
         store(at + kBlock, terms.p);
         store(at + 2 * kBlock, terms.foreground);
         store(at + 3 * kBlock, terms.background);
-        const vint counted = select(valid, part);
-        probability[part] += masked(counted, terms.p);
-        negative[part] += masked(counted, terms.background);
+        probability[part] = add_selected(probability[part], valid, part, terms.p);
+        negative[part] = add_selected(negative[part], valid, part, terms.background);
       }
     }
 
     for (int part = 0; part < kParts; ++part) {
-      totals.probability += sum_lanes(probability[part]);
-      totals.negative += sum_lanes(negative[part]);
+      probabilities += in_double(probability[part]);
+      negatives += in_double(negative[part]);
     }
-    for (; entry != last_entry && entry->chunk < last_chunk; ++entry) {
-      float* target_sums = sums + entry->target * kMaskCostSums * kChunk;
-      for (int part = 0; part < kParts; ++part) {
-        const float* at = x_block + (entry->chunk - first_chunk) * kChunk + part * kLanes;
-        const vint covered = select(entry->lanes, part);
+    while (entry != last_entry && entry->chunk < last_chunk) {
+      const int32_t target = entry->target;
+      vfloat of_target[kMaskCostSums][kParts] = {};
+      for (; entry != last_entry && entry->target == target && entry->chunk < last_chunk; ++entry) {
+        const float* at = x_block + (entry->chunk - first_chunk) * kChunk;
         for (int k = 0; k < kMaskCostSums; ++k) {
-          float* sum = target_sums + k * kChunk + part * kLanes;
-          store(sum, load(sum) + masked(covered, load(at + (k + 1) * kBlock)));
+          for (int part = 0; part < kParts; ++part) {
+            const vfloat terms = load(at + (k + 1) * kBlock + part * kLanes);
+            of_target[k][part] = add_selected(of_target[k][part], entry->lanes, part, terms);
+          }
         }
+      }
+      float* sum = sums + target * kMaskCostSums * kChunk;
+      for (int k = 0; k < kMaskCostSums; ++k) {
+        for (int part = 0; part < kParts; ++part, sum += kLanes) store(sum, load(sum) + of_target[k][part]);
       }
     }
   }
-  return totals;
+  return {sum_lanes(probabilities), sum_lanes(negatives), static_cast<double>(coverage.pixels)};
 }
 
 double sum_chunk(const float* values) {

@@ -15,7 +15,7 @@ struct MaskCostRule {
   float cost_class, cost_mask, cost_dice;
 };
 
-constexpr int64_t kMaskCostBlock = 1024;  // pixels whose terms fit the L1 cache
+constexpr int64_t kMaskCostBlock = kCoverageChunks * kChunk;  // pixels whose terms fit the L1 cache
 
 // Sums over each target's pixels: p, F+ and F-. A single sum of F+ - F- would suffice, but if F- is large inside the
 // target it cancels against the total, and its rounding is visible on small maps.

@@ -70,9 +70,15 @@ Losses losses_of(const Pairs& pairs, bool keep_slopes) {
   Tensor slopes = empty_result(like, slopes_shape, ScalarType::Float);
   const int64_t pair_slopes = 2 * logits.h() * logits.w();
   const auto slopes_of = [&](int64_t i) { return keep_slopes ? data_of<float>(slopes) + i * pair_slopes : nullptr; };
-  // Threads share the matched pairs alone: the others take no time.
+  // Threads share the matched pairs alone: the others take no time. The layers of a target follow each other, as they
+  // read the same pixels.
   std::vector<int64_t> matched, unmatched;
-  for (int64_t i = 0; i < pairs.count(); ++i) (pairs.pair(i).has_value() ? matched : unmatched).push_back(i);
+  const int64_t layer_pairs = pairs.count() / std::max<int64_t>(logits.layers(), 1);
+  for (int64_t target = 0; target < layer_pairs; ++target) {
+    for (int64_t i = target; i < pairs.count(); i += layer_pairs) {
+      (pairs.pair(i).has_value() ? matched : unmatched).push_back(i);
+    }
+  }
   parallel_for(0, static_cast<int64_t>(matched.size()), 1, [&](int64_t begin, int64_t end, Scratch& scratch) {
     const auto work = pairs.workspace(scratch, keep_slopes);
     for (int64_t k = begin; k < end; ++k) {

@@ -323,4 +323,14 @@ static inline vint select(uint32_t lanes, int part) {
 
 static inline vfloat masked(vint mask, vfloat v) { return mask ? v : vfloat{}; }
 
+// sum + v in the lanes whose bits are set in `lanes`, for vector number `part` of a chunk.
+static inline vfloat add_selected(vfloat sum, uint32_t lanes, int part, vfloat v) {
+#if defined(__AVX512F__)
+  const __mmask16 mask = static_cast<__mmask16>(lanes >> (part * kLanes));
+  return (vfloat)_mm512_mask_add_ps((__m512)sum, mask, (__m512)sum, (__m512)v);
+#else
+  return sum + masked(select(lanes, part), v);
+#endif
+}
+
 }  // namespace fastmask::FASTMASK_SIMD
