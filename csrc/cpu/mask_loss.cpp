@@ -164,12 +164,42 @@ struct SlopeSums {
   }
 };
 
+// Which pixels may be found: those that do not count, and those of the target.
+enum class Pixels { kAny, kCounted, kBackground };
+
+// Whether a vector of codes in any of kRows rows has a pixel of the target.
+template <int kRows>
+inline bool has_target(const int8_t* codes, int64_t row) {
+  uint32_t any = 0;
+  for (int i = 0; i < kRows; ++i) {
+    for (int k = 0; k < kLanes; k += 4) any |= load_as<uint32_t>(codes + i * row + k);
+  }
+  return (any & 0x80808080) != 0;
+}
+
 // Adds a pixel to the sums. With z = x inside the target and -x outside, the same formulas hold for both kinds of
 // pixel: p_t = sigmoid(z), q = 1 - p_t, cross-entropy softplus(-z), focal a q^gamma softplus(-z), and
 //   -d focal / dz = a q^gamma (gamma p_t softplus(-z) + q),   -d cross-entropy / dz = q,   dp / dx = p_t q.
-template <bool kFocal, bool kSquare, bool kSlopes, bool kAllCount>
+template <bool kFocal, bool kSquare, bool kSlopes, Pixels kPixels>
 inline void add_pixel(const int8_t* codes, vfloat x, MaskTerm term, vfloat upper_weight, vfloat lower_weight,
                       LaneSums& sums, SlopeSums& slopes) {
+  if constexpr (kPixels == Pixels::kBackground) {
+    const Sigmoid s = sigmoid(-x);
+    vfloat loss = s.softplus_neg, slope = s.q;
+    if (kFocal) {
+      const vfloat modulation = focal_power<kSquare>(s.q, s.softplus_pos, term.gamma) * (1.0f - term.alpha);
+      slope = modulation * fma(term.gamma * s.p, loss, slope);
+      loss *= modulation;
+    }
+    sums.loss += loss;
+    sums.errors += s.q;
+    if (kSlopes) {
+      slopes.add(0, -slope, upper_weight, lower_weight);
+      slopes.add(1, s.p * s.q, upper_weight, lower_weight);
+    }
+    return;
+  }
+  constexpr bool kAllCount = kPixels == Pixels::kCounted;
   const vint code = load_bytes(codes);
   const vint target = code < 0;
   const vint flip = ~code & INT32_MIN;
@@ -285,18 +315,26 @@ class Pair {
       LaneSums sums;
       for (int64_t j = block; j < end; j += kLanes) {
         const vfloat above = load(upper + j), below = load(lower + j);
-        SlopeSums slopes{};
+        const auto add = [&]<Pixels kPixels>() {
+          SlopeSums slopes{};
 #pragma GCC unroll 4
-        for (int i = 0; i < kRows; ++i) {
-          add_pixel<kFocal, kSquare, kSlopes, kAllCount>(codes + i * row + j,
+          for (int i = 0; i < kRows; ++i) {
+            add_pixel<kFocal, kSquare, kSlopes, kPixels>(codes + i * row + j,
                                                          fma(below, lower_weight[i], above * upper_weight[i]), term_,
                                                          upper_weight[i], lower_weight[i], sums, slopes);
-        }
-        if constexpr (kSlopes) {
-          for (int k = 0; k < kMaskLossSlopes; ++k) {
+          }
+          if (!kSlopes) return;
+          for (int k = 0; k < (kPixels == Pixels::kBackground ? kMaskLossSlopes - 1 : kMaskLossSlopes); ++k) {
             add_at(upper_slopes + k * row + j, slopes.upper[k]);
             add_at(lower_slopes + k * row + j, slopes.lower[k]);
           }
+        };
+        if (!kAllCount) {
+          add.template operator()<Pixels::kAny>();
+        } else if (has_target<kRows>(codes + j, row)) {
+          add.template operator()<Pixels::kCounted>();
+        } else {
+          add.template operator()<Pixels::kBackground>();
         }
       }
       sums.add_to(sums_);
