@@ -8,6 +8,23 @@
 
 namespace fastmask {
 
+namespace {
+
+// Bit i of the result: holds(sources[i]), for up to kChunk pixels.
+template <class Holds>
+int32_t lanes_where(const int64_t* sources, int64_t count, const Holds& holds) {
+  uint32_t lanes = 0;
+  if (count >= kChunk) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kChunk; ++i) lanes |= static_cast<uint32_t>(holds(sources[i])) << i;
+  } else {
+    for (int64_t i = 0; i < count; ++i) lanes |= static_cast<uint32_t>(holds(sources[i])) << i;
+  }
+  return static_cast<int32_t>(lanes);
+}
+
+}  // namespace
+
 Coverage make_coverage(const ImageTargets& targets, int64_t h, int64_t w, int64_t band, int64_t bands) {
   constexpr int64_t kBlock = kCoverageChunks * kChunk;
   const int64_t pixels = h * w;
@@ -25,15 +42,18 @@ Coverage make_coverage(const ImageTargets& targets, int64_t h, int64_t w, int64_
       sources[i] = rows[y] * targets.width + columns[x];
       if (++x == w) x = 0, ++y;
     }
-    int32_t valid[kCoverageChunks] = {};
-    for (int64_t i = 0; i < count; ++i) {
-      valid[i / kChunk] |= static_cast<int32_t>(counts_pixel(targets, sources[i])) << i % kChunk;
-    }
+    const auto find_lanes = [&](int32_t* lanes_of, const auto& holds) {
+      for (int64_t c = 0; c < chunks; ++c) {
+        lanes_of[c] = lanes_where(&sources[c * kChunk], count - c * kChunk, holds);
+      }
+    };
+    int32_t valid[kCoverageChunks];
+    find_lanes(valid, [&](int64_t pixel) { return counts_pixel(targets, pixel); });
     coverage.valid.insert(coverage.valid.end(), valid, valid + chunks);
     for (int64_t c = 0; c < chunks; ++c) coverage.pixels += std::popcount(static_cast<uint32_t>(valid[c]));
 
-    std::fill(lanes.begin(), lanes.end(), 0);
     if (targets.segments != nullptr) {
+      std::fill(lanes.begin(), lanes.end(), 0);
       with_segments(targets, [&](const auto* segments) {
         for (int64_t i = 0; i < count; ++i) {
           const int64_t target = segments[sources[i]];
@@ -43,10 +63,10 @@ Coverage make_coverage(const ImageTargets& targets, int64_t h, int64_t w, int64_
     } else {
       for (int64_t target = 0; target < targets.count; ++target) {
         const uint8_t* mask = targets.masks + target * targets.height * targets.width;
-        int32_t* of_target = &lanes[target * kCoverageChunks];
-        for (int64_t i = 0; i < count; ++i) {
-          of_target[i / kChunk] |= static_cast<int32_t>(mask[sources[i]] != 0) << i % kChunk;
-        }
+        // The rows that are read are too far apart for the processor to foresee.
+        const uint8_t* next = target + 1 < targets.count ? mask + targets.height * targets.width : mask;
+        for (int64_t c = 0; c < chunks; ++c) __builtin_prefetch(next + sources[c * kChunk]);
+        find_lanes(&lanes[target * kCoverageChunks], [mask](int64_t pixel) { return mask[pixel] != 0; });
       }
     }
     for (int64_t target = 0; target < targets.count; ++target) {
