@@ -75,6 +75,7 @@ Tensor fill(const MaskCost& given, Tensor points) {
       points.dim() == 3 && points.size(0) == batch && points.size(2) == 2 && points.scalar_type() == ScalarType::Float,
       points, "points", "(B, P, 2) float32 for the B of mask_logits");
   const int64_t num_points = points.size(1);
+  STD_TORCH_CHECK(num_points <= UINT32_MAX, "points has ", num_points, " points; expected at most ", UINT32_MAX);
   const auto sets = prepare_images(
       batch,
       [&](int64_t b, int64_t band, int64_t bands) {
