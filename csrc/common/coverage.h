@@ -1,9 +1,9 @@
 // Which targets cover which of the h x w pixels.
 //
-// The pixels of a row of mask logits are divided into chunks of 16, and these into blocks. An entry says which lanes of one chunk belong to
-// one target, so the sums of the mask cost take one masked addition for each chunk and target found there: their cost
-// grows with the covered area and the length of the outlines, not with the number of targets. Overlapping masks need
-// no other form. One list serves all layers and queries of the image.
+// The pixels of a row of mask logits are divided into chunks of 16, and these into blocks. An entry says which lanes of
+// one chunk belong to one target, so the sums of the mask cost take one masked addition for each chunk and target found
+// there: their cost grows with the covered area and the length of the outlines, not with the number of targets.
+// Overlapping masks need no other form. One list serves all layers and queries of the image.
 #pragma once
 
 #include <cstdint>

@@ -14,8 +14,8 @@ static inline MaskLossPair losses_of(double loss, double intersection, double pr
            static_cast<float>(counted)}};
 }
 
-// The dice loss by the probability of a pixel, and what is added to it inside the target: with U = sum p + sum t + 1 and
-// I = 2 sum p t + 1, d dice / dp = I / U^2 - t 2 / U.
+// The dice loss by the probability of a pixel, and what is added to it inside the target: with U = sum p + sum t + 1
+// and I = 2 sum p t + 1, d dice / dp = I / U^2 - t 2 / U.
 struct DiceSlopes {
   float of_all, of_target;
 };

@@ -116,8 +116,8 @@ class Stretch {
     }
   }
 
-  // With kPhases phases; 0: phases_.count. Of a constant number, the compiler makes vectors, if all bytes of a column are
-  // read together: it would read others one at a time near the row's end.
+  // With kPhases phases; 0: phases_.count. Of a constant number, the compiler makes vectors, if all bytes of a column
+  // are read together: it would read others one at a time near the row's end.
   template <int kPhases>
   void split(const int8_t* __restrict in, int8_t* __restrict out) const {
     const int64_t phases = kPhases > 0 ? kPhases : phases_.count;

@@ -67,17 +67,16 @@ struct Sigmoid {
   vfloat softplus_neg;  // softplus(-x) = -log(p)
 };
 
-// With e = exp(-|x|): sigmoid(|x|) = 1 / (1 + e), and log(1 + e) = e times a polynomial of degree 9 (relative error 6e-9
-// before rounding, also where e is tiny), which does not wait for the division.
+// With e = exp(-|x|): sigmoid(|x|) = 1 / (1 + e), and log(1 + e) = e times a polynomial of degree 9 (relative error
+// 6e-9 before rounding, also where e is tiny), which does not wait for the division.
 static inline Sigmoid sigmoid(vfloat x) {
   const vint negative = bits(x) < 0;
   const vfloat e = exp_neg(from_bits(bits(x) & INT32_MAX));
   const vfloat large = reciprocal(e + 1.0f);  // sigmoid(|x|)
-  const vfloat small = e * large;          // sigmoid(-|x|)
-  const vfloat log1p_e =
-      e * polynomial(e, splat(-3.1639994122e-03f), 1.9487686455e-02f, -5.6269526482e-02f, 1.0532950610e-01f,
-                     -1.5263274312e-01f, 1.9661018252e-01f, -2.4951167405e-01f, 3.3329665661e-01f, -4.9999889731e-01f,
-                     1.0f);
+  const vfloat small = e * large;             // sigmoid(-|x|)
+  const vfloat log1p_e = e * polynomial(e, splat(-3.1639994122e-03f), 1.9487686455e-02f, -5.6269526482e-02f,
+                                        1.0532950610e-01f, -1.5263274312e-01f, 1.9661018252e-01f, -2.4951167405e-01f,
+                                        3.3329665661e-01f, -4.9999889731e-01f, 1.0f);
   return {negative ? small : large, negative ? large : small, log1p_e + at_least(x, 0.0f), log1p_e - at_most(x, 0.0f)};
 }
 
