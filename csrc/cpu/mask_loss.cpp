@@ -164,7 +164,7 @@ struct SlopeSums {
   }
 };
 
-// Which pixels may be found: those that do not count, and those of the target.
+// The kinds of pixels that may be found: all; those that count; those that count and are not of the target.
 enum class Pixels { kAny, kCounted, kBackground };
 
 // Whether a vector of codes in any of kRows rows has a pixel of the target.
@@ -183,24 +183,8 @@ inline bool has_target(const int8_t* codes, int64_t row) {
 template <bool kFocal, bool kSquare, bool kSlopes, Pixels kPixels>
 inline void add_pixel(const int8_t* codes, vfloat x, MaskTerm term, vfloat upper_weight, vfloat lower_weight,
                       LaneSums& sums, SlopeSums& slopes) {
-  if constexpr (kPixels == Pixels::kBackground) {
-    const Sigmoid s = sigmoid(-x);
-    vfloat loss = s.softplus_neg, slope = s.q;
-    if (kFocal) {
-      const vfloat modulation = focal_power<kSquare>(s.q, s.softplus_pos, term.gamma) * (1.0f - term.alpha);
-      slope = modulation * fma(term.gamma * s.p, loss, slope);
-      loss *= modulation;
-    }
-    sums.loss += loss;
-    sums.errors += s.q;
-    if (kSlopes) {
-      slopes.add(0, -slope, upper_weight, lower_weight);
-      slopes.add(1, s.p * s.q, upper_weight, lower_weight);
-    }
-    return;
-  }
-  constexpr bool kAllCount = kPixels == Pixels::kCounted;
-  const vint code = load_bytes(codes);
+  constexpr bool kHasTarget = kPixels != Pixels::kBackground, kAllCount = kPixels != Pixels::kAny;
+  const vint code = kHasTarget ? load_bytes(codes) : splat(int32_t{kCounted});
   const vint target = code < 0;
   const vint flip = ~code & INT32_MIN;
   const vint counted = kAllCount ? vint{} : (code & splat(int32_t{kCounted})) != 0;
@@ -214,16 +198,18 @@ inline void add_pixel(const int8_t* codes, vfloat x, MaskTerm term, vfloat upper
     slope = modulation * fma(term.gamma * s.p, loss, slope);
     loss *= modulation;
   }
-  const vint counted_target = kAllCount ? target : target & counted;
   sums.loss += of_counted(loss);
-  sums.intersection += masked(counted_target, s.p);
   sums.errors += of_counted(s.q);
-  sums.target -= counted_target;
+  if (kHasTarget) {
+    const vint counted_target = kAllCount ? target : target & counted;
+    sums.intersection += masked(counted_target, s.p);
+    sums.target -= counted_target;
+  }
   if (kSlopes) {
     const vfloat steepness = of_counted(s.p * s.q);
-    slopes.add(0, of_counted(from_bits(bits(slope) ^ flip)), upper_weight, lower_weight);
+    slopes.add(0, of_counted(kHasTarget ? from_bits(bits(slope) ^ flip) : -slope), upper_weight, lower_weight);
     slopes.add(1, steepness, upper_weight, lower_weight);
-    slopes.add(2, masked(target, steepness), upper_weight, lower_weight);
+    if (kHasTarget) slopes.add(2, masked(target, steepness), upper_weight, lower_weight);
   }
 }
 
