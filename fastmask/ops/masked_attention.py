@@ -195,7 +195,7 @@ MASKED_ATTENTION_BACKWARD = Operator(
     f"(Tensor grad_out, Tensor out, Tensor logsumexp, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     _fake_backward,
     native=("cpu",),
-    triton="masked_attention",
+    triton="masked_attention_backward",
 )
 MASKED_ATTENTION = Operator(
     "masked_attention",

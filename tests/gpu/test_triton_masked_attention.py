@@ -35,7 +35,7 @@ HALVES = pytest.mark.parametrize(
 
 def change_configs(monkeypatch, **changes):
     """Some fields of the configurations are others."""
-    kernels = import_module("fastmask.kernels.masked_attention")
+    kernels = import_module("fastmask.kernels._attention")
     pick = kernels.config_of_heads
     monkeypatch.setattr(kernels, "config_of_heads", lambda *arguments: replace(pick(*arguments), **changes))
 
@@ -158,10 +158,11 @@ def test_dropout_drops_what_the_native_kernel_drops(seed, p, generator):
 
 
 def test_no_keys():
-    kernels = import_module("fastmask.kernels.masked_attention")
+    forward = import_module("fastmask.kernels.masked_attention").masked_attention
+    backward = import_module("fastmask.kernels.masked_attention_backward").masked_attention_backward
     q, none = torch.randn(2, 3, 8), torch.empty(2, 0, 8)
     arguments = (q, none, none, None, None, 0, 1, 2, 0.5, 0.0, None)
-    out, logsumexp = kernels.masked_attention(*arguments)
+    out, logsumexp = forward(*arguments)
     assert not out.any()
     assert (logsumexp == torch.inf).all()
-    assert not kernels.masked_attention_backward(torch.randn_like(q), out, logsumexp, *arguments)[0].any()
+    assert not backward(torch.randn_like(q), out, logsumexp, *arguments)[0].any()

@@ -129,7 +129,8 @@ def launch_masked_attention(
 
     Of few images, so that the keys are split; more than 128 queries would come in turns, by a kernel that adds.
     """
-    from fastmask.kernels.masked_attention import masked_attention, masked_attention_backward
+    from fastmask.kernels.masked_attention import masked_attention
+    from fastmask.kernels.masked_attention_backward import masked_attention_backward
 
     batch, queries, h, w = min(shape[1], images), min(shape[2], most_queries), shape[5], shape[6]
     grid = (h + 1) // 2, (w + 1) // 2
