@@ -177,10 +177,17 @@ def _constant_in_traces(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+_found: set[tuple[str, str]] = set()  # asking the dispatcher takes as long as solving a small assignment
+
+
 @_constant_in_traces
 def _registered(name: str, device: str) -> bool:
     """Whether PyTorch's dispatcher has a kernel of this operator for the device type."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(add_op_namespace_prefix(name), device.upper())
+    if (name, device) in _found:
+        return True
+    if torch._C._dispatch_has_kernel_for_dispatch_key(add_op_namespace_prefix(name), device.upper()):
+        _found.add((name, device))
+    return (name, device) in _found
 
 
 @_constant_in_traces
