@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated
@@ -23,8 +23,10 @@ from benchmarks.harness.machine import ROOT, best_rates, commit, default_name, d
 from benchmarks.harness.registry import Case, Operation, load_operations
 from benchmarks.harness.results import read_results, write_results
 from benchmarks.harness.runner import Row, measure_case
+from benchmarks.harness.simd import CAPS
 from benchmarks.harness.tables import markdown_table, rows_by
 from benchmarks.harness.timing import TimeBudget
+from fastmask.testing import cap_simd_level
 
 RESULTS = ROOT / "benchmarks" / "results"
 TRIALS = ROOT / "out" / "benchmarks"  # of the quick suite, whose shapes are too small to say anything
@@ -60,6 +62,9 @@ def main(
     allocator: Annotated[
         str | None, typer.Option(help="Memory allocator: default or retaining; by default both on a CPU with glibc.")
     ] = None,
+    simd: Annotated[
+        str | None, typer.Option(help="avx2: as on a processor without AVX-512, into a result file of its own.")
+    ] = None,
     plots: Annotated[bool, typer.Option("--plots", help="Also draw bar charts.")] = False,
     output: Annotated[Path | None, typer.Option(help="Result file; by default one for each machine.")] = None,
 ) -> None:
@@ -84,10 +89,16 @@ def main(
         raise typer.BadParameter(f"nothing to run: no case fits --suite {suite} --case {case} --dtype {dtype}")
     if allocator not in (None, *allocators(device)):
         raise typer.BadParameter(f"allocator must be {' or '.join(allocators(device))} here, got {allocator!r}")
+    if simd not in (None, *CAPS):
+        raise typer.BadParameter(f"simd must be {' or '.join(CAPS)}, got {simd!r}")
     settings = [allocator] if allocator else allocators(device)
-    if len(settings) > 1 or environment_with(settings[0]) != os.environ:
-        succeeded = [run_with(setting) for setting in settings]  # one after another, as they would share the cores
+    environments = {setting: environment_with(setting) | CAPS.get(simd or "", {}) for setting in settings}
+    if len(settings) > 1 or environments[settings[0]] != os.environ:
+        # One after another, as they would share the cores.
+        succeeded = [run_with(setting, environment) for setting, environment in environments.items()]
         raise typer.Exit(0 if all(succeeded) else 1)
+    if simd is not None:
+        cap_simd_level(simd)
     budget = QUICK_BUDGET if quick else TimeBudget()
     budget = TimeBudget(
         rounds=rounds or budget.rounds,
@@ -98,7 +109,7 @@ def main(
     folder = TRIALS if suite == "quick" else RESULTS
     names = {p.name for operation, *_ in chosen for p in operation.providers if compiled or not p.compiles}
     providers = names & set(provider) if provider else names
-    rows, path = run(chosen, used, budget, providers, folder, output)
+    rows, path = run(chosen, used, budget, providers, folder, output, simd)
     if plots:
         from benchmarks.harness.plots import write_plots
 
@@ -111,10 +122,10 @@ def main(
         raise typer.Exit(1)
 
 
-def run_with(allocator: str) -> bool:
-    """Runs this program once more, in a process with this allocator. Returns whether it succeeded."""
+def run_with(allocator: str, environment: Mapping[str, str]) -> bool:
+    """Runs this program once more, in a process with this allocator and environment. Returns whether it succeeded."""
     command = [sys.executable, __file__, *sys.argv[1:], "--allocator", allocator]
-    return subprocess.run(command, env=environment_with(allocator), check=False).returncode == 0
+    return subprocess.run(command, env=environment, check=False).returncode == 0
 
 
 def run(
@@ -124,13 +135,14 @@ def run(
     providers: Collection[str],
     folder: Path,
     output: Path | None,
+    simd: str | None,
 ) -> tuple[list[Row], Path]:
     """Measures everything in ``chosen`` and prints the tables. Writes after each case, so that a run that is stopped
-    keeps what it has. Returns this run's rows and the result file."""
+    keeps what it has. Returns this run's rows and the result file, whose name has the capped SIMD level."""
     head, dirty = commit()
     machine = describe_machine(device)
     rates = best_rates(device)
-    path = output or folder / f"{default_name(machine)}.json"
+    path = output or folder / f"{'-'.join(filter(None, (default_name(machine), simd)))}.json"
     run_info = {
         "machine": machine,
         "rates": rates.as_dict(),
