@@ -107,8 +107,9 @@ def page(results: Mapping[str, Any], titles: Mapping[str, str]) -> str:
     per_second = [f"{rates[kind] / 1e9:.3g} G {name}/s" for kind, name in kinds.items() if rates.get(kind)]
     floor = ", ".join([f"{rates['bytes'] / 1e9:.3g} GB/s", *per_second]) + f" ({rates['source']})"
     host = f"{machine['cpu']}, {machine['cores']} cores, SIMD {machine['simd'] or 'unknown'}"
+    capped = f", as if it had no more than {machine['simd_cap']}" if machine.get("simd_cap") else ""
     lines = [
-        f"# {machine['gpu'] or machine['cpu']}",
+        f"# {machine['gpu'] or machine['cpu']}{capped}",
         "",
         f"{'Host: ' if machine['gpu'] else ''}{host}; Python {machine['python']}, {versions}.",
         f"Floors: {floor}. [How to read the tables](index.md).",

@@ -138,11 +138,11 @@ def run(
     simd: str | None,
 ) -> tuple[list[Row], Path]:
     """Measures everything in ``chosen`` and prints the tables. Writes after each case, so that a run that is stopped
-    keeps what it has. Returns this run's rows and the result file, whose name has the capped SIMD level."""
+    keeps what it has. Returns this run's rows and the result file."""
     head, dirty = commit()
-    machine = describe_machine(device)
+    machine = describe_machine(device) | {"simd_cap": simd}
     rates = best_rates(device)
-    path = output or folder / f"{'-'.join(filter(None, (default_name(machine), simd)))}.json"
+    path = output or folder / f"{default_name(machine)}.json"
     run_info = {
         "machine": machine,
         "rates": rates.as_dict(),

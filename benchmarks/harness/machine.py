@@ -190,8 +190,9 @@ def cpu_model() -> str:
 
 
 def default_name(machine: dict[str, Any]) -> str:
-    """The result file's name without suffix: the GPU's, or "cpu-" and the processor's."""
-    name = machine["gpu"] or f"cpu-{machine['cpu']}"
+    """The result file's name without suffix: the GPU's, or "cpu-" and the processor's, with a SIMD level that is not
+    its own."""
+    name = machine["gpu"] or f"cpu-{machine['cpu']} {machine.get('simd_cap') or ''}"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

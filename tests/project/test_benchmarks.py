@@ -404,6 +404,8 @@ def test_machine_names():
         default_name({"gpu": None, "cpu": "AMD EPYC 9654 96-Core Processor"}) == "cpu-amd-epyc-9654-96-core-processor"
     )
     assert default_name({"gpu": "NVIDIA H200", "cpu": "x"}) == "nvidia-h200"
+    assert default_name({"gpu": None, "cpu": "x", "simd_cap": None}) == "cpu-x"
+    assert default_name({"gpu": None, "cpu": "x", "simd_cap": "avx2"}) == "cpu-x-avx2"
     head, dirty = commit()
     assert isinstance(dirty, bool)
     assert head is None or len(head) >= 7
@@ -469,6 +471,7 @@ def test_options_that_fit_nothing_are_named():
         ({"suite": "no such"}, "nothing to run"),
         ({"op": ["mask_cost"], "dtype": ["int8"]}, "nothing to run"),
         ({"allocator": "no_such"}, "allocator must be default.* here, got 'no_such'"),
+        ({"simd": "no_such"}, "simd must be avx2, got 'no_such'"),
     ):
         with pytest.raises(typer.BadParameter, match=message):
             run.main(**options)
