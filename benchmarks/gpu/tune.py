@@ -74,7 +74,7 @@ TUNINGS = {
         ("half", 9, 32), ({"keys": 64}, {"queries": 128}, {"num_stages": 2}, {"num_stages": 4}, {"warp_queries": 32},
                   {"programs": 528})),
     "masked_attention_backward": Tuning("masked_attention", "B16 64x64, blobs",
-        ("masked_attention", "BACKWARD_CONFIGS"), ("half", 9, 32), (
+        ("masked_attention_backward", "BACKWARD_CONFIGS"), ("half", 9, 32), (
         {"queries": 128, "warp_queries": 16}, {"keys": 32}, {"num_stages": 2}, {"num_stages": 1}, {"programs": 528},
     )),
     "deformable_attention": Tuning("deformable_attention", "B16 levels 64, 32, 16, forward",
