@@ -122,7 +122,9 @@ class Stretch {
   void split(const int8_t* __restrict in, int8_t* __restrict out) const {
     const int64_t phases = kPhases > 0 ? kPhases : phases_.count;
     const int64_t columns = phases_.columns, stride = phases_.stride;
+#if !defined(__clang__)
 #pragma GCC ivdep
+#endif
     for (int64_t c = 0; c < columns; ++c) {
 #pragma GCC unroll 8
       for (int64_t k = 0; k < phases; ++k) out[k * stride + c] = in[c * phases + k];
