@@ -100,7 +100,7 @@ class StretchedSlopes {
     });
   }
 
-  // slopes[0] = mask maps[0], slopes[1] = dice.of_all maps[1] + dice.of_target maps[2]
+  // slopes[0] = mask maps[0], slopes[1] = dice.inside maps[2] + dice.outside (maps[1] - maps[2])
   void write(const Plane& plane, float mask, DiceSlopes dice, float* slopes) {
     rows_.each([&](int64_t index, const float* row) { contract(index, row); });
     float* of_dice = slopes + plane.h * plane.w;
@@ -108,7 +108,7 @@ class StretchedSlopes {
       const float* row = maps_ + y * map_row_;
       for (int64_t x = 0; x < plane.w; ++x) {
         slopes[y * plane.w + x] = mask * row[x];
-        of_dice[y * plane.w + x] = dice.of_all * row[map_ + x] + dice.of_target * row[2 * map_ + x];
+        of_dice[y * plane.w + x] = dice.inside * row[2 * map_ + x] + dice.outside * (row[map_ + x] - row[2 * map_ + x]);
       }
     }
   }

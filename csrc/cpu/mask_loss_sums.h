@@ -14,16 +14,16 @@ static inline MaskLossPair losses_of(double loss, double intersection, double pr
            static_cast<float>(counted)}};
 }
 
-// The dice loss by the probability of a pixel, and what is added to it inside the target: with U = sum p + sum t + 1
-// and I = 2 sum p t + 1, d dice / dp = I / U^2 - t 2 / U.
+// The dice loss by the probability of a pixel inside the target, and of one outside: with U = sum p + sum t + 1 and
+// I = 2 sum p t + 1, d dice / dp = (I - 2 t U) / U^2.
 struct DiceSlopes {
-  float of_all, of_target;
+  float inside, outside;
 };
 
 static inline DiceSlopes dice_slopes(const MaskLossSums& sums) {
   const double both = static_cast<double>(sums.prediction) + sums.target + 1.0;
-  const double twice_overlap = 2.0 * sums.intersection + 1.0;
-  return {static_cast<float>(twice_overlap / (both * both)), static_cast<float>(-2.0 / both)};
+  const double twice_overlap = 2.0 * sums.intersection + 1.0, squared = both * both;
+  return {static_cast<float>((twice_overlap - 2.0 * both) / squared), static_cast<float>(twice_overlap / squared)};
 }
 
 }  // namespace fastmask::FASTMASK_SIMD

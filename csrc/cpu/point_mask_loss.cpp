@@ -200,7 +200,7 @@ void scatter(const PointMaskLossWorkspace work, int64_t num_points, int32_t stri
              float* map) {
   for (int64_t i = 0; i < num_points; i += kLanes) {
     const vfloat of_mask = mask * load(work.mask_slopes + i);
-    const vfloat of_dice = fma(splat(dice.of_all), load(work.steepness + i), dice.of_target * load(work.of_target + i));
+    const vfloat of_dice = fma(splat(dice.inside), load(work.inside + i), dice.outside * load(work.outside + i));
     const vfloat right = load(work.right + i), lower = load(work.lower + i);
     const vfloat left = 1.0f - right, upper = 1.0f - lower;
     const vfloat weights[4] = {upper * left, upper * right, lower * left, lower * right};
@@ -239,14 +239,14 @@ void separate(const float* map, const Plane& plane, float* slopes) {
 }
 
 // With U = sum v p + sum t + 1 and I = 2 sum p t + 1:
-//   d mask / dx = (t dF+/dx + (v - t) dF-/dx) / sum v,   d dice / dx = (v I / U^2 - t 2 / U) p (1 - p).
+//   d mask / dx = (t dF+/dx + (v - t) dF-/dx) / sum v,   d dice / dx = (I v - 2 t U) / U^2 p (1 - p).
 // The arguments are copies, so that the compiler knows that no store changes them.
 template <bool kFocal, bool kSquare, bool kSlopes, typename T>
 MaskLossPair losses(const Plane plane, const ImageTargets& targets, int64_t target, const float* points,
                     int64_t num_points, MaskTerm term, const PointMaskLossWorkspace work, float* pair_slopes) {
   const Reader<T> reader(targets, target);
   const int32_t stride = static_cast<int32_t>(plane.w) + 2;
-  double loss = 0, intersection = 0, prediction = 0, in_target = 0, weight = 0;
+  double loss = 0, intersection = 0, prediction = 0, of_target = 0, weight = 0;
   for (int64_t begin = 0; begin < num_points; begin += kBlock) {
     const int64_t end = num_points - begin < kBlock ? num_points : begin + kBlock;
     vfloat losses = {}, intersections = {}, predictions = {}, targets_sum = {}, weights = {};
@@ -270,8 +270,8 @@ MaskLossPair losses(const Plane plane, const ImageTargets& targets, int64_t targ
         const vfloat steepness = terms.p * terms.q;
         const vint counts = v > 0.0f;
         store(work.mask_slopes + i, masked(counts, (v - t) * terms.background_slope - t * terms.foreground_slope));
-        store(work.steepness + i, masked(counts, v * steepness));
-        store(work.of_target + i, masked(counts, t * steepness));
+        store(work.inside + i, masked(counts, t * steepness));
+        store(work.outside + i, masked(counts, (v - t) * steepness));
         store(work.right + i, columns.weight);
         store(work.lower + i, rows.weight);
         store(work.cells + i, rows.first * stride + columns.first);
@@ -280,10 +280,10 @@ MaskLossPair losses(const Plane plane, const ImageTargets& targets, int64_t targ
     loss += sum_lanes(losses);
     intersection += sum_lanes(intersections);
     prediction += sum_lanes(predictions);
-    in_target += sum_lanes(targets_sum);
+    of_target += sum_lanes(targets_sum);
     weight += sum_lanes(weights);
   }
-  const MaskLossPair pair = losses_of(loss, intersection, prediction, in_target, weight);
+  const MaskLossPair pair = losses_of(loss, intersection, prediction, of_target, weight);
   if (!kSlopes) return pair;
   memset(work.slopes, 0, 2 * sizeof(float) * bordered_size(plane.h, plane.w));
   const float mask = 1.0f / (pair.sums.pixels > 1.0f ? pair.sums.pixels : 1.0f);

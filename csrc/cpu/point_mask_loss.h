@@ -12,9 +12,9 @@ namespace fastmask {
 
 struct PointMaskLossWorkspace {
   float* map;  // the logits with a border
-  // If slopes are wanted, of each point: the slope of its mask loss before normalization, p (1 - p) times its weight
-  // and its share of the target, and where it is between the four logits, of which the upper left one is at `cells`.
-  float *mask_slopes, *steepness, *of_target, *right, *lower;
+  // If slopes are wanted, of each point: the slope of its mask loss before normalization, p (1 - p) times its share
+  // inside and outside the target, and where it is between the four logits, of which the upper left one is at `cells`.
+  float *mask_slopes, *inside, *outside, *right, *lower;
   int32_t* cells;
   float* slopes;  // [2] of each logit, with a border: of the mask loss and of the dice loss
 
@@ -22,7 +22,7 @@ struct PointMaskLossWorkspace {
     carver.take(map, bordered_size(h, w));
     if (!with_slopes) return;
     const int64_t padded = to_full_vectors(num_points);
-    for (float** array : {&mask_slopes, &steepness, &of_target, &right, &lower}) carver.take(*array, padded);
+    for (float** array : {&mask_slopes, &inside, &outside, &right, &lower}) carver.take(*array, padded);
     carver.take(cells, padded);
     carver.take(slopes, 2 * bordered_size(h, w));
   }
