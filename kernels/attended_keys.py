@@ -52,9 +52,9 @@ def _middle(ptrs, there, RATIO: tl.constexpr):
 
 
 @triton.jit
-def _mean_of_four(ptrs, stride_y, there, RATIO: tl.constexpr):
-    """The means ``[bytes, 8]`` of the four logits around the centers of the eight keys of a byte, whose first logits in
-    the upper of the two rows ``ptrs [bytes]`` are; for a RATIO of 1, the one logit of each key."""
+def _at_keys(ptrs, stride_y, there, RATIO: tl.constexpr):
+    """The logits ``[bytes, 8]`` at the eight keys of each byte: the means of the four around a key's center, or its one
+    logit for a RATIO of 1. ``ptrs [bytes]`` are the first ones of the upper of two rows."""
     if RATIO == 1:
         return _to_float(tl.load(ptrs[:, None] + tl.arange(0, 8)[None, :], mask=there[:, None], other=0.0))
     return 0.5 * _middle(ptrs, there, RATIO) + 0.5 * _middle(ptrs + stride_y, there, RATIO)
@@ -134,7 +134,7 @@ def _attended_keys_kernel(
             for i in tl.static_range(QUERIES):
                 n = tl.minimum(query + i, N - 1).to(tl.int64)
                 plane_ptr = logits_ptr + (image * stride_b + n * stride_n) * UNIT
-                value = _mean_of_four(plane_ptr + at, stride_y, there, RATIO)
+                value = _at_keys(plane_ptr + at, stride_y, there, RATIO)
                 packed |= tl.where(value >= 0.0, 1 << (bit + 8 * i), 0)
             packed = tl.where(present, packed, 0)
         elif HAS_LOGITS:

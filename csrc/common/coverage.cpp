@@ -40,7 +40,10 @@ Coverage make_coverage(const ImageTargets& targets, int64_t h, int64_t w, int64_
     const int64_t begin = block * kBlock, count = std::min(kBlock, pixels - begin), chunks = ceil_div(count, kChunk);
     for (int64_t i = 0, y = begin / w, x = begin % w; i < count; ++i) {
       sources[i] = rows[y] * targets.width + columns[x];
-      if (++x == w) x = 0, ++y;
+      if (++x == w) {
+        x = 0;
+        ++y;
+      }
     }
     const auto find_lanes = [&](int32_t* lanes_of, const auto& holds) {
       for (int64_t c = 0; c < chunks; ++c) {

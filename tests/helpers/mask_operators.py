@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -100,6 +100,16 @@ def void_over_nan(arguments: Arguments) -> Arguments:
     return arguments | {"targets": targets, "mask_logits": mask_logits}
 
 
+def large_regions(arguments: Arguments) -> Arguments:
+    """Squares of 32 pixels, so that whole blocks of pixels have none of a target."""
+    of = arguments["targets"]
+
+    def coarse(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x[..., ::32, ::32].repeat_interleave(32, -1).repeat_interleave(32, -2)
+
+    return arguments | {"targets": replace(of, masks=coarse(of.masks), segments=coarse(of.segments))}
+
+
 def padding_alone(arguments: Arguments) -> Arguments:
     without = {"targets": without_labels(arguments["targets"])}
     if "assignment" in arguments:
@@ -141,6 +151,8 @@ def cases(names: tuple[str, ...], points: int) -> dict[str, Case]:
     found["all void"] = make(usual, "segments", term(ignore_void=True), change=all_void)
     found["padding alone"] = make(usual, "segments", term(), change=padding_alone)
     found["one query for all"] = make(usual, "segments", term(), change=matched_twice)
+    for form in ("segments", "masks"):
+        found[f"large regions, {form}"] = make(usual, form, term(), change=large_regions)
     if points:
         for number in (1, 17, 31, 12544):
             found[f"{number} points"] = make(odd, "segments", term(), points=number)

@@ -125,7 +125,8 @@ def launch_masked_attention(
     dropout_p: float = 0.0,
     **_: Any,
 ) -> None:
-    """8 heads on a grid of half the logits' size; queries have masks ("segments"), or keys padding as well.
+    """8 heads on a grid of half the logits' size, and of their own; queries have masks ("segments"), or keys padding as
+    well.
 
     Of few images, so that the keys are split; more than 128 queries would come in turns, by a kernel that adds.
     """
@@ -144,6 +145,7 @@ def launch_masked_attention(
     arguments = (q, k, v, mask_logits, padding, *grid, 8, head_dim**-0.5, dropout_p, seed)
     out, logsumexp = masked_attention(*arguments)
     masked_attention_backward(out, out, logsumexp, *arguments)
+    masked_attention(q, k, v, mask_logits.new_empty(batch, queries, *grid), *arguments[4:])
 
 
 def launch_deformable_attention(

@@ -444,6 +444,8 @@ def test_a_quick_run_from_end_to_end(tmp_path):
         "0.2",
         "--threads",
         "1",
+        "--simd",
+        "avx2",
     ]
     command += ["--provider", "fastmask native", "--provider", "fastmask triton", "--provider", "transformers"]
     done = subprocess.run(
@@ -452,6 +454,9 @@ def test_a_quick_run_from_end_to_end(tmp_path):
     assert done.returncode == 0, done.stderr
     results = json.loads(output.read_text())
     assert results["machine"]["threads"] == 1
+    assert results["machine"]["simd_cap"] == "avx2"
+    assert results["machine"]["simd"] != "avx512"
+    assert results["machine"]["torch_simd"] != "AVX512"
     assert results["argv"][0] == "--quick"
     rows = {(row["allocator"], row["provider"]): row for row in results["rows"]}
     assert len(rows) == len(results["rows"]) == 3 * len(allocator.allocators("cpu"))
