@@ -1,7 +1,7 @@
 // softmax(M + scale q k^T) v of one image (Mask2Former, arXiv:2112.01527, equation 2), and its gradient.
 //
 // Whether a query attends to a key is one bit, computed from the mask logits for one block of queries at a time and
-// used by all heads. Keys are processed in blocks of kAttentionKeys; a query skips blocks in which it attends to no
+// used by all heads. Keys are processed in patches of kAttentionKeys; a query skips patches in which it attends to no
 // key.
 #pragma once
 
@@ -15,6 +15,8 @@ namespace fastmask {
 
 constexpr int64_t kAttentionKeys = 32;
 constexpr int64_t kAttentionQueries = 128;  // at most in a block, so that a head's arrays for them fit the cache
+
+constexpr int64_t kAttentionCache = 256 << 10;  // bytes for the arrays of the heads that are computed together
 
 // Rows of one image from element `offset` on, `stride` elements apart; heads are adjacent in a row.
 template <typename T>
@@ -31,9 +33,32 @@ struct AttentionMask {
   const uint8_t* padding;  // [keys], not 0 at keys that are never attended to; null: none
 };
 
+// The grid of keys in patches of kAttentionKeys, 8 columns and 4 rows where both fit. Regions are compact, so that they
+// touch fewer patches than runs of as many keys.
+struct AttentionPatches {
+  int64_t height, width;  // of the grid
+  int64_t rows, columns;  // of a patch; those on the right and at the bottom may reach beyond the grid
+  int64_t across, count;  // patches side by side, and in all
+
+  AttentionPatches() = default;
+  AttentionPatches(int64_t height, int64_t width) : height(height), width(width), columns(1) {
+    while (columns < 8 && columns < width) columns *= 2;
+    for (rows = 1; rows < kAttentionKeys / columns && rows < height;) rows *= 2;
+    columns = kAttentionKeys / rows;
+    across = ceil_div(width, columns);
+    count = across * ceil_div(height, rows);
+  }
+
+  int64_t first_key(int64_t patch) const { return patch / across * rows * width + patch % across * columns; }
+
+  // From the patch's first key to its i-th.
+  int64_t step(int64_t i) const { return i / columns * width + i % columns; }
+};
+
 struct AttentionImage {
   int64_t queries, keys, heads, head_dim;
-  Dtype dtype;  // of q, k, v, out and their gradients
+  AttentionPatches patches;  // of the key grid
+  Dtype dtype;               // of q, k, v, out and their gradients
   AttentionRows<const void> q, k, v;
   AttentionMask mask;
   float scale;
@@ -51,63 +76,82 @@ struct AttentionForward {
 
 struct AttentionBackward {
   AttentionRows<const void> out, grad_out;
-  const double* logsumexp;              // [heads][queries]
-  AttentionRows<void> grad_q;           // in the image's type
-  AttentionRows<float> grad_k, grad_v;  // added to
+  const double* logsumexp;     // [heads][queries]
+  AttentionRows<void> grad_q;  // in the image's type
+  AttentionRows<float> grad_k, grad_v;
+  bool adds;  // whether grad_k and grad_v hold the sums of other queries already
 };
 
-// Memory for a block of queries; a head's `channels` are padded with zeros to full vectors.
+// Memory for a block of queries; a head's `channels` are padded with zeros to full vectors. of_head gives the arrays of
+// one of `heads` heads.
 struct AttentionWorkspace {
-  int64_t channels;
-  uint32_t* present;     // [key blocks] bits of the keys that are not padding
-  uint32_t* attended;    // [key blocks][queries] bits of the keys that a query attends to
+  int64_t queries, channels, heads;
+  uint32_t* inside;      // [patches] bits of the keys that the grid has
+  uint32_t* present;     // [patches] bits of those that are not padding
+  uint32_t* attended;    // [patches][queries] bits of the keys that a query attends to
   int32_t* keys;         // [queries] how many keys a query attends to
-  float* samples;        // [keys] a query's mask on the key grid
+  int32_t* steps;        // [kAttentionKeys] from a patch's first key to each
   float* source[2];      // [w] two neighboring rows of mask logits
-  float* mixed;          // [w] the row interpolated between them
-  int32_t* active;       // [queries] the queries that attend to the block of keys
+  float* mixed;          // [w] the row interpolated between them, and room for reading beyond it
+  int32_t* active;       // [queries] the queries that attend to the patch
   int32_t* offsets;      // [queries] where their rows of `channels` begin
   int32_t* key_offsets;  // [kAttentionKeys]
-  float* q;              // [queries][channels], scaled
-  float* out;            // [queries][channels] of a run of blocks, directly followed by
-  float* total;          // [queries][kLanes] the sums of its weights
-  float* sums;           // out and total of the previous runs
-  float* maximum;        // [queries] the running maximum of the scores
-  float* rows;           // [kAttentionKeys][channels] a block of keys
+  float* rows;           // [kAttentionKeys][channels] keys of a patch
   float* columns;        // [channels][kAttentionKeys] the same
   float* values;         // [kAttentionKeys][channels]
-  float* weights;        // [queries][kAttentionKeys] of a block of keys (of a group of queries in forward)
+  float* weights;        // [queries][kAttentionKeys] of a patch (of a group of queries in forward)
+  // Of each head:
+  float* q;        // [queries][channels], scaled
+  float* out;      // [queries][channels] of a run of patches, directly followed by
+  float* total;    // [queries][kLanes] the sums of its weights
+  float* sums;     // out and total of the previous runs
+  float* maximum;  // [queries] the running maximum of the scores
+  // Of each head, for backward only:
+  float* grad_out;  // [queries][channels]
+  float* delta;     // [queries] sum_c grad_out out
   // For backward only:
-  float* grad_out;                 // [queries][channels]
-  float* delta;                    // [queries] sum_c grad_out out
   float* slopes;                   // [queries][kAttentionKeys] gradient of the scores
   float* value_columns;            // [channels][kAttentionKeys]
   float *grad_rows, *grad_values;  // [kAttentionKeys][channels]
 
   void lay_out(Carver& carver, const AttentionImage& image, bool backward) {
-    const int64_t queries = image.queries < kAttentionQueries ? image.queries : kAttentionQueries;
-    const int64_t blocks = ceil_div(image.keys, kAttentionKeys);
+    queries = image.queries < kAttentionQueries ? image.queries : kAttentionQueries;
     channels = to_full_vectors(image.head_dim);
-    carver.take(present, blocks);
-    carver.take(attended, blocks * queries);
+    const int64_t of_head = queries * (3 * channels + 2 * kMostLanes + (backward ? channels : 0)) * sizeof(float);
+    heads = of_head * image.heads <= kAttentionCache ? image.heads : kAttentionCache / of_head;
+    if (heads < 1) heads = 1;
+    const int64_t patches = image.patches.count, w = to_full_vectors(image.mask.first.w);
+    carver.take(inside, patches);
+    carver.take(present, patches);
+    carver.take(attended, patches * queries);
     carver.take(keys, queries);
-    carver.take(samples, blocks * kAttentionKeys);
-    for (float** row : {&source[0], &source[1], &mixed}) carver.take(*row, to_full_vectors(image.mask.first.w));
+    carver.take(steps, kAttentionKeys);
+    carver.take(source[0], w);
+    carver.take(source[1], w);
+    carver.take(mixed, w + 8 * kMostLanes);
     carver.take(active, queries);
     carver.take(offsets, queries);
     carver.take(key_offsets, kAttentionKeys);
-    carver.take(q, queries * channels);
-    carver.take(out, queries * (channels + kMostLanes));
-    total = out == nullptr ? nullptr : out + queries * channels;
-    carver.take(sums, queries * (channels + kMostLanes));
-    carver.take(maximum, queries);
     for (float** block : {&rows, &columns, &values}) carver.take(*block, kAttentionKeys * channels);
     carver.take(weights, queries * kAttentionKeys);
+    carver.take(q, heads * queries * channels);
+    carver.take(out, heads * queries * (channels + kMostLanes));
+    total = out == nullptr ? nullptr : out + queries * channels;
+    carver.take(sums, heads * queries * (channels + kMostLanes));
+    carver.take(maximum, heads * queries);
+    carver.take(grad_out, backward ? heads * queries * channels : 0);
+    carver.take(delta, backward ? heads * queries : 0);
     if (!backward) return;
-    carver.take(grad_out, queries * channels);
-    carver.take(delta, queries);
     carver.take(slopes, queries * kAttentionKeys);
     for (float** block : {&value_columns, &grad_rows, &grad_values}) carver.take(*block, kAttentionKeys * channels);
+  }
+
+  AttentionWorkspace of_head(int64_t head) const {
+    AttentionWorkspace own = *this;
+    for (float** array : {&own.q, &own.grad_out}) *array += head * queries * channels;
+    for (float** array : {&own.out, &own.total, &own.sums}) *array += head * queries * (channels + kMostLanes);
+    for (float** array : {&own.maximum, &own.delta}) *array += head * queries;
+    return own;
   }
 };
 

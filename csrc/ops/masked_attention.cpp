@@ -69,6 +69,7 @@ class Attention {
     AttentionImage image{};
     image.queries = queries();
     image.keys = keys();
+    image.patches = mask_.defined() ? AttentionPatches(height_, width_) : AttentionPatches(1, keys());
     image.heads = heads_;
     image.head_dim = channels() / heads_;
     image.dtype = dtype_;
@@ -153,8 +154,8 @@ struct QueryBlocks {
 class PartialGradient {
  public:
   PartialGradient(const Tensor& like, int64_t parts, int64_t batch, int64_t keys, int64_t channels)
-      : total_(zero_result(like, {batch, keys, channels}, ScalarType::Float)),
-        others_(zero_result(like, {(parts - 1) * batch, keys, channels}, ScalarType::Float)),
+      : total_(empty_result(like, {batch, keys, channels}, ScalarType::Float)),
+        others_(empty_result(like, {(parts - 1) * batch, keys, channels}, ScalarType::Float)),
         batch_(batch) {}
 
   AttentionRows<float> rows(int64_t part, int64_t b) const {
@@ -219,21 +220,27 @@ std::tuple<Tensor, Tensor, Tensor> masked_attention_backward(Tensor grad_out, Te
   const double* logsumexp_data = data_of<const double>(logsumexp);
   Tensor grad_q = empty_result(q, {batch, queries, channels}, q.scalar_type());
   const QueryBlocks blocks(queries);
-  const int64_t parts = std::clamp<int64_t>(blocks.count, 1, kMostParts);
+  if (blocks.count == 0) {
+    const std::vector<int64_t> shape{batch, attention.keys(), channels};
+    return {grad_q, zero_result(k, shape, q.scalar_type()), zero_result(v, shape, q.scalar_type())};
+  }
+  const int64_t parts = std::min(blocks.count, kMostParts);
   PartialGradient grad_k(k, parts, batch, attention.keys(), channels),
       grad_v(v, parts, batch, attention.keys(), channels);
   const auto kernel = FASTMASK_SELECT(masked_attention_backward);
   // One thread writes a head's keys, for one block of queries of the part after another.
   attention.for_each_task(parts, true, [&](int64_t b, int64_t part, const auto& heads, const auto& work) {
-    const AttentionBackward result{rows_of<const void>(out, b),
-                                   rows_of<const void>(grad_out, b),
-                                   logsumexp_data + b * num_heads * queries,
-                                   rows_of<void>(grad_q, b),
-                                   grad_k.rows(part, b),
-                                   grad_v.rows(part, b)};
+    AttentionBackward result{rows_of<const void>(out, b),
+                             rows_of<const void>(grad_out, b),
+                             logsumexp_data + b * num_heads * queries,
+                             rows_of<void>(grad_q, b),
+                             grad_k.rows(part, b),
+                             grad_v.rows(part, b),
+                             false};
     const AttentionImage image = attention.image(b);
     for (int64_t block = blocks.count * part / parts; block < blocks.count * (part + 1) / parts; ++block) {
       kernel(image, result, blocks.task(heads, block), work);
+      result.adds = true;
     }
   });
   return {grad_q, grad_k.sum(q.scalar_type()), grad_v.sum(q.scalar_type())};

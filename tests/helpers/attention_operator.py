@@ -27,6 +27,10 @@ SHAPES: dict[str, Shape] = {
     "grid of the logits' size": (1, 9, 2, 16, (12, 10), (12, 10)),
     "one row": (1, 6, 2, 20, (1, 70), (4, 100)),
     "one column": (1, 6, 2, 20, (70, 1), (100, 4)),
+    "two rows": (1, 6, 2, 20, (2, 21), (4, 84)),
+    "three columns": (1, 6, 2, 20, (21, 3), (42, 3)),
+    "patches beyond the grid": (1, 6, 2, 20, (9, 19), (18, 38)),
+    "groups of heads": (1, 130, 5, 64, (9, 12), (36, 48)),
     "several blocks of queries": (1, 300, 2, 16, (8, 8), (16, 16)),
     "wide heads": (1, 10, 2, 128, (6, 6), (12, 12)),
     "wider than the GPU's": (1, 3, 1, 200, (4, 4), (8, 8)),
@@ -36,7 +40,7 @@ SHAPES: dict[str, Shape] = {
 }
 SMALL: Shape = (2, 7, 2, 24, (5, 7), (13, 9))
 SEVERAL_BLOCKS: Shape = (1, 6, 2, 16, (11, 29), (13, 17))
-SLOW = ("usual", "several blocks of queries", "wide heads", "many keys", "wider than the GPU's")
+SLOW = ("usual", "several blocks of queries", "wide heads", "many keys", "wider than the GPU's", "groups of heads")
 TRITON_SHAPES = {name: shape for name, shape in SHAPES.items() if name not in SLOW} | {
     "several blocks of queries": (1, 70, 1, 16, (3, 5), (6, 7)),
     "several blocks of keys": SEVERAL_BLOCKS,
@@ -96,6 +100,15 @@ def foreground_in_padding(arguments: Arguments) -> Arguments:
     return arguments
 
 
+def regions_apart(arguments: Arguments) -> Arguments:
+    """Of the first queries in a corner, of the others in the opposite one: most keys belong to no query."""
+    mask_logits, half = arguments["mask_logits"], arguments["q"].shape[1] // 2
+    h, w = mask_logits.shape[-2:]
+    regions = torch.full_like(mask_logits, -1)
+    regions[:, :half, : h // 4, : w // 4], regions[:, half:, h - h // 4 :, w - w // 4 :] = 1, 1
+    return arguments | {"mask_logits": regions}
+
+
 def cases(shapes: dict[str, Shape], small: Shape) -> dict[str, Case]:
     found: dict[str, Case] = {
         f"{name}{', padded' if padding else ''}": Inputs(shape, padding)
@@ -110,8 +123,12 @@ def cases(shapes: dict[str, Shape], small: Shape) -> dict[str, Case]:
     found["heads of 33 channels"] = Inputs((1, 5, 2, 33, (5, 9), (10, 18)))
     found["heads of 64 channels"] = Inputs((1, 5, 2, 64, (5, 9), (10, 18)))
     found["heads of 100 channels"] = Inputs((1, 5, 2, 100, (5, 9), (10, 18)))
+    found["regions apart"] = Inputs((2, 9, 2, 16, (13, 22), (26, 44)), padding=True, change=regions_apart)
     found["an image of padding alone"] = Inputs(small, padding=True, change=an_image_of_padding)
     aligned: Shape = (1, 3, 2, 16, (4, 8), (4, 8))
+    if shapes is SHAPES:
+        apart: Shape = (1, 300, 2, 16, (12, 16), (12, 16))
+        found["regions of blocks of queries apart"] = Inputs(apart, change=regions_apart)
     found["foreground in padding alone"] = Inputs(aligned, padding=True, change=foreground_in_padding)
     return found
 

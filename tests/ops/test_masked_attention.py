@@ -51,7 +51,12 @@ def test_any_head_dimension(head_dim, level, generator):
 @pytest.mark.parametrize("level", simd_levels())
 @pytest.mark.parametrize(
     ("grid", "size"),
-    [((16, 16), (128, 128)), ((7, 9), (30, 20)), ((40, 70), (13, 21)), ((9, 9), (9, 9)), ((1, 1), (5, 4))],
+    [
+        *[((16, 16), (128, 128)), ((7, 9), (30, 20)), ((40, 70), (13, 21)), ((9, 9), (9, 9)), ((1, 1), (5, 4))],
+        # Whole ratios of the widths, of even and odd widths, with the same heights and others:
+        *[((8, 16), (16, 32)), ((9, 13), (18, 26)), ((5, 19), (20, 76)), ((6, 5), (48, 40)), ((3, 4), (48, 64))],
+        *[((9, 20), (9, 40)), ((6, 16), (9, 16)), ((6, 21), (5, 21)), ((2, 11), (4, 33))],
+    ],
 )
 def test_the_very_keys_are_attended_to(grid, size, level, generator):
     """With q = 0 all attended keys weigh the same; the values are the keys' numbers, one-hot. So the output shows the

@@ -14,7 +14,7 @@ from tests.helpers.levels import ROOT, SETUP, compile_for, is_foreign, tool
 
 OBJECTS = ROOT / "build" / f"ninja-{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "cpu"
 # Instructions of the LONGEST innermost loops of a kernel's file, together: the larger count of GCC 11 and 12, which
-# differ by up to 13 %. These loops handle the pixels, in the kernel's variants for each kind of loss and for padding.
+# differ by up to 25 %. These loops handle the pixels, in the kernel's variants for each kind of loss and for padding.
 LONGEST = 6
 INSTRUCTIONS = {
     ("mask_cost", "avx2"): 1079,
@@ -23,12 +23,12 @@ INSTRUCTIONS = {
     ("mask_loss", "avx512"): 2409,
     ("point_mask_loss", "avx2"): 2966,
     ("point_mask_loss", "avx512"): 2218,
-    ("masked_attention", "avx2"): 1410,
-    ("masked_attention", "avx512"): 1201,
+    ("masked_attention", "avx2"): 1730,
+    ("masked_attention", "avx512"): 1880,
     ("mask_cost", "neon"): 1123,
     ("mask_loss", "neon"): 3372,
     ("point_mask_loss", "neon"): 2661,
-    ("masked_attention", "neon"): 904,
+    ("masked_attention", "neon"): 1326,
 }
 JUMP = re.compile(r"j\w+|b|b\.\w+|cbn?z|tbn?z")  # of x86 or ARM
 

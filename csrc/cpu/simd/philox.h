@@ -58,11 +58,12 @@ static inline vfloat uniform(vuint word) {
   return __builtin_convertvector((vint)(word >> 8), vfloat) * splat(0x1p-24f);
 }
 
-// All ones in the lanes i whose number u(index + i) in [0, 1) is at least `probability`. u is the first word for its
-// counter, converted to float as in Triton's tl.rand, so that both drop the same weights.
-static inline vint keep_lanes(uint64_t seed, uint64_t index, float probability) {
+// All ones in the lanes i whose number u(index + steps[i]) in [0, 1) is at least `probability`, for steps of at least
+// 0. u is the first word for its counter, converted to float as in Triton's tl.rand, so that both drop the same
+// weights.
+static inline vint keep_lanes(uint64_t seed, uint64_t index, vint steps, float probability) {
   const uint32_t low = static_cast<uint32_t>(index);
-  const vuint c0 = (vuint)lane_numbers() + low;
+  const vuint c0 = (vuint)steps + low;
   const vuint carry = (vuint)(c0 < low);
   const vint word = (vint)philox(seed, c0, (vuint{} + static_cast<uint32_t>(index >> 32)) - carry).word[0];
   const vfloat u = __builtin_convertvector(word < 0 ? ~word : word, vfloat) * 4.6566127342e-10f;
