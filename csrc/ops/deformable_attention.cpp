@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <tuple>
 
-#include "common/huge_pages.h"
 #include "ops/parallel.h"
 #include "ops/tensors.h"
 
@@ -77,7 +76,6 @@ class Deformable {
     const std::vector<int64_t> shape{planes(), plane_size()};
     const Tensor tensor = empty_result(value_, shape, ScalarType::Float);
     if (tensor.numel() == 0) return tensor;
-    advise_huge_pages(tensor.data_ptr(), tensor.numel() * static_cast<int64_t>(sizeof(float)));
     if (zeros) {
       parallel_for(0, planes(), 1, [&](int64_t begin, int64_t end) {
         std::fill(data_of<float>(tensor) + begin * shape[1], data_of<float>(tensor) + end * shape[1], 0.0f);

@@ -4,7 +4,6 @@
 #include <tuple>
 #include <vector>
 
-#include "common/huge_pages.h"
 #include "common/rle.h"
 #include "cpu/count_nan.h"
 #include "ops/geometry.h"
@@ -46,7 +45,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> instance_masks(Tensor mask_lo
   Tensor boxes = empty_result(queries, {batch, picks, 4}, ScalarType::Int);
   Tensor nan_logits = empty_result(queries, {batch, picks}, ScalarType::Int);
   uint8_t* mask_data = data_of<uint8_t>(masks);
-  advise_huge_pages(mask_data, masks.numel());
   float* foreground_data = data_of<float>(foreground);
   int32_t* area_data = data_of<int32_t>(area);
   int32_t* box_data = data_of<int32_t>(boxes);
@@ -103,7 +101,6 @@ Tensor resize_masks(Tensor masks, Sizes size) {
   STD_TORCH_CHECK(std::max(h, w) < INT32_MAX, "masks must have sides of less than 2^31");
   const std::vector<int64_t> rows = nearest_taps(h, checked(size, "size")[0]), columns = nearest_taps(w, size[1]);
   Tensor result = empty_result(masks, {count, size[0], size[1]}, ScalarType::Bool);
-  advise_huge_pages(result.data_ptr(), result.numel());
   const uint8_t* data = data_of<const uint8_t>(masks);
   uint8_t* out = data_of<uint8_t>(result);
   parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {

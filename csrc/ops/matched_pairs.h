@@ -6,7 +6,6 @@
 #include <string>
 #include <vector>
 
-#include "common/huge_pages.h"
 #include "common/points.h"
 #include "cpu/mask_loss.h"
 #include "ops/parallel.h"

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "common/huge_pages.h"
 #include "common/logits.h"
 #include "common/mask_term.h"
 #include "common/taps.h"
@@ -48,7 +49,9 @@ Tensor new_result(const Make& make, const Tensor& like, const std::vector<int64_
 }
 
 inline Tensor empty_result(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
-  return new_result([](auto&&... x) { return torch::stable::new_empty(x...); }, like, sizes, dtype);
+  const Tensor result = new_result([](auto&&... x) { return torch::stable::new_empty(x...); }, like, sizes, dtype);
+  advise_huge_pages(result.data_ptr(), result.numel() * static_cast<int64_t>(result.element_size()));
+  return result;
 }
 
 inline Tensor zero_result(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {

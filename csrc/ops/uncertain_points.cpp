@@ -24,7 +24,6 @@ Tensor uncertain_points(Tensor mask_logits, Tensor assignment, Tensor seed, int6
       empty_result(mask_logits, {logits.layers(), logits.batch(), max_targets, num_points, 2}, ScalarType::Float);
   if (points.numel() == 0) return points;  // an empty tensor may have a null address
   float* data = data_of<float>(points);
-  advise_huge_pages(data, points.numel() * static_cast<int64_t>(sizeof(float)));
   const auto* query_data = data_of<const int64_t>(queries);
   const auto seed_value = static_cast<uint64_t>(*data_of<const int64_t>(seed));
   const auto pair_kernel = FASTMASK_SELECT(uncertain_points_pair);
