@@ -82,7 +82,7 @@ TUNINGS = {
         {"queries": 32}, {"queries": 32, "num_warps": 2}, {"queries": 128}, {"queries": 128, "num_warps": 8},
     )),
     "deformable_attention_backward": Tuning("deformable_attention", "B16 levels 64, 32, 16",
-        ("deformable_attention", "CONFIGS"), (None,), ({"chunks": 4}, {"chunks": 16, "chunk": 1024})),
+        ("deformable_attention_backward", "CONFIGS"), (None,), ({"chunks": 4}, {"chunks": 16, "chunk": 1024})),
 }  # fmt: skip
 
 

@@ -167,7 +167,7 @@ DEFORMABLE_ATTENTION_BACKWARD = Operator(
     f"(Tensor grad_out, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     _fake_backward,
     native=("cpu",),
-    triton="deformable_attention",
+    triton="deformable_attention_backward",
 )
 DEFORMABLE_ATTENTION = Operator(
     "deformable_attention",

@@ -152,7 +152,8 @@ def launch_deformable_attention(
     shape: tuple[int, ...], dtype: torch.dtype, form: str, head_dim: int = 32, **_: Any
 ) -> None:
     """Three levels ("segments"), or one, of which every pixel is a query with 8 heads and 4 points per level."""
-    from fastmask.kernels.deformable_attention import deformable_attention, deformable_attention_backward
+    from fastmask.kernels.deformable_attention import deformable_attention
+    from fastmask.kernels.deformable_attention_backward import deformable_attention_backward
 
     scales = (2, 4, 8) if form == "segments" else (2,)
     levels = [((shape[5] + scale - 1) // scale, (shape[6] + scale - 1) // scale) for scale in scales]
