@@ -33,26 +33,32 @@ struct AttentionMask {
   const uint8_t* padding;  // [keys], not 0 at keys that are never attended to; null: none
 };
 
-// The grid of keys in patches of kAttentionKeys, 8 columns and 4 rows where both fit. Regions are compact, so that they
-// touch fewer patches than runs of as many keys.
+// The grid of keys in patches of kAttentionKeys: 4 rows of 8 columns, or 8 of 4 if those are fewer, where both fit.
+// Regions are compact, so that they touch fewer patches than runs of as many keys.
 struct AttentionPatches {
   int64_t height, width;  // of the grid
   int64_t rows, columns;  // of a patch; those on the right and at the bottom may reach beyond the grid
   int64_t across, count;  // patches side by side, and in all
 
   AttentionPatches() = default;
-  AttentionPatches(int64_t height, int64_t width) : height(height), width(width), columns(1) {
-    while (columns < 8 && columns < width) columns *= 2;
-    for (rows = 1; rows < kAttentionKeys / columns && rows < height;) rows *= 2;
-    columns = kAttentionKeys / rows;
-    across = ceil_div(width, columns);
-    count = across * ceil_div(height, rows);
+  AttentionPatches(int64_t height, int64_t width) : AttentionPatches(height, width, 8) {
+    const AttentionPatches narrow(height, width, 4);
+    if (narrow.count < count) *this = narrow;
   }
 
   int64_t first_key(int64_t patch) const { return patch / across * rows * width + patch % across * columns; }
 
   // From the patch's first key to its i-th.
   int64_t step(int64_t i) const { return i / columns * width + i % columns; }
+
+ private:
+  AttentionPatches(int64_t height, int64_t width, int64_t most_columns) : height(height), width(width), columns(1) {
+    while (columns < most_columns && columns < width) columns *= 2;
+    for (rows = 1; rows < kAttentionKeys / columns && rows < height;) rows *= 2;
+    columns = kAttentionKeys / rows;
+    across = ceil_div(width, columns);
+    count = across * ceil_div(height, rows);
+  }
 };
 
 struct AttentionImage {
