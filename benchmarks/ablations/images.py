@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from benchmarks.ablations.findings import GENERAL
+from benchmarks.ablations.naming import ThingNames
 from benchmarks.ablations.query_classes import QueryClasses
 from benchmarks.ablations.variants import BIPARTITE, CLASS_WEIGHT, FIXED, PER_PIXEL, Run, Settings, Variant
 from fastmask.cli.pretrain import MODEL
@@ -173,7 +174,8 @@ def evaluate_images(
     """Metrics in 0..1, and the classes that each query predicted, from one pass over the images.
 
     "mIoU", and "PQ_st": PQ with each class of an image as one segment, by which the paper compares label maps. For mask
-    classification also the same by general inference, with the prefix "general "; and "PQ" if the truth is panoptic.
+    classification also the same by general inference, with the prefix "general "; "PQ" if the truth is panoptic; and
+    those of :class:`ThingNames`.
     """
     network.eval()
     num_classes = network.config.num_classes
@@ -185,7 +187,7 @@ def evaluate_images(
     tasks: dict[str, dict[str, float]] = {"semantic": {}, "general": {"ignore_index": void}}
     semantic = {rule: SemanticMetrics(num_classes, ignore_index=void, boundary_share=None) for rule in prefixes}
     by_class = {rule: PanopticMetrics(num_classes, range(num_classes)) for rule in prefixes}
-    panoptic = PanopticMetrics(num_classes, stuff)
+    panoptic, names = PanopticMetrics(num_classes, stuff), ThingNames(num_classes, stuff)
     if variant.task == "panoptic":
         tasks["panoptic"] = {"threshold": PANOPTIC_THRESHOLD}
     for images, targets in batches:
@@ -195,6 +197,9 @@ def evaluate_images(
         else:
             results = network.predict_tasks(images, tasks)
             queries.update(network(images)["pred_logits"])
+        classes = targets.class_map(void)
+        for b, labels in enumerate(results["semantic"]):
+            names.update(labels.cpu(), classes[b, : labels.shape[0], : labels.shape[1]])
         for rule in prefixes:
             _count(semantic[rule], by_class[rule], results[rule], targets)
         for b, (ids, infos) in enumerate(results.get("panoptic", ())):
@@ -204,7 +209,7 @@ def evaluate_images(
     metrics |= {f"{prefix}PQ_st": by_class[rule].compute()["PQ"] for rule, prefix in prefixes.items()}
     if variant.task == "panoptic":
         metrics["PQ"] = panoptic.compute()["PQ"]
-    return metrics, queries
+    return metrics | names.compute(), queries
 
 
 def _count(semantic: SemanticMetrics, by_class: PanopticMetrics, labels: list[Tensor], targets: Targets) -> None:

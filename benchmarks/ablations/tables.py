@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.ablations.findings import CONFIDENCE, GENERAL, Judgement
 from benchmarks.ablations.groups import Group, groups_of
 from benchmarks.ablations.growth import Growth, growths
+from benchmarks.ablations.naming import FOUND, NAMED
 from benchmarks.ablations.query_classes import THRESHOLD, classes_per_query, histogram, shared_pairs
 from benchmarks.ablations.variants import BIPARTITE, TITLES, UNWEIGHTED, Variant
 from benchmarks.harness.tables import markdown_lines
@@ -20,7 +21,11 @@ METRICS = {
     "layers": ("mIoU", "PQ_st", "PQ"),
     "sound": ("F1", "precision", "recall"),
 }
-HEADERS = {"PQ_st": "PQ<sup>St</sup>"}
+HEADERS = {"PQ_st": "PQ<sup>St</sup>", FOUND: "pixels of things found", NAMED: "things named right"}
+NAMING = (
+    "Pixels of things count as found where the label map has any class of things. A thing, which is all of its class "
+    "in an image, counts as named right if most of its pixels that are found have its class."
+)
 # Headers of columns that hold words; the others hold numbers.
 WORDS = {"structure", "trained on", "network", "inference", "finding", "the paper's difference", "reading"}
 MOST_PAIRS = 5
@@ -101,7 +106,8 @@ def tuned(group: Group) -> str:
 
 def table(group: Group, name: str, variants: Sequence[Variant]) -> str:
     """A comparison's variants with their metrics."""
-    metrics = [metric for metric in METRICS[name] if any(group.values(v, metric) for v in variants)]
+    shown = (*METRICS[name], FOUND, NAMED) if name == "structures" else METRICS[name]
+    metrics = [metric for metric in shown if any(group.values(v, metric) for v in variants)]
     header = ["structure", "queries", "layers", "trained on", "parameters", "seeds"]
     rows = []
     for variant in variants:
@@ -117,7 +123,8 @@ def table(group: Group, name: str, variants: Sequence[Variant]) -> str:
                 *map(spread, values),
             ]
         )
-    return markdown([*header, *(HEADERS.get(metric, metric) for metric in metrics)], rows)
+    text = markdown([*header, *(HEADERS.get(metric, metric) for metric in metrics)], rows)
+    return f"{text}\n\n{NAMING}" if NAMED in metrics else text
 
 
 def flattening(group: Group, variants: Sequence[Variant]) -> str:

@@ -19,6 +19,7 @@ from benchmarks.ablations import __main__ as ablation
 from benchmarks.ablations import backbone, images, sounds, training
 from benchmarks.ablations.findings import image_findings
 from benchmarks.ablations.groups import groups_of
+from benchmarks.ablations.naming import ThingNames
 from benchmarks.ablations.tables import render
 from benchmarks.ablations.training import Bench
 from benchmarks.ablations.variants import (
@@ -130,9 +131,20 @@ def test_a_network_that_knows_the_truth_scores_one(bench):
         eval=lambda: None,
         predict=lambda pixels: [next(labels) for _ in pixels],
     )
-    metrics, queries = images.evaluate_images(network, batches, A, ())
-    assert metrics == {"mIoU": 1, "PQ_st": 1}
+    metrics, queries = images.evaluate_images(network, batches, A, (10, 11, 12))
+    assert metrics == {"mIoU": 1, "PQ_st": 1, "found": 1, "named": 1}
     assert queries is None
+
+
+def test_things_are_found_and_named():
+    """Classes 3 and 4 are stuff, 255 is void. Half of thing 0 is found, as 1; thing 2 is found, and most of it as 2."""
+    names = ThingNames(5, (3, 4))
+    truth = torch.tensor([[0, 0, 0, 0, 255], [2, 2, 2, 3, 3]])
+    names.update(torch.tensor([[1, 1, 3, 255, 0], [2, 2, 1, 2, 3]], dtype=torch.uint8), truth)
+    assert names.compute() == {"found": 5 / 7, "named": 1 / 2}
+    names.update(torch.full((2, 2), 3), torch.tensor([[0, 0], [255, 3]]))  # nothing is found
+    assert names.compute() == {"found": 5 / 9, "named": 1 / 2}
+    assert ThingNames(2, (0, 1)).compute() == {}
 
 
 @pytest.mark.parametrize("structure", [PER_PIXEL, BIPARTITE])
