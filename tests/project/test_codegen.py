@@ -13,8 +13,9 @@ import pytest
 from tests.helpers.levels import ROOT, SETUP, compile_for, is_foreign, tool
 
 OBJECTS = ROOT / "build" / f"ninja-{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "cpu"
-# Instructions of the LONGEST innermost loops of a kernel's file, together: the larger count of GCC 11 and 12, which
-# differ by up to 25 %. These loops handle the pixels, in the kernel's variants for each kind of loss and for padding.
+# Instructions of the LONGEST innermost loops of a kernel's file, together: about the larger count of GCC 11 and 12,
+# which differ by up to 13 %, and by 29 % in attention for AVX-512. These loops handle the pixels, in the kernel's
+# variants for each kind of loss and for padding.
 LONGEST = 6
 INSTRUCTIONS = {
     ("mask_cost", "avx2"): 1079,
@@ -23,8 +24,8 @@ INSTRUCTIONS = {
     ("mask_loss", "avx512"): 2409,
     ("point_mask_loss", "avx2"): 2966,
     ("point_mask_loss", "avx512"): 2218,
-    ("masked_attention", "avx2"): 1730,
-    ("masked_attention", "avx512"): 1880,
+    ("masked_attention", "avx2"): 1683,
+    ("masked_attention", "avx512"): 1600,
     ("mask_cost", "neon"): 1123,
     ("mask_loss", "neon"): 3372,
     ("point_mask_loss", "neon"): 2661,

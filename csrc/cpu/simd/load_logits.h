@@ -11,9 +11,8 @@ static inline void load_logits(Logits logits, int64_t count, float* out) {
   int64_t i = 0;
   const uint16_t* const source = static_cast<const uint16_t*>(logits.data) + logits.offset;
   if (logits.dtype == Dtype::kFloat32) {
-    const float* const floats = static_cast<const float*>(logits.data) + logits.offset;
-    for (; i + kLanes <= count; i += kLanes) store(out + i, load(floats + i));
-    for (; i < count; ++i) out[i] = floats[i];
+    memcpy(out, static_cast<const float*>(logits.data) + logits.offset, count * sizeof(float));
+    i = count;
   } else if (logits.dtype == Dtype::kBFloat16) {
     for (; i < count; ++i) out[i] = bfloat16_to_float(source[i]);
   } else {
