@@ -197,11 +197,12 @@ def evaluate_images(
         else:
             results = network.predict_tasks(images, tasks)
             queries.update(network(images)["pred_logits"])
-        classes = targets.class_map(void)
+        merged = targets.merged_by_class()
+        classes = merged.class_map(void)
         for b, labels in enumerate(results["semantic"]):
             names.update(labels.cpu(), classes[b, : labels.shape[0], : labels.shape[1]])
         for rule in prefixes:
-            _count(semantic[rule], by_class[rule], results[rule], targets)
+            _count(semantic[rule], by_class[rule], results[rule], merged, classes)
         for b, (ids, infos) in enumerate(results.get("panoptic", ())):
             truth = targets.segments[b, : ids.shape[0], : ids.shape[1]]
             panoptic.update((ids, infos), truth, targets.labels[b])
@@ -212,9 +213,9 @@ def evaluate_images(
     return metrics | names.compute(), queries
 
 
-def _count(semantic: SemanticMetrics, by_class: PanopticMetrics, labels: list[Tensor], targets: Targets) -> None:
-    merged = targets.merged_by_class()
-    classes = merged.class_map(semantic.ignore_index)
+def _count(
+    semantic: SemanticMetrics, by_class: PanopticMetrics, labels: list[Tensor], merged: Targets, classes: Tensor
+) -> None:
     for b, found in enumerate(labels):
         height, width = found.shape
         found = found.cpu()

@@ -19,7 +19,7 @@ class ThingNames:
     """
 
     def __init__(self, num_classes: int, stuff: Iterable[int]) -> None:
-        self.num_classes, self.stuff = num_classes, frozenset(stuff)
+        self.things = torch.tensor(sorted({*range(num_classes)} - {*stuff}), dtype=torch.int64)
         self.pixels = self.found_pixels = self.found_things = self.named_things = 0
 
     def update(self, found: Tensor, truth: Tensor) -> None:
@@ -28,9 +28,9 @@ class ThingNames:
         Args:
             found, truth: ``(H, W)`` label maps of integers; labels outside of 0..K-1 are void.
         """
-        for thing in self._things(truth):
-            labels = found[truth == thing]
-            names = torch.cat([labels[labels == other] for other in self._things(labels)] or [labels[:0]])
+        for thing in truth[torch.isin(truth, self.things)].unique():
+            labels = found[truth == thing].long()
+            names = labels[torch.isin(labels, self.things)]
             self.pixels += labels.numel()
             self.found_pixels += names.numel()
             if names.numel():
@@ -46,6 +46,3 @@ class ThingNames:
         if not self.pixels:
             return {}
         return {FOUND: self.found_pixels / self.pixels, NAMED: self.named_things / max(self.found_things, 1)}
-
-    def _things(self, labels: Tensor) -> list[int]:
-        return [label for label in labels.unique().tolist() if label < self.num_classes and label not in self.stuff]

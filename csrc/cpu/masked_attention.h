@@ -123,8 +123,8 @@ struct AttentionWorkspace {
   void lay_out(Carver& carver, const AttentionImage& image, bool backward) {
     queries = image.queries < kAttentionQueries ? image.queries : kAttentionQueries;
     channels = to_full_vectors(image.head_dim);
-    const int64_t of_head = queries * (3 * channels + 2 * kMostLanes + (backward ? channels : 0)) * sizeof(float);
-    heads = of_head * image.heads <= kAttentionCache ? image.heads : kAttentionCache / of_head;
+    const int64_t bytes = queries * (3 * channels + 2 * kMostLanes + (backward ? channels : 0)) * sizeof(float);
+    heads = bytes * image.heads <= kAttentionCache ? image.heads : kAttentionCache / bytes;
     if (heads < 1) heads = 1;
     const int64_t patches = image.patches.count, w = to_full_vectors(image.mask.first.w);
     carver.take(inside, patches);
