@@ -6,11 +6,15 @@
 
 namespace fastmask::FASTMASK_SIMD {
 
+static inline int64_t first_key_of(const AttentionPatches& patches, int64_t patch) {
+  return patch / patches.across * patches.rows * patches.width + patch % patches.across * patches.columns;
+}
+
 // Finds the keys of each patch that the grid has, and those that are not padding.
 static inline void find_present(const AttentionImage& image, const AttentionWorkspace& work) {
   const AttentionPatches& patches = image.patches;
   for (int64_t patch = 0; patch < patches.count; ++patch) {
-    const int64_t first = patches.first_key(patch);
+    const int64_t first = first_key_of(patches, patch);
     const int64_t rows_left = patches.height - patch / patches.across * patches.rows;
     const int64_t columns_left = patches.width - patch % patches.across * patches.columns;
     uint32_t inside = 0, padding = 0;
@@ -120,8 +124,10 @@ static inline void find_foreground(const AttentionImage& image, int64_t query, u
 // there are none.
 static inline void find_attended(const AttentionImage& image, int64_t first_query, int64_t num_queries,
                                  const AttentionWorkspace& work) {
-  const int64_t patches = image.patches.count;
-  for (int64_t i = 0; i < kKeys; ++i) work.steps[i] = static_cast<int32_t>(image.patches.step(i));
+  const int64_t patches = image.patches.count, columns = image.patches.columns;
+  for (int64_t i = 0; i < kKeys; ++i) {
+    work.steps[i] = static_cast<int32_t>(i / columns * image.patches.width + i % columns);
+  }
   find_present(image, work);
   int64_t present_keys = 0;
   for (int64_t patch = 0; patch < patches; ++patch) present_keys += __builtin_popcount(work.present[patch]);

@@ -53,7 +53,7 @@ inline void store_row(const AttentionImage& image, const AttentionRows<void>& ro
 void load_keys(const AttentionImage& image, const AttentionRows<const void>& rows, const HeadGroup& group, int64_t head,
                int64_t patch, const Workspace& work, float* out) {
   const int64_t size = image.dtype == Dtype::kFloat32 ? sizeof(float) : sizeof(uint16_t);
-  const int64_t first = image.patches.first_key(patch), next = image.patches.first_key(patch + 1);
+  const int64_t first = first_key_of(image.patches, patch), next = first_key_of(image.patches, patch + 1);
   const uint32_t present = work.present[patch];
   const uint32_t present_next = patch + 1 < image.patches.count ? work.present[patch + 1] : 0;
   const char* const next_rows =
@@ -155,7 +155,7 @@ struct Forward {
 
   void visit(const HeadGroup& group, int64_t head, int64_t patch, int64_t count, const Workspace& work) const {
     const uint32_t* attended = work.attended + patch * task.num_queries;
-    const int64_t first_key = image.patches.first_key(patch);
+    const int64_t first_key = first_key_of(image.patches, patch);
     load_keys(image, image.k, group, head, patch, work, work.rows);
     transpose_rows(work.rows, work.channels, work.columns);
     load_keys(image, image.v, group, head, patch, work, work.values);
@@ -219,7 +219,7 @@ inline void differentiate(const AttentionImage& image, double logsumexp, uint32_
 // Stores the gradients of a patch's keys, or adds them to those of other queries. Those of padding are 0.
 void store_rows(const AttentionImage& image, const AttentionRows<float>& rows, bool adds, int64_t head, int64_t patch,
                 const Workspace& work, const float* gradients) {
-  const int64_t first = image.patches.first_key(patch);
+  const int64_t first = first_key_of(image.patches, patch);
   for (int64_t i = 0; i < kKeys; ++i) {
     if ((work.inside[patch] >> i & 1) == 0) continue;
     const bool present = (work.present[patch] >> i & 1) != 0;
@@ -256,7 +256,7 @@ struct Backward {
   void visit(const HeadGroup& group, int64_t head, int64_t patch, int64_t count, const Workspace& work) const {
     const uint32_t* attended = work.attended + patch * task.num_queries;
     const double* logsumexp = result.logsumexp + head * image.queries + task.first_query;
-    const int64_t first_key = image.patches.first_key(patch);
+    const int64_t first_key = first_key_of(image.patches, patch);
     load_keys(image, image.v, group, head, patch, work, work.values);
     transpose_rows(work.values, work.channels, work.value_columns);
     load_keys(image, image.k, group, head, patch, work, work.rows);
@@ -305,6 +305,19 @@ struct Backward {
   }
 };
 
+// The arrays of one of the heads that have theirs in `work`.
+Workspace of_head(Workspace work, int64_t head) {
+  const int64_t rows = head * work.queries * work.channels, totals = head * work.queries * kMostLanes;
+  work.q += rows;
+  work.out += rows + totals;
+  work.total += rows + totals;
+  work.sums += rows + totals;
+  work.maximum += head * work.queries;
+  work.grad_out += rows;
+  work.delta += head * work.queries;
+  return work;
+}
+
 // Computes the heads of a task, as many at a time as have their arrays in the cache together.
 template <typename Pass>
 void run(const Pass& pass, const Workspace& work) {
@@ -315,7 +328,7 @@ void run(const Pass& pass, const Workspace& work) {
   for (group.first = task.first_head; group.first < task.last_head; group.first = group.last) {
     group.last = group.first + work.heads < task.last_head ? group.first + work.heads : task.last_head;
     const auto for_each_head = [&](const auto& f) {
-      for (int64_t head = group.first; head < group.last; ++head) f(head, work.of_head(head - group.first));
+      for (int64_t head = group.first; head < group.last; ++head) f(head, of_head(work, head - group.first));
     };
     const auto end_runs = [&] {
       for_each_head([&](int64_t, const Workspace& own) { end_run(own, pass.floats(own)); });

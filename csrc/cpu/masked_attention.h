@@ -46,11 +46,6 @@ struct AttentionPatches {
     if (narrow.count < count) *this = narrow;
   }
 
-  int64_t first_key(int64_t patch) const { return patch / across * rows * width + patch % across * columns; }
-
-  // From the patch's first key to its i-th.
-  int64_t step(int64_t i) const { return i / columns * width + i % columns; }
-
  private:
   AttentionPatches(int64_t height, int64_t width, int64_t most_columns) : height(height), width(width), columns(1) {
     while (columns < most_columns && columns < width) columns *= 2;
@@ -88,8 +83,7 @@ struct AttentionBackward {
   bool adds;  // whether grad_k and grad_v hold the sums of other queries already
 };
 
-// Memory for a block of queries; a head's `channels` are padded with zeros to full vectors. of_head gives the arrays of
-// one of `heads` heads.
+// Memory for a block of queries and some heads of them; a head's `channels` are padded with zeros to full vectors.
 struct AttentionWorkspace {
   int64_t queries, channels, heads;
   uint32_t* inside;      // [patches] bits of the keys that the grid has
@@ -106,13 +100,13 @@ struct AttentionWorkspace {
   float* columns;        // [channels][kAttentionKeys] the same
   float* values;         // [kAttentionKeys][channels]
   float* weights;        // [queries][kAttentionKeys] of a patch (of a group of queries in forward)
-  // Of each head:
+  // Of each of `heads` heads:
   float* q;        // [queries][channels], scaled
   float* out;      // [queries][channels] of a run of patches, directly followed by
   float* total;    // [queries][kLanes] the sums of its weights
   float* sums;     // out and total of the previous runs
   float* maximum;  // [queries] the running maximum of the scores
-  // Of each head, for backward only:
+  // Of each of them, for backward only:
   float* grad_out;  // [queries][channels]
   float* delta;     // [queries] sum_c grad_out out
   // For backward only:
@@ -150,14 +144,6 @@ struct AttentionWorkspace {
     if (!backward) return;
     carver.take(slopes, queries * kAttentionKeys);
     for (float** block : {&value_columns, &grad_rows, &grad_values}) carver.take(*block, kAttentionKeys * channels);
-  }
-
-  AttentionWorkspace of_head(int64_t head) const {
-    AttentionWorkspace own = *this;
-    for (float** array : {&own.q, &own.grad_out}) *array += head * queries * channels;
-    for (float** array : {&own.out, &own.total, &own.sums}) *array += head * queries * (channels + kMostLanes);
-    for (float** array : {&own.maximum, &own.delta}) *array += head * queries;
-    return own;
   }
 };
 
