@@ -76,6 +76,7 @@ def main(
     class_weight: Annotated[
         list[float], typer.Option(help="Weight of the classes' loss in mask classification; repeatable likewise.")
     ] = [CLASS_WEIGHT],  # noqa: B006
+    masked_attention: Annotated[bool, typer.Option(help="Mask2Former's decoder for mask classification.")] = False,
     val_samples: Annotated[int, typer.Option(min=1, help="The most validation samples to use.")] = 256,
     queries: Annotated[list[int], typer.Option(help="Numbers to compare; repeatable.")] = list(QUERIES),  # noqa: B006
     layers: Annotated[
@@ -95,7 +96,7 @@ def main(
     """
     rates, weights = tuple(learning_rate), tuple(class_weight)
     images = Settings(data, model, pretrained, size, val_samples, batch_size, steps or 1, rates, weights, precision)
-    images = replace(images, tuning_steps=tuning_steps)
+    images = replace(images, tuning_steps=tuning_steps, masked_attention=masked_attention)
     sound = replace(images, data=CLIPS, model=SOUND_MODEL, pretrained="", size=CLIP_SECONDS)
     try:
         bench = Bench(images, sound, use_device(device, threads), workers)

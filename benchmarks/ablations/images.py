@@ -31,7 +31,7 @@ from fastmask.data import (
 )
 from fastmask.data.open import number_of_icons
 from fastmask.metrics import PanopticMetrics, SemanticMetrics
-from fastmask.models import EoMTConfig, MaskFormer, PerPixelBaseline, PerPixelBaselineConfig
+from fastmask.models import EoMTConfig, MaskFormer, MaskFormerConfig, PerPixelBaseline, PerPixelBaselineConfig
 from fastmask.models._mask_classification import MaskClassificationConfig, MaskClassificationModel
 from fastmask.models._registry import MODELS, make_config
 from fastmask.targets import Targets
@@ -102,6 +102,10 @@ def network_config(settings: Settings, num_classes: int, layers: int = 0, **chan
     preset = make_config(settings.model, num_classes)
     if not isinstance(preset, MaskClassificationConfig):
         raise ValueError(f"model is {settings.model!r}; expected a preset of MaskFormer, Mask2Former or EoMT")
+    if settings.masked_attention:
+        if not isinstance(preset, MaskFormerConfig):
+            raise ValueError(f"model is {settings.model!r}; a choice of masked attention needs a preset of MaskFormer")
+        changes["masked_attention"] = True
     name = "decoder_layers"
     if isinstance(preset, EoMTConfig):
         name = "query_blocks"

@@ -61,6 +61,8 @@ class Settings:
         class_weights: the weights of the classes' loss, likewise.
         precision: as for :class:`fastmask.training.Trainer`.
         tuning_steps: optimizer steps of the runs that try rates and weights; 0 for as many as in the others.
+        masked_attention: whether mask classification has the decoder of Mask2Former, as MaskFormer's configuration
+            allows. Per-pixel classification keeps its decoder, as the masks of its queries are no foreground.
     """
 
     data: str
@@ -74,6 +76,7 @@ class Settings:
     class_weights: tuple[float, ...] = (CLASS_WEIGHT,)
     precision: str = "float32"
     tuning_steps: int = 0
+    masked_attention: bool = False
 
     def __post_init__(self) -> None:
         for name in ("learning_rates", "class_weights"):
