@@ -121,31 +121,3 @@ def _point_terms(x, alpha, gamma, FOCAL: tl.constexpr, SQUARE: tl.constexpr):
         foreground_slope = of_foreground * tl.fma(gamma * p, minus_log_p, q)
         background_slope = of_background * tl.fma(gamma * q, minus_log_q, p)
     return p, q, foreground, background, foreground_slope, background_slope
-
-
-@triton.jit
-def _philox(seed, counter, row):
-    """Words of Philox-4x32-10 (Salmon et al., SC 2011) for counters (counter, row, 0, 0), as uint32."""
-    word_0 = counter.to(tl.uint32)
-    word_1 = (counter * 0 + row).to(tl.uint32)
-    word_2 = (counter * 0).to(tl.uint32)
-    word_3 = word_2
-    key_0 = (seed & 0xFFFFFFFF).to(tl.uint32)
-    key_1 = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    for _ in tl.static_range(10):
-        # One instruction makes both halves of a product; the high one alone would take another.
-        product_0 = word_0.to(tl.uint64) * tl.full([], 0xD2511F53, tl.uint64)
-        product_1 = word_2.to(tl.uint64) * tl.full([], 0xCD9E8D57, tl.uint64)
-        word_0 = (product_1 >> 32).to(tl.uint32) ^ word_1 ^ key_0
-        word_1 = product_1.to(tl.uint32)
-        word_2 = (product_0 >> 32).to(tl.uint32) ^ word_3 ^ key_1
-        word_3 = product_0.to(tl.uint32)
-        key_0 += tl.full([], 0x9E3779B9, tl.uint32)
-        key_1 += tl.full([], 0xBB67AE85, tl.uint32)
-    return word_0, word_1, word_2, word_3
-
-
-@triton.jit
-def _uniform(word):
-    """Uniform in [0, 1): the upper 24 bits of a word."""
-    return (word & 0xFFFFFF00).to(tl.float32) * 2.3283064365386963e-10

@@ -77,9 +77,11 @@ def conditions(group: Group, machine: str) -> str:
     stamps = {f"{row['commit']}{' with local changes' if row['dirty'] else ''}" for row in group.rows}
     diverged = "; ".join(row["case"] for row in group.rows if row["loss"] is None)
     days = sorted({row["date"].split()[0] for row in group.rows})
-    decoder = ", mask classification with the decoder of Mask2Former" if settings.masked_attention else ""
+    preset = f"Preset `{settings.model}`"
+    if settings.masked_attention:
+        preset += ", mask classification with the decoder of Mask2Former"
     return (
-        f"{machine}. Preset `{settings.model}`{decoder}; {settings.steps} optimizer steps of {settings.batch_size} samples of "
+        f"{machine}. {preset}; {settings.steps} optimizer steps of {settings.batch_size} samples of "
         f"{settings.size} {unit}, {tuned(group)}, {settings.precision}; at most "
         f"{settings.val_samples} validation samples. Mean ± standard deviation over seeds, in %. All variants take the "
         f"same steps on the same samples. Trained {' to '.join(dict.fromkeys([days[0], days[-1]]))} at "

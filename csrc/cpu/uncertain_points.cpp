@@ -16,19 +16,23 @@ struct Point {
   float x, y;
 };
 
-// Points first..first + 31 of the stream, kLanes at a time: see fastmask.reference.random_points.
+// The middle of one of 2^16 equal parts of [0, 1].
+inline vfloat middle(vuint part) { return __builtin_convertvector((vint)part, vfloat) * 0x1p-16f + 0x1p-17f; }
+
+// The point of a word of the random stream: see fastmask.reference.random_points.
+inline vfloat x_of(vint word) { return middle((vuint)word >> 16); }
+inline vfloat y_of(vint word) { return middle((vuint)word & 0xffff); }
+
+// Points first..first + 63 of the stream, kLanes at a time.
 template <typename Consumer>
 inline void draw(uint64_t seed, uint32_t row, int64_t first, Consumer consume) {
   constexpr int kVectors = 16 / kLanes;
   Words words[kVectors];
   for (int i = 0; i < kVectors; ++i) {
-    words[i] = philox(seed, (vuint)lane_numbers() + static_cast<uint32_t>(first / 2 + i * kLanes), vuint{} + row);
+    words[i] = philox<7>(seed, (vuint)lane_numbers() + static_cast<uint32_t>(first / 4 + i * kLanes), vuint{} + row);
   }
-  for (int half = 0; half < 2; ++half) {
-    for (int i = 0; i < kVectors; ++i) {
-      const vuint* const word = words[i].word + 2 * half;
-      consume(first + half * 16 + i * kLanes, uniform(word[0]), uniform(word[1]));
-    }
+  for (int word = 0; word < 4; ++word) {
+    for (int i = 0; i < kVectors; ++i) consume(first + word * 16 + i * kLanes, (vint)words[i].word[word]);
   }
 }
 
@@ -77,14 +81,13 @@ int32_t find_key(const int32_t* keys, int64_t count, int64_t wanted, int32_t* re
 
 // Candidates that may be among the wanted ones.
 struct Candidates {
-  float *x, *y;
+  int32_t* words;
   int32_t* keys;
   int64_t count = 0;
 
-  void add(vfloat new_x, vfloat new_y, vint new_keys, uint32_t lanes) {
+  void add(vint new_words, vint new_keys, uint32_t lanes) {
     const Packing packing(lanes);
-    store(x + count, packing(new_x));
-    store(y + count, packing(new_y));
+    store(words + count, packing(new_words));
     store(keys + count, packing(new_keys));
     count += packing.count();
   }
@@ -96,16 +99,17 @@ Candidates draw_candidates(const Plane& plane, uint64_t seed, uint32_t row, Poin
                            const UncertainPointsWorkspace& work, int64_t surplus, int32_t& bound) {
   const int32_t stride = static_cast<int32_t>(plane.w) + 2;
   const int64_t rank = counts.uncertain * kProbe / counts.candidates + surplus;
-  Candidates kept{work.x, work.y, work.keys};
+  Candidates kept{work.words, work.keys};
   bound = INT32_MAX;
   for (int64_t first = 0; first < counts.candidates; first += kPointBatch) {
     if (first == kProbe && rank < kProbe) {
       constexpr int kLast = 16;  // lower bits are set, which makes the bound a little larger
       bound = find_bits(work.keys, kProbe, rank, 0, 30, kLast) | ((1 << kLast) - 1);
     }
-    draw(seed, row, first, [&](int64_t at, vfloat x, vfloat y) {
-      const vint keys = certainty(sample(work.map, stride, positions(x, plane.w), positions(y, plane.h)));
-      kept.add(x, y, keys, lane_bits(keys <= bound) & first_lanes(counts.candidates - at));
+    draw(seed, row, first, [&](int64_t at, vint words) {
+      const auto columns = positions(x_of(words), plane.w), rows = positions(y_of(words), plane.h);
+      const vint keys = certainty(sample(work.map, stride, columns, rows));
+      kept.add(words, keys, lane_bits(keys <= bound) & first_lanes(counts.candidates - at));
     });
   }
   return kept;
@@ -114,27 +118,33 @@ Candidates draw_candidates(const Plane& plane, uint64_t seed, uint32_t row, Poin
 // Writes the `wanted` candidates with the smallest keys to `points`, in order; of equal keys, the first.
 void write_least(Candidates candidates, int32_t key, int64_t wanted, Point* points) {
   int64_t equal = wanted - count_below(candidates.keys, candidates.count, key);
-  Candidates chosen{candidates.x, candidates.y, candidates.keys};
+  Candidates chosen{candidates.words, candidates.keys};
   for (int64_t i = 0; i < candidates.count; i += kLanes) {
     const vint keys = load(candidates.keys + i);
     const uint32_t inside = first_lanes(candidates.count - i);
     uint32_t ties = lane_bits(keys == key) & inside;
     while (__builtin_popcount(ties) > equal) ties ^= uint32_t{1} << (31 - __builtin_clz(ties));
     equal -= __builtin_popcount(ties);
-    chosen.add(load(candidates.x + i), load(candidates.y + i), keys, (lane_bits(keys < key) & inside) | ties);
+    chosen.add(load(candidates.words + i), keys, (lane_bits(keys < key) & inside) | ties);
   }
-  int64_t i = 0;
-  for (; i + kLanes <= wanted; i += kLanes) {
-    store_pairs(&points[i].x, load(chosen.x + i), load(chosen.y + i));
+  for (int64_t i = 0; i < wanted; i += kLanes) {
+    const vint words = load(chosen.words + i);
+    if (i + kLanes <= wanted) {
+      store_pairs(&points[i].x, x_of(words), y_of(words));
+    } else {
+      Point last[kLanes];
+      store_pairs(&last[0].x, x_of(words), y_of(words));
+      memcpy(points + i, last, sizeof(Point) * (wanted - i));
+    }
   }
-  for (; i < wanted; ++i) points[i] = {chosen.x[i], chosen.y[i]};
 }
 
 // Writes the points of the stream after the candidates.
 void draw_others(uint64_t seed, uint32_t row, int64_t begin, int64_t end, Point* points) {
   for (int64_t first = begin / kPointBatch * kPointBatch; first < end; first += kPointBatch) {
     Point batch[kPointBatch];
-    draw(seed, row, first, [&](int64_t at, vfloat x, vfloat y) { store_pairs(&batch[at - first].x, x, y); });
+    draw(seed, row, first,
+         [&](int64_t at, vint words) { store_pairs(&batch[at - first].x, x_of(words), y_of(words)); });
     const int64_t from = first < begin ? begin : first, to = end < first + kPointBatch ? end : first + kPointBatch;
     memcpy(points + from - begin, batch + from - first, sizeof(Point) * (to - from));
   }

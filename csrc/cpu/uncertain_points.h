@@ -14,19 +14,18 @@ struct PointCounts {
   int64_t points, candidates, uncertain;
 };
 
-constexpr int64_t kPointBatch = 32;  // points drawn at a time, from 16 counters
+constexpr int64_t kPointBatch = 64;  // points drawn at a time, from 16 counters
 
 struct UncertainPointsWorkspace {
   float* map;       // of logits, with a border
-  float *x, *y;     // [candidates], of those that are kept, and room for a vector
+  int32_t* words;   // [candidates], of those that are kept, and room for a vector
   int32_t* keys;    // the same
   int32_t* passed;  // the same, of the keys that a pass keeps
 
   void lay_out(Carver& carver, int64_t h, int64_t w, PointCounts counts) {
     const int64_t candidates = counts.candidates + kMostLanes;
     carver.take(map, bordered_size(h, w));
-    carver.take(x, candidates);
-    carver.take(y, candidates);
+    carver.take(words, candidates);
     carver.take(keys, candidates);
     carver.take(passed, candidates);
   }

@@ -31,7 +31,7 @@ def uncertain_points(
     ``importance_sample_ratio * num_points`` are chosen where the sampled logit of the target's query is closest to 0
     (NaN counts as closest). The rest of ``num_points`` are random points. Both products are rounded down.
 
-    ``generator`` gives one seed; from it Philox-4x32-10, a counter-based generator, draws the same points on every
+    ``generator`` gives one seed; from it Philox-4x32-7, a counter-based generator, draws the same points on every
     device, and candidates that are not chosen are never stored. Nothing is read back from the device, and a captured
     CUDA graph draws new points at each replay.
 
@@ -46,8 +46,8 @@ def uncertain_points(
             to candidates that are equally uncertain in float32.
 
     Returns:
-        ``(..., B, M, P, 2)`` float32, (x, y) in [0, 1) from the left and the top; 0 for unmatched targets. Carries no
-        gradient.
+        ``(..., B, M, P, 2)`` float32, (x, y) in (0, 1) from the left and the top, each the middle of one of 65,536
+        equal intervals; 0 for unmatched targets. Carries no gradient.
 
     Raises:
         ValueError: shapes, devices, indices or options that do not fit.

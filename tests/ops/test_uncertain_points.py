@@ -74,7 +74,7 @@ def test_bounds_that_fail_and_programs_of_several_pairs(value, backend, generato
     does where most logits are equal."""
     from fastmask.kernels import uncertain_points as kernels
 
-    config = kernels.UncertainPointsConfig(lanes=32, draws=1, programs=2, chunk=64, deviations=0.0, num_warps=1)
+    config = kernels.UncertainPointsConfig(lanes=32, programs=2, chunk=64, deviations=0.0, num_warps=1)
     monkeypatch.setattr(kernels, "CONFIGS", {None: config})
     mask_logits = random_logits((1, 2, 3, 3, 3, 8, 8, 8, 8), generator)[1]
     if value is not None:

@@ -66,19 +66,19 @@ def test_samples_equal_a_loop(size, generator):
 
 
 def test_known_answers_of_the_random_stream():
-    """Philox-4x32-10 with counter and key zero gives 6627e8d5 e169c58d bc57ac4c 9b00dbd8 (Random123's kat_vectors)."""
-    points = random_points(torch.tensor(0), 1, 17)
-    words = torch.stack([points[0, 0], points[0, 16]]).flatten() * 2**24
-    assert [int(word) for word in words] == [0x6627E8, 0xE169C5, 0xBC57AC, 0x9B00DB]
+    """Philox-4x32-7 with counter and key zero gives 5f6fb709 0d893f64 4f121f81 4f730a48 (Random123's kat_vectors)."""
+    points = random_points(torch.tensor(0), 1, 49)[0, ::16]
+    words = (points.flatten() * 2**16 - 0.5).tolist()
+    assert words == [0x5F6F, 0xB709, 0x0D89, 0x3F64, 0x4F12, 0x1F81, 0x4F73, 0x0A48]
 
 
 def test_random_points_are_uniform_and_differ_by_row_and_seed():
     points = random_points(torch.tensor(-5), 3, 5000)
-    assert points.min() >= 0
+    assert points.min() > 0
     assert points.max() < 1
     counts = torch.histogramdd(points.reshape(-1, 2), 5, range=[0.0, 1.0, 0.0, 1.0]).hist
     assert (counts - 600).abs().max() < 6 * 600**0.5
-    assert points.flatten().unique().numel() > 29_000
+    assert points.flatten(0, 1).unique(dim=0).shape[0] == 15_000
     assert not torch.equal(random_points(torch.tensor(6), 3, 5000), points)
     assert torch.equal(random_points(torch.tensor(-5), 3, 100), points[:, :100])
 
