@@ -105,11 +105,12 @@ void arithmetic() {
       lanes("select", select(word, part),
             [&](int i) { return -static_cast<int32_t>(word >> (part * kLanes + i) & 1); });
     }
-    vuint high, low;
-    multiply((vuint)m, word, high, low);
-    const auto product = [&](int i) { return uint64_t{static_cast<uint32_t>(m[i])} * word; };
-    lanes("multiply, high", (vint)high, [&](int i) { return static_cast<int32_t>(product(i) >> 32); });
-    lanes("multiply, low", (vint)low, [&](int i) { return static_cast<int32_t>(product(i)); });
+    const vwide products = multiply((vwide)m, word);
+    for (int i = 0; i < kHalf; ++i) {
+      const uint64_t product = uint64_t{static_cast<uint32_t>(m[2 * i])} * word;
+      same("multiply, low", i, static_cast<int32_t>(products[i]), static_cast<int32_t>(product));
+      same("multiply, high", i, static_cast<int32_t>(products[i] >> 32), static_cast<int32_t>(product >> 32));
+    }
 
     const Doubles wide = widen(a) * splat(1.0 / 3.0);
     const auto lane = [](const Doubles& v, int i) { return i < kHalf ? v.low[i] : v.high[i - kHalf]; };
