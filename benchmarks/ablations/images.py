@@ -104,7 +104,7 @@ def network_config(settings: Settings, num_classes: int, layers: int = 0, **chan
         raise ValueError(f"model is {settings.model!r}; expected a preset of MaskFormer, Mask2Former or EoMT")
     if settings.masked_attention:
         if not isinstance(preset, MaskFormerConfig):
-            raise ValueError(f"model is {settings.model!r}; a choice of masked attention needs a preset of MaskFormer")
+            raise ValueError(f"masked_attention is True for model {settings.model!r}; expected a preset of MaskFormer")
         changes["masked_attention"] = True
     name = "decoder_layers"
     if isinstance(preset, EoMTConfig):

@@ -53,20 +53,21 @@ def write_plots(rows: Sequence[dict[str, Any]], folder: Path, name: str) -> list
 
 
 def _plot_growth(found: Growth, path: Path) -> Path:
-    """(d) - (b) against the number of classes: the mean with its 95% interval, and each seed as a point."""
+    """(d) - (b) against the number of classes or steps: the mean with its 95% interval, and each seed as a point."""
     from matplotlib import pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    for number, gain in zip(found.classes, found.gains, strict=True):
+    gains = found.gains
+    for number, gain in gains.items():
         width = gain.half_width if len(gain.differences) > 1 else 0
         axis.errorbar([number], [gain.mean], [width], fmt="o", color=COLORS[0], capsize=3)
         axis.plot([number * 1.04] * len(gain.differences), gain.differences, ".", color=COLORS[0], alpha=0.5)
-    axis.plot(found.classes, [gain.mean for gain in found.gains], color=COLORS[0], alpha=0.4)
+    axis.plot(list(gains), [gain.mean for gain in gains.values()], color=COLORS[0], alpha=0.4)
     axis.axhline(0, color="gray", linewidth=0.8)
     axis.set_xscale("log")
-    axis.set_xticks(found.classes, [str(number) for number in found.classes])
+    axis.set_xticks(list(gains), [str(number) for number in gains])
     axis.minorticks_off()
-    axis.set_xlabel("classes of things")
+    axis.set_xlabel(found.quantity)
     axis.set_ylabel("(d) - (b), points of mIoU")
     axis.set_title(found.title, fontsize=10)
     axis.grid(axis="y", alpha=0.3)

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.ablations.findings import CONFIDENCE, GENERAL, Judgement
 from benchmarks.ablations.groups import Group, groups_of
-from benchmarks.ablations.growth import Growth, growths
+from benchmarks.ablations.growth import Growth, growths, per_pixel_plus
 from benchmarks.ablations.naming import FOUND, NAMED
 from benchmarks.ablations.query_classes import THRESHOLD, classes_per_query, histogram, shared_pairs
 from benchmarks.ablations.variants import BIPARTITE, TITLES, UNWEIGHTED, Variant
@@ -56,16 +56,23 @@ def render_group(group: Group, machine: str) -> str:
 
 
 def render_growth(found: Growth) -> str:
-    """The gain of (d) over (b) for each number of classes, and by how much it grows."""
+    """The gain of (d) over (b) for each number of classes or steps, and by how much it grows."""
     rows = [
-        [str(number), difference(gain), str(len(gain.differences)), gain.verdict]
-        for number, gain in zip(found.classes, found.gains, strict=True)
+        [
+            str(number),
+            *(spread(group.values(variant, "mIoU")) for variant in (per_pixel_plus(group), group.base)),
+            difference(found.gains[number]),
+            str(len(found.gains[number].differences)),
+            found.gains[number].verdict,
+        ]
+        for number, group in found.groups.items()
     ]
-    growth = found.growth
-    span = f"{found.classes[0]} to {found.classes[-1]}"
+    header = [found.quantity, "(b), mIoU", "(d), mIoU", "(d) - (b)", "seeds", "reading"]
+    growth, seeds = found.growth, len(found.growth.differences)
+    span = f"{min(found.groups)} to {max(found.groups)}"
     return (
-        f"#### {found.title}\n\n{markdown(['classes of things', '(d) - (b), mIoU', 'seeds', 'reading'], rows)}\n\n"
-        f"From {span} classes of things it grows by {difference(growth)} points ({len(growth.differences)} seeds): "
+        f"#### {found.title}\n\n{markdown(header, rows)}\n\n"
+        f"From {span} {found.quantity} (d) - (b) grows by {difference(growth)} points ({seeds} seeds): "
         f"{growth.verdict}. The paper: {growth.finding.paper}."
     )
 

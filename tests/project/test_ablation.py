@@ -101,6 +101,14 @@ def test_structures_differ_in_nothing_else(bench):
     assert (five.num_queries, five.decoder_layers) == (5, 1)
 
 
+def test_masked_attention_is_that_of_mask_classification(bench):
+    masked = Bench(replace(SCENES, masked_attention=True), bench.sound_settings, bench.device)
+    networks = {v.structure: masked.trainer(Run(v, 0)).model for v in masked.comparisons([5], [1])["structures"]}
+    assert all(networks[structure].config.masked_attention for structure in (FIXED, BIPARTITE))
+    plain = bench.trainer(Run(Variant(PER_PIXEL_PLUS, 13, 3), 0)).model
+    assert networks[PER_PIXEL_PLUS].config == plain.config
+
+
 def test_a_run_is_the_same_each_time(bench):
     first, second = (bench.train(Run(Variant(BIPARTITE, 5, 1), 3)) for _ in range(2))
     assert first | {"seconds": 0} == second | {"seconds": 0}
@@ -372,6 +380,10 @@ def test_options_that_fit_nothing_are_named(tmp_path):
         (
             {"model": "segmenter-tiny"},
             "model is 'segmenter-tiny'; expected a preset of MaskFormer, Mask2Former or EoMT",
+        ),
+        (
+            {"model": "mask2former-tiny", "masked_attention": True},
+            "masked_attention is True for model 'mask2former-tiny'; expected a preset of MaskFormer",
         ),
         ({"model": "eomt-tiny", "size": 36}, "image_size is 36; expected a multiple of patch_size 8"),
         ({"device": "tpu"}, "device must be cpu or cuda, got 'tpu'"),

@@ -89,11 +89,11 @@ def rows_of_icons(number, gains):
 def test_the_growth_with_classes_is_paired_by_seed(tmp_path):
     rows = rows_of_icons(13, [0.01, 0.03, 0.02]) + rows_of_icons(150, [0.06, 0.09, 0.07]) + make_rows(D13, [0.1])
     (found,) = growths(groups_of(rows))
-    assert found.classes == (13, 150)
+    assert list(found.groups) == [13, 150]
     assert found.growth.differences == pytest.approx((5, 6, 5))
     assert found.growth.verdict == "holds here"
     text = render({"machine": {"gpu": None, "cpu": "Some Processor"}, "rows": rows})
-    assert "From 13 to 150 classes of things it grows by +5.3 ± 1.4 points (3 seeds): holds here." in text
+    assert "From 13 to 150 classes of things (d) - (b) grows by +5.3 ± 1.4 points (3 seeds): holds here." in text
     assert not list(growths(groups_of(rows_of_icons(13, [0.01]))))
     assert "x-growth.png" in {path.name for path in write_plots(rows, tmp_path, "x")}
 
@@ -103,10 +103,22 @@ def test_the_growth_is_also_that_of_runs_that_see_each_class_as_often():
     steps = {"composed:icons-13": 780, "composed:icons-50": 3000, "composed:icons-150": 3000}
     for row in rows:
         row["settings"] = row["settings"] | {"steps": steps[row["settings"]["data"]]}
-    same_steps, same_share = sorted(growths(groups_of(rows)), key=lambda found: found.classes, reverse=True)
-    assert (same_steps.classes, same_share.classes) == ((50, 150), (13, 50))
+    same_steps, same_share = sorted(growths(groups_of(rows)), key=lambda found: list(found.groups), reverse=True)
+    assert (list(same_steps.groups), list(same_share.groups)) == ([50, 150], [13, 50])
     assert same_steps.title.endswith("cpu, 3000 steps")
     assert same_share.title.endswith("cpu, 60 steps per class of things")
+
+
+def test_the_growth_with_the_length_of_training():
+    rows = rows_of_icons(13, [0.01, 0.03])
+    for row in rows_of_icons(13, [0.05, 0.08]):
+        rows.append(row | {"settings": row["settings"] | {"steps": 5000, "tuning_steps": 100}})
+    (found,) = growths(groups_of(rows))
+    assert list(found.groups) == [rows[0]["settings"]["steps"], 5000]
+    assert found.growth.differences == pytest.approx((4, 5))
+    text = render({"machine": {"gpu": None, "cpu": "Some Processor"}, "rows": rows})
+    assert "training of several lengths" in text
+    assert " to 5000 optimizer steps (d) - (b) grows by +4.5 ± 6.4 points (2 seeds): no ordering shown." in text
 
 
 def test_curves_tell_what_still_rises(tmp_path):
