@@ -97,7 +97,7 @@ def main(
     rates, weights = tuple(learning_rate), tuple(class_weight)
     images = Settings(data, model, pretrained, size, val_samples, batch_size, steps or 1, rates, weights, precision)
     images = replace(images, tuning_steps=tuning_steps, masked_attention=masked_attention)
-    sound = replace(images, data=CLIPS, model=SOUND_MODEL, pretrained="", size=CLIP_SECONDS)
+    sound = replace(images, data=CLIPS, model=SOUND_MODEL, pretrained="", size=CLIP_SECONDS, masked_attention=False)
     try:
         bench = Bench(images, sound, use_device(device, threads), workers)
         variants = choose_structures(bench.comparisons(queries, layers), structure)

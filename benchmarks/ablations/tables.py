@@ -61,11 +61,11 @@ def render_growth(found: Growth) -> str:
         [
             str(number),
             *(spread(group.values(variant, "mIoU")) for variant in (per_pixel_plus(group), group.base)),
-            difference(found.gains[number]),
-            str(len(found.gains[number].differences)),
-            found.gains[number].verdict,
+            difference(gain),
+            str(len(gain.differences)),
+            gain.verdict,
         ]
-        for number, group in found.groups.items()
+        for (number, group), gain in zip(found.groups.items(), found.gains.values(), strict=True)
     ]
     header = [found.quantity, "(b), mIoU", "(d), mIoU", "(d) - (b)", "seeds", "reading"]
     growth, seeds = found.growth, len(found.growth.differences)

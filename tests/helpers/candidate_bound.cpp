@@ -22,7 +22,7 @@ int main() {
   Carver carver(memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64);
   work.lay_out(carver, h, w, counts);
 
-  const int64_t surpluses[] = {kProbe, kSurplus, -100, -kProbe};
+  const int64_t surpluses[] = {kProbe, kSurplus, 0, -100, -kProbe};
   std::vector<std::vector<Point>> points;
   int others = 0, narrow = 0;
   for (const int64_t surplus : surpluses) {

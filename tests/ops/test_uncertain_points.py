@@ -47,7 +47,7 @@ def test_bound_that_leaves_out_too_many_candidates_changes_nothing(level, tmp_pa
     source = ROOT / "tests" / "helpers" / "candidate_bound.cpp"
     compile_for(level, tmp_path, *flags, *static, source, "-o", "candidate_bound")
     result = run_for(level, [tmp_path / "candidate_bound"])
-    assert result.stdout == "0 other points, 2 bounds too low\n"
+    assert result.stdout == "0 other points, 3 bounds too low\n"
 
 
 def test_ties_go_to_the_earlier_candidates():

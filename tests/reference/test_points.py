@@ -79,6 +79,8 @@ def test_random_points_are_uniform_and_differ_by_row_and_seed():
     counts = torch.histogramdd(points.reshape(-1, 2), 5, range=[0.0, 1.0, 0.0, 1.0]).hist
     assert (counts - 600).abs().max() < 6 * 600**0.5
     assert points.flatten(0, 1).unique(dim=0).shape[0] == 15_000
+    distinct = 65_536 * (1 - math.exp(-30_000 / 65_536))  # of 30,000 draws, with a standard deviation of 57
+    assert abs(points.unique().numel() - distinct) < 6 * 57
     assert not torch.equal(random_points(torch.tensor(6), 3, 5000), points)
     assert torch.equal(random_points(torch.tensor(-5), 3, 100), points[:, :100])
 
